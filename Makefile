@@ -1,0 +1,105 @@
+# The front door. One virtual environment (.venv) and one cargo target folder (./target) serve every command;
+# stamp files remember what is done, so a second run only redoes what changed.
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; break; }; done)
+
+# torch-sys asks `python` for its torch when VIRTUAL_ENV is set, and `python3` from PATH when it is not.
+ACTIVE := VIRTUAL_ENV="$(CURDIR)/$(VENV)" PATH="$(CURDIR)/$(BIN):$$PATH" CARGO_TARGET_DIR="$(CURDIR)/target"
+# maturin tells pyo3's build scripts these; another cargo call with other values would have them, and all above, built anew.
+LIKE_MATURIN = PYO3_BUILD_EXTENSION_MODULE=1 PYO3_PYTHON="$(CURDIR)/$(BIN)/python" \
+	PYTHON_SYS_EXECUTABLE="$(CURDIR)/$(BIN)/python" PYO3_ENVIRONMENT_SIGNATURE="$$($(BIN)/python -c \
+	'import struct, sys; print("cpython-%d.%d-%dbit" % (*sys.version_info[:2], 8 * struct.calcsize("P")), end="")')"
+# What pip needs to build the package is written once, in pyproject.toml.
+BUILD_NEEDS = $(shell sed -n "s/^requires = \[\(.*\)\]/\1/p" pyproject.toml | sed "s/\", \"/' '/g; s/\"/'/g")
+RUST_FILES := Cargo.toml Cargo.lock .cargo/config.toml $(wildcard build.rs) $(shell find src -name '*.rs' -o -name '*.cu' -o -name '*.cuh')
+PY_PATHS   := python tests benches examples backend.py
+DEMO ?=
+BENCH ?=
+PYTEST ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test check bench build venv cargo-test pytest format lint types clean needs needs-python needs-rust
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: build $(VENV)/.stamp-data  ## fresh machine to the demo's table (options: make demo DEMO="--seeds 5")
+	$(BIN)/python -m sokd.demo $(DEMO)
+
+test: build $(VENV)/.stamp-data cargo-test pytest  ## fresh machine to green: cargo test and pytest
+
+check: lint types test  ## all that must pass before a commit: formats, lints, types, tests, README examples
+
+bench: build  ## measure against eager PyTorch and torch.compile; writes benches/results/*.csv (BENCH="--quick")
+	KINETO_LOG_LEVEL=99 $(BIN)/python -m benches $(BENCH)
+
+build: $(VENV)/.stamp-build  ## the extension, compiled and installed into .venv
+
+venv: $(VENV)/.stamp-needs  ## .venv with the torch and the maturin that the build needs
+
+cargo-test: | needs-rust  ## the Rust tests alone: no Python, no torch
+	$(ACTIVE) cargo test --locked
+
+pytest: build $(VENV)/.stamp-data  ## the Python tests alone (PYTEST="-k masked_mse")
+	$(BIN)/python -m pytest $(PYTEST)
+
+format: build  ## rewrite the sources as `make check` wants them
+	$(ACTIVE) cargo fmt
+	$(BIN)/ruff check --fix $(PY_PATHS)
+	$(BIN)/ruff format $(PY_PATHS)
+
+lint: build  ## cargo fmt and clippy, ruff, warnings as errors
+	$(ACTIVE) cargo fmt --check
+	$(ACTIVE) cargo clippy --locked --all-targets -- -D warnings
+	$(ACTIVE) $(LIKE_MATURIN) cargo clippy --locked --release --lib --features python,tch -- -D warnings
+	$(BIN)/ruff check $(PY_PATHS)
+	$(BIN)/ruff format --check $(PY_PATHS)
+
+types: build  ## mypy --strict, and the stub file against the compiled module
+	$(BIN)/mypy python/sokd benches
+	$(BIN)/stubtest sokd._core --mypy-config-file pyproject.toml
+
+clean:  ## remove what was built (.venv too)
+	rm -rf $(VENV) target out dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find python tests benches -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -f python/sokd/_core*.so
+
+# --- what stands behind the commands ---
+
+$(VENV)/pyvenv.cfg: | needs
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.stamp-needs: pyproject.toml $(VENV)/pyvenv.cfg | needs
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)  # it was left half made
+	$(BIN)/python -m pip install --quiet $(BUILD_NEEDS)
+	@touch $@
+
+# A rebuild of torch-sys takes minutes: it happens only when the features or torch change, not with our sources.
+$(VENV)/.stamp-build: $(VENV)/.stamp-needs $(RUST_FILES) | needs
+	$(ACTIVE) $(BIN)/maturin develop --release --locked --extras demo,test,check
+	@touch $@
+
+# animal-mnist declares tensorflow, which nothing here needs.
+$(VENV)/.stamp-data: $(VENV)/.stamp-needs
+	$(BIN)/python -m pip install --quiet --no-deps 'animal-mnist==0.4.*'
+	@touch $@
+
+needs: needs-python needs-rust
+
+needs-python:
+	@test -n "$(PYTHON)" || { echo "sokd needs Python 3.10 or newer with venv: sudo apt-get install python3-venv (or brew install python, dnf install python3)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
+		|| { echo "sokd needs Python 3.10 or newer, got PYTHON=$(PYTHON)" >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' \
+		|| { echo "sokd needs the headers of $(PYTHON): sudo apt-get install python3-dev (or dnf install python3-devel)" >&2; exit 1; }
+
+needs-rust:
+	@command -v cargo >/dev/null && command -v rustc >/dev/null || { echo "sokd needs Rust 1.89 or newer: curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh" >&2; exit 1; }
+	@rustc --version | awk '{split($$2, v, "."); exit !(v[1] > 1 || v[2] >= 89)}' \
+		|| { echo "sokd needs Rust 1.89 or newer, found $$(rustc --version): rustup update stable" >&2; exit 1; }
+	@set -- $${CXX:-c++}; command -v "$$1" >/dev/null || { echo "sokd needs a C++ compiler: sudo apt-get install g++ (or dnf install gcc-c++, xcode-select --install)" >&2; exit 1; }

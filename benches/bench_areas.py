@@ -1,0 +1,81 @@
+"""`areas` against the loops over images and boxes that such code is usually written with.
+
+Bytes: heat, size and offset of both sides read once, the coverage written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import sokd
+from benches.harness import Case, Options, check_close
+from sokd import reference
+
+HEATS = 100
+Heads = tuple[Tensor, Tensor, Tensor]
+
+
+def loop_areas(student: Heads, teacher: Heads, k: int = 8) -> Tensor:
+    """Peaks by max_pool2d and topk, then one box at a time; coverage [B, H, W]."""
+    heat = (student[0] * teacher[0]).sqrt()
+    size, offset = (student[1] + teacher[1]) / 2, (student[2] + teacher[2]) / 2
+    batch, _, height, width = heat.shape
+    coverage = torch.zeros(batch, height, width)
+    for index in range(batch):
+        peaks = heat[index] * (heat[index] == F.max_pool2d(heat[index], 3, stride=1, padding=1))
+        cells = peaks.flatten().topk(k).indices % (height * width)
+        for cell in cells.tolist():
+            y, x = divmod(cell, width)
+            w, h = size[index, :, y, x].tolist()
+            dx, dy = offset[index, :, y, x].tolist()
+            x0, x1 = (int(min(max(x + dx + sign * w / 2, 0), width - 1)) for sign in (-1, 1))
+            y0, y1 = (int(min(max(y + dy + sign * h / 2, 0), height - 1)) for sign in (-1, 1))
+            coverage[index, y0 : y1 + 1, x0 : x1 + 1] += 1
+    return coverage
+
+
+def make(batch: int, height: int, width: int) -> Heads:
+    heat = torch.rand(batch, HEATS, height, width)
+    size = torch.rand(batch, 2, height, width) * torch.tensor([width, height]).view(1, 2, 1, 1) / 2
+    return heat, size, torch.rand(batch, 2, height, width)
+
+
+def case(batch: int, height: int, width: int, *, target: float) -> Case:
+    torch.manual_seed(0)
+    student, teacher = make(batch, height, width), make(batch, height, width)
+
+    def check() -> None:
+        truth = reference.areas(*student, teacher=teacher)
+        ours = sokd.ops.areas(*student, teacher=teacher)
+        check_close(ours.boxes, truth.boxes)
+        check_close(ours.coverage, truth.coverage)
+        # The loops work in Python's float64: a corner that lies on a cell's edge can fall to either side.
+        differs = (loop_areas(student, teacher) != truth.coverage).float().mean().item()
+        if differs > 1e-3:
+            raise AssertionError(f"the loops disagree with the reference in {differs:.2%} of the cells")
+
+    moved = sum(part.nbytes for part in (*student, *teacher)) + 4 * batch * height * width
+    return Case(
+        "mutual areas, k = 8",
+        (batch, HEATS, height, width),
+        {
+            "sokd": lambda: sokd.ops.areas(*student, teacher=teacher),
+            "loops": lambda: loop_areas(student, teacher),
+            "reference": lambda: reference.areas(*student, teacher=teacher),
+        },
+        moved,
+        {"loops": target, "reference": 1},
+        check,
+    )
+
+
+def cases(options: Options) -> Iterator[Case]:
+    yield case(64, 16, 16, target=200)
+    if options.quick:
+        return
+    yield case(32, 28, 28, target=1)
+    yield case(2, 100, 100, target=1)

@@ -1,0 +1,63 @@
+"""`masked_mse`, forward and backward, against the line people write and the same by torch.compile.
+
+Bytes: student and teacher read once, the student's gradient written once (3 maps), and the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+import sokd
+from benches.bench_refine import LARGE, MAIN, eager_masked_mse, gradients
+from benches.harness import LAYOUTS, Case, Options, check_close, compiled
+from sokd import reference
+
+
+def case(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str, *, compile_too: bool, targets: dict[str, float]
+) -> Case:
+    torch.manual_seed(0)
+    student, teacher = (torch.randn(shape).to(dtype).to(memory_format=LAYOUTS[layout]) for _ in range(2))
+    student.requires_grad_()
+    weight = torch.randint(0, 4, (shape[0], *shape[2:])).float()
+    loose = 1e-5 if dtype == torch.float32 else 1e-2
+
+    def check() -> None:
+        ours = sokd.ops.masked_mse(student, teacher, weight)
+        truth = reference.masked_mse(student, teacher, weight)
+        check_close(ours, truth, rtol=loose, atol=loose)
+        check_close(eager_masked_mse(student, teacher, weight), truth, rtol=10 * loose, atol=loose)
+        scale = (
+            student.numel()
+        )  # gradients are about 1 / numel: compare them where the tolerance means something
+        ours, truth = (torch.autograd.grad(loss * scale, student)[0] for loss in (ours, truth))
+        check_close(ours, truth, rtol=loose, atol=loose)
+
+    sides: dict[str, Any] = {
+        "sokd": lambda: gradients(sokd.ops.masked_mse, [student], student, teacher, weight),
+        "eager": lambda: gradients(eager_masked_mse, [student], student, teacher, weight),
+    }
+    if compile_too:
+        fast = compiled(eager_masked_mse)
+        sides["compile"] = lambda: gradients(fast, [student], student, teacher, weight)
+    moved = 3 * student.nbytes + weight.nbytes
+    name = str(dtype).removeprefix("torch.")
+    return Case("masked_mse, forward + backward", shape, sides, moved, targets, check, name, layout)
+
+
+def cases(options: Options) -> Iterator[Case]:
+    """The targets hold at the main shape in float32; everywhere else no case may be slower than eager."""
+    yield case(MAIN, torch.float32, "contiguous", compile_too=True, targets={"eager": 6, "compile": 1.3})
+    if options.quick:
+        return
+    no_slower: dict[str, float] = {"eager": 1}
+    yield case(MAIN, torch.float32, "channels_last", compile_too=True, targets=no_slower)
+    for layout in LAYOUTS:
+        yield case(MAIN, torch.bfloat16, layout, compile_too=False, targets=no_slower)
+    for shape in LARGE:
+        for layout in LAYOUTS:
+            yield case(shape, torch.float32, layout, compile_too=layout == "contiguous", targets=no_slower)
+        yield case(shape, torch.bfloat16, "contiguous", compile_too=False, targets=no_slower)

@@ -1,0 +1,39 @@
+"""Hugging Face: two vision transformers, batches as dicts of keywords, the library's own Trainer.
+
+    distiller = vision_pair(teacher, student)
+    DistillationTrainer(model=distiller, args=arguments, train_dataset=data).train()
+    distiller.export().save_pretrained("student")
+
+In `arguments`, a `TrainingArguments`: `remove_unused_columns=False`, for the Trainer cannot see through the
+Distiller which columns its models take.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+import sokd
+
+
+def vision_pair(teacher: nn.Module, student: nn.Module, **options: Any) -> sokd.Distiller:
+    """A Distiller of two ViTForImageClassification: the patch tokens behind their last layers, and the
+    logits."""
+    side, channels = student.config.image_size, student.config.num_channels
+    example = {"pixel_values": torch.zeros(2, channels, side, side)}
+    given = {"layers": "vit.layernorm", "method": {"fitnet": 1.0, "kd": 1.0}, "example": example}
+    return sokd.Distiller(teacher, student, **{**given, **options})
+
+
+class DistillationTrainer(transformers.Trainer):
+    """A Trainer whose model is a `sokd.Distiller`: the objective is the sum of its losses."""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        logits, losses = model(inputs)  # a dict: the models are called as model(**inputs)
+        loss = torch.stack(list(losses.values())).sum()
+        return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss

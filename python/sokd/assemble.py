@@ -1,0 +1,84 @@
+"""What a Distiller trains beside the student, made for the shapes that its dry run found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from sokd.adapters import Adapter
+from sokd.kd import SoKD
+from sokd.methods.common import Shape
+from sokd.methods.registry import options_of
+from sokd.recipe import Recipe
+
+__all__ = ["Needs", "find_heads", "make_adapters", "make_kd"]
+
+Plug = bool | SoKD | Mapping[str, Any]
+
+
+class Needs:
+    """What the methods of a Distiller ask of the layers."""
+
+    def __init__(self, recipes: Sequence[Recipe], plug: Plug) -> None:
+        # no method looks at features: SoKD's own masked term does
+        self.plain = not any("features" in recipe.kind.needs for recipe in recipes)
+        self.maps = plug is not False or not self.plain
+        self.adapted = self.maps and (self.plain or any(recipe.kind.adapts for recipe in recipes))
+
+
+def make_adapters(students: Sequence[Shape], teachers: Sequence[Shape]) -> nn.ModuleList:
+    """One `Adapter` for each pair, for its channels and sizes."""
+    return nn.ModuleList(
+        Adapter(s[0], t[0], student_size=s[1:], teacher_size=t[1:])
+        for s, t in zip(students, teachers, strict=True)
+    )
+
+
+def make_kd(plug: Plug, students: Sequence[Shape], teachers: Sequence[Shape], needs: Needs) -> SoKD | None:
+    """The SoKD that `sokd=` asks for.
+
+    Raises:
+        ValueError: a SoKD for other channels than the layers have.
+    """
+    if plug is False:
+        return None
+    channels = [[shape[0] for shape in side] for side in (students, teachers)]
+    if isinstance(plug, SoKD):
+        own = [plug.student_channels, plug.teacher_channels]
+        if own != channels:
+            rule = f"have the layers' channels, {channels[0]} -> {channels[1]}"
+            raise ValueError(f"Distiller: sokd must {rule}, got {own[0]} -> {own[1]}")
+        return plug
+    options = dict(plug) if isinstance(plug, Mapping) else {}
+    if not needs.adapted and options.get("dam", "default") is None:
+        options.setdefault("adapter", None)  # nothing would train it
+    sizes: list[Any] = [[shape[1:] for shape in side] for side in (students, teachers)]
+    return SoKD(*channels, **{"student_size": sizes[0], "teacher_size": sizes[1], **options})
+
+
+def find_heads(
+    recipe: Recipe, models: Sequence[nn.Module], shapes: Sequence[Sequence[Shape]]
+) -> dict[str, nn.Module]:
+    """For a method that reads the models' classifiers, those that its options do not name: the last linear
+    layer or 1x1 convolution that takes as many channels as the last map has."""
+    if not isinstance(recipe.source, str):
+        return {}
+    found: dict[str, nn.Module] = {}
+    for side, model, of_side in zip(("student", "teacher"), models, shapes, strict=True):
+        option = f"{side}_head"
+        if option in options_of(recipe.source) and option not in recipe.options and of_side:
+            head = _last_head(model, of_side[-1][0])
+            found |= {} if head is None else {option: head}
+    return found
+
+
+def _last_head(model: nn.Module, channels: int) -> nn.Module | None:
+    parts = list(model.modules())
+    for part in reversed(parts):
+        if isinstance(part, nn.Linear) and part.in_features == channels:
+            return part
+        if isinstance(part, nn.Conv2d) and part.in_channels == channels and part.kernel_size == (1, 1):
+            return part
+    return None

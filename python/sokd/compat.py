@@ -1,0 +1,90 @@
+"""Habits kept: the Distiller as mdistiller's trainers and their many forks call theirs.
+
+In a fork, one import and one line where its distillers are listed:
+
+    from sokd.compat import MDistiller
+    distiller_dict["SOKD"] = functools.partial(MDistiller, layers={"layer3": "layer3"}, method="reviewkd")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sokd.distiller import Distiller
+from sokd.methods import METHODS, options_of
+
+__all__ = ["MDistiller"]
+
+_SIDES = {"cifar100": 32, "cifar10": 32, "tiny_imagenet": 64, "tinyimagenet": 64, "imagenet": 224}
+
+
+class MDistiller(Distiller):
+    """A `Distiller` with mdistiller's calls: models as (student, teacher), keywords `image` and `target`.
+
+    `distiller(image=..., target=..., epoch=...)` is `(logits, losses)` in train mode; in eval mode
+    `distiller(image=...)` is the logits.
+
+    Args:
+        student, teacher: as mdistiller makes them; they return (logits, dict of features), or anything else.
+        cfg: the fork's configuration: `cfg.DATASET.TYPE` gives the size of the images for the dry run.
+        num_data: of the training set, as CRD is given it; handed on to a method with that option.
+        options: of `Distiller`. `example` is needed where `cfg` does not name a known data set.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        cfg: Any = None,
+        num_data: int | None = None,
+        **options: Any,
+    ) -> None:
+        if options.get("example") is None:
+            options["example"] = _example(cfg, student)
+        if num_data is not None and _takes(options.get("method"), "num_samples"):
+            options.setdefault("num_samples", num_data)
+        super().__init__(teacher, student, **options)
+        self.cfg = cfg
+
+    def forward(self, image: Any = None, target: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        if self.training:
+            return self.forward_train(image, target, **kwargs)
+        return self.forward_test(image)
+
+    def forward_train(
+        self, image: Any, target: Any = None, index: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """The student's logits and the dict of losses; keywords of a trainer (`epoch`) are not used."""
+        logits, losses = super().forward(image, target, index=index)
+        return logits, losses
+
+    def forward_test(self, image: Any) -> Any:
+        """The student's logits."""
+        return self.logits_of(super().forward(image))
+
+    def get_learnable_parameters(self) -> list[nn.Parameter]:
+        """What the optimiser is to hold: the student, adapters, methods and SoKD."""
+        return list(self.parameters())
+
+    def get_extra_parameters(self) -> int:
+        """How many numbers are trained beside the student."""
+        return sum(parameter.numel() for parameter in self.own_parameters())
+
+
+def _takes(method: Any, option: str) -> bool:
+    """Whether a method of that name, or one of those, has the option."""
+    names = method if isinstance(method, Mapping) else [method]
+    return any(name in METHODS and option in options_of(name) for name in names if isinstance(name, str))
+
+
+def _example(cfg: Any, student: nn.Module) -> Tensor | None:
+    kind = getattr(getattr(cfg, "DATASET", None), "TYPE", None)
+    side = _SIDES.get(str(kind).lower())
+    if side is None:
+        return None
+    place = next(student.parameters(), torch.zeros(()))
+    return torch.zeros(2, 3, side, side, device=place.device)

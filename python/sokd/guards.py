@@ -1,0 +1,201 @@
+"""What a Distiller says aloud: a script's silent mistakes, numbers that are none, errors in a user's
+words."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sokd import watch
+from sokd.loss import mixed_dtypes_allowed
+from sokd.maps import batch_size
+from sokd.virtual import unwrapped
+
+if TYPE_CHECKING:
+    from sokd.distiller import Distiller
+
+__all__ = [
+    "check_devices",
+    "check_finite",
+    "check_maps",
+    "check_models",
+    "check_start",
+    "check_teacher",
+    "explained",
+    "look",
+]
+
+UNHELD = (
+    "sokd: {parts} had gradients but did not change in {steps} steps of the student's optimiser; "
+    "give it the distiller's parameters, e.g. SGD(distiller.parameters(), lr=...)"
+)
+TEACHER_TRAINS = (
+    "sokd: the teacher was in train mode; it is set back to eval, call teacher.eval() after teacher.train()"
+)
+NO_GRADIENT = (
+    "Distiller: {which} must give a map with a gradient, got one without: it is frozen, runs under no_grad, "
+    "or is checkpointed with use_reentrant=True (use_reentrant=False keeps it)"
+)
+EMPTY = "Distiller: x must hold at least one sample, got none"
+ONE_SAMPLE = (
+    "Distiller: x must hold more than one sample where a BatchNorm in train mode has one value a channel, "
+    "got 1 (drop_last=True in the DataLoader)"
+)
+LOST_IN_PARALLEL = (
+    "Distiller: the model must run in one thread a process, got torch.nn.DataParallel; "
+    "use DistributedDataParallel(distiller)"
+)
+WRAPPED_INSIDE = (
+    "Distiller: student must be wrapped together with the adapters and heads, whose {count} parameters would "
+    "not be averaged over the ranks: DistributedDataParallel(Distiller(teacher, student, ...)), got a "
+    "student in DistributedDataParallel"
+)
+
+# Beside the module, not in it: copies and pickles start afresh.
+_memories: weakref.WeakKeyDictionary[nn.Module, watch._Memory] = weakref.WeakKeyDictionary()
+
+
+def check_models(teacher: Any, student: Any) -> None:
+    """Two modules that share no parameter."""
+    for name, model in (("teacher", teacher), ("student", student)):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"Distiller: {name} must be an nn.Module, got {type(model).__name__}")
+        if isinstance(model, nn.DataParallel):
+            raise TypeError(LOST_IN_PARALLEL)
+    trained = {id(parameter) for parameter in student.parameters()}
+    shared = sum(id(parameter) in trained for parameter in teacher.parameters())
+    if shared:
+        rule = "share no parameter with the student, for it is frozen (copy.deepcopy it)"
+        raise ValueError(f"Distiller: teacher must {rule}, got {shared} of them")
+
+
+def check_start(distiller: Distiller) -> None:
+    """What is looked at once, before the first step: devices, wrappers, the ranks' policies."""
+    if getattr(distiller, "_is_replica", False):
+        raise TypeError(LOST_IN_PARALLEL)
+    check_devices(distiller)
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    own = sum(parameter.requires_grad for parameter in distiller.own_parameters())
+    if own and isinstance(distiller.student, nn.parallel.DistributedDataParallel):
+        raise ValueError(WRAPPED_INSIDE.format(count=own))
+    policy = None if distiller.kd is None else distiller.kd.policy
+    if policy is not None:  # the same draws on every rank, whatever each rank's seed was
+        for tensor in (*policy.parameters(), policy.seed, policy.counter):
+            dist.broadcast(tensor.data, src=0)
+
+
+def check_devices(distiller: Distiller) -> None:
+    """Whether the two models share a device."""
+    student, teacher = _devices(distiller.student), _devices(distiller.teacher)
+    if student and teacher and not student & teacher:
+        rule = f"be on the student's device {_one(student)} (distiller.to moves both)"
+        raise ValueError(f"Distiller: teacher must {rule}, got {_one(teacher)}")
+
+
+def _devices(model: nn.Module) -> set[torch.device]:
+    return {parameter.device for parameter in model.parameters()}
+
+
+def _one(devices: set[torch.device]) -> str:
+    return ", ".join(sorted(map(str, devices)))
+
+
+def check_maps(
+    distiller: Distiller,
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    names: Sequence[tuple[str, str]],
+) -> None:
+    """Maps of one dtype; the student's with a gradient, if anything in the student is trained."""
+    trained = torch.is_grad_enabled() and any(p.requires_grad for p in distiller.student.parameters())
+    for student, teacher, (of_student, of_teacher) in zip(students, teachers, names, strict=True):
+        if student.dtype != teacher.dtype and not mixed_dtypes_allowed(student):
+            rule = f"have the dtype of {of_teacher}, {teacher.dtype} (distiller.to converts both models)"
+            raise TypeError(f"Distiller: {of_student} must {rule}, got {student.dtype}")
+        if trained and not student.requires_grad:
+            raise ValueError(NO_GRADIENT.format(which=of_student))
+
+
+def check_teacher(distiller: Distiller) -> None:
+    """Put a teacher in train mode back into eval, and say so once."""
+    if any(part.training for part in distiller._teacher_parts):
+        distiller.teacher.eval()
+        watch._say(_memories.setdefault(distiller, watch._Memory()), TEACHER_TRAINS)
+
+
+# --------------------------------------------------------------------------------------- errors in our words
+
+
+@contextmanager
+def explained(student: nn.Module, x: Any) -> Iterator[None]:
+    """Say of an error from inside the models what in the arguments caused it, where that can be seen."""
+    if batch_size(x) == 0:
+        raise ValueError(EMPTY)
+    try:
+        yield
+    except ValueError as error:
+        if batch_size(x) == 1 and "more than 1 value per channel" in str(error):
+            raise ValueError(ONE_SAMPLE) from error
+        raise
+    except RuntimeError as error:
+        misfit = _misfit(student, x)
+        if misfit is not None:
+            raise misfit from error
+        raise
+
+
+def _misfit(student: nn.Module, x: Any) -> Exception | None:
+    parameter = next((p for p in unwrapped(student).parameters() if p.is_floating_point()), None)
+    if parameter is None or not isinstance(x, Tensor):
+        return None
+    if x.device != parameter.device:
+        rule = f"be on the device of the student's parameters, {parameter.device}"
+        return ValueError(f"Distiller: x must {rule}, got {x.device}")
+    mixed = x.is_floating_point() and x.dtype != parameter.dtype
+    if mixed and not torch.is_autocast_enabled(x.device.type):
+        rule = f"have the dtype {parameter.dtype} of the student's parameters"
+        return TypeError(f"Distiller: x must {rule}, got {x.dtype}")
+    return None
+
+
+# ------------------------------------------------------------------------------------- numbers that are none
+
+
+def check_finite(losses: Mapping[str, Tensor], maps: Mapping[str, Tensor]) -> None:
+    """Name a term that is NaN or infinite, and the first layer whose map holds such numbers.
+
+    On the CPU alone: elsewhere it would wait for the device.
+
+    Raises:
+        FloatingPointError: there is one.
+    """
+    for name, loss in losses.items():
+        if loss.device.type != "cpu" or math.isfinite(loss.item()):
+            continue
+        bad = [layer for layer, features in maps.items() if not features.isfinite().all()]
+        where = f"{bad[0]} holds such numbers" if bad else "the maps of all layers are finite"
+        raise FloatingPointError(
+            f"Distiller: {name} must be finite, got {loss.item()}; {where} (check_finite=False lets it pass)"
+        )
+
+
+# --------------------------------------------------------------------------------------------- the optimiser
+
+
+def look(distiller: Distiller) -> None:
+    """Look at one training step: whether an optimiser moves the student, and never a part with gradients."""
+    memory = _memories.setdefault(distiller, watch._Memory())
+    if memory.student is not None:
+        watch.look_for_updates(memory, UNHELD)
+        return
+    first = next((p for p in distiller.student.parameters() if p.requires_grad), None)
+    own = {f"distiller.{name}": module for name, module in distiller.own_modules()}
+    watch.remember(memory, first, own)

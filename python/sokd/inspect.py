@@ -1,0 +1,285 @@
+"""Looking at a run: the policy as a table and over time, the areas on the input image, figures for others to
+read.
+
+    trajectory = sokd.inspect.Trajectory(kd)
+    trajectory.record(step)                                    # every so often in training
+    trajectory.save("policy.json"); trajectory.draw("policy.png")
+    print(sokd.inspect.table(kd))
+    sokd.inspect.draw_areas(images, sokd.inspect.areas(distiller, images), "areas.png")
+    sokd.inspect.log(writer, kd, step)                         # any writer with add_scalar
+
+Whatever is looked at, a `SoKD`, a `Policy` or a `Distiller`, is left as it is: no draw is taken, no mode
+changed. Reading numbers waits for the device; so these are for now and then, not for every step. Pictures
+need matplotlib, which is imported when the first is drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from sokd.dam import DAM
+from sokd.kd import SoKD, _at
+from sokd.ops import Areas
+from sokd.ops import areas as find_areas
+from sokd.plan import OPERATIONS
+from sokd.policy import Policy
+from sokd.virtual import unwrapped
+
+__all__ = [
+    "Snapshot",
+    "Trajectory",
+    "areas",
+    "draw_areas",
+    "entropy",
+    "export_json",
+    "log",
+    "shares",
+    "table",
+]
+
+Path = str | os.PathLike[str]
+LayerAreas = dict[str, Areas]  # "teacher", "student", "mutual"
+
+
+class Writer(Protocol):
+    """What TensorBoard's SummaryWriter and its like have."""
+
+    def add_scalar(self, tag: str, scalar_value: Any, global_step: Any) -> Any: ...
+
+
+# -------------------------------------------------------------------------------------------- the policy now
+
+
+def table(subject: nn.Module, *, top: int | None = None) -> str:
+    """The policy as text: a line for each sub-policy, the likeliest first.
+
+    Args:
+        subject: a `Policy`, or a `SoKD` or `Distiller` with one.
+        top: how many lines; None: all.
+    """
+    rows = sorted(_policy_of("table", subject).table(), key=lambda row: -row["probability"])[:top]
+    lines = [f"{'sub-policy':<32}{'drawn':>7}   fires         strength"]
+    for row in rows:
+        fires = " ".join(f"{beta:5.0%}" for beta in row["beta"])
+        lines.append(f"{_named(row):<32}{row['probability']:>7.2%}  {fires}   {_strengths(row)}")
+    return "\n".join(lines)
+
+
+def _named(row: dict[str, Any]) -> str:
+    return " + ".join(name.replace("_", " ") for name in row["operations"])
+
+
+def _strengths(row: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{value:.3g} {unit}".rstrip() for value, unit in zip(row["value"], row["unit"], strict=True)
+    )
+
+
+@torch.no_grad()
+def entropy(subject: nn.Module) -> float:
+    """Of the choice of the sub-policy, in nats: log K where all are alike, 0 where one is always drawn."""
+    return float(_policy_of("entropy", subject).diagnostics()["entropy"])
+
+
+def _policy_of(op: str, subject: Any) -> Policy:
+    subject = unwrapped(subject)
+    for found in (
+        subject,
+        getattr(subject, "policy", None),
+        getattr(getattr(subject, "kd", None), "policy", None),
+    ):
+        if isinstance(found, Policy):
+            return found
+    rule = "be a Policy, or a SoKD or Distiller that has one"
+    raise TypeError(f"{op}: subject must {rule}, got {type(subject).__name__}")
+
+
+# ------------------------------------------------------------------------------------------ the policy's way
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The policy at one step; K sub-policies."""
+
+    step: int
+    probabilities: list[float]  # [K], softmax(alpha)
+    fire: list[list[float]]  # [K, 2], beta
+    magnitude: list[list[float]]  # [K, 2]
+
+    @property
+    def entropy(self) -> float:
+        """Of the choice, in nats."""
+        return -sum(p * math.log(p) for p in self.probabilities if p > 0)
+
+
+class Trajectory:
+    """How a policy moved: snapshots, in the order of their steps.
+
+    Args:
+        subject: a `Policy`, or a `SoKD` or `Distiller` with one.
+        every: record only steps that are multiples of it.
+    """
+
+    def __init__(self, subject: nn.Module, *, every: int = 1) -> None:
+        if every < 1:
+            raise ValueError(f"Trajectory: every must be positive, got {every}")
+        self.policy, self.every = _policy_of("Trajectory", subject), every
+        self.operations = [tuple(OPERATIONS[op].name for op in pair) for pair in self.policy.policies]
+        self.snapshots: list[Snapshot] = []
+
+    @torch.no_grad()
+    def record(self, step: int) -> None:
+        """Take a snapshot of the policy as it is now."""
+        if step % self.every:
+            return
+        policy = self.policy
+        parts = (policy.alpha.softmax(0), policy.beta, policy.magnitude)
+        self.snapshots.append(Snapshot(step, *(part.tolist() for part in parts)))
+
+    @property
+    def entropies(self) -> list[float]:
+        """The choice's entropy at each snapshot, in nats."""
+        return [snapshot.entropy for snapshot in self.snapshots]
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON: "operations" [K] pairs of names, "snapshots"."""
+        state = {"operations": self.operations, "snapshots": [asdict(each) for each in self.snapshots]}
+        _write(path, state)
+
+    def load(self, path: Path) -> None:
+        """Take over the snapshots of a file, in place of those here; to go on after a resumed run."""
+        with open(path) as file:
+            state = json.load(file)
+        if [tuple(pair) for pair in state["operations"]] != self.operations:
+            rule = "hold the sub-policies of this policy"
+            raise ValueError(f"Trajectory: path must {rule}, got {len(state['operations'])} others")
+        self.snapshots = [Snapshot(**each) for each in state["snapshots"]]
+
+    def draw(self, path: Path, *, caption: str = "") -> None:
+        """Write a picture: choice, entropy, firing and magnitudes over the steps."""
+        from sokd.pictures import policy_over_time
+
+        if not self.snapshots:
+            raise ValueError("Trajectory: draw must be called after record, got no snapshots")
+        policy_over_time(self.snapshots, self.policy.policies, path, caption=caption)
+
+
+# ----------------------------------------------------------------------------------------------------- areas
+
+
+@torch.no_grad()
+def areas(subject: nn.Module, *inputs: Any) -> list[LayerAreas]:
+    """The areas of the teacher, of the student and of both, one dict for each layer.
+
+    areas(distiller, images), or areas(kd, student_features, teacher_features).
+
+    The teacher's features are taken as they are, not refined: what is drawn does not hang on a draw.
+    """
+    subject = unwrapped(subject)
+    kd = subject if isinstance(subject, SoKD) else getattr(subject, "kd", None)
+    if not isinstance(kd, SoKD) or kd.dam is None:
+        raise TypeError(
+            f"areas: subject must be a SoKD or a Distiller with a DAM, got {type(subject).__name__}"
+        )
+    students, teachers = inputs if subject is kd else cast(Any, subject).features(*inputs)
+    training = [(part, part.training) for part in kd.modules()]
+    kd.eval()
+    try:
+        pairs = kd._pairs(students, teachers)
+        return [_layer_areas(kd, index, *pair) for index, pair in enumerate(pairs)]
+    finally:
+        for part, mode in training:
+            part.training = mode
+
+
+def _layer_areas(kd: SoKD, index: int, student: Tensor, teacher: Tensor) -> LayerAreas:
+    dam = _at(kd.dam, index)
+    if not isinstance(dam, DAM):
+        raise TypeError(f"areas: kd.dam must be a DAM, got {type(dam).__name__}")
+    of_student, of_teacher = dam.maps(kd._adapted(index, student, teacher)), dam.maps(teacher)
+    best = partial(find_areas, k=dam.k, kernel=dam.kernel)
+    return {
+        "teacher": best(*of_teacher),
+        "student": best(*of_student),
+        "mutual": best(*of_student, teacher=of_teacher),
+    }
+
+
+def shares(found: LayerAreas) -> dict[str, float]:
+    """The share of the cells under at least one area, by whose areas they are."""
+    return {name: float((each.coverage > 0).float().mean()) for name, each in found.items()}
+
+
+def draw_areas(
+    images: Tensor, found: LayerAreas | Sequence[LayerAreas], path: Path, *, layer: int = -1,
+    titles: Sequence[str] | None = None, caption: str = "",
+) -> None:  # fmt: skip
+    """Write a picture: the images, and on them the areas of teacher, student and both.
+
+    Args:
+        images: [B, 3 or 1, H, W], the input or anything of its aspect; shown from their smallest to their
+            largest number. B columns, so a few.
+        found: what `areas` returned, or the dict of one layer.
+        layer: which of several layers.
+        titles: B of them, above the images.
+    """
+    from sokd.pictures import areas_on_images
+
+    chosen = found if isinstance(found, dict) else found[layer]
+    if images.dim() != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(f"draw_areas: images must be [B, 3, H, W] or [B, 1, H, W], got {list(images.shape)}")
+    areas_on_images(images, chosen, shares(chosen), path, titles=titles, caption=caption)
+
+
+# ------------------------------------------------------------------------------------------------ for others
+
+
+def export_json(subject: nn.Module, path: Path | None = None) -> dict[str, Any]:
+    """All there is to read of a SoKD or Distiller as plain data, written to `path` if there is one.
+
+    "policy": `Policy.table()`; "entropy"; "diagnostics": those of the last step; for a Distiller "layers" and
+    "weights" too. A part that is not there has no entry.
+    """
+    subject = unwrapped(subject)
+    kd = subject if isinstance(subject, SoKD) else getattr(subject, "kd", None)
+    found: dict[str, Any] = {}
+    if hasattr(subject, "pairs"):
+        found |= {"layers": subject.pairs, "weights": subject.weights}
+    if isinstance(kd, SoKD):
+        found["diagnostics"] = {name: float(value) for name, value in kd.diagnostics().items()}
+    if isinstance(subject, Policy) or getattr(kd, "policy", None) is not None:
+        found |= {"policy": _policy_of("export_json", subject).table(), "entropy": entropy(subject)}
+    if not found:
+        rule = "be a Policy, a SoKD or a Distiller with one"
+        raise TypeError(f"export_json: subject must {rule}, got {type(subject).__name__}")
+    if path is not None:
+        _write(path, found)
+    return found
+
+
+def log(writer: Writer, subject: nn.Module, step: int, *, losses: Any = None, prefix: str = "sokd") -> None:
+    """Hand the last step's figures to the user's own writer, `writer.add_scalar(tag, value, step)`.
+
+    `kd.diagnostics()` under `{prefix}/`, and of `losses`, a Distiller's dict, each entry.
+    """
+    subject = unwrapped(subject)
+    kd = subject if isinstance(subject, SoKD) else getattr(subject, "kd", None)
+    figures = {} if kd is None else kd.diagnostics()
+    for name, value in {**figures, **(losses or {})}.items():
+        scalar = float(value.detach() if isinstance(value, Tensor) else value)
+        writer.add_scalar(f"{prefix}/{name}", scalar, step)
+
+
+def _write(path: Path, state: Any) -> None:
+    with open(path, "w") as file:
+        json.dump(state, file, indent=1, allow_nan=True)
+        file.write("\n")

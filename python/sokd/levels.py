@@ -1,0 +1,114 @@
+"""The two levels of the policy search as functions of the weights, and what a user's `step` may return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sokd.policy import Draw
+from sokd.virtual import Weights
+
+if TYPE_CHECKING:
+    from sokd.search import PolicySearch
+
+__all__ = ["Features", "Level", "Run", "Step"]
+
+Features = Tensor | Sequence[Tensor]
+Step = Callable[[Any, Any], tuple[Tensor, Features, Features]]
+
+
+class Run(NamedTuple):
+    """One evaluation of a level."""
+
+    loss: Tensor  # scalar
+    draw: Draw  # what the policy drew for it
+
+
+class Level:
+    """The two losses as functions of the weights, for one step of the search: one draw, one random state."""
+
+    def __init__(self, search: PolicySearch, step: Step, rewind: Callable[[], None]) -> None:
+        self.search, self.step, self.rewind = search, step, rewind
+        self.weights = search.together.weights(but=search.policy.parameters())
+
+    def train(self, weights: Weights, batch: Any) -> Run:
+        """L_train: the task's loss and kd's."""
+        return self._at(weights, batch, "total")
+
+    def upper(self, weights: Weights, batch: Any) -> Run:
+        """L_up."""
+        return self._at(weights, batch, self.search.objective)
+
+    def _at(self, weights: Weights, batch: Any, objective: str) -> Run:
+        self.rewind()
+        return self.search.together.at(weights, lambda: self._run(batch, objective))
+
+    def _run(self, batch: Any, objective: str) -> Run:
+        task, f_s, f_t = checked(self.step(self.search.student, batch))
+        draw = self._draw(f_t)
+        if objective == "task":
+            return Run(task, draw)
+        # differentiable also where chi's gradient is not asked for: such a call leaves nothing in kd
+        options: dict[str, Any] = {"draw": draw, "differentiable": True}
+        if objective == "consistency":
+            return Run(self.search.kd.consistency(f_s, f_t, **options), draw)
+        return Run(task + self.search.kd.terms(f_s, f_t, **options)["total"], draw)
+
+    def _draw(self, f_t: Features) -> Draw:
+        batch = (f_t if isinstance(f_t, Tensor) else f_t[0]).shape[0]
+        return self.search.policy.draw_at(self.search.seed, self.search.counter, batch)
+
+
+def leaves(weights: Weights) -> Weights:
+    """The same values as leaves of a new graph."""
+    return {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+
+
+def moved(weights: Weights, along: Sequence[Tensor], by: float | Tensor) -> Weights:
+    """weights + by * along."""
+    return {name: weight + by * d for (name, weight), d in zip(weights.items(), along, strict=True)}
+
+
+def gradients(loss: Tensor, inputs: Iterable[Tensor]) -> list[Tensor]:
+    """d loss / d inputs, zeros for what the loss does not depend on."""
+    if not loss.requires_grad:
+        raise ValueError("PolicySearch: loss must depend on the weights, got one without a gradient")
+    return list(torch.autograd.grad(loss, list(inputs), allow_unused=True, materialize_grads=True))
+
+
+def checked(returned: Any) -> tuple[Tensor, Features, Features]:
+    """What `step` returned, if it is (loss, student features, teacher features)."""
+    if not isinstance(returned, (tuple, list)) or len(returned) != 3:
+        got = f"{len(returned)} values" if isinstance(returned, (tuple, list)) else type(returned).__name__
+        what = "(loss, student features, teacher features)"
+        raise TypeError(f"PolicySearch: step must return {what}, got {got}")
+    task, f_s, f_t = returned
+    if not isinstance(task, Tensor) or task.numel() != 1:
+        got = f"shape {list(task.shape)}" if isinstance(task, Tensor) else type(task).__name__
+        raise TypeError(f"PolicySearch: loss must be a scalar tensor, got {got}")
+    for name, features in (("student features", f_s), ("teacher features", f_t)):
+        _check_features(name, features)
+    if any(tensor.requires_grad for tensor in _tensors(f_t)):
+        got = "a tensor that requires grad"
+        raise ValueError(f"PolicySearch: teacher features must not require grad, got {got}")
+    return task.squeeze() if task.dim() else task, f_s, f_t
+
+
+def _tensors(features: Features) -> list[Tensor]:
+    return [features] if isinstance(features, Tensor) else list(features)
+
+
+def _check_features(name: str, features: Any) -> None:
+    if isinstance(features, Tensor):
+        return
+    if not isinstance(features, (list, tuple)) or not features:
+        got = type(features).__name__
+        raise TypeError(f"PolicySearch: {name} must be a tensor or a list of tensors, got {got}")
+    for entry in features:
+        if not isinstance(entry, Tensor):
+            got = type(entry).__name__
+            rule = "be a tensor or a list of tensors"
+            raise TypeError(f"PolicySearch: {name} must {rule}, got a list with {got}")

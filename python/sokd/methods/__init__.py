@@ -1,0 +1,40 @@
+"""Distillation methods: each a loss of its own, and each by name for a `Distiller` (`build`)."""
+
+from sokd.methods.at import at
+from sokd.methods.catkd import catkd, class_maps
+from sokd.methods.common import Method, Shape, Step
+from sokd.methods.crd import crd, pooled
+from sokd.methods.dist import dist
+from sokd.methods.dkd import dkd
+from sokd.methods.fitnet import fitnet
+from sokd.methods.kd import kd
+from sokd.methods.lskd import lskd
+from sokd.methods.mgd import mgd
+from sokd.methods.registry import METHODS, build, options_of
+from sokd.methods.reviewkd import hcl, reviewkd
+from sokd.methods.rkd import rkd
+from sokd.methods.sp import sp
+
+__all__ = [
+    "METHODS",
+    "Method",
+    "Shape",
+    "Step",
+    "at",
+    "build",
+    "catkd",
+    "class_maps",
+    "crd",
+    "dist",
+    "dkd",
+    "fitnet",
+    "hcl",
+    "kd",
+    "lskd",
+    "mgd",
+    "options_of",
+    "pooled",
+    "reviewkd",
+    "rkd",
+    "sp",
+]

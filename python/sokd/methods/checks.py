@@ -1,0 +1,107 @@
+"""What the methods ask of their arguments, said once; and what they get: layers, constant teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from sokd.methods.common import Maps, Weights, wide
+
+__all__ = ["layer_pairs", "logits_pair"]
+
+Pair = tuple[Tensor, Tensor, Tensor | None]  # student, teacher, omega
+
+
+def logits_pair(op: str, student: Tensor, teacher: Tensor, *, classes: int = 1) -> tuple[Tensor, Tensor]:
+    """Both sides' logits [B, K], checked; float32 or float64, the teacher's constant."""
+    _check_tensors(op, "student_logits", student, "teacher_logits", teacher)
+    if student.dim() != 2 or student.shape[1] < classes:
+        least = "K" if classes == 1 else f"K >= {classes}"
+        raise ValueError(f"{op}: student_logits must be [B, {least}], got {list(student.shape)}")
+    if teacher.shape != student.shape:
+        rule = f"have the student's shape {list(student.shape)}"
+        raise ValueError(f"{op}: teacher_logits must {rule}, got {list(teacher.shape)}")
+    return wide(student), wide(teacher.detach())
+
+
+def layer_pairs(
+    op: str, student: Maps, teacher: Maps, weight: Weights = None, *, embeddings: bool = False,
+    same: str = "",
+) -> list[Pair]:  # fmt: skip
+    """The layers' features and weights as lists, checked; the teacher's constant, dtypes as given.
+
+    Args:
+        embeddings: whether [B, D] is taken beside [B, C, H, W].
+        same: "shape" or "channels", what the two sides have to have in common beside the batch.
+    """
+    students, teachers = _as_list(student), _as_list(teacher)
+    weights = [weight] * len(students) if isinstance(weight, Tensor | None) else list(weight)
+    for name, given in (("teacher", teachers), ("weight", weights)):
+        if len(given) != len(students):
+            rule = f"have one entry for each of the {len(students)} student maps"
+            raise ValueError(f"{op}: {name} must {rule}, got {len(given)}")
+    triples = zip(students, teachers, weights, strict=True)
+    return [_layer_pair(op, *triple, embeddings, same) for triple in triples]
+
+
+def _layer_pair(
+    op: str, student: Tensor, teacher: Tensor, weight: Tensor | None, embeddings: bool, same: str
+) -> Pair:
+    _check_tensors(op, "student", student, "teacher", teacher)
+    _check_rank(op, "student", student, embeddings)
+    _check_rank(op, "teacher", teacher, embeddings)
+    if same == "shape" and student.shape != teacher.shape:
+        rule = f"have the teacher's shape {list(teacher.shape)} (an adapter brings it there)"
+        raise ValueError(f"{op}: student must {rule}, got {list(student.shape)}")
+    if same == "channels" and student.shape[1] != teacher.shape[1]:
+        raise ValueError(f"{op}: student must have the teacher's {teacher.shape[1]} channels, "
+                         f"got {student.shape[1]}")  # fmt: skip
+    if weight is None:
+        return student, teacher.detach(), None
+    return student, teacher.detach(), _checked_weight(op, weight, teacher)
+
+
+def _checked_weight(op: str, weight: Tensor, teacher: Tensor) -> Tensor:
+    """omega as [B, H, W]."""
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        got = str(weight.dtype) if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"{op}: weight must be a floating-point tensor or None, got {got}")
+    if teacher.dim() != 4:
+        raise ValueError(f"{op}: weight must be None for features [B, D], got a weight")
+    if weight.dim() == 4 and weight.shape[1] == 1:
+        weight = weight.squeeze(1)
+    wanted = [teacher.shape[0], teacher.shape[2], teacher.shape[3]]
+    if list(weight.shape) != wanted:
+        raise ValueError(f"{op}: weight must be of the teacher's size {wanted}, got {list(weight.shape)}")
+    return weight.detach()
+
+
+def _check_tensors(op: str, name: str, student: Tensor, other: str, teacher: Tensor) -> None:
+    for which, tensor in ((name, student), (other, teacher)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {which} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{op}: {which} must be floating point, got {tensor.dtype}")
+    if teacher.device != student.device:
+        rule = f"be on the student's device {student.device}"
+        raise ValueError(f"{op}: {other} must {rule}, got {teacher.device}")
+    if teacher.shape[:1] != student.shape[:1]:
+        raise ValueError(f"{op}: {other} must have the student's batch size {_batch(student)}, "
+                         f"got {_batch(teacher)}")  # fmt: skip
+
+
+def _batch(tensor: Tensor) -> int | str:
+    return tensor.shape[0] if tensor.dim() else "none"
+
+
+def _check_rank(op: str, name: str, features: Tensor, embeddings: bool) -> None:
+    if features.dim() != 4 and not (embeddings and features.dim() == 2):
+        shapes = "[B, C, H, W] or [B, D]" if embeddings else "[B, C, H, W]"
+        raise ValueError(f"{op}: {name} must be {shapes}, got {list(features.shape)}")
+    if 0 in features.shape[1:]:
+        raise ValueError(f"{op}: {name} must have at least one cell, got {list(features.shape)}")
+
+
+def _as_list(features: Maps) -> list[Tensor]:
+    return list(features) if isinstance(features, Sequence) else [features]

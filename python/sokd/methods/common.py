@@ -1,0 +1,170 @@
+"""What a method is given in each step, what it says of itself, and the ground all of them stand on.
+
+Every method is usable in two ways: as a loss of its own (`sokd.methods.kd(student_logits, teacher_logits)`)
+and by name (`build("kd", ...)`), when it is called with a `Step`. All compute in float32 (float64 for float64
+input) whatever autocast says, never send a gradient to the teacher, and give 0 for an empty batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from sokd.adapters import resize
+from sokd.ops.common import accumulator, apply
+
+__all__ = ["Maps", "Method", "Shape", "Shapes", "Step", "Weights"]
+
+Shape = tuple[int, int, int]  # (C, H, W)
+Shapes = Sequence[Shape]
+Maps = Tensor | Sequence[Tensor]
+Weights = Tensor | Sequence[Tensor | None] | None
+
+
+@dataclass(slots=True)
+class Step:
+    """What one training step offers a method."""
+
+    student_logits: Tensor | None  # [B, K]
+    teacher_logits: Tensor | None  # [B, K], constant
+    target: Tensor | None  # [B] class indices (int64)
+    student: list[Tensor]  # one map [B, C_s, H_s, W_s] for each layer pair, as the student gave it
+    teacher: list[Tensor]  # [B, C, H, W], constants; refined where SoKD is plugged in
+    adapted: list[Tensor]  # the student's maps in the teacher's shapes; empty unless the method's `adapts`
+    weight: list[Tensor | None]  # omega [B, H, W] (teacher's size) of the mutual areas; None: no mask
+    index: Tensor | None  # [B] int64: the samples' places in the training set
+
+
+class Method(nn.Module):
+    """A distillation method as a module: `forward(step)` is its term, a scalar, not yet weighted.
+
+    A subclass takes the shapes of the layer pairs, then its options, keyword-only.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]]  # of {"logits", "features", "target", "index"}
+    adapts: ClassVar[bool] = False  # whether it reads step.adapted
+    default_weight: ClassVar[float]  # the paper's weight of the term
+
+    def __init__(self, student_shapes: Shapes = (), teacher_shapes: Shapes = ()) -> None:
+        super().__init__()
+        self.student_shapes, self.teacher_shapes = tuple(student_shapes), tuple(teacher_shapes)
+
+    def forward(self, step: Step) -> Tensor:
+        raise NotImplementedError
+
+    @classmethod
+    def logits(cls, step: Step) -> tuple[Tensor, Tensor]:
+        """Both sides' logits."""
+        what = "this method compares logits [B, K]"
+        return (
+            given(cls.name, "student_logits", step.student_logits, what),
+            given(cls.name, "teacher_logits", step.teacher_logits, what),
+        )
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """As float32, or as it is where it is float64."""
+    return tensor.to(accumulator(tensor.dtype))
+
+
+def unmixed(tensor: Tensor) -> torch.autocast:
+    """A context without autocast on the tensor's device: sums and products stay float32."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def masked(features: Tensor, weight: Tensor | None) -> Tensor:
+    """sqrt(omega) * features [B, C, H, W], omega at the features' size: how most methods meet the mask.
+
+    The root, so that the square of a difference of two masked maps carries omega once, as in `masked_mse`.
+    """
+    return features if weight is None else features * root(features, weight).unsqueeze(1)
+
+
+def root(features: Tensor, weight: Tensor) -> Tensor:
+    """sqrt(omega) [B, H, W] in the size and dtype of the features [B, C, H, W] (`sokd.adapters.resize`)."""
+    return resized(weight, features).sqrt()
+
+
+def resized(weight: Tensor, features: Tensor) -> Tensor:
+    """omega [B, H, W] in the size and dtype of the features."""
+    at_size = resize(wide(weight).unsqueeze(1), (features.shape[2], features.shape[3]))
+    return at_size.squeeze(1).to(features.dtype)
+
+
+def unit(vectors: Tensor, dim: int) -> Tensor:
+    """The vectors along `dim`, divided by their lengths; zeros stay, with a bounded gradient.
+
+    `F.normalize` divides the gradient of a zero by its eps of 1e-12: one dead unit, and the step is lost.
+    """
+    length = torch.linalg.vector_norm(vectors, dim=dim, keepdim=True)
+    return vectors / torch.where(length > 0, length, 1.0)
+
+
+def squares(features: Tensor, dim: int) -> Tensor:
+    """The sum of squares along `dim`; its backward is one product, not the several passes of autograd."""
+    return (
+        cast(Tensor, apply(_Squares, features, dim))
+        if features.requires_grad
+        else (features * features).sum(dim)
+    )
+
+
+class _Squares(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(features: Tensor, dim: int) -> Tensor:
+        return (features * features).sum(dim)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        features, ctx.dim = inputs
+        ctx.save_for_backward(features)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        (features,) = ctx.saved_tensors
+        return features * (2 * upstream).unsqueeze(ctx.dim), None
+
+
+def once(op: str, gradient: Tensor, of: Tensor) -> Tensor:
+    """A gradient computed beforehand, whose own gradient is refused.
+
+    Not `once_differentiable`: that gives a silent 0 where the upstream gradient is a constant.
+    """
+    return cast(Tensor, apply(_Once, gradient, of, op))
+
+
+class _Once(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gradient: Tensor, of: Tensor, op: str) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.op = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(f"{ctx.op}: the loss must be differentiated once only, got a second backward")
+
+
+def total(terms: Sequence[Tensor]) -> Tensor:
+    """The sum of the layers' terms."""
+    return functools.reduce(operator.add, terms)
+
+
+def given(op: str, name: str, tensor: Tensor | None, what: str) -> Tensor:
+    """What a step has to offer for this method."""
+    if tensor is None:
+        raise ValueError(f"{op}: {name} must be given ({what}), got None")
+    return tensor

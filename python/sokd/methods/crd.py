@@ -1,0 +1,202 @@
+"""Contrastive representation distillation: tell the own teacher's embedding from those of other samples.
+
+    v = W x / |W x|, W for each side;   h(v, m) = exp(<v, m> / tau) / Z;   c = K / N
+    L(v, M) = -1/B * sum_b [log h(v_b, M_b) / (h(v_b, M_b) + c) + sum_{K others k} log c / (h(v_b, M_k) + c)]
+    crd = L(v_student, M_teacher) + L(v_teacher, M_student)
+    then, in training, on each side:   M[index] <- normalise(momentum * M[index] + (1 - momentum) * v)
+
+Source: Tian, Krishnan, Isola, "Contrastive Representation Distillation" (ICLR 2020, arXiv 1910.10699,
+section 3; Z, the banks and their momentum as in the authors' code, whose 1e-7 in the denominators, which
+adds about 1e-7 N to each side's value, is left out).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sokd.methods.checks import layer_pairs
+from sokd.methods.common import Method, Shapes, Step, given, root, unmixed, wide
+from sokd.methods.contrast import noise_contrast
+from sokd.methods.negatives import Negatives
+from sokd.ops.common import is_eager
+from sokd.policy import fresh_seed
+
+__all__ = ["CRD", "CRDLoss", "crd", "pooled"]
+
+
+def crd(
+    student_dim: int, teacher_dim: int, num_samples: int, *, dim: int = 128, negatives: int = 16384,
+    temperature: float = 0.07, momentum: float = 0.5, labels: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> CRDLoss:  # fmt: skip
+    """The loss module for embeddings of these sizes and a training set of `num_samples`; see `CRDLoss`."""
+    return CRDLoss(
+        student_dim, teacher_dim, num_samples, dim=dim, negatives=negatives, temperature=temperature,
+        momentum=momentum, labels=labels, generator=generator,
+    )  # fmt: skip
+
+
+class CRDLoss(nn.Module):
+    """`crd(...)(student [B, D_s], teacher [B, D], index [B])`: the contrast of both sides, a scalar.
+
+    Args:
+        student_dim, teacher_dim: D_s and D.
+        num_samples: N, samples in the training set; `index` counts in it.
+        dim: of the embeddings; the paper: 128.
+        negatives: K for each sample; the paper: 16384. Drawn independently, as the formula has it.
+        temperature, momentum: tau and the banks' momentum; the paper: 0.07 and 0.5 (weight 0.8).
+        labels: [N] int64, the training set's classes: negatives are then of other classes (the authors'
+            "exact" mode); None: any other samples.
+        generator: where the seed of banks and negatives is taken from; None: `sokd.manual_seed`'s source,
+            else PyTorch's.
+
+    Parameters: the two embeddings. Buffers: the banks, Z's logarithms (NaN until the first batch sets them,
+    as the authors do), seed and counter of the negatives: a checkpoint resumes bit for bit. All float32 under
+    autocast. With several processes each fills the rows of its own samples. Second derivatives are refused,
+    torch.compile breaks its graph here. Rows given twice in one batch: the last stays (on a GPU: either).
+    """
+
+    student_bank: Tensor
+    teacher_bank: Tensor
+    log_normaliser: Tensor
+
+    def __init__(
+        self, student_dim: int, teacher_dim: int, num_samples: int, *, dim: int = 128, negatives: int = 16384,
+        temperature: float = 0.07, momentum: float = 0.5, labels: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"crd: temperature must be positive, got {temperature}")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"crd: momentum must be in [0, 1), got {momentum}")
+        seed = fresh_seed(generator)
+        self.negatives = Negatives(num_samples, negatives, labels, seed)
+        self.temperature, self.momentum = temperature, momentum
+        self.student_embedding = nn.Linear(student_dim, dim)
+        self.teacher_embedding = nn.Linear(teacher_dim, dim)
+        start = torch.rand(2, num_samples, dim, generator=torch.Generator().manual_seed(int(seed)))
+        start = (2 * start - 1) * math.sqrt(3 / dim)  # rows of length 1 on average
+        self.register_buffer("student_bank", start[0])
+        self.register_buffer("teacher_bank", start[1])
+        self.register_buffer("log_normaliser", torch.full((2,), math.nan))
+
+    # A compiled graph may put off what the gradient reads from a bank until the bank has been changed: wrong
+    # gradients, seen with torch 2.13. Outside of it, this loss runs as it is.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(
+        self, student: Tensor, teacher: Tensor, index: Tensor, contrast: Tensor | None = None
+    ) -> Tensor:
+        """Contrast, then (in training) put the new embeddings into the banks.
+
+        Args:
+            student, teacher: [B, D_s] and [B, D]; the teacher's embedding is trained, the teacher is not.
+            index: [B] int64, the samples' places in the training set, 0 .. N - 1 (checked on the CPU).
+            contrast: [B, K] int64, the negatives; None: drawn.
+
+        Returns:
+            [] float32; 0 for an empty batch, which leaves no trace.
+        """
+        _check_embeddings(student, teacher)
+        self._check_index(index, student)
+        with unmixed(student):
+            of_student = _embed(student, self.student_embedding)
+            of_teacher = _embed(teacher.detach(), self.teacher_embedding)
+            if not index.shape[0]:
+                return (of_student.sum() + of_teacher.sum()) * 0
+            others = self.negatives(index) if contrast is None else contrast
+            picked = torch.cat((index.unsqueeze(1), others), 1)
+            sides = ((of_student, self.teacher_bank, 0), (of_teacher, self.student_bank, 1))
+            loss = torch.stack([self._side(*side, picked) for side in sides]).sum()
+            self._remember(index, of_student.detach(), of_teacher.detach())
+        return loss
+
+    def _side(self, anchor: Tensor, bank: Tensor, side: int, picked: Tensor) -> Tensor:
+        known = self.log_normaliser[side]
+        loss, used = noise_contrast(anchor, bank, picked, known, self.temperature)
+        if self.training:
+            with torch.no_grad():
+                self.log_normaliser[side] = used
+        return loss
+
+    @torch.no_grad()
+    def _remember(self, index: Tensor, *embeddings: Tensor) -> None:
+        if not self.training:
+            return
+        for bank, embedding in zip((self.student_bank, self.teacher_bank), embeddings, strict=True):
+            rows = bank.index_select(0, index).lerp_(embedding, 1 - self.momentum)
+            bank.index_copy_(0, index, F.normalize(rows))
+
+    def _check_index(self, index: Tensor, student: Tensor) -> None:
+        if not isinstance(index, Tensor) or index.dtype != torch.int64:
+            got = str(index.dtype) if isinstance(index, Tensor) else type(index).__name__
+            raise TypeError(f"crd: index must be an int64 tensor [B], got {got}")
+        if index.shape != student.shape[:1]:
+            raise ValueError(f"crd: index must be [{student.shape[0]}], got {list(index.shape)}")
+        if index.device.type == "cpu" and index.numel() and is_eager(index):
+            low, high = (int(end) for end in index.aminmax())
+            if low < 0 or high >= len(self.student_bank):
+                rule = f"lie in 0 .. {len(self.student_bank) - 1} (num_samples)"
+                raise ValueError(f"crd: index must {rule}, got {low if low < 0 else high}")
+
+
+def _check_embeddings(student: Tensor, teacher: Tensor) -> None:
+    layer_pairs("crd", student, teacher, embeddings=True)
+    for name, features in (("student", student), ("teacher", teacher)):
+        if features.dim() != 2:
+            rule = "be [B, D] (sokd.methods.pooled makes it of a map)"
+            raise ValueError(f"crd: {name} must {rule}, got {list(features.shape)}")
+
+
+def _embed(features: Tensor, embedding: nn.Linear) -> Tensor:
+    return F.normalize(embedding(features.to(embedding.weight.dtype)))
+
+
+def pooled(features: Tensor, weight: Tensor | None = None) -> Tensor:
+    """[B, C, H, W] -> [B, C] float32 (float64): the average over the cells, weighted by sqrt(omega).
+
+    Settled here, for the mask on top of CRD (method.md 4: refine and mask before pooling): the weights are
+    divided by their sum, so that the size of the areas does not scale the embedding; where omega is 0 all
+    over, 0.
+    """
+    features = wide(features)
+    if weight is None:
+        return features.mean((2, 3))
+    share = root(features, weight)
+    share = share / share.sum((1, 2), keepdim=True).clamp_min(torch.finfo(share.dtype).tiny)
+    with unmixed(features):
+        return (features.flatten(2) @ share.to(features.dtype).flatten(1).unsqueeze(2)).squeeze(2)
+
+
+class CRD(Method):
+    """`crd` by name, on the last layer pair, pooled; options as of `CRDLoss`, `num_samples` required."""
+
+    name: ClassVar[str] = "crd"
+    needs: ClassVar[frozenset[str]] = frozenset({"features", "index"})
+    default_weight: ClassVar[float] = 0.8
+
+    def __init__(
+        self, student_shapes: Shapes = (), teacher_shapes: Shapes = (), *, num_samples: int | None = None,
+        dim: int = 128, negatives: int = 16384, temperature: float = 0.07, momentum: float = 0.5,
+        labels: Tensor | None = None, generator: torch.Generator | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(student_shapes, teacher_shapes)
+        if num_samples is None:
+            raise TypeError("crd: num_samples must be given (the size of the training set), got None")
+        self.loss = CRDLoss(
+            student_shapes[-1][0], teacher_shapes[-1][0], num_samples, dim=dim, negatives=negatives,
+            temperature=temperature, momentum=momentum, labels=labels, generator=generator,
+        )  # fmt: skip
+
+    def forward(self, step: Step) -> Tensor:
+        index = given(self.name, "index", step.index, "the samples' places in the training set, int64 [B]")
+        ((student, teacher, weight),) = layer_pairs(
+            self.name, step.student[-1], step.teacher[-1], step.weight[-1]
+        )
+        loss: Tensor = self.loss(pooled(student, weight), pooled(teacher, weight), index)
+        return loss

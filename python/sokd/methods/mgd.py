@@ -1,0 +1,121 @@
+"""Masked generative distillation: from a part of the student's features, generate the teacher's.
+
+    keep ~ Bernoulli(1 - ratio) for each channel, or each cell, of each sample;   G = conv3x3, ReLU, conv3x3
+    mgd = sum over layers of  1 / B * sum_{b,c,y,x} omega[b,y,x] * (G(keep * Phi(F_s)) - F_t)^2
+
+Source: Yang, Li, Shao, Shi, Yuan, Yuan, "Masked Generative Distillation" (ECCV 2022, arXiv 2205.01529,
+section 3; the authors' code masks cells in detection, channels in classification). omega, 1 without a mask:
+settled here.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from sokd.methods.checks import layer_pairs
+from sokd.methods.common import Method, Shapes, Step, total
+from sokd.methods.fitnet import hint
+from sokd.ops import draw
+from sokd.policy import fresh_seed
+
+__all__ = ["MGD", "MGDLoss", "mgd"]
+
+_RATIO = {"channels": 0.15, "cells": 0.65}  # the authors', in classification and in detection
+
+
+def mgd(
+    channels: int, *, ratio: float | None = None, over: str = "channels",
+    generator: torch.Generator | None = None,
+) -> MGDLoss:  # fmt: skip
+    """The loss module for features of the teacher's `channels`; see `MGDLoss`."""
+    return MGDLoss(channels, ratio=ratio, over=over, generator=generator)
+
+
+class MGDLoss(nn.Module):
+    """`mgd(channels)(student, teacher, weight=None)` for one layer.
+
+    Args:
+        channels: C of the teacher's map.
+        ratio: the share that is masked; None: 0.15 of the channels, 0.65 of the cells, as the authors.
+        over: "channels" or "cells".
+        generator: where the seed of the masks is taken from; None: `sokd.manual_seed`'s source, else
+            PyTorch's.
+
+    The masks are a function of the buffers `seed` and `counter` (int64 [1]): a checkpoint resumes bit for
+    bit. The authors' weights: 7e-5 (classification), 2e-5 (detection).
+    """
+
+    seed: Tensor
+    counter: Tensor
+
+    def __init__(
+        self, channels: int, *, ratio: float | None = None, over: str = "channels",
+        generator: torch.Generator | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if over not in _RATIO:
+            raise ValueError(f"mgd: over must be one of {', '.join(_RATIO)}, got {over!r}")
+        ratio = _RATIO[over] if ratio is None else ratio
+        if not 0 <= ratio < 1:
+            raise ValueError(f"mgd: ratio must be in [0, 1), got {ratio}")
+        self.ratio, self.over = ratio, over
+        self.generation = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+        self.register_buffer("seed", fresh_seed(generator))
+        self.register_buffer("counter", torch.zeros(1, dtype=torch.int64))
+
+    def forward(self, student: Tensor, teacher: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The squared difference, summed over channels and cells, the mean over the batch.
+
+        Args:
+            student: [B, C, H, W], already of the teacher's shape (`sokd.Adapter`).
+            teacher: [B, C, H, W], constant.
+            weight: omega [B, H, W]: generated and teacher's map are multiplied by its root.
+
+        Returns:
+            [] float32 (float64 for float64); 0 for an empty batch. Autocast applies to the convolutions.
+        """
+        ((student, teacher, weight),) = layer_pairs("mgd", student, teacher, weight, same="shape")
+        generated = self.generation(student * self._keep(student))
+        cells = student.shape[1] * student.shape[2] * student.shape[3]
+        return hint(generated, teacher, weight, scale=cells)
+
+    def _keep(self, features: Tensor) -> Tensor:
+        """[B, C, 1, 1] or [B, 1, H, W] of ones and zeros; in training the next draw."""
+        batch, channels, height, width = features.shape
+        shape = (batch, channels, 1, 1) if self.over == "channels" else (batch, 1, height, width)
+        uniforms, _ = draw(self.seed, self.counter, shape[0] * shape[1] * shape[2] * shape[3])
+        if self.training:
+            self.counter.add_(1)
+        return (uniforms >= self.ratio).view(shape).to(features.dtype)
+
+    def extra_repr(self) -> str:
+        return f"ratio={self.ratio:g}, over={self.over!r}"
+
+
+class MGD(Method):
+    """`mgd` by name, on the adapted maps: one `MGDLoss` for each layer pair, their sum."""
+
+    name: ClassVar[str] = "mgd"
+    needs: ClassVar[frozenset[str]] = frozenset({"features"})
+    adapts: ClassVar[bool] = True
+    default_weight: ClassVar[float] = 7e-5
+
+    def __init__(
+        self, student_shapes: Shapes = (), teacher_shapes: Shapes = (), *, ratio: float | None = None,
+        over: str = "channels", generator: torch.Generator | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(student_shapes, teacher_shapes)
+        self.layers = nn.ModuleList(
+            MGDLoss(shape[0], ratio=ratio, over=over, generator=generator) for shape in teacher_shapes
+        )
+
+    def forward(self, step: Step) -> Tensor:
+        maps = zip(self.layers, step.adapted, step.teacher, step.weight, strict=True)
+        return total([cast(Tensor, layer(*each)) for layer, *each in maps])

@@ -1,0 +1,75 @@
+"""CRD's negatives: for each sample of a batch, K places of other samples in the training set.
+
+Uniform and independent, with repetition; a function of two int64 buffers alone, as `sokd.Policy`'s draws.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sokd.ops import draw
+
+__all__ = ["Negatives"]
+
+# The uniforms have 23 bits. Up to here no place is 1 % likelier than another; beyond, two of them make one.
+_ONE_DRAW_UP_TO = 2**16
+
+
+class Negatives(nn.Module):
+    """index [B] -> [B, K] int64: other samples, with `labels` those of other classes.
+
+    The samples in the order of their labels make the own class one run, which is stepped over:
+        r uniform in 0 .. N - size(class) - 1;   place = order[r + (r >= start(class)) * size(class)]
+    Without labels each sample is a class of its own.
+    """
+
+    seed: Tensor
+    counter: Tensor
+
+    def __init__(self, num_samples: int, count: int, labels: Tensor | None, seed: Tensor) -> None:
+        super().__init__()
+        if num_samples < 2:
+            raise ValueError(f"crd: num_samples must be at least 2, got {num_samples}")
+        if count < 1:
+            raise ValueError(f"crd: negatives must be at least 1, got {count}")
+        self.num_samples, self.count, self.labelled = num_samples, count, labels is not None
+        self.register_buffer("seed", seed.clone())
+        self.register_buffer("counter", torch.zeros(1, dtype=torch.int64))
+        if labels is not None:
+            self._sort(labels)
+
+    def _sort(self, labels: Tensor) -> None:
+        """Order of the samples by label; for each sample, where its class starts in it, and its size."""
+        labels = torch.as_tensor(labels)
+        if labels.shape != (self.num_samples,) or labels.dtype != torch.int64:
+            got = f"{list(labels.shape)} {labels.dtype}"
+            raise ValueError(f"crd: labels must be int64 [{self.num_samples}] (num_samples), got {got}")
+        _, own, sizes = torch.unique(labels, return_inverse=True, return_counts=True)
+        if len(sizes) < 2:
+            raise ValueError("crd: labels must be of at least 2 classes, got 1")
+        # not persistent: they come with the options
+        self.register_buffer("_order", own.argsort(stable=True), persistent=False)
+        self.register_buffer("_start", (sizes.cumsum(0) - sizes)[own], persistent=False)
+        self.register_buffer("_size", sizes[own], persistent=False)
+
+    def forward(self, index: Tensor) -> Tensor:
+        column = index.unsqueeze(1)
+        if not self.labelled:
+            place = self._integers(index.shape[0], self.num_samples - 1)
+            return place + (place >= column)
+        start, size = (self.get_buffer(name)[column] for name in ("_start", "_size"))
+        place = self._integers(index.shape[0], self.num_samples - size)
+        return self.get_buffer("_order")[place + (place >= start) * size]
+
+    def _integers(self, batch: int, bound: int | Tensor) -> Tensor:
+        """[B, K] uniform in 0 .. bound - 1 (bound [B, 1] or one for all); in training the next draw."""
+        draws = 1 if self.num_samples <= _ONE_DRAW_UP_TO else 2
+        uniforms, _ = draw(self.seed, self.counter, draws * batch * self.count)
+        if self.training:
+            self.counter.add_(1)
+        exact = uniforms.view(
+            draws, batch, self.count
+        ).double()  # in float32, u * bound may round up to bound
+        unit = exact[0] if draws == 1 else exact[0] + (exact[1] - 0.5) * 2.0**-23
+        return (unit * bound).long()

@@ -1,0 +1,56 @@
+"""The methods by name, and the one place that makes them from names and options."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from sokd.methods.at import AT
+from sokd.methods.catkd import CATKD
+from sokd.methods.common import Method, Shape
+from sokd.methods.crd import CRD
+from sokd.methods.dist import DIST
+from sokd.methods.dkd import DKD
+from sokd.methods.fitnet import FitNet
+from sokd.methods.kd import KD
+from sokd.methods.lskd import LSKD
+from sokd.methods.mgd import MGD
+from sokd.methods.reviewkd import ReviewKD
+from sokd.methods.rkd import RKD
+from sokd.methods.sp import SP
+
+__all__ = ["METHODS", "build", "options_of"]
+
+_ALL: tuple[type[Method], ...] = (
+    FitNet, AT, CRD, ReviewKD, KD, DKD, LSKD, DIST, SP, RKD, CATKD, MGD
+)  # fmt: skip
+METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
+
+
+def build(
+    name: str, *, student_shapes: Sequence[Shape], teacher_shapes: Sequence[Shape], **options: Any
+) -> Method:
+    """The method of that name for layer pairs of these shapes (C, H, W), with its own options.
+
+    Raises:
+        ValueError: no such method (the nearest names are given), or shapes that it cannot serve.
+        TypeError: an option that it does not have, or one that it cannot do without.
+    """
+    if name not in METHODS:
+        near = difflib.get_close_matches(str(name).lower(), METHODS, n=3, cutoff=0.4)
+        rule = f"be one of {', '.join(METHODS)}" + (f" (nearest: {', '.join(near)})" if near else "")
+        raise ValueError(f"build: name must {rule}, got {name!r}")
+    method, known = METHODS[name], options_of(name)
+    for option in options:
+        if option not in known:
+            rule = f"be among {', '.join(known)}" if known else "be left out (it has none)"
+            raise TypeError(f"{name}: options must {rule}, got {option}")
+    return method(student_shapes, teacher_shapes, **options)
+
+
+def options_of(name: str) -> list[str]:
+    """The names of a method's options."""
+    parameters = inspect.signature(METHODS[name]).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]

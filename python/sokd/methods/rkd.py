@@ -1,0 +1,95 @@
+"""Relational knowledge distillation: distances and angles between samples, not the features themselves.
+
+    d_ij = |x_i - x_j| / their mean over the pairs that differ;   e_ij = (x_j - x_i) / |x_j - x_i|
+    rkd = distance * mean_{ij} huber(d_ij^s, d_ij^t) + angle * mean_{ijk} huber(<e_ij,e_ik>^s, <e_ij,e_ik>^t)
+
+Source: Park, Kim, Lu, Cho, "Relational Knowledge Distillation" (CVPR 2019, arXiv 1904.05068, section 3);
+huber: the smooth L1 with threshold 1. omega, 1 without a mask: settled here.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sokd.methods.checks import layer_pairs
+from sokd.methods.common import Maps, Method, Shapes, Step, Weights, masked, squares, total, unmixed, wide
+from sokd.methods.sp import products
+
+__all__ = ["RKD", "rkd"]
+
+
+def rkd(
+    student: Maps, teacher: Maps, weight: Weights = None, *, distance: float = 25.0, angle: float = 50.0
+) -> Tensor:
+    """Huber losses of the distances and the angles within the batch.
+
+    Args:
+        student: [B, D_s], or maps [B, C_s, H_s, W_s], which are averaged over their cells; or a list of them.
+        teacher: [B, D] or [B, C, H, W], constant, or an equally long list.
+        weight: omega [B, H, W] at the teacher's size (maps only), or one (or None) for each layer: both sides
+            are multiplied by its root before the average.
+        distance, angle: weights of the two parts; the paper's for classification: 25 and 50.
+
+    Returns:
+        [] float32 (float64 for float64), the sum over the layers; 0 for batches of none and one.
+
+    Memory: B^2 D and B^3 numbers. Settled here: two samples at one place have the direction 0 and do not
+    count in the mean distance; their gradient is bounded.
+    """
+    pairs = layer_pairs("rkd", student, teacher, weight, embeddings=True)
+    return total([_relations(*pair, distance, angle) for pair in pairs])
+
+
+def _relations(
+    student: Tensor, teacher: Tensor, weight: Tensor | None, distance: float, angle: float
+) -> Tensor:
+    batch = max(student.shape[0], 1)
+    with unmixed(student):
+        (far_s, turn_s), (far_t, turn_t) = (
+            _geometry(_embedding(features, weight)) for features in (student, teacher)
+        )
+        distances = F.smooth_l1_loss(far_s, far_t, reduction="sum")
+        angles = F.smooth_l1_loss(turn_s, turn_t, reduction="sum")
+        return distance / batch**2 * distances + angle / batch**3 * angles
+
+
+def _embedding(features: Tensor, weight: Tensor | None) -> Tensor:
+    features = masked(wide(features), weight)
+    return features if features.dim() == 2 else features.mean((2, 3))
+
+
+def _geometry(points: Tensor) -> tuple[Tensor, Tensor]:
+    """points [B, D] -> relative distances [B, B], cosines of the angles at each point [B, B, B]."""
+    difference = points.unsqueeze(0) - points.unsqueeze(1)
+    squared = squares(difference, 2)
+    apart = squared > 0
+    # the root of 1 in place of 0: that of 0 has no gradient
+    distance = torch.where(apart, squared, 1.0).sqrt()
+    direction = difference / distance.unsqueeze(2)
+    distance = distance * apart
+    # not `distance[apart].mean()`: how many there are would have to be waited for
+    mean = distance.sum() / apart.sum().clamp(min=1)
+    return distance / torch.where(mean > 0, mean, 1.0), products(direction)
+
+
+class RKD(Method):
+    """`rkd` by name, on the student's own maps."""
+
+    name: ClassVar[str] = "rkd"
+    needs: ClassVar[frozenset[str]] = frozenset({"features"})
+    default_weight: ClassVar[float] = 1.0
+
+    def __init__(
+        self, student_shapes: Shapes = (), teacher_shapes: Shapes = (), *, distance: float = 25.0,
+        angle: float = 50.0,
+    ) -> None:  # fmt: skip
+        super().__init__(student_shapes, teacher_shapes)
+        self.distance, self.angle = distance, angle
+
+    def forward(self, step: Step) -> Tensor:
+        options = {"distance": self.distance, "angle": self.angle}
+        return rkd(step.student, step.teacher, step.weight, **options)

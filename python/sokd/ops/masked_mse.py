@@ -1,0 +1,200 @@
+"""Masked distillation: the weighted mean squared difference of two maps and its gradient, in one pass.
+
+loss      = scale / norm * sum weight[b,y,x] * (student - teacher)[b,c,y,x]^2
+d_student = 2 * scale / norm * weight * (student - teacher)
+norm      = B*C*H*W ("elements") or C * sum(weight) ("area"); norm 0: loss 0, gradient 0
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sokd import _core, reference
+from sokd.ops.common import accumulator, apply, check_kind, has_kernel, is_eager, register, second_derivative
+from sokd.reference import layout_of
+
+
+def _kernel(
+    student: Tensor, teacher: Tensor, weight: Tensor | None, normalise: str, scale: float, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    loss, d_student = _fake(student, teacher, weight, normalise, scale, gradient)
+    wanted = d_student if gradient else None
+    _core.masked_mse(loss, wanted, student, teacher, weight, normalise, scale, torch.get_num_threads())
+    return loss, d_student
+
+
+def _fake(
+    student: Tensor, teacher: Tensor, weight: Tensor | None, normalise: str, scale: float, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    loss = student.new_empty((), dtype=accumulator(student.dtype))
+    if not gradient:
+        return loss, student.new_empty(0)
+    return loss, torch.empty_like(student, memory_format=layout_of(student))
+
+
+_forward = register(
+    "masked_mse(Tensor student, Tensor teacher, Tensor? weight, str normalise, float scale, bool gradient) "
+    "-> (Tensor, Tensor)",
+    _kernel,
+    _fake,
+)
+
+
+class _MaskedMse(torch.autograd.Function):
+    """Returns (loss, d_student); the gradient is an output only so that `setup_context` can save it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        student: Tensor, teacher: Tensor, weight: Tensor | None, normalise: str, scale: float, gradient: bool
+    ) -> tuple[Tensor, Tensor]:
+        loss, d_student = _forward(student, teacher, weight, normalise, scale, gradient)
+        return loss, d_student
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[1], *inputs[:3])
+        ctx.options = inputs[3:5]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 6
+        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if twice:
+            d_student = apply(_MaskedMseBackward, upstream, *ctx.saved_tensors, *ctx.options)
+        else:
+            d_student = _scaled(ctx.saved_tensors[0], upstream)
+        d_teacher = -d_student if ctx.needs_input_grad[1] else None
+        return (d_student if ctx.needs_input_grad[0] else None), d_teacher, None, None, None, None
+
+
+class _MaskedMseBackward(torch.autograd.Function):
+    """The backward as a function of its own, for a second derivative: that one is `sokd.reference`'s."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        upstream: Tensor, d_student: Tensor, student: Tensor, teacher: Tensor, weight: Tensor | None,
+        normalise: str, scale: float,
+    ) -> Tensor:  # fmt: skip
+        return _multiplied(d_student, upstream)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        upstream, _, student, teacher, weight, *ctx.options = inputs
+        ctx.save_for_backward(upstream, student, teacher, weight)
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        upstream, student, teacher, weight = ctx.saved_tensors
+        normalise, scale = ctx.options
+
+        def value(student: Tensor, teacher: Tensor) -> Tensor:
+            return reference.mutual_mse(student, teacher, weight, normalise=normalise, scale=scale)
+
+        pair = (student, teacher)
+        to_upstream, *to_pair = second_derivative(value, upstream, pair, (True, False), (incoming,))
+        return to_upstream, None, *to_pair, None, None, None
+
+
+def _multiplied(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """gradient * upstream, rounded once, never in place: the graph may be walked again."""
+    return (gradient.to(accumulator(gradient.dtype)) * upstream).to(gradient.dtype)
+
+
+def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """gradient * upstream; the gradient as it is where upstream is one and looking costs nothing."""
+    if upstream.device.type != "cpu" or not is_eager(upstream):
+        return _multiplied(gradient, upstream)
+    factor = upstream.item()
+    return gradient if factor == 1.0 else gradient * factor
+
+
+def masked_mse(
+    student: Tensor, teacher: Tensor, weight: Tensor | None = None, *, normalise: str = "elements"
+) -> Tensor:
+    """The mean of weight * (student - teacher)^2, as a scalar.
+
+    Args:
+        student, teacher: [B, C, H, W], one shape and dtype: float64, float32, float16 or bfloat16.
+        weight: [B, H, W] or [B, 1, H, W], any float dtype, not negative; None: one everywhere.
+        normalise: "elements": divided by B*C*H*W; "area": by C * sum(weight). The same without a weight.
+
+    Returns:
+        [] float32 (float64 for float64): 0, with gradient 0, for an empty batch or an area of 0.
+
+    Gradient: student alone (second derivatives by plain PyTorch: right, not fast); a teacher or weight that
+    requires grad is refused. NaN propagates. On the CPU a negative weight is a ValueError. NumPy arrays give
+    a NumPy array []. Source: method 3 [A: "elements"; settled here: "area"].
+    """
+    return _masked_mse(student, teacher, weight, normalise=normalise, scale=1.0)
+
+
+def _masked_mse(
+    student: Tensor, teacher: Tensor, weight: Tensor | None, *, normalise: str, scale: float,
+    mutual: bool = False,
+) -> Tensor:  # fmt: skip
+    """`masked_mse` times `scale`; with `mutual` the teacher gets its gradient too, minus the student's.
+
+    A factor inside the operator keeps the upstream gradient at one, and so saves a pass over the map.
+    """
+    if is_eager(student, teacher, weight):
+        check_kind("masked_mse", "student", student, teacher=teacher, weight=weight)
+        if not isinstance(normalise, str):
+            raise TypeError(f"masked_mse: normalise must be a string, got {type(normalise).__name__}")
+        _core.check_masked_mse(student, teacher, weight, normalise)
+    if isinstance(student, np.ndarray):
+        return _masked_mse_numpy(student, teacher, weight, normalise, scale)
+    _refuse_gradients(weight=weight, **({} if mutual else {"teacher": teacher}))
+    if not has_kernel(student):
+        return reference.mutual_mse(student, teacher, weight, normalise=normalise, scale=scale)
+    tracked = student.requires_grad or teacher.requires_grad or not is_eager(student)
+    gradient = torch.is_grad_enabled() and tracked
+    rest: float | Tensor = 1.0
+    if student.dtype == torch.float16:
+        scale, rest = _split_scale(student, weight, normalise, scale)
+        normalise = "elements"
+    loss: Tensor = apply(_MaskedMse, student, teacher, weight, normalise, scale, gradient)[0]
+    return loss if isinstance(rest, float) and rest == 1.0 else loss * rest
+
+
+def _split_scale(
+    student: Tensor, weight: Tensor | None, normalise: str, scale: float
+) -> tuple[float, float | Tensor]:
+    """`scale` for "elements" as two factors: the operator's, and the rest for its loss.
+
+    The gradient is kept in float16, which cannot hold a millionth precisely and nothing above 65504. With the
+    first factor 1/64 to 1/32 of B*C*H*W it is weight * difference / 32 to / 16, in range up to a weighted
+    difference of a million; the rest and upstream (a loss scale, mostly) multiply it afterwards, in float32.
+    """
+    elements = student.numel()
+    if weight is not None and normalise == "area":  # which may be one cell, and is not waited for
+        area = weight.detach().sum(dtype=torch.float32) * student.shape[1]
+        return elements / 64, torch.where(area == 0, area, 64 * scale / area)
+    ratio = elements / abs(scale) if scale else 0.0
+    if not 0.0 < ratio < math.inf:
+        return scale, 1.0
+    lift = 2.0 ** math.floor(math.log2(ratio) - 5)  # a power of two rounds nothing
+    return scale * lift, 1 / lift
+
+
+def _refuse_gradients(**constants: Tensor | None) -> None:
+    for name, tensor in constants.items():
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"masked_mse: {name} must not require grad, got a tensor that requires grad")
+
+
+def _masked_mse_numpy(student: Any, teacher: Any, weight: Any, normalise: str, scale: float) -> Any:
+    loss = np.empty((), accumulator(student.dtype))
+    _core.masked_mse(loss, None, student, teacher, weight, normalise, scale, torch.get_num_threads())
+    return loss

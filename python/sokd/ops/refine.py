@@ -1,0 +1,246 @@
+"""Refinement of features by one augmentation plan for each group of samples, in one pass [method 2.3].
+
+refined[n,c,y,x] = keep[g,c] * (hole_g(y,x) * bilinear(features[n, perm[g,c]], theta_g (x,y))
+                                + sigma_g * eps(seed, n, c, y, x))
+with upstream u:  d_features = adjoint of the sampling;  d_theta through the bilinear weights;
+d_sigma = sum keep * u * eps;  d_straight = sum u.  The backward draws eps again; nothing is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sokd import _core, reference
+from sokd.ops.common import (
+    accumulator,
+    apply,
+    check_kind,
+    has_kernel,
+    is_eager,
+    register,
+    second_derivative,
+    split_seed,
+)
+from sokd.reference import Plan, layout_of
+
+__all__ = ["Plan", "refine", "refine_dots"]
+
+_Part = Tensor | None
+_PARTS = (
+    "Tensor? theta, Tensor? hole, Tensor? sigma, Tensor? perm, Tensor? keep, Tensor? seed_tensor, int seed"
+)
+
+
+def _forward_kernel(
+    features: Tensor, theta: _Part, hole: _Part, sigma: _Part, perm: _Part, keep: _Part, seed_tensor: _Part,
+    seed: int,
+) -> Tensor:  # fmt: skip
+    refined = _forward_fake(features)
+    source = seed if seed_tensor is None else seed_tensor
+    _core.refine_forward(refined, features, theta, hole, sigma, perm, keep, source, torch.get_num_threads())
+    return refined
+
+
+def _forward_fake(features: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(features, memory_format=layout_of(features))
+
+
+def _backward_kernel(
+    upstream: Tensor, features: Tensor, theta: _Part, hole: _Part, sigma: _Part, perm: _Part, keep: _Part,
+    seed_tensor: _Part, seed: int, straight: _Part, wanted: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    plan = (theta, hole, sigma, perm, keep)
+    gradients = _backward_fake(upstream, features, *plan, seed_tensor, seed, straight, wanted)
+    d_features, d_theta, d_sigma, d_straight = (
+        gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)
+    )
+    source, threads = seed if seed_tensor is None else seed_tensor, torch.get_num_threads()
+    _core.refine_backward(
+        d_features, d_theta, d_sigma, d_straight, upstream, features, *plan, source, threads
+    )
+    return gradients
+
+
+def _backward_fake(
+    upstream: Tensor, features: Tensor, theta: _Part, hole: _Part, sigma: _Part, perm: _Part, keep: _Part,
+    seed_tensor: _Part, seed: int, straight: _Part, wanted: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    def gradient(of: _Part, wanted: bool) -> Tensor:
+        return features.new_empty(0) if of is None or not wanted else of.new_empty(of.shape)
+
+    d_features = _forward_fake(features) if wanted[0] else features.new_empty(0)
+    return (d_features, *(gradient(*each) for each in zip((theta, sigma, straight), wanted[1:], strict=True)))
+
+
+def _dots_kernel(features: Tensor, upstream: Tensor, theta: _Part, hole: _Part, sigma: _Part, perm: _Part,
+                 keep: _Part, seed_tensor: _Part, seed: int, plans: int) -> Tensor:  # fmt: skip
+    dots = features.new_empty(plans, dtype=accumulator(features.dtype))
+    source = seed if seed_tensor is None else seed_tensor
+    threads = torch.get_num_threads()
+    _core.refine_dots(dots, features, upstream, theta, hole, sigma, perm, keep, source, threads)
+    return dots
+
+
+def _dots_fake(features: Tensor, *rest: Any) -> Tensor:
+    return features.new_empty(rest[-1], dtype=accumulator(features.dtype))
+
+
+_forward = register(f"refine(Tensor features, {_PARTS}) -> Tensor", _forward_kernel, _forward_fake)
+_backward = register(
+    f"refine_backward(Tensor upstream, Tensor features, {_PARTS}, Tensor? straight, bool[] wanted) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _backward_kernel,
+    _backward_fake,
+)
+_dots = register(
+    f"refine_dots(Tensor features, Tensor upstream, {_PARTS}, int plans) -> Tensor", _dots_kernel, _dots_fake
+)
+
+
+class _Refine(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        features: Tensor, theta: _Part, sigma: _Part, straight: _Part, hole: _Part, perm: _Part, keep: _Part,
+        seed_tensor: _Part, seed: int,
+    ) -> Tensor:  # fmt: skip
+        return _forward(features, theta, hole, sigma, perm, keep, seed_tensor, seed)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:8])
+        ctx.seed = inputs[8]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[_Part, ...]:
+        wanted = list(ctx.needs_input_grad[:4])
+        inputs = (upstream, *ctx.saved_tensors, ctx.seed, wanted)
+        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        gradients = apply(_RefineBackward, *inputs) if twice else _RefineBackward.forward(*inputs)
+        return (*(d if want else None for d, want in zip(gradients, wanted, strict=True)), *[None] * 5)
+
+
+class _RefineBackward(torch.autograd.Function):
+    """The backward as a function of its own, for a second derivative: that one is `sokd.reference`'s."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        upstream: Tensor, features: Tensor, theta: _Part, sigma: _Part, straight: _Part, hole: _Part,
+        perm: _Part, keep: _Part, seed_tensor: _Part, seed: int, wanted: list[bool],
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        plan = (theta, hole, sigma, perm, keep, seed_tensor, seed)
+        return _backward(upstream, features, *plan, straight, wanted)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[:9])
+        ctx.seed, ctx.wanted = inputs[9:]
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Tensor) -> tuple[_Part, ...]:
+        upstream, *inputs, hole, perm, keep, seed_tensor = ctx.saved_tensors
+        seed = ctx.seed if seed_tensor is None else seed_tensor
+
+        def value(features: Tensor, theta: _Part, sigma: _Part, straight: _Part) -> Tensor:
+            return reference.refine(
+                features, theta, hole=hole, sigma=sigma, perm=perm, keep=keep, seed=seed, straight=straight
+            )
+
+        return (*second_derivative(value, upstream, inputs, ctx.wanted, incoming), *[None] * 6)
+
+
+def refine(
+    features: Tensor, theta: Tensor | None = None, *, hole: Tensor | None = None,
+    sigma: Tensor | None = None, perm: Tensor | None = None, keep: Tensor | None = None,
+    seed: int | Tensor = 0, straight: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Refine features by a plan: permute channels, resample, cut a hole, add noise, drop channels.
+
+    Args:
+        features: [B, C, H, W] float64, float32, float16 or bfloat16; any strides, channels_last native.
+        theta: [G, 2, 3] as `affine_grid` + `grid_sample(align_corners=False)` read it; identity copies.
+        hole: [G, 4] ints y0 x0 y1 x1, half open, set to zero (the noise is added on top).
+        sigma: [G], standard deviation of the noise.
+        perm: [G, C] ints: output channel c shows input channel perm[g, c].
+        keep: [G, C] bool: channels where it is False become zero.
+        seed: of the noise: an int of 64 bits, or an int64 tensor [1] on the features' device.
+        straight: [G]; does not enter the value; its gradient is the sum of the upstream gradient.
+        Each G is 1 or B on its own. A part left out, or neutral by value, costs nothing.
+
+    Returns:
+        refined, with the shape and dtype of the features; channels_last if they are.
+
+    Gradients: features, theta, sigma, straight (second derivatives by plain PyTorch: right, not fast).
+    NaN features propagate. On the CPU, a theta or sigma that is not finite and a perm that is no permutation
+    are a ValueError. NumPy arrays give a NumPy array. Source: method 2.3, settled here.
+    """
+    number, seed_tensor = split_seed("refine", seed, features)
+    if is_eager(features, theta, hole, sigma, perm, keep, straight, seed):
+        parts = {"theta": theta, "hole": hole, "sigma": sigma, "perm": perm, "keep": keep}
+        check_kind("refine", "features", features, **parts, straight=straight)
+        _core.check_refine(features, theta, hole, sigma, perm, keep, straight, seed)
+    if isinstance(features, np.ndarray):
+        return _refine_numpy(features, theta, hole, sigma, perm, keep, number)
+    if not has_kernel(features):
+        return reference.refine(
+            features, theta, hole=hole, sigma=sigma, perm=perm, keep=keep, seed=seed, straight=straight
+        )
+    refined: Tensor = apply(_Refine, features, theta, sigma, straight, hole, perm, keep, seed_tensor, number)
+    return refined
+
+
+def refine_dots(features: Tensor, upstream: Tensor, plans: Plan | Mapping[str, Any]) -> Tensor:
+    """<upstream, refine(features; plan_v)> for V plans, in one pass over memory.
+
+    Args:
+        features, upstream: [B, C, H, W], one shape and dtype.
+        plans: a `Plan`, or a mapping of its names: theta [V, G, 2, 3], hole [V, G, 4], sigma [V, G], perm and
+            keep [V, G, C], each optional but not all of them; seed one int or int64 tensor [1] for all plans.
+
+    Returns:
+        [V] float32 (float64 for float64 features).
+
+    These are gradients already (of the gates and the choice of a sub-policy), so no gradient flows through:
+    inputs that require grad are refused while grad mode is on. Source: method 2.4.
+    """
+    plan = Plan.of(plans)
+    parts = plan.parts()
+    number, seed_tensor = split_seed("refine_dots", plan.seed, features)
+    if is_eager(features, upstream, *plan):
+        check_kind("refine_dots", "features", features, upstream=upstream, **parts)
+        _core.check_refine_dots(features, upstream, *plan)
+    if isinstance(features, np.ndarray):
+        dots: Any = np.empty(_count(parts), accumulator(features.dtype))
+        _core.refine_dots(dots, features, upstream, *plan[:5], number, torch.get_num_threads())
+        return dots
+    _refuse_gradients({"features": features, "upstream": upstream, **parts})
+    if not has_kernel(features):
+        return reference.refine_dots(features, upstream, plan)
+    return _dots(features, upstream, *plan[:5], seed_tensor, number, _count(parts))  # type: ignore[no-any-return]
+
+
+def _count(parts: Mapping[str, Tensor]) -> int:
+    if not parts:
+        raise ValueError("refine_dots: plans must have at least one part, got none")
+    return next(iter(parts.values())).shape[0]
+
+
+def _refuse_gradients(inputs: Mapping[str, Tensor]) -> None:
+    for name, tensor in inputs.items():
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"refine_dots: {name} must not require grad, got a tensor that requires grad")
+
+
+def _refine_numpy(features: Any, theta: Any, hole: Any, sigma: Any, perm: Any, keep: Any, seed: int) -> Any:
+    refined = np.empty(features.shape, features.dtype)
+    threads = torch.get_num_threads()
+    _core.refine_forward(refined, features, theta, hole, sigma, perm, keep, seed, threads)
+    return refined

@@ -1,0 +1,173 @@
+"""How a model is called, and what is read from its output: logits, and losses that it computes itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Set
+from typing import Any, Literal, TypeAlias, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sokd.methods.common import Step
+
+__all__ = [
+    "Logits",
+    "Task",
+    "call",
+    "check_needs",
+    "checked_task",
+    "find_logits",
+    "is_for_model",
+    "labels_of",
+    "own_losses",
+    "task_losses",
+]
+
+# How logits are found: a key or an index of the output, or a function of it; None: where they usually are.
+Logits: TypeAlias = str | int | Callable[[Any], Tensor] | None
+# The task's loss: see `sokd.Distiller`.
+Task: TypeAlias = Literal["auto", "model"] | Callable[[Any, Any], Tensor] | None
+
+_USUAL_KEYS = ("logits", "out")  # Hugging Face; torchvision's segmentation models
+
+
+def call(model: nn.Module, x: Any, *target: Any) -> Any:
+    """model(**x) for a dict (as Hugging Face's models are called), else model(x, *target)."""
+    return model(**x) if isinstance(x, Mapping) else model(x, *target)
+
+
+def is_for_model(target: Any) -> bool:
+    """Whether a target can only be meant for the model itself: torchvision's detectors take a list of
+    dicts."""
+    return isinstance(target, (list, tuple)) and len(target) > 0 and isinstance(target[0], Mapping)
+
+
+def own_losses(output: Any) -> dict[str, Tensor]:
+    """The losses that a model computed itself: a dict of scalars alone, or the entry "loss" of any output.
+
+    Named `loss_<key>`, or by a key that says so already; the entry "loss" is `loss_task`.
+    """
+    if _only_losses(output):
+        return {_loss_name(str(key)): value for key, value in output.items()}
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    return {"loss_task": loss} if isinstance(loss, Tensor) and loss.dim() == 0 else {}
+
+
+def _only_losses(output: Any) -> bool:
+    return (
+        isinstance(output, Mapping)
+        and len(output) > 0
+        and all(isinstance(value, Tensor) and value.dim() == 0 for value in output.values())
+    )
+
+
+def _loss_name(key: str) -> str:
+    return "loss_task" if key == "loss" else key if key.startswith("loss") else f"loss_{key}"
+
+
+def find_logits(output: Any, where: Logits = None) -> Tensor | None:
+    """The logits in a model's output; None where there are none.
+
+    Without `where`: the output itself, its entry or attribute "logits" or "out", else its first tensor that
+    is no scalar.
+
+    Raises:
+        TypeError, ValueError: `where` leads to no tensor.
+    """
+    if _only_losses(output):
+        return None
+    if where is not None:
+        return _selected(output, where)
+    if isinstance(output, Tensor):
+        return output if output.dim() else None
+    for key in _USUAL_KEYS:
+        value = output.get(key) if isinstance(output, Mapping) else getattr(output, key, None)
+        if isinstance(value, Tensor):
+            return value
+    values = output.values() if isinstance(output, Mapping) else output
+    if not isinstance(output, (Mapping, tuple, list)):
+        return None
+    return next((value for value in values if isinstance(value, Tensor) and value.dim()), None)
+
+
+def _selected(output: Any, where: Logits) -> Tensor:
+    try:
+        found = where(output) if callable(where) else _entry(output, where)
+    except (KeyError, IndexError, AttributeError, TypeError):
+        entries = ", ".join(map(repr, output)) if isinstance(output, Mapping) else type(output).__name__
+        rule = "name what the models give"
+        raise ValueError(
+            f"Distiller: logits must {rule} ({entries}), got {getattr(where, '__name__', repr(where))}"
+        ) from None
+    if not isinstance(found, Tensor):
+        rule = f"lead to a tensor of the {type(output).__name__} that the model gives"
+        raise TypeError(f"Distiller: logits must {rule}, got {type(found).__name__}")
+    return found
+
+
+def _entry(output: Any, where: Any) -> Any:
+    if isinstance(where, str) and not isinstance(output, Mapping):
+        return getattr(output, where)
+    return output[where]
+
+
+# -------------------------------------------------------------------------------------------------- the task
+
+
+def checked_task(task: Any) -> Task:
+    """`task=`, if it is one."""
+    if task is None or task in ("auto", "model") or callable(task):
+        return cast(Task, task)
+    raise TypeError(f"Distiller: task must be 'auto', 'model', None or a callable (logits, y), got {task!r}")
+
+
+def task_losses(task: Task, output: Any, logits: Tensor | None, target: Any) -> dict[str, Tensor]:
+    """The task's terms: the model's own, a callable's, or cross entropy; none without a target.
+
+    Raises:
+        TypeError: no logits to compute them from, or no losses where the model should have returned them.
+    """
+    own = own_losses(output) if task in ("auto", "model") else {}
+    if own or target is None or task is None:
+        return own
+    if task == "model":
+        rule = (
+            "be one that the student computes itself ('model'): a dict of scalars, or an output with a loss"
+        )
+        raise TypeError(f"Distiller: task must {rule}, got {type(output).__name__}")
+    if callable(task):
+        return {"loss_task": task(output if logits is None else logits, target)}
+    if logits is None:
+        rule = "be in what the student returns (name them by logits=, or the loss by task=)"
+        raise TypeError(f"Distiller: logits must {rule}, got {type(output).__name__}")
+    return {"loss_ce": F.cross_entropy(logits, target)}
+
+
+def labels_of(target: Any) -> Tensor | None:
+    """The target, if it is class indices [B]."""
+    is_labels = isinstance(target, Tensor) and target.dim() == 1 and not target.is_floating_point()
+    return target if is_labels else None
+
+
+_HINTS = {
+    "logits": "logits must be found in what both models return for method {name!r} (name them by logits=)",
+    "target": "target must be class indices [B] for method {name!r}, as in distiller(x, y)",
+    "index": "index must be the samples' places in the training set, int64 [B], for method {name!r}, as in "
+    "distiller(x, y, index=i)",
+}
+
+
+def check_needs(name: str, needs: Set[str], step: Step) -> None:
+    """Whether the step holds what the method needs.
+
+    Raises:
+        ValueError: it does not; says what to pass.
+    """
+    has = {
+        "logits": step.student_logits is not None and step.teacher_logits is not None,
+        "target": step.target is not None,
+        "index": step.index is not None,
+    }
+    for need, hint in _HINTS.items():
+        if need in needs and not has[need]:
+            raise ValueError(f"Distiller: {hint.format(name=name)}, got none")

@@ -1,0 +1,200 @@
+"""The nine operations, and how a choice of them becomes the arguments of `sokd.ops.refine`.
+
+Everything here is torch operations on whole tensors: any leading dimensions, no value read on the host, no
+Python branch on a draw. `...` below is [G], or [V, G] for the V plans that `refine_dots` compares.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import combinations
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["OPERATIONS", "PAIRS", "Operation", "Plan"]
+
+
+class Operation(NamedTuple):
+    """One operation and the range of its strength v = low + magnitude * (high - low)."""
+
+    name: str
+    low: float
+    high: float
+    unit: str
+
+    def strength(self, magnitude: float) -> float:
+        """v, in `unit`, of a magnitude in [0, 1]."""
+        return self.low + magnitude * (self.high - self.low)
+
+
+OPERATIONS = (  # method.md 2.1, in canonical order
+    Operation("shear_x", -0.3, 0.3, ""),
+    Operation("shear_y", -0.3, 0.3, ""),
+    Operation("translate_x", -0.45, 0.45, "of the width"),
+    Operation("translate_y", -0.45, 0.45, "of the height"),
+    Operation("rotate", -30.0, 30.0, "degrees"),
+    Operation("cutout", 0.0, 0.2, "of the side"),
+    Operation("noise", 0.0, 0.1, "standard deviation"),
+    Operation("channel_shuffle", 0.0, 0.0, ""),
+    Operation("channel_drop", 0.0, 0.5, "of the channels"),
+)
+PAIRS = tuple(combinations(range(len(OPERATIONS)), 2))  # all 36 sub-policies
+
+_GEOMETRIC, _CUTOUT, _NOISE, _SHUFFLE, _DROP = frozenset(range(5)), 5, 6, 7, 8
+
+
+class Plan(NamedTuple):
+    """What one pass of `sokd.ops.refine` applies. G is 1 or B. None: no sub-policy can use the part."""
+
+    theta: Tensor | None  # [G, 2, 3]
+    hole: Tensor | None  # [G, 4] int64: y0 x0 y1 x1, half open
+    sigma: Tensor | None  # [G]
+    perm: Tensor | None  # [G, C] int64
+    keep: Tensor | None  # [G, C] bool
+    straight: Tensor | None  # [G]: carries the straight-through gradient of the magnitudes, not a value
+    seed: Tensor  # int64 [1]: key of the noise
+
+
+class Ranges(NamedTuple):
+    """The operations' ranges as integers: a module's `.half()` casts its float buffers, not these."""
+
+    low: Tensor  # [9] int64, hundredths
+    span: Tensor  # [9] int64, hundredths
+    carrying: Tensor  # [9] bool: which get the straight-through gradient
+
+
+def ranges(*, pathwise: bool) -> Ranges:
+    """`OPERATIONS` as tensors. Whole hundredths also make a magnitude of 0.5 exactly v = 0 where low = -high.
+
+    Straight-through: all carry it but the shuffle, which has no magnitude. Pathwise: cutout and
+    channel_drop alone, whose effect steps with the magnitude.
+    """
+    low = torch.tensor([round(100 * op.low) for op in OPERATIONS])
+    span = torch.tensor([round(100 * op.high) for op in OPERATIONS]) - low
+    carrying = [op in (_CUTOUT, _DROP) if pathwise else op != _SHUFFLE for op in range(len(OPERATIONS))]
+    return Ranges(low, span, torch.tensor(carrying))
+
+
+def pair_of(entry: Sequence[int | str]) -> tuple[int, int]:
+    """Two operations by name or index, in canonical order. ValueError unless they are two distinct ones."""
+    names = [op.name for op in OPERATIONS]
+    try:
+        indices = [names.index(op) if isinstance(op, str) else op for op in entry]
+        fits = len(set(indices)) == len(indices) == 2 and all(index in range(len(names)) for index in indices)
+    except (ValueError, TypeError):
+        fits = False
+    if not fits:
+        rule = f"be pairs of two distinct operations of {', '.join(names)}"
+        raise ValueError(f"Policy: policies must {rule}, got {entry!r}")
+    return min(indices), max(indices)
+
+
+class Strengths(NamedTuple):
+    """How strongly each of the nine operations acts; 0 and False for one that does not."""
+
+    value: Tensor  # [..., 9]: v
+    fired: Tensor  # [..., 9] bool
+    magnitude: Tensor  # [..., 9]
+
+
+def strengths(pairs: Tensor, gates: Tensor, magnitude: Tensor, ranges: Ranges) -> Strengths:
+    """pairs [..., 2] int64, gates [..., 2] bool and magnitude [..., 2] of the chosen sub-policies."""
+    index = torch.arange(len(OPERATIONS), device=pairs.device)
+    hit = pairs.unsqueeze(-1) == index
+    fired = (hit & gates.unsqueeze(-1)).any(-2)
+    chosen = torch.where(hit, magnitude.unsqueeze(-1), 0).sum(-2)
+    value = (ranges.low + chosen * ranges.span) / 100
+    return Strengths(torch.where(fired, value, 0), fired, chosen)
+
+
+def theta(value: Tensor, height: int, width: int) -> Tensor:
+    """[..., 2, 3]: shear_x @ shear_y @ translate_x @ translate_y @ rotate, written out.
+
+    At most two of the five differ from the identity, so this is theta_1 @ theta_2 in canonical order. What
+    does not act contributes 0 and 1 exactly, so two identities stay an identity to the bit.
+    """
+    a, b, x, y, degrees = value[..., :5].unbind(-1)
+    turn = degrees * (math.pi / 180)
+    cos, sin = turn.cos(), turn.sin()
+    down = sin * (height / max(width, 1))
+    across = sin * (width / max(height, 1))
+    sheared, x, y = 1 + a * b, 2 * x, 2 * y
+    rows = [
+        [sheared * cos - a * across, sheared * down + a * cos, sheared * x + a * y],
+        [b * cos - across, b * down + cos, b * x + y],
+    ]
+    return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
+
+
+def _span(share: Tensor, centre: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """First cell and end of the hole along one side: max(1, round(v * side)) cells about a uniform one."""
+    length = (share * side).round().clamp(min=1)
+    start = (centre * side).floor() - (length / 2).floor()
+    return start.clamp(0, side), (start + length).clamp(0, side)
+
+
+def hole(value: Tensor, centre: Tensor, height: int, width: int) -> Tensor:
+    """[..., 4] int64; (0, 0, 0, 0) where nothing is cut out. centre [..., 2] uniforms for y and x."""
+    share = value[..., _CUTOUT].detach()
+    y0, y1 = _span(share, centre[..., 0], height)
+    x0, x1 = _span(share, centre[..., 1], width)
+    return torch.where((share > 0).unsqueeze(-1), torch.stack([y0, x0, y1, x1], dim=-1), 0).long()
+
+
+def shuffled(fired: Tensor, uniforms: Tensor) -> Tensor:
+    """[..., C]: the order of the uniforms [..., C] where the shuffle fired, else the identity."""
+    channels = uniforms.shape[-1]
+    drawn = uniforms.argsort(dim=-1, stable=True)
+    return torch.where(fired[..., _SHUFFLE, None], drawn, torch.arange(channels, device=uniforms.device))
+
+
+def kept(value: Tensor, uniforms: Tensor) -> Tensor:
+    """[..., C] bool: False with probability v, each channel by its own uniform of [..., C]."""
+    return uniforms >= value[..., _DROP, None].detach()
+
+
+class Present(NamedTuple):
+    """Which parts any of the sub-policies can use: known early, so that the rest is never computed."""
+
+    theta: bool
+    hole: bool
+    sigma: bool
+    perm: bool
+    keep: bool
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[int, int]]) -> Present:
+        used = {op for pair in pairs for op in pair}
+        return cls(bool(used & _GEOMETRIC), _CUTOUT in used, _NOISE in used, _SHUFFLE in used, _DROP in used)
+
+
+class Parts(NamedTuple):
+    """The arguments of `refine` with any leading dimensions: `Plan` without what is not stacked."""
+
+    theta: Tensor | None
+    hole: Tensor | None
+    sigma: Tensor | None
+    perm: Tensor | None
+    keep: Tensor | None
+
+
+def parts(
+    strong: Strengths, present: Present, centre: Tensor, channel_uniforms: Tensor, height: int, width: int
+) -> Parts:
+    """The arguments of `refine`; centre [..., 2]; channel_uniforms [2, ..., C], for perm and keep."""
+    value, fired = strong.value, strong.fired
+    return Parts(
+        theta(value, height, width) if present.theta else None,
+        hole(value, centre, height, width) if present.hole else None,
+        value[..., _NOISE] if present.sigma else None,
+        shuffled(fired, channel_uniforms[0]) if present.perm else None,
+        kept(value, channel_uniforms[1]) if present.keep else None,
+    )
+
+
+def straight(strong: Strengths, carrying: Tensor) -> Tensor:
+    """[...]: the magnitudes of the fired operations that get the sum of the upstream gradient, added up."""
+    return torch.where(strong.fired & carrying, strong.magnitude, 0).sum(-1)

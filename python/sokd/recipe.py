@@ -1,0 +1,123 @@
+"""The Distiller's `method=`: names, callables or modules with their weights, and the options of each."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from sokd.methods.common import Method, Shape, Step
+from sokd.methods.registry import METHODS, build, options_of
+from sokd.plug import masked_pair
+
+__all__ = ["Called", "Chosen", "Recipe", "chosen"]
+
+FeatureLoss = Callable[[Tensor, Tensor], Tensor]
+Chosen = str | Method | FeatureLoss | Mapping[Any, float] | None
+
+
+class Called(Method):
+    """Any loss(f_s, f_t) as a method: maps of one shape, masked where there is a mask, summed over the
+    layers."""
+
+    name: ClassVar[str] = "feature"
+    needs: ClassVar[frozenset[str]] = frozenset({"features"})
+    adapts: ClassVar[bool] = True
+    default_weight: ClassVar[float] = 1.0
+
+    def __init__(self, loss: FeatureLoss) -> None:
+        super().__init__()
+        self.loss = loss  # a module among them is one of ours, and its parameters are trained
+
+    def forward(self, step: Step) -> Tensor:
+        total: Tensor | None = None
+        for student, teacher, weight in zip(step.adapted, step.teacher, step.weight, strict=True):
+            term = self.loss(*masked_pair(student, teacher, weight))
+            if not isinstance(term, Tensor) or term.numel() != 1:
+                got = f"shape {list(term.shape)}" if isinstance(term, Tensor) else type(term).__name__
+                raise TypeError(f"Distiller: method must return a scalar tensor, got {got}")
+            total = term.reshape(()) if total is None else total + term.reshape(())
+        assert total is not None, "a method with features has layers"
+        return total
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One method of a Distiller, before the shapes are known."""
+
+    name: str
+    source: str | Method | FeatureLoss
+    weight: float
+    options: dict[str, Any]
+
+    @property
+    def kind(self) -> type[Method] | Method:
+        """Where `needs` and `adapts` can be read."""
+        if isinstance(self.source, str):
+            return METHODS[self.source]
+        return self.source if isinstance(self.source, Method) else Called
+
+    def make(self, student_shapes: Sequence[Shape], teacher_shapes: Sequence[Shape], **found: Any) -> Method:
+        """The method for layer pairs of these shapes, with its options and those `found` for it."""
+        if isinstance(self.source, str):
+            shapes = {"student_shapes": student_shapes, "teacher_shapes": teacher_shapes}
+            return build(self.source, **shapes, **{**found, **self.options})
+        return self.source if isinstance(self.source, Method) else Called(self.source)
+
+
+def chosen(method: Chosen, options: Mapping[str, Any]) -> list[Recipe]:
+    """The recipes for `method`, each with those of the options that it has.
+
+    Raises:
+        TypeError: no method of any kind, or an option that none of them has.
+        ValueError: no such name, two of one name, or a weight that is none.
+    """
+    weighted: dict[Any, Any] = dict(method) if isinstance(method, Mapping) else {}
+    if method is not None and not isinstance(method, Mapping):
+        weighted = {method: None}
+    made = [_recipe(source, weight, options) for source, weight in weighted.items()]
+    names = [recipe.name for recipe in made]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"Distiller: method must have one entry for each name, got {name!r} twice")
+    known = {option for recipe in made for option in recipe.options}
+    for option in options:
+        if option not in known:
+            possible = sorted({o for r in made if isinstance(r.source, str) for o in options_of(r.source)})
+            rule = f"be arguments of Distiller or options of its methods ({', '.join(possible) or 'none'})"
+            raise TypeError(f"Distiller: options must {rule}, got {option}")
+    return made
+
+
+def _recipe(source: Any, weight: Any, options: Mapping[str, Any]) -> Recipe:
+    if isinstance(source, str):
+        if source not in METHODS:
+            build(source, student_shapes=(), teacher_shapes=())  # says which names there are
+        own = {option: value for option, value in options.items() if option in options_of(source)}
+        return Recipe(source, source, _weight(source, weight, METHODS[source].default_weight), own)
+    if isinstance(source, Method):
+        return Recipe(source.name, source, _weight(source.name, weight, source.default_weight), {})
+    if not callable(source):
+        rule = "be a name, a dict of name -> weight, or a callable (f_s, f_t) -> scalar"
+        raise TypeError(f"Distiller: method must {rule}, got {type(source).__name__}")
+    name = _name_of(source)
+    return Recipe(name, source, _weight(name, weight, Called.default_weight), {})
+
+
+def _name_of(function: Any) -> str:
+    is_module = isinstance(function, nn.Module)
+    name: str = type(function).__name__.lower() if is_module else getattr(function, "__name__", "")
+    return name if name.isidentifier() else Called.name  # a lambda, a partial
+
+
+def _weight(name: str, weight: Any, default: float) -> float:
+    if weight is None:
+        return default
+    if not isinstance(weight, numbers.Real) or not 0 <= float(weight) < math.inf:
+        rule = f"have a finite weight, 0 or more, for {name!r}"
+        raise ValueError(f"Distiller: method must {rule}, got {weight!r}")
+    return float(weight)

@@ -1,0 +1,74 @@
+"""Running modules at weights other than their own, and leaving nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Together", "replayed", "unwrapped"]
+
+T = TypeVar("T")
+Weights = dict[str, Tensor]
+
+
+class Together(nn.Module):
+    """Several modules whose weights a closure sees replaced for the time of a call.
+
+    `functional_call` swaps the tensors inside the modules themselves, so whoever holds them (the closure, a
+    hook) runs them at the virtual weights. No module is copied.
+    """
+
+    def __init__(self, *modules: nn.Module) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(modules)
+
+    def forward(self, run: Callable[[], T]) -> T:
+        return run()
+
+    def weights(self, *, but: Iterable[Tensor] = ()) -> Weights:
+        """The trained parameters, detached, under their names; none of `but`."""
+        left_out = {id(tensor) for tensor in but}
+        named = self.named_parameters()
+        return {name: p.detach() for name, p in named if p.requires_grad and id(p) not in left_out}
+
+    def at(self, weights: Mapping[str, Tensor], run: Callable[[], T]) -> T:
+        """run() with the modules at `weights`; what it writes into buffers goes to clones, thrown away."""
+        buffers = {name: buffer.clone() for name, buffer in self.named_buffers()}
+        return torch.func.functional_call(self, {**buffers, **weights}, (run,))  # type: ignore[no-any-return]
+
+
+def unwrapped(module: Any) -> Any:
+    """The module inside DistributedDataParallel, DataParallel and torch.compile.
+
+    Their wrappers act on the real weights: a reducer waits for gradients, compiled code guards on parameters.
+    """
+    while isinstance(module, nn.Module):
+        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            module = module.module
+        elif isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
+            module = inner
+        else:
+            break
+    return module
+
+
+@contextmanager
+def replayed(devices: Iterable[torch.device]) -> Iterator[Callable[[], None]]:
+    """Give a function that sets PyTorch's random state back to what it is here; done once more at the end."""
+    accelerators = [device for device in set(devices) if device.type not in ("cpu", "meta")]
+    host = torch.get_rng_state()
+    states = [(device, torch.get_device_module(device).get_rng_state(device)) for device in accelerators]
+
+    def rewind() -> None:
+        torch.set_rng_state(host)
+        for device, state in states:
+            torch.get_device_module(device).set_rng_state(state, device)
+
+    try:
+        yield rewind
+    finally:
+        rewind()

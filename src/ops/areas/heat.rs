@@ -1,0 +1,230 @@
+//! The heat of an image as its cells lie in memory, whatever the strides: rows of equal steps, cut into blocks.
+
+use super::larger;
+use crate::simd::{Elem, Real, LANES};
+use crate::view::TensorView;
+use std::cmp::Reverse;
+
+/// Most cells that share one maximum.
+const BLOCK: usize = 128;
+
+/// One of the dimensions A, H, W: its length and what a step means.
+#[derive(Clone, Copy, Debug)]
+struct Dim {
+    size: usize,
+    /// In the heat, in the teacher's heat.
+    steps: [isize; 2],
+    /// In the flat index.
+    flat: usize,
+}
+
+impl Dim {
+    fn is_followed_by(&self, inner: &Self) -> bool {
+        let gapless = |t: usize| self.steps[t] == inner.steps[t] * inner.size as isize;
+        gapless(0) && gapless(1) && self.flat == inner.flat * inner.size
+    }
+}
+
+/// The heat maps, and their cells in the order of memory: rows of `dims[2]`, cut into blocks.
+pub struct Heat<T> {
+    bases: [*const T; 2],
+    mutual: bool,
+    samples: [isize; 2],
+    /// A, H, W.
+    axes: [Dim; 3],
+    /// The same, outermost in memory first, merged where they follow without a gap.
+    dims: [Dim; 3],
+    reach: usize,
+}
+
+// SAFETY: the heat is only read.
+unsafe impl<T: Elem> Sync for Heat<T> {}
+
+impl<T: Elem> Heat<T> {
+    /// Of a checked call.
+    pub fn new(heat: &TensorView, teacher: Option<&TensorView>, kernel: usize) -> Self {
+        let other = teacher.unwrap_or(heat);
+        let (sizes, strides) = (heat.sizes(), [heat.strides(), other.strides()]);
+        let flats = [sizes[2] * sizes[3], sizes[3], 1];
+        let axes =
+            [1, 2, 3].map(|d| Dim { size: sizes[d], steps: strides.map(|s| s[d]), flat: flats[d - 1] });
+        Self {
+            bases: [heat.as_ptr(), other.as_ptr()],
+            mutual: teacher.is_some(),
+            samples: strides.map(|s| s[0]),
+            axes,
+            dims: in_memory_order(axes),
+            reach: kernel / 2,
+        }
+    }
+
+    /// Cells of an image.
+    pub fn cells(&self) -> usize {
+        self.axes.iter().map(|axis| axis.size).product()
+    }
+
+    /// Blocks of an image.
+    pub fn blocks(&self) -> usize {
+        self.dims[0].size * self.dims[1].size * self.dims[2].size.div_ceil(BLOCK)
+    }
+
+    /// One image.
+    #[inline(always)]
+    pub fn image(&self, n: usize) -> Image<'_, T> {
+        let bases = [0, 1].map(|i| self.bases[i].wrapping_offset(n as isize * self.samples[i]));
+        Image { heat: self, bases }
+    }
+}
+
+/// Outermost in memory first; neighbours that follow one another in memory and in the flat index become one.
+fn in_memory_order(mut axes: [Dim; 3]) -> [Dim; 3] {
+    axes.sort_by_key(|dim| Reverse(if dim.size > 1 { dim.steps[0].unsigned_abs() } else { usize::MAX }));
+    let mut dims: Vec<Dim> = Vec::with_capacity(3);
+    for inner in axes {
+        match dims.last_mut() {
+            Some(outer) if outer.size == 1 || outer.is_followed_by(&inner) => {
+                *outer = Dim { size: outer.size * inner.size, ..inner };
+            }
+            _ => dims.push(inner),
+        }
+    }
+    let single = Dim { size: 1, steps: [0, 0], flat: 0 };
+    std::array::from_fn(|i| (i + dims.len()).checked_sub(3).map_or(single, |j| dims[j]))
+}
+
+/// A run of cells at one step of memory.
+#[derive(Clone, Copy)]
+pub struct Block {
+    offsets: [isize; 2],
+    /// How many.
+    pub length: usize,
+    /// The flat index of the first, which is the lowest.
+    pub flat: usize,
+}
+
+/// One sample's heat.
+pub struct Image<'a, T> {
+    heat: &'a Heat<T>,
+    bases: [*const T; 2],
+}
+
+impl<T: Elem> Image<'_, T> {
+    /// Where a block lies.
+    #[inline(always)]
+    pub fn block(&self, index: usize) -> Block {
+        let [outer, inner, run] = self.heat.dims;
+        let per_row = run.size.div_ceil(BLOCK);
+        let (row, first) = (index / per_row, index % per_row * BLOCK);
+        let at = [row / inner.size, row % inner.size, first];
+        let step = |t: usize| {
+            at[0] as isize * outer.steps[t] + at[1] as isize * inner.steps[t] + at[2] as isize * run.steps[t]
+        };
+        let flat = at[0] * outer.flat + at[1] * inner.flat + at[2] * run.flat;
+        Block { offsets: [step(0), step(1)], length: BLOCK.min(run.size - first), flat }
+    }
+
+    /// The maximum over a block, NaN left out. Of products it is taken before the root, which keeps the order.
+    #[inline(always)]
+    pub fn bound(&self, index: usize) -> T::Acc {
+        let block = self.block(index);
+        let lowest = T::Acc::of(f64::NEG_INFINITY);
+        let mut most = [lowest; LANES];
+        // A cell counted twice changes no maximum: the last row ends where the block does.
+        let last = block.length.saturating_sub(LANES);
+        for i in (0..block.length).step_by(LANES) {
+            let values = self.row(&block, i.min(last));
+            for l in 0..LANES {
+                most[l] = larger(values[l], most[l]);
+            }
+        }
+        for half in [8, 4, 2, 1] {
+            for l in 0..half {
+                most[l] = larger(most[l + half], most[l]);
+            }
+        }
+        // The root of a negative product is NaN: such a block has no peak.
+        larger(self.score(most[0]), lowest)
+    }
+
+    /// The scores of LANES cells of a block; NaN past its end.
+    #[inline(always)]
+    pub fn scores(&self, block: &Block, from: usize) -> [T::Acc; LANES] {
+        self.row(block, from).map(|value| self.score(value))
+    }
+
+    /// The flat index of a block's cell.
+    #[inline(always)]
+    pub fn flat(&self, block: &Block, i: usize) -> usize {
+        block.flat + i * self.heat.dims[2].flat
+    }
+
+    /// Whether no neighbour of this cell is greater than its score, or NaN.
+    #[inline(always)]
+    pub fn is_peak(&self, flat: usize, score: T::Acc) -> bool {
+        let [maps, rows, columns] = self.heat.axes;
+        let (map, cell) = (flat / maps.flat, flat % maps.flat);
+        let (y, x) = (cell / columns.size, cell % columns.size);
+        let reach = self.heat.reach;
+        let around =
+            |at: usize, size: usize| at.saturating_sub(reach)..size.min(at.saturating_add(reach + 1));
+        around(y, rows.size).all(|y| {
+            around(x, columns.size).all(|x| {
+                let at = |t: usize| {
+                    map as isize * maps.steps[t] + y as isize * rows.steps[t] + x as isize * columns.steps[t]
+                };
+                // SAFETY: map, y and x are within the sizes.
+                let value = unsafe { self.value(at(0), at(1)) };
+                self.score(value) <= score
+            })
+        })
+    }
+
+    /// LANES cells of a block, before the root; NaN past its end.
+    #[inline(always)]
+    fn row(&self, block: &Block, from: usize) -> [T::Acc; LANES] {
+        let steps = self.heat.dims[2].steps;
+        let at = |t: usize, i: usize| block.offsets[t] + (from + i) as isize * steps[t];
+        if steps == [1, 1] && from + LANES <= block.length {
+            // SAFETY: LANES consecutive cells of the block, in both maps.
+            return unsafe { self.consecutive(at(0, 0), at(1, 0)) };
+        }
+        std::array::from_fn(|i| match from + i < block.length {
+            // SAFETY: a cell of the block.
+            true => unsafe { self.value(at(0, i), at(1, i)) },
+            false => T::Acc::of(f64::NAN),
+        })
+    }
+
+    #[inline(always)]
+    unsafe fn consecutive(&self, first: isize, other: isize) -> [T::Acc; LANES] {
+        // SAFETY: the caller has LANES cells there.
+        let own = unsafe { self.bases[0].wrapping_offset(first).cast::<[T; LANES]>().read_unaligned() };
+        if !self.heat.mutual {
+            return own.map(T::load);
+        }
+        // SAFETY: as above.
+        let theirs = unsafe { self.bases[1].wrapping_offset(other).cast::<[T; LANES]>().read_unaligned() };
+        std::array::from_fn(|l| own[l].load() * theirs[l].load())
+    }
+
+    /// One cell, before the root.
+    #[inline(always)]
+    unsafe fn value(&self, first: isize, other: isize) -> T::Acc {
+        // SAFETY: the caller has a cell there.
+        let own = unsafe { self.bases[0].wrapping_offset(first).read() }.load();
+        if !self.heat.mutual {
+            return own;
+        }
+        // SAFETY: as above.
+        own * unsafe { self.bases[1].wrapping_offset(other).read() }.load()
+    }
+
+    #[inline(always)]
+    fn score(&self, value: T::Acc) -> T::Acc {
+        if self.heat.mutual {
+            value.root()
+        } else {
+            value
+        }
+    }
+}

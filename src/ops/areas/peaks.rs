@@ -1,0 +1,126 @@
+//! The k best peaks of an image, with hardly more than one reading of its heat.
+//!
+//! Every block of cells has its maximum. A peak that counts lies in a block whose maximum is not below the k-th best peak, so with a
+//! good guess of that, only few blocks are looked at again; with a bad one, a lower one is tried.
+
+use super::heat::{Block, Image};
+use super::larger;
+use crate::simd::{Elem, Real, LANES};
+use std::cmp::Ordering;
+use std::collections::BinaryHeap;
+
+/// A local maximum; the better of two is the lesser one.
+#[derive(Clone, Copy, PartialEq)]
+pub struct Peak<A> {
+    /// Its heat; never NaN.
+    pub score: A,
+    /// (a * H + y) * W + x
+    pub flat: usize,
+}
+
+impl<A: Real> Eq for Peak<A> {}
+
+impl<A: Real> Ord for Peak<A> {
+    #[inline(always)]
+    fn cmp(&self, other: &Self) -> Ordering {
+        let by_score = other.score.partial_cmp(&self.score).unwrap_or(Ordering::Equal);
+        by_score.then(self.flat.cmp(&other.flat))
+    }
+}
+
+impl<A: Real> PartialOrd for Peak<A> {
+    #[inline(always)]
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl<T: Elem> Image<'_, T> {
+    /// The k best peaks, best first, by the maxima of all blocks.
+    #[inline(always)]
+    pub fn best(&self, bounds: &[T::Acc], k: usize) -> Vec<Peak<T::Acc>> {
+        let (mut cutoff, mut rank) = (guess(bounds, k), 4 * k);
+        loop {
+            let best = self.above(cutoff, bounds, k);
+            if best.len() == k || cutoff == lowest() {
+                return best.into_sorted_vec();
+            }
+            cutoff = ranked(bounds, rank);
+            rank *= 2;
+        }
+    }
+
+    /// The k best peaks among the cells that are not below a cutoff.
+    #[inline(always)]
+    fn above(&self, cutoff: T::Acc, bounds: &[T::Acc], k: usize) -> BinaryHeap<Peak<T::Acc>> {
+        let mut best = BinaryHeap::with_capacity(k + 1);
+        for (i, bound) in bounds.iter().enumerate() {
+            if *bound >= cutoff {
+                self.gather(&self.block(i), *bound, cutoff, k, &mut best);
+            }
+        }
+        best
+    }
+
+    #[inline(always)]
+    fn gather(
+        &self,
+        block: &Block,
+        bound: T::Acc,
+        cutoff: T::Acc,
+        k: usize,
+        best: &mut BinaryHeap<Peak<T::Acc>>,
+    ) {
+        let hopeless = |peak: Peak<T::Acc>, best: &BinaryHeap<Peak<T::Acc>>| {
+            best.len() == k && best.peek().is_some_and(|worst| peak >= *worst)
+        };
+        if hopeless(Peak { score: bound, flat: block.flat }, best) {
+            return;
+        }
+        for i in (0..block.length).step_by(LANES) {
+            let scores = self.scores(block, i);
+            let least = best.peek().filter(|_| best.len() == k).map_or(cutoff, |worst| worst.score);
+            if !scores.iter().fold(false, |any, score| any | (*score >= least)) {
+                continue;
+            }
+            for (l, score) in scores.into_iter().enumerate() {
+                let peak = Peak { score, flat: self.flat(block, i + l) };
+                if score >= least && !hopeless(peak, best) && self.is_peak(peak.flat, score) {
+                    best.push(peak);
+                    if best.len() > k {
+                        best.pop();
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn lowest<A: Real>() -> A {
+    A::of(f64::NEG_INFINITY)
+}
+
+/// A score that most likely k peaks reach, and few other cells: of 2k or more groups of blocks, the 3/2 k-th best maximum.
+#[inline(always)]
+fn guess<A: Real>(bounds: &[A], k: usize) -> A {
+    let groups = (2 * k).next_multiple_of(LANES);
+    if bounds.len() < 2 * groups {
+        return ranked(bounds, 2 * k);
+    }
+    let mut most = vec![lowest(); groups];
+    for row in bounds.chunks(groups) {
+        for (m, bound) in most.iter_mut().zip(row) {
+            *m = larger(*bound, *m);
+        }
+    }
+    ranked(&most, k + k / 2)
+}
+
+/// The maximum of this rank, the lowest number of all where there are fewer.
+fn ranked<A: Real>(bounds: &[A], rank: usize) -> A {
+    if rank >= bounds.len() {
+        return lowest();
+    }
+    let descending = |a: &A, b: &A| b.partial_cmp(a).unwrap_or(Ordering::Equal);
+    *bounds.to_vec().select_nth_unstable_by(rank, descending).1
+}

@@ -1,0 +1,98 @@
+//! Sampling without tiles, where all channels of a position lie side by side: each corner is a run of memory, read where it is.
+
+use super::plan::{Corners, Group, Hole};
+use super::Shape;
+use crate::row::Row;
+use crate::simd::{by_rows, Elem, Job, Real, LANES};
+use crate::tile::Layout;
+use std::ops::Range;
+
+/// Whether a sample can be done so: what is computed in lies in memory, and nothing mixes, changes or drops single channels.
+pub(super) fn fits<T: Elem>(group: &Group, source: &Layout, target: &Layout, shape: Shape) -> bool {
+    let runs = |l: &Layout| l.interleaves() && l.run == shape.positions();
+    let single = group.sigma.is_some() || group.perm.is_some() || group.keep.is_some();
+    T::IS_ACC && !single && runs(source) && runs(target)
+}
+
+/// Fills some positions of one sample.
+pub(super) struct Direct<'a, T: Elem> {
+    /// First elements of the sample.
+    pub source: *const T,
+    pub target: *mut T,
+    /// Elements from one position to the next.
+    pub steps: [isize; 2],
+    /// None: copied.
+    pub table: Option<&'a [Corners<T::Acc>]>,
+    pub hole: Option<Hole>,
+    pub positions: Range<usize>,
+    pub shape: Shape,
+}
+
+impl<T: Elem> Job for Direct<'_, T> {
+    type Out = ();
+    by_rows!(T::Acc);
+}
+
+impl<T: Elem> Direct<'_, T> {
+    #[inline(always)]
+    fn rows<R: Row<T::Acc>>(self) {
+        let channels = self.shape.channels;
+        let zeros = vec![T::Acc::default(); if self.table.is_some() { channels } else { 0 }];
+        for p in self.positions.clone() {
+            let target = self.target.wrapping_offset(p as isize * self.steps[1]).cast::<T::Acc>();
+            // SAFETY: a position of the target, of which all channels are this task's own.
+            let target = unsafe { std::slice::from_raw_parts_mut(target, channels) };
+            match self.table {
+                None => target.copy_from_slice(self.corner(p, &zeros)),
+                Some(table) => {
+                    let corners = &table[p];
+                    let at = corners.at.map(|at| self.corner(at as usize, &zeros));
+                    blend::<T::Acc, R>(target, at, &corners.weight);
+                }
+            }
+        }
+        if let Some(hole) = self.hole {
+            self.clear(&hole);
+        }
+    }
+
+    /// All channels of a position; of one outside the map, zeros.
+    #[inline(always)]
+    fn corner<'b>(&self, at: usize, zeros: &'b [T::Acc]) -> &'b [T::Acc] {
+        if at == self.shape.positions() {
+            return zeros;
+        }
+        let first = self.source.wrapping_offset(at as isize * self.steps[0]).cast();
+        // SAFETY: a position of the checked features, whose channels lie side by side and are what is computed in.
+        unsafe { std::slice::from_raw_parts(first, self.shape.channels) }
+    }
+
+    fn clear(&self, hole: &Hole) {
+        for y in hole.y0..hole.y1 {
+            let row = y * self.shape.width;
+            for p in (row + hole.x0).max(self.positions.start)..(row + hole.x1).min(self.positions.end) {
+                let target = self.target.wrapping_offset(p as isize * self.steps[1]);
+                // SAFETY: a position of the target as above; zero bits are 0.0.
+                unsafe { target.write_bytes(0, self.shape.channels) };
+            }
+        }
+    }
+}
+
+/// The weighted sum of four corners, as for tiles.
+#[inline(always)]
+fn blend<A: Real, R: Row<A>>(target: &mut [A], corners: [&[A]; 4], weight: &[A; 4]) {
+    let (rows, rest) = target.as_chunks_mut::<LANES>();
+    let [a, b, c, d] = corners.map(|corner| &corner.as_chunks::<LANES>().0[..rows.len()]);
+    let [wa, wb, wc, wd] = weight.map(R::splat);
+    for (i, row) in rows.iter_mut().enumerate() {
+        let last = wd.times(R::load(&d[i]));
+        wa.fma(R::load(&a[i]), wb.fma(R::load(&b[i]), wc.fma(R::load(&c[i]), last))).store(row);
+    }
+    let done = rows.len() * LANES;
+    let [a, b, c, d] = corners.map(|corner| &corner[done..]);
+    let [wa, wb, wc, wd] = *weight;
+    for (i, value) in rest.iter_mut().enumerate() {
+        *value = wa.fma(a[i], wb.fma(b[i], wc.fma(c[i], wd * d[i])));
+    }
+}

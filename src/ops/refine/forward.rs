@@ -1,0 +1,246 @@
+//! The forward pass on the CPU.
+//!
+//! A task is up to 16 channels of one sample. Its source planes become a tile in the cache; chunks of 64 positions are sampled from it,
+//! get their hole and their noise, and are stored: every input is read once, every output written once.
+
+use super::direct::{self, Direct};
+use super::lanes::{AddNoise, ClearLanes, Sample};
+use super::plan::{Corners, Group, Hole, Plan, Tables};
+use crate::parallel;
+use crate::philox::{Keys, Planes};
+use crate::simd::{self, Elem, Real, LANES};
+use crate::tile::{self, Channels, Layout, Scratch};
+use crate::view::TensorView;
+
+/// Positions that are worked on at a time: with 16 lanes of f32 they leave room for the source's tile in a first-level cache.
+pub(super) const CHUNK: usize = 64;
+
+/// refined = the formula of the module.
+pub(super) fn forward<T: Elem>(refined: &TensorView, features: &TensorView, plan: &Plan, threads: usize) {
+    let blocks = plan.shape.channels.div_ceil(LANES);
+    if refined.numel() == 0 {
+        return;
+    }
+    let tables = plan.tables::<T::Acc>(threads);
+    let source = Source::<T>::new(features);
+    let target = Source::<T>::new(refined);
+    parallel::for_each(threads, plan.shape.batch * blocks, |i| {
+        let (n, block) = (i / blocks, i % blocks);
+        Task { source, target, plan, tables: &tables, n, block }.run();
+    });
+}
+
+/// A feature map's memory.
+#[derive(Clone, Copy)]
+pub(super) struct Source<T> {
+    pub base: *mut T,
+    pub layout: Layout,
+}
+
+// SAFETY: tasks read what nobody writes and write disjoint channels.
+unsafe impl<T: Send> Send for Source<T> {}
+// SAFETY: as above.
+unsafe impl<T: Sync> Sync for Source<T> {}
+
+impl<T> Source<T> {
+    pub fn new(view: &TensorView) -> Self {
+        Self { base: view.as_ptr(), layout: Layout::of(view) }
+    }
+}
+
+struct Task<'a, T: Elem> {
+    source: Source<T>,
+    target: Source<T>,
+    plan: &'a Plan,
+    tables: &'a Tables<T::Acc>,
+    n: usize,
+    block: usize,
+}
+
+/// Which channels a task covers: those it computes and those it only clears.
+///
+/// Planes can be picked one by one, so dropped channels leave the tiles altogether; with channels side by side (`stride_c` 1) a tile has
+/// to stay whole, and dropped lanes are cleared on the way out.
+pub(super) struct Cover {
+    pub live: Option<Channels>,
+    pub dropped: Option<Channels>,
+}
+
+impl Cover {
+    pub fn new(keep: Option<&[bool]>, block: usize, total: usize, whole: bool) -> Self {
+        let Some(keep) = keep.filter(|_| !whole) else {
+            return Self { live: Some(Channels::block(block * LANES, total)), dropped: None };
+        };
+        Self { live: Self::pick(keep, true, block), dropped: Self::pick(keep, false, block) }
+    }
+
+    /// The `block`-th 16 of the channels whose `keep` is `kept`.
+    fn pick(keep: &[bool], kept: bool, block: usize) -> Option<Channels> {
+        let mut list = [0; LANES];
+        let (mut count, mut before) = (0, block * LANES);
+        for (c, _) in keep.iter().enumerate().filter(|(_, &k)| k == kept) {
+            if before > 0 {
+                before -= 1;
+            } else if count < LANES {
+                list[count] = c;
+                count += 1;
+            } else {
+                break;
+            }
+        }
+        (count > 0).then(|| Channels::new(list[..count].iter().copied()))
+    }
+}
+
+/// The source channel of every lane.
+pub(super) fn sources(channels: &Channels, group: &Group) -> Channels {
+    group.perm.map_or(*channels, |perm| Channels { at: channels.at.map(|c| perm[c]), used: channels.used })
+}
+
+/// The noise planes of every lane.
+pub(super) fn planes<'a>(keys: &'a Keys, channels: &Channels, n: usize, total: usize) -> Planes<'a> {
+    Planes::new(keys, &channels.at.map(|c| n as u64 * total as u64 + c as u64))
+}
+
+impl<T: Elem> Task<'_, T> {
+    fn run(&self) {
+        let group = self.plan.at(self.n);
+        if direct::fits::<T>(&group, &self.source.layout, &self.target.layout, self.plan.shape) {
+            return self.direct(&group);
+        }
+        let whole = self.target.layout.interleaves();
+        let cover = Cover::new(group.keep, self.block, self.plan.shape.channels, whole);
+        if let Some(dropped) = cover.dropped {
+            self.clear(&dropped);
+        }
+        let Some(live) = cover.live else { return };
+        match self.tables.at(self.n) {
+            None if group.sigma.is_none() && self.copies_planes() => self.copy(&live, &group),
+            None => self.chunks(&live, &group, Fill::Load(sources(&live, &group))),
+            Some(table) => self.sampled(&live, &group, &table.0),
+        }
+    }
+}
+
+/// Where a chunk comes from.
+enum Fill<'a, A> {
+    /// The features themselves, these channels.
+    Load(Channels),
+    /// Sampled from a tile of whole planes.
+    Sample(&'a [[A; LANES]], &'a [Corners<A>]),
+}
+
+impl<T: Elem> Task<'_, T> {
+    /// Both sides have whole planes of consecutive elements.
+    fn copies_planes(&self) -> bool {
+        let positions = self.plan.shape.positions();
+        let gapless = |l: &Layout| l.w == 1 && l.run == positions;
+        gapless(&self.source.layout) && gapless(&self.target.layout)
+    }
+
+    /// All channels of this task's share of the positions.
+    fn direct(&self, group: &Group) {
+        let shape = self.plan.shape;
+        let (blocks, positions) = (shape.channels.div_ceil(LANES), shape.positions());
+        let first = |side: &Source<T>| side.base.wrapping_offset(self.n as isize * side.layout.n);
+        simd::run(Direct {
+            source: first(&self.source),
+            target: first(&self.target),
+            steps: [self.source.layout.w, self.target.layout.w],
+            table: self.tables.at(self.n).map(|table| &table.0[..]),
+            hole: group.hole,
+            positions: self.block * positions / blocks..(self.block + 1) * positions / blocks,
+            shape,
+        });
+    }
+
+    fn clear(&self, channels: &Channels) {
+        let zeros = [[T::Acc::default(); LANES]; CHUNK];
+        let positions = self.plan.shape.positions();
+        for from in (0..positions).step_by(CHUNK) {
+            let tile = &zeros[..CHUNK.min(positions - from)];
+            // SAFETY: these channels of this sample belong to this task.
+            unsafe { tile::store(tile, self.target.base, &self.target.layout, self.n, channels, from) };
+        }
+    }
+
+    /// Nothing but a permutation and a hole: planes are copied as they are, bit for bit.
+    fn copy(&self, live: &Channels, group: &Group) {
+        let (from, positions) = (sources(live, group), self.plan.shape.positions());
+        let plane = |side: &Source<T>, c: usize| {
+            side.base.wrapping_offset(self.n as isize * side.layout.n + c as isize * side.layout.c)
+        };
+        for l in 0..live.used {
+            let target = plane(&self.target, live.at[l]);
+            // SAFETY: both planes are gapless (`copies_planes`), and the target's belongs to this task.
+            unsafe {
+                std::ptr::copy_nonoverlapping(plane(&self.source, from.at[l]), target, positions);
+                if let Some(hole) = group.hole {
+                    for y in hole.y0..hole.y1 {
+                        let row = target.add(y * self.plan.shape.width);
+                        (hole.x0..hole.x1).for_each(|x| row.add(x).write(T::store(T::Acc::default())));
+                    }
+                }
+            }
+        }
+    }
+
+    fn sampled(&self, live: &Channels, group: &Group, table: &[Corners<T::Acc>]) {
+        let positions = self.plan.shape.positions();
+        let mut scratch = Scratch::<T::Acc>::new(positions + 1);
+        let source = scratch.tile();
+        // SAFETY: the checked features, channels below C, positions below H*W.
+        unsafe {
+            let channels = sources(live, group);
+            tile::load(&mut source[..positions], self.source.base, &self.source.layout, self.n, &channels, 0);
+        }
+        // Corners outside the map point here: they contribute 0 whatever the features hold.
+        source[positions] = [T::Acc::default(); LANES];
+        self.chunks(live, group, Fill::Sample(source, table));
+    }
+
+    /// Fills chunk after chunk, adds the hole, the noise and the dropped lanes, and stores it.
+    fn chunks(&self, live: &Channels, group: &Group, fill: Fill<T::Acc>) {
+        let shape = self.plan.shape;
+        let noise = (group.sigma).map(|sigma| (sigma, planes(&self.plan.keys, live, self.n, shape.channels)));
+        let mut buffer = Scratch::<T::Acc>::new(CHUNK);
+        for from in (0..shape.positions()).step_by(CHUNK) {
+            let tile = &mut buffer.tile()[..CHUNK.min(shape.positions() - from)];
+            match &fill {
+                // SAFETY: the checked features, channels below C, positions below H*W.
+                Fill::Load(channels) => unsafe {
+                    tile::load(tile, self.source.base, &self.source.layout, self.n, channels, from);
+                },
+                Fill::Sample(source, table) => simd::run(Sample { tile, source, table: &table[from..] }),
+            }
+            if let Some(hole) = group.hole {
+                clear_hole(tile, from, shape.width, &hole);
+            }
+            if let Some((sigma, planes)) = &noise {
+                simd::run(AddNoise { tile, sigma: T::Acc::of(*sigma), quad: (from / 4) as u32, planes });
+            }
+            if let Some(keep) = group.keep {
+                clear_lanes(tile, &live.at.map(|c| keep[c]));
+            }
+            // SAFETY: these channels of this sample belong to this task.
+            unsafe { tile::store(tile, self.target.base, &self.target.layout, self.n, live, from) };
+        }
+    }
+}
+
+/// Clears the part of the tile that each row of the hole covers.
+pub(super) fn clear_hole<A: Real>(tile: &mut [[A; LANES]], from: usize, width: usize, hole: &Hole) {
+    let end = from + tile.len();
+    for y in hole.y0..hole.y1 {
+        let (start, stop) = ((y * width + hole.x0).max(from), (y * width + hole.x1).min(end));
+        if start < stop {
+            tile[start - from..stop - from].fill([A::default(); LANES]);
+        }
+    }
+}
+
+pub(super) fn clear_lanes<A: Real>(tile: &mut [[A; LANES]], keep: &[bool; LANES]) {
+    if keep.contains(&false) {
+        simd::run(ClearLanes { tile, keep });
+    }
+}

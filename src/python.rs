@@ -1,0 +1,348 @@
+//! The only file that speaks to Python: read the arguments, release the GIL, call the operator, map the error.
+//!
+//! Every output is allocated by the caller. `threads` is torch's thread count.
+
+use crate::error::Result as Checked;
+use crate::ops::{areas, masked_mse, refine};
+use crate::read::{self, raise};
+use crate::view::{Device, TensorView};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+type Object<'a, 'py> = &'a Bound<'py, PyAny>;
+type Maybe<'py> = Option<Bound<'py, PyAny>>;
+
+fn optional(op: &'static str, argument: &str, object: &Maybe) -> PyResult<Option<TensorView>> {
+    object.as_ref().map(|object| read::view(op, argument, object)).transpose()
+}
+
+/// Runs an operator without the GIL. The arguments stay alive: Python's caller holds them.
+fn released(py: Python<'_>, work: impl FnOnce() -> Checked<()> + Send) -> PyResult<()> {
+    py.allow_threads(work).map_err(raise)
+}
+
+/// The five parts of a plan, owned for the length of a call.
+struct Parts([Option<TensorView>; 5]);
+
+impl Parts {
+    fn read(op: &'static str, parts: [(&str, &Maybe); 5]) -> PyResult<Self> {
+        let mut views = [const { None }; 5];
+        for (view, (name, object)) in views.iter_mut().zip(parts) {
+            *view = optional(op, name, object)?;
+        }
+        Ok(Self(views))
+    }
+
+    fn get(&self) -> refine::Parts<'_> {
+        let [theta, hole, sigma, perm, keep] = self.0.each_ref().map(Option::as_ref);
+        refine::Parts { theta, hole, sigma, perm, keep }
+    }
+}
+
+/// A seed is an int, or an int64 tensor [1] (read here when it lies on the CPU).
+fn read_seed(op: &'static str, seed: Object) -> PyResult<u64> {
+    if let Ok(value) = seed.extract::<i64>() {
+        return Ok(value as u64);
+    }
+    if let Ok(value) = seed.extract::<u64>() {
+        return Ok(value);
+    }
+    let view = read::view(op, "seed", seed)?;
+    refine::check_seed(&view).map_err(raise)?;
+    if view.device != Device::Cpu {
+        return Ok(0);
+    }
+    // SAFETY: int64 [1], in host memory.
+    Ok(unsafe { view.read_i64(&[0]) } as u64)
+}
+
+#[pyfunction]
+#[pyo3(signature = (refined, features, theta, hole, sigma, perm, keep, seed, threads))]
+#[allow(clippy::too_many_arguments)]
+fn refine_forward(
+    py: Python<'_>,
+    refined: Object,
+    features: Object,
+    theta: Maybe,
+    hole: Maybe,
+    sigma: Maybe,
+    perm: Maybe,
+    keep: Maybe,
+    seed: Object,
+    threads: usize,
+) -> PyResult<()> {
+    let op = "refine";
+    let parts = [("theta", &theta), ("hole", &hole), ("sigma", &sigma), ("perm", &perm), ("keep", &keep)];
+    let (features, parts) = (read::view(op, "features", features)?, Parts::read(op, parts)?);
+    let (refined, seed) = (read::view(op, "refined", refined)?, read_seed(op, seed)?);
+    released(py, || refine::forward(&refined, &features, parts.get(), seed, threads))
+}
+
+#[pyfunction]
+#[pyo3(signature = (d_features, d_theta, d_sigma, d_straight, upstream, features, theta, hole, sigma, perm, keep, seed, threads))]
+#[allow(clippy::too_many_arguments)]
+fn refine_backward(
+    py: Python<'_>,
+    d_features: Maybe,
+    d_theta: Maybe,
+    d_sigma: Maybe,
+    d_straight: Maybe,
+    upstream: Object,
+    features: Object,
+    theta: Maybe,
+    hole: Maybe,
+    sigma: Maybe,
+    perm: Maybe,
+    keep: Maybe,
+    seed: Object,
+    threads: usize,
+) -> PyResult<()> {
+    let op = "refine";
+    let parts = [("theta", &theta), ("hole", &hole), ("sigma", &sigma), ("perm", &perm), ("keep", &keep)];
+    let (features, parts) = (read::view(op, "features", features)?, Parts::read(op, parts)?);
+    let (upstream, seed) = (read::view(op, "upstream", upstream)?, read_seed(op, seed)?);
+    let d_features = optional(op, "d_features", &d_features)?;
+    let d_theta = optional(op, "d_theta", &d_theta)?;
+    let d_sigma = optional(op, "d_sigma", &d_sigma)?;
+    let d_straight = optional(op, "d_straight", &d_straight)?;
+    let wanted = refine::Wanted {
+        features: d_features.as_ref(),
+        theta: d_theta.as_ref(),
+        sigma: d_sigma.as_ref(),
+        straight: d_straight.as_ref(),
+    };
+    released(py, || refine::backward(wanted, &upstream, &features, parts.get(), seed, threads))
+}
+
+#[pyfunction]
+#[pyo3(signature = (dots, features, upstream, theta, hole, sigma, perm, keep, seed, threads))]
+#[allow(clippy::too_many_arguments)]
+fn refine_dots(
+    py: Python<'_>,
+    dots: Object,
+    features: Object,
+    upstream: Object,
+    theta: Maybe,
+    hole: Maybe,
+    sigma: Maybe,
+    perm: Maybe,
+    keep: Maybe,
+    seed: Object,
+    threads: usize,
+) -> PyResult<()> {
+    let op = "refine_dots";
+    let parts = [("theta", &theta), ("hole", &hole), ("sigma", &sigma), ("perm", &perm), ("keep", &keep)];
+    let (features, parts) = (read::view(op, "features", features)?, Parts::read(op, parts)?);
+    let (dots, upstream) = (read::view(op, "dots", dots)?, read::view(op, "upstream", upstream)?);
+    let seed = read_seed(op, seed)?;
+    released(py, || refine::dots(&dots, &features, &upstream, parts.get(), seed, threads))
+}
+
+#[pyfunction]
+#[pyo3(signature = (features, theta, hole, sigma, perm, keep, straight, seed))]
+#[allow(clippy::too_many_arguments)]
+fn check_refine(
+    features: Object,
+    theta: Maybe,
+    hole: Maybe,
+    sigma: Maybe,
+    perm: Maybe,
+    keep: Maybe,
+    straight: Maybe,
+    seed: Object,
+) -> PyResult<()> {
+    let op = "refine";
+    let parts = [("theta", &theta), ("hole", &hole), ("sigma", &sigma), ("perm", &perm), ("keep", &keep)];
+    let (features, parts) = (read::view(op, "features", features)?, Parts::read(op, parts)?);
+    let straight = optional(op, "straight", &straight)?;
+    read_seed(op, seed)?;
+    refine::check(&features, &parts.get(), straight.as_ref()).map_err(raise)
+}
+
+#[pyfunction]
+#[pyo3(signature = (features, upstream, theta, hole, sigma, perm, keep, seed))]
+#[allow(clippy::too_many_arguments)]
+fn check_refine_dots(
+    features: Object,
+    upstream: Maybe,
+    theta: Maybe,
+    hole: Maybe,
+    sigma: Maybe,
+    perm: Maybe,
+    keep: Maybe,
+    seed: Object,
+) -> PyResult<()> {
+    let op = "refine_dots";
+    let parts = [("theta", &theta), ("hole", &hole), ("sigma", &sigma), ("perm", &perm), ("keep", &keep)];
+    let (features, parts) = (read::view(op, "features", features)?, Parts::read(op, parts)?);
+    let upstream = optional(op, "upstream", &upstream)?;
+    read_seed(op, seed)?;
+    refine::check_dots(&features, upstream.as_ref(), &parts.get()).map(|_| ()).map_err(raise)
+}
+
+type Triple<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>);
+
+fn read_teacher(op: &'static str, teacher: Option<Triple>) -> PyResult<Option<[TensorView; 3]>> {
+    let Some((heat, size, offset)) = teacher else { return Ok(None) };
+    let read = |name, object| read::view(op, name, object);
+    Ok(Some([read("teacher heat", &heat)?, read("teacher size", &size)?, read("teacher offset", &offset)?]))
+}
+
+#[pyfunction]
+#[pyo3(name = "areas", signature = (coverage, boxes, scores, heat, size, offset, teacher, k, kernel, threads))]
+#[allow(clippy::too_many_arguments)]
+fn areas_forward(
+    py: Python<'_>,
+    coverage: Object,
+    boxes: Object,
+    scores: Object,
+    heat: Object,
+    size: Object,
+    offset: Object,
+    teacher: Option<Triple>,
+    k: i64,
+    kernel: i64,
+    threads: usize,
+) -> PyResult<()> {
+    let op = "areas";
+    let named = [("coverage", coverage), ("boxes", boxes), ("scores", scores)];
+    let [coverage, boxes, scores] = read_all(op, named)?;
+    let [heat, size, offset] = read_all(op, [("heat", heat), ("size", size), ("offset", offset)])?;
+    let teacher = read_teacher(op, teacher)?;
+    released(py, || {
+        areas::Args {
+            coverage: &coverage,
+            boxes: &boxes,
+            scores: &scores,
+            heat: &heat,
+            size: &size,
+            offset: &offset,
+            teacher: teacher.as_ref().map(|t| t.each_ref()),
+            k,
+            kernel,
+        }
+        .forward(threads)
+    })
+}
+
+fn read_all(op: &'static str, named: [(&str, Object); 3]) -> PyResult<[TensorView; 3]> {
+    let [a, b, c] = named.map(|(name, object)| read::view(op, name, object));
+    Ok([a?, b?, c?])
+}
+
+#[pyfunction]
+#[pyo3(signature = (heat, size, offset, teacher, k, kernel))]
+fn check_areas(
+    heat: Object,
+    size: Object,
+    offset: Object,
+    teacher: Option<Triple>,
+    k: i64,
+    kernel: i64,
+) -> PyResult<()> {
+    let op = "areas";
+    let [heat, size, offset] = read_all(op, [("heat", heat), ("size", size), ("offset", offset)])?;
+    let teacher = read_teacher(op, teacher)?;
+    let teacher = teacher.as_ref().map(|t| t.each_ref());
+    areas::check(&heat, &size, &offset, teacher, k, kernel).map(|_| ()).map_err(raise)
+}
+
+#[pyfunction]
+#[pyo3(name = "masked_mse", signature = (loss, d_student, student, teacher, weight, normalise, scale, threads))]
+#[allow(clippy::too_many_arguments)]
+fn masked_mse_forward(
+    py: Python<'_>,
+    loss: Object,
+    d_student: Maybe,
+    student: Object,
+    teacher: Object,
+    weight: Maybe,
+    normalise: &str,
+    scale: f64,
+    threads: usize,
+) -> PyResult<()> {
+    let op = "masked_mse";
+    let [loss, student, teacher] =
+        read_all(op, [("loss", loss), ("student", student), ("teacher", teacher)])?;
+    let (d_student, weight) = (optional(op, "d_student", &d_student)?, optional(op, "weight", &weight)?);
+    released(py, || {
+        masked_mse::Args {
+            loss: &loss,
+            d_student: d_student.as_ref(),
+            student: &student,
+            teacher: &teacher,
+            weight: weight.as_ref(),
+            normalise,
+            scale,
+        }
+        .forward(threads)
+    })
+}
+
+#[pyfunction]
+#[pyo3(signature = (student, teacher, weight, normalise))]
+fn check_masked_mse(student: Object, teacher: Object, weight: Maybe, normalise: &str) -> PyResult<()> {
+    let op = "masked_mse";
+    let (student, teacher) = (read::view(op, "student", student)?, read::view(op, "teacher", teacher)?);
+    let weight = optional(op, "weight", &weight)?;
+    masked_mse::check(&student, &teacher, weight.as_ref(), normalise).map(|_| ()).map_err(raise)
+}
+
+/// Uniforms f32 [n] and the seed of the noise, int64 [1], from the seed and the counter of a policy.
+#[pyfunction]
+fn draw(uniforms: Object, noise_seed: Object, seed: Object, counter: Object) -> PyResult<()> {
+    let op = "draw";
+    let (uniforms, noise_seed) =
+        (read::view(op, "uniforms", uniforms)?, read::view(op, "noise_seed", noise_seed)?);
+    crate::philox::check_draw(&uniforms, &noise_seed).map_err(raise)?;
+    let mut values = vec![0f32; uniforms.numel()];
+    let first = crate::philox::draw(read_seed(op, seed)?, read_seed(op, counter)?, &mut values);
+    for (i, value) in values.iter().enumerate() {
+        // SAFETY: the caller allocated [n] in host memory, and `i` is below n.
+        unsafe { uniforms.write_f64(&[i], f64::from(*value)) };
+    }
+    // SAFETY: the caller allocated int64 [1] in host memory. An i64 may not pass through f64.
+    unsafe { noise_seed.as_ptr::<i64>().write(first) };
+    Ok(())
+}
+
+/// Chooses the reader for torch tensors.
+#[pyfunction]
+fn select_reader(name: &str) -> PyResult<()> {
+    if read::select(name) {
+        return Ok(());
+    }
+    let rule =
+        if read::TCH_BUILT_FOR.is_some() { "be 'tch' or 'portable'" } else { "be 'portable' in this build" };
+    Err(raise(crate::error::Error::of_value("select_reader", "name", rule, format_args!("'{name}'"))))
+}
+
+/// What this build has and uses.
+#[pyfunction]
+fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+    let info = PyDict::new(py);
+    info.set_item("version", env!("CARGO_PKG_VERSION"))?;
+    info.set_item("reader", read::selected())?;
+    info.set_item("tch_built_for", read::TCH_BUILT_FOR)?;
+    info.set_item("simd", crate::simd::level().name())?;
+    info.set_item("cuda", false)?;
+    Ok(info)
+}
+
+/// The extension module.
+#[pymodule]
+fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    crate::openmp::remember_process();
+    module.add_function(wrap_pyfunction!(refine_forward, module)?)?;
+    module.add_function(wrap_pyfunction!(refine_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(refine_dots, module)?)?;
+    module.add_function(wrap_pyfunction!(areas_forward, module)?)?;
+    module.add_function(wrap_pyfunction!(masked_mse_forward, module)?)?;
+    module.add_function(wrap_pyfunction!(draw, module)?)?;
+    module.add_function(wrap_pyfunction!(check_refine, module)?)?;
+    module.add_function(wrap_pyfunction!(check_refine_dots, module)?)?;
+    module.add_function(wrap_pyfunction!(check_areas, module)?)?;
+    module.add_function(wrap_pyfunction!(check_masked_mse, module)?)?;
+    module.add_function(wrap_pyfunction!(select_reader, module)?)?;
+    module.add_function(wrap_pyfunction!(build_info, module)?)
+}

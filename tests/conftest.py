@@ -1,0 +1,70 @@
+"""Common ground of the tests: seeds, threads, the readers of tensors, a count of what was skipped and why."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+import sokd
+from sokd import _core, policy
+from sokd.config import PROVEN
+
+THREADS = 2
+
+hypothesis.settings.register_profile("sokd", deadline=None, derandomize=True, max_examples=40)
+hypothesis.settings.load_profile("sokd")
+
+
+def pytest_report_header() -> list[str]:
+    return [f"sokd: {line}" for line in sokd.config.describe().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> Iterator[None]:
+    """Every test starts from the same generators and leaves the thread count as it was."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    torch.set_num_threads(THREADS)
+    policy._source = None
+    yield
+    torch.set_num_threads(THREADS)
+
+
+@pytest.fixture
+def with_threads() -> Callable[..., object]:
+    """with_threads(n, function): the function's result under n threads."""
+
+    def run(threads: int, function: Callable[[], object]) -> object:
+        torch.set_num_threads(threads)
+        return function()
+
+    return run
+
+
+@pytest.fixture(params=["tch", "portable"])
+def reader(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each reader of torch tensors in turn."""
+    name, before = request.param, _core.build_info()["reader"]
+    if name == "tch":
+        if _core.build_info()["tch_built_for"] is None:
+            pytest.skip("this build has no reader tch")
+        if ".".join(torch.__version__.split(".")[:2]) not in PROVEN:
+            pytest.skip(f"the reader tch is not proven on torch {torch.__version__}")
+    _core.select_reader(name)
+    yield name
+    _core.select_reader(before)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The number of skipped tests with their reasons, as the last lines of every run."""
+    reasons = Counter(str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", []))
+    terminalreporter.write_line(f"skipped: {sum(reasons.values())}")
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"  {count} x {reason.removeprefix('Skipped: ')}")

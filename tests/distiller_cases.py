@@ -1,0 +1,81 @@
+"""Small networks of stages, and a Distiller of two of them: what the tests of the Distiller start from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sokd.distiller import Distiller
+
+CLASSES = 5
+SMALL = {"heat_channels": 3, "k": 2}  # DAM's options: quick
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Many small steps: nothing in them is worth a second thread, and conftest restores the count."""
+    torch.set_num_threads(1)
+
+
+class Net(nn.Module):
+    """Stem and two stages, each half the size; maps [B, width, 16, 16], [B, 2w, 8, 8], [B, 4w, 4, 4]."""
+
+    def __init__(self, width: int, *, norm: bool = True, inplace: bool = False) -> None:
+        super().__init__()
+        self.stem = self._stage(3, width, 1, norm, inplace)
+        self.stage1 = self._stage(width, 2 * width, 2, norm, inplace)
+        self.stage2 = self._stage(2 * width, 4 * width, 2, norm, inplace)
+        self.head = nn.Linear(4 * width, CLASSES)
+
+    @staticmethod
+    def _stage(inputs: int, outputs: int, stride: int, norm: bool, inplace: bool) -> nn.Sequential:
+        layers = [nn.Conv2d(inputs, outputs, 3, stride, 1)]
+        if norm:
+            layers.append(nn.BatchNorm2d(outputs))
+        return nn.Sequential(*layers, nn.ReLU(inplace=inplace))
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.stage2(self.stage1(self.stem(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).mean((2, 3)))
+
+
+def models(*, norm: bool = True) -> tuple[Net, Net]:
+    """Teacher and student, always the same."""
+    torch.manual_seed(0)
+    return Net(6, norm=norm), Net(3, norm=norm)
+
+
+def batch(samples: int = 4, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(samples, 3, 16, 16, generator=generator)
+    return x.to(dtype), torch.randint(0, CLASSES, (samples,), generator=generator)
+
+
+def make(**options: Any) -> Distiller:
+    """A Distiller of two Nets in train mode."""
+    teacher, student = options.pop("models", None) or models()
+    if options.get("sokd", True) is True:
+        options["sokd"] = SMALL
+    defaults = {"layers": ["stage1", "stage2"], "method": "fitnet", "example": batch()[0]}
+    return Distiller(teacher, student, **{**defaults, **options})
+
+
+def objective(distiller: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    _, losses = distiller(*(args or batch()), **kwargs)
+    return torch.stack(list(losses.values())).sum()
+
+
+def rewound(distiller: Distiller, counter: int = 0) -> Distiller:
+    """The same draws again."""
+    if distiller.kd is not None and distiller.kd.policy is not None:
+        distiller.kd.policy.counter.fill_(counter)
+    return distiller
+
+
+def gradients(distiller: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in distiller.named_parameters() if p.grad is not None}

@@ -1,0 +1,29 @@
+"""A small SoKD, features for it, and its draws again: what the tests of the loss start from."""
+
+from __future__ import annotations
+
+import torch
+
+from sokd import SoKD
+
+
+def make(*channels, seed: int = 0, **options) -> SoKD:
+    torch.manual_seed(seed)
+    channels = channels or (3, 4)
+    return SoKD(*channels, **{"heat_channels": 5, "k": 2, **options})
+
+
+def features(*shape: int, seed: int = 5, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def pair(
+    student=(2, 3, 6, 6), teacher=(2, 4, 6, 6), dtype=torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return features(*student, dtype=dtype).requires_grad_(), features(*teacher, seed=6, dtype=dtype)
+
+
+def rewound(kd: SoKD, counter: int = 0) -> SoKD:
+    """The same draws again."""
+    kd.policy.counter.fill_(counter)
+    return kd

@@ -1,0 +1,154 @@
+"""Two processes (gloo, CPU) against one with the whole batch: gradients, draws, the search.
+
+The student has no BatchNorm and the adapters are 1x1 convolutions: a BatchNorm normalises with its own rank's
+half of the batch, in DistributedDataParallel as anywhere, so with one the two could not agree. Noise is left
+out of
+the policy for the same reason: it is drawn by a sample's place in its rank's batch.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from distiller_cases import SMALL, batch, gradients, make, models, objective, one_thread  # noqa: F401
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import sokd
+from sokd.distiller import Distiller
+
+RANKS, SAMPLES = 2, 4
+QUIET = [("rotate", "cutout"), ("shear_x", "channel_drop"), ("translate_y", "channel_shuffle")]
+
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo"
+)
+
+
+def distiller() -> Distiller:
+    torch.manual_seed(0)
+    adapters = nn.ModuleList([nn.Conv2d(6, 12, 1), nn.Conv2d(12, 24, 1)])
+    return make(models=models(norm=False), sokd={"adapter": adapters, "policies": QUIET, **SMALL})
+
+
+def searched(subject: Distiller, x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+    """The policy after two steps of its search."""
+    torch.manual_seed(3)  # of the search's own stream
+    search = sokd.PolicySearch(subject.kd, subject.student, lr=0.05)
+    for _ in range(2):
+        search.step(subject.step, (x, y))
+    return chi(subject)
+
+
+def chi(subject: Distiller) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in subject.kd.policy.parameters()]
+
+
+def one_process() -> dict[str, Any]:
+    """What two ranks together are to get."""
+    subject, (x, y) = distiller(), batch(SAMPLES)
+    objective(subject, x, y).backward()
+    return {"gradients": gradients(subject), "chi": searched(subject, x, y)}
+
+
+def rank_of_two(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meet",
+        rank=rank,
+        world_size=RANKS,
+        timeout=timedelta(seconds=60),
+    )
+    try:
+        torch.save(_work(rank), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def _work(rank: int) -> dict[str, Any]:
+    subject = distiller()
+    if rank:  # a rank that was seeded otherwise, as they often are
+        subject.kd.policy.seed.fill_(99)
+        subject.kd.policy.alpha.data.fill_(1.0)
+    x, y = (part.chunk(RANKS)[rank] for part in batch(SAMPLES))
+    # without buffers broadcast by DistributedDataParallel, so that the agreement is the Distiller's own
+    wrapped = DistributedDataParallel(subject, broadcast_buffers=False)
+    seeds, draws = [], []
+    for step in range(3):
+        wrapped.zero_grad()
+        objective(wrapped, x, y).backward()
+        if step == 0:
+            found = {"gradients": gradients(subject)}
+        policy = subject.kd.policy
+        seeds.append((int(policy.seed), int(policy.counter)))
+        draws.append(policy.draw_at(policy.seed, policy.counter, len(x)).uniforms)
+    found |= {"seeds": seeds, "draws": torch.cat(draws), "chi": searched(subject, x, y)}
+    return found | {"inside": _wrapped_inside(), "logits only": _logits_only(x, y)}
+
+
+def _wrapped_inside() -> str:
+    teacher, student = models(norm=False)
+    subject = Distiller(
+        teacher, DistributedDataParallel(student), layers="stage1", sokd=SMALL, example=batch()[0]
+    )
+    try:
+        objective(subject)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def _logits_only(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+    """A student wrapped inside is right where nothing else is trained, and its layers are found."""
+    teacher, student = models(norm=False)
+    subject = make(
+        models=(teacher, DistributedDataParallel(student)), method={"sp": 0.0, "kd": 1.0}, sokd=False
+    )
+    objective(subject, x, y).backward()
+    return [parameter.grad for parameter in student.parameters()]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    mp.spawn(rank_of_two, args=(str(folder),), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+def test_gradients_are_those_of_the_whole_batch(ranks):
+    expected = one_process()["gradients"]
+    for found in ranks:
+        assert found["gradients"].keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-4, atol=1e-5)
+    assert sum(gradient.abs().sum() > 0 for gradient in expected.values()) > 15
+
+
+def test_every_rank_draws_the_same(ranks):
+    one, other = ranks
+    assert one["seeds"] == other["seeds"]
+    assert [counter for _, counter in one["seeds"]] == [1, 2, 3]
+    assert torch.equal(one["draws"], other["draws"])
+
+
+def test_the_search_moves_one_policy(ranks):
+    one, other = (found["chi"] for found in ranks)
+    assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+    start = chi(distiller())
+    assert all(not torch.equal(*pair) for pair in zip(one, start, strict=True))
+    for found, expected in zip(one, one_process()["chi"], strict=True):  # rank 1's own seed is not heard
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_a_student_wrapped_inside(ranks):
+    start = "Distiller: student must be wrapped together with the adapters and heads, whose "
+    assert ranks[0]["inside"].startswith(start)
+    one, other = (found["logits only"] for found in ranks)
+    assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))

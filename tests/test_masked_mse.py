@@ -1,0 +1,285 @@
+"""ops.masked_mse: loss and gradient against the twin, naive loops and eager PyTorch."""
+
+from __future__ import annotations
+
+import math
+
+import naive
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import DTYPES, LAYOUTS, SHAPES, laid_out
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sokd import ops, reference
+from sokd.ops.masked_mse import _masked_mse
+
+CLOSE = {
+    torch.float64: {"rtol": 1e-10, "atol": 1e-12},
+    torch.float32: {"rtol": 1e-5, "atol": 1e-7},
+    torch.float16: {"rtol": 2e-3, "atol": 1e-6},
+    torch.bfloat16: {"rtol": 1.6e-2, "atol": 1e-6},
+}
+
+
+def loss_and_gradient(function, student, *rest, **options):
+    student = student.detach().requires_grad_()
+    loss = function(student, *rest, **options)
+    return loss.detach(), torch.autograd.grad(loss, student)[0]
+
+
+@pytest.mark.parametrize("normalise", ["elements", "area"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values(shape, dtype, layout, normalise):
+    student, teacher = laid_out(shape, layout, dtype), laid_out(shape, "contiguous", dtype)
+    weight = torch.randint(0, 3, (shape[0], *shape[2:])).float()
+    loss, d_student = loss_and_gradient(ops.masked_mse, student, teacher, weight, normalise=normalise)
+    exact = loss_and_gradient(
+        reference.masked_mse, student.double(), teacher.double(), weight.double(), normalise=normalise
+    )
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and loss.shape == ()
+    assert d_student.dtype == dtype and d_student.shape == shape
+    torch.testing.assert_close(loss.double(), exact[0], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(d_student.double(), exact[1], **CLOSE[dtype])
+
+
+@pytest.mark.parametrize("normalise", ["elements", "area"])
+def test_naive_loops(normalise):
+    student, teacher = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64)
+    weight = torch.randint(0, 3, (2, 4, 5)).double()
+    expected = naive.masked_mse(student.numpy(), teacher.numpy(), weight.numpy(), normalise)
+    loss, d_student = loss_and_gradient(ops.masked_mse, student, teacher, weight, normalise=normalise)
+    assert loss.item() == pytest.approx(expected[0], rel=1e-12)
+    torch.testing.assert_close(d_student, torch.from_numpy(expected[1]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "layouts", [("contiguous", "channels_last"), ("channels_last", "channels_last"), ("sliced", "expanded")]
+)
+def test_mixed_layouts(layouts, dtype):
+    student, teacher = (laid_out((2, 18, 7, 8), layout, dtype) for layout in layouts)
+    weights = [
+        None,
+        torch.rand(2, 7, 8),
+        torch.rand(2, 1, 7, 8),
+        torch.rand(1, 7, 8).expand(2, 7, 8),
+        torch.rand(2, 8, 7).transpose(1, 2),
+        torch.rand(2, 7, 8).double(),
+        torch.rand(2, 7, 8).to(dtype),
+    ]
+    for weight in weights:
+        loss, d_student = loss_and_gradient(ops.masked_mse, student, teacher, weight)
+        wide = None if weight is None else weight.double()
+        exact = loss_and_gradient(reference.masked_mse, student.double(), teacher.double(), wide)
+        torch.testing.assert_close(loss.double(), exact[0], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(d_student.double(), exact[1], **CLOSE[dtype])
+
+
+def test_without_weight_it_is_mse():
+    student, teacher = torch.randn(2, 2, 3, 14, 15)
+    for normalise in ("elements", "area"):
+        torch.testing.assert_close(
+            ops.masked_mse(student, teacher, normalise=normalise), F.mse_loss(student, teacher)
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_no_worse_than_eager(dtype):
+    student, teacher = (torch.randn(4, 16, 14, 14).to(dtype) for _ in range(2))
+    weight = torch.randint(0, 4, (4, 14, 14)).to(dtype)
+
+    def eager(student, teacher, weight):
+        return (weight.unsqueeze(1) * (student - teacher) ** 2).mean()
+
+    exact = loss_and_gradient(reference.masked_mse, student.double(), teacher.double(), weight.double())
+    ours, theirs = (
+        loss_and_gradient(function, student, teacher, weight) for function in (ops.masked_mse, eager)
+    )
+    for ours_, theirs_, exact_ in zip(ours, theirs, exact, strict=True):
+        error, eagers_own = ((value.double() - exact_).abs().max() for value in (ours_, theirs_))
+        assert error <= eagers_own + 1e-6 * exact_.abs().max()
+
+
+def test_float16_gradients_do_not_underflow():
+    """2 * difference / a million is below float16's range until a loss scale multiplies it."""
+    student, teacher = torch.randn(2, 16, 64, 64, 64).half() * 1e-2
+    exact = loss_and_gradient(reference.masked_mse, student.double(), teacher.double())[1] * 65536
+    student = student.requires_grad_()
+    (ops.masked_mse(student, teacher) * 65536).backward()
+    torch.testing.assert_close(student.grad.double(), exact, rtol=2e-3, atol=2e-7)
+
+
+def test_float16_gradients_of_a_small_area_do_not_overflow():
+    """The area may be one cell of ten thousand: what is kept for the backward must not grow by that."""
+    student = torch.zeros(2, 256, 100, 100).half()
+    teacher = torch.full_like(student, 40)
+    weight = torch.zeros(2, 100, 100)
+    weight[:, 0, 0] = 8
+    loss, gradient = loss_and_gradient(ops.masked_mse, student, teacher, weight, normalise="area")
+    assert loss.item() == 1600
+    assert (gradient[..., 0, 0] == -0.15625).all() and gradient.count_nonzero() == 512
+
+
+def test_float16_gradients_of_large_weighted_differences_do_not_overflow():
+    student, teacher = torch.zeros(1, 4, 64, 64).half(), torch.full((1, 4, 64, 64), 1e4).half()
+    weight = torch.full((1, 64, 64), 64.0)
+    for normalise in ("elements", "area"):
+        gradient = loss_and_gradient(ops.masked_mse, student, teacher, weight, normalise=normalise)[1]
+        exact = loss_and_gradient(
+            reference.masked_mse, student.double(), teacher.double(), weight.double(), normalise=normalise
+        )[1]
+        torch.testing.assert_close(gradient.double(), exact, **CLOSE[torch.float16])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_the_gradient_keeps_the_layout(layout):
+    student = laid_out((2, 4, 5, 6), layout, torch.float32)
+    gradient = loss_and_gradient(ops.masked_mse, student, torch.randn(2, 4, 5, 6))[1]
+    assert gradient.stride() == student.stride()
+
+
+# --- gradient
+
+
+@pytest.mark.parametrize("normalise", ["elements", "area"])
+def test_gradcheck(normalise):
+    student, teacher = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64)
+    weight = torch.rand(2, 4, 5, dtype=torch.float64)
+    student.requires_grad_()
+    options = {"normalise": normalise}
+    assert torch.autograd.gradcheck(
+        lambda student: ops.masked_mse(student, teacher, weight, **options), student
+    )
+    assert torch.autograd.gradgradcheck(
+        lambda student: ops.masked_mse(student, teacher, weight, **options), student
+    )
+    teacher.requires_grad_()
+
+    def mutual(student, teacher):
+        return _masked_mse(student, teacher, weight, scale=3.0, mutual=True, **options)
+
+    assert torch.autograd.gradcheck(mutual, (student, teacher))
+    assert torch.autograd.gradgradcheck(mutual, (student, teacher))
+
+
+@pytest.mark.parametrize("upstream", [1.0, 2.5, 0.0, -1.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_upstream_twice(dtype, upstream):
+    """The saved gradient is not changed by a backward: a second one through the same graph gives the same."""
+    student, teacher = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64).to(dtype)
+    student.requires_grad_()
+    loss = ops.masked_mse(student, teacher)
+    factor = torch.tensor(upstream, dtype=loss.dtype)
+    first = torch.autograd.grad(loss, student, factor, retain_graph=True)[0]
+    kept = first.clone()
+    exact = loss_and_gradient(reference.masked_mse, student.double(), teacher.double())[1] * upstream
+    torch.testing.assert_close(first.double(), exact, **CLOSE[dtype])
+    second = torch.autograd.grad(loss, student, factor, retain_graph=True)[0]
+    assert torch.equal(second, kept)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    torch.testing.assert_close(
+        student.grad.double(), 2 * exact / upstream if upstream else student.grad.double(), **CLOSE[dtype]
+    )
+
+
+def test_upstream_one_is_not_copied():
+    student, teacher = torch.randn(2, 2, 3, 4, 5)
+    student.requires_grad_()
+    loss = ops.masked_mse(student, teacher)
+    saved = loss.grad_fn.saved_tensors[0]
+    assert torch.autograd.grad(loss, student)[0].data_ptr() == saved.data_ptr()
+
+
+def test_scale_is_folded_in():
+    student, teacher = torch.randn(2, 2, 3, 4, 5)
+    plain = loss_and_gradient(ops.masked_mse, student, teacher)
+    scaled = loss_and_gradient(_masked_mse, student, teacher, None, normalise="elements", scale=1000.0)
+    for one, two in zip(plain, scaled, strict=True):
+        torch.testing.assert_close(one * 1000, two)
+
+
+def test_mutual_gradients_are_opposite():
+    student, teacher = (torch.randn(2, 3, 4, 5, requires_grad=True) for _ in range(2))
+    loss = _masked_mse(student, teacher, torch.rand(2, 4, 5), normalise="area", scale=2.0, mutual=True)
+    loss.backward()
+    assert torch.equal(student.grad, -teacher.grad) and student.grad.any()
+
+
+@pytest.mark.parametrize("name", ["teacher", "weight"])
+def test_other_gradients_are_refused(name):
+    inputs = {
+        "student": torch.ones(1, 1, 2, 2),
+        "teacher": torch.ones(1, 1, 2, 2),
+        "weight": torch.ones(1, 2, 2),
+    }
+    inputs[name].requires_grad_()
+    with pytest.raises(ValueError) as error:
+        ops.masked_mse(**inputs)
+    assert str(error.value) == f"masked_mse: {name} must not require grad, got a tensor that requires grad"
+    with torch.no_grad():
+        assert ops.masked_mse(**inputs).item() == 0
+
+
+def test_no_gradient_is_computed_when_none_is_wanted():
+    student, teacher = torch.randn(2, 2, 3, 4, 5)
+    assert not ops.masked_mse(student, teacher).requires_grad
+    with torch.no_grad():
+        assert not ops.masked_mse(student.requires_grad_(), teacher).requires_grad
+
+
+# --- values that are not numbers, maps that are empty
+
+
+def test_nan_propagates():
+    student, teacher, weight = torch.randn(1, 2, 3, 3), torch.randn(1, 2, 3, 3), torch.ones(1, 3, 3)
+    for index, target in enumerate((student, teacher, weight)):
+        inputs = [each.clone() for each in (student, teacher, weight)]
+        inputs[index].view(-1)[4] = math.nan
+        loss, gradient = loss_and_gradient(ops.masked_mse, *inputs)
+        assert loss.isnan() and gradient.view(-1)[4].isnan(), target
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_area_of_nothing_is_zero(dtype):
+    student, teacher = torch.randn(2, 2, 3, 4, 5).to(dtype)
+    loss, gradient = loss_and_gradient(
+        ops.masked_mse, student, teacher, torch.zeros(2, 4, 5), normalise="area"
+    )
+    assert loss.item() == 0 and not gradient.any()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_same_bits_for_any_number_of_threads(layout, with_threads):
+    student, teacher = (laid_out((5, 16, 33, 31), layout, torch.float32) for _ in range(2))
+    weight = torch.rand(5, 33, 31)
+
+    def work():
+        return loss_and_gradient(ops.masked_mse, student, teacher, weight, normalise="area")
+
+    first = with_threads(1, work)
+    for threads in (2, 3):
+        for one, two in zip(first, with_threads(threads, work), strict=True):
+            assert torch.equal(one, two)
+
+
+@given(
+    st.tuples(st.integers(0, 3), st.integers(0, 18), st.integers(0, 9), st.integers(0, 9)),
+    st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS), st.sampled_from(["elements", "area"]),
+    st.integers(0, 2**31), st.sampled_from([1e-3, 1.0, 1e3]),
+)  # fmt: skip
+def test_any_case(shape, layout, teachers, normalise, seed, scale):
+    torch.manual_seed(seed)
+    student, teacher = (
+        laid_out(shape, layout, torch.float64, scale),
+        laid_out(shape, teachers, torch.float64, scale),
+    )
+    weight = torch.randint(0, 3, (shape[0], *shape[2:])).double()
+    actual = loss_and_gradient(ops.masked_mse, student, teacher, weight, normalise=normalise)
+    expected = loss_and_gradient(reference.masked_mse, student, teacher, weight, normalise=normalise)
+    for one, two in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)

@@ -1,0 +1,170 @@
+"""`sokd.wrap`: any loss, called as it was, with features refined and masked."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import compiles
+from kd_cases import features, make, pair, rewound
+from torch import nn
+
+from sokd.loss import loss
+from sokd.wrap import wrap
+
+
+def test_a_squared_error_is_sokd_loss():
+    kd, (f_s, f_t) = make(lambda_areas=1.0), pair()
+    value = wrap(F.mse_loss, kd)(f_s, f_t)
+    torch.testing.assert_close(value, loss(f_s, f_t, rewound(kd)))
+
+
+def test_its_gradients_are_sokd_loss_too():
+    kd, (f_s, f_t) = make(lambda_areas=1.0), pair()
+    wanted = [f_s, *kd.parameters()]
+    found = torch.autograd.grad(wrap(F.mse_loss, kd)(f_s, f_t), wanted)
+    expected = torch.autograd.grad(loss(f_s, f_t, rewound(kd)), wanted)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_the_agreement_can_be_added_by_hand():
+    kd, (f_s, f_t) = make(), pair()
+    together = wrap(F.l1_loss, kd)(f_s, f_t)
+    apart = wrap(F.l1_loss, rewound(kd), agreement=False)
+    torch.testing.assert_close(apart(f_s, f_t) + apart.agreement, together)
+
+
+def scaled(teacher, student, *, scale=2.0, offset=0.0):
+    return scale * F.l1_loss(student, teacher) + offset
+
+
+def test_the_signature_is_that_of_the_loss():
+    kd, (f_s, f_t) = make(), pair()
+    wrapped = wrap(scaled, kd, student="student", teacher="teacher")
+    first = wrapped(f_t, f_s, scale=3.0)
+    calls = [
+        lambda: wrapped(teacher=f_t, student=f_s, scale=3.0),
+        lambda: wrapped(f_t, student=f_s, scale=3.0),
+        lambda: wrap(scaled, kd, student=1, teacher=0)(f_t, f_s, scale=3.0),
+        lambda: wrap(scaled, kd, student=1, teacher=0)(student=f_s, teacher=f_t, scale=3.0),
+        lambda: wrapped(f_t, f_s, scale=3.0, offset=1.0) - 1.0,
+    ]
+    for call in calls:
+        rewound(kd)
+        torch.testing.assert_close(call(), first)
+
+
+def test_a_loss_without_names():
+    kd, (f_s, f_t) = make(), pair()
+    wrapped = wrap(lambda *maps: F.mse_loss(*maps), kd)
+    torch.testing.assert_close(wrapped(f_s, f_t), wrap(F.mse_loss, rewound(kd))(f_s, f_t))
+
+
+def test_lists_stay_lists():
+    kd = make([3, 3], [4, 4])
+    seen = []
+
+    def total(students, teachers):
+        seen.append((type(students), type(teachers), len(students)))
+        return sum(F.mse_loss(s, t) for s, t in zip(students, teachers, strict=True))
+
+    students = [features(2, 3, 6, 6), features(2, 3, 3, 3)]
+    assert wrap(total, kd)(students, [features(2, 4, 6, 6), features(2, 4, 3, 3)]).isfinite()
+    assert seen == [(list, list, 2)]
+
+
+def test_tokens_come_as_maps():
+    kd = make()
+    shapes = []
+
+    def seen(f_s, f_t):
+        shapes.append((f_s.shape, f_t.shape))
+        return f_s.sum() * 0
+
+    wrap(seen, kd)(features(2, 37, 3), features(2, 16, 4))
+    assert shapes == [((2, 4, 4, 4),) * 2]
+
+
+@pytest.mark.parametrize("part", ["dam", "policy", "adapter"])
+def test_each_part_can_be_left_out(part):
+    f_s, f_t = features(2, 4, 6, 6).requires_grad_(), features(2, 4, 6, 6, seed=6)
+    kd = make(4, 4, **{part: None})
+    value = wrap(F.mse_loss, kd)(f_s, f_t)
+    value.backward()
+    assert f_s.grad.abs().sum() > 0
+    if part == "dam":
+        assert wrap(F.mse_loss, kd, agreement=True)(f_s, f_t).isfinite()
+
+
+def test_a_module_keeps_its_parameters():
+    class Learned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, f_s, f_t):
+            return self.scale * F.mse_loss(f_s, f_t)
+
+    wrapped = wrap(Learned(), make())
+    assert {"any_loss.scale", "kd.adapter.match.weight"} <= dict(wrapped.named_parameters()).keys()
+    assert not any("policy" in name for name, _ in wrapped.named_parameters())
+    wrapped(*pair()).backward()
+    assert all(parameter.grad is not None for parameter in wrapped.parameters())
+
+
+def test_the_figures_are_left_in_kd():
+    kd, (f_s, f_t) = make(), pair()
+    value = wrap(F.mse_loss, kd, agreement=False)(f_s, f_t)
+    torch.testing.assert_close(kd.diagnostics()["areas"], value.detach())
+    assert kd.diagnostics()["agreement"] > 0
+
+
+@compiles
+def test_it_compiles_in_one_graph():
+    torch._dynamo.reset()
+    kd, (f_s, f_t) = make(), pair()
+    wrapped = wrap(F.mse_loss, kd)
+    expected = wrapped(f_s, f_t)
+    rewound(kd)
+    torch.testing.assert_close(torch.compile(wrapped, fullgraph=True, backend="eager")(f_s, f_t), expected)
+
+
+def test_copies_are_apart():
+    wrapped = wrap(F.mse_loss, make())
+    twin = copy.deepcopy(wrapped)
+    torch.testing.assert_close(twin(*pair()), wrapped(*pair()))
+
+
+def test_teacher_gradients_are_warned_of():
+    f_s, f_t = pair()
+    with pytest.warns(UserWarning, match="teacher_features require grad"):
+        wrap(F.mse_loss, make())(f_s, f_t.requires_grad_())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrap(F.mse_loss, make())(*pair())
+
+
+WRONG = {
+    "no loss": (lambda: wrap(3, make()), "wrap: any_loss must be callable, got int"),
+    "no kd": (lambda: wrap(F.mse_loss, nn.Identity()), "wrap: kd must be a sokd.SoKD, got Identity"),
+    "no such argument": (
+        lambda: wrap(scaled, make(), student="f_s")(*pair()),
+        "wrap: student must be among the arguments of any_loss as 'f_s', got [0, 1]",
+    ),
+    "no tensor": (
+        lambda: wrap(lambda f_s, f_t: {"loss": f_s.sum()}, make())(*pair()),
+        "wrap: any_loss must return a tensor to which the agreement is added (agreement=False leaves it in "
+        ".agreement), got dict",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "text"), WRONG.values(), ids=WRONG)
+def test_what_is_refused(call, text):
+    with pytest.raises(TypeError) as caught:
+        call()
+    assert str(caught.value) == text
