@@ -22,7 +22,7 @@ pub fn read(op: &'static str, argument: &str, object: &Bound<'_, PyAny>) -> PyRe
     let strides: Vec<isize> = array.strides().iter().map(|s| s / size).collect();
     // SAFETY: a live array's header.
     let address = unsafe { (*array.as_array_ptr()).data } as usize;
-    if address % dtype.size() != 0 && !array.is_empty() {
+    if !address.is_multiple_of(dtype.size()) && !array.is_empty() {
         let rule = "be aligned to its elements";
         let got = format!("an address {} bytes off", address % dtype.size());
         return Err(raise(Error::of_value(op, argument, rule, got)));
