@@ -8,6 +8,7 @@ the policy for the same reason: it is drawn by a sample's place in its rank's ba
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ def rank_of_two(rank: int, folder: str) -> None:
         torch.save(_work(rank), f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
+    os._exit(0)  # DDP's destructor holds the GIL and may wait for ever for gloo's thread, which wants it
 
 
 def _work(rank: int) -> dict[str, Any]:
