@@ -148,18 +148,19 @@ impl<'a> Planes<'a> {
     }
 
     /// The normals of positions `4*quad ..`, as many rows of lanes as there are, four at a time.
-    ///
-    /// All words come first, and become normals then: each is a long chain of operations, and many short ones overlap better.
     #[inline(always)]
     pub fn normals(&self, quad: u32, out: &mut [[f32; LANES]]) {
         let fours = out.as_chunks_mut::<4>().0;
         #[cfg(target_arch = "x86_64")]
-        if self.level == Level::Avx512 {
+        match self.level {
             // SAFETY: the CPU has the features of its level.
-            return unsafe { x86::normals_avx512(self, quad, fours) };
+            Level::Avx512 => return unsafe { avx512::normals_avx512(self, quad, fours) },
+            // SAFETY: as above.
+            Level::Avx2 => return unsafe { avx2::normals_avx2(self, quad, fours) },
+            Level::Scalar => {}
         }
         for (i, four) in fours.iter_mut().enumerate() {
-            let words = self.words(quad + i as u32);
+            let words = self.words_any(quad + i as u32);
             for pair in 0..2 {
                 for l in 0..LANES {
                     let (a, b) = normal_pair(words[2 * pair][l], words[2 * pair + 1][l]);
@@ -168,20 +169,6 @@ impl<'a> Planes<'a> {
                 }
             }
         }
-    }
-
-    /// The words, by the widest multiplier that the CPU has: the compiler's own vectors keep the rounds in memory.
-    #[inline(always)]
-    fn words(&self, quad: u32) -> [[u32; LANES]; 4] {
-        #[cfg(target_arch = "x86_64")]
-        match self.level {
-            // SAFETY: the CPU has the features of its level.
-            Level::Avx512 => return unsafe { x86::words_avx512(self, quad) },
-            // SAFETY: as above.
-            Level::Avx2 => return unsafe { x86::words_avx2(self, quad) },
-            Level::Scalar => {}
-        }
-        self.words_any(quad)
     }
 
     /// The words without any instruction set.
@@ -203,7 +190,9 @@ fn lane_at(i: usize) -> usize {
 }
 
 #[cfg(target_arch = "x86_64")]
-mod x86;
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 
 /// The noise of one element (the naive loops and the tests use it).
 pub fn normal(seed: u64, plane: u64, position: u64) -> f32 {
@@ -310,10 +299,10 @@ mod tests {
             let words = match level {
                 // SAFETY: the CPU has it.
                 #[cfg(target_arch = "x86_64")]
-                Level::Avx512 => unsafe { x86::words_avx512(&lanes, quad) },
+                Level::Avx512 => unsafe { avx512::words_avx512(&lanes, quad) },
                 // SAFETY: the CPU has it.
                 #[cfg(target_arch = "x86_64")]
-                Level::Avx2 => unsafe { x86::words_avx2(&lanes, quad) },
+                Level::Avx2 => unsafe { avx2::words_avx2(&lanes, quad) },
                 _ => lanes.words_any(quad),
             };
             for (l, plane) in planes.iter().enumerate() {

@@ -23,7 +23,8 @@ pub trait Row<A: Real>: Copy {
     fn plus(self, other: Self) -> Self;
     /// self - other
     fn minus(self, other: Self) -> Self;
-
+    /// self where it is greater than other, else other (which may be NaN).
+    fn larger(self, other: Self) -> Self;
     /// The bits that both have.
     fn and(self, other: Self) -> Self;
 
@@ -85,6 +86,10 @@ impl<A: Real> Row<A> for Plain<A> {
         Self::each(|l| self.0[l] - other.0[l])
     }
     #[inline(always)]
+    fn larger(self, other: Self) -> Self {
+        Self::each(|l| if self.0[l] > other.0[l] { self.0[l] } else { other.0[l] })
+    }
+    #[inline(always)]
     fn and(self, other: Self) -> Self {
         Self::each(|l| self.0[l].and(other.0[l]))
     }
@@ -97,7 +102,7 @@ pub mod x86 {
     use std::arch::x86_64::*;
 
     macro_rules! row {
-        ($name:ident, $a:ty, $register:ty, $parts:expr, $load:ident, $widen:expr, $store:ident, $splat:ident, $fma:ident, $mul:ident, $add:ident, $sub:ident, $and:ident) => {
+        ($name:ident, $a:ty, $register:ty, $parts:expr, $load:ident, $widen:expr, $store:ident, $splat:ident, $fma:ident, $mul:ident, $add:ident, $sub:ident, $max:ident, $and:ident) => {
             /// A row in registers.
             #[derive(Clone, Copy)]
             pub struct $name([$register; $parts]);
@@ -159,6 +164,11 @@ pub mod x86 {
                     Self::each(|i| unsafe { $sub(self.0[i], other.0[i]) })
                 }
                 #[inline(always)]
+                fn larger(self, other: Self) -> Self {
+                    // SAFETY: see `load`.
+                    Self::each(|i| unsafe { $max(self.0[i], other.0[i]) })
+                }
+                #[inline(always)]
                 fn and(self, other: Self) -> Self {
                     // SAFETY: see `load`.
                     Self::each(|i| unsafe { $and(self.0[i], other.0[i]) })
@@ -179,6 +189,7 @@ pub mod x86 {
         _mm512_mul_ps,
         _mm512_add_ps,
         _mm512_sub_ps,
+        _mm512_max_ps,
         _mm512_and_ps
     );
     row!(
@@ -194,6 +205,7 @@ pub mod x86 {
         _mm512_mul_pd,
         _mm512_add_pd,
         _mm512_sub_pd,
+        _mm512_max_pd,
         _mm512_and_pd
     );
     row!(
@@ -209,6 +221,7 @@ pub mod x86 {
         _mm256_mul_ps,
         _mm256_add_ps,
         _mm256_sub_ps,
+        _mm256_max_ps,
         _mm256_and_ps
     );
     row!(
@@ -224,6 +237,7 @@ pub mod x86 {
         _mm256_mul_pd,
         _mm256_add_pd,
         _mm256_sub_pd,
+        _mm256_max_pd,
         _mm256_and_pd
     );
 }

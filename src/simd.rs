@@ -10,11 +10,6 @@ use std::sync::OnceLock;
 /// Elements that the kernels work on side by side (channels, in nearly all of them): one AVX-512 register of f32.
 pub const LANES: usize = 16;
 
-/// A buffer whose rows of lanes do not straddle cache lines.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-pub struct Aligned<T>(pub T);
-
 /// An instruction set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Level {

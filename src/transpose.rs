@@ -36,16 +36,17 @@ pub fn transpose_f32(from: &Square<f32>, to: &mut Square<f32>) {
 #[inline(always)]
 pub unsafe fn load_f32(planes: &[*const f32; LANES], at: isize, to: &mut Square<f32>) {
     #[cfg(target_arch = "x86_64")]
-    if crate::simd::level() == crate::simd::Level::Avx512 {
+    match crate::simd::level() {
         // SAFETY: the CPU has the features of its level; the caller's promise.
-        return unsafe { x86::load_avx512(planes, at, to) };
+        crate::simd::Level::Avx512 => return unsafe { x86::load_avx512(planes, at, to) },
+        // SAFETY: as above.
+        crate::simd::Level::Avx2 => return unsafe { x86::load_avx2(planes, at, to) },
+        crate::simd::Level::Scalar => {}
     }
-    let mut square = [[0.0; LANES]; LANES];
-    for (row, plane) in square.iter_mut().zip(planes) {
-        // SAFETY: the caller's promise.
-        *row = unsafe { plane.wrapping_offset(at).cast::<[f32; LANES]>().read_unaligned() };
-    }
-    transpose_f32(&square, to);
+    // SAFETY: the caller's promise.
+    let row =
+        |plane: *const f32| unsafe { plane.wrapping_offset(at).cast::<[f32; LANES]>().read_unaligned() };
+    transpose_any(&planes.map(row), to);
 }
 
 /// Turns a square into 16 elements of each of the first `used` planes, from `at` on.
@@ -55,12 +56,15 @@ pub unsafe fn load_f32(planes: &[*const f32; LANES], at: isize, to: &mut Square<
 #[inline(always)]
 pub unsafe fn store_f32(from: &Square<f32>, planes: &[*mut f32; LANES], used: usize, at: isize) {
     #[cfg(target_arch = "x86_64")]
-    if crate::simd::level() == crate::simd::Level::Avx512 {
+    match crate::simd::level() {
         // SAFETY: the CPU has the features of its level; the caller's promise.
-        return unsafe { x86::store_avx512(from, planes, used, at) };
+        crate::simd::Level::Avx512 => return unsafe { x86::store_avx512(from, planes, used, at) },
+        // SAFETY: as above.
+        crate::simd::Level::Avx2 => return unsafe { x86::store_avx2(from, planes, used, at) },
+        crate::simd::Level::Scalar => {}
     }
     let mut square = [[0.0; LANES]; LANES];
-    transpose_f32(from, &mut square);
+    transpose_any(from, &mut square);
     for (row, plane) in square.iter().zip(&planes[..used]) {
         // SAFETY: the caller's promise.
         unsafe { plane.wrapping_offset(at).cast::<[f32; LANES]>().write_unaligned(*row) };
@@ -134,44 +138,63 @@ mod x86 {
         ]
     }
 
-    /// Four 8 x 8 quarters, the off-diagonal ones swapped.
     #[inline]
     #[target_feature(enable = "avx2")]
     pub fn transpose_avx2(from: &Square<f32>, to: &mut Square<f32>) {
-        for (row, column) in [(0, 0), (0, 8), (8, 0), (8, 8)] {
-            for (i, part) in quarter(from, row, column).into_iter().enumerate() {
-                // SAFETY: 8 floats from column 0 or 8 of a row of 16.
-                unsafe { _mm256_storeu_ps(to[column + i].as_mut_ptr().add(row), part) };
-            }
-        }
+        // SAFETY: four floats of a row of 16, from 0, 4, 8 or 12.
+        let part =
+            |row: usize, from_column: usize| unsafe { _mm_loadu_ps(from[row][from_column..].as_ptr()) };
+        // SAFETY: eight floats of a row of 16, from 0 or 8.
+        turn_avx2(part, |row, half, lanes| unsafe { _mm256_storeu_ps(to[row][half..].as_mut_ptr(), lanes) });
     }
 
     #[inline]
     #[target_feature(enable = "avx2")]
-    fn quarter(tile: &Square<f32>, row: usize, column: usize) -> [__m256; 8] {
-        // SAFETY: row + 7 and column + 7 are below 16.
-        let r: [__m256; 8] =
-            std::array::from_fn(|i| unsafe { _mm256_loadu_ps(tile[row + i].as_ptr().add(column)) });
-        let mut pairs = r;
-        for i in 0..4 {
-            pairs[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-            pairs[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
-        }
-        let mut fours = r;
-        for half in 0..2 {
-            let p = &pairs[4 * half..4 * half + 4];
-            fours[4 * half] = _mm256_shuffle_ps::<0x44>(p[0], p[2]);
-            fours[4 * half + 1] = _mm256_shuffle_ps::<0xee>(p[0], p[2]);
-            fours[4 * half + 2] = _mm256_shuffle_ps::<0x44>(p[1], p[3]);
-            fours[4 * half + 3] = _mm256_shuffle_ps::<0xee>(p[1], p[3]);
-        }
-        std::array::from_fn(|i| {
-            if i < 4 {
-                _mm256_permute2f128_ps::<0x20>(fours[i], fours[i + 4])
-            } else {
-                _mm256_permute2f128_ps::<0x31>(fours[i - 4], fours[i])
+    pub unsafe fn load_avx2(planes: &[*const f32; LANES], at: isize, to: &mut Square<f32>) {
+        // SAFETY: four of the sixteen floats of each plane that the caller vouches for.
+        let part = |row: usize, from: usize| unsafe {
+            _mm_loadu_ps(planes[row].wrapping_offset(at + from as isize))
+        };
+        // SAFETY: eight floats of a row of 16, from 0 or 8.
+        turn_avx2(part, |row, half, lanes| unsafe { _mm256_storeu_ps(to[row][half..].as_mut_ptr(), lanes) });
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    pub unsafe fn store_avx2(from: &Square<f32>, planes: &[*mut f32; LANES], used: usize, at: isize) {
+        // SAFETY: four floats of a row of 16, from 0, 4, 8 or 12.
+        let part =
+            |row: usize, from_column: usize| unsafe { _mm_loadu_ps(from[row][from_column..].as_ptr()) };
+        turn_avx2(part, |plane, half, lanes| {
+            if plane < used {
+                // SAFETY: eight of the sixteen floats of this plane, for which the caller vouches.
+                unsafe { _mm256_storeu_ps(planes[plane].wrapping_offset(at + half as isize), lanes) };
             }
-        })
+        });
+    }
+
+    /// Row and first column of four floats in; row, first column (0 or 8) and eight floats out.
+    ///
+    /// Eight rows at a time: planes of 16 KiB would otherwise push one another out of a cache of eight ways.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn turn_avx2(part: impl Fn(usize, usize) -> __m128, mut put: impl FnMut(usize, usize, __m256)) {
+        for half in [0, 8] {
+            for quarter in [0, 4, 8, 12] {
+                // Rows i and 4 + i side by side: all shuffles stay within 128 bits.
+                let two = |i: usize| {
+                    let low = _mm256_castps128_ps256(part(half + i, quarter));
+                    _mm256_insertf128_ps::<1>(low, part(half + i + 4, quarter))
+                };
+                let r = [two(0), two(1), two(2), two(3)];
+                let (a, b) = (_mm256_unpacklo_ps(r[0], r[1]), _mm256_unpackhi_ps(r[0], r[1]));
+                let (c, d) = (_mm256_unpacklo_ps(r[2], r[3]), _mm256_unpackhi_ps(r[2], r[3]));
+                put(quarter, half, _mm256_shuffle_ps::<0x44>(a, c));
+                put(quarter + 1, half, _mm256_shuffle_ps::<0xee>(a, c));
+                put(quarter + 2, half, _mm256_shuffle_ps::<0x44>(b, d));
+                put(quarter + 3, half, _mm256_shuffle_ps::<0xee>(b, d));
+            }
+        }
     }
 }
 

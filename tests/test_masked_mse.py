@@ -210,6 +210,36 @@ def test_mutual_gradients_are_opposite():
     assert torch.equal(student.grad, -teacher.grad) and student.grad.any()
 
 
+@pytest.mark.parametrize("of_features", [False, True])
+@pytest.mark.parametrize("twice", [False, True])
+def test_the_gradient_of_refined_features_goes_on_without_a_copy(of_features, twice):
+    """`refine` reads the student's gradient with its sign set; what comes out is an ordinary tensor."""
+    features = torch.randn(2, 5, 6, 6, dtype=torch.float64, requires_grad=of_features)
+    student = torch.randn(2, 5, 6, 6, dtype=torch.float64, requires_grad=True)
+    theta = torch.tensor([[[0.9, 0.1, 0.2], [0.0, 1.1, -0.1]]], dtype=torch.float64, requires_grad=True)
+    sigma, straight = torch.full((2, 1), 0.3, dtype=torch.float64, requires_grad=True).unbind()
+    wanted = [student, theta, sigma, straight, *([features] if of_features else [])]
+
+    def gradients(module):
+        refined = module.refine(features, theta, sigma=sigma, straight=straight, seed=3)
+        mutual = _masked_mse if module is ops else reference.mutual_mse
+        options = {"mutual": True} if module is ops else {}
+        loss = mutual(student, refined, None, normalise="elements", scale=2.0, **options)
+        return torch.autograd.grad(loss, wanted, create_graph=twice)
+
+    ours = gradients(ops)
+    torch.testing.assert_close(ours, gradients(reference))
+    assert not any(gradient.is_neg() for gradient in ours)
+
+
+def test_a_teacher_that_is_no_refined_map_gets_memory_of_its_own():
+    student, teacher = (torch.randn(2, 3, 4, 4, requires_grad=True) for _ in range(2))
+    for of in (teacher, teacher * 1):
+        loss = _masked_mse(student, of, None, normalise="elements", scale=1.0, mutual=True)
+        d_student, d_teacher = torch.autograd.grad(loss, [student, of])
+        assert d_student.data_ptr() != d_teacher.data_ptr() and not d_teacher.is_neg()
+
+
 @pytest.mark.parametrize("name", ["teacher", "weight"])
 def test_other_gradients_are_refused(name):
     inputs = {

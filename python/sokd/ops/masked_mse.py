@@ -63,6 +63,7 @@ class _MaskedMse(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(output[1], *inputs[:3])
         ctx.options = inputs[3:5]
+        ctx.to_refine = _is_refined(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
@@ -73,7 +74,7 @@ class _MaskedMse(torch.autograd.Function):
             d_student = apply(_MaskedMseBackward, upstream, *ctx.saved_tensors, *ctx.options)
         else:
             d_student = _scaled(ctx.saved_tensors[0], upstream)
-        d_teacher = -d_student if ctx.needs_input_grad[1] else None
+        d_teacher = _negated(d_student, ctx) if ctx.needs_input_grad[1] else None
         return (d_student if ctx.needs_input_grad[0] else None), d_teacher, None, None, None, None
 
 
@@ -105,6 +106,21 @@ class _MaskedMseBackward(torch.autograd.Function):
         pair = (student, teacher)
         to_upstream, *to_pair = second_derivative(value, upstream, pair, (True, False), (incoming,))
         return to_upstream, None, *to_pair, None, None, None
+
+
+def _is_refined(teacher: Tensor) -> bool:
+    """Whether its gradient goes to `refine`, and to nobody else."""
+    if not is_eager(teacher):
+        return False
+    return teacher.grad_fn is not None and teacher.grad_fn.name() == "_RefineBackward"
+
+
+def _negated(d_student: Tensor, ctx: Any) -> Tensor:
+    """-d_student; as a view with its sign set where `refine` alone gets it, which reads such a view as it is.
+
+    Nobody else may: whoever kept the view as a gradient would share its memory with the student's.
+    """
+    return torch._neg_view(d_student) if ctx.to_refine and is_eager(d_student) else -d_student
 
 
 def _multiplied(gradient: Tensor, upstream: Tensor) -> Tensor:

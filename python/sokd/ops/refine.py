@@ -120,9 +120,15 @@ class _Refine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[_Part, ...]:
         wanted = list(ctx.needs_input_grad[:4])
-        inputs = (upstream, *ctx.saved_tensors, ctx.seed, wanted)
         twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        # The map behind a view with its sign set (see `masked_mse`) spares a pass; the results are small.
+        negated = is_eager(upstream) and not (wanted[0] or twice) and upstream.is_neg()
+        if negated:
+            upstream = torch._neg_view(upstream)
+        inputs = (upstream, *ctx.saved_tensors, ctx.seed, wanted)
         gradients = apply(_RefineBackward, *inputs) if twice else _RefineBackward.forward(*inputs)
+        if negated:
+            gradients = tuple(-gradient for gradient in gradients)
         return (*(d if want else None for d, want in zip(gradients, wanted, strict=True)), *[None] * 5)
 
 

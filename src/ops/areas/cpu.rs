@@ -5,7 +5,8 @@ use super::heat::{Heat, Image};
 use super::peaks::Peak;
 use super::Args;
 use crate::parallel;
-use crate::simd::{self, Elem, Job};
+use crate::row::Row;
+use crate::simd::{self, by_rows, Elem, Job, Real};
 use std::ops::Range;
 
 /// Cells that one thread reads at a time.
@@ -43,11 +44,15 @@ struct Bounds<'a, T> {
 
 impl<T: Elem> Job for Bounds<'_, T> {
     type Out = Vec<T::Acc>;
+    by_rows!(T::Acc);
+}
+
+impl<T: Elem> Bounds<'_, T> {
     #[inline(always)]
-    fn run(self) -> Self::Out {
+    fn rows<R: Row<T::Acc>>(self) -> Vec<T::Acc> {
         let mut bounds = Vec::with_capacity(self.blocks.len());
         for block in self.blocks {
-            bounds.push(self.image.bound(block));
+            bounds.push(self.image.bound::<R>(block));
         }
         bounds
     }
@@ -62,8 +67,12 @@ struct Best<'a, T: Elem> {
 
 impl<T: Elem> Job for Best<'_, T> {
     type Out = Vec<Peak<T::Acc>>;
+    by_rows!(T::Acc);
+}
+
+impl<T: Elem> Best<'_, T> {
     #[inline(always)]
-    fn run(self) -> Self::Out {
-        self.image.best(self.bounds, self.k)
+    fn rows<R: Row<T::Acc>>(self) -> Vec<Peak<T::Acc>> {
+        self.image.best::<R>(self.bounds, self.k)
     }
 }

@@ -1,9 +1,14 @@
 //! The heat of an image as its cells lie in memory, whatever the strides: rows of equal steps, cut into blocks.
 
 use super::larger;
+use crate::row::Row;
 use crate::simd::{Elem, Real, LANES};
+use crate::tile;
 use crate::view::TensorView;
 use std::cmp::Reverse;
+
+/// Cells that are asked for before they are needed.
+const AHEAD: isize = 512;
 
 /// Most cells that share one maximum.
 const BLOCK: usize = 128;
@@ -125,31 +130,37 @@ impl<T: Elem> Image<'_, T> {
 
     /// The maximum over a block, NaN left out. Of products it is taken before the root, which keeps the order.
     #[inline(always)]
-    pub fn bound(&self, index: usize) -> T::Acc {
+    pub fn bound<R: Row<T::Acc>>(&self, index: usize) -> T::Acc {
         let block = self.block(index);
         let lowest = T::Acc::of(f64::NEG_INFINITY);
-        let mut most = [lowest; LANES];
-        // A cell counted twice changes no maximum: the last row ends where the block does.
-        let last = block.length.saturating_sub(LANES);
-        for i in (0..block.length).step_by(LANES) {
-            let values = self.row(&block, i.min(last));
-            for l in 0..LANES {
-                most[l] = larger(values[l], most[l]);
-            }
-        }
+        let cells = |t: usize, i: usize| {
+            let at = self.at(&block, t, i);
+            tile::hint(at.wrapping_offset(AHEAD));
+            // SAFETY: asked for below only where LANES consecutive cells of the block begin at i.
+            unsafe { consecutive::<T, R>(at) }
+        };
+        let most = match (self.dense() && block.length >= LANES, self.heat.mutual) {
+            (true, true) => most(block.length, |i| cells(0, i).times(cells(1, i))),
+            (true, false) => most(block.length, |i| cells(0, i)),
+            (false, _) => most(block.length, |i| self.row::<R>(&block, i)),
+        };
+        let mut lanes = [lowest; LANES];
+        most.store(&mut lanes);
         for half in [8, 4, 2, 1] {
             for l in 0..half {
-                most[l] = larger(most[l + half], most[l]);
+                lanes[l] = larger(lanes[l + half], lanes[l]);
             }
         }
         // The root of a negative product is NaN: such a block has no peak.
-        larger(self.score(most[0]), lowest)
+        larger(self.score(lanes[0]), lowest)
     }
 
     /// The scores of LANES cells of a block; NaN past its end.
     #[inline(always)]
-    pub fn scores(&self, block: &Block, from: usize) -> [T::Acc; LANES] {
-        self.row(block, from).map(|value| self.score(value))
+    pub fn scores<R: Row<T::Acc>>(&self, block: &Block, from: usize) -> [T::Acc; LANES] {
+        let mut lanes = [T::Acc::default(); LANES];
+        self.row::<R>(block, from).store(&mut lanes);
+        lanes.map(|value| self.score(value))
     }
 
     /// The flat index of a block's cell.
@@ -170,7 +181,10 @@ impl<T: Elem> Image<'_, T> {
         around(y, rows.size).all(|y| {
             around(x, columns.size).all(|x| {
                 let at = |t: usize| {
-                    map as isize * maps.steps[t] + y as isize * rows.steps[t] + x as isize * columns.steps[t]
+                    let offset = map as isize * maps.steps[t]
+                        + y as isize * rows.steps[t]
+                        + x as isize * columns.steps[t];
+                    self.bases[t].wrapping_offset(offset)
                 };
                 // SAFETY: map, y and x are within the sizes.
                 let value = unsafe { self.value(at(0), at(1)) };
@@ -181,42 +195,42 @@ impl<T: Elem> Image<'_, T> {
 
     /// LANES cells of a block, before the root; NaN past its end.
     #[inline(always)]
-    fn row(&self, block: &Block, from: usize) -> [T::Acc; LANES] {
-        let steps = self.heat.dims[2].steps;
-        let at = |t: usize, i: usize| block.offsets[t] + (from + i) as isize * steps[t];
-        if steps == [1, 1] && from + LANES <= block.length {
+    fn row<R: Row<T::Acc>>(&self, block: &Block, from: usize) -> R {
+        let at = |t: usize, i: usize| self.at(block, t, from + i);
+        if self.dense() && from + LANES <= block.length {
             // SAFETY: LANES consecutive cells of the block, in both maps.
-            return unsafe { self.consecutive(at(0, 0), at(1, 0)) };
+            let [own, other] = [0, 1].map(|t| unsafe { consecutive::<T, R>(at(t, 0)) });
+            return if self.heat.mutual { own.times(other) } else { own };
         }
-        std::array::from_fn(|i| match from + i < block.length {
+        R::load(&std::array::from_fn(|i| match from + i < block.length {
             // SAFETY: a cell of the block.
             true => unsafe { self.value(at(0, i), at(1, i)) },
             false => T::Acc::of(f64::NAN),
-        })
+        }))
     }
 
+    /// Whether the cells of a block follow one another in both maps.
     #[inline(always)]
-    unsafe fn consecutive(&self, first: isize, other: isize) -> [T::Acc; LANES] {
-        // SAFETY: the caller has LANES cells there.
-        let own = unsafe { self.bases[0].wrapping_offset(first).cast::<[T; LANES]>().read_unaligned() };
-        if !self.heat.mutual {
-            return own.map(T::load);
-        }
-        // SAFETY: as above.
-        let theirs = unsafe { self.bases[1].wrapping_offset(other).cast::<[T; LANES]>().read_unaligned() };
-        std::array::from_fn(|l| own[l].load() * theirs[l].load())
+    fn dense(&self) -> bool {
+        self.heat.dims[2].steps == [1, 1]
+    }
+
+    /// Where a cell of a block lies in map `t`.
+    #[inline(always)]
+    fn at(&self, block: &Block, t: usize, i: usize) -> *const T {
+        self.bases[t].wrapping_offset(block.offsets[t] + i as isize * self.heat.dims[2].steps[t])
     }
 
     /// One cell, before the root.
     #[inline(always)]
-    unsafe fn value(&self, first: isize, other: isize) -> T::Acc {
+    unsafe fn value(&self, own: *const T, other: *const T) -> T::Acc {
         // SAFETY: the caller has a cell there.
-        let own = unsafe { self.bases[0].wrapping_offset(first).read() }.load();
+        let own = unsafe { own.read() }.load();
         if !self.heat.mutual {
             return own;
         }
         // SAFETY: as above.
-        own * unsafe { self.bases[1].wrapping_offset(other).read() }.load()
+        own * unsafe { other.read() }.load()
     }
 
     #[inline(always)]
@@ -227,4 +241,25 @@ impl<T: Elem> Image<'_, T> {
             value
         }
     }
+}
+
+/// The greatest of all rows of `length` cells, lane by lane.
+#[inline(always)]
+fn most<A: Real, R: Row<A>>(length: usize, row: impl Fn(usize) -> R) -> R {
+    let mut most = R::splat(A::of(f64::NEG_INFINITY));
+    // A cell counted twice changes no maximum: the last row ends where the block does.
+    let last = length.saturating_sub(LANES);
+    for i in (0..length).step_by(LANES) {
+        most = row(i.min(last)).larger(most);
+    }
+    most
+}
+
+/// [`LANES`] cells from `at` on.
+#[inline(always)]
+unsafe fn consecutive<T: Elem, R: Row<T::Acc>>(at: *const T) -> R {
+    let mut lanes = [T::Acc::default(); LANES];
+    // SAFETY: the caller's promise.
+    T::load_row(unsafe { at.cast::<[T; LANES]>().read_unaligned() }, &mut lanes);
+    R::load(&lanes)
 }

@@ -5,10 +5,10 @@ use super::weights::Weights;
 use super::Args;
 use crate::error::Result;
 use crate::parallel;
-use crate::simd::{self, Elem, Job, Real, LANES};
+use crate::row::Row;
+use crate::simd::{self, by_rows, Elem, Job, Real, LANES};
 use crate::tile::{self, Channels, Layout};
 use crate::view::TensorView;
-use std::slice;
 
 /// Elements that are summed in f32 before the sums go to f64.
 const BLOCK: usize = 2048;
@@ -89,28 +89,30 @@ struct Unit<'a, T: Elem> {
 
 impl<T: Elem> Job for Unit<'_, T> {
     type Out = f64;
-    #[inline(always)]
-    fn run(self) -> f64 {
-        // SAFETY: the piece lies within the sizes, and `forward`'s caller promised that memory.
-        unsafe {
-            match self.maps.order {
-                Order::Planes => self.planes(),
-                Order::Lanes => self.lanes(),
-                Order::Any => self.tiles(),
-            }
-        }
-    }
+    by_rows!(T::Acc);
 }
 
 impl<T: Elem> Unit<'_, T> {
+    #[inline(always)]
+    fn rows<R: Row<T::Acc>>(self) -> f64 {
+        // SAFETY: the piece lies within the sizes, and `forward`'s caller promised that memory.
+        unsafe {
+            match self.maps.order {
+                Order::Planes => self.planes::<R>(),
+                Order::Lanes => self.lanes::<R>(),
+                Order::Any => self.tiles::<R>(),
+            }
+        }
+    }
+
     /// The rows of the channels follow one another: the weights of one plane, repeated, run along.
     #[inline(always)]
-    unsafe fn planes(&self) -> f64 {
+    unsafe fn planes<R: Row<T::Acc>>(&self) -> f64 {
         let (maps, at) = (self.maps, &self.at);
         let [_, channels, positions] = maps.sizes;
         let first = (at.n * channels + at.channels.start) * positions + at.positions.start;
         let (rows, width) = (at.channels.len(), at.positions.len());
-        let (mut weights, mut buffer) = ([T::Acc::of(1.0); BLOCK], [T::Acc::default(); BLOCK]);
+        let mut weights = [T::Acc::of(1.0); BLOCK];
         let period = if width < BLOCK { rows.min(BLOCK / width) * width } else { width };
         let mut sum = 0.0;
         for from in (0..period).step_by(BLOCK) {
@@ -121,7 +123,7 @@ impl<T: Elem> Unit<'_, T> {
             for at in (from..rows * width).step_by(period) {
                 let weights = &weights[..weights.len().min(rows * width - at)];
                 // SAFETY: within the piece.
-                sum += unsafe { maps.block(first + at, weights, &mut buffer) };
+                sum += unsafe { maps.block::<R>(first + at, weights) };
             }
         }
         sum
@@ -129,11 +131,11 @@ impl<T: Elem> Unit<'_, T> {
 
     /// The channels of one position follow one another and share a weight.
     #[inline(always)]
-    unsafe fn lanes(&self) -> f64 {
+    unsafe fn lanes<R: Row<T::Acc>>(&self) -> f64 {
         let (maps, at) = (self.maps, &self.at);
         let [_, channels, positions] = maps.sizes;
         let own = self.weights();
-        let (mut weights, mut buffer) = ([T::Acc::of(1.0); BLOCK], [T::Acc::default(); BLOCK]);
+        let mut weights = [T::Acc::of(1.0); BLOCK];
         let mut sum = 0.0;
         for part in at.channels.clone().step_by(BLOCK) {
             let width = BLOCK.min(at.channels.end - part);
@@ -149,7 +151,7 @@ impl<T: Elem> Unit<'_, T> {
                 }
                 let first = (at.n * positions + at.positions.start + from) * channels + part;
                 // SAFETY: whole positions of the piece, or a part of one.
-                sum += unsafe { maps.block(first, weights, &mut buffer) };
+                sum += unsafe { maps.block::<R>(first, weights) };
             }
         }
         sum
@@ -157,14 +159,14 @@ impl<T: Elem> Unit<'_, T> {
 
     /// Any strides, by tiles of LANES channels.
     #[inline(always)]
-    unsafe fn tiles(&self) -> f64 {
+    unsafe fn tiles<R: Row<T::Acc>>(&self) -> f64 {
         let (maps, at) = (self.maps, &self.at);
         let channels = Channels::new(at.channels.clone());
         let mut student = [[T::Acc::default(); LANES]; TILE];
         let mut teacher = [[T::Acc::default(); LANES]; TILE];
         let mut gradient = [[T::Acc::default(); LANES]; TILE];
         let mut weights = [[T::Acc::of(1.0); LANES]; TILE];
-        let mut buffer = [T::Acc::default(); BLOCK];
+        let factor = R::splat(maps.factor);
         let mut sum = 0.0;
         for from in (0..at.positions.len()).step_by(TILE) {
             let used = TILE.min(at.positions.len() - from);
@@ -179,9 +181,12 @@ impl<T: Elem> Unit<'_, T> {
             if let Some(own) = self.weights() {
                 spread(&own[from..], &mut weights);
             }
-            let (s, t, g) = (student.as_flattened(), teacher.as_flattened(), gradient.as_flattened_mut());
-            let (difference, weights) = (|i: usize| s[i] - t[i], weights[..used].as_flattened());
-            sum += squares(difference, weights, maps.factor, &mut buffer, |i, value| g[i] = value);
+            let mut sums = R::splat(T::Acc::default());
+            for i in 0..used {
+                let weighted = add_squares(&student[i], &teacher[i], &weights[i], &mut sums);
+                factor.times(weighted).store(&mut gradient[i]);
+            }
+            sum += total(sums);
             if let Some(d_student) = maps.d_student {
                 let layout = &maps.layouts[2];
                 // SAFETY: as for loading; this piece is this thread's alone.
@@ -219,57 +224,77 @@ impl<T: Elem> Maps<'_, T> {
     /// # Safety
     /// From the element `from` on, they must lie within the maps, which all run in the same order, and belong to this thread.
     #[inline(always)]
-    unsafe fn block(&self, from: usize, weights: &[T::Acc], buffer: &mut [T::Acc; BLOCK]) -> f64 {
-        // SAFETY: the caller's promise, twice.
-        let student = unsafe { slice::from_raw_parts(self.student.wrapping_add(from), weights.len()) };
-        // SAFETY: as above.
-        let teacher = unsafe { slice::from_raw_parts(self.teacher.wrapping_add(from), weights.len()) };
-        let difference = |i: usize| student[i].load() - teacher[i].load();
-        match self.d_student {
-            None => squares(difference, weights, self.factor, buffer, |_, _| {}),
-            Some(d_student) => squares(difference, weights, self.factor, buffer, |i, gradient| {
-                // SAFETY: i is below the number of weights.
-                unsafe { d_student.wrapping_add(from + i).write(T::store(gradient)) }
-            }),
+    unsafe fn block<R: Row<T::Acc>>(&self, from: usize, weights: &[T::Acc]) -> f64 {
+        let (mut sums, factor) = (R::splat(T::Acc::default()), R::splat(self.factor));
+        let (rows, rest) = weights.as_chunks::<LANES>();
+        for (i, weights) in rows.iter().enumerate() {
+            // SAFETY: a whole row of the caller's elements.
+            unsafe { self.row(from + i * LANES, weights, factor, &mut sums) };
+        }
+        if !rest.is_empty() {
+            // SAFETY: the caller's last elements.
+            unsafe { self.part(from + rows.len() * LANES, rest, factor, &mut sums) };
+        }
+        total(sums)
+    }
+
+    /// [`LANES`] elements from `at` on.
+    #[inline(always)]
+    unsafe fn row<R: Row<T::Acc>>(&self, at: usize, weights: &[T::Acc; LANES], factor: R, sums: &mut R) {
+        let [mut student, mut teacher, mut gradient] = [[T::Acc::default(); LANES]; 3];
+        // SAFETY: the caller has these elements.
+        unsafe {
+            T::load_row(self.student.wrapping_add(at).cast::<[T; LANES]>().read_unaligned(), &mut student);
+            T::load_row(self.teacher.wrapping_add(at).cast::<[T; LANES]>().read_unaligned(), &mut teacher);
+        }
+        let weighted = add_squares(&student, &teacher, weights, sums);
+        if let Some(d_student) = self.d_student {
+            factor.times(weighted).store(&mut gradient);
+            let place = d_student.wrapping_add(at).cast::<[T; LANES]>();
+            // SAFETY: as above; they belong to this thread.
+            unsafe { place.write_unaligned(T::store_row(&gradient)) };
+        }
+    }
+
+    /// The same for fewer: the lanes past them are zeros.
+    #[inline(always)]
+    unsafe fn part<R: Row<T::Acc>>(&self, at: usize, weights: &[T::Acc], factor: R, sums: &mut R) {
+        let [mut student, mut teacher, mut all, mut gradient] = [[T::Acc::default(); LANES]; 4];
+        all[..weights.len()].copy_from_slice(weights);
+        for l in 0..weights.len() {
+            // SAFETY: the caller has these elements.
+            unsafe {
+                student[l] = self.student.wrapping_add(at + l).read().load();
+                teacher[l] = self.teacher.wrapping_add(at + l).read().load();
+            }
+        }
+        factor.times(add_squares(&student, &teacher, &all, sums)).store(&mut gradient);
+        let Some(d_student) = self.d_student else { return };
+        for (l, gradient) in gradient[..weights.len()].iter().enumerate() {
+            // SAFETY: as above; they belong to this thread.
+            unsafe { d_student.wrapping_add(at + l).write(T::store(*gradient)) };
         }
     }
 }
 
-/// The sum of the weighted squares of at most [`BLOCK`] differences; every gradient goes to `keep`.
-///
-/// Two plain loops: the compiler turns each into vector code for every dtype, which it does not for one loop with running sums.
+/// Adds the weighted squares of a row to the running sums; returns the weighted differences.
 #[inline(always)]
-fn squares<A: Real>(
-    difference: impl Fn(usize) -> A,
-    weights: &[A],
-    factor: A,
-    buffer: &mut [A; BLOCK],
-    mut keep: impl FnMut(usize, A),
-) -> f64 {
-    for (i, (square, weight)) in buffer.iter_mut().zip(weights).enumerate() {
-        let difference = difference(i);
-        let weighted = *weight * difference;
-        *square = weighted * difference;
-        keep(i, factor * weighted);
-    }
-    total(&buffer[..weights.len()])
+fn add_squares<A: Real, R: Row<A>>(
+    student: &[A; LANES],
+    teacher: &[A; LANES],
+    weights: &[A; LANES],
+    sums: &mut R,
+) -> R {
+    let difference = R::load(student).minus(R::load(teacher));
+    let weighted = R::load(weights).times(difference);
+    *sums = sums.plus(weighted.times(difference));
+    weighted
 }
 
-/// The sum: LANES running sums, then those in f64, pairwise.
+/// The sum of the lanes in f64, pairwise.
 #[inline(always)]
-fn total<A: Real>(values: &[A]) -> f64 {
-    let mut sums = [A::default(); LANES];
-    let rows = values.chunks_exact(LANES);
-    let rest = rows.remainder();
-    for row in rows {
-        for l in 0..LANES {
-            sums[l] += row[l];
-        }
-    }
-    for (sum, value) in sums.iter_mut().zip(rest) {
-        *sum += *value;
-    }
-    let mut wide = sums.map(Real::to_f64);
+fn total<A: Real, R: Row<A>>(sums: R) -> f64 {
+    let mut wide = sums.wide();
     for half in [8, 4, 2, 1] {
         for l in 0..half {
             wide[l] += wide[l + half];

@@ -133,9 +133,16 @@ enum Fill<'a, A> {
 impl<T: Elem> Task<'_, T> {
     /// Both sides have whole planes of consecutive elements.
     fn copies_planes(&self) -> bool {
-        let positions = self.plan.shape.positions();
-        let gapless = |l: &Layout| l.w == 1 && l.run == positions;
-        gapless(&self.source.layout) && gapless(&self.target.layout)
+        self.gapless(&self.source.layout) && self.gapless(&self.target.layout)
+    }
+
+    /// Each plane is one run of consecutive elements.
+    fn gapless(&self, layout: &Layout) -> bool {
+        layout.w == 1 && layout.run == self.plan.shape.positions()
+    }
+
+    fn plane(&self, side: &Source<T>, channel: usize) -> *mut T {
+        side.base.wrapping_offset(self.n as isize * side.layout.n + channel as isize * side.layout.c)
     }
 
     /// All channels of this task's share of the positions.
@@ -155,6 +162,13 @@ impl<T: Elem> Task<'_, T> {
     }
 
     fn clear(&self, channels: &Channels) {
+        if self.gapless(&self.target.layout) {
+            for c in &channels.at[..channels.used] {
+                // SAFETY: a whole plane of the target, which belongs to this task; zero bits are 0.0.
+                unsafe { self.plane(&self.target, *c).write_bytes(0, self.plan.shape.positions()) };
+            }
+            return;
+        }
         let zeros = [[T::Acc::default(); LANES]; CHUNK];
         let positions = self.plan.shape.positions();
         for from in (0..positions).step_by(CHUNK) {
@@ -167,14 +181,15 @@ impl<T: Elem> Task<'_, T> {
     /// Nothing but a permutation and a hole: planes are copied as they are, bit for bit.
     fn copy(&self, live: &Channels, group: &Group) {
         let (from, positions) = (sources(live, group), self.plan.shape.positions());
-        let plane = |side: &Source<T>, c: usize| {
-            side.base.wrapping_offset(self.n as isize * side.layout.n + c as isize * side.layout.c)
-        };
         for l in 0..live.used {
-            let target = plane(&self.target, live.at[l]);
+            let target = self.plane(&self.target, live.at[l]);
             // SAFETY: both planes are gapless (`copies_planes`), and the target's belongs to this task.
             unsafe {
-                std::ptr::copy_nonoverlapping(plane(&self.source, from.at[l]), target, positions);
+                std::ptr::copy_nonoverlapping(
+                    self.plane(&self.source, from.at[l]).cast_const(),
+                    target,
+                    positions,
+                );
                 if let Some(hole) = group.hole {
                     for y in hole.y0..hole.y1 {
                         let row = target.add(y * self.plan.shape.width);
@@ -206,6 +221,7 @@ impl<T: Elem> Task<'_, T> {
         let mut buffer = Scratch::<T::Acc>::new(CHUNK);
         for from in (0..shape.positions()).step_by(CHUNK) {
             let tile = &mut buffer.tile()[..CHUNK.min(shape.positions() - from)];
+            tile::ask(self.target.base, &self.target.layout, self.n, live, from, tile.len());
             match &fill {
                 // SAFETY: the checked features, channels below C, positions below H*W.
                 Fill::Load(channels) => unsafe {

@@ -4,7 +4,8 @@ use super::plan::{Corners, Table};
 use super::Shape;
 use crate::philox::Planes;
 use crate::row::Row;
-use crate::simd::{by_rows, Aligned, Job, Real, LANES};
+use crate::simd::{by_rows, Job, Real, LANES};
+use crate::tile::Scratch;
 
 type Tile<A> = [[A; LANES]];
 
@@ -58,9 +59,9 @@ impl<A: Real> AddNoise<'_, A> {
     #[inline(always)]
     fn rows<R: Row<A>>(self) {
         let sigma = R::splat(self.sigma);
-        let mut noise = Aligned([[0.0; LANES]; NOISE]);
+        let mut buffer = Scratch::<f32>::new(NOISE);
         for (i, rows) in self.tile.chunks_mut(NOISE).enumerate() {
-            let noise = &mut noise.0[..rows.len().next_multiple_of(4)];
+            let noise = &mut buffer.tile()[..rows.len().next_multiple_of(4)];
             self.planes.normals(self.quad + (i * NOISE / 4) as u32, noise);
             for (row, eps) in rows.iter_mut().zip(noise) {
                 sigma.fma(R::load_f32(eps), R::load(row)).store(row);
@@ -85,9 +86,9 @@ impl<A: Real> DotNoise<'_, A> {
     #[inline(always)]
     fn rows<R: Row<A>>(self) -> [f64; LANES] {
         let mut sum = R::splat(A::default());
-        let mut noise = Aligned([[0.0; LANES]; NOISE]);
+        let mut buffer = Scratch::<f32>::new(NOISE);
         for (i, rows) in self.tile.chunks(NOISE).enumerate() {
-            let noise = &mut noise.0[..rows.len().next_multiple_of(4)];
+            let noise = &mut buffer.tile()[..rows.len().next_multiple_of(4)];
             self.planes.normals(self.quad + (i * NOISE / 4) as u32, noise);
             for (row, eps) in rows.iter().zip(noise) {
                 sum = R::load(row).fma(R::load_f32(eps), sum);
@@ -247,12 +248,11 @@ impl<A: Real> Slopes<'_, A> {
 fn slopes<A: Real, R: Row<A>>(source: &Tile<A>, v: R, corners: &Corners<A>) -> [R; 2] {
     let row = |k: usize| R::load(&source[corners.at[k] as usize]);
     let (a, b, c, d) = (row(0), row(1), row(2), row(3));
-    let [wa, wb, wc, wd] = corners.weight.map(R::splat);
-    let (upper, lower, left, right) = (wa.plus(wb), wc.plus(wd), wa.plus(wc), wb.plus(wd));
-    [
-        v.times(upper.fma(b.minus(a), lower.times(d.minus(c)))),
-        v.times(left.fma(c.minus(a), right.times(d.minus(b)))),
-    ]
+    let [_, right, lower, both] = corners.weight;
+    let (fx, fy) = (R::splat(right + both), R::splat(lower + both));
+    let (upper, left) = (b.minus(a), c.minus(a));
+    let twist = d.minus(c).minus(upper);
+    [v.times(fy.fma(twist, upper)), v.times(fx.fma(twist, left))]
 }
 
 /// The adjoint of the sampling: every value goes back to its four corners.

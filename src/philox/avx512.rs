@@ -1,10 +1,10 @@
-//! The noise of [`LANES`] planes in vector registers: the multiplier that the generator needs is out of the compiler's reach.
+//! The noise of [`LANES`] planes in the registers of AVX-512: the multiplier that the generator needs is out of the compiler's reach.
 
 use super::{Planes, COS, LANES, LN, LN_TWO, LOW, MULTIPLIERS, ROOT_HALF, SIN, TURN};
 use std::arch::x86_64::*;
 
 /// The words alone.
-#[inline]
+#[cfg(test)]
 #[target_feature(enable = "avx512f")]
 pub fn words_avx512(planes: &Planes, quad: u32) -> [[u32; LANES]; 4] {
     let [words] = registers::<1>(planes, quad);
@@ -13,6 +13,8 @@ pub fn words_avx512(planes: &Planes, quad: u32) -> [[u32; LANES]; 4] {
 }
 
 /// `normal_pair` with the same operations in the same order.
+///
+/// All words come first, and become normals then: each is a long chain of operations, and many short ones overlap better.
 #[target_feature(enable = "avx512f")]
 pub fn normals_avx512(planes: &Planes, quad: u32, out: &mut [[[f32; LANES]; 4]]) {
     let mut quad = quad;
@@ -158,42 +160,4 @@ fn round_avx512([c0, c1, c2, c3]: [__m512i; 4], key: &[u64; 2]) -> [__m512i; 4] 
     let c0 = _mm512_ternarylogic_epi64::<0x96>(_mm512_srli_epi64::<32>(odd), c1, key[0]);
     let c2 = _mm512_ternarylogic_epi64::<0x96>(_mm512_srli_epi64::<32>(even), c3, key[1]);
     [c0, odd, c2, even]
-}
-
-/// As above with four counters in each register.
-#[inline]
-#[target_feature(enable = "avx2")]
-pub fn words_avx2(planes: &Planes, quad: u32) -> [[u32; LANES]; 4] {
-    let mut words = [[0; LANES]; 4];
-    for part in 0..LANES / 8 {
-        let (even, odd) = (quarter(planes, quad, part), quarter(planes, quad, part + 2));
-        for (word, (even, odd)) in words.iter_mut().zip(even.into_iter().zip(odd)) {
-            let both = _mm256_blend_epi32::<0xaa>(even, _mm256_slli_epi64::<32>(odd));
-            // SAFETY: eight words from 8*part, below LANES.
-            unsafe { _mm256_storeu_si256(word.as_mut_ptr().add(8 * part).cast(), both) };
-        }
-    }
-    words
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn quarter(planes: &Planes, quad: u32, part: usize) -> [__m256i; 4] {
-    let position = u64::from(quad) * MULTIPLIERS[0];
-    let m = MULTIPLIERS.map(|m| _mm256_set1_epi64x(m as i64));
-    // SAFETY: four of LANES entries from 4*part, part being below four.
-    let at = |lanes: &[u64; LANES]| unsafe { _mm256_loadu_si256(lanes.as_ptr().add(4 * part).cast()) };
-    let third = _mm256_xor_si256(at(&planes.third), _mm256_set1_epi64x((position >> 32) as i64));
-    let mut c1 = _mm256_mul_epu32(third, m[1]);
-    let [c0, c2, mut c3] = planes.second_round.each_ref().map(at);
-    let mut c0 = _mm256_xor_si256(_mm256_srli_epi64::<32>(c1), c0);
-    let mut c2 = _mm256_xor_si256(c2, _mm256_set1_epi64x((position & LOW) as i64));
-    for key in &planes.keys.0[2..] {
-        let (k0, k1) = (_mm256_set1_epi64x(key[0] as i64), _mm256_set1_epi64x(key[1] as i64));
-        let (even, odd) = (_mm256_mul_epu32(c0, m[0]), _mm256_mul_epu32(c2, m[1]));
-        c0 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64::<32>(odd), c1), k0);
-        c2 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64::<32>(even), c3), k1);
-        (c1, c3) = (odd, even);
-    }
-    [c0, c1, c2, c3]
 }
