@@ -13,7 +13,7 @@ static PICK: Kernel = Kernel::new(SOURCE, 2, "areas_pick", (true, false));
 pub(crate) static KERNELS: [&Kernel; 2] = [&SCAN, &PICK];
 
 /// Cells that one block of the scan looks at.
-const CELLS: usize = 2048;
+const CHUNK: usize = 2048;
 
 mirror! {
     /// What both kernels take.
@@ -90,8 +90,8 @@ fn describe(args: &Args, order: Order) -> Result<Areas> {
         width: width as i64,
         k: args.k,
         kernel: args.kernel,
-        chunks: cells.div_ceil(CELLS) as i64,
-        kept: args.k.min(CELLS as i64),
+        chunks: cells.div_ceil(CHUNK) as i64,
+        kept: args.k.min(CHUNK as i64),
         wide: i64::from(wide),
         coverage: address(args.coverage),
         boxes: address(args.boxes),
