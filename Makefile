@@ -43,7 +43,7 @@ build: $(VENV)/.stamp-build  ## the extension, compiled and installed into .venv
 venv: $(VENV)/.stamp-needs  ## .venv with the torch and the maturin that the build needs
 
 cargo-test: | needs-rust  ## the Rust tests alone: no Python, no torch
-	$(ACTIVE) cargo test --locked
+	$(ACTIVE) cargo test --locked --features cuda
 
 pytest: build $(VENV)/.stamp-data  ## the Python tests alone (PYTEST="-k masked_mse")
 	$(BIN)/python -m pytest $(PYTEST)
@@ -56,7 +56,7 @@ format: build  ## rewrite the sources as `make check` wants them
 lint: build  ## cargo fmt and clippy, ruff, warnings as errors
 	$(ACTIVE) cargo fmt --check
 	$(ACTIVE) cargo clippy --locked --all-targets -- -D warnings
-	$(ACTIVE) $(LIKE_MATURIN) cargo clippy --locked --release --lib --features python,tch -- -D warnings
+	$(ACTIVE) $(LIKE_MATURIN) cargo clippy --locked --release --lib --features python,tch,cuda -- -D warnings
 	$(BIN)/ruff check $(PY_PATHS)
 	$(BIN)/ruff format --check $(PY_PATHS)
 

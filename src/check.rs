@@ -67,6 +67,14 @@ impl Check {
         Err(self.value(argument, "be contiguous or channels_last", strides))
     }
 
+    /// Row-major without gaps.
+    pub fn contiguous(self, argument: &str, view: &TensorView) -> Result<()> {
+        if view.is_contiguous() {
+            return Ok(());
+        }
+        Err(self.value(argument, "be contiguous", format_args!("strides {:?}", view.strides())))
+    }
+
     /// The same device as another argument.
     pub fn same_device(
         self,

@@ -11,6 +11,8 @@ pub enum Class {
     Value,
     /// Valid, but not in this build.
     NotImplemented,
+    /// The device or its compiler failed.
+    Runtime,
 }
 
 /// A failed check. `Display` is the sentence that a user reads.
@@ -26,6 +28,42 @@ pub enum Error {
     /// A valid request that this build cannot serve.
     #[error("{op}: {what}; supported: {supported}")]
     Unsupported { op: &'static str, what: String, supported: String },
+    /// CUDA failed.
+    #[error("{op}: {failure}")]
+    Cuda { op: &'static str, failure: CudaFailure },
+}
+
+/// How CUDA can fail.
+#[allow(missing_docs)] // As above.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CudaFailure {
+    /// Nothing to open.
+    #[error("no {library} here: {reason}")]
+    NoLibrary { library: &'static str, reason: String },
+    /// Something was opened that is too old, or something else.
+    #[error("the {library} lacks {symbol}")]
+    NoSymbol { library: &'static str, symbol: &'static str },
+    /// A call before the libraries were opened.
+    #[error("the CUDA driver and NVRTC are not open; sokd.show_config() says why")]
+    NotOpen,
+    /// An ordinal beyond the devices.
+    #[error("device cuda:{ordinal} must be one of the {count} that the CUDA driver has")]
+    NoDevice { ordinal: usize, count: usize },
+    /// A call of the driver's.
+    #[error("the CUDA driver failed in {call}: {name} ({text})")]
+    Driver { call: &'static str, code: i32, name: String, text: String },
+    /// A call of the compiler's.
+    #[error("NVRTC failed in {call}: {reason}")]
+    Nvrtc { call: &'static str, reason: String },
+    /// A kernel that the compiler refuses.
+    #[error("NVRTC {}.{} could not compile {name} for {arch}: {reason}\n{log}", version.0, version.1)]
+    Compile { version: (i32, i32), name: String, arch: String, reason: String, log: String },
+    /// A device that is older than all the compiler knows.
+    #[error("NVRTC {}.{} compiles for no device of compute capability {}.{}", version.0, version.1, capability / 10, capability % 10)]
+    UnknownArch { version: (i32, i32), capability: u32 },
+    /// A kernel is compiled and loaded when it is first used, which a capture forbids.
+    #[error("kernel {kernel} is not loaded on cuda:{ordinal}, and a CUDA graph is being captured; call sokd.warmup() before the capture")]
+    Capturing { kernel: String, ordinal: usize },
 }
 
 /// What a checked operation returns.
@@ -58,6 +96,7 @@ impl Error {
             Self::Type { .. } => Class::Type,
             Self::Value { .. } => Class::Value,
             Self::Unsupported { .. } => Class::NotImplemented,
+            Self::Cuda { .. } => Class::Runtime,
         }
     }
 }

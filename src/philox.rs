@@ -6,10 +6,7 @@
 //! serve the positions `p % 4`. Policy draws: `(block, 0xFFFFFFFF, counter)`. Both have the seed as key, and never meet: a plane has fewer
 //! than 2^32 blocks of four, so the second word of noise stays 0.
 
-use crate::check::Check;
-use crate::error::Result;
 use crate::simd::{Level, LANES};
-use crate::view::{DType, TensorView};
 
 const MULTIPLIERS: [u64; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
@@ -205,17 +202,6 @@ pub fn normal(seed: u64, plane: u64, position: u64) -> f32 {
     } else {
         odd
     }
-}
-
-/// Judges the outputs of [`draw`]: float32 `[n]` and int64 `[1]`, in host memory.
-pub fn check_draw(uniforms: &TensorView, noise_seed: &TensorView) -> Result<()> {
-    let check = Check("draw");
-    check.of_dtype("uniforms", uniforms, DType::F32)?;
-    check.rank("uniforms", uniforms, "[n]", &[1])?;
-    check.on_cpu("uniforms", uniforms)?;
-    check.of_dtype("noise_seed", noise_seed, DType::I64)?;
-    check.sizes("noise_seed", noise_seed, "[1]", &[1])?;
-    check.on_cpu("noise_seed", noise_seed)
 }
 
 /// What a policy draws in one step: uniforms in (0, 1), and the seed of the noise.

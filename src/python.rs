@@ -1,13 +1,21 @@
 //! The only file that speaks to Python: read the arguments, release the GIL, call the operator, map the error.
 //!
-//! Every output is allocated by the caller. `threads` is torch's thread count.
+//! Every output is allocated by the caller. `threads` is torch's thread count; `stream` and `allocate` are torch's stream and
+//! allocator of the device, for CUDA.
 
-use crate::error::Result as Checked;
-use crate::ops::{areas, masked_mse, refine};
+use crate::check::Check;
+use crate::error::{Error, Result as Checked};
+use crate::ops::{areas, draw, masked_mse, refine};
 use crate::read::{self, raise};
-use crate::view::{Device, TensorView};
+use crate::run::Run;
+use crate::seed::Seed;
+use crate::view::TensorView;
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+mod cuda;
 
 type Object<'a, 'py> = &'a Bound<'py, PyAny>;
 type Maybe<'py> = Option<Bound<'py, PyAny>>;
@@ -16,9 +24,34 @@ fn optional(op: &'static str, argument: &str, object: &Maybe) -> PyResult<Option
     object.as_ref().map(|object| read::view(op, argument, object)).transpose()
 }
 
-/// Runs an operator without the GIL. The arguments stay alive: Python's caller holds them.
-fn released(py: Python<'_>, work: impl FnOnce() -> Checked<()> + Send) -> PyResult<()> {
-    py.allow_threads(work).map_err(raise)
+/// threads, stream, allocate.
+type Resources<'py> = (usize, usize, Maybe<'py>);
+
+/// Runs an operator without the GIL. The arguments stay alive: Python's caller holds them; scratch memory lives until the return,
+/// and torch's allocator gives it to nobody but later work of the same stream.
+fn released<F>(py: Python<'_>, (threads, stream, allocate): Resources, work: F) -> PyResult<()>
+where
+    F: FnOnce(Run) -> Checked<()> + Send,
+{
+    let Some(allocate) = allocate.map(Bound::unbind) else {
+        return py.allow_threads(|| work(Run { threads, stream, allocate: None })).map_err(raise);
+    };
+    let (kept, failed) = (Mutex::new(Vec::new()), OnceLock::new());
+    let scratch = |bytes: usize| {
+        Python::with_gil(|py| {
+            let memory = allocate.bind(py).call1((bytes,))?;
+            let address = memory.call_method0("data_ptr")?.extract::<u64>()?;
+            kept.lock().unwrap_or_else(PoisonError::into_inner).push(memory.unbind());
+            Ok(address)
+        })
+        .map_err(|error: PyErr| {
+            // The caller of Python's allocator wants its own exception back, not our words for it.
+            let _ = failed.set(error);
+            Error::of_value("scratch", "allocate", "give memory", "an exception")
+        })
+    };
+    let done = py.allow_threads(|| work(Run { threads, stream, allocate: Some(&scratch) }));
+    failed.into_inner().map_or(done.map_err(raise), Err)
 }
 
 /// The five parts of a plan, owned for the length of a call.
@@ -39,25 +72,21 @@ impl Parts {
     }
 }
 
-/// A seed is an int, or an int64 tensor [1] (read here when it lies on the CPU).
-fn read_seed(op: &'static str, seed: Object) -> PyResult<u64> {
-    if let Ok(value) = seed.extract::<i64>() {
-        return Ok(value as u64);
+/// A seed is an int, or an int64 tensor [1]. A tensor is never read as an int: one of CUDA, asked for its value, would wait for it.
+fn read_seed(op: &'static str, name: &str, seed: Object) -> PyResult<Seed> {
+    if !seed.hasattr(intern!(seed.py(), "data_ptr"))? {
+        let bits = seed.extract::<i64>().map(|value| value as u64).or_else(|_| seed.extract());
+        if let Ok(bits) = bits {
+            return Ok(Seed::Value(bits));
+        }
     }
-    if let Ok(value) = seed.extract::<u64>() {
-        return Ok(value);
-    }
-    let view = read::view(op, "seed", seed)?;
-    refine::check_seed(&view).map_err(raise)?;
-    if view.device != Device::Cpu {
-        return Ok(0);
-    }
-    // SAFETY: int64 [1], in host memory.
-    Ok(unsafe { view.read_i64(&[0]) } as u64)
+    let seed = Seed::Tensor(read::view(op, name, seed)?);
+    seed.check(Check(op), name).map_err(raise)?;
+    Ok(seed)
 }
 
 #[pyfunction]
-#[pyo3(signature = (refined, features, theta, hole, sigma, perm, keep, seed, threads))]
+#[pyo3(signature = (refined, features, theta, hole, sigma, perm, keep, seed, threads, stream=0, allocate=None))]
 #[allow(clippy::too_many_arguments)]
 fn refine_forward(
     py: Python<'_>,
@@ -70,16 +99,20 @@ fn refine_forward(
     keep: Maybe,
     seed: Object,
     threads: usize,
+    stream: usize,
+    allocate: Maybe,
 ) -> PyResult<()> {
     let op = "refine";
     let parts = [("theta", &theta), ("hole", &hole), ("sigma", &sigma), ("perm", &perm), ("keep", &keep)];
     let (features, parts) = (read::view(op, "features", features)?, Parts::read(op, parts)?);
-    let (refined, seed) = (read::view(op, "refined", refined)?, read_seed(op, seed)?);
-    released(py, || refine::forward(&refined, &features, parts.get(), seed, threads))
+    let (refined, seed) = (read::view(op, "refined", refined)?, read_seed(op, "seed", seed)?);
+    released(py, (threads, stream, allocate), |run| {
+        refine::forward(&refined, &features, parts.get(), seed, run)
+    })
 }
 
 #[pyfunction]
-#[pyo3(signature = (d_features, d_theta, d_sigma, d_straight, upstream, features, theta, hole, sigma, perm, keep, seed, threads))]
+#[pyo3(signature = (d_features, d_theta, d_sigma, d_straight, upstream, features, theta, hole, sigma, perm, keep, seed, threads, stream=0, allocate=None))]
 #[allow(clippy::too_many_arguments)]
 fn refine_backward(
     py: Python<'_>,
@@ -96,11 +129,13 @@ fn refine_backward(
     keep: Maybe,
     seed: Object,
     threads: usize,
+    stream: usize,
+    allocate: Maybe,
 ) -> PyResult<()> {
     let op = "refine";
     let parts = [("theta", &theta), ("hole", &hole), ("sigma", &sigma), ("perm", &perm), ("keep", &keep)];
     let (features, parts) = (read::view(op, "features", features)?, Parts::read(op, parts)?);
-    let (upstream, seed) = (read::view(op, "upstream", upstream)?, read_seed(op, seed)?);
+    let (upstream, seed) = (read::view(op, "upstream", upstream)?, read_seed(op, "seed", seed)?);
     let d_features = optional(op, "d_features", &d_features)?;
     let d_theta = optional(op, "d_theta", &d_theta)?;
     let d_sigma = optional(op, "d_sigma", &d_sigma)?;
@@ -111,11 +146,13 @@ fn refine_backward(
         sigma: d_sigma.as_ref(),
         straight: d_straight.as_ref(),
     };
-    released(py, || refine::backward(wanted, &upstream, &features, parts.get(), seed, threads))
+    released(py, (threads, stream, allocate), |run| {
+        refine::backward(wanted, &upstream, &features, parts.get(), seed, run)
+    })
 }
 
 #[pyfunction]
-#[pyo3(signature = (dots, features, upstream, theta, hole, sigma, perm, keep, seed, threads))]
+#[pyo3(signature = (dots, features, upstream, theta, hole, sigma, perm, keep, seed, threads, stream=0, allocate=None))]
 #[allow(clippy::too_many_arguments)]
 fn refine_dots(
     py: Python<'_>,
@@ -129,13 +166,17 @@ fn refine_dots(
     keep: Maybe,
     seed: Object,
     threads: usize,
+    stream: usize,
+    allocate: Maybe,
 ) -> PyResult<()> {
     let op = "refine_dots";
     let parts = [("theta", &theta), ("hole", &hole), ("sigma", &sigma), ("perm", &perm), ("keep", &keep)];
     let (features, parts) = (read::view(op, "features", features)?, Parts::read(op, parts)?);
     let (dots, upstream) = (read::view(op, "dots", dots)?, read::view(op, "upstream", upstream)?);
-    let seed = read_seed(op, seed)?;
-    released(py, || refine::dots(&dots, &features, &upstream, parts.get(), seed, threads))
+    let seed = read_seed(op, "seed", seed)?;
+    released(py, (threads, stream, allocate), |run| {
+        refine::dots(&dots, &features, &upstream, parts.get(), seed, run)
+    })
 }
 
 #[pyfunction]
@@ -155,7 +196,7 @@ fn check_refine(
     let parts = [("theta", &theta), ("hole", &hole), ("sigma", &sigma), ("perm", &perm), ("keep", &keep)];
     let (features, parts) = (read::view(op, "features", features)?, Parts::read(op, parts)?);
     let straight = optional(op, "straight", &straight)?;
-    read_seed(op, seed)?;
+    read_seed(op, "seed", seed)?;
     refine::check(&features, &parts.get(), straight.as_ref()).map_err(raise)
 }
 
@@ -176,7 +217,7 @@ fn check_refine_dots(
     let parts = [("theta", &theta), ("hole", &hole), ("sigma", &sigma), ("perm", &perm), ("keep", &keep)];
     let (features, parts) = (read::view(op, "features", features)?, Parts::read(op, parts)?);
     let upstream = optional(op, "upstream", &upstream)?;
-    read_seed(op, seed)?;
+    read_seed(op, "seed", seed)?;
     refine::check_dots(&features, upstream.as_ref(), &parts.get()).map(|_| ()).map_err(raise)
 }
 
@@ -189,7 +230,7 @@ fn read_teacher(op: &'static str, teacher: Option<Triple>) -> PyResult<Option<[T
 }
 
 #[pyfunction]
-#[pyo3(name = "areas", signature = (coverage, boxes, scores, heat, size, offset, teacher, k, kernel, threads))]
+#[pyo3(name = "areas", signature = (coverage, boxes, scores, heat, size, offset, teacher, k, kernel, threads, stream=0, allocate=None))]
 #[allow(clippy::too_many_arguments)]
 fn areas_forward(
     py: Python<'_>,
@@ -203,13 +244,15 @@ fn areas_forward(
     k: i64,
     kernel: i64,
     threads: usize,
+    stream: usize,
+    allocate: Maybe,
 ) -> PyResult<()> {
     let op = "areas";
     let named = [("coverage", coverage), ("boxes", boxes), ("scores", scores)];
     let [coverage, boxes, scores] = read_all(op, named)?;
     let [heat, size, offset] = read_all(op, [("heat", heat), ("size", size), ("offset", offset)])?;
     let teacher = read_teacher(op, teacher)?;
-    released(py, || {
+    released(py, (threads, stream, allocate), |run| {
         areas::Args {
             coverage: &coverage,
             boxes: &boxes,
@@ -221,7 +264,7 @@ fn areas_forward(
             k,
             kernel,
         }
-        .forward(threads)
+        .forward(run)
     })
 }
 
@@ -248,7 +291,7 @@ fn check_areas(
 }
 
 #[pyfunction]
-#[pyo3(name = "masked_mse", signature = (loss, d_student, student, teacher, weight, normalise, scale, threads))]
+#[pyo3(name = "masked_mse", signature = (loss, d_student, student, teacher, weight, normalise, scale, threads, stream=0, allocate=None))]
 #[allow(clippy::too_many_arguments)]
 fn masked_mse_forward(
     py: Python<'_>,
@@ -260,12 +303,14 @@ fn masked_mse_forward(
     normalise: &str,
     scale: f64,
     threads: usize,
+    stream: usize,
+    allocate: Maybe,
 ) -> PyResult<()> {
     let op = "masked_mse";
     let [loss, student, teacher] =
         read_all(op, [("loss", loss), ("student", student), ("teacher", teacher)])?;
     let (d_student, weight) = (optional(op, "d_student", &d_student)?, optional(op, "weight", &weight)?);
-    released(py, || {
+    released(py, (threads, stream, allocate), |run| {
         masked_mse::Args {
             loss: &loss,
             d_student: d_student.as_ref(),
@@ -275,7 +320,7 @@ fn masked_mse_forward(
             normalise,
             scale,
         }
-        .forward(threads)
+        .forward(run)
     })
 }
 
@@ -290,20 +335,20 @@ fn check_masked_mse(student: Object, teacher: Object, weight: Maybe, normalise: 
 
 /// Uniforms f32 [n] and the seed of the noise, int64 [1], from the seed and the counter of a policy.
 #[pyfunction]
-fn draw(uniforms: Object, noise_seed: Object, seed: Object, counter: Object) -> PyResult<()> {
+#[pyo3(name = "draw", signature = (uniforms, noise_seed, seed, counter, stream=0))]
+fn draw_once(
+    uniforms: Object,
+    noise_seed: Object,
+    seed: Object,
+    counter: Object,
+    stream: usize,
+) -> PyResult<()> {
     let op = "draw";
     let (uniforms, noise_seed) =
         (read::view(op, "uniforms", uniforms)?, read::view(op, "noise_seed", noise_seed)?);
-    crate::philox::check_draw(&uniforms, &noise_seed).map_err(raise)?;
-    let mut values = vec![0f32; uniforms.numel()];
-    let first = crate::philox::draw(read_seed(op, seed)?, read_seed(op, counter)?, &mut values);
-    for (i, value) in values.iter().enumerate() {
-        // SAFETY: the caller allocated [n] in host memory, and `i` is below n.
-        unsafe { uniforms.write_f64(&[i], f64::from(*value)) };
-    }
-    // SAFETY: the caller allocated int64 [1] in host memory. An i64 may not pass through f64.
-    unsafe { noise_seed.as_ptr::<i64>().write(first) };
-    Ok(())
+    let (seed, counter) = (read_seed(op, "seed", seed)?, read_seed(op, "counter", counter)?);
+    let run = Run { threads: 1, stream, allocate: None };
+    draw::draw(&uniforms, &noise_seed, [&seed, &counter], &run).map_err(raise)
 }
 
 /// Chooses the reader for torch tensors.
@@ -325,7 +370,7 @@ fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     info.set_item("reader", read::selected())?;
     info.set_item("tch_built_for", read::TCH_BUILT_FOR)?;
     info.set_item("simd", crate::simd::level().name())?;
-    info.set_item("cuda", false)?;
+    info.set_item("cuda", cfg!(feature = "cuda"))?;
     Ok(info)
 }
 
@@ -338,11 +383,14 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(refine_dots, module)?)?;
     module.add_function(wrap_pyfunction!(areas_forward, module)?)?;
     module.add_function(wrap_pyfunction!(masked_mse_forward, module)?)?;
-    module.add_function(wrap_pyfunction!(draw, module)?)?;
+    module.add_function(wrap_pyfunction!(draw_once, module)?)?;
     module.add_function(wrap_pyfunction!(check_refine, module)?)?;
     module.add_function(wrap_pyfunction!(check_refine_dots, module)?)?;
     module.add_function(wrap_pyfunction!(check_areas, module)?)?;
     module.add_function(wrap_pyfunction!(check_masked_mse, module)?)?;
     module.add_function(wrap_pyfunction!(select_reader, module)?)?;
+    module.add_function(wrap_pyfunction!(cuda::cuda_open, module)?)?;
+    module.add_function(wrap_pyfunction!(cuda::cuda_info, module)?)?;
+    module.add_function(wrap_pyfunction!(cuda::cuda_warmup, module)?)?;
     module.add_function(wrap_pyfunction!(build_info, module)?)
 }

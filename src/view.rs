@@ -3,7 +3,7 @@
 use std::fmt;
 
 /// Element types that sokd reads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DType {
     /// IEEE double.
     F64,

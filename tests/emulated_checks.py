@@ -11,6 +11,7 @@ import torch
 from cases import everything, laid_out
 from emulated import Library
 from emulated_areas import areas
+from emulated_draw import draw
 from emulated_mse import masked_mse
 from emulated_refine import refine, refine_backward, refine_dots
 from torch import Tensor
@@ -166,3 +167,12 @@ def check_areas(
     expected = ops.areas(*own, k=k, kernel=kernel, teacher=teacher)
     for name, one, other in zip(actual._fields, actual, expected, strict=True):
         assert torch.equal(one, other), f"{name} is not the CPU kernel's"
+
+
+def check_draw(n: int, kernels: Library | None = None) -> None:
+    """The bits of the CPU's, from words that fill all 64 bits."""
+    seed, counter = -(2**62) - 5, 2**40 + 3
+    actual = draw(seed, counter, n, kernels)
+    expected = ops.draw(torch.tensor([seed]), torch.tensor([counter]), n)
+    for name, one, other in zip(("uniforms", "noise_seed"), actual, expected, strict=True):
+        assert torch.equal(one, other), f"{name} are not the CPU's"

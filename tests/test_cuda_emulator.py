@@ -12,7 +12,15 @@ import torch
 from cases import DTYPES, LAYOUTS, laid_out
 from emulated import COMPILER, SCHEDULES, EmulatorError, Grid, build, library
 from emulated_areas import areas
-from emulated_checks import check_areas, check_backward, check_dots, check_forward, check_masked_mse, heads
+from emulated_checks import (
+    check_areas,
+    check_backward,
+    check_dots,
+    check_draw,
+    check_forward,
+    check_masked_mse,
+    heads,
+)
 from emulated_mse import masked_mse
 from emulated_refine import refine, refine_backward
 
@@ -91,6 +99,11 @@ def test_areas(dtype: torch.dtype, layout: str) -> None:
             (3, 2**31 - 1, False, 4),
         ):
             check_areas(shape, dtype, layout, min(k, cells), kernel, mutual, levels, align=align)
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 4, 5, 1019, 1020, 1021, 3000])  # about a block's end, and several
+def test_draw(n: int) -> None:
+    check_draw(n)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -8,7 +8,14 @@ from typing import NamedTuple
 import pytest
 import torch
 from emulated import SCHEDULES, EmulatorError, Library, build, library
-from emulated_checks import check_areas, check_backward, check_dots, check_forward, check_masked_mse
+from emulated_checks import (
+    check_areas,
+    check_backward,
+    check_dots,
+    check_draw,
+    check_forward,
+    check_masked_mse,
+)
 
 F32 = torch.float32
 
@@ -70,6 +77,11 @@ def areas(kernels: Library) -> None:
     check_areas((2, 40, 9, 8), F32, "contiguous", 8, 3, True, 3, kernels)
     check_areas((1, 40, 9, 8), F32, "contiguous", 60, 3, False, 0, kernels)
     check_areas((1, 40, 9, 8), F32, "contiguous", 60, 1, False, 3, kernels)
+
+
+def draws(kernels: Library) -> None:
+    for n in (1021, 4):
+        check_draw(n, kernels)
 
 
 COMMON, SAMPLING, KERNEL = "common.cuh", "sampling.cuh", "kernel.cu"
@@ -311,6 +323,8 @@ FAULTS = [
         "    if (threadIdx.x >= 32) return;\n    __syncthreads();\n    Peak<A> last",
         areas,
     ),
+    Fault("skipped tail: words past a four", "draw", 1, KERNEL, "|| first + i >= args.count", "", draws),
+    Fault("off by one: the first block of words", "draw", 1, KERNEL, "block - 1) * 4", "block) * 4", draws),
 ]
 
 

@@ -8,7 +8,7 @@ import pytest
 from cubins import Resources, architectures, compile_cubin, disassembled, nvrtc, resources, tool
 from emulated import library
 
-OPERATORS = ("refine", "areas", "masked_mse")
+OPERATORS = ("refine", "areas", "masked_mse", "draw")
 NEEDED = (75, 80, 86, 89, 90, 100, 120)
 READ = (75, 90, 120)  # whose instructions are read: the oldest, and two that differ most from it
 Kernels = dict[str, Resources]
@@ -52,7 +52,7 @@ def test_every_needed_architecture_is_compiled_for(compiled: dict[int, Kernels])
 
 def test_every_kernel_is_there_that_the_emulator_runs(compiled: dict[int, Kernels]) -> None:
     names = {name for operator in OPERATORS for name in library(operator).names()}
-    assert len(names) == 6 * 8 + 4 + 5  # dtypes times orders; areas_pick; second stages
+    assert len(names) == 6 * 8 + 4 + 5 + 1  # dtypes times orders; areas_pick; second stages; draw
     for architecture, kernels in compiled.items():
         assert set(kernels) == names, architecture
 

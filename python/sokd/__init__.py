@@ -14,6 +14,7 @@ from sokd.kd import SoKD  # noqa: E402
 from sokd.loss import loss  # noqa: E402
 from sokd.policy import Policy, manual_seed  # noqa: E402
 from sokd.search import PolicySearch  # noqa: E402
+from sokd.warmup import warmup  # noqa: E402
 from sokd.wrap import wrap  # noqa: E402
 
 __version__ = _core.build_info()["version"]
@@ -31,5 +32,6 @@ __all__ = [
     "ops",
     "reference",
     "show_config",
+    "warmup",
     "wrap",
 ]

@@ -1,6 +1,7 @@
 """The compiled module. Outputs come first and are allocated by the caller; None where an argument says so."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from os import PathLike
 from typing import Any, Literal, TypedDict, type_check_only
 
 from numpy.typing import NDArray
@@ -13,6 +14,9 @@ __all__ = [
     "check_masked_mse",
     "check_refine",
     "check_refine_dots",
+    "cuda_info",
+    "cuda_open",
+    "cuda_warmup",
     "draw",
     "masked_mse",
     "refine_backward",
@@ -25,6 +29,7 @@ _Array = Tensor | NDArray[Any]
 _Part = _Array | None
 _Seed = int | Tensor
 _Maps = Sequence[_Array]
+_Allocate = Callable[[int], Tensor]
 
 @type_check_only
 class BuildInfo(TypedDict):
@@ -33,6 +38,14 @@ class BuildInfo(TypedDict):
     tch_built_for: str | None
     simd: str
     cuda: bool
+
+@type_check_only
+class CudaInfo(TypedDict):
+    driver: str
+    nvrtc: str
+    cache: PathLike[str] | None
+    compiled: int
+    cached: int
 
 def refine_forward(
     refined: _Array,
@@ -44,6 +57,8 @@ def refine_forward(
     keep: _Part,
     seed: _Seed,
     threads: int,
+    stream: int = 0,
+    allocate: _Allocate | None = None,
 ) -> None: ...
 def refine_backward(
     d_features: _Part,
@@ -59,6 +74,8 @@ def refine_backward(
     keep: _Part,
     seed: _Seed,
     threads: int,
+    stream: int = 0,
+    allocate: _Allocate | None = None,
 ) -> None: ...
 def refine_dots(
     dots: _Array,
@@ -71,6 +88,8 @@ def refine_dots(
     keep: _Part,
     seed: _Seed,
     threads: int,
+    stream: int = 0,
+    allocate: _Allocate | None = None,
 ) -> None: ...
 def areas(
     coverage: _Array,
@@ -83,6 +102,8 @@ def areas(
     k: int,
     kernel: int,
     threads: int,
+    stream: int = 0,
+    allocate: _Allocate | None = None,
 ) -> None: ...
 def masked_mse(
     loss: _Array,
@@ -93,8 +114,10 @@ def masked_mse(
     normalise: str,
     scale: float,
     threads: int,
+    stream: int = 0,
+    allocate: _Allocate | None = None,
 ) -> None: ...
-def draw(uniforms: _Array, noise_seed: _Array, seed: _Array, counter: _Array) -> None: ...
+def draw(uniforms: _Array, noise_seed: _Array, seed: _Array, counter: _Array, stream: int = 0) -> None: ...
 def check_refine(
     features: _Array,
     theta: _Part,
@@ -120,4 +143,9 @@ def check_areas(
 ) -> None: ...
 def check_masked_mse(student: _Array, teacher: _Array, weight: _Part, normalise: str) -> None: ...
 def select_reader(name: Literal["tch", "portable"]) -> None: ...
+def cuda_open(nvrtc: Sequence[str]) -> None: ...
+def cuda_info() -> CudaInfo: ...
+def cuda_warmup(
+    device: int, dtypes: Sequence[str], layouts: Sequence[str], threads: int, stream: int = 0
+) -> None: ...
 def build_info() -> BuildInfo: ...

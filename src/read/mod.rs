@@ -63,12 +63,13 @@ pub fn view(op: &'static str, argument: &str, object: &Bound<'_, PyAny>) -> PyRe
 /// The Python exception for a failed check.
 pub fn raise(error: Error) -> PyErr {
     use crate::error::Class;
-    use pyo3::exceptions::{PyNotImplementedError, PyTypeError, PyValueError};
+    use pyo3::exceptions::{PyNotImplementedError, PyRuntimeError, PyTypeError, PyValueError};
     let text = error.to_string();
     match error.class() {
         Class::Type => PyTypeError::new_err(text),
         Class::Value => PyValueError::new_err(text),
         Class::NotImplemented => PyNotImplementedError::new_err(text),
+        Class::Runtime => PyRuntimeError::new_err(text),
     }
 }
 
@@ -94,7 +95,7 @@ fn unknown_dtype(op: &'static str, argument: &str, found: impl std::fmt::Display
     raise(Error::of_type(op, argument, "be of a floating-point, integer or bool dtype", found))
 }
 
-fn from_name(name: &str) -> Option<DType> {
+pub fn from_name(name: &str) -> Option<DType> {
     Some(match name {
         "float64" => DType::F64,
         "float32" => DType::F32,

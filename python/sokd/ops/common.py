@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sokd.config import why_no_cuda
+
 LIBRARY = torch.library.Library("sokd", "DEF")  # type: ignore[no-untyped-call]
 
 # Devices whose kernels are in `_core`, and PyTorch's dispatch key for them. Another device plugs in here: the
 # registered functions allocate the outputs on the inputs' device, and `_core` chooses by that device.
 KERNELS = {"cpu": "CPU"}
+if why_no_cuda() is None:
+    KERNELS["cuda"] = "CUDA"
 
 _warned: set[str] = set()
 
@@ -109,9 +114,27 @@ def has_kernel(tensor: Tensor) -> bool:
         return True
     if not torch.compiler.is_compiling() and device not in _warned:
         _warned.add(device)
-        text = f"sokd: no kernels for {device} in this build, the plain PyTorch path (sokd.reference) serves"
+        why = f" ({why_no_cuda()})" if device == "cuda" else ""
+        serves = "the plain PyTorch path (sokd.reference) serves"
+        text = f"sokd: no kernels for {device} in this build{why}, {serves}"
         warnings.warn(text, stacklevel=3)
     return False
+
+
+def stream_of(device: torch.device) -> int:
+    """torch's current stream of a CUDA device, as the driver's handle."""
+    return torch._C._cuda_getCurrentRawStream(device.index)  # what current_stream().cuda_stream ends in
+
+
+def resources(tensor: Tensor) -> tuple[int, int, Callable[[int], Tensor] | None]:
+    """What a call on this tensor's device may use: threads, a stream, an allocator of scratch memory.
+
+    Scratch is torch's own memory: freed on return, it goes to nobody but later work of the same stream.
+    """
+    device = tensor.device
+    if device.type != "cuda":
+        return torch.get_num_threads(), 0, None
+    return 1, stream_of(device), partial(torch.empty, dtype=torch.uint8, device=device)
 
 
 def split_seed(op: str, seed: int | Tensor, features: Any) -> tuple[int, Tensor | None]:

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from sokd import _core, reference
-from sokd.ops.common import accumulator, apply, check_kind, has_kernel, is_eager, register, second_derivative
+from sokd.ops.common import (
+    accumulator,
+    apply,
+    check_kind,
+    has_kernel,
+    is_eager,
+    register,
+    resources,
+    second_derivative,
+)
 from sokd.reference import layout_of
 
 
@@ -24,7 +33,7 @@ def _kernel(
 ) -> tuple[Tensor, Tensor]:
     loss, d_student = _fake(student, teacher, weight, normalise, scale, gradient)
     wanted = d_student if gradient else None
-    _core.masked_mse(loss, wanted, student, teacher, weight, normalise, scale, torch.get_num_threads())
+    _core.masked_mse(loss, wanted, student, teacher, weight, normalise, scale, *resources(student))
     return loss, d_student
 
 

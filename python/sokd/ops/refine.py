@@ -23,6 +23,7 @@ from sokd.ops.common import (
     has_kernel,
     is_eager,
     register,
+    resources,
     second_derivative,
     split_seed,
 )
@@ -42,7 +43,7 @@ def _forward_kernel(
 ) -> Tensor:  # fmt: skip
     refined = _forward_fake(features)
     source = seed if seed_tensor is None else seed_tensor
-    _core.refine_forward(refined, features, theta, hole, sigma, perm, keep, source, torch.get_num_threads())
+    _core.refine_forward(refined, features, theta, hole, sigma, perm, keep, source, *resources(features))
     return refined
 
 
@@ -59,9 +60,9 @@ def _backward_kernel(
     d_features, d_theta, d_sigma, d_straight = (
         gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)
     )
-    source, threads = seed if seed_tensor is None else seed_tensor, torch.get_num_threads()
+    source = seed if seed_tensor is None else seed_tensor
     _core.refine_backward(
-        d_features, d_theta, d_sigma, d_straight, upstream, features, *plan, source, threads
+        d_features, d_theta, d_sigma, d_straight, upstream, features, *plan, source, *resources(features)
     )
     return gradients
 
@@ -81,8 +82,7 @@ def _dots_kernel(features: Tensor, upstream: Tensor, theta: _Part, hole: _Part, 
                  keep: _Part, seed_tensor: _Part, seed: int, plans: int) -> Tensor:  # fmt: skip
     dots = features.new_empty(plans, dtype=accumulator(features.dtype))
     source = seed if seed_tensor is None else seed_tensor
-    threads = torch.get_num_threads()
-    _core.refine_dots(dots, features, upstream, theta, hole, sigma, perm, keep, source, threads)
+    _core.refine_dots(dots, features, upstream, theta, hole, sigma, perm, keep, source, *resources(features))
     return dots
 
 

@@ -35,8 +35,6 @@ struct Areas {
 // cache. Scan: a thread reads 8 cells; those that no neighbour in the same vector beats go on a list, whose windows are looked at; the least of
 // the warps' best peaks rules most of the others out (if k <= 8), and one warp sorts what is left. Pick: one block a sample; candidates are few. Every choice is by score and index, so no order of threads shows.
 
-constexpr int CHUNK = 2048, CELLS = CHUNK / THREADS;
-
 // A peak; `flat` < 0: none, which is worse than any.
 template <class A>
 struct Peak {
@@ -58,6 +56,8 @@ SOKD_DEVICE Peak<A> best_of_warp(Peak<A> peak) {
 }
 
 #if SOKD_KERNELS & 1
+constexpr int CHUNK = 2048, CELLS = CHUNK / THREADS;
+
 // Where a cell is.
 struct Cell {
     int map, y, x;

@@ -11,6 +11,8 @@
 
 mod boxes;
 mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 mod heat;
 #[cfg(test)]
 mod naive;
@@ -18,7 +20,10 @@ mod peaks;
 
 use crate::check::Check;
 use crate::error::Result;
+use crate::run::Run;
 use crate::simd::{Bf16, Real, F16};
+#[cfg(feature = "cuda")]
+use crate::view::Device;
 use crate::view::{DType, TensorView};
 
 const CHECK: Check = Check("areas");
@@ -82,17 +87,23 @@ fn like_heat(name: &str, view: &TensorView, heat: &TensorView, layout: &str, siz
 
 impl Args<'_> {
     /// Finds the areas and writes all three outputs.
-    pub fn forward(&self, threads: usize) -> Result<()> {
+    pub fn forward<'r>(&self, run: impl Into<Run<'r>>) -> Result<()> {
+        let run = run.into();
         check(self.heat, self.size, self.offset, self.teacher, self.k, self.kernel)?;
-        CHECK.on_cpu("heat", self.heat)?;
         self.check_outputs()?;
+        #[cfg(feature = "cuda")]
+        if let Device::Cuda(ordinal) = self.heat.device {
+            // SAFETY: checked above, the devices too.
+            return unsafe { cuda::forward(self, ordinal, &run) };
+        }
+        CHECK.on_cpu("heat", self.heat)?;
         // SAFETY: checked above: every arm has heat's dtype, the shapes agree, everything is in host memory.
         unsafe {
             match self.heat.dtype {
-                DType::F64 => cpu::forward::<f64>(self, threads),
-                DType::F16 => cpu::forward::<F16>(self, threads),
-                DType::BF16 => cpu::forward::<Bf16>(self, threads),
-                _ => cpu::forward::<f32>(self, threads),
+                DType::F64 => cpu::forward::<f64>(self, run.threads),
+                DType::F16 => cpu::forward::<F16>(self, run.threads),
+                DType::BF16 => cpu::forward::<Bf16>(self, run.threads),
+                _ => cpu::forward::<f32>(self, run.threads),
             }
         }
         Ok(())
@@ -109,10 +120,8 @@ impl Args<'_> {
         for (name, view, dtype, layout, sizes) in outputs {
             CHECK.of_dtype(name, view, dtype)?;
             CHECK.sizes(name, view, layout, sizes)?;
-            CHECK.on_cpu(name, view)?;
-            if !view.is_contiguous() {
-                return Err(CHECK.value(name, "be contiguous", format_args!("strides {:?}", view.strides())));
-            }
+            CHECK.same_device(name, view, "heat", self.heat)?;
+            CHECK.contiguous(name, view)?;
         }
         Ok(())
     }

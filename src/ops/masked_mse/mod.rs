@@ -8,6 +8,8 @@
 //! the student's; the weight counts as a constant. Sums run in f32 over 2048 elements at a time (f64 for f64), then in f64.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 mod grid;
 #[cfg(test)]
 mod naive;
@@ -15,7 +17,10 @@ mod weights;
 
 use crate::check::Check;
 use crate::error::Result;
+use crate::run::Run;
 use crate::simd::{Bf16, Elem, F16};
+#[cfg(feature = "cuda")]
+use crate::view::Device;
 use crate::view::{DType, TensorView};
 
 const CHECK: Check = Check("masked_mse");
@@ -66,15 +71,21 @@ pub fn check(
 
 impl Args<'_> {
     /// Computes the loss, and the gradient where it is wanted.
-    pub fn forward(&self, threads: usize) -> Result<()> {
+    pub fn forward<'r>(&self, run: impl Into<Run<'r>>) -> Result<()> {
+        let run = run.into();
         check(self.student, self.teacher, self.weight, self.normalise)?;
-        CHECK.on_cpu("student", self.student)?;
         self.check_outputs()?;
+        #[cfg(feature = "cuda")]
+        if let Device::Cuda(ordinal) = self.student.device {
+            // SAFETY: checked above, the devices too.
+            return unsafe { cuda::forward(self, ordinal, &run) };
+        }
+        CHECK.on_cpu("student", self.student)?;
         match self.student.dtype {
-            DType::F64 => self.typed::<f64>(threads),
-            DType::F16 => self.typed::<F16>(threads),
-            DType::BF16 => self.typed::<Bf16>(threads),
-            _ => self.typed::<f32>(threads),
+            DType::F64 => self.typed::<f64>(run.threads),
+            DType::F16 => self.typed::<F16>(run.threads),
+            DType::BF16 => self.typed::<Bf16>(run.threads),
+            _ => self.typed::<f32>(run.threads),
         }
     }
 
@@ -82,7 +93,7 @@ impl Args<'_> {
         let wide = if self.student.dtype == DType::F64 { DType::F64 } else { DType::F32 };
         CHECK.of_dtype("loss", self.loss, wide)?;
         CHECK.sizes("loss", self.loss, "[]", &[])?;
-        CHECK.on_cpu("loss", self.loss)?;
+        CHECK.same_device("loss", self.loss, "student", self.student)?;
         self.d_student.map_or(Ok(()), |d_student| CHECK.output("d_student", d_student, self.student))
     }
 

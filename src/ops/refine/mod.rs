@@ -11,6 +11,8 @@
 //! d_straight = sum u;   d_features = the adjoint of the sampling, brought back through perm.
 
 mod backward;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 mod direct;
 mod dots;
 mod forward;
@@ -21,7 +23,11 @@ mod plan;
 
 use crate::check::Check;
 use crate::error::Result;
+use crate::run::Run;
+use crate::seed::Seed;
 use crate::simd::{Bf16, F16};
+#[cfg(feature = "cuda")]
+use crate::view::Device;
 use crate::view::{DType, TensorView};
 pub(crate) use plan::Plan;
 
@@ -100,17 +106,24 @@ macro_rules! by_dtype {
 }
 
 /// refined, of the shape and dtype of features (contiguous or channels_last).
-pub fn forward(
+pub fn forward<'r>(
     refined: &TensorView,
     features: &TensorView,
     parts: Parts,
-    seed: u64,
-    threads: usize,
+    seed: impl Into<Seed>,
+    run: impl Into<Run<'r>>,
 ) -> Result<()> {
+    let (seed, run) = (seed.into(), run.into());
     parts.check(REFINE, features)?;
-    REFINE.on_cpu("features", features)?;
+    seed.check_beside(REFINE, "seed", "features", features)?;
     REFINE.output("refined", refined, features)?;
-    let plan = Plan::read(REFINE, &parts, features, seed)?;
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(ordinal) = features.device {
+        // SAFETY: checked above, the devices too.
+        return unsafe { cuda::forward(refined, features, &parts, &seed, ordinal, &run) };
+    }
+    REFINE.on_cpu("features", features)?;
+    let (plan, threads) = (Plan::read(REFINE, &parts, features, seed.value(REFINE, "seed")?)?, run.threads);
     use forward::forward;
     by_dtype!(features, forward(refined, features, &plan, threads));
     Ok(())
@@ -130,19 +143,20 @@ pub struct Wanted<'a> {
 }
 
 /// Every gradient that is wanted, from one reading of upstream.
-pub fn backward(
+pub fn backward<'r>(
     wanted: Wanted,
     upstream: &TensorView,
     features: &TensorView,
     parts: Parts,
-    seed: u64,
-    threads: usize,
+    seed: impl Into<Seed>,
+    run: impl Into<Run<'r>>,
 ) -> Result<()> {
+    let (seed, run) = (seed.into(), run.into());
     parts.check(REFINE, features)?;
-    REFINE.on_cpu("features", features)?;
+    seed.check_beside(REFINE, "seed", "features", features)?;
     REFINE.sizes("upstream", upstream, "of features", features.sizes())?;
     REFINE.same_dtype("upstream", upstream, "features", features)?;
-    REFINE.on_cpu("upstream", upstream)?;
+    REFINE.same_device("upstream", upstream, "features", features)?;
     if let Some(d_features) = wanted.features {
         REFINE.output("d_features", d_features, features)?;
     }
@@ -155,27 +169,43 @@ pub fn backward(
         if let Some(view) = view {
             REFINE.float(name, view)?;
             REFINE.groups(name, view, batch, "of its input", rest)?;
+            REFINE.same_device(name, view, "features", features)?;
         }
     }
-    let plan = Plan::read(REFINE, &parts, features, seed)?;
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(ordinal) = features.device {
+        // SAFETY: checked above, the devices too.
+        return unsafe { cuda::backward(&wanted, upstream, features, &parts, &seed, ordinal, &run) };
+    }
+    REFINE.on_cpu("features", features)?;
+    let (plan, threads) = (Plan::read(REFINE, &parts, features, seed.value(REFINE, "seed")?)?, run.threads);
     use backward::backward;
     by_dtype!(features, backward(&wanted, upstream, features, &plan, threads));
     Ok(())
 }
 
 /// dots[v] = <upstream, refine(features; plan v)>, all of them in one pass over memory. `stacked` parts have a leading V.
-pub fn dots(
+pub fn dots<'r>(
     dots: &TensorView,
     features: &TensorView,
     upstream: &TensorView,
     stacked: Parts,
-    seed: u64,
-    threads: usize,
+    seed: impl Into<Seed>,
+    run: impl Into<Run<'r>>,
 ) -> Result<()> {
+    let (seed, run) = (seed.into(), run.into());
     let count = check_dots(features, Some(upstream), &stacked)?;
-    DOTS.on_cpu("features", features)?;
+    seed.check_beside(DOTS, "seed", "features", features)?;
     DOTS.sizes("dots", dots, "[V]", &[count])?;
     DOTS.float("dots", dots)?;
+    DOTS.same_device("dots", dots, "features", features)?;
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(ordinal) = features.device {
+        // SAFETY: checked above, the devices too.
+        return unsafe { cuda::dots(dots, features, upstream, &stacked, &seed, ordinal, &run) };
+    }
+    DOTS.on_cpu("features", features)?;
+    let (seed, threads) = (seed.value(DOTS, "seed")?, run.threads);
     let mut plans = Vec::with_capacity(count);
     for v in 0..count {
         let mut slots = [const { None }; 5];
@@ -234,12 +264,6 @@ pub fn check(features: &TensorView, parts: &Parts, straight: Option<&TensorView>
         REFINE.same_device("straight", straight, "features", features)?;
     }
     Ok(())
-}
-
-/// Judges a seed tensor: int64 `[1]`.
-pub fn check_seed(seed: &TensorView) -> Result<()> {
-    REFINE.of_dtype("seed", seed, DType::I64)?;
-    REFINE.sizes("seed", seed, "[1]", &[1])
 }
 
 /// The columns that a plan needs of every sample, for the kernels.

@@ -1,0 +1,306 @@
+//! A kernel from its name to a stream: compiled or fetched from the disk, loaded once for each device, launched.
+
+use super::args::{code, Order};
+use super::driver::{is_bad_image, Handle};
+use super::nvrtc::{Program, Target};
+use super::{cache, opened, Cuda};
+use crate::error::{CudaFailure as Failure, Error, Result as Checked};
+use crate::run::Run;
+use crate::view::DType;
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+type Result<T> = std::result::Result<T, Failure>;
+
+/// By the names under which the kernels include them.
+pub(crate) const HEADERS: [(&str, &str); 3] = [
+    ("common.cuh", include_str!("common.cuh")),
+    ("philox.cuh", include_str!("philox.cuh")),
+    ("sampling.cuh", include_str!("sampling.cuh")),
+];
+/// Fused multiply-adds are written out in the kernels, so that no compiler decides about bits.
+const OPTIONS: [&str; 3] = ["--std=c++17", "--fmad=false", "-default-device"];
+/// Of every kernel.
+const THREADS: u32 = 256;
+
+/// A kernel.cu.
+#[derive(Debug)]
+pub(crate) struct Source {
+    /// The operator's name.
+    pub name: &'static str,
+    pub text: &'static str,
+}
+
+/// A kernel in all its variants.
+#[derive(Debug)]
+pub(crate) struct Kernel {
+    pub source: &'static Source,
+    /// Its bit of SOKD_KERNELS; kernels that share one are compiled together.
+    pub bit: u32,
+    pub name: &'static str,
+    /// Whether there is one for each dtype, and for each order.
+    pub per: (bool, bool),
+}
+
+impl Kernel {
+    pub const fn new(source: &'static Source, bit: u32, name: &'static str, per: (bool, bool)) -> Self {
+        Self { source, bit, name, per }
+    }
+}
+
+/// A kernel for one dtype and one order, as far as it has variants.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Variant {
+    kernel: &'static Kernel,
+    dtype: Option<DType>,
+    order: Option<Order>,
+}
+
+impl Kernel {
+    fn variant(&'static self, dtype: DType, order: Order) -> Variant {
+        let (by_dtype, by_order) = self.per;
+        Variant { kernel: self, dtype: by_dtype.then_some(dtype), order: by_order.then_some(order) }
+    }
+
+    /// Every variant for these dtypes and orders, each once.
+    pub fn variants(&'static self, dtypes: &[DType], orders: &[Order]) -> Vec<Variant> {
+        let mut variants: Vec<Variant> = Vec::new();
+        for (dtype, order) in dtypes.iter().flat_map(|dtype| orders.iter().map(|order| (*dtype, *order))) {
+            let variant = self.variant(dtype, order);
+            if !variants.iter().any(|other| other.unit() == variant.unit()) {
+                variants.push(variant);
+            }
+        }
+        variants
+    }
+}
+
+impl Variant {
+    /// Kernels of one source and bit are compiled together.
+    fn unit(&self) -> Unit {
+        Unit { source: self.kernel.source.name, bit: self.kernel.bit, dtype: self.dtype, order: self.order }
+    }
+
+    /// Whether other kernels lie in its unit too.
+    pub fn shares_unit(&self) -> bool {
+        self.dtype.is_none()
+    }
+
+    /// The name of its entry: `masked_mse_f32_planes`.
+    fn symbol(&self) -> String {
+        self.unit().named(self.kernel.name)
+    }
+}
+
+/// What is compiled at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Unit {
+    source: &'static str,
+    bit: u32,
+    dtype: Option<DType>,
+    order: Option<Order>,
+}
+
+impl Unit {
+    fn named(&self, name: &str) -> String {
+        let dtype = match self.dtype {
+            Some(DType::F64) => "_f64",
+            Some(DType::F16) => "_f16",
+            Some(DType::BF16) => "_bf16",
+            Some(_) => "_f32",
+            None => "",
+        };
+        let order = self.order.map_or("", |order| ["_planes", "_lanes"][order as usize]);
+        format!("{name}{dtype}{order}")
+    }
+
+    /// The choice that a kernel.cu leaves; where a kernel has no variants, any does.
+    fn options(&self) -> [String; 3] {
+        let (dtype, order) = (self.dtype.unwrap_or(DType::F32), self.order.unwrap_or(Order::Planes));
+        [
+            format!("-DSOKD_DTYPES={}", 1 << code(dtype)),
+            format!("-DSOKD_ORDERS={}", 1 << order as u32),
+            format!("-DSOKD_KERNELS={}", self.bit),
+        ]
+    }
+}
+
+/// Where one unit's module goes.
+type Slot = Arc<Mutex<Option<Handle>>>;
+
+/// Whatever is loaded, for the process's life: unloading is forbidden while a graph is captured.
+#[derive(Default)]
+pub(super) struct Modules {
+    devices: Mutex<HashMap<usize, Device>>,
+    /// Ready to launch.
+    functions: RwLock<HashMap<(usize, &'static str, Unit), Handle>>,
+    /// Each with a lock of its own: threads that want the same unit wait, others compile meanwhile.
+    units: Mutex<HashMap<(usize, Unit), Slot>>,
+    compiled: AtomicUsize,
+    cached: AtomicUsize,
+}
+
+impl Modules {
+    /// Units compiled, and units from the disk.
+    pub fn counts(&self) -> (usize, usize) {
+        (self.compiled.load(Ordering::Relaxed), self.cached.load(Ordering::Relaxed))
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Device {
+    context: Handle,
+    target: Target,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What is in there is whole after every single operation.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A stream of a device, for the launches of one call.
+pub(crate) struct Queue {
+    op: &'static str,
+    cuda: &'static Cuda,
+    ordinal: usize,
+    device: Device,
+    stream: Handle,
+}
+
+/// Does `work` with torch's current stream of this device, in the device's primary context.
+pub(crate) fn on_device<T>(
+    op: &'static str,
+    ordinal: usize,
+    run: &Run,
+    work: impl FnOnce(&Queue) -> Checked<T>,
+) -> Checked<T> {
+    let failed = |failure| Error::Cuda { op, failure };
+    let cuda = opened().map_err(failed)?;
+    let device = cuda.device(ordinal).map_err(failed)?;
+    let queue = Queue { op, cuda, ordinal, device, stream: Handle::at(run.stream) };
+    // The context's own failures must not swallow those of the work, which are no failures of the driver alone.
+    cuda.driver.within(device.context, || Ok(work(&queue))).map_err(failed)?
+}
+
+impl Queue {
+    /// Puts one kernel on the stream; a grid of no blocks is no launch.
+    ///
+    /// # Safety
+    /// `args` is the structure that this kernel takes, filled as its contract says, and names memory of this device that torch keeps
+    /// for this stream.
+    pub unsafe fn launch<A: Copy>(
+        &self,
+        kernel: &'static Kernel,
+        (dtype, order): (DType, Order),
+        grid: [i64; 2],
+        args: &A,
+    ) -> Checked<()> {
+        let failed = |failure| Error::Cuda { op: self.op, failure };
+        if grid.contains(&0) {
+            return Ok(());
+        }
+        let grid = self.sides(grid)?;
+        let function = self.function(&kernel.variant(dtype, order)).map_err(failed)?;
+        let mut args = *args;
+        let argument = (&raw mut args).cast();
+        // SAFETY: the caller's promise; the driver copies the structure.
+        unsafe { self.cuda.driver.launch(function, (grid, THREADS), self.stream, argument) }.map_err(failed)
+    }
+
+    fn sides(&self, grid: [i64; 2]) -> Checked<[u32; 2]> {
+        if (0..1 << 31).contains(&grid[0]) && (0..1 << 16).contains(&grid[1]) {
+            return Ok(grid.map(|side| side as u32));
+        }
+        let (what, supported) =
+            (format!("{} blocks on cuda:{}", grid[0], self.ordinal), "fewer than 2147483648".into());
+        Err(Error::Unsupported { op: self.op, what, supported })
+    }
+
+    /// Compiles and loads one variant, without a launch.
+    pub fn prepare(&self, variant: &Variant) -> Checked<()> {
+        self.function(variant).map(|_| ()).map_err(|failure| Error::Cuda { op: self.op, failure })
+    }
+
+    fn function(&self, variant: &Variant) -> Result<Handle> {
+        let functions = &self.cuda.modules.functions;
+        let key = (self.ordinal, variant.kernel.name, variant.unit());
+        if let Some(function) = functions.read().unwrap_or_else(PoisonError::into_inner).get(&key) {
+            return Ok(*function);
+        }
+        let module = self.module(variant)?;
+        let symbol = CString::new(variant.symbol()).unwrap_or_default();
+        let function = self.cuda.driver.function(module, &symbol)?;
+        functions.write().unwrap_or_else(PoisonError::into_inner).insert(key, function);
+        Ok(function)
+    }
+
+    fn module(&self, variant: &Variant) -> Result<Handle> {
+        let unit = variant.unit();
+        let slot = Arc::clone(locked(&self.cuda.modules.units).entry((self.ordinal, unit)).or_default());
+        let mut slot = locked(&slot);
+        if let Some(module) = *slot {
+            return Ok(module);
+        }
+        if self.cuda.driver.is_capturing(self.stream)? {
+            return Err(Failure::Capturing { kernel: variant.symbol(), ordinal: self.ordinal });
+        }
+        let module = self.cuda.load(variant.kernel.source, unit, self.device.target)?;
+        *slot = Some(module);
+        Ok(module)
+    }
+}
+
+impl Cuda {
+    fn device(&self, ordinal: usize) -> Result<Device> {
+        let mut devices = locked(&self.modules.devices);
+        if let Some(device) = devices.get(&ordinal) {
+            return Ok(*device);
+        }
+        let count = self.driver.init()?;
+        if ordinal >= count {
+            return Err(Failure::NoDevice { ordinal, count });
+        }
+        let (context, capability) = self.driver.device(ordinal)?;
+        let device = Device { context, target: self.nvrtc.target(capability)? };
+        devices.insert(ordinal, device);
+        Ok(device)
+    }
+
+    /// A unit's module, in the current context: from the disk, else compiled and kept there.
+    fn load(&self, source: &Source, unit: Unit, target: Target) -> Result<Handle> {
+        let choice = unit.options();
+        let options: Vec<&str> = OPTIONS.into_iter().chain(choice.iter().map(String::as_str)).collect();
+        let name = format!("{}.cu", source.name);
+        let program = Program { name: &name, text: source.text, headers: &HEADERS, options: &options };
+        let folder = cache::folder();
+        let key = self.key(unit, program, target);
+        if let Some(image) = folder.as_ref().and_then(|folder| cache::load(folder, &key)) {
+            match self.driver.load(&image) {
+                // Made by an NVRTC that this driver does not follow, say: compile, and let the result take its place.
+                Err(failure) if is_bad_image(&failure) => {}
+                loaded => {
+                    self.modules.cached.fetch_add(usize::from(loaded.is_ok()), Ordering::Relaxed);
+                    return loaded;
+                }
+            }
+        }
+        let image = self.nvrtc.compile(program, target)?;
+        self.modules.compiled.fetch_add(1, Ordering::Relaxed);
+        if let Some(folder) = folder {
+            // Without it the next process compiles again; this one has what it needs.
+            let _ = cache::store(&folder, &key, &image);
+        }
+        self.driver.load(&image)
+    }
+
+    fn key(&self, unit: Unit, program: Program, target: Target) -> cache::Key {
+        let label = format!("{}-{}-{}", unit.named(unit.source), unit.bit, target.name());
+        let (major, minor) = self.nvrtc.version();
+        let made_by = [env!("CARGO_PKG_VERSION").to_owned(), format!("{major}.{minor}"), target.name()];
+        let headers = program.headers.iter().flat_map(|(name, text)| [*name, *text]);
+        let parts = made_by.iter().map(String::as_str).chain(program.options.iter().copied());
+        cache::Key::new(label, parts.chain([program.name, program.text]).chain(headers))
+    }
+}

@@ -1,0 +1,103 @@
+//! What Python asks of CUDA: open it, describe it, warm it up. Builds without the feature `cuda` answer that they have none.
+
+use crate::error::Error;
+use crate::read::raise;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+#[cfg(feature = "cuda")]
+use crate::{
+    cuda::{self, args::Order, cache},
+    error::CudaFailure,
+    run::Run,
+    view::DType,
+};
+
+#[cfg(feature = "cuda")]
+fn failed(op: &'static str) -> impl Fn(CudaFailure) -> PyErr {
+    move |failure| raise(Error::Cuda { op, failure })
+}
+
+#[cfg(not(feature = "cuda"))]
+fn absent<T>(op: &'static str) -> PyResult<T> {
+    Err(raise(Error::Unsupported {
+        op,
+        what: "no CUDA kernels in this build".into(),
+        supported: "cpu".into(),
+    }))
+}
+
+/// Opens the driver and the first NVRTC of these names or paths; an exception says what is missing.
+#[pyfunction]
+#[allow(unused_variables)]
+pub fn cuda_open(nvrtc: Vec<String>) -> PyResult<()> {
+    #[cfg(feature = "cuda")]
+    return cuda::open(&nvrtc).map(|_| ()).map_err(failed("cuda_open"));
+    #[cfg(not(feature = "cuda"))]
+    absent("cuda_open")
+}
+
+/// Versions, the cache's folder, and how many translation units were compiled or came from there.
+#[pyfunction]
+pub fn cuda_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+    #[cfg(feature = "cuda")]
+    {
+        let (found, info) = (cuda::info("cuda_info").map_err(raise)?, PyDict::new(py));
+        let version = |(major, minor): (i32, i32)| format!("{major}.{minor}");
+        info.set_item("driver", version(found.driver))?;
+        info.set_item("nvrtc", version(found.nvrtc))?;
+        info.set_item("cache", cache::folder())?;
+        info.set_item("compiled", found.compiled)?;
+        info.set_item("cached", found.cached)?;
+        Ok(info)
+    }
+    #[cfg(not(feature = "cuda"))]
+    {
+        let _ = py;
+        absent("cuda_info")
+    }
+}
+
+/// Compiles and loads every kernel for these dtypes and layouts on a device.
+#[pyfunction]
+#[pyo3(signature = (device, dtypes, layouts, threads, stream=0))]
+#[allow(unused_variables)]
+pub fn cuda_warmup(
+    py: Python<'_>,
+    device: usize,
+    dtypes: Vec<String>,
+    layouts: Vec<String>,
+    threads: usize,
+    stream: usize,
+) -> PyResult<()> {
+    #[cfg(feature = "cuda")]
+    {
+        let (dtypes, orders) = (read_dtypes(&dtypes)?, read_layouts(&layouts)?);
+        let run = Run { threads, stream, allocate: None };
+        py.allow_threads(|| cuda::warmup("warmup", device, &dtypes, &orders, run)).map_err(raise)
+    }
+    #[cfg(not(feature = "cuda"))]
+    absent("warmup")
+}
+
+#[cfg(feature = "cuda")]
+fn read_dtypes(names: &[String]) -> PyResult<Vec<DType>> {
+    let rule = "be some of float32, float16, bfloat16 and float64";
+    let known = |name: &String| {
+        let dtype = crate::read::from_name(name).filter(|dtype| dtype.is_float());
+        dtype.ok_or_else(|| raise(Error::of_value("warmup", "dtypes", rule, name)))
+    };
+    names.iter().map(known).collect()
+}
+
+#[cfg(feature = "cuda")]
+fn read_layouts(names: &[String]) -> PyResult<Vec<Order>> {
+    let known = |name: &String| match name.as_str() {
+        "contiguous" => Ok(Order::Planes),
+        "channels_last" => Ok(Order::Lanes),
+        _ => {
+            Err(raise(Error::of_value("warmup", "layouts", "be some of contiguous and channels_last", name)))
+        }
+    };
+    names.iter().map(known).collect()
+}

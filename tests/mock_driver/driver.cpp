@@ -1,0 +1,248 @@
+// A libcuda.so.1 for tests: two devices whose memory is the host's, and whose launches run the emulator's kernels.
+//
+// It is strict where the real driver is: a call before cuInit, without a context, with another device's module, function or stream,
+// with an image that is no ELF file or lacks the kernel, is an error. Every call is written down. Any call can be made to fail.
+// SOKD_MOCK_EMULATORS names the libraries with the kernels (see tests/cuda/emulator.h), separated by colons.
+#include <dlfcn.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <set>
+#include <sstream>
+#include <string>
+#include <vector>
+
+namespace {
+
+enum Code { OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, NO_DEVICE = 100, INVALID_DEVICE = 101,
+            INVALID_IMAGE = 200, INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500, LAUNCH_FAILED = 719 };
+
+struct Device {
+    int ordinal, major, minor;
+    bool retained = false;
+};
+struct Module {
+    Device* device;
+    std::string image;
+};
+struct Function {
+    Device* device;
+    std::string name;
+};
+struct Stream {
+    Device* device;
+    bool capturing = false;
+};
+
+std::mutex guard;
+Device devices[2] = {{0, 9, 0}, {1, 8, 6}};
+int device_count = 2;
+bool initialised = false;
+thread_local std::vector<Device*> contexts;
+std::set<Module*> modules;
+std::set<Function*> functions;
+std::set<Stream*> streams;
+std::vector<std::string> calls;
+std::map<std::string, int> counts;
+std::string emulator_error;
+int fail_at = -1, fail_code = 0;         // the call of this number, over all functions
+std::string fail_call;                   // or every call of this function
+int schedule = 0;
+
+typedef int (*Launch)(const char*, const unsigned*, const unsigned*, const void*, uint64_t, int, uint64_t);
+typedef uint64_t (*Bytes)(const char*);
+typedef const char* (*Text)();
+struct Emulator {
+    Launch launch;
+    Bytes bytes;
+    Text error;
+};
+
+std::vector<Emulator>& emulators() {
+    static std::vector<Emulator> all = [] {
+        std::vector<Emulator> found;
+        const char* names = std::getenv("SOKD_MOCK_EMULATORS");
+        std::stringstream list(names ? names : "");
+        for (std::string name; std::getline(list, name, ':');) {
+            void* library = dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL);
+            if (library == nullptr) std::abort();
+            found.push_back({(Launch)dlsym(library, "sokd_emulator_launch"), (Bytes)dlsym(library, "sokd_emulator_bytes"),
+                             (Text)dlsym(library, "sokd_emulator_error")});
+        }
+        return found;
+    }();
+    return all;
+}
+
+// Writes the call down and says whether it is to fail.
+int begin(const char* call, const std::string& details = "") {
+    const int number = (int)calls.size();
+    calls.push_back(details.empty() ? call : std::string(call) + " " + details);
+    counts[call]++;
+    if (number == fail_at || fail_call == call) return fail_code;
+    if (!initialised && std::strcmp(call, "cuInit") != 0 && std::strcmp(call, "cuDriverGetVersion") != 0) return NOT_INITIALIZED;
+    return OK;
+}
+
+Device* current() { return contexts.empty() ? nullptr : contexts.back(); }
+
+// 0 is the device's default stream.
+bool known(Stream* stream) { return stream == nullptr || (streams.count(stream) && stream->device == current()); }
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#define BEGIN(...)                                \
+    std::lock_guard<std::mutex> hold(guard);      \
+    if (const int code = begin(__VA_ARGS__)) return code;
+
+// ------------------------------------------------------------------------------------------------------------ the driver's functions
+EXPORT int cuInit(unsigned) {
+    BEGIN("cuInit")
+    initialised = true;
+    return OK;
+}
+EXPORT int cuDriverGetVersion(int* version) {
+    BEGIN("cuDriverGetVersion")
+    *version = 13000;
+    return OK;
+}
+// NVRTC and the CUDA runtime inside torch look for a driver, too, and ask it for private tables: they are told that there is no device.
+EXPORT int cuGetExportTable(const void**, const void*) { return NO_DEVICE; }
+EXPORT int cuGetErrorName(int code, const char** name) {
+    static const std::map<int, const char*> names = {
+        {INVALID_VALUE, "CUDA_ERROR_INVALID_VALUE"}, {OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY"},
+        {NOT_INITIALIZED, "CUDA_ERROR_NOT_INITIALIZED"}, {NO_DEVICE, "CUDA_ERROR_NO_DEVICE"},
+        {INVALID_DEVICE, "CUDA_ERROR_INVALID_DEVICE"}, {INVALID_IMAGE, "CUDA_ERROR_INVALID_IMAGE"},
+        {INVALID_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT"}, {INVALID_HANDLE, "CUDA_ERROR_INVALID_HANDLE"},
+        {NOT_FOUND, "CUDA_ERROR_NOT_FOUND"}, {LAUNCH_FAILED, "CUDA_ERROR_LAUNCH_FAILED"}};
+    const auto found = names.find(code);
+    *name = found == names.end() ? nullptr : found->second;
+    return *name ? OK : INVALID_VALUE;
+}
+EXPORT int cuGetErrorString(int code, const char** text) {
+    *text = code == OUT_OF_MEMORY ? "out of memory" : code == LAUNCH_FAILED ? emulator_error.c_str() : nullptr;
+    return *text ? OK : INVALID_VALUE;
+}
+EXPORT int cuDeviceGetCount(int* count) {
+    BEGIN("cuDeviceGetCount")
+    *count = device_count;
+    return OK;
+}
+EXPORT int cuDeviceGet(int* device, int ordinal) {
+    BEGIN("cuDeviceGet", std::to_string(ordinal))
+    if (ordinal < 0 || ordinal >= device_count) return INVALID_DEVICE;
+    *device = ordinal;
+    return OK;
+}
+EXPORT int cuDeviceGetAttribute(int* value, int attribute, int device) {
+    BEGIN("cuDeviceGetAttribute", std::to_string(attribute))
+    if (attribute != 75 && attribute != 76) return INVALID_VALUE;
+    *value = attribute == 75 ? devices[device].major : devices[device].minor;
+    return OK;
+}
+EXPORT int cuDevicePrimaryCtxRetain(void** context, int device) {
+    BEGIN("cuDevicePrimaryCtxRetain", std::to_string(device))
+    devices[device].retained = true;
+    *context = &devices[device];
+    return OK;
+}
+EXPORT int cuCtxGetCurrent(void** context) {
+    BEGIN("cuCtxGetCurrent")
+    *context = current();
+    return OK;
+}
+EXPORT int cuCtxPushCurrent_v2(void* context) {
+    BEGIN("cuCtxPushCurrent_v2")
+    Device* device = static_cast<Device*>(context);
+    if (!device->retained) return INVALID_CONTEXT;
+    contexts.push_back(device);
+    return OK;
+}
+EXPORT int cuCtxPopCurrent_v2(void** context) {
+    BEGIN("cuCtxPopCurrent_v2")
+    if (contexts.empty()) return INVALID_CONTEXT;
+    *context = contexts.back();
+    contexts.pop_back();
+    return OK;
+}
+EXPORT int cuModuleLoadData(void** module, const void* image) {
+    BEGIN("cuModuleLoadData")
+    if (current() == nullptr) return INVALID_CONTEXT;
+    const unsigned char* bytes = static_cast<const unsigned char*>(image);
+    if (std::memcmp(bytes, "\x7f" "ELF", 4) != 0) return INVALID_IMAGE;
+    uint64_t sections;  // e_shoff: where the table of sections begins, which ends the file
+    uint16_t entry, count;
+    std::memcpy(&sections, bytes + 40, 8);
+    std::memcpy(&entry, bytes + 58, 2);
+    std::memcpy(&count, bytes + 60, 2);
+    auto* made = new Module{current(), std::string(reinterpret_cast<const char*>(bytes), sections + (uint64_t)entry * count)};
+    modules.insert(made);
+    *module = made;
+    return OK;
+}
+EXPORT int cuModuleGetFunction(void** function, void* module, const char* name) {
+    BEGIN("cuModuleGetFunction", name)
+    auto* from = static_cast<Module*>(module);
+    if (!modules.count(from) || from->device != current()) return INVALID_HANDLE;
+    const std::string symbol = std::string(1, '\0') + name + '\0';
+    if (from->image.find(symbol) == std::string::npos) return NOT_FOUND;
+    auto* made = new Function{current(), name};
+    functions.insert(made);
+    *function = made;
+    return OK;
+}
+EXPORT int cuStreamIsCapturing(void* stream, int* status) {
+    BEGIN("cuStreamIsCapturing")
+    if (!known(static_cast<Stream*>(stream))) return INVALID_HANDLE;
+    *status = stream != nullptr && static_cast<Stream*>(stream)->capturing;
+    return OK;
+}
+EXPORT int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
+                          unsigned block_z, unsigned shared, void* stream, void** parameters, void** extra) {
+    auto* kernel = static_cast<Function*>(function);
+    std::ostringstream details;
+    const bool real = functions.count(kernel) != 0;
+    details << (real ? kernel->name : "?") << " grid=" << grid_x << "," << grid_y << "," << grid_z << " block=" << block_x << "," << block_y
+            << "," << block_z << " device=" << (current() ? current()->ordinal : -1) << " stream=" << stream;
+    BEGIN("cuLaunchKernel", details.str())
+    if (!real || kernel->device != current() || !known(static_cast<Stream*>(stream))) return INVALID_HANDLE;
+    if (grid_x == 0 || grid_y == 0 || grid_z == 0 || grid_y > 65535 || grid_z > 65535 || block_x * block_y * block_z > 1024 ||
+        shared != 0 || extra != nullptr) {
+        return INVALID_VALUE;
+    }
+    const unsigned grid[3] = {grid_x, grid_y, grid_z}, block[3] = {block_x, block_y, block_z};
+    for (const Emulator& emulator : emulators()) {
+        if (emulator.bytes(kernel->name.c_str()) == 0) continue;
+        if (emulator.launch(kernel->name.c_str(), grid, block, parameters[0], 0, schedule, 7) == 0) return OK;
+        emulator_error = emulator.error();
+        return LAUNCH_FAILED;
+    }
+    return NOT_FOUND;
+}
+
+// ------------------------------------------------------------------------------------------------------------------- for the tests
+EXPORT void mock_fail_at(int number, int code) { fail_at = number < 0 ? -1 : (int)calls.size() + number, fail_code = code; }
+EXPORT void mock_fail_call(const char* call, int code) { fail_call = call, fail_code = code; }
+EXPORT void mock_capability(int device, int major, int minor) { devices[device].major = major, devices[device].minor = minor; }
+EXPORT void mock_device_count(int count) { device_count = count; }
+EXPORT void mock_schedule(int which) { schedule = which; }
+EXPORT void* mock_stream(int device) {
+    auto* made = new Stream{&devices[device]};
+    streams.insert(made);
+    return made;
+}
+EXPORT void mock_capture(void* stream, int capturing) { static_cast<Stream*>(stream)->capturing = capturing != 0; }
+EXPORT void mock_enter(int device) { devices[device].retained = true, contexts.push_back(&devices[device]); }
+EXPORT int mock_depth() { return (int)contexts.size(); }
+EXPORT int mock_calls() { return (int)calls.size(); }
+EXPORT const char* mock_call(int i) { return calls[i].c_str(); }
+EXPORT uint64_t mock_argument_bytes(const char* kernel) {
+    for (const Emulator& emulator : emulators()) {
+        if (const uint64_t bytes = emulator.bytes(kernel)) return bytes;
+    }
+    return 0;
+}

@@ -1,0 +1,108 @@
+"""Every operator from its public function to the emulated kernel, on fake CUDA tensors under the mock driver.
+
+Run by test_cuda_host.py in a process of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import device_cases
+import pytest
+import torch
+from cases import LAYOUTS, SHAPES
+from control import Driver
+from fake import FakeCuda, HostCuda
+from torch import Tensor
+
+from sokd import _core, ops, reference
+
+ODD, ALIGNED, DEEP = (2, 3, 5, 7), (2, 16, 8, 8), (1, 130, 3, 4)
+SOME = [(ODD, "contiguous"), (ALIGNED, "contiguous"), (ALIGNED, "channels_last"), (DEEP, "channels_last")]
+SOME += [(ODD, layout) for layout in LAYOUTS[1:]]
+EVERY = [(shape, layout, torch.float32) for shape in SHAPES for layout in ("contiguous", "channels_last")]
+CASES = [*EVERY, *((shape, layout, torch.float32) for shape, layout in SOME)]
+# the kernels themselves are tested elsewhere in all dtypes and orders; here each dtype in one order
+CASES += [
+    (shape, layout, dtype)
+    for dtype in (torch.float64, torch.float16, torch.bfloat16)
+    for shape, layout in SOME
+    if (layout == "channels_last") == (dtype == torch.bfloat16)
+]
+
+
+class Fake:
+    """The device "cuda" of these tests."""
+
+    def on(self, tensor: Tensor) -> Tensor:
+        return HostCuda(tensor.detach())
+
+    def back(self, tensor: Tensor) -> Tensor:
+        assert isinstance(tensor, HostCuda), "it never left the CPU"
+        return tensor.host
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
+    _core.select_reader("portable")
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
+    torch.set_num_threads(1)
+    driver = Driver()
+    before = len(driver.launches())
+    with FakeCuda():
+        yield Fake()
+    assert len(driver.launches()) > before, "nothing was launched"
+
+
+def groups_of(shape: tuple[int, ...]) -> list[int]:
+    return [1, shape[0]] if shape[0] > 1 else [1]
+
+
+@pytest.mark.parametrize("shape, layout, dtype", CASES)
+def test_refine(shape: tuple[int, ...], layout: str, dtype: torch.dtype, fake: Fake) -> None:
+    for groups in groups_of(shape):
+        device_cases.refine(fake, shape, layout, dtype, groups)
+
+
+@pytest.mark.parametrize("shape", [ODD, ALIGNED])
+def test_noise(shape: tuple[int, ...], fake: Fake) -> None:
+    device_cases.noise(fake, shape, torch.tensor([-7]))
+
+
+@pytest.mark.parametrize("shape, layout, dtype", CASES)
+def test_refine_dots(shape: tuple[int, ...], layout: str, dtype: torch.dtype, fake: Fake) -> None:
+    device_cases.refine_dots(fake, shape, layout, dtype, 3)
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+@pytest.mark.parametrize("shape, layout, dtype", [case for case in CASES if 0 not in case[0][1:]])
+def test_areas(shape: tuple[int, ...], layout: str, dtype: torch.dtype, teacher: bool, fake: Fake) -> None:
+    if shape[0] == 0:
+        # no sample, no launch: the other one is for the fixture
+        device_cases.areas(fake, ODD, layout, dtype, 1, teacher=teacher)
+    device_cases.areas(fake, shape, layout, dtype, min(8, shape[1] * shape[2] * shape[3]), teacher=teacher)
+
+
+@pytest.mark.parametrize("normalise", ["elements", "area"])
+@pytest.mark.parametrize("shape, layout, dtype", CASES)
+def test_masked_mse(
+    shape: tuple[int, ...], layout: str, dtype: torch.dtype, normalise: str, fake: Fake
+) -> None:
+    batch, _, height, width = shape
+    weights = [None, torch.rand(batch, height, width), torch.rand(batch, 1, width, height).mT.to(dtype)]
+    for weight in weights:
+        device_cases.masked_mse(fake, shape, layout, dtype, weight, normalise)
+
+
+@pytest.mark.parametrize("n", [0, 1, 9, 2000])
+def test_draw(n: int, fake: Fake) -> None:
+    device_cases.draw(fake, n)
+
+
+def test_values_are_not_looked_at(fake: Fake) -> None:
+    """On the CPU a perm that is no permutation is an error; here it is NaN: to look would be to wait."""
+    perm = torch.tensor([[0, 5, -1]])
+    refined = fake.back(ops.refine(fake.on(torch.ones(1, 3, 2, 2)), perm=fake.on(perm)))
+    assert refined.isnan().flatten(2).all(2).tolist() == [[False, True, True]]
+    assert torch.equal(refined[:, 0], reference.refine(torch.ones(1, 3, 2, 2))[:, 0])

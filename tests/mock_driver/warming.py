@@ -1,0 +1,124 @@
+"""The host side under the mock driver: capture, warm-up, and the page about the installation.
+
+Run by test_cuda_host.py in a process of its own. Every case runs in a fork of that process, which has loaded
+nothing yet; what it calls is `_core`, with tensors that lie in host memory and say they are on CUDA.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from control import Driver, fresh
+from work import draw, error_of, loaded, masked_mse
+
+import sokd
+from sokd import _core, config
+
+
+def _capture() -> tuple[str, int, list[str]]:
+    driver = Driver()
+    stream = driver.stream()
+    driver.capture(stream, True)
+    text = error_of(lambda: draw(0, stream))
+    loads = len(driver.calls("cuModuleLoadData"))
+    driver.capture(stream, False)
+    _core.cuda_warmup(0, ["float32"], ["contiguous"], 1, stream)
+    driver.capture(stream, True)
+    before = len(driver.calls())
+    draw(0, stream)
+    return text, loads, [call.split()[0] for call in driver.calls()[before:]]
+
+
+def test_a_kernel_that_is_not_loaded_cannot_be_captured() -> None:
+    text, loads, calls = fresh(_capture)
+    assert text == (
+        "draw: kernel draw is not loaded on cuda:0, and a CUDA graph is being captured; call sokd.warmup() "
+        "before the capture"
+    )
+    assert loads == 0
+    # after the warm-up: what a capture allows, and nothing else
+    assert calls == ["cuCtxGetCurrent", "cuCtxPushCurrent_v2", "cuLaunchKernel", "cuCtxPopCurrent_v2"]
+
+
+def _warm() -> tuple[int, int, int, int]:
+    _core.cuda_warmup(0, ["float32"], ["contiguous"], 2)
+    first, functions = loaded(), len(Driver().calls("cuModuleGetFunction"))
+    _core.cuda_warmup(0, ["float32"], ["contiguous"], 2)
+    masked_mse()
+    draw()
+    again = loaded()
+    _core.cuda_warmup(0, ["float32"], ["contiguous", "channels_last"], 1)
+    return first, functions, again, loaded()
+
+
+def test_warmup_compiles_every_kernel_once() -> None:
+    first, functions, again, both = fresh(_warm)
+    # refine: 4 with a dtype and an order, and a second stage; areas 2; masked_mse 1 and a second stage; draw
+    assert first == again == 10
+    assert functions == 13
+    assert both == 10 + 6  # those with an order
+
+
+def test_warmup_refuses_what_it_does_not_know() -> None:
+    with pytest.raises(ValueError, match=r"^warmup: dtypes must be some of float32, .*, got int64$"):
+        _core.cuda_warmup(0, ["int64"], [], 1)
+    with pytest.raises(ValueError, match=r"^warmup: layouts must be some of contiguous and .*, got sliced$"):
+        _core.cuda_warmup(0, [], ["sliced"], 1)
+
+
+def _public_warmup(monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda.device, "__enter__", lambda self: None)
+    monkeypatch.setattr(torch.cuda.device, "__exit__", lambda *_: None)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
+    sokd.warmup("cpu")
+    assert loaded() == 0
+    sokd.warmup(dtypes=[torch.float32], layouts=["contiguous"])
+    found = loaded()
+    draw(1)
+    assert loaded() == found
+    return found
+
+
+def test_sokd_warmup(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fresh(_public_warmup, monkeypatch) == 10
+
+
+# --- the page
+
+
+def test_show_config(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    sokd.show_config()
+    line = capsys.readouterr().out.splitlines()[-1]
+    folder, nvrtc = os.environ["SOKD_CACHE_DIR"], _core.cuda_info()["nvrtc"]
+    assert (
+        line
+        == f"cuda     driver for 13.0, NVRTC {nvrtc}, compiled kernels kept in {folder}; 2 devices visible"
+    )
+    monkeypatch.setenv("SOKD_CACHE_DIR", "")
+    assert "compiled kernels are not kept; 2 devices" in config.describe()
+
+
+@pytest.mark.parametrize(
+    "variables, folder",
+    [
+        ({"SOKD_CACHE_DIR": "/a", "XDG_CACHE_HOME": "/b", "HOME": "/c"}, "/a"),
+        ({"XDG_CACHE_HOME": "/b", "HOME": "/c"}, "/b/sokd"),
+        ({"XDG_CACHE_HOME": "relative", "HOME": "/c"}, "/c/.cache/sokd"),
+        ({"HOME": "/c"}, "/c/.cache/sokd"),
+        ({}, None),
+    ],
+)
+def test_where_compiled_kernels_are_kept(
+    variables: dict[str, str], folder: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SOKD_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert _core.cuda_info()["cache"] == (None if folder is None else Path(folder))
