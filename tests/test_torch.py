@@ -199,6 +199,16 @@ def test_second_derivatives_by_functorch():
     assert hessian(ops).any()
 
 
+def test_a_view_with_its_sign_set():
+    """`x.conj().imag` is -x as far as its memory goes: what PyTorch resolves before a kernel sees it."""
+    own = torch.randn(SHAPE)
+    negated = torch._neg_view(own)
+    assert torch.equal(ops.refine(negated), -own)
+    assert torch.equal(ops.masked_mse(negated, own), ops.masked_mse(-own, own))
+    dots = [ops.refine_dots(each, own, {"theta": torch.eye(2, 3)[None, None]}) for each in (negated, -own)]
+    assert torch.equal(*dots)
+
+
 def test_a_tensor_that_outlives_its_transform():
     """What leaks out of func.grad is a dead wrapper; PyTorch's own operators see through it."""
     leaked = []

@@ -25,7 +25,7 @@ _warned: set[str] = set()
 
 
 def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Make the functional operator `schema` a library op with its kernel, fake and vmap rule."""
+    """A library op from the functional operator `schema`, its kernel, fake and vmap rule; what calls it."""
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
     name = schema.split("(")[0]
     for key in KERNELS.values():
@@ -33,7 +33,22 @@ def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) 
     torch.library.register_fake(f"sokd::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.sokd, name).default
     torch.library.register_vmap(f"sokd::{name}", _looped(op), lib=LIBRARY)
-    return op
+
+    def call(*args: Any) -> Any:
+        """The kernel itself where the dispatcher would only lead to it.
+
+        Between operators that stream maps through the caches, each of its steps costs many times more.
+        """
+        return kernel(*args) if is_eager(*args) and _leads_to_kernel(args) else op(*args)
+
+    return call
+
+
+def _leads_to_kernel(args: Sequence[Any]) -> bool:
+    """Whether the dispatcher has nothing to do: no device to choose, no sign to resolve, no profile."""
+    if args[0].device.type != "cpu" or torch._C._autograd._profiler_enabled():
+        return False
+    return not any(isinstance(arg, Tensor) and arg.is_neg() for arg in args)
 
 
 def _looped(op: Any) -> Callable[..., Any]:
@@ -56,11 +71,19 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """`function.apply(*args)`, and outside transforms what that ends in.
 
     `Function.apply` derives the signature of `forward` in every call, to bind defaults that ours do not have:
-    three times what the rest of a call on a small map takes.
+    three times what the rest of a call on a small map takes. Where nothing is differentiated, `forward` does.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)  # type: ignore[no-untyped-call]
+    if not _is_differentiated(args):
+        return function.forward(*args)
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def _is_differentiated(args: Sequence[Any]) -> bool:
+    if torch.autograd.forward_ad._current_level >= 0:  # tangents, which a function without a jvp refuses
+        return True
+    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
 
 
 def is_eager(*subjects: object) -> bool:
