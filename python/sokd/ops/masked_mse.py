@@ -118,6 +118,9 @@ class _MaskedMseBackward(torch.autograd.Function):
 
 def _multiplied(gradient: Tensor, upstream: Tensor) -> Tensor:
     """gradient * upstream, rounded once, never in place: the graph may be walked again."""
+    if gradient.dtype.itemsize == 2 and is_eager(gradient, upstream):
+        # with a dimension upstream counts for the product's dtype; the cast is part of the write: one pass
+        return torch.mul(gradient, upstream.reshape(1), out=torch.empty_like(gradient))
     return (gradient.to(accumulator(gradient.dtype)) * upstream).to(gradient.dtype)
 
 
