@@ -10,7 +10,7 @@ import time
 from benches.harness import Options, machine, run
 from benches.report import write_readme
 
-NAMES = ("refine", "masked_mse", "areas", "loss", "methods", "distiller")
+NAMES = ("refine", "masked_mse", "areas", "loss", "methods", "distiller", "warmup")
 
 
 def main() -> int:

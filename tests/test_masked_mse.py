@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sokd import ops, reference
-from sokd.ops.masked_mse import _masked_mse
+from sokd.ops.masked_mse import _masked_mse, _multiplied
 
 CLOSE = {
     torch.float64: {"rtol": 1e-10, "atol": 1e-12},
@@ -185,6 +185,16 @@ def test_any_upstream_twice(dtype, upstream):
     torch.testing.assert_close(
         student.grad.double(), 2 * exact / upstream if upstream else student.grad.double(), **CLOSE[dtype]
     )
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_on_other_devices_the_product_with_upstream_is_rounded_once(dtype, memory_format):
+    """There the value of upstream is not looked at."""
+    gradient, upstream = torch.randn(2, 16, 9, 8).to(dtype).to(memory_format=memory_format), torch.tensor(3.1)
+    product = _multiplied(gradient, upstream)
+    assert torch.equal(product, (gradient.float() * upstream).to(dtype))
+    assert product.stride() == gradient.stride()
 
 
 def test_upstream_one_is_not_copied():

@@ -27,7 +27,8 @@ def warmup(
         layouts: of the feature maps: "contiguous", "channels_last" (any other is served by these two).
 
     Where no CUDA kernels serve (see `sokd.show_config`), there is nothing to compile and nothing happens.
-    RuntimeError: a kernel does not compile or load.
+    ValueError: a dtype or layout that is none of these. RuntimeError: a kernel does not compile or load.
+    Source: settled here.
     """
     if "cuda" not in KERNELS or not torch.cuda.is_available():
         return

@@ -229,6 +229,10 @@ impl Queue {
         if let Some(function) = functions.read().unwrap_or_else(PoisonError::into_inner).get(&key) {
             return Ok(*function);
         }
+        // A module defers its kernels' loading until they are asked for, so this holds for a kernel of a loaded module, too.
+        if self.cuda.driver.is_capturing(self.stream)? {
+            return Err(Failure::Capturing { kernel: variant.symbol(), ordinal: self.ordinal });
+        }
         let module = self.module(variant)?;
         let symbol = CString::new(variant.symbol()).unwrap_or_default();
         let function = self.cuda.driver.function(module, &symbol)?;
@@ -242,9 +246,6 @@ impl Queue {
         let mut slot = locked(&slot);
         if let Some(module) = *slot {
             return Ok(module);
-        }
-        if self.cuda.driver.is_capturing(self.stream)? {
-            return Err(Failure::Capturing { kernel: variant.symbol(), ordinal: self.ordinal });
         }
         let module = self.cuda.load(variant.kernel.source, unit, self.device.target)?;
         *slot = Some(module);

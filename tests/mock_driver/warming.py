@@ -7,11 +7,13 @@ nothing yet; what it calls is `_core`, with tensors that lie in host memory and 
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from control import Driver, fresh
+from fake import HostCuda
 from work import draw, error_of, loaded, masked_mse
 
 import sokd
@@ -41,6 +43,23 @@ def test_a_kernel_that_is_not_loaded_cannot_be_captured() -> None:
     assert loads == 0
     # after the warm-up: what a capture allows, and nothing else
     assert calls == ["cuCtxGetCurrent", "cuCtxPushCurrent_v2", "cuLaunchKernel", "cuCtxPopCurrent_v2"]
+
+
+def _capture_beside_a_loaded_kernel() -> str:
+    driver = Driver()
+    stream = driver.stream()
+    masked_mse(0, stream)  # loads the module of all second stages, and asks it for one of them
+    driver.capture(stream, True)
+    here = HostCuda(torch.zeros(1, 1, 2, 2))
+    loss, weight = HostCuda(torch.zeros(())), HostCuda(torch.ones(1, 2, 2))
+    room = partial(torch.empty, dtype=torch.uint8)
+    return error_of(lambda: _core.masked_mse(loss, None, here, here, weight, "area", 1.0, 1, stream, room))
+
+
+def test_a_kernel_beside_a_loaded_one_cannot_be_captured_either() -> None:
+    """The driver loads a module's kernels one by one, when they are asked for."""
+    text = fresh(_capture_beside_a_loaded_kernel)
+    assert text.startswith("masked_mse: kernel masked_mse_area is not loaded on cuda:0, and a CUDA graph")
 
 
 def _warm() -> tuple[int, int, int, int]:

@@ -134,6 +134,9 @@ def _negated(d_student: Tensor, ctx: Any) -> Tensor:
 
 def _multiplied(gradient: Tensor, upstream: Tensor) -> Tensor:
     """gradient * upstream, rounded once, never in place: the graph may be walked again."""
+    if gradient.dtype.itemsize == 2 and is_eager(gradient, upstream):
+        # with a dimension upstream counts for the product's dtype; the cast is part of the write: one pass
+        return torch.mul(gradient, upstream.reshape(1), out=torch.empty_like(gradient))
     return (gradient.to(accumulator(gradient.dtype)) * upstream).to(gradient.dtype)
 
 
