@@ -13,7 +13,7 @@ import importlib.util
 import io
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +190,12 @@ def load(name: str) -> DataSet:
     source = SOURCES[name]
     images, labels = source.read()
     return from_arrays(name, images, labels, (source.train, source.validation), source.class_names)
+
+
+def few(data: DataSet, count: int) -> DataSet:
+    """The same with `count` of its training images, every class having its share."""
+    rows = torch.from_numpy(stratified_split(data.train[1].numpy(), (count, 1))[0])
+    return replace(data, train=(data.train[0][rows], data.train[1][rows]))
 
 
 def synthetic(*, count: int = 240, side: int = 12, classes: int = 3, seed: int = 0) -> DataSet:
