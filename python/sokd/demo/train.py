@@ -77,7 +77,7 @@ class Run:
 
     job: Job
     validation: list[float] = field(default_factory=list)  # after each epoch
-    test: list[float] = field(default_factory=list)
+    test: list[float | None] = field(default_factory=list)  # at a best validation so far, and at the last
     seconds: float = 0.0  # training and search; without the evaluations
     policy: list[Snapshot] = field(default_factory=list)
     state: dict[str, Tensor] = field(default_factory=dict)  # the Distiller's state_dict at the last epoch
@@ -90,11 +90,16 @@ class Run:
 
     @property
     def last(self) -> float:
-        return self.test[-1]
+        return self._at(-1)
 
     @property
     def best(self) -> float:
-        return self.test[self.best_epoch]
+        return self._at(self.best_epoch)
+
+    def _at(self, epoch: int) -> float:
+        found = self.test[epoch]
+        assert found is not None, "the test part is looked at whenever the validation is at its best"
+        return found
 
 
 @contextlib.contextmanager
@@ -184,13 +189,14 @@ def run(job: Job, task: Task, tick: Callable[[str], None] = lambda _: None) -> R
     optimiser, schedule = optimiser_for(list(method.distiller.parameters()), solver, steps)
     order = torch.Generator().manual_seed(job.seed)  # the same batches for every method
     result = Run(job)
-    for _ in range(solver.epochs):
+    for epoch in range(1, solver.epochs + 1):
         started = time.process_time()  # of the processor: what else the machine does is left out
         _train_epoch(method, task, solver, optimiser, schedule, order)
         result.seconds += time.process_time() - started
         result.validation.append(accuracy(method.student, task.data.validation))
         if job.test:
-            result.test.append(accuracy(method.student, task.data.test))
+            wanted = epoch == solver.epochs or result.best_epoch == epoch - 1
+            result.test.append(accuracy(method.student, task.data.test) if wanted else None)
         tick(f"{job.method} seed {job.seed}: validation {result.validation[-1]:.1%}")
     result.state = {name: tensor.clone() for name, tensor in method.distiller.state_dict().items()}
     result.policy, result.notes = method.way, method.notes()
