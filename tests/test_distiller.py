@@ -89,8 +89,7 @@ def test_kd_alone_needs_no_layer():
 @pytest.mark.parametrize("name", sorted(methods.METHODS))
 @pytest.mark.parametrize("plugged", [False, True], ids=["alone", "sokd"])
 def test_every_method_by_name(name, plugged):
-    options = {"num_samples": 8, "num_negatives": 4} if name == "crd" else {}
-    options = {o: v for o, v in options.items() if o in methods.options_of(name)}
+    options = {"num_samples": 8, "negatives": 4} if name == "crd" else {}
     distiller = make(method=name, sokd=SMALL if plugged else False, **options)
     _, losses = distiller(*batch(), index=torch.arange(4))
     torch.stack(list(losses.values())).sum().backward()

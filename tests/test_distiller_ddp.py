@@ -92,7 +92,8 @@ def _work(rank: int) -> dict[str, Any]:
         seeds.append((int(policy.seed), int(policy.counter)))
         draws.append(policy.draw_at(policy.seed, policy.counter, len(x)).uniforms)
     found |= {"seeds": seeds, "draws": torch.cat(draws), "chi": searched(subject, x, y)}
-    return found | {"inside": _wrapped_inside(), "logits only": _logits_only(x, y)}
+    found |= {"inside": _wrapped_inside(), "logits only": _logits_only(x, y)}
+    return found | {"crd": contrasted(rank, RANKS), "crd by name": _crd_by_name(rank)}
 
 
 def _wrapped_inside() -> str:
@@ -105,6 +106,41 @@ def _wrapped_inside() -> str:
     except ValueError as error:
         return str(error)
     return "no error"
+
+
+def contrasted(rank: int, ranks: int) -> dict[str, Any]:
+    """Three batches of CRD with given negatives, this rank's share of each, and what is left behind; of a
+    fourth one rank has all."""
+    torch.manual_seed(1)
+    loss = sokd.methods.crd(3, 4, 12, dim=6, negatives=5)
+    wrapped = DistributedDataParallel(loss) if ranks > 1 else loss
+    found = []
+    for step in range(4):
+        students, teachers, others = torch.randn(4, 3), torch.randn(4, 4), torch.randint(0, 12, (4, 5))
+        whole = (students, teachers, torch.tensor([1, 7, 4 + step, 0]), others)
+        loss.zero_grad()
+        own = [part[: 0 if rank else 4] if step == 3 else part.chunk(ranks)[rank] for part in whole]
+        wrapped(*own).backward()
+        found.append([parameter.grad.clone() for parameter in loss.parameters()])
+    return {"gradients": found, "state": dict(loss.state_dict())}
+
+
+def _crd_by_name(rank: int) -> dict[str, torch.Tensor]:
+    """A Distiller with CRD whose ranks have two samples each, then one and two."""
+    subject = make(
+        models=models(norm=False), layers="stage2", method="crd", sokd=False, num_samples=11, negatives=4
+    )
+    wrapped = DistributedDataParallel(subject)
+    x, y = (part.chunk(RANKS)[rank] for part in batch(SAMPLES))
+    index = torch.arange(SAMPLES).chunk(RANKS)[rank]
+    before = subject.methods["crd"].loss.student_bank.clone()
+    objective(wrapped, x, y, index=index).backward()
+    least = 1 + rank
+    objective(wrapped, x[:least], y[:least], index=index[:least] + 6).backward()
+    crd = subject.methods["crd"].loss
+    changed = (crd.student_bank != before).any(1)
+    others = crd.negatives.eval()(torch.tensor([0, 1]))
+    return {"bank": crd.student_bank, "changed": changed, "z": crd.log_normaliser, "negatives": others}
 
 
 def _logits_only(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
@@ -154,3 +190,22 @@ def test_a_student_wrapped_inside(ranks):
     assert ranks[0]["inside"].startswith(start)
     one, other = (found["logits only"] for found in ranks)
     assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+
+
+def test_crd_keeps_one_memory(ranks):
+    """Banks and Z as with the whole batch in one process, and gradients once Z is everyone's."""
+    whole = contrasted(0, 1)
+    for found in ranks:
+        for name, value in whole["state"].items():
+            if not name.startswith("negatives."):  # given: none were drawn
+                torch.testing.assert_close(found["crd"]["state"][name], value)
+        for step in (1, 2):
+            for pair in zip(found["crd"]["gradients"][step], whole["gradients"][step], strict=True):
+                torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-6)
+
+
+def test_crd_by_name_remembers_every_ranks_samples(ranks):
+    one, other = (found["crd by name"] for found in ranks)
+    assert torch.equal(one["bank"], other["bank"]) and torch.equal(one["z"], other["z"])
+    assert one["changed"].nonzero().flatten().tolist() == [0, 1, 2, 3, 6, 8, 9]
+    assert not torch.equal(one["negatives"], other["negatives"]), "each rank draws its own"

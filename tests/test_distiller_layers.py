@@ -261,6 +261,18 @@ def test_auto_falls_back_on_the_two_last_maps():
     assert make(models=(teacher, student), layers="auto").pairs == [("here", "stage2")]
 
 
+def test_auto_passes_over_what_a_convolution_pads():
+    """EfficientNets pad in a module of its own: a "resolution" of 9x9 that no layer has."""
+
+    class Padded(Net):
+        def __init__(self, width):
+            super().__init__(width)
+            self.stage2 = torch.nn.Sequential(torch.nn.ZeroPad2d((0, 1, 0, 1)), self.stage2)
+
+    pairs = make(models=(Padded(12), Padded(8)), layers="auto").pairs
+    assert pairs == [(name, name) for name in ("stem", "stage1", "stage2")]
+
+
 class Attending(nn.Module):
     """Tokens, attention maps [B, heads, N, N], a pooled map and a layer that runs twice: auto wants the
     tokens."""

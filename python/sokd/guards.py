@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from sokd import watch
 from sokd.loss import mixed_dtypes_allowed
 from sokd.maps import batch_size
+from sokd.ranks import agreed, place
 from sokd.virtual import unwrapped
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def check_start(distiller: Distiller) -> None:
     if getattr(distiller, "_is_replica", False):
         raise TypeError(LOST_IN_PARALLEL)
     check_devices(distiller)
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if place()[1] == 1:
         return
     own = sum(parameter.requires_grad for parameter in distiller.own_parameters())
     if own and isinstance(distiller.student, nn.parallel.DistributedDataParallel):
@@ -89,7 +89,7 @@ def check_start(distiller: Distiller) -> None:
     policy = None if distiller.kd is None else distiller.kd.policy
     if policy is not None:  # the same draws on every rank, whatever each rank's seed was
         for tensor in (*policy.parameters(), policy.seed, policy.counter):
-            dist.broadcast(tensor.data, src=0)
+            agreed(tensor.data)
 
 
 def check_devices(distiller: Distiller) -> None:

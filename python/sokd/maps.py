@@ -19,6 +19,8 @@ __all__ = ["Layout", "as_map", "auto_layers", "batch_size", "check_pair"]
 
 ORDERS = ("BCHW", "BHWC")
 Grid = tuple[int, int]
+# What a convolution pads before it runs ("same" padding in EfficientNets): no layer that anyone would distil.
+PADDING = (nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d)
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,8 @@ class _Seen:
             return None
 
     def found(self) -> dict[Grid, str]:
-        """The last layer of each resolution. Layers that run once; no attention maps [B, heads, N, N]; no
-        pooled ones if there are others."""
+        """The last layer of each resolution. Layers that run once; no padding, no attention maps
+        [B, heads, N, N]; no pooled ones if there are others."""
         attention = {(count, count) for count in self.tokens}
         kept: dict[Grid, str] = {}
         for name, size in self.sizes.items():
@@ -165,7 +167,11 @@ def _listening(model: nn.Module, batch: int | None) -> Iterator[_Seen]:
         return lambda module, args, output: seen.see(name, output, batch)
 
     named = [(name, module) for name, module in unwrapped(model).named_modules() if name]
-    handles = [module.register_forward_hook(hook_for(name)) for name, module in named]
+    handles = [
+        module.register_forward_hook(hook_for(name))
+        for name, module in named
+        if not isinstance(module, PADDING)
+    ]
     try:
         yield seen
     finally:

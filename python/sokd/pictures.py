@@ -28,9 +28,10 @@ Path = str | os.PathLike[str]
 Pairs = Sequence[Sequence[int]]  # the operations of each sub-policy
 
 GREY, INK = "#b9bec6", "#30343b"
+# Those of Okabe and Ito that show on white, which the colour-blind tell apart, then three more.
 COLOURS = (
-    *("#1f6fb4", "#d1541b", "#2b8a4b", "#8a4bb0", "#b58900"),
-    *("#17939c", "#c2327a", "#6b6f76", "#7a4a21"),
+    *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"),
+    *("#56b4e9", "#30343b", "#8a8f98", "#7a4a21"),
 )
 STYLE: Any = {
     "font.size": 9,

@@ -19,12 +19,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from sokd.levels import Level, Run, Step, gradients, leaves, moved
 from sokd.ops.common import is_eager
 from sokd.policy import Policy, fresh_seed
+from sokd.ranks import agreed, averaged
 from sokd.relax import ControlVariate, estimate, score
 from sokd.virtual import Together, replayed, unwrapped
 
@@ -81,7 +81,7 @@ class PolicySearch:
         self.policy.estimator = estimator
         self.objective, self.order, self.unroll, self.epochs = objective, order, unroll, epochs
         self.epoch = 0
-        self.seed = _agreed(fresh_seed().to(self.policy.alpha.device))
+        self.seed = agreed(fresh_seed().to(self.policy.alpha.device))
         self.counter = torch.zeros_like(self.seed)
         self.together = Together(self.student, self.kd)
         self._adam = _adam(self._chi, lr)
@@ -143,7 +143,7 @@ class PolicySearch:
 
     def _apply(self, found: list[Tensor]) -> None:
         """Adam's steps with the gradients of chi, then of the control variate; none if one is not finite."""
-        found = [_averaged(gradient) for gradient in found]
+        found = [averaged(gradient) for gradient in found]
         # of the average, so that all ranks decide alike; the squares are what Adam keeps
         finite = torch.stack([gradient.square().isfinite().all() for gradient in found]).all()
         _apply(self._adam, self._chi, found[:3], finite)
@@ -269,25 +269,6 @@ def _values(adam: torch.optim.Adam, parameters: Sequence[Tensor]) -> list[Tensor
     """The parameters, and what Adam keeps of them: nothing yet before its first step."""
     kept = [value for parameter in parameters for value in adam.state.get(parameter, {}).values()]
     return [*parameters, *kept]
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def _averaged(gradient: Tensor) -> Tensor:
-    if _distributed():
-        gradient = gradient.clone()
-        dist.all_reduce(gradient)
-        gradient /= dist.get_world_size()
-    return gradient
-
-
-def _agreed(seed: Tensor) -> Tensor:
-    """The first rank's seed, for all ranks."""
-    if _distributed():
-        dist.broadcast(seed, src=0)
-    return seed
 
 
 def _policy_of(kd: Any) -> Policy:

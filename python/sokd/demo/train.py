@@ -10,6 +10,7 @@ thread. What a run computes does not depend on how many run beside it.
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import time
@@ -27,8 +28,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 import sokd
 from sokd.demo.data import DataSet, Part
-from sokd.demo.methods import METHODS, Batch, Method, Snapshot
-from sokd.demo.models import Net, build_student, build_teacher
+from sokd.demo.methods import METHODS, Batch, Method
+from sokd.demo.models import Net, Recorded, build_student, build_teacher
+from sokd.inspect import Snapshot
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,10 @@ class Task:
     logits: Tensor  # the teacher's, of the training images [N, classes]
     features: Tensor  # [N, C, H, W]
 
+    def recorded(self) -> Recorded:
+        """The teacher for a student run."""
+        return Recorded(self.teacher, self.data.train[0], self.logits, self.features)
+
 
 @dataclass(frozen=True)
 class Job:
@@ -71,11 +77,10 @@ class Run:
 
     job: Job
     validation: list[float] = field(default_factory=list)  # after each epoch
-    test: list[float] = field(default_factory=list)
+    test: list[float | None] = field(default_factory=list)  # at a best validation so far, and at the last
     seconds: float = 0.0  # training and search; without the evaluations
     policy: list[Snapshot] = field(default_factory=list)
-    student: dict[str, Tensor] = field(default_factory=dict)  # state_dict at the last epoch
-    method: dict[str, Tensor] = field(default_factory=dict)
+    state: dict[str, Tensor] = field(default_factory=dict)  # the Distiller's state_dict at the last epoch
     notes: dict[str, float] = field(default_factory=dict)  # the method's own figures at the last epoch
 
     @property
@@ -85,11 +90,16 @@ class Run:
 
     @property
     def last(self) -> float:
-        return self.test[-1]
+        return self._at(-1)
 
     @property
     def best(self) -> float:
-        return self.test[self.best_epoch]
+        return self._at(self.best_epoch)
+
+    def _at(self, epoch: int) -> float:
+        found = self.test[epoch]
+        assert found is not None, "the test part is looked at whenever the validation is at its best"
+        return found
 
 
 @contextlib.contextmanager
@@ -173,66 +183,86 @@ def prepare(data: DataSet, teacher: Net, student: str, solver: Solver) -> Task:
 def run(job: Job, task: Task, tick: Callable[[str], None] = lambda _: None) -> Run:
     """Train one student. `tick(text)` is called after each epoch."""
     solver = task.solver if job.lr is None else replace(task.solver, lr=job.lr)
-    torch.manual_seed(job.seed)  # the same first weights for every method
-    student = build_student(task.student, classes=task.data.classes, image_side=task.data.side)
-    order = torch.Generator().manual_seed(job.seed)  # and the same batches
-    sokd.manual_seed(job.seed)
-    labels = task.data.train[1]
-    per_epoch = len(labels) // min(solver.batch, len(labels))
+    per_epoch = len(task.data.train[1]) // min(solver.batch, len(task.data.train[1]))
     steps = solver.epochs * per_epoch
-    recipe = METHODS[job.method]
-    method = recipe.make(student, task.teacher, steps=steps, epochs=solver.epochs, weights=job.weights)
-    parameters = [*student.parameters(), *method.trained_with_student()]
-    optimiser, schedule = optimiser_for(parameters, solver, steps)
+    method = _method(job, task, steps=steps, epochs=solver.epochs)
+    optimiser, schedule = optimiser_for(list(method.distiller.parameters()), solver, steps)
+    order = torch.Generator().manual_seed(job.seed)  # the same batches for every method
     result = Run(job)
-    for _ in range(solver.epochs):
-        started = time.perf_counter()
-        _train_epoch(student, method, task, solver, optimiser, schedule, order, result)
-        result.seconds += time.perf_counter() - started
-        result.validation.append(accuracy(student, task.data.validation))
+    for epoch in range(1, solver.epochs + 1):
+        started = time.process_time()  # of the processor: what else the machine does is left out
+        _train_epoch(method, task, solver, optimiser, schedule, order)
+        result.seconds += time.process_time() - started
+        result.validation.append(accuracy(method.student, task.data.validation))
         if job.test:
-            result.test.append(accuracy(student, task.data.test))
+            wanted = epoch == solver.epochs or result.best_epoch == epoch - 1
+            result.test.append(accuracy(method.student, task.data.test) if wanted else None)
         tick(f"{job.method} seed {job.seed}: validation {result.validation[-1]:.1%}")
-    result.student = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    result.method = {name: tensor.clone() for name, tensor in method.state_dict().items()}
-    result.notes = method.notes()
+    result.state = {name: tensor.clone() for name, tensor in method.distiller.state_dict().items()}
+    result.policy, result.notes = method.way, method.notes()
     return result
 
 
-def restore(result: Run, task: Task) -> tuple[Net, Method]:
-    """The student and the method of a finished run, as they were at its last epoch, in eval mode."""
+def _method(job: Job, task: Task, *, steps: int, epochs: int) -> Method:
+    recipe = METHODS[job.method]
+    weights = dict(recipe.weights if job.weights is None else job.weights)
+    if "share" in weights:
+        weights["weight"] = weights.pop("share") * balance(job.method, task)
+    torch.manual_seed(job.seed)  # the same first weights for every method
     student = build_student(task.student, classes=task.data.classes, image_side=task.data.side)
-    recipe = METHODS[result.job.method]
-    method = recipe.make(student, task.teacher, steps=1, epochs=1, weights=result.job.weights)
-    student.load_state_dict(result.student)
-    method.load_state_dict(result.method)
-    return student.eval(), method.eval()
+    sokd.manual_seed(job.seed)
+    return Method(recipe, student, task.recorded(), weights, steps=steps, epochs=epochs)
+
+
+def balance(name: str, task: Task, *, seed: int = 100, count: int = 256) -> float:
+    """The weight with which a method's gradient is as long as the cross entropy's, for a fresh student.
+
+    Gradients of the student's own parameters on the first `count` training images, without SoKD. Methods'
+    values differ by orders of magnitude; in units of this weight one grid of trials serves all of them.
+    """
+    recipe = replace(METHODS[name], plug=None)
+    torch.manual_seed(seed)
+    sokd.manual_seed(seed)
+    student = build_student(task.student, classes=task.data.classes, image_side=task.data.side)
+    teacher = task.recorded()
+    method = Method(recipe, student, teacher, {"weight": 1.0}, steps=1, epochs=1)
+    teacher.rows = torch.arange(min(count, teacher.count))
+    images, labels = (part[teacher.rows] for part in task.data.train)
+    _, losses = method.distiller(images, labels, index=teacher.rows)
+    own, added = (_length(losses[key], student) for key in ("loss_ce", f"loss_{recipe.method}"))
+    return own / added
+
+
+def _length(loss: Tensor, student: nn.Module) -> float:
+    parts = torch.autograd.grad(loss, list(student.parameters()), retain_graph=True, allow_unused=True)
+    return math.sqrt(sum(part.square().sum().item() for part in parts if part is not None))
+
+
+def restore(result: Run, task: Task) -> Method:
+    """The method of a finished run as it was at its last epoch, in eval mode; its teacher is asked."""
+    method = _method(result.job, task, steps=1, epochs=1)
+    method.distiller.load_state_dict(result.state)
+    method.teacher.rows = None
+    method.distiller.eval()
+    return method
 
 
 def _train_epoch(
-    student: Net,
     method: Method,
     task: Task,
     solver: Solver,
     optimiser: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     order: torch.Generator,
-    result: Run,
 ) -> None:
     images, labels = task.data.train
-    student.train()
-    method.train()
-    for index in batches(len(labels), solver.batch, order):
-        batch = Batch(images[index], labels[index], task.logits[index], task.features[index])
-        method.search(batch)
-        logits, features = student(batch.images)
-        loss = method.loss(logits, features, batch)
+    method.distiller.train()
+    for rows in batches(len(labels), solver.batch, order):
+        loss = method.loss(Batch(images[rows], labels[rows], rows))
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         schedule.step()
-        if (now := method.snapshot()) is not None:
-            result.policy.append(now)
     method.end_epoch()
 
 
@@ -251,8 +281,14 @@ def _work(job: Job) -> Run:
     return run(job, _worker["task"], _worker["ticks"].put)
 
 
-def run_all(jobs: Sequence[Job], task: Task, *, workers: int, folder: Path, quiet: bool = False) -> list[Run]:
-    """All jobs in their order, `workers` at a time, under one progress bar that counts epochs."""
+def run_all(
+    jobs: Sequence[Job], task: Task, *, workers: int, folder: Path, quiet: bool = False,
+    keep: Callable[[Run], None] = lambda _: None,
+) -> list[Run]:  # fmt: skip
+    """All jobs in their order, `workers` at a time, under one progress bar that counts epochs.
+
+    `keep` is called with each run when it is done, in any order.
+    """
     total = len(jobs) * task.solver.epochs
     with tqdm(total=total, desc=f"{len(jobs)} student runs", unit="epoch", disable=quiet or None) as bar:
 
@@ -262,13 +298,19 @@ def run_all(jobs: Sequence[Job], task: Task, *, workers: int, folder: Path, quie
 
         if workers <= 1 or len(jobs) == 1:
             with threads(1):
-                return [run(job, task, tick) for job in jobs]
-        return _run_side_by_side(jobs, task, min(workers, len(jobs)), folder, tick)
+                return [_kept(run(job, task, tick), keep) for job in jobs]
+        return _run_side_by_side(jobs, task, min(workers, len(jobs)), folder, tick, keep)
+
+
+def _kept(done: Run, keep: Callable[[Run], None]) -> Run:
+    keep(done)
+    return done
 
 
 def _run_side_by_side(
-    jobs: Sequence[Job], task: Task, workers: int, folder: Path, tick: Callable[[str], None]
-) -> list[Run]:
+    jobs: Sequence[Job], task: Task, workers: int, folder: Path, tick: Callable[[str], None],
+    keep: Callable[[Run], None],
+) -> list[Run]:  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "task.pt"
     torch.save(task, path)
@@ -278,9 +320,13 @@ def _run_side_by_side(
             ticks = manager.Queue()
             with ProcessPoolExecutor(workers, spawn, _start_worker, (str(path), ticks)) as pool:
                 futures: list[Future[Run]] = [pool.submit(_work, job) for job in jobs]
-                while not all(future.done() for future in futures):
+                waiting = list(futures)
+                while waiting:
                     with contextlib.suppress(Empty):
                         tick(ticks.get(timeout=0.2))
+                    for future in [future for future in waiting if future.done()]:
+                        waiting.remove(future)
+                        keep(future.result())
                 while not ticks.empty():
                     tick(ticks.get())
                 return [future.result() for future in futures]

@@ -25,6 +25,7 @@ from sokd.methods.contrast import noise_contrast
 from sokd.methods.negatives import Negatives
 from sokd.ops.common import is_eager
 from sokd.policy import fresh_seed
+from sokd.ranks import everyones
 
 __all__ = ["CRD", "CRDLoss", "crd", "pooled"]
 
@@ -57,8 +58,9 @@ class CRDLoss(nn.Module):
 
     Parameters: the two embeddings. Buffers: the banks, Z's logarithms (NaN until the first batch sets them,
     as the authors do), seed and counter of the negatives: a checkpoint resumes bit for bit. All float32 under
-    autocast. With several processes each fills the rows of its own samples. Second derivatives are refused,
-    torch.compile breaks its graph here. Rows given twice in one batch: the last stays (on a GPU: either).
+    autocast. Under torch.distributed every rank's embeddings go into the banks of all; the first batch has
+    each rank's own Z, those after it the mean over the ranks. Second derivatives are refused, torch.compile
+    breaks its graph here. Rows given twice in one batch: the last stays (on a GPU: either).
     """
 
     student_bank: Tensor
@@ -107,29 +109,31 @@ class CRDLoss(nn.Module):
         with unmixed(student):
             of_student = _embed(student, self.student_embedding)
             of_teacher = _embed(teacher.detach(), self.teacher_embedding)
-            if not index.shape[0]:
-                return (of_student.sum() + of_teacher.sum()) * 0
-            others = self.negatives(index) if contrast is None else contrast
-            picked = torch.cat((index.unsqueeze(1), others), 1)
-            sides = ((of_student, self.teacher_bank, 0), (of_teacher, self.student_bank, 1))
-            loss = torch.stack([self._side(*side, picked) for side in sides]).sum()
-            self._remember(index, of_student.detach(), of_teacher.detach())
-        return loss
-
-    def _side(self, anchor: Tensor, bank: Tensor, side: int, picked: Tensor) -> Tensor:
-        known = self.log_normaliser[side]
-        loss, used = noise_contrast(anchor, bank, picked, known, self.temperature)
-        if self.training:
-            with torch.no_grad():
-                self.log_normaliser[side] = used
+            used = self.log_normaliser.new_full((2,), math.nan)
+            if index.shape[0]:
+                others = self.negatives(index) if contrast is None else contrast
+                picked = torch.cat((index.unsqueeze(1), others), 1)
+                sides = ((of_student, self.teacher_bank), (of_teacher, self.student_bank))
+                parts = [
+                    noise_contrast(*side, picked, known, self.temperature)
+                    for side, known in zip(sides, self.log_normaliser, strict=True)
+                ]
+                loss, used = (torch.stack(each) for each in zip(*parts, strict=True))
+                loss = loss.sum()
+            else:
+                loss = (of_student.sum() + of_teacher.sum()) * 0
+            if self.training:
+                self._remember(index, used, of_student.detach(), of_teacher.detach())
         return loss
 
     @torch.no_grad()
-    def _remember(self, index: Tensor, *embeddings: Tensor) -> None:
-        if not self.training:
-            return
+    def _remember(self, index: Tensor, used: Tensor, *embeddings: Tensor) -> None:
+        """Z and the new embeddings, those of all ranks on each: the banks stay alike."""
+        known, fresh = self.log_normaliser, _mean_of_exp(everyones(used.unsqueeze(0)))
+        known.copy_(torch.where(known.isnan(), fresh, known))
+        index = everyones(index)
         for bank, embedding in zip((self.student_bank, self.teacher_bank), embeddings, strict=True):
-            rows = bank.index_select(0, index).lerp_(embedding, 1 - self.momentum)
+            rows = bank.index_select(0, index).lerp_(everyones(embedding), 1 - self.momentum)
             bank.index_copy_(0, index, F.normalize(rows))
 
     def _check_index(self, index: Tensor, student: Tensor) -> None:
@@ -143,6 +147,13 @@ class CRDLoss(nn.Module):
             if low < 0 or high >= len(self.student_bank):
                 rule = f"lie in 0 .. {len(self.student_bank) - 1} (num_samples)"
                 raise ValueError(f"crd: index must {rule}, got {low if low < 0 else high}")
+
+
+def _mean_of_exp(logs: Tensor) -> Tensor:
+    """log of the mean of exp(logs [R, 2]) over R, without those that are NaN (a rank without samples)."""
+    there = ~logs.isnan()
+    total = torch.where(there, logs, -math.inf).logsumexp(0)
+    return torch.where(there.any(0), total - there.sum(0).log(), math.nan)
 
 
 def _check_embeddings(student: Tensor, teacher: Tensor) -> None:

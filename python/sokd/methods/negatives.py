@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sokd.ops import draw
+from sokd.ranks import place
 
 __all__ = ["Negatives"]
 
@@ -65,9 +66,10 @@ class Negatives(nn.Module):
     def _integers(self, batch: int, bound: int | Tensor) -> Tensor:
         """[B, K] uniform in 0 .. bound - 1 (bound [B, 1] or one for all); in training the next draw."""
         draws = 1 if self.num_samples <= _ONE_DRAW_UP_TO else 2
-        uniforms, _ = draw(self.seed, self.counter, draws * batch * self.count)
+        rank, ranks = place()  # each its own draws, and all the same counter
+        uniforms, _ = draw(self.seed, self.counter + rank, draws * batch * self.count)
         if self.training:
-            self.counter.add_(1)
+            self.counter.add_(ranks)
         exact = uniforms.view(
             draws, batch, self.count
         ).double()  # in float32, u * bound may round up to bound

@@ -1,0 +1,48 @@
+"""The ranks of torch.distributed, where there are several: what one needs of the others. Alone: itself."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["agreed", "averaged", "everyones", "place"]
+
+
+def place() -> tuple[int, int]:
+    """This rank, and how many there are."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def averaged(tensor: Tensor) -> Tensor:
+    """The mean over the ranks."""
+    _, count = place()
+    if count > 1:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+        tensor /= count
+    return tensor
+
+
+def agreed(tensor: Tensor) -> Tensor:
+    """The first rank's, put into every rank's."""
+    if place()[1] > 1:
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
+def everyones(rows: Tensor) -> Tensor:
+    """rows [B, ...] of all ranks, in the ranks' order; B may differ among them. Without a gradient."""
+    _, count = place()
+    if count == 1:
+        return rows
+    sizes = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(count)]
+    dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
+    lengths = [int(size) for size in sizes]
+    padded = rows.new_zeros(max(lengths), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in range(count)]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
