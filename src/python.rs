@@ -337,6 +337,7 @@ fn check_masked_mse(student: Object, teacher: Object, weight: Maybe, normalise: 
 #[pyfunction]
 #[pyo3(name = "draw", signature = (uniforms, noise_seed, seed, counter, stream=0))]
 fn draw_once(
+    py: Python,
     uniforms: Object,
     noise_seed: Object,
     seed: Object,
@@ -347,8 +348,7 @@ fn draw_once(
     let (uniforms, noise_seed) =
         (read::view(op, "uniforms", uniforms)?, read::view(op, "noise_seed", noise_seed)?);
     let (seed, counter) = (read_seed(op, "seed", seed)?, read_seed(op, "counter", counter)?);
-    let run = Run { threads: 1, stream, allocate: None };
-    draw::draw(&uniforms, &noise_seed, [&seed, &counter], &run).map_err(raise)
+    released(py, (1, stream, None), |run| draw::draw(&uniforms, &noise_seed, [&seed, &counter], &run))
 }
 
 /// Chooses the reader for torch tensors.

@@ -58,8 +58,8 @@ const NAMES: [&str; 3] = ["libcuda.so.1", "libcuda.so", "nvcuda.dll"];
 // Of the driver's enums.
 const COMPUTE_CAPABILITY_MAJOR: c_int = 75;
 const COMPUTE_CAPABILITY_MINOR: c_int = 76;
-const INVALID_IMAGE: c_int = 200;
-const NO_BINARY_FOR_GPU: c_int = 209;
+/// Invalid image, no binary for this device, invalid PTX, PTX of a newer version.
+const BAD_IMAGE: [c_int; 4] = [200, 209, 218, 222];
 
 /// The driver's functions.
 pub struct Driver {
@@ -209,5 +209,5 @@ impl Driver {
 
 /// Whether loading failed for what the image is, rather than for want of memory or a broken device.
 pub fn is_bad_image(failure: &Failure) -> bool {
-    matches!(failure, Failure::Driver { code: INVALID_IMAGE..=NO_BINARY_FOR_GPU, .. })
+    matches!(failure, Failure::Driver { code, .. } if BAD_IMAGE.contains(code))
 }

@@ -178,10 +178,23 @@ fn open_builtins(nvrtc: &Path) {
     }
 }
 
+/// Architectures of embedded devices.
+const TEGRA: [u32; 4] = [72, 87, 101, 110];
+
 /// The newest architecture of the device's own generation that does not go beyond it; else PTX of the newest one before it.
+///
+/// Machine code for a Tegra runs on it alone, and it runs no other.
 fn target(archs: &[u32], capability: u32) -> Option<Target> {
     let fits = |arch: &&u32| **arch <= capability;
-    let own = archs.iter().filter(fits).filter(|arch| **arch / 10 == capability / 10).max();
+    let related = |arch: &&u32| {
+        let tegra = TEGRA.contains(*arch) || TEGRA.contains(&capability);
+        if tegra {
+            **arch == capability
+        } else {
+            **arch / 10 == capability / 10
+        }
+    };
+    let own = archs.iter().filter(fits).filter(related).max();
     own.map(|arch| Target::Cubin(*arch))
         .or_else(|| archs.iter().filter(fits).max().map(|arch| Target::Ptx(*arch)))
 }
@@ -204,7 +217,8 @@ mod tests {
         let archs = [75, 80, 86, 89, 90, 100, 103, 120, 121];
         for (capability, expected) in [
             (75, Some(Target::Cubin(75))),
-            (87, Some(Target::Cubin(86))),
+            (87, Some(Target::Ptx(86))), // a Tegra
+            (88, Some(Target::Cubin(86))),
             (90, Some(Target::Cubin(90))),
             (122, Some(Target::Cubin(121))),
             (110, Some(Target::Ptx(103))), // a generation of its own
@@ -213,5 +227,6 @@ mod tests {
         ] {
             assert_eq!(target(&archs, capability), expected, "{capability}");
         }
+        assert_eq!(target(&[90, 100, 101], 103), Some(Target::Cubin(100)));
     }
 }
