@@ -193,6 +193,8 @@ def everything_on(
 def loss_steps(device: torch.device, dtype: torch.dtype = torch.float32) -> Callable[..., list[Tensor]]:
     """The loss and its gradients at each call: of the next draw, or of that at `counter`."""
     kd = kd_cases.make(lambda_agreement=1.0, lambda_areas=1.0).to(device, dtype).eval()
+    with torch.no_grad():
+        kd.policy.magnitude.fill_(0.9)  # half way, where it starts, nothing is sheared, moved or turned
     student, teacher = (side.detach().to(device) for side in kd_cases.pair(dtype=dtype))
     student.requires_grad_()
 

@@ -182,7 +182,7 @@ def test_a_graph_of_all_operators(device: torch.device) -> None:
 def test_a_graph_of_the_loss_draws_anew_at_each_replay(device: torch.device) -> None:
     sokd.warmup(device)
     step, own = loss_steps(device), loss_steps(device)
-    graph, results = captured(step)  # two draws were asked for, one was made
+    graph, results = captured(step)  # the run before it made one draw, the capture none
     step_at = [own() for _ in range(4)]
     for expected in step_at[1:]:
         graph.replay()
