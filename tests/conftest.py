@@ -6,7 +6,6 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -17,8 +16,13 @@ from sokd.config import PROVEN
 
 THREADS = 2
 
-hypothesis.settings.register_profile("sokd", deadline=None, derandomize=True, max_examples=40)
-hypothesis.settings.load_profile("sokd")
+try:
+    import hypothesis
+except ModuleNotFoundError:  # the tests of a GPU, on any PyTorch, do without
+    pass
+else:
+    hypothesis.settings.register_profile("sokd", deadline=None, derandomize=True, max_examples=40)
+    hypothesis.settings.load_profile("sokd")
 
 
 def pytest_report_header() -> list[str]:

@@ -5,12 +5,17 @@ A device is an object with `on(tensor)`: the same values and strides there, and 
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from typing import Any, Protocol
 
+import kd_cases
+import pytest
 import torch
 from cases import everything, laid_out
 from torch import Tensor
 
+import sokd
 from sokd import ops
 
 # of a value near one, in units of the dtype's own rounding; sums of products are allowed more
@@ -21,6 +26,31 @@ class Device(Protocol):
     def on(self, tensor: Tensor) -> Tensor: ...
 
     def back(self, tensor: Tensor) -> Tensor: ...
+
+
+class TorchDevice:
+    """A device of PyTorch's own: values, strides and place in memory are the same there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def on(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        whole = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
+        return whole.to(self.device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def back(self, tensor: Tensor) -> Tensor:
+        assert tensor.device == self.device, f"it is on {tensor.device}"
+        here = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        return here.copy_(tensor)
+
+
+def chosen_device() -> TorchDevice:
+    """What SOKD_TEST_DEVICE names, else the first CUDA device; skips a test file that has none."""
+    device = torch.device(os.environ.get("SOKD_TEST_DEVICE", "cuda"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device (SOKD_TEST_DEVICE=cpu runs what needs none)", allow_module_level=True)
+    return TorchDevice(torch.device("cuda", device.index or 0) if device.type == "cuda" else device)
 
 
 def close(found: Tensor, expected: Tensor, *, times: float = 1.0, dtype: torch.dtype | None = None) -> None:
@@ -35,20 +65,40 @@ def moved(device: Device, parts: dict[str, Any]) -> dict[str, Any]:
     return {name: device.on(part) if isinstance(part, Tensor) else part for name, part in parts.items()}
 
 
+def refine_and_gradients(
+    refine: Callable[..., Tensor], features: Tensor, plan: dict[str, Any], straight: Tensor, upstream: Tensor
+) -> list[Tensor]:
+    """The value, then the gradients of features, theta, sigma and straight."""
+    leaves = [t.detach().requires_grad_() for t in (features, plan["theta"], plan["sigma"], straight)]
+    parts = plan | {"theta": leaves[1], "sigma": leaves[2]}
+    refined = refine(leaves[0], **parts, seed=2**63 + 5, straight=leaves[3])
+    return [refined.detach(), *torch.autograd.grad(refined, leaves, upstream)]
+
+
+def loss_and_gradient(
+    masked_mse: Callable[..., Tensor], upstream: float, student: Tensor, *rest: Any, **options: Any
+) -> list[Tensor]:
+    student = student.detach().requires_grad_()
+    loss = masked_mse(student, *rest, **options)
+    return [loss.detach(), torch.autograd.grad(loss * upstream, student)[0]]
+
+
+def heads(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Heat, size and offset."""
+    pair = (shape[0], 2, *shape[2:])
+    heat = laid_out(shape, layout, dtype).sigmoid()
+    return heat, laid_out(pair, layout, dtype).abs() * 2, laid_out(pair, layout, dtype).sigmoid()
+
+
 def refine(device: Device, shape: tuple[int, ...], layout: str, dtype: torch.dtype, groups: int) -> None:
     """Value and all four gradients, with an upstream gradient of the same layout."""
     features, plan = laid_out(shape, layout, dtype), everything(shape, groups, torch.float32)
     straight = torch.zeros(groups)
     upstream = laid_out(shape, layout, dtype)
-
-    def run(features: Tensor, plan: dict[str, Tensor], straight: Tensor, upstream: Tensor) -> list[Tensor]:
-        leaves = [t.detach().requires_grad_() for t in (features, plan["theta"], plan["sigma"], straight)]
-        parts = plan | {"theta": leaves[1], "sigma": leaves[2]}
-        refined = ops.refine(leaves[0], **parts, seed=2**63 + 5, straight=leaves[3])
-        return [refined.detach(), *torch.autograd.grad(refined, leaves, upstream)]
-
-    expected = run(features, plan, straight, upstream)
-    there = run(device.on(features), moved(device, plan), device.on(straight), device.on(upstream))
+    expected = refine_and_gradients(ops.refine, features, plan, straight, upstream)
+    there = refine_and_gradients(
+        ops.refine, device.on(features), moved(device, plan), device.on(straight), device.on(upstream)
+    )
     found = [device.back(each) for each in there]
     for one, other in zip(found[:2], expected[:2], strict=True):
         close(one, other)
@@ -81,13 +131,7 @@ def areas(
     device: Device, shape: tuple[int, ...], layout: str, dtype: torch.dtype, k: int, *, teacher: bool
 ) -> None:
     """Scores, boxes and coverage: exactly."""
-
-    def heads() -> tuple[Tensor, ...]:
-        pair = (shape[0], 2, *shape[2:])
-        heat = laid_out(shape, layout, dtype).sigmoid()
-        return heat, laid_out(pair, layout, dtype).abs() * 2, laid_out(pair, layout, dtype).sigmoid()
-
-    own, other = heads(), heads() if teacher else None
+    own, other = heads(shape, layout, dtype), heads(shape, layout, dtype) if teacher else None
     expected = ops.areas(*own, k=k, teacher=other)
     there = None if other is None else tuple(map(device.on, other))
     found = ops.areas(*map(device.on, own), k=k, teacher=there)
@@ -105,14 +149,10 @@ def masked_mse(
 ) -> None:
     """Loss and gradient; an upstream gradient other than one."""
     student, teacher = laid_out(shape, layout, dtype), laid_out(shape, layout, dtype)
-
-    def run(student: Tensor, teacher: Tensor, weight: Tensor | None) -> list[Tensor]:
-        student = student.detach().requires_grad_()
-        loss = ops.masked_mse(student, teacher, weight, normalise=normalise)
-        return [loss.detach(), torch.autograd.grad(loss * 3, student)[0]]
-
-    expected = run(student, teacher, weight)
-    found = run(device.on(student), device.on(teacher), None if weight is None else device.on(weight))
+    maps = (student, teacher, weight)
+    there = [None if part is None else device.on(part) for part in maps]
+    expected = loss_and_gradient(ops.masked_mse, 3.0, *maps, normalise=normalise)
+    found = loss_and_gradient(ops.masked_mse, 3.0, *there, normalise=normalise)
     close(device.back(found[0]), expected[0], dtype=None if dtype == torch.float64 else torch.float32)
     scale = max(student.numel(), 1)
     close(device.back(found[1]) * scale, expected[1] * scale)
@@ -125,3 +165,43 @@ def draw(device: Device, n: int) -> None:
     found = ops.draw(device.on(seed), device.on(counter), n)
     for one, two in zip(found, expected, strict=True):
         assert torch.equal(device.back(one), two)
+
+
+def everything_on(
+    device: Device, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, layout: str = "contiguous"
+) -> Callable[[], list[Tensor]]:
+    """All operators and their gradients, run again at each call, on inputs that are made once."""
+    generator = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    plan = moved(device, everything(shape, 1, torch.float32))
+    features, student, upstream = (device.on(laid_out(shape, layout, dtype)) for _ in range(3))
+    maps = tuple(map(device.on, heads(shape, layout, dtype)))
+    seed, straight = device.on(torch.tensor([5])), device.on(torch.zeros(1))
+    stacked = {name: torch.stack([part, part]) for name, part in plan.items()}
+    torch.random.set_rng_state(generator)
+
+    def run() -> list[Tensor]:
+        refined = refine_and_gradients(ops.refine, features, plan, straight, upstream)
+        found = ops.areas(*maps, k=4)
+        loss = loss_and_gradient(ops.masked_mse, 3.0, student, features, found.coverage)
+        dots = ops.refine_dots(features, upstream, stacked)
+        return [*refined, *found, *loss, dots, *ops.draw(seed, seed, 9)]
+
+    return run
+
+
+def loss_steps(device: torch.device, dtype: torch.dtype = torch.float32) -> Callable[..., list[Tensor]]:
+    """The loss and its gradients at each call: of the next draw, or of that at `counter`."""
+    kd = kd_cases.make(lambda_agreement=1.0, lambda_areas=1.0).to(device, dtype).eval()
+    with torch.no_grad():
+        kd.policy.magnitude.fill_(0.9)  # half way, where it starts, nothing is sheared, moved or turned
+    student, teacher = (side.detach().to(device) for side in kd_cases.pair(dtype=dtype))
+    student.requires_grad_()
+
+    def step(loss: Callable[..., Tensor] = sokd.loss, counter: int | None = None) -> list[Tensor]:
+        if counter is not None:
+            kd.policy.counter.fill_(counter)
+        value = loss(student, teacher, kd)
+        return [value.detach(), *torch.autograd.grad(value, [student, *kd.parameters()])]
+
+    return step
