@@ -60,8 +60,6 @@ def _backward_kernel(
     d_features, d_theta, d_sigma, d_straight = (
         gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)
     )
-    if d_features is not None and perm is not None and features.is_cuda:
-        d_features.fill_(torch.nan)  # of a channel that no entry of perm names, which nobody checks there
     source = seed if seed_tensor is None else seed_tensor
     _core.refine_backward(
         d_features, d_theta, d_sigma, d_straight, upstream, features, *plan, source, *resources(features)
