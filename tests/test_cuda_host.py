@@ -59,9 +59,8 @@ def running(mock: dict[str, str]) -> Iterator[dict[tuple[str, ...], subprocess.P
     }  # fmt: skip
     yield started
     for process in started.values():
-        if process.poll() is None:
+        with process:  # closes its pipe, and waits
             process.kill()
-            process.wait()
 
 
 @pytest.mark.parametrize("files", CASES, ids="-".join)
