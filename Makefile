@@ -23,7 +23,7 @@ PYTEST ?=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test check bench build venv cargo-test pytest format lint types clean needs needs-python needs-rust
+.PHONY: help demo test check bench bench-gpu build venv cargo-test pytest format lint types clean needs needs-python needs-rust
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,11 @@ check: lint types test  ## all that must pass before a commit: formats, lints, t
 
 bench: build  ## measure against eager PyTorch and torch.compile; writes benches/results/*.csv (BENCH="--quick")
 	KINETO_LOG_LEVEL=99 $(BIN)/python -m benches $(BENCH)
+
+# A Python that has sokd already (a wheel, say) serves as it is: no Rust, no build. Elsewhere the one of .venv does.
+bench-gpu:  ## measure on a CUDA device; writes benches/results/gpu-*.csv (PYTHON=python3, BENCH="--quick")
+	@if "$(PYTHON)" -c 'import sokd' 2>/dev/null; then set -x; "$(PYTHON)" -m benches.bench_gpu $(BENCH); \
+	else $(MAKE) --no-print-directory build && set -x && $(BIN)/python -m benches.bench_gpu $(BENCH); fi
 
 build: $(VENV)/.stamp-build  ## the extension, compiled and installed into .venv
 

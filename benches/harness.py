@@ -51,11 +51,19 @@ class Case:
     note: str = ""
 
 
+def timed(side: Side) -> float:
+    """Milliseconds of one call."""
+    start = time.perf_counter()
+    side()
+    return (time.perf_counter() - start) * 1e3
+
+
 @dataclass(frozen=True)
 class Options:
     """How a bench is run."""
 
     quick: bool = False
+    clock: Callable[[Side], float] = timed  # milliseconds of one call
 
     @property
     def seconds(self) -> float:
@@ -99,18 +107,11 @@ def warm_up(sides: Mapping[str, Side]) -> tuple[dict[str, Side], dict[str, str]]
     return alive, failures
 
 
-def timed(side: Side) -> float:
-    """Milliseconds of one call."""
-    start = time.perf_counter()
-    side()
-    return (time.perf_counter() - start) * 1e3
-
-
 def measure(sides: Mapping[str, Side], options: Options) -> dict[str, list[float]]:
     """Milliseconds of every turn, by side; the order of the sides rotates from turn to turn."""
     names = list(sides)
     fewest, most = options.turns
-    turn_ms = sum(timed(side) for side in sides.values())
+    turn_ms = sum(options.clock(side) for side in sides.values())
     turns = int(min(max(options.seconds * 1e3 / turn_ms, fewest), most))
     samples: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
@@ -120,7 +121,7 @@ def measure(sides: Mapping[str, Side], options: Options) -> dict[str, list[float
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 if turn_ms < UNTIMED_BELOW:
                     sides[name]()
-                samples[name].append(timed(sides[name]))
+                samples[name].append(options.clock(sides[name]))
     finally:
         gc.enable()
     return samples
@@ -134,7 +135,7 @@ def run_case(case: Case, options: Options) -> list[dict[str, Any]]:
     counted = case.counted({name: median(times) for name, times in samples.items()})
     rows = []
     for name in case.sides:
-        row = _case_columns(case) | {"side": name}
+        row = case_columns(case) | {"side": name}
         if name in failures:
             row["ratio"] = failures[name]
         else:
@@ -143,7 +144,8 @@ def run_case(case: Case, options: Options) -> list[dict[str, Any]]:
     return rows
 
 
-def _case_columns(case: Case) -> dict[str, Any]:
+def case_columns(case: Case) -> dict[str, Any]:
+    """What a row says of its case."""
     shape = "x".join(map(str, case.shape))
     return {"work": case.work, "shape": shape, "dtype": case.dtype, "layout": case.layout, "note": case.note}
 
@@ -208,22 +210,25 @@ def _commit() -> str:
         return "none"
 
 
-def write(name: str, rows: Iterable[dict[str, Any]], options: Options) -> Path:
+def write(
+    name: str, rows: Iterable[dict[str, Any]], options: Options, columns: Sequence[str] = COLUMNS
+) -> Path:
     """results/<name>.csv, written anew."""
     options.results.mkdir(parents=True, exist_ok=True)
     path = options.results / f"{name}.csv"
     where = machine()
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows({**row, **where} for row in rows)
     return path
 
 
-def show(rows: Sequence[dict[str, Any]]) -> None:
-    """The rows as one Markdown table; a target stands beside its ratio."""
-    print("| work | shape | side | median ms | GB/s | ratio | target |")
-    print("|---|---|---|---|---|---|---|")
+def show(rows: Sequence[dict[str, Any]], *further: str) -> None:
+    """The rows as one Markdown table, with further columns; a target stands beside its ratio."""
+    heads = ["work", "shape", "side", "median ms", "GB/s", "ratio", "target", *further]
+    print("| " + " | ".join(heads) + " |")
+    print("|" + "---|" * len(heads))
     for row in rows:
         kind = [
             row["shape"],
@@ -231,7 +236,8 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         ]
         cells = [row["work"], " ".join(kind), row["side"]]
         cells += [str(row.get(key, "")) for key in ("median_ms", "gb_per_s", "ratio")]
-        print("| " + " | ".join([*cells, _verdict(row)]) + " |")
+        cells += [_verdict(row), *(str(row.get(key, "")) for key in further)]
+        print("| " + " | ".join(cells) + " |")
     print(flush=True)
 
 
