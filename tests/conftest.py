@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import sokd
-from sokd import _core, policy
+from sokd import _core
 from sokd.config import PROVEN
+from sokd.policy import policy
 
 THREADS = 2
 

@@ -21,8 +21,8 @@ from distiller_cases import (
 from torch import Tensor, nn
 
 from sokd.distiller import Distiller
-from sokd.maps import Layout, as_map, auto_layers, check_pair
-from sokd.taps import Tap, layer_pairs, untapped
+from sokd.distiller.maps import Layout, as_map, auto_layers, check_pair
+from sokd.distiller.taps import Tap, layer_pairs, untapped
 
 MUST = "Distiller: layers must "
 

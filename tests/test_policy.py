@@ -15,8 +15,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sokd
-from sokd.plan import OPERATIONS, PAIRS, Plan
 from sokd.policy import Draw, Policy, manual_seed
+from sokd.policy.plan import OPERATIONS, PAIRS, Plan
 
 NAMES = [op.name for op in OPERATIONS]
 SHAPE = (2, 4, 10, 20)  # H/W = 1/2: an aspect that is forgotten shows
@@ -212,7 +212,7 @@ def test_seeds() -> None:
         manual_seed(6)
         assert seeds() != first
     finally:
-        sokd.policy._source = None
+        sokd.policy.policy._source = None
     torch.manual_seed(1)
     first = seeds()
     torch.manual_seed(1)

@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 from sokd.policy import Draw, Policy
-from sokd.relax import ControlVariate, conditional, estimate, score
+from sokd.policy.relax import ControlVariate, conditional, estimate, score
 
 PAIRS = [("shear_x", "noise"), ("rotate", "cutout"), ("cutout", "channel_drop")]
 

@@ -123,14 +123,19 @@ class CRDLoss(nn.Module):
             else:
                 loss = (of_student.sum() + of_teacher.sum()) * 0
             if self.training:
-                self._remember(index, used, of_student.detach(), of_teacher.detach())
+                self._settle(used)
+                self._remember(index, of_student.detach(), of_teacher.detach())
         return loss
 
     @torch.no_grad()
-    def _remember(self, index: Tensor, used: Tensor, *embeddings: Tensor) -> None:
-        """Z and the new embeddings, those of all ranks on each: the banks stay alike."""
+    def _settle(self, used: Tensor) -> None:
+        """Z of the first batch, over all ranks, from then on."""
         known, fresh = self.log_normaliser, _mean_of_exp(everyones(used.unsqueeze(0)))
         known.copy_(torch.where(known.isnan(), fresh, known))
+
+    @torch.no_grad()
+    def _remember(self, index: Tensor, *embeddings: Tensor) -> None:
+        """The new embeddings, those of all ranks on each: the banks stay alike."""
         index = everyones(index)
         for bank, embedding in zip((self.student_bank, self.teacher_bank), embeddings, strict=True):
             rows = bank.index_select(0, index).lerp_(everyones(embedding), 1 - self.momentum)

@@ -12,7 +12,7 @@ from sokd.policy import Draw
 from sokd.virtual import Weights
 
 if TYPE_CHECKING:
-    from sokd.search import PolicySearch
+    from sokd.search.search import PolicySearch
 
 __all__ = ["Features", "Level", "Run", "Step"]
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sokd.ops import draw as draw_uniforms
-from sokd.policy import Draw, Policy, Sample
+from sokd.policy.policy import Draw, Policy, Sample
 
 __all__ = ["ControlVariate", "estimate", "score"]
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sokd import watch
+from sokd.distiller.maps import batch_size
 from sokd.loss import mixed_dtypes_allowed
-from sokd.maps import batch_size
 from sokd.ranks import agreed, place
 from sokd.virtual import unwrapped
 

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sokd.levels import Level, Run, Step, gradients, leaves, moved
 from sokd.ops.common import is_eager
 from sokd.policy import Policy, fresh_seed
+from sokd.policy.relax import ControlVariate, estimate, score
 from sokd.ranks import agreed, averaged
-from sokd.relax import ControlVariate, estimate, score
+from sokd.search.levels import Level, Run, Step, gradients, leaves, moved
 from sokd.virtual import Together, replayed, unwrapped
 
 __all__ = ["PolicySearch", "Step"]
@@ -55,7 +55,7 @@ class PolicySearch:
             wrapper.
         objective: L_up: "consistency" [P], 1/2 mean (F_hat_t - Phi(F_s))^2; "task", the task's loss;
             "total" [A], that plus kd's.
-        estimator: "gumbel" [P] or "relax" [A], see `sokd.relax`; sets `kd.policy.estimator`. None: as
+        estimator: "gumbel" [P] or "relax" [A], see `sokd.policy.relax`; sets `kd.policy.estimator`. None: as
             `kd.policy` was made.
         order: 2, or 1 for the direct gradient alone (xi = 0).
         unroll: xi [A], finite, 0 or more.

@@ -20,13 +20,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from sokd import guards, watch
-from sokd.assemble import Needs, Plug, find_heads, make_adapters, make_kd
-from sokd.kd import SoKD
-from sokd.maps import as_map, auto_layers, check_pair, layouts, untouched
-from sokd.methods.common import Method, Step
-from sokd.ops.common import is_eager
-from sokd.outputs import (
+from sokd import watch
+from sokd.distiller import guards
+from sokd.distiller.assemble import Needs, Plug, find_heads, make_adapters, make_kd
+from sokd.distiller.maps import as_map, auto_layers, check_pair, layouts, untouched
+from sokd.distiller.outputs import (
     Logits,
     Task,
     call,
@@ -38,9 +36,12 @@ from sokd.outputs import (
     own_losses,
     task_losses,
 )
+from sokd.distiller.recipe import Chosen, chosen
+from sokd.distiller.taps import Layers, Pair, Taps, layer_pairs, untapped
+from sokd.kd import SoKD
+from sokd.methods.common import Method, Step
+from sokd.ops.common import is_eager
 from sokd.plug import Plugged, own_distance, plug, record, unplugged
-from sokd.recipe import Chosen, chosen
-from sokd.taps import Layers, Pair, Taps, layer_pairs, untapped
 from sokd.virtual import replayed, unwrapped
 
 __all__ = ["Distiller"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sokd.adapters import Size, tokens_to_map
-from sokd.taps import Pair
+from sokd.distiller.taps import Pair
 from sokd.virtual import unwrapped
 
 __all__ = ["Layout", "as_map", "auto_layers", "batch_size", "check_pair"]

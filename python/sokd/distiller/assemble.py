@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from sokd.adapters import Adapter
+from sokd.distiller.recipe import Recipe
 from sokd.kd import SoKD
 from sokd.methods.common import Shape
 from sokd.methods.registry import options_of
-from sokd.recipe import Recipe
 
 __all__ = ["Needs", "find_heads", "make_adapters", "make_kd"]
 

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from sokd.gumbel import with_choices
 from sokd.ops import draw as draw_uniforms
 from sokd.ops import refine
-from sokd.plan import (
+from sokd.policy.gumbel import with_choices
+from sokd.policy.plan import (
     OPERATIONS,
     PAIRS,
     Parts,
@@ -88,7 +88,8 @@ class Policy(nn.Module):
     """A learned augmentation of the teacher's features.
 
     Options, all keyword-only:
-        policies: sub-policies, pairs of operations by name or index (`sokd.plan.OPERATIONS`); None: all 36.
+        policies: sub-policies, pairs of operations by name or index (`sokd.policy.plan.OPERATIONS`);
+            None: all 36.
         estimator: "gumbel" [P] or "relax" [A]: how the search gets the gradient of the discrete choices.
         magnitude_gradient: "straight_through" [P] or "pathwise" [S]: exact through theta and sigma.
         granularity: "batch" [A]: one draw for the batch; "sample" [S]: one for each sample.

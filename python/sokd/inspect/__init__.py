@@ -30,8 +30,8 @@ from sokd.dam import DAM
 from sokd.kd import SoKD, _at
 from sokd.ops import Areas
 from sokd.ops import areas as find_areas
-from sokd.plan import OPERATIONS
 from sokd.policy import Policy
+from sokd.policy.plan import OPERATIONS
 from sokd.virtual import unwrapped
 
 __all__ = [
@@ -166,7 +166,7 @@ class Trajectory:
 
     def draw(self, path: Path, *, caption: str = "") -> None:
         """Write a picture: choice, entropy, firing and magnitudes over the steps."""
-        from sokd.pictures import policy_over_time
+        from sokd.inspect.pictures import policy_over_time
 
         if not self.snapshots:
             raise ValueError("Trajectory: draw must be called after record, got no snapshots")
@@ -232,7 +232,7 @@ def draw_areas(
         layer: which of several layers.
         titles: B of them, above the images.
     """
-    from sokd.pictures import areas_on_images
+    from sokd.inspect.pictures import areas_on_images
 
     chosen = found if isinstance(found, dict) else found[layer]
     if images.dim() != 4 or images.shape[1] not in (1, 3):

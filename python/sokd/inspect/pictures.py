@@ -19,7 +19,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from sokd.ops import Areas
-from sokd.plan import OPERATIONS
+from sokd.policy.plan import OPERATIONS
 
 __all__ = ["areas_on_images", "of_operation", "policy_over_time"]
 

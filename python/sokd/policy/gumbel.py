@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from sokd.ops import Plan as Plans
 from sokd.ops import refine, refine_dots
-from sokd.plan import Parts
+from sokd.policy.plan import Parts
 
 __all__ = ["with_choices"]
 
