@@ -32,9 +32,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--method", choices=tuple(METHODS), nargs="+", default=list(SIX), metavar="NAME",
         help=f"one or several of: {', '.join(METHODS)}")  # fmt: skip
     add("--seeds", type=_count, default=3, help="runs of each method, with seeds 0, 1, ...")
-    add("--epochs", type=_count, default=15, help="of every student run")
+    add("--epochs", type=_count, default=10, help="of every student run")
     add("--teacher", choices=tuple(TEACHERS), default="base", help="size of the teacher")
-    add("--teacher-epochs", type=_count, default=12, help="of the teacher")
+    add("--teacher-epochs", type=_count, default=8, help="of the teacher")
     add("--student", choices=tuple(STUDENTS), default="small", help="size of the students")
     add(
         "--workers",

@@ -138,14 +138,14 @@ _BOTH = tuple(
 # serves all.
 SIX: dict[str, Recipe] = {
     "student": Recipe("student alone", None, None, {}, _one("lr", 0.2, 0.4, 0.8, 1.2, 1.6)),
-    "kd": Recipe("KD", "kd", None, {"weight": 0.3}, _one("weight", 0.1, 0.2, 0.3, 0.5, 1.0)),
-    "fitnet": Recipe("FitNet", "fitnet", None, {"weight": 1.0}, _one("weight", 0.3, 0.5, 1.0, 2.0, 3.0)),
+    "kd": Recipe("KD", "kd", None, {"weight": 0.2}, _one("weight", 0.1, 0.2, 0.3, 0.5, 1.0)),
+    "fitnet": Recipe("FitNet", "fitnet", None, {"weight": 2.0}, _one("weight", 0.3, 0.5, 1.0, 2.0, 3.0)),
     "fitnet-dafa": Recipe(
         "FitNet + DAFA", None, {"dam": None}, {"lambda_areas": 2.0},
         _one("lambda_areas", 0.5, 1.0, 2.0, 3.0, 5.0),
     ),
     "fitnet-dam": Recipe(
-        "FitNet + DAM", None, {"policy": None}, {"lambda_agreement": 1.0, "lambda_areas": 3.0}, _BOTH
+        "FitNet + DAM", None, {"policy": None}, {"lambda_agreement": 1.0, "lambda_areas": 1.0}, _BOTH
     ),
     "sokd": Recipe("SoKD", None, {}, {"lambda_agreement": 1.0, "lambda_areas": 1.0}, _BOTH),
 }  # fmt: skip
