@@ -99,12 +99,14 @@ print(sorted(sokd.ops.common.KERNELS), config.why_no_cuda())
 
 def test_without_a_driver_the_reference_serves(tmp_path: Path) -> None:
     """The machine's own is hidden behind something that is none."""
-    (tmp_path / "libcuda.so.1").write_text("no library")
+    for name in ("libcuda.so.1", "libcuda.so"):
+        (tmp_path / name).write_text("no library")
     code = "import sokd; sokd.warmup(); print(sorted(sokd.ops.common.KERNELS)); sokd.show_config()"
     kernels, *lines = _fresh(code, LD_LIBRARY_PATH=str(tmp_path)).splitlines()
     assert kernels == "['cpu']"
+    # NVML, which PyTorch asks for the number, may be there all the same
     found = re.fullmatch(
-        r"cuda +no kernels \((.*)\): the reference path serves; 0 devices visible", lines[-1]
+        r"cuda +no kernels \((.*)\): the reference path serves; \d+ devices visible", lines[-1]
     )
     assert found is not None and found[1].startswith("no CUDA driver here: ")
 
