@@ -16,6 +16,7 @@ from emulated_checks import (
     check_forward,
     check_masked_mse,
 )
+from emulated_refine import refine_backward
 
 F32 = torch.float32
 
@@ -30,6 +31,16 @@ class Fault(NamedTuple):
     text: str
     other: str
     check: Callable[[Library], None]
+
+
+def unnamed(kernels: Library) -> None:
+    """The last channel names the first, and nobody names the second."""
+    perm = torch.arange(260)[None]
+    perm[:, 0], perm[:, 1], perm[:, 259] = 259, 2, 0
+    upstream = torch.randn(1, 260, 2, 3)
+    found = refine_backward(upstream, upstream, wants_features=True, perm=perm, kernels=kernels)["features"]
+    assert found.isfinite().all()
+    assert torch.equal(found[:, 0], upstream[:, 259]) and found[:, 1].eq(0).all()
 
 
 def mse(kernels: Library) -> None:
@@ -258,6 +269,24 @@ FAULTS = [
         "if (source != INVALID) from_acc(sums[i],",
         "if (source >= 0) from_acc(sums[i],",
         backward,
+    ),
+    Fault(
+        "adjoint: channels that perm does not name not cleared",
+        "refine",
+        14,
+        KERNEL,
+        "if (!__syncthreads_or(!named[threadIdx.x])) return;",
+        "return;",
+        unnamed,
+    ),
+    Fault(
+        "adjoint: perm's entries past a block skipped",
+        "refine",
+        14,
+        KERNEL,
+        "c < (int)args.grid.channels; c += THREADS) {",
+        "c < THREADS && c < (int)args.grid.channels; c += THREADS) {",
+        unnamed,
     ),
     Fault(
         "one plan's buffer for two plans",
