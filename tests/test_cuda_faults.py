@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -355,6 +357,14 @@ FAULTS = [
     Fault("skipped tail: words past a four", "draw", 1, KERNEL, "|| first + i >= args.count", "", draws),
     Fault("off by one: the first block of words", "draw", 1, KERNEL, "block - 1) * 4", "block) * 4", draws),
 ]
+
+
+def test_the_number_of_faults_is_that_of_the_docs() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "gpu.md").read_text()
+    (count,) = re.findall(r"`tests/test_cuda_faults.py` changes the source in (\d+) places", page)
+    assert int(count) == len(FAULTS)
+    kinds = page.split("### Seeded faults")[1].split("## The mock driver")[0]
+    assert sum(map(int, re.findall(r"^\|[^|]+\| (\d+) \|", kinds, re.M))) == len(FAULTS)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.operator}: {fault.name}")
