@@ -61,9 +61,18 @@ pub enum CudaFailure {
     /// A device that is older than all the compiler knows.
     #[error("NVRTC {}.{} compiles for no device of compute capability {}.{}", version.0, version.1, capability / 10, capability % 10)]
     UnknownArch { version: (i32, i32), capability: u32 },
+    /// A device that lacks what the kernels use.
+    #[error("cuda:{ordinal} has compute capability {}.{}, and the kernels need 7.0", capability / 10, capability % 10)]
+    OldDevice { ordinal: usize, capability: u32 },
     /// A kernel is compiled and loaded when it is first used, which a capture forbids.
-    #[error("kernel {kernel} is not loaded on cuda:{ordinal}, and a CUDA graph is being captured; call sokd.warmup() before the capture")]
-    Capturing { kernel: String, ordinal: usize },
+    #[error("kernel {kernel} is not loaded on cuda:{ordinal}, and a CUDA graph is being captured; call sokd.warmup({}) before the capture", warmup(*ordinal, *float64))]
+    Capturing { kernel: String, ordinal: usize, float64: bool },
+}
+
+/// What loads the kernel: float64 is left out unless it is asked for.
+fn warmup(ordinal: usize, float64: bool) -> String {
+    let dtypes = if float64 { ", dtypes=[torch.float64]" } else { "" };
+    format!("\"cuda:{ordinal}\"{dtypes}")
 }
 
 /// What a checked operation returns.

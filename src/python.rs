@@ -392,5 +392,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(cuda::cuda_open, module)?)?;
     module.add_function(wrap_pyfunction!(cuda::cuda_info, module)?)?;
     module.add_function(wrap_pyfunction!(cuda::cuda_warmup, module)?)?;
+    module.add_function(wrap_pyfunction!(cuda::cuda_why_not, module)?)?;
     module.add_function(wrap_pyfunction!(build_info, module)?)
 }

@@ -8,10 +8,11 @@ import naive
 import pytest
 import torch
 from cases import DTYPES, LAYOUTS, laid_out
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sokd import ops, reference
+
+hypothesis = pytest.importorskip("hypothesis", reason="needs hypothesis")
+given, st = hypothesis.given, hypothesis.strategies
 
 
 def maps(shape, dtype=torch.float32, layout="contiguous"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,6 +91,24 @@ def test_the_goal_is_for_large_maps(work: str, channels: int, rate: str, goal: s
     ours, eager, failed = bench_gpu.with_share(rows, case, 1000.0)
     assert ours["share_of_copy"] == f"{float(rate) / 1000:.3f}" and ours.get("goal") == goal
     assert "goal" not in eager and "share_of_copy" not in failed
+
+
+def test_the_device_is_busy_for_as_long_as_python_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the clock would show Python's time. The first call tells how long that is."""
+    slept: list[int] = []
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=lambda other: 1.5)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+    monkeypatch.setattr(bench_gpu, "FLUSHED", 8)
+    host = iter([5.0, 8.0, 4.0, 4.0])
+    monkeypatch.setattr(bench_gpu, "timed", lambda side: next(host))
+    clock = bench_gpu.cuda_clock(torch.device("cpu"))
+
+    def side() -> None: ...
+
+    assert [clock(side) for _ in range(4)] == [1.5] * 4
+    assert slept == [bench_gpu.AHEAD * milliseconds for milliseconds in (1, 6, 6, 5)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -76,6 +76,21 @@ def test_refine_backward(dtype: torch.dtype, layout: str) -> None:
             check_backward(shape, dtype, layout, groups, parts, align=align)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (2, 16, 8, 8), (1, 260, 4, 5)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_channel_that_no_entry_of_perm_names_has_gradient_zero(layout: str, shape: tuple[int, ...]) -> None:
+    """A perm that is no permutation is refused on the CPU; here nothing may be left as it was."""
+    batch, channels = shape[:2]
+    perm = torch.arange(channels).expand(batch, -1).clone()
+    perm[:, 1], perm[-1, 0] = channels - 1, -5  # nobody names 1, nor 0 in the last sample
+    upstream = laid_out(shape, layout, torch.float32)
+    found = refine_backward(upstream, upstream, wants_features=True, perm=perm)["features"]
+    times = (perm.unsqueeze(2) == torch.arange(channels)).sum(1)
+    assert found[times == 0].eq(0).all() and found.isfinite().all()
+    in_place = (times == 1) & (perm == torch.arange(channels))
+    assert torch.equal(found[in_place], upstream[in_place])
+
+
 @layouts
 @dtypes
 def test_refine_dots(dtype: torch.dtype, layout: str) -> None:

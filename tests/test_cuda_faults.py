@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -16,6 +18,7 @@ from emulated_checks import (
     check_forward,
     check_masked_mse,
 )
+from emulated_refine import refine_backward
 
 F32 = torch.float32
 
@@ -30,6 +33,16 @@ class Fault(NamedTuple):
     text: str
     other: str
     check: Callable[[Library], None]
+
+
+def unnamed(kernels: Library) -> None:
+    """The last channel names the first, and nobody names the second."""
+    perm = torch.arange(260)[None]
+    perm[:, 0], perm[:, 1], perm[:, 259] = 259, 2, 0
+    upstream = torch.randn(1, 260, 2, 3)
+    found = refine_backward(upstream, upstream, wants_features=True, perm=perm, kernels=kernels)["features"]
+    assert found.isfinite().all()
+    assert torch.equal(found[:, 0], upstream[:, 259]) and found[:, 1].eq(0).all()
 
 
 def mse(kernels: Library) -> None:
@@ -260,6 +273,24 @@ FAULTS = [
         backward,
     ),
     Fault(
+        "adjoint: channels that perm does not name not cleared",
+        "refine",
+        14,
+        KERNEL,
+        "if (!__syncthreads_or(!named[threadIdx.x])) return;",
+        "return;",
+        unnamed,
+    ),
+    Fault(
+        "adjoint: perm's entries past a block skipped",
+        "refine",
+        14,
+        KERNEL,
+        "c < (int)args.grid.channels; c += THREADS) {",
+        "c < THREADS && c < (int)args.grid.channels; c += THREADS) {",
+        unnamed,
+    ),
+    Fault(
         "one plan's buffer for two plans",
         "refine",
         24,
@@ -326,6 +357,14 @@ FAULTS = [
     Fault("skipped tail: words past a four", "draw", 1, KERNEL, "|| first + i >= args.count", "", draws),
     Fault("off by one: the first block of words", "draw", 1, KERNEL, "block - 1) * 4", "block) * 4", draws),
 ]
+
+
+def test_the_number_of_faults_is_that_of_the_docs() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "gpu.md").read_text()
+    (count,) = re.findall(r"`tests/test_cuda_faults.py` changes the source in (\d+) places", page)
+    assert int(count) == len(FAULTS)
+    kinds = page.split("### Seeded faults")[1].split("## The mock driver")[0]
+    assert sum(map(int, re.findall(r"^\|[^|]+\| (\d+) \|", kinds, re.M))) == len(FAULTS)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.operator}: {fault.name}")

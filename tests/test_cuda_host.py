@@ -32,10 +32,10 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the mock driver is a libcuda.so.1"),
 ]
 
-# The files of a process, and how many cases they have at least.
+# The files of a process, and how many cases they have: as docs/gpu.md says.
 CASES = {
-    ("launches.py", "warming.py", "caching.py", "failing.py"): 40,
-    ("operators.py", "dispatching.py"): 290,
+    ("launches.py", "warming.py", "caching.py", "failing.py"): 55,
+    ("operators.py", "dispatching.py"): 167,
 }
 
 
@@ -69,8 +69,13 @@ def test_under_the_mock_driver(
 ) -> None:
     printed, _ = running[files].communicate()
     assert running[files].returncode == 0, printed[-8000:]
-    passed = re.search(r"(\d+) passed", printed)
-    assert passed is not None and int(passed[1]) >= CASES[files], printed[-2000:]
+    counts = re.findall(r"(\d+) (?:passed|skipped)", printed.splitlines()[-1])
+    assert sum(map(int, counts)) == CASES[files], printed[-2000:]
+
+
+def test_the_number_of_cases_is_that_of_the_docs() -> None:
+    page = (HERE.parent.parent / "docs" / "gpu.md").read_text()
+    assert f"(`tests/test_cuda_host.py`, {sum(CASES.values())} cases)" in page
 
 
 # --- libraries that are missing, or not what they seem
@@ -99,12 +104,14 @@ print(sorted(sokd.ops.common.KERNELS), config.why_no_cuda())
 
 def test_without_a_driver_the_reference_serves(tmp_path: Path) -> None:
     """The machine's own is hidden behind something that is none."""
-    (tmp_path / "libcuda.so.1").write_text("no library")
+    for name in ("libcuda.so.1", "libcuda.so"):
+        (tmp_path / name).write_text("no library")
     code = "import sokd; sokd.warmup(); print(sorted(sokd.ops.common.KERNELS)); sokd.show_config()"
     kernels, *lines = _fresh(code, LD_LIBRARY_PATH=str(tmp_path)).splitlines()
     assert kernels == "['cpu']"
+    # NVML, which PyTorch asks for the number, may be there all the same
     found = re.fullmatch(
-        r"cuda +no kernels \((.*)\): the reference path serves; 0 devices visible", lines[-1]
+        r"cuda +no kernels \((.*)\): the reference path serves; \d+ devices visible", lines[-1]
     )
     assert found is not None and found[1].startswith("no CUDA driver here: ")
 

@@ -8,10 +8,11 @@ import naive
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sokd import ops, reference
+
+hypothesis = pytest.importorskip("hypothesis", reason="needs hypothesis")
+given, st = hypothesis.given, hypothesis.strategies
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 

@@ -209,7 +209,8 @@ def test_a_kernel_that_is_not_loaded_cannot_be_captured() -> None:
     assert done.returncode == 0, done.stderr
     refused, taken = done.stdout.splitlines()
     assert refused.startswith("masked_mse: kernel ") and taken == "captured"
-    assert refused.endswith("a CUDA graph is being captured; call sokd.warmup() before the capture")
+    advice = 'call sokd.warmup("cuda:0") before the capture'
+    assert refused.endswith(f"a CUDA graph is being captured; {advice}")
 
 
 def test_from_the_cache_a_process_compiles_nothing(tmp_path: Path) -> None:

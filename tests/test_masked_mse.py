@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import DTYPES, LAYOUTS, SHAPES, laid_out
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sokd import ops, reference
 from sokd.ops.masked_mse import _masked_mse, _multiplied
+
+hypothesis = pytest.importorskip("hypothesis", reason="needs hypothesis")
+given, st = hypothesis.given, hypothesis.strategies
 
 CLOSE = {
     torch.float64: {"rtol": 1e-10, "atol": 1e-12},

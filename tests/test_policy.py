@@ -10,13 +10,14 @@ import pickle
 import pytest
 import torch
 from cases import compiles
-from scipy import stats
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sokd
 from sokd.policy import Draw, Policy, manual_seed
 from sokd.policy.plan import OPERATIONS, PAIRS, Plan
+
+stats = pytest.importorskip("scipy.stats", reason="needs scipy")
 
 NAMES = [op.name for op in OPERATIONS]
 SHAPE = (2, 4, 10, 20)  # H/W = 1/2: an aspect that is forgotten shows

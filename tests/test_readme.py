@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+pytest.importorskip("tqdm", reason="the demo's progress bars need tqdm")
+
 from benches import report
 
 README = Path(__file__).parent.parent / "README.md"

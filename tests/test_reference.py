@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import SHAPES, compiles, everything, operation, same_bits
-from scipy import stats
 
 from sokd import reference
+
+stats = pytest.importorskip("scipy.stats", reason="needs scipy")
 
 # Random123's known-answer tests of philox4x32 with 10 rounds (kat_vectors): counter, key, result
 KNOWN = [

@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import DTYPES, LAYOUTS, SHAPES, everything, laid_out, pair, same_bits
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sokd import ops, reference
+
+hypothesis = pytest.importorskip("hypothesis", reason="needs hypothesis")
+given, st = hypothesis.given, hypothesis.strategies
 
 ULP = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 CLOSE = {torch.float64: {"rtol": 1e-10, "atol": 1e-6}, torch.float32: {"rtol": 1e-5, "atol": 1e-5}}

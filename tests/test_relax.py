@@ -7,11 +7,12 @@ import math
 
 import pytest
 import torch
-from scipy import stats
 from torch import Tensor
 
 from sokd.policy import Draw, Policy
 from sokd.policy.relax import ControlVariate, conditional, estimate, score
+
+stats = pytest.importorskip("scipy.stats", reason="needs scipy")
 
 PAIRS = [("shear_x", "noise"), ("rotate", "cutout"), ("cutout", "channel_drop")]
 

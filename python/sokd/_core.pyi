@@ -17,6 +17,7 @@ __all__ = [
     "cuda_info",
     "cuda_open",
     "cuda_warmup",
+    "cuda_why_not",
     "draw",
     "masked_mse",
     "refine_backward",
@@ -148,4 +149,5 @@ def cuda_info() -> CudaInfo: ...
 def cuda_warmup(
     device: int, dtypes: Sequence[str], layouts: Sequence[str], threads: int, stream: int = 0
 ) -> None: ...
+def cuda_why_not(device: int) -> str | None: ...
 def build_info() -> BuildInfo: ...

@@ -4,7 +4,7 @@ use crate::check::Check;
 use crate::error::{Error, Result};
 use crate::view::{DType, TensorView};
 
-/// A structure that a kernel takes, with the names of its fields for the test that compares it with the C++ one. Every field is 8
+/// A structure that a kernel takes, with its fields' names and types for the test that compares it with the C++ one. Every field is 8
 /// bytes wide, or a structure of such, so both compilers lay it out alike.
 macro_rules! mirror {
     ($(#[$about:meta])* $name:ident { $($(#[$of:meta])* $field:ident: $type:ty),* $(,)? }) => {
@@ -18,7 +18,8 @@ macro_rules! mirror {
         #[cfg(test)]
         impl $name {
             pub const NAME: &'static str = stringify!($name);
-            pub const FIELDS: &'static [&'static str] = &[$(stringify!($field)),*];
+            pub const FIELDS: &'static [(&'static str, &'static str)] =
+                &[$((stringify!($field), stringify!($type))),*];
         }
     };
 }
@@ -242,30 +243,56 @@ pub(crate) mod tests {
 
     const COMMON: &str = include_str!("common.cuh");
 
-    /// The names of the fields of `struct name` in a CUDA source or in the headers.
-    pub fn fields_in(source: &str, name: &str) -> Vec<String> {
+    /// The fields of `struct name` in a CUDA source or in the headers, each with its type in Rust.
+    fn fields_in(source: &str, name: &str) -> Vec<(String, String)> {
         let texts = HEADERS.iter().map(|(_, text)| *text).chain([source]);
         let found = texts.filter_map(|text| text.split_once(&format!("\nstruct {name} {{\n"))).next();
         let (_, rest) = found.expect(name);
         let body = rest.split_once("\n};").expect("an end").0;
-        let fields = body.lines().map(|line| line.split("//").next().unwrap_or_default());
-        let names = fields.flat_map(|line| {
-            line.trim().trim_end_matches(';').split(',').map(str::to_owned).collect::<Vec<_>>()
-        });
-        names.filter_map(|field| field.split_whitespace().last().map(str::to_owned)).collect()
+        let lines = body.lines().map(|line| line.split("//").next().unwrap_or_default().trim());
+        lines.filter(|line| !line.is_empty()).flat_map(declared).collect()
+    }
+
+    /// `long long a, b;`
+    fn declared(line: &str) -> Vec<(String, String)> {
+        let mut names = line.trim_end_matches(';').split(',').map(str::trim);
+        let (of, first) = names.next().and_then(|first| first.rsplit_once(' ')).expect("a type and a name");
+        let of = match of {
+            "unsigned long long" => "u64",
+            "long long" => "i64",
+            "double" => "f64",
+            structure => structure,
+        };
+        [first].into_iter().chain(names).map(|name| (name.to_owned(), of.to_owned())).collect()
+    }
+
+    /// Whether a structure's fields here are the source's: their names, types and order.
+    pub fn assert_mirrors(source: &str, structures: &[(&str, &[(&str, &str)])]) {
+        for (name, fields) in structures {
+            let found = fields_in(source, name);
+            let found: Vec<_> = found.iter().map(|(name, of)| (name.as_str(), of.as_str())).collect();
+            assert_eq!(&found, fields, "{name}");
+        }
     }
 
     #[test]
     fn the_structures_are_those_of_common_cuh() {
-        for (name, fields) in [
+        let all = [
             (Map::NAME, Map::FIELDS),
             (Part::NAME, Part::FIELDS),
             (Out::NAME, Out::FIELDS),
             (Grid::NAME, Grid::FIELDS),
-        ] {
-            assert_eq!(fields_in(COMMON, name), fields, "{name}");
-        }
+        ];
+        assert_mirrors(COMMON, &all);
         assert_eq!(size_of::<Grid>(), 8 * Grid::FIELDS.len());
+    }
+
+    #[test]
+    #[should_panic(expected = "Grid")]
+    fn a_field_of_another_type_is_seen() {
+        let other =
+            |(name, of): &(&'static str, &'static str)| (*name, if *name == "tiles" { "f64" } else { *of });
+        assert_mirrors(COMMON, &[(Grid::NAME, &Grid::FIELDS.iter().map(other).collect::<Vec<_>>())]);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The CUDA driver, opened at run time: fifteen functions of its stable C interface, and nothing of a toolkit.
+//! The CUDA driver, opened at run time: sixteen functions of its stable C interface, and nothing of a toolkit.
 //!
 //! Bound by hand rather than through cudarc, for three reasons. Its result codes are Rust enums, so a code that a newer driver
 //! returns would be undefined behaviour, and here they are numbers. It panics where a library or a symbol is missing; here that
@@ -44,6 +44,7 @@ bindings! {
         context_pop = "cuCtxPopCurrent_v2"(context: *mut Handle),
         module_load = "cuModuleLoadData"(module: *mut Handle, image: *const c_void),
         module_function = "cuModuleGetFunction"(function: *mut Handle, module: Handle, name: *const c_char),
+        capture_mode = "cuThreadExchangeStreamCaptureMode"(mode: *mut c_int),
         is_capturing = "cuStreamIsCapturing"(stream: Handle, status: *mut c_int),
         launch = "cuLaunchKernel"(
             function: Handle,
@@ -58,6 +59,10 @@ const NAMES: [&str; 3] = ["libcuda.so.1", "libcuda.so", "nvcuda.dll"];
 // Of the driver's enums.
 const COMPUTE_CAPABILITY_MAJOR: c_int = 75;
 const COMPUTE_CAPABILITY_MINOR: c_int = 76;
+const CAPTURE_MODE_RELAXED: c_int = 2;
+const OUT_OF_MEMORY: c_int = 2;
+/// The default stream cannot be used while a stream that synchronises with it is captured.
+const STREAM_CAPTURE_IMPLICIT: c_int = 906;
 /// Invalid image, no binary for this device, invalid PTX, PTX of a newer version.
 const BAD_IMAGE: [c_int; 4] = [200, 209, 218, 222];
 
@@ -131,6 +136,20 @@ impl Driver {
         done.and_then(|value| self.check("cuCtxPopCurrent", code).map(|()| value))
     }
 
+    /// Does `work`, which adds nothing to a stream, as if no stream were being captured.
+    ///
+    /// By default a capture of any thread's forbids loading a module in every thread, and is spoilt by the attempt.
+    pub fn beside_captures<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        const CALL: &str = "cuThreadExchangeStreamCaptureMode";
+        let mut mode = CAPTURE_MODE_RELAXED;
+        // SAFETY: a place for one mode, which is exchanged for the thread's own.
+        self.check(CALL, unsafe { (self.api.capture_mode)(&mut mode) })?;
+        let done = work();
+        // SAFETY: the thread's own mode, back again.
+        let code = unsafe { (self.api.capture_mode)(&mut mode) };
+        done.and_then(|value| self.check(CALL, code).map(|()| value))
+    }
+
     /// Loads a cubin, or PTX that ends in a zero, into the current context.
     pub fn load(&self, image: &[u8]) -> Result<Handle> {
         let mut module = Handle::NULL;
@@ -147,12 +166,15 @@ impl Driver {
         self.check("cuModuleGetFunction", code).map(|()| function)
     }
 
-    /// Whether work on this stream is being recorded into a graph.
+    /// Whether work on this stream is being recorded into a graph, or may not be given while another's is.
     pub fn is_capturing(&self, stream: Handle) -> Result<bool> {
         let mut status = 0;
         // SAFETY: a live stream of torch's, in the current context.
-        self.check("cuStreamIsCapturing", unsafe { (self.api.is_capturing)(stream, &mut status) })?;
-        Ok(status != 0)
+        let code = unsafe { (self.api.is_capturing)(stream, &mut status) };
+        if code == STREAM_CAPTURE_IMPLICIT {
+            return Ok(true);
+        }
+        self.check("cuStreamIsCapturing", code).map(|()| status != 0)
     }
 
     /// Puts one kernel on a stream.
@@ -205,6 +227,11 @@ impl Driver {
         let (name, text) = (read(name, &format!("error {code}")), read(text, "no explanation"));
         Err(Failure::Driver { call, code, name, text })
     }
+}
+
+/// Whether the device's memory was too short.
+pub fn is_out_of_memory(failure: &Failure) -> bool {
+    matches!(failure, Failure::Driver { code: OUT_OF_MEMORY, .. })
 }
 
 /// Whether loading failed for what the image is, rather than for want of memory or a broken device.

@@ -1,7 +1,7 @@
 //! A kernel from its name to a stream: compiled or fetched from the disk, loaded once for each device, launched.
 
 use super::args::{code, Order};
-use super::driver::{is_bad_image, Handle};
+use super::driver::{is_bad_image, is_out_of_memory, Handle};
 use super::nvrtc::{Program, Target};
 use super::{cache, opened, Cuda};
 use crate::error::{CudaFailure as Failure, Error, Result as Checked};
@@ -22,6 +22,8 @@ pub(crate) const HEADERS: [(&str, &str); 3] = [
 ];
 /// Fused multiply-adds are written out in the kernels, so that no compiler decides about bits.
 const OPTIONS: [&str; 3] = ["--std=c++17", "--fmad=false", "-default-device"];
+/// The first compute capability that has what the kernels use: `__grid_constant__`, and shuffles with a mask.
+const OLDEST: u32 = 70;
 /// Of every kernel.
 const THREADS: u32 = 256;
 
@@ -150,7 +152,7 @@ impl Modules {
 }
 
 #[derive(Clone, Copy)]
-struct Device {
+pub(super) struct Device {
     context: Handle,
     target: Target,
 }
@@ -231,13 +233,27 @@ impl Queue {
         }
         // A module defers its kernels' loading until they are asked for, so this holds for a kernel of a loaded module, too.
         if self.cuda.driver.is_capturing(self.stream)? {
-            return Err(Failure::Capturing { kernel: variant.symbol(), ordinal: self.ordinal });
+            let float64 = variant.dtype == Some(DType::F64);
+            return Err(Failure::Capturing { kernel: variant.symbol(), ordinal: self.ordinal, float64 });
         }
-        let module = self.module(variant)?;
-        let symbol = CString::new(variant.symbol()).unwrap_or_default();
-        let function = self.cuda.driver.function(module, &symbol)?;
+        let function = match self.fetch(variant) {
+            // torch keeps freed memory for itself; the driver may need some of it.
+            Err(failure) if is_out_of_memory(&failure) => {
+                (self.cuda.release)();
+                self.fetch(variant)?
+            }
+            fetched => fetched?,
+        };
         functions.write().unwrap_or_else(PoisonError::into_inner).insert(key, function);
         Ok(function)
+    }
+
+    fn fetch(&self, variant: &Variant) -> Result<Handle> {
+        let symbol = CString::new(variant.symbol()).unwrap_or_default();
+        self.cuda.driver.beside_captures(|| {
+            let module = self.module(variant)?;
+            self.cuda.driver.function(module, &symbol)
+        })
     }
 
     fn module(&self, variant: &Variant) -> Result<Handle> {
@@ -254,7 +270,7 @@ impl Queue {
 }
 
 impl Cuda {
-    fn device(&self, ordinal: usize) -> Result<Device> {
+    pub(super) fn device(&self, ordinal: usize) -> Result<Device> {
         let mut devices = locked(&self.modules.devices);
         if let Some(device) = devices.get(&ordinal) {
             return Ok(*device);
@@ -264,6 +280,9 @@ impl Cuda {
             return Err(Failure::NoDevice { ordinal, count });
         }
         let (context, capability) = self.driver.device(ordinal)?;
+        if capability < OLDEST {
+            return Err(Failure::OldDevice { ordinal, capability });
+        }
         let device = Device { context, target: self.nvrtc.target(capability)? };
         devices.insert(ordinal, device);
         Ok(device)

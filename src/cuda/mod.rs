@@ -83,18 +83,22 @@ pub struct Cuda {
     driver: Driver,
     nvrtc: Nvrtc,
     modules: Modules,
+    /// Gives back memory that torch keeps without need.
+    release: fn(),
 }
 
 static CUDA: OnceLock<Cuda> = OnceLock::new();
 
 /// Opens the driver and the first NVRTC of these names or paths. It initialises nothing, costs little, and later calls are free.
-pub fn open(nvrtc: &[String]) -> Result<&'static Cuda, Failure> {
+///
+/// `release` is called where the driver is out of memory for a kernel's code, before a second try.
+pub fn open(nvrtc: &[String], release: fn()) -> Result<&'static Cuda, Failure> {
     if let Some(cuda) = CUDA.get() {
         return Ok(cuda);
     }
     let driver = Driver::open()?;
     let nvrtc = Nvrtc::open(nvrtc.iter().cloned())?;
-    Ok(CUDA.get_or_init(|| Cuda { driver, nvrtc, modules: Modules::default() }))
+    Ok(CUDA.get_or_init(|| Cuda { driver, nvrtc, modules: Modules::default(), release }))
 }
 
 /// What [`open`] opened.
@@ -117,6 +121,15 @@ pub fn warmup(op: &'static str, ordinal: usize, dtypes: &[DType], orders: &[Orde
         }
     });
     failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+}
+
+/// Why no kernel can run on this device, if that is so: it is too old, for the kernels or for the compiler.
+pub fn why_not(op: &'static str, ordinal: usize) -> Checked<Option<String>> {
+    let why = |failure: Failure| match failure {
+        Failure::OldDevice { .. } | Failure::UnknownArch { .. } => Ok(Some(failure.to_string())),
+        failure => Err(Error::Cuda { op, failure }),
+    };
+    opened().and_then(|cuda| cuda.device(ordinal)).map_or_else(why, |_| Ok(None))
 }
 
 /// What the page about the installation says.

@@ -32,9 +32,25 @@ fn absent<T>(op: &'static str) -> PyResult<T> {
 #[allow(unused_variables)]
 pub fn cuda_open(nvrtc: Vec<String>) -> PyResult<()> {
     #[cfg(feature = "cuda")]
-    return cuda::open(&nvrtc).map(|_| ()).map_err(failed("cuda_open"));
+    return cuda::open(&nvrtc, empty_cache).map(|_| ()).map_err(failed("cuda_open"));
     #[cfg(not(feature = "cuda"))]
     absent("cuda_open")
+}
+
+/// Torch's own. What it raises is of no use here: the second try will say what is wrong.
+#[cfg(feature = "cuda")]
+fn empty_cache() {
+    let _ = Python::with_gil(|py| py.import("torch.cuda")?.call_method0("empty_cache").map(|_| ()));
+}
+
+/// Why no kernel can run on this device; None: they do.
+#[pyfunction]
+#[allow(unused_variables)]
+pub fn cuda_why_not(py: Python<'_>, device: usize) -> PyResult<Option<String>> {
+    #[cfg(feature = "cuda")]
+    return py.allow_threads(|| cuda::why_not("cuda_why_not", device)).map_err(raise);
+    #[cfg(not(feature = "cuda"))]
+    absent("cuda_why_not")
 }
 
 /// Versions, the cache's folder, and how many translation units were compiled or came from there.

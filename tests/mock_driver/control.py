@@ -57,8 +57,13 @@ class Driver:
     def stream(self, device: int = 0) -> int:
         return int(self.api.mock_stream(device))
 
-    def capture(self, stream: int, capturing: bool) -> None:
-        self.api.mock_capture(ctypes.c_void_p(stream), capturing)
+    def capture(self, stream: int, capturing: bool, *, mode: int = 0, blocking: bool = False) -> None:
+        """By this thread; mode 0 is global, as torch's, 1 is of this thread alone, 2 is relaxed."""
+        self.api.mock_capture(ctypes.c_void_p(stream), capturing, mode, blocking)
+
+    def spoilt(self, stream: int) -> bool:
+        """Whether something that a capture forbids was tried."""
+        return bool(self.api.mock_invalidated(ctypes.c_void_p(stream)))
 
     def fail_at(self, number: int, code: int) -> None:
         """The call after `number` others from now on fails; -1: none."""

@@ -13,12 +13,15 @@
 #include <set>
 #include <sstream>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace {
 
 enum Code { OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, NO_DEVICE = 100, INVALID_DEVICE = 101,
-            INVALID_IMAGE = 200, INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500, LAUNCH_FAILED = 719 };
+            INVALID_IMAGE = 200, INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500, LAUNCH_FAILED = 719,
+            STREAM_CAPTURE_UNSUPPORTED = 900, STREAM_CAPTURE_IMPLICIT = 906 };
+enum Mode { GLOBAL = 0, THREAD_LOCAL = 1, RELAXED = 2 };
 
 struct Device {
     int ordinal, major, minor;
@@ -34,7 +37,10 @@ struct Function {
 };
 struct Stream {
     Device* device;
-    bool capturing = false;
+    bool blocking = false;  // it and the default stream wait for one another; torch's own do not
+    bool capturing = false, invalidated = false;
+    std::thread::id by = {};  // the thread that began the capture, in this mode
+    int mode = GLOBAL;
 };
 
 std::mutex guard;
@@ -42,6 +48,7 @@ Device devices[2] = {{0, 9, 0}, {1, 8, 6}};
 int device_count = 2;
 bool initialised = false;
 thread_local std::vector<Device*> contexts;
+thread_local int thread_mode = GLOBAL;
 std::set<Module*> modules;
 std::set<Function*> functions;
 std::set<Stream*> streams;
@@ -89,6 +96,27 @@ int begin(const char* call, const std::string& details = "") {
 
 Device* current() { return contexts.empty() ? nullptr : contexts.back(); }
 
+// What a capture forbids, as cuThreadExchangeStreamCaptureMode's documentation says; the attempt spoils the capture.
+int unsafe() {
+    int code = OK;
+    for (Stream* stream : streams) {
+        if (!stream->capturing || stream->mode == RELAXED || thread_mode == RELAXED) continue;
+        const bool own = stream->by == std::this_thread::get_id();
+        if (!own && (stream->mode != GLOBAL || thread_mode != GLOBAL)) continue;
+        stream->invalidated = true;
+        code = STREAM_CAPTURE_UNSUPPORTED;
+    }
+    return code;
+}
+
+// Whether the default stream of this device would wait for a stream that is being captured.
+bool implicit(const Device* device) {
+    for (const Stream* stream : streams) {
+        if (stream->capturing && stream->blocking && stream->device == device) return true;
+    }
+    return false;
+}
+
 // 0 is the device's default stream.
 bool known(Stream* stream) { return stream == nullptr || (streams.count(stream) && stream->device == current()); }
 
@@ -118,7 +146,9 @@ EXPORT int cuGetErrorName(int code, const char** name) {
         {NOT_INITIALIZED, "CUDA_ERROR_NOT_INITIALIZED"}, {NO_DEVICE, "CUDA_ERROR_NO_DEVICE"},
         {INVALID_DEVICE, "CUDA_ERROR_INVALID_DEVICE"}, {INVALID_IMAGE, "CUDA_ERROR_INVALID_IMAGE"},
         {INVALID_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT"}, {INVALID_HANDLE, "CUDA_ERROR_INVALID_HANDLE"},
-        {NOT_FOUND, "CUDA_ERROR_NOT_FOUND"}, {LAUNCH_FAILED, "CUDA_ERROR_LAUNCH_FAILED"}};
+        {NOT_FOUND, "CUDA_ERROR_NOT_FOUND"}, {LAUNCH_FAILED, "CUDA_ERROR_LAUNCH_FAILED"},
+        {STREAM_CAPTURE_UNSUPPORTED, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"},
+        {STREAM_CAPTURE_IMPLICIT, "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT"}};
     const auto found = names.find(code);
     *name = found == names.end() ? nullptr : found->second;
     return *name ? OK : INVALID_VALUE;
@@ -172,6 +202,7 @@ EXPORT int cuCtxPopCurrent_v2(void** context) {
 EXPORT int cuModuleLoadData(void** module, const void* image) {
     BEGIN("cuModuleLoadData")
     if (current() == nullptr) return INVALID_CONTEXT;
+    if (const int code = unsafe()) return code;
     const unsigned char* bytes = static_cast<const unsigned char*>(image);
     if (std::memcmp(bytes, "\x7f" "ELF", 4) != 0) return INVALID_IMAGE;
     uint64_t sections;  // e_shoff: where the table of sections begins, which ends the file
@@ -188,6 +219,7 @@ EXPORT int cuModuleGetFunction(void** function, void* module, const char* name) 
     BEGIN("cuModuleGetFunction", name)
     auto* from = static_cast<Module*>(module);
     if (!modules.count(from) || from->device != current()) return INVALID_HANDLE;
+    if (const int code = unsafe()) return code;  // it loads the kernel
     const std::string symbol = std::string(1, '\0') + name + '\0';
     if (from->image.find(symbol) == std::string::npos) return NOT_FOUND;
     auto* made = new Function{current(), name};
@@ -195,10 +227,18 @@ EXPORT int cuModuleGetFunction(void** function, void* module, const char* name) 
     *function = made;
     return OK;
 }
+EXPORT int cuThreadExchangeStreamCaptureMode(int* mode) {
+    BEGIN("cuThreadExchangeStreamCaptureMode", std::to_string(*mode))
+    if (*mode < GLOBAL || *mode > RELAXED) return INVALID_VALUE;
+    std::swap(*mode, thread_mode);
+    return OK;
+}
 EXPORT int cuStreamIsCapturing(void* stream, int* status) {
     BEGIN("cuStreamIsCapturing")
     if (!known(static_cast<Stream*>(stream))) return INVALID_HANDLE;
-    *status = stream != nullptr && static_cast<Stream*>(stream)->capturing;
+    if (stream == nullptr && implicit(current())) return STREAM_CAPTURE_IMPLICIT;
+    const auto* asked = static_cast<Stream*>(stream);
+    *status = stream == nullptr || !asked->capturing ? 0 : asked->invalidated ? 2 : 1;
     return OK;
 }
 EXPORT int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
@@ -210,6 +250,7 @@ EXPORT int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsi
             << "," << block_z << " device=" << (current() ? current()->ordinal : -1) << " stream=" << stream;
     BEGIN("cuLaunchKernel", details.str())
     if (!real || kernel->device != current() || !known(static_cast<Stream*>(stream))) return INVALID_HANDLE;
+    if (stream == nullptr && implicit(current())) return STREAM_CAPTURE_IMPLICIT;
     if (grid_x == 0 || grid_y == 0 || grid_z == 0 || grid_y > 65535 || grid_z > 65535 || block_x * block_y * block_z > 1024 ||
         shared != 0 || extra != nullptr) {
         return INVALID_VALUE;
@@ -235,7 +276,12 @@ EXPORT void* mock_stream(int device) {
     streams.insert(made);
     return made;
 }
-EXPORT void mock_capture(void* stream, int capturing) { static_cast<Stream*>(stream)->capturing = capturing != 0; }
+EXPORT void mock_capture(void* stream, int capturing, int mode, int blocking) {
+    auto* of = static_cast<Stream*>(stream);
+    of->capturing = capturing != 0, of->invalidated = false, of->mode = mode, of->blocking = blocking != 0;
+    of->by = std::this_thread::get_id();
+}
+EXPORT int mock_invalidated(void* stream) { return static_cast<Stream*>(stream)->invalidated; }
 EXPORT void mock_enter(int device) { devices[device].retained = true, contexts.push_back(&devices[device]); }
 EXPORT int mock_depth() { return (int)contexts.size(); }
 EXPORT int mock_calls() { return (int)calls.size(); }

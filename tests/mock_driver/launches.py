@@ -6,7 +6,9 @@ nothing yet; what it calls is `_core`, with tensors that lie in host memory and 
 
 from __future__ import annotations
 
+import re
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 from control import Driver, fresh
-from fake import HostCuda
+from fake import FakeCuda, HostCuda
 from work import SHAPE, draw, error_of, loaded, masked_mse
 
-from sokd import _core
+from sokd import _core, ops, reference
 
 
 def _launches() -> list[str]:
@@ -30,7 +32,8 @@ def test_a_call_initialises_loads_and_launches_in_order() -> None:
     calls = calls[:1] + [
         call for call in calls[1:] if call not in {"cuInit", "cuDriverGetVersion"}
     ]  # NVRTC's own
-    load = ["cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel"]
+    mode = "cuThreadExchangeStreamCaptureMode"
+    load = [mode, "cuModuleLoadData", "cuModuleGetFunction", mode, "cuLaunchKernel"]
     device = ["cuInit", "cuDeviceGetCount", "cuDeviceGet", "cuDeviceGetAttribute", "cuDeviceGetAttribute"]
     assert calls == [
         *device, "cuDevicePrimaryCtxRetain", "cuCtxGetCurrent", "cuCtxPushCurrent_v2",
@@ -127,11 +130,33 @@ def test_a_generation_that_nvrtc_does_not_know_gets_ptx(own_cache: Path) -> None
     assert b".visible .entry draw(" in ptx and ptx.endswith(b"\0")
 
 
-def test_a_device_too_old_for_nvrtc() -> None:
-    error = fresh(_architectures, (3, 5))
-    assert (
-        error == f"draw: NVRTC {_core.cuda_info()['nvrtc']} compiles for no device of compute capability 3.5"
+@pytest.mark.parametrize("capability", [(3, 5), (6, 1), (7, 0)])
+def test_a_device_too_old(capability: tuple[int, int]) -> None:
+    version, (major, minor) = _core.cuda_info()["nvrtc"], capability
+    why = f"cuda:1 has compute capability {major}.{minor}, and the kernels need 7.0"
+    if capability >= (7, 0):  # NVRTC 12 compiles for it, 13 does not
+        why = f"NVRTC {version} compiles for no device of compute capability 7.0"
+        if int(version.split(".")[0]) < 13:
+            pytest.skip("this NVRTC serves it")
+    assert fresh(_architectures, capability) == f"draw: {why}"
+    assert fresh(_on_an_old_device, capability) == (why, 0)
+
+
+def _on_an_old_device(capability: tuple[int, int]) -> tuple[str, int]:
+    driver, maps = Driver(), [torch.randn(SHAPE) for _ in range(2)]
+    driver.api.mock_capability(1, *capability)
+    with FakeCuda(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            loss = ops.masked_mse(*(HostCuda(each, 1) for each in maps))
+    assert isinstance(loss, HostCuda) and torch.equal(loss.host, reference.masked_mse(*maps))
+    (warning,) = [str(each.message) for each in caught]
+    said = re.fullmatch(
+        r"sokd: no kernels for cuda in this build \((.*)\), the plain PyTorch path \(sokd.reference\) serves",
+        warning,
     )
+    assert said is not None, warning
+    return said[1], len(driver.launches())
 
 
 def test_no_such_device() -> None:

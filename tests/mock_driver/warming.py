@@ -6,7 +6,9 @@ nothing yet; what it calls is `_core`, with tensors that lie in host memory and 
 
 from __future__ import annotations
 
+import ctypes
 import os
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -37,8 +39,8 @@ def _capture() -> tuple[str, int, list[str]]:
 def test_a_kernel_that_is_not_loaded_cannot_be_captured() -> None:
     text, loads, calls = fresh(_capture)
     assert text == (
-        "draw: kernel draw is not loaded on cuda:0, and a CUDA graph is being captured; call sokd.warmup() "
-        "before the capture"
+        "draw: kernel draw is not loaded on cuda:0, and a CUDA graph is being captured; "
+        'call sokd.warmup("cuda:0") before the capture'
     )
     assert loads == 0
     # after the warm-up: what a capture allows, and nothing else
@@ -60,6 +62,73 @@ def test_a_kernel_beside_a_loaded_one_cannot_be_captured_either() -> None:
     """The driver loads a module's kernels one by one, when they are asked for."""
     text = fresh(_capture_beside_a_loaded_kernel)
     assert text.startswith("masked_mse: kernel masked_mse_area is not loaded on cuda:0, and a CUDA graph")
+
+
+def _capture_of_doubles() -> str:
+    driver = Driver()
+    stream = driver.stream(1)
+    driver.capture(stream, True)
+    maps = [HostCuda(torch.zeros(1, 1, 2, 2, dtype=torch.float64), 1) for _ in range(2)]
+    loss = HostCuda(torch.zeros((), dtype=torch.float64), 1)
+    room = partial(torch.empty, dtype=torch.uint8)
+    return error_of(lambda: _core.masked_mse(loss, None, *maps, None, "elements", 1.0, 1, stream, room))
+
+
+def test_the_advice_names_the_device_and_float64() -> None:
+    """Which `sokd.warmup` leaves out unless it is asked for."""
+    advice = 'call sokd.warmup("cuda:1", dtypes=[torch.float64]) before the capture'
+    assert fresh(_capture_of_doubles).endswith(advice)
+
+
+def _beside(mode: int, thread: bool) -> tuple[int, bool]:
+    driver = Driver()
+    captured = driver.stream()
+
+    def begin() -> None:
+        driver.capture(captured, True, mode=mode)
+
+    if thread:
+        other = threading.Thread(target=begin)
+        other.start()
+        other.join()
+    else:
+        begin()
+    draw(0, driver.stream())
+    own = ctypes.c_int(1)
+    driver.api.cuThreadExchangeStreamCaptureMode(ctypes.byref(own))
+    return own.value, driver.spoilt(captured)
+
+
+@pytest.mark.parametrize("thread", [True, False], ids=["another thread", "this thread"])
+@pytest.mark.parametrize("mode", [0, 1])
+def test_a_kernel_is_loaded_beside_a_capture_of_another_stream(mode: int, thread: bool) -> None:
+    """Which neither hinders it nor is spoilt; and the thread's own mode is as it was."""
+    assert fresh(_beside, mode, thread) == (0, False)
+
+
+def _forbidden() -> tuple[int, bool]:
+    driver, module = Driver(), ctypes.c_void_p()
+    stream = driver.stream()
+    driver.api.cuInit(0)
+    driver.api.mock_enter(0)
+    driver.capture(stream, True)
+    return driver.api.cuModuleLoadData(ctypes.byref(module), b"none"), driver.spoilt(stream)
+
+
+def test_the_mock_forbids_what_a_capture_forbids() -> None:
+    """What the case above rests on."""
+    assert fresh(_forbidden) == (900, True)
+
+
+def _default_stream() -> str:
+    driver = Driver()
+    driver.capture(driver.stream(), True, blocking=True)
+    return error_of(draw)
+
+
+def test_the_default_stream_beside_a_capture_that_it_would_wait_for() -> None:
+    text = fresh(_default_stream)
+    assert text.startswith("draw: kernel draw is not loaded on cuda:0, and a CUDA graph is being captured;")
 
 
 def _warm() -> tuple[int, int, int, int]:

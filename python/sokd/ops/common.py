@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sokd import _core
 from sokd.config import why_no_cuda
 
 LIBRARY = torch.library.Library("sokd", "DEF")  # type: ignore[no-untyped-call]
@@ -132,16 +133,27 @@ def second_derivative(
 
 def has_kernel(tensor: Tensor) -> bool:
     """Whether `_core` serves this tensor's device; if not, says once for each device type who does."""
-    device = tensor.device.type
-    if device in KERNELS or device == "meta":
+    device, compiling, too_old = tensor.device.type, torch.compiler.is_compiling(), None
+    if device == "cuda" and device in KERNELS and not compiling:
+        too_old = _why_too_old(tensor.device.index)
+    if too_old is None and (device in KERNELS or device == "meta"):
         return True
-    if not torch.compiler.is_compiling() and device not in _warned:
+    if not compiling and device not in _warned:
         _warned.add(device)
-        why = f" ({why_no_cuda()})" if device == "cuda" else ""
+        why = f" ({too_old or why_no_cuda()})" if device == "cuda" else ""
         serves = "the plain PyTorch path (sokd.reference) serves"
         text = f"sokd: no kernels for {device} in this build{why}, {serves}"
         warnings.warn(text, stacklevel=3)
     return False
+
+
+@cache
+def _why_too_old(index: int) -> str | None:
+    """Why this CUDA device is too old for the kernels or the compiler; None: it is not, or it is not here."""
+    try:
+        return _core.cuda_why_not(index)
+    except RuntimeError:  # a fake tensor's; and a real one's call will say what is wrong
+        return None
 
 
 def stream_of(device: torch.device) -> int:

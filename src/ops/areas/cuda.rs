@@ -103,10 +103,10 @@ fn describe(args: &Args, order: Order) -> Result<Areas> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::args::tests::fields_in;
+    use crate::cuda::args::tests::assert_mirrors;
 
     #[test]
     fn the_structure_is_that_of_the_kernel() {
-        assert_eq!(fields_in(SOURCE.text, Areas::NAME), Areas::FIELDS);
+        assert_mirrors(SOURCE.text, &[(Areas::NAME, Areas::FIELDS)]);
     }
 }

@@ -46,10 +46,10 @@ pub unsafe fn draw(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::args::tests::fields_in;
+    use crate::cuda::args::tests::assert_mirrors;
 
     #[test]
     fn the_structure_is_that_of_the_kernel() {
-        assert_eq!(fields_in(SOURCE.text, Draw::NAME), Draw::FIELDS);
+        assert_mirrors(SOURCE.text, &[(Draw::NAME, Draw::FIELDS)]);
     }
 }

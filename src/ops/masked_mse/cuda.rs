@@ -97,10 +97,10 @@ fn describe(args: &Args, order: Order) -> Result<MaskedMse> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::args::tests::fields_in;
+    use crate::cuda::args::tests::assert_mirrors;
 
     #[test]
     fn the_structure_is_that_of_the_kernel() {
-        assert_eq!(fields_in(SOURCE.text, MaskedMse::NAME), MaskedMse::FIELDS);
+        assert_mirrors(SOURCE.text, &[(MaskedMse::NAME, MaskedMse::FIELDS)]);
     }
 }

@@ -19,7 +19,8 @@
 // "Order by upstream": lanes if it is channels_last and not contiguous, else planes, whatever its strides.
 // Scratch (no initial content, 8-byte aligned): RefineBackward.partials 8 * blocks * 8 bytes; RefineDots.partials plans * blocks * 8 bytes.
 // The seed: read from seed_pointer (int64) if that is not 0, else the number in `seed`.
-// A perm that names a channel below 0 or above C-1 makes NaN of its output channel: no memory outside a map is ever read.
+// A perm that names a channel below 0 or above C-1 makes NaN of its output channel: no memory outside a map is ever read. A channel that
+// no entry of perm names has gradient zero.
 #include "common.cuh"
 #include "sampling.cuh"  // struct Plan is there
 
@@ -612,10 +613,33 @@ SOKD_DEVICE void gather_lanes(const RefineBackward& args, const Piece& piece, co
     }
 }
 
+// Writes zeros for those of the block's channels that no entry of perm names, which it does not have if it is a permutation.
+template <class T>
+SOKD_DEVICE void clear_unnamed(const RefineBackward& args, const Piece& piece, int* named) {
+    const Part& perm = args.plan.perm;
+    named[threadIdx.x] = piece.channel + (int)threadIdx.x >= piece.channels;
+    __syncthreads();
+    for (int c = (int)threadIdx.x; c < (int)args.grid.channels; c += THREADS) {
+        const long long source = load_int(perm.pointer, perm.dtype, piece.n * perm.group + c * perm.a);
+        if (source >= piece.channel && source < piece.channels) named[source - piece.channel] = 1;
+    }
+    __syncthreads();
+    if (!__syncthreads_or(!named[threadIdx.x])) return;
+    for (int i = 0; piece.channel + i < piece.channels; i++) {
+        if (named[i]) continue;
+        T* target = sample_of<T>(args.d_features, piece.n) + (piece.channel + i) * args.d_features.c;
+        for (unsigned position = piece.position + threadIdx.x; position < piece.positions; position += THREADS) {
+            from_acc(Acc<T>(0), target[place(args.d_features, position, (unsigned)args.grid.width)]);
+        }
+    }
+}
+
 template <class T, int ORDER>
 SOKD_DEVICE void refine_adjoint(const RefineBackward& args) {
     SOKD_SHARED(SamplePlan, plan, );
+    SOKD_SHARED(int, named, [MOST_CHANNELS]);
     const Piece piece = piece_of(args.grid);
+    if (args.plan.perm.pointer) clear_unnamed<T>(args, piece, named);
     read_plan(plan, args.plan, args.grid, piece, 0);
     if constexpr (ORDER == PLANES) gather_planes<T>(args, piece, plan);
     else gather_lanes<T>(args, piece, plan);
