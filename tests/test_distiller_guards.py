@@ -65,6 +65,11 @@ METHODS = {
     ),
     "a weight that is none": ({"at": "much"}, ValueError, f"{WEIGHT} 'much'"),
     "a negative weight": ({"at": -1}, ValueError, f"{WEIGHT} -1"),
+    "a list": (
+        ["at", "kd"],
+        TypeError,
+        "method must be a name, a dict of name -> weight, or a callable (f_s, f_t) -> scalar, got list",
+    ),
     "two of one name": (
         {nn.MSELoss(): 1.0, nn.MSELoss(reduction="sum"): 1.0},
         ValueError,
@@ -79,8 +84,9 @@ def test_methods_that_are_none(method, error, text):
 
 
 def test_a_name_like_a_method():
-    with pytest.raises(ValueError, match=re.escape("(nearest: fitnet), got 'fitnets'")):
-        make(method="fitnets")
+    names = ", ".join(sokd.methods.METHODS)
+    text = f"method must be one of {names} (nearest: fitnet), got 'fitnets'"
+    refused(ValueError, text, lambda: make(method="fitnets"))
 
 
 def test_an_option_that_nothing_has():
@@ -94,6 +100,15 @@ def test_an_option_that_nothing_has():
 def test_a_task_that_is_none():
     text = "task must be 'auto', 'model', None or a callable (logits, y), got 'ce'"
     refused(TypeError, text, lambda: make(task="ce"))
+
+
+@pytest.mark.parametrize(("plug", "text"), [
+    (None, "be True, False, a dict of SoKD's options or a SoKD, got None"),
+    (1.0, "be True, False, a dict of SoKD's options or a SoKD, got 1.0"),
+    ({"layers": 3}, "hold options of SoKD (nearest: areas, adapter, teacher_size), got 'layers'"),
+])  # fmt: skip
+def test_a_sokd_that_is_none(plug, text):
+    refused(TypeError, f"sokd must {text}", lambda: make(sokd=plug))
 
 
 def test_a_sokd_for_other_channels():
@@ -141,6 +156,74 @@ def test_an_input_of_another_dtype_or_device():
         refused(ValueError, text, lambda: make()(x.to("meta"), y))
 
 
+def test_pixels_as_bytes():
+    text = "x must have the dtype torch.float32 of the student's parameters, got torch.uint8"
+    refused(TypeError, text, lambda: objective(make(), (255 * batch()[0]).byte(), batch()[1]))
+
+
+@pytest.mark.parametrize(("make_x", "got"), [
+    (lambda x, y: (x, y), "tuple of Tensor, Tensor"),
+    (lambda x, y: [x, y], "list of Tensor, Tensor"),
+    (lambda x, y: x.numpy(), "ndarray"),
+    (lambda x, y: tuple(x.shape), "tuple of int, int, int"),
+], ids=["a loader's batch", "a list of it", "an array", "a shape"])  # fmt: skip
+def test_an_input_of_another_kind(make_x, got):
+    rule = "be what both models take, a tensor, a dict of keywords or a list of images"
+    text = f"x must {rule} (of a loader's batch (x, y) the x alone), got {got}"
+    refused(TypeError, text, lambda: make(example=make_x(*batch())))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_teacher_of_another_dtype(dtype):
+    teacher, student = models()
+    rule = "have the dtype torch.float32 of the student's parameters (distiller.to converts both models)"
+    text = f"teacher must {rule}, got {dtype}"
+    refused(TypeError, text, lambda: make(models=(teacher.to(dtype), student)))
+
+
+TARGETS = {
+    "int32": (lambda y: y.int(), TypeError, "torch.int32"),
+    "a list": (lambda y: y.tolist(), TypeError, "list"),
+    "a column": (lambda y: y[:, None], ValueError, "int64 [4, 1]"),
+    "too few": (lambda y: y[:3], ValueError, "int64 [3]"),
+    "numbers": (lambda y: y.float(), ValueError, "float32 [4]"),
+}
+
+
+@pytest.mark.parametrize(("change", "error", "got"), TARGETS.values(), ids=TARGETS)
+def test_targets_that_do_not_fit(change, error, got):
+    x, y = batch()
+    own = "class indices [4] (int64) or probabilities [4, 5] (float), as the logits [4, 5] ask for"
+    text = f"target must be {own} (others: logits=, task=), got {got}"
+    refused(error, text, lambda: make()(x, change(y)))
+
+
+def test_a_class_that_the_logits_do_not_have_and_another_device():
+    x, y = batch()
+    text = "target must be class indices 0 .. 4, as the logits [4, 5] have, got 5"
+    refused(ValueError, text, lambda: make()(x, torch.full_like(y, 5)))
+    text = "target must be on the logits' device, cpu, got meta"
+    refused(ValueError, text, lambda: make()(x, y.to("meta")))
+
+
+def test_one_number_a_sample_is_no_cross_entropy():
+    teacher, student = models()
+    student.forward = lambda x: student.head(student.features(x).mean((2, 3)))[:, 0]
+    rule = "be [B, K] for the cross entropy (name them by logits=, or another loss by task=)"
+    text = f"logits must {rule}, got [4]"
+    refused(ValueError, text, lambda: objective(make(models=(teacher, student)), batch()[0], torch.rand(4)))
+
+
+def test_features_that_pass_for_logits():
+    """The first tensor of a tuple, where it is a map: said with the shapes of both."""
+    teacher, student = models()
+    student.forward = lambda x: (maps := student.features(x), student.head(maps.mean((2, 3))))
+    shape = "[4, 12, 4, 4]"
+    own = f"class indices [4, 4, 4] (int64) or probabilities {shape} (float), as the logits {shape} ask for"
+    text = f"target must be {own} (others: logits=, task=), got int64 [4]"
+    refused(ValueError, text, lambda: objective(make(models=(teacher, student))))
+
+
 class Casting(nn.Module):
     """A model that computes in a dtype of its own whatever comes."""
 
@@ -168,7 +251,7 @@ def test_models_of_two_dtypes():
 NEEDS = {
     "crd": "index must be the samples' places in the training set, int64 [B], for method 'crd', as in "
     "distiller(x, y, index=i), got none",
-    "dkd": "target must be class indices [B] for method 'dkd', as in distiller(x, y), got none",
+    "dkd": "target must be class indices [B] for method 'dkd', as in distiller(x, y), got float32 [4, 5]",
 }
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from inspect import signature
+from typing import Any, cast
 
 from torch import nn
 
@@ -13,9 +15,27 @@ from sokd.kd import SoKD
 from sokd.methods.common import Shape
 from sokd.methods.registry import options_of
 
-__all__ = ["Needs", "find_heads", "make_adapters", "make_kd"]
+__all__ = ["Needs", "checked_plug", "find_heads", "make_adapters", "make_kd"]
 
 Plug = bool | SoKD | Mapping[str, Any]
+
+
+def checked_plug(plug: Any) -> Plug:
+    """`sokd=`, if it is one.
+
+    Raises:
+        TypeError: it is none, or a dict with an option that SoKD does not have (the nearest are given).
+    """
+    if not isinstance(plug, (bool, SoKD, Mapping)):
+        rule = "be True, False, a dict of SoKD's options or a SoKD"
+        raise TypeError(f"Distiller: sokd must {rule}, got {plug!r}")
+    known = [name for name, p in signature(SoKD).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    for option in plug if isinstance(plug, Mapping) else ():
+        if option not in known:
+            near = difflib.get_close_matches(str(option), known, n=3, cutoff=0.4) or known
+            rule = f"hold options of SoKD (nearest: {', '.join(near)})"
+            raise TypeError(f"Distiller: sokd must {rule}, got {option!r}")
+    return cast(Plug, plug)
 
 
 class Needs:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sokd import watch
 from sokd.distiller import guards
-from sokd.distiller.assemble import Needs, Plug, find_heads, make_adapters, make_kd
+from sokd.distiller.assemble import Needs, Plug, checked_plug, find_heads, make_adapters, make_kd
 from sokd.distiller.maps import as_map, auto_layers, check_pair, layouts, untouched
 from sokd.distiller.outputs import (
     Logits,
@@ -124,7 +124,8 @@ class Distiller(nn.Module):
         self._teacher_parts = tuple(teacher.modules())
         self._recipes = chosen(method, options)
         self.weights = {recipe.name: recipe.weight for recipe in self._recipes}
-        self._plug, self.task, self.logits, self.check_finite = sokd, checked_task(task), logits, check_finite
+        self._plug, self.task = checked_plug(sokd), checked_task(task)
+        self.logits, self.check_finite = logits, check_finite
         self._given = {"student": (student_tokens, student_grid, student_order),
                        "teacher": (teacher_tokens, teacher_grid, teacher_order)}  # fmt: skip
         self.kd: SoKD | None = None
@@ -153,7 +154,7 @@ class Distiller(nn.Module):
         """
         if torch.compiler.is_compiling():
             return self._forward(x, target, index)
-        with guards.explained(self.student, x):
+        with guards.explained(self, x):
             return self._forward(x, target, index)
 
     def _forward(self, x: Any, target: Any, index: Tensor | None) -> Any:
@@ -202,7 +203,7 @@ class Distiller(nn.Module):
         """The student's and the teacher's maps of x [B, C, H, W], one for each pair of layers; in eval mode,
         leaving no trace."""
         models = unwrapped(self.student), self.teacher
-        with guards.explained(self.student, x), untouched(*models), self._replayed():
+        with guards.explained(self, x), untouched(*models), self._replayed():
             return self._study(models[0], x, None).maps, self._teach(x).maps
 
     def logits_of(self, output: Any) -> Any:
@@ -225,7 +226,7 @@ class Distiller(nn.Module):
             raise RuntimeError(NOT_READY)
         guards.check_devices(self)
         student, teacher = unwrapped(self.student), self.teacher
-        with guards.explained(student, example), untouched(student, teacher), self._replayed():
+        with guards.explained(self, example), untouched(student, teacher), self._replayed():
             if self._layers == "auto":
                 self._tap(auto_layers(student, teacher, lambda model: call(model, example), example))
             maps = [
@@ -305,7 +306,7 @@ class Distiller(nn.Module):
         )  # fmt: skip
         losses = {}
         for name, method in self.methods.items():
-            check_needs(name, cast(Method, method).needs, step)
+            check_needs(name, cast(Method, method).needs, step, target)
             losses[f"loss_{name}"] = self.weights[name] * method(step)
         return losses if self.kd is None else losses | self._plugged(self.kd, made, losses)
 

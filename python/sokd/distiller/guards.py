@@ -44,6 +44,10 @@ NO_GRADIENT = (
     "or is checkpointed with use_reentrant=True (use_reentrant=False keeps it)"
 )
 EMPTY = "Distiller: x must hold at least one sample, got none"
+INPUTS = (
+    "Distiller: x must be what both models take, a tensor, a dict of keywords or a list of images (of a "
+    "loader's batch (x, y) the x alone), got {got}"
+)
 ONE_SAMPLE = (
     "Distiller: x must hold more than one sample where a BatchNorm in train mode has one value a channel, "
     "got 1 (drop_last=True in the DataLoader)"
@@ -135,7 +139,7 @@ def check_teacher(distiller: Distiller) -> None:
 
 
 @contextmanager
-def explained(student: nn.Module, x: Any) -> Iterator[None]:
+def explained(distiller: Distiller, x: Any) -> Iterator[None]:
     """Say of an error from inside the models what in the arguments caused it, where that can be seen."""
     if batch_size(x) == 0:
         raise ValueError(EMPTY)
@@ -145,25 +149,56 @@ def explained(student: nn.Module, x: Any) -> Iterator[None]:
         if batch_size(x) == 1 and "more than 1 value per channel" in str(error):
             raise ValueError(ONE_SAMPLE) from error
         raise
+    except (TypeError, AttributeError) as error:
+        if _is_input(x):
+            raise
+        raise TypeError(INPUTS.format(got=_kinds(x))) from error
     except RuntimeError as error:
-        misfit = _misfit(student, x)
+        misfit = _misfit(distiller, x, str(error))
         if misfit is not None:
             raise misfit from error
         raise
 
 
-def _misfit(student: nn.Module, x: Any) -> Exception | None:
-    parameter = next((p for p in unwrapped(student).parameters() if p.is_floating_point()), None)
+def _is_input(x: Any) -> bool:
+    """Whether models take such things: a tensor, keywords, images (which have one rank)."""
+    if isinstance(x, (list, tuple)):
+        return all(isinstance(each, Tensor) for each in x) and len({each.dim() for each in x}) == 1
+    return isinstance(x, (Tensor, Mapping))
+
+
+def _kinds(x: Any) -> str:
+    kind = type(x).__name__
+    return (
+        f"{kind} of {', '.join(type(each).__name__ for each in x[:3])}"
+        if isinstance(x, (list, tuple))
+        else kind
+    )
+
+
+def _misfit(distiller: Distiller, x: Any, error: str) -> Exception | None:
+    parameter, of_teacher = map(_first, (distiller.student, distiller.teacher))
     if parameter is None or not isinstance(x, Tensor):
         return None
     if x.device != parameter.device:
         rule = f"be on the device of the student's parameters, {parameter.device}"
         return ValueError(f"Distiller: x must {rule}, got {x.device}")
-    mixed = x.is_floating_point() and x.dtype != parameter.dtype
-    if mixed and not torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type):
+        return None
+    if of_teacher is not None and of_teacher.dtype != parameter.dtype:
+        own = f"{parameter.dtype} of the student's parameters"
+        rule = f"have the dtype {own} (distiller.to converts both models)"
+        return TypeError(f"Distiller: teacher must {rule}, got {of_teacher.dtype}")
+    integers = "Input type" in error  # a convolution's word: pixels as bytes; other layers may take integers
+    if x.dtype != parameter.dtype and (x.is_floating_point() or integers):
         rule = f"have the dtype {parameter.dtype} of the student's parameters"
         return TypeError(f"Distiller: x must {rule}, got {x.dtype}")
     return None
+
+
+def _first(model: nn.Module) -> nn.Parameter | None:
+    """One of the parameters, for device and dtype."""
+    return next((p for p in unwrapped(model).parameters() if p.is_floating_point()), None)
 
 
 # ------------------------------------------------------------------------------------- numbers that are none

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Set
 from typing import Any, Literal, TypeAlias, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -140,7 +141,50 @@ def task_losses(task: Task, output: Any, logits: Tensor | None, target: Any) -> 
     if logits is None:
         rule = "be in what the student returns (name them by logits=, or the loss by task=)"
         raise TypeError(f"Distiller: logits must {rule}, got {type(output).__name__}")
-    return {"loss_ce": F.cross_entropy(logits, target)}
+    return {"loss_ce": _cross_entropy(logits, target)}
+
+
+def _cross_entropy(logits: Tensor, target: Any) -> Tensor:
+    if torch.compiler.is_compiling():
+        return F.cross_entropy(logits, target)
+    classes = list(logits.shape)
+    cells = [*classes[:1], *classes[2:]]
+    own = f"class indices {cells} (int64) or probabilities {classes} (float)"
+    _check_target(logits, target, f"be {own}, as the logits {classes} ask for (others: logits=, task=)")
+    try:
+        return F.cross_entropy(logits, target)
+    except IndexError as error:  # seen on the CPU, where reading them is free
+        rule = f"be class indices 0 .. {classes[1] - 1}, as the logits {classes} have"
+        raise ValueError(f"Distiller: target must {rule}, got {int(target.max())}") from error
+
+
+def _check_target(logits: Tensor, target: Any, rule: str) -> None:
+    """Whether a cross entropy can be made of the two.
+
+    Raises:
+        TypeError, ValueError: it cannot.
+    """
+    if not isinstance(target, Tensor):
+        raise TypeError(f"Distiller: target must {rule}, got {type(target).__name__}")
+    if logits.dim() < 2:
+        ours = "be [B, K] for the cross entropy (name them by logits=, or another loss by task=)"
+        raise ValueError(f"Distiller: logits must {ours}, got {list(logits.shape)}")
+    shape = logits.shape if target.is_floating_point() else logits.shape[:1] + logits.shape[2:]
+    if not target.is_floating_point() and target.dtype not in (torch.int64, torch.uint8):
+        raise TypeError(f"Distiller: target must {rule}, got {target.dtype}")
+    if target.shape != shape:
+        raise ValueError(f"Distiller: target must {rule}, got {described(target)}")
+    if target.device != logits.device:
+        raise ValueError(
+            f"Distiller: target must be on the logits' device, {logits.device}, got {target.device}"
+        )
+
+
+def described(value: Any) -> str:
+    """A value as an error names it."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return "none" if value is None else type(value).__name__
 
 
 def labels_of(target: Any) -> Tensor | None:
@@ -157,7 +201,7 @@ _HINTS = {
 }
 
 
-def check_needs(name: str, needs: Set[str], step: Step) -> None:
+def check_needs(name: str, needs: Set[str], step: Step, target: Any) -> None:
     """Whether the step holds what the method needs.
 
     Raises:
@@ -170,4 +214,5 @@ def check_needs(name: str, needs: Set[str], step: Step) -> None:
     }
     for need, hint in _HINTS.items():
         if need in needs and not has[need]:
-            raise ValueError(f"Distiller: {hint.format(name=name)}, got none")
+            got = described(target if need == "target" else None)
+            raise ValueError(f"Distiller: {hint.format(name=name)}, got {got}")

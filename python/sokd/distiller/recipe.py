@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from sokd.methods.common import Method, Shape, Step
-from sokd.methods.registry import METHODS, build, options_of
+from sokd.methods.registry import METHODS, build, one_of_names, options_of
 from sokd.plug import masked_pair
 
 __all__ = ["Called", "Chosen", "Recipe", "chosen"]
@@ -76,10 +76,10 @@ def chosen(method: Chosen, options: Mapping[str, Any]) -> list[Recipe]:
         TypeError: no method of any kind, or an option that none of them has.
         ValueError: no such name, two of one name, or a weight that is none.
     """
-    weighted: dict[Any, Any] = dict(method) if isinstance(method, Mapping) else {}
-    if method is not None and not isinstance(method, Mapping):
-        weighted = {method: None}
-    made = [_recipe(source, weight, options) for source, weight in weighted.items()]
+    weighted: list[tuple[Any, Any]] = [] if method is None else [(method, None)]
+    if isinstance(method, Mapping):
+        weighted = list(method.items())
+    made = [_recipe(source, weight, options) for source, weight in weighted]
     names = [recipe.name for recipe in made]
     for name in names:
         if names.count(name) > 1:
@@ -96,7 +96,7 @@ def chosen(method: Chosen, options: Mapping[str, Any]) -> list[Recipe]:
 def _recipe(source: Any, weight: Any, options: Mapping[str, Any]) -> Recipe:
     if isinstance(source, str):
         if source not in METHODS:
-            build(source, student_shapes=(), teacher_shapes=())  # says which names there are
+            raise ValueError(f"Distiller: method must {one_of_names(source)}")
         own = {option: value for option, value in options.items() if option in options_of(source)}
         return Recipe(source, source, _weight(source, weight, METHODS[source].default_weight), own)
     if isinstance(source, Method):

@@ -126,7 +126,9 @@ class Taps:
         if key is not None and key in entries:
             value = entries[key]
         elif key is not None:
-            raise TypeError(f"Distiller: {self.label(layer)} must give one of {_names(entries)}, got none")
+            raise TypeError(
+                f"Distiller: {self.label(layer)} must give one of {_names(entries)}, got none of that name"
+            )
         if isinstance(value, Tensor):
             return value
         hint = f" with {_names(entries)}: name one, as in '{name}:{next(iter(entries))}'" if entries else ""

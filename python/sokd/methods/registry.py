@@ -21,7 +21,7 @@ from sokd.methods.reviewkd import ReviewKD
 from sokd.methods.rkd import RKD
 from sokd.methods.sp import SP
 
-__all__ = ["METHODS", "build", "options_of"]
+__all__ = ["METHODS", "build", "one_of_names", "options_of"]
 
 _ALL: tuple[type[Method], ...] = (
     FitNet, AT, CRD, ReviewKD, KD, DKD, LSKD, DIST, SP, RKD, CATKD, MGD
@@ -39,15 +39,20 @@ def build(
         TypeError: an option that it does not have, or one that it cannot do without.
     """
     if name not in METHODS:
-        near = difflib.get_close_matches(str(name).lower(), METHODS, n=3, cutoff=0.4)
-        rule = f"be one of {', '.join(METHODS)}" + (f" (nearest: {', '.join(near)})" if near else "")
-        raise ValueError(f"build: name must {rule}, got {name!r}")
+        raise ValueError(f"build: name must {one_of_names(name)}")
     method, known = METHODS[name], options_of(name)
     for option in options:
         if option not in known:
             rule = f"be among {', '.join(known)}" if known else "be left out (it has none)"
             raise TypeError(f"{name}: options must {rule}, got {option}")
     return method(student_shapes, teacher_shapes, **options)
+
+
+def one_of_names(name: str) -> str:
+    """What to say of a name that no method has, the nearest given."""
+    near = difflib.get_close_matches(str(name).lower(), METHODS, n=3, cutoff=0.4)
+    nearest = f" (nearest: {', '.join(near)})" if near else ""
+    return f"be one of {', '.join(METHODS)}{nearest}, got {name!r}"
 
 
 def options_of(name: str) -> list[str]:
