@@ -144,12 +144,13 @@ COMPILED = [*(name for name in METHODS if name != "crd"), {"fitnet": 1.0, "kd": 
 
 
 @compiles
+@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("method", COMPILED, ids=str)
-def test_the_whole_compiles_in_one_graph(method):
+def test_the_whole_compiles_in_one_graph(method, dynamic):
     torch._dynamo.reset()
     expected, wanted = stepped(make(method=method))
     distiller = make(method=method)
-    value, found = stepped(torch.compile(distiller, fullgraph=True, backend="eager"))
+    value, found = stepped(torch.compile(distiller, fullgraph=True, dynamic=dynamic, backend="eager"))
     torch.testing.assert_close(value, expected)
     check_same({name.removeprefix("_orig_mod."): g for name, g in found.items()}, wanted)
     assert int(distiller.kd.policy.counter) == 1

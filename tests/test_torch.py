@@ -12,6 +12,7 @@ from torch.library import opcheck
 
 from sokd import ops, reference
 from sokd.ops import common
+from sokd.ops.masked_mse import _masked_mse
 
 SHAPE = (2, 3, 5, 6)
 DOUBLE = torch.float64
@@ -86,6 +87,27 @@ def test_compile_as_one_graph(dtype, dynamic):
         pairs = zip(torch.autograd.grad(one, inputs), torch.autograd.grad(two, inputs), strict=True)
         for first, second in pairs:
             torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-5)
+
+
+@compiles
+def test_numbers_that_two_calls_share_compile_for_any_batch():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seed, self.scale = 5, 0.7  # symbols to a compiler that is told `dynamic=True`
+
+        def forward(self, student, teacher, sigma):
+            terms = []
+            for _ in range(2):
+                refined = ops.refine(teacher, sigma=sigma, seed=self.seed)
+                terms.append(_masked_mse(student, refined, None, normalise="elements", scale=self.scale))
+            return sum(terms)
+
+    model, sigma = Model(), torch.tensor([0.1])
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    for batch in (4, 3):
+        inputs = (torch.randn(batch, 4, 5, 5, requires_grad=True), torch.randn(batch, 4, 5, 5), sigma)
+        torch.testing.assert_close(compiled(*inputs), model(*inputs), rtol=1e-6, atol=0)
 
 
 @compiles

@@ -74,7 +74,13 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     `Function.apply` derives the signature of `forward` in every call, to bind defaults that ours do not have:
     three times what the rest of a call on a small map takes. Where nothing is differentiated, `forward` does.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        # With `dynamic=True` a number may be a symbol, and one that two functions share breaks the graph.
+        from torch.fx.experimental.symbolic_shapes import guard_scalar  # takes a third of a second
+
+        args = tuple(guard_scalar(arg) if isinstance(arg, (int, float)) else arg for arg in args)
+        return function.apply(*args)  # type: ignore[no-untyped-call]
+    if torch._C._are_functorch_transforms_active():
         return function.apply(*args)  # type: ignore[no-untyped-call]
     if not _is_differentiated(args):
         return function.forward(*args)
