@@ -199,6 +199,12 @@ def test_tokens_that_do_not_fit_are_refused(count, options, text):
             {"student_size": 8, "teacher_size": (4, 0)},
             "Adapter: teacher_size must be positive, got 0",
         ),
+        (
+            (3, 5),
+            {"student_size": (1, 2, 3), "teacher_size": 4},
+            "Adapter: student_size must be one number or (H, W), got (1, 2, 3)",
+        ),
+        (("3", 5), {}, "Adapter: student_channels must be a whole number, got '3'"),
     ],
 )
 def test_bad_options_are_refused(arguments, options, text):

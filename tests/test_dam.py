@@ -175,6 +175,7 @@ def test_channels_last_gives_the_same():
         ({"areas": "both"}, "DAM: areas must be one of 'mutual', 'student', 'teacher', got 'both'"),
         ({"overlap": "max"}, "DAM: overlap must be one of 'sum', 'square', 'union', got 'max'"),
         ({"k": 0}, "DAM: k must be positive, got 0"),
+        ({"k": 2.5}, "DAM: k must be a whole number, got 2.5"),
         ({"kernel": 2}, "DAM: kernel must be odd, got 2"),
         ({"kernel": 0}, "DAM: kernel must be positive, got 0"),
     ],

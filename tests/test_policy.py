@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+import re
 
 import pytest
 import torch
@@ -308,7 +309,30 @@ def test_checkpoint_copies_and_pickles_go_on_alike() -> None:
     for _ in range(3):
         refined = policy(features)
         assert all(torch.equal(other(features), refined) for other in others)
-    assert set(policy.state_dict()) == {"alpha", "beta", "magnitude", "seed", "counter"}
+    assert set(policy.state_dict()) == {"alpha", "beta", "magnitude", "seed", "counter", "pairs"}
+
+
+def test_a_state_of_other_operations_is_refused() -> None:
+    one = Policy(policies=[("rotate", "noise")])
+    text = "policies must be those of the state, rotate + noise, got shear_x + cutout"
+    with pytest.raises(RuntimeError, match=re.escape(text)):
+        Policy(policies=[("shear_x", "cutout")]).load_state_dict(one.state_dict())
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_policy_made_on_meta_is_whole_after_loading(assign: bool) -> None:
+    policy, features = Policy(granularity="sample"), torch.randn(3, 4, 5, 5)
+    with torch.device("meta"):
+        made = Policy(granularity="sample")
+    made = made if assign else made.to_empty(device="cpu")
+    made.load_state_dict(policy.state_dict(), assign=assign)
+    torch.testing.assert_close(made(features), policy(features), rtol=0, atol=0)
+
+
+def test_a_draw_inside_a_transform_is_refused() -> None:
+    policy = Policy()
+    with pytest.raises(RuntimeError, match="draw must be called outside"):
+        torch.func.grad(lambda f: policy(f).sum())(torch.randn(2, 4, 5, 5))
 
 
 def test_ranges_survive_a_cast() -> None:

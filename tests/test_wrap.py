@@ -157,8 +157,13 @@ WRONG = {
     ),
     "no tensor": (
         lambda: wrap(lambda f_s, f_t: {"loss": f_s.sum()}, make())(*pair()),
-        "wrap: any_loss must return a tensor to which the agreement is added (agreement=False leaves it in "
+        "wrap: any_loss must return a scalar tensor to add the agreement to (agreement=False leaves it in "
         ".agreement), got dict",
+    ),
+    "no scalar": (
+        lambda: wrap(lambda f_s, f_t: f_s.sum((1, 2, 3)), make())(*pair()),
+        "wrap: any_loss must return a scalar tensor to add the agreement to (agreement=False leaves it in "
+        f".agreement), got shape [{len(pair()[0])}]",
     ),
 }
 

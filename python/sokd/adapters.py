@@ -8,6 +8,8 @@ matches which sizes (`Adapter`), what happens at any other ratio (`resize`), and
 from __future__ import annotations
 
 import math
+import numbers
+from collections.abc import Sequence
 from typing import cast
 
 import torch.nn.functional as F
@@ -149,14 +151,18 @@ def as_size(name: str, size: int | Size | None) -> Size | None:
     """One number or a pair as a pair, checked."""
     if size is None:
         return None
-    height, width = (size, size) if isinstance(size, int) else size
-    return _positive(name, height), _positive(name, width)
+    pair = (size, size) if isinstance(size, numbers.Integral) else size
+    if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+        raise ValueError(f"Adapter: {name} must be one number or (H, W), got {size!r}")
+    return _positive(name, pair[0]), _positive(name, pair[1])
 
 
 def _positive(name: str, value: int) -> int:
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, numbers.Integral):
+        raise ValueError(f"Adapter: {name} must be a whole number, got {value!r}")
+    if value < 1:
         raise ValueError(f"Adapter: {name} must be positive, got {value}")
-    return value
+    return int(value)
 
 
 def _size_matching(

@@ -12,6 +12,7 @@ Source: method.md section 3 [P: paper, A: authors' prototype, S: settled here].
 
 from __future__ import annotations
 
+import numbers
 from typing import NamedTuple, cast
 
 import torch
@@ -174,9 +175,11 @@ def _in_cells(share: Tensor) -> Tensor:
 
 
 def _at_least_one(name: str, value: int) -> int:
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, numbers.Integral):
+        raise ValueError(f"DAM: {name} must be a whole number, got {value!r}")
+    if value < 1:
         raise ValueError(f"DAM: {name} must be positive, got {value}")
-    return value
+    return int(value)
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:

@@ -335,7 +335,7 @@ def _channel_pairs(student: int | Sequence[int], teacher: int | Sequence[int]) -
 def _channels(name: str, channels: int | Sequence[int]) -> list[int]:
     given = list(channels) if isinstance(channels, Sequence) else [channels]
     if not given or not all(isinstance(count, numbers.Integral) and count > 0 for count in given):
-        raise ValueError(f"SoKD: {name} must be a positive number or a list of them, got {channels}")
+        raise ValueError(f"SoKD: {name} must be a positive number or a list of them, got {channels!r}")
     return [int(count) for count in given]
 
 
@@ -370,6 +370,11 @@ def _layouts(side: str, tokens: Any, grid: Any, layers: int) -> list[dict[str, A
     for of in grids:
         if of is not None and not _is_grid(of):
             raise ValueError(f"SoKD: {side}_grid must be (H, W), both positive, for each layer, got {of!r}")
+    for count in counts:
+        if count is not None and (not isinstance(count, int) or count < 0):
+            raise ValueError(
+                f"SoKD: {side}_tokens must be a whole number, 0 or more, for each layer, got {count!r}"
+            )
     named: dict[str, Any] = {"op": "loss", "name": f"{side}_features"}
     return [{"tokens": count, "grid": of, **named} for count, of in zip(counts, grids, strict=True)]
 

@@ -10,11 +10,12 @@ from sokd import _core
 from sokd.ops.common import KERNELS, stream_of
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_LAYOUTS = ("contiguous", "channels_last")
 
 
 def warmup(
     device: torch.device | str | int | None = None, *, dtypes: Sequence[torch.dtype] = _DTYPES,
-    layouts: Sequence[str] = ("contiguous", "channels_last"),
+    layouts: Sequence[str] = _LAYOUTS,
 ) -> None:  # fmt: skip
     """Compile every CUDA kernel, or fetch it from the cache on disk, and load it.
 
@@ -30,6 +31,10 @@ def warmup(
     ValueError: a dtype or layout that is none of these. RuntimeError: a kernel does not compile or load.
     Source: settled here.
     """
+    for name, given, known in (("dtypes", dtypes, (torch.float64, *_DTYPES)), ("layouts", layouts, _LAYOUTS)):
+        for each in given:
+            if each not in known:
+                raise ValueError(f"warmup: {name} must be of {', '.join(map(str, known))}, got {each}")
     if "cuda" not in KERNELS or not torch.cuda.is_available():
         return
     chosen = torch.device("cuda") if device is None else torch.device(device)

@@ -107,9 +107,10 @@ class Wrapped(nn.Module):
         watch.look(self.kd, f_s, f_t)
         if not self.adds_agreement or self.agreement is None:
             return result
-        if not is_tensor:
-            rule = "return a tensor to which the agreement is added (agreement=False leaves it in .agreement)"
-            raise TypeError(f"wrap: any_loss must {rule}, got {type(result).__name__}")
+        if not is_tensor or result.dim():
+            rule = "return a scalar tensor to add the agreement to (agreement=False leaves it in .agreement)"
+            got = f"shape {list(result.shape)}" if is_tensor else type(result).__name__
+            raise TypeError(f"wrap: any_loss must {rule}, got {got}")
         return result + self.agreement
 
 

@@ -184,7 +184,8 @@ def refine(
     Returns:
         refined, with the shape and dtype of the features; channels_last if they are.
 
-    Gradients: features, theta, sigma, straight (second derivatives by plain PyTorch: right, not fast).
+    Gradients: features, theta, sigma, straight (second derivatives by plain PyTorch: right, not fast). Under
+    vmap all entries draw the noise of the one seed.
     NaN features propagate. On the CPU, a theta or sigma that is not finite and a perm that is no permutation
     are a ValueError. NumPy arrays give a NumPy array. Source: method 2.3, settled here.
     """

@@ -83,7 +83,8 @@ def pair_of(entry: Sequence[int | str]) -> tuple[int, int]:
     names = [op.name for op in OPERATIONS]
     try:
         indices = [names.index(op) if isinstance(op, str) else op for op in entry]
-        fits = len(set(indices)) == len(indices) == 2 and all(index in range(len(names)) for index in indices)
+        known = all(index in range(len(names)) and not isinstance(index, bool) for index in indices)
+        fits = known and len(set(indices)) == len(indices) == 2
     except (ValueError, TypeError):
         fits = False
     if not fits:

@@ -11,7 +11,8 @@ untouched.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -48,6 +49,11 @@ _DRAWN_AGAIN = (
     "or kd.terms(..., draw=kd.policy.draw(batch)) with a draw made before"
 )
 
+_TRANSFORMED = (
+    "Policy: draw must be called outside torch.func's transforms, which forbid it to count its draws, got a "
+    "call inside; kd.terms(..., draw=kd.policy.draw(batch)) with a draw made before"
+)
+
 _source: torch.Generator | None = None
 
 
@@ -57,8 +63,12 @@ def manual_seed(seed: int) -> None:
     Without it they take it from PyTorch's default generator, so that `torch.manual_seed` alone also makes
     runs reproducible. Source: settled here.
     """
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+        raise TypeError(f"manual_seed: seed must be a whole number, got {seed!r}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"manual_seed: seed must fit in 64 bits, got {seed}")
     global _source
-    _source = torch.Generator("cpu").manual_seed(seed)
+    _source = torch.Generator("cpu").manual_seed(int(seed))
 
 
 def fresh_seed(generator: torch.Generator | None = None) -> Tensor:
@@ -100,12 +110,13 @@ class Policy(nn.Module):
     [K, 2] probability that an operation of the pair fires (0.5 at first; kept in [0.01, 0.99] by the
     search, where its logit is finite: settled here), `magnitude` [K, 2] (0.5 at first, kept in [0, 1]).
     They stay float32 (or float64) when the module is cast to half precision.
-    Buffers: `seed` and `counter`, int64 [1].
+    Buffers: `seed` and `counter`, int64 [1]; `pairs` [K, 2] int64, the sub-policies: a state of others is
+    refused (RuntimeError).
     """
 
     seed: Tensor
     counter: Tensor
-    _pairs: Tensor
+    pairs: Tensor
     _low: Tensor
     _span: Tensor
     _carrying: Tensor
@@ -124,6 +135,8 @@ class Policy(nn.Module):
         self.policies = PAIRS if policies is None else tuple(pair_of(entry) for entry in policies)
         if not self.policies:
             raise ValueError("Policy: policies must hold at least one pair, got none")
+        if len(set(self.policies)) < len(self.policies):
+            raise ValueError(f"Policy: policies must hold each pair once, got {_named(self.policies)}")
         self.estimator, self.magnitude_gradient, self.granularity = estimator, magnitude_gradient, granularity
         self.temperature = temperature
         self.present = Present.of(self.policies)
@@ -133,9 +146,24 @@ class Policy(nn.Module):
         self.magnitude = nn.Parameter(torch.full((count, 2), 0.5, dtype=dtype))
         self.register_buffer("seed", fresh_seed(generator).to(self.alpha.device))
         self.register_buffer("counter", torch.zeros(1, dtype=torch.int64))
-        self.register_buffer("_pairs", torch.tensor(self.policies), persistent=False)
-        for name, table in ranges(pathwise=magnitude_gradient == "pathwise")._asdict().items():
-            self.register_buffer(f"_{name}", table, persistent=False)
+        self.register_buffer("pairs", torch.tensor(self.policies))
+        self._tabulate()
+
+    def _tabulate(self) -> None:
+        """The constants of the operations, where the parameters are."""
+        for name, table in ranges(pathwise=self.magnitude_gradient == "pathwise")._asdict().items():
+            self.register_buffer(f"_{name}", table.to(self.alpha.device), persistent=False)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        """As `nn.Module`'s, but no policy of other operations; the constants are made anew, for a module that
+        was on the meta device."""
+        pairs = state_dict.get(f"{prefix}pairs")
+        if pairs is not None and pairs.tolist() != [list(pair) for pair in self.policies]:
+            rule = f"those of the state, {_named(pairs.tolist())}"
+            rest[-1].append(f"Policy: policies must be {rule}, got {_named(self.policies)}")  # error_msgs
+            return
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._tabulate()
 
     def extra_repr(self) -> str:
         options = ", ".join(f"{name}={getattr(self, name)!r}" for name in _OPTIONS)
@@ -161,6 +189,8 @@ class Policy(nn.Module):
         """
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(_DRAWN_AGAIN)
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            raise RuntimeError(_TRANSFORMED)
         drawn = self.draw_at(self.seed, self.counter, batch)
         self.counter.add_(1)
         return drawn
@@ -216,7 +246,7 @@ class Policy(nn.Module):
     def _strengths(self, rows: Tensor, gates: Tensor) -> Strengths:
         """rows [...] int64, gates [..., 2] bool."""
         magnitude = self.magnitude.to(torch.promote_types(self.magnitude.dtype, torch.float32))
-        return strengths(self._pairs[rows], gates, magnitude[rows], self._ranges)
+        return strengths(self.pairs[rows], gates, magnitude[rows], self._ranges)
 
     def _parts(self, strong: Strengths, draw: Draw, channels: Tensor, shape: Sequence[int]) -> Parts:
         return parts(strong, self.present, draw.uniforms[:, -2:], channels, shape[2], shape[3])
@@ -304,3 +334,9 @@ def _check_options(**options: str) -> None:
         allowed = _OPTIONS[name]
         if value not in allowed:
             raise ValueError(f"Policy: {name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _named(pairs: Sequence[Sequence[int]]) -> str:
+    """Sub-policies as an error names them: the first three."""
+    names = [" + ".join(OPERATIONS[index].name for index in pair) for pair in pairs[:3]]
+    return ", ".join(names) + (f", ... ({len(pairs)})" if len(pairs) > 3 else "")

@@ -77,7 +77,9 @@ class PolicySearch:
         self.kd, self.student = unwrapped(kd), unwrapped(student)
         self.policy = _policy_of(self.kd)
         estimator = self.policy.estimator if estimator is None else estimator
-        _check_options(objective, estimator, order, unroll, epochs)
+        if not isinstance(self.student, nn.Module):
+            raise TypeError(f"PolicySearch: student must be an nn.Module, got {type(student).__name__}")
+        _check_options(objective, estimator, order, unroll, lr, epochs)
         self.policy.estimator = estimator
         self.objective, self.order, self.unroll, self.epochs = objective, order, unroll, epochs
         self.epoch = 0
@@ -218,8 +220,10 @@ class PolicySearch:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` of a search with the same options returned."""
         needed = self.state_dict().keys()
-        if state.keys() != needed:
-            raise ValueError(f"PolicySearch: state must have {', '.join(needed)}, got {', '.join(state)}")
+        if not isinstance(state, Mapping) or state.keys() != needed:
+            got = ", ".join(map(str, state)) or "none" if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"PolicySearch: state must have {', '.join(needed)}, got {got}")
+        _check_fits(self._adam, state["adam"])
         self.epoch = int(state["epoch"])
         self.seed.copy_(state["seed"])
         self.counter.copy_(state["counter"])
@@ -237,6 +241,17 @@ def _adam(parameters: Iterable[Tensor], lr: float) -> torch.optim.Adam:
     # keeps the number of steps on the device, where `_apply` can take one back without waiting for it
     capturable = parameters[0].device.type == "cuda"
     return torch.optim.Adam(parameters, lr=lr, betas=(0.5, 0.999), capturable=capturable)
+
+
+def _check_fits(adam: torch.optim.Adam, state: Mapping[str, Any]) -> None:
+    """Whether a state is that of as many parameters, of these shapes."""
+    own = [list(parameter.shape) for parameter in adam.param_groups[0]["params"]]
+    groups = state.get("param_groups") or [{"params": []}]
+    kept = [state["state"].get(index, {}).get("exp_avg") for index in groups[0]["params"]]
+    shapes = [shape if mean is None else list(mean.shape) for shape, mean in zip(own, kept, strict=False)]
+    if shapes != own or len(kept) != len(own):
+        rule = f"have Adam's moments of the shapes {own}, as the policy has"
+        raise ValueError(f"PolicySearch: state must {rule}, got {shapes}")
 
 
 def _load(adam: torch.optim.Adam, state: dict[str, Any]) -> None:
@@ -278,18 +293,21 @@ def _policy_of(kd: Any) -> Policy:
     return policy
 
 
-def _check_options(objective: str, estimator: str, order: int, unroll: float, epochs: int) -> None:
+def _check_options(
+    objective: str, estimator: str, order: int, unroll: float, lr: float, epochs: int
+) -> None:  # fmt: skip
     chosen: dict[str, tuple[Any, Sequence[Any]]] = {
         "objective": (objective, ("consistency", "task", "total")),
         "estimator": (estimator, ("gumbel", "relax")),
         "order": (order, (1, 2)),
     }
     for name, (value, allowed) in chosen.items():
-        if value not in allowed:
+        if value not in allowed or type(value) is not type(allowed[0]):
             raise ValueError(f"PolicySearch: {name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
     if objective == "task" and order == 1:
         raise ValueError("PolicySearch: order must be 2 for objective 'task', got 1")  # no direct gradient
-    if not isinstance(unroll, numbers.Real) or not 0 <= unroll < math.inf:
-        raise ValueError(f"PolicySearch: unroll must be a finite number, 0 or more, got {unroll!r}")
+    for name, number in (("unroll", unroll), ("lr", lr)):
+        if not isinstance(number, numbers.Real) or not 0 <= number < math.inf:
+            raise ValueError(f"PolicySearch: {name} must be a finite number, 0 or more, got {number!r}")
     if not isinstance(epochs, numbers.Integral) or epochs < 0:
         raise ValueError(f"PolicySearch: epochs must be a whole number, 0 or more, got {epochs!r}")
