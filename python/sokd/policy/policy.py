@@ -110,13 +110,13 @@ class Policy(nn.Module):
     [K, 2] probability that an operation of the pair fires (0.5 at first; kept in [0.01, 0.99] by the
     search, where its logit is finite: settled here), `magnitude` [K, 2] (0.5 at first, kept in [0, 1]).
     They stay float32 (or float64) when the module is cast to half precision.
-    Buffers: `seed` and `counter`, int64 [1]; `pairs` [K, 2] int64, the sub-policies: a state of others is
-    refused (RuntimeError).
+    Buffers: `seed` and `counter`, int64 [1]; `operations` [K, 2] int64, the sub-policies: a state of others
+    is refused (RuntimeError).
     """
 
     seed: Tensor
     counter: Tensor
-    pairs: Tensor
+    operations: Tensor
     _low: Tensor
     _span: Tensor
     _carrying: Tensor
@@ -146,7 +146,7 @@ class Policy(nn.Module):
         self.magnitude = nn.Parameter(torch.full((count, 2), 0.5, dtype=dtype))
         self.register_buffer("seed", fresh_seed(generator).to(self.alpha.device))
         self.register_buffer("counter", torch.zeros(1, dtype=torch.int64))
-        self.register_buffer("pairs", torch.tensor(self.policies))
+        self.register_buffer("operations", torch.tensor(self.policies))
         self._tabulate()
 
     def _tabulate(self) -> None:
@@ -157,7 +157,7 @@ class Policy(nn.Module):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         """As `nn.Module`'s, but no policy of other operations; the constants are made anew, for a module that
         was on the meta device."""
-        pairs = state_dict.get(f"{prefix}pairs")
+        pairs = state_dict.get(f"{prefix}operations")
         if pairs is not None and pairs.tolist() != [list(pair) for pair in self.policies]:
             rule = f"those of the state, {_named(pairs.tolist())}"
             rest[-1].append(f"Policy: policies must be {rule}, got {_named(self.policies)}")  # error_msgs
@@ -246,7 +246,7 @@ class Policy(nn.Module):
     def _strengths(self, rows: Tensor, gates: Tensor) -> Strengths:
         """rows [...] int64, gates [..., 2] bool."""
         magnitude = self.magnitude.to(torch.promote_types(self.magnitude.dtype, torch.float32))
-        return strengths(self.pairs[rows], gates, magnitude[rows], self._ranges)
+        return strengths(self.operations[rows], gates, magnitude[rows], self._ranges)
 
     def _parts(self, strong: Strengths, draw: Draw, channels: Tensor, shape: Sequence[int]) -> Parts:
         return parts(strong, self.present, draw.uniforms[:, -2:], channels, shape[2], shape[3])
