@@ -342,11 +342,12 @@ def test_a_state_of_another_estimator_is_refused() -> None:
     assert str(caught.value) == message + "epoch, seed, counter, adam"
 
 
-def test_a_state_of_another_policy_is_refused_and_changes_nothing() -> None:
-    search = made()[2]
+@pytest.mark.parametrize(("estimator", "adam"), [("gumbel", "adam"), ("relax", "control_adam")])
+def test_a_state_of_another_policy_is_refused_and_changes_nothing(estimator: str, adam: str) -> None:
+    search = made(estimator=estimator)[2]
     state, before = search.state_dict(), copy.deepcopy(search.state_dict())
     state["seed"] += 1
-    state["adam"] = {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"params": [0, 1, 2]}]}
+    state[adam] = {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"params": [0, 1, 2]}]}
     with pytest.raises(ValueError, match="PolicySearch: state must have Adam's moments of the shapes"):
         search.load_state_dict(state)
     assert same(before, search.state_dict())

@@ -15,7 +15,7 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Adapter", "resize", "tokens_to_map"]
+__all__ = ["Adapter", "positive", "resize", "tokens_to_map"]
 
 Size = tuple[int, int]
 
@@ -60,8 +60,8 @@ class Adapter(nn.Module):
                 "Adapter: student_size and teacher_size must be given together, "
                 f"got {student_size} and {teacher_size}"
             )
-        self.student_channels = _positive("student_channels", student_channels)
-        self.teacher_channels = _positive("teacher_channels", teacher_channels)
+        self.student_channels = positive("Adapter", "student_channels", student_channels)
+        self.teacher_channels = positive("Adapter", "teacher_channels", teacher_channels)
         self.match = _size_matching(
             student_channels,
             teacher_channels,
@@ -154,14 +154,15 @@ def as_size(name: str, size: int | Size | None) -> Size | None:
     pair = (size, size) if isinstance(size, numbers.Integral) else size
     if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
         raise ValueError(f"Adapter: {name} must be one number or (H, W), got {size!r}")
-    return _positive(name, pair[0]), _positive(name, pair[1])
+    return positive("Adapter", name, pair[0]), positive("Adapter", name, pair[1])
 
 
-def _positive(name: str, value: int) -> int:
+def positive(op: str, name: str, value: int) -> int:
+    """A whole number of 1 or more, NumPy's too; ValueError for any other."""
     if not isinstance(value, numbers.Integral):
-        raise ValueError(f"Adapter: {name} must be a whole number, got {value!r}")
+        raise ValueError(f"{op}: {name} must be a whole number, got {value!r}")
     if value < 1:
-        raise ValueError(f"Adapter: {name} must be positive, got {value}")
+        raise ValueError(f"{op}: {name} must be positive, got {value}")
     return int(value)
 
 

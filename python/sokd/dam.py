@@ -12,13 +12,13 @@ Source: method.md section 3 [P: paper, A: authors' prototype, S: settled here].
 
 from __future__ import annotations
 
-import numbers
 from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sokd.adapters import positive
 from sokd.ops import Areas
 from sokd.ops import areas as find_areas
 from sokd.ops.masked_mse import _masked_mse
@@ -77,13 +77,13 @@ class DAM(nn.Module):
         kernel: int = 3,
     ) -> None:
         super().__init__()
-        self.channels = _at_least_one("channels", channels)
-        self.heat_channels = _at_least_one("heat_channels", heat_channels)
+        self.channels = positive("DAM", "channels", channels)
+        self.heat_channels = positive("DAM", "heat_channels", heat_channels)
         self.heads = _one_of("heads", heads, _HEADS)
         self.areas = _one_of("areas", areas, _AREAS)
         self.overlap = _one_of("overlap", overlap, _OVERLAP)
-        self.k = _at_least_one("k", k)
-        self.kernel = _at_least_one("kernel", kernel)
+        self.k = positive("DAM", "k", k)
+        self.kernel = positive("DAM", "kernel", kernel)
         if kernel % 2 == 0:
             raise ValueError(f"DAM: kernel must be odd, got {kernel}")
         self.first = nn.Conv2d(channels, 3 * channels, 3, padding=1)
@@ -172,14 +172,6 @@ def _in_cells(share: Tensor) -> Tensor:
         return share * width
     across, down = share.chunk(2, dim=1)
     return torch.cat((across * width, down * height), dim=1)
-
-
-def _at_least_one(name: str, value: int) -> int:
-    if not isinstance(value, numbers.Integral):
-        raise ValueError(f"DAM: {name} must be a whole number, got {value!r}")
-    if value < 1:
-        raise ValueError(f"DAM: {name} must be positive, got {value}")
-    return int(value)
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:

@@ -20,7 +20,7 @@ import torch
 
 from sokd.demo.data import DataSet, MissingData, few, load
 from sokd.demo.methods import ON_TOP, PLAIN, SHARES
-from sokd.demo.models import Net, build_teacher
+from sokd.demo.models import Net, saved_teacher
 from sokd.demo.train import Job, Run, Solver, Task, accuracy, cores, prepare, run_all, threads, train_teacher
 
 DATASETS = ("animal-mnist", "mnist-small")  # settings are chosen on the first, for both
@@ -135,10 +135,9 @@ def append(path: Path, row: Row) -> None:
 def _teacher(data: DataSet, folder: Path) -> Net:
     """The teacher from the folder, or a new one and its line in runs.csv."""
     path = folder / f"teacher-{data.name}.pt"
-    if path.exists():
-        teacher = build_teacher("base", classes=data.classes, image_side=data.side)
-        teacher.load_state_dict(torch.load(path, weights_only=True))
-        return teacher.requires_grad_(False).eval()
+    saved = saved_teacher(path, "base", classes=data.classes, image_side=data.side)
+    if saved is not None:
+        return saved
     teacher = train_teacher(data, "base", TEACHER)
     scores = {
         "last_validation": accuracy(teacher, data.validation),

@@ -11,7 +11,7 @@ import torch
 from sokd.demo import pictures, tune
 from sokd.demo.data import DataSet
 from sokd.demo.methods import METHODS
-from sokd.demo.models import Net, build_student, build_teacher, parameter_count
+from sokd.demo.models import Net, build_student, parameter_count, saved_teacher
 from sokd.demo.table import format_table, summarise, write_runs, write_table
 from sokd.demo.train import Job, Run, Solver, Task, accuracy, cores, prepare, run_all, threads, train_teacher
 
@@ -57,11 +57,10 @@ def _about(data: DataSet) -> str:
 def _teacher(data: DataSet, options: argparse.Namespace, folder: Path) -> Net:
     """The teacher from the folder, if one of this kind is there, else a new one."""
     path = folder / f"teacher-{data.name}-{options.teacher}-{options.teacher_epochs}.pt"
-    if path.exists():
-        teacher = build_teacher(options.teacher, classes=data.classes, image_side=data.side)
-        teacher.load_state_dict(torch.load(path, weights_only=True))
+    saved = saved_teacher(path, options.teacher, classes=data.classes, image_side=data.side)
+    if saved is not None:
         print(f"teacher: reused from {path}", flush=True)
-        return teacher.requires_grad_(False).eval()
+        return saved
     teacher = train_teacher(data, options.teacher, Solver(epochs=options.teacher_epochs, lr=TEACHER_LR))
     torch.save(teacher.state_dict(), path)
     return teacher

@@ -47,9 +47,9 @@ class Recipe:
     """A method of the table.
 
     `method` is a name of `sokd.methods`, `plug` the Distiller's `sokd=` (without a method its own masked term
-    is FitNet's). `weights` are those in use, `trials`
-    what they were chosen from: as many for every method, by validation accuracy at the last epoch. Of their
-    entries, "weight" is the method's, "share" the same in units of `train.balance`, others are SoKD's.
+    is FitNet's). `weights` are those in use, `trials` what they were chosen from: as many for every method,
+    by validation accuracy at the last epoch. Of their entries, "weight" is the method's, "share" the same in
+    units of `train.balance`, others are SoKD's.
     """
 
     label: str

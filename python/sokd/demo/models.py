@@ -8,6 +8,7 @@ A student is three plain convolutions.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -104,6 +105,15 @@ class Recorded(nn.Module):
         teacher, _, logits, maps = self._said
         logits, maps = teacher(x) if self.rows is None else (logits[self.rows], maps[self.rows])
         return logits, self.body(maps)
+
+
+def saved_teacher(path: Path, size: str, *, classes: int, image_side: int) -> Net | None:
+    """The teacher whose `state_dict` the file holds, in eval mode and frozen; None where there is no file."""
+    if not path.exists():
+        return None
+    teacher = build_teacher(size, classes=classes, image_side=image_side)
+    teacher.load_state_dict(torch.load(path, weights_only=True))
+    return teacher.requires_grad_(False).eval()
 
 
 def _stem_stride(image_side: int) -> int:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from inspect import signature
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -13,7 +12,7 @@ from sokd.adapters import Adapter
 from sokd.distiller.recipe import Recipe
 from sokd.kd import SoKD
 from sokd.methods.common import Shape
-from sokd.methods.registry import options_of
+from sokd.methods.registry import nearest, options_of
 
 __all__ = ["Needs", "checked_plug", "find_heads", "make_adapters", "make_kd"]
 
@@ -29,13 +28,15 @@ def checked_plug(plug: Any) -> Plug:
     if not isinstance(plug, (bool, SoKD, Mapping)):
         rule = "be True, False, a dict of SoKD's options or a SoKD"
         raise TypeError(f"Distiller: sokd must {rule}, got {plug!r}")
+    if not isinstance(plug, Mapping):
+        return plug
     known = [name for name, p in signature(SoKD).parameters.items() if p.kind is p.KEYWORD_ONLY]
-    for option in plug if isinstance(plug, Mapping) else ():
+    for option in plug:
         if option not in known:
-            near = difflib.get_close_matches(str(option), known, n=3, cutoff=0.4) or known
+            near = nearest(str(option), known) or known
             rule = f"hold options of SoKD (nearest: {', '.join(near)})"
             raise TypeError(f"Distiller: sokd must {rule}, got {option!r}")
-    return cast(Plug, plug)
+    return plug
 
 
 class Needs:

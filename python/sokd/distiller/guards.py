@@ -169,11 +169,9 @@ def _is_input(x: Any) -> bool:
 
 def _kinds(x: Any) -> str:
     kind = type(x).__name__
-    return (
-        f"{kind} of {', '.join(type(each).__name__ for each in x[:3])}"
-        if isinstance(x, (list, tuple))
-        else kind
-    )
+    if not isinstance(x, (list, tuple)):
+        return kind
+    return f"{kind} of {', '.join(type(each).__name__ for each in x[:3])}"
 
 
 def _misfit(distiller: Distiller, x: Any, error: str) -> Exception | None:

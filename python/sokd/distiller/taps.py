@@ -8,13 +8,13 @@ backward pass: they are not armed then.
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from sokd.methods.registry import nearest
 from sokd.virtual import unwrapped
 
 __all__ = ["Layers", "Pair", "Taps", "layer_pairs", "untapped"]
@@ -188,8 +188,8 @@ def _names(entries: Mapping[str, Any]) -> str:
 
 def _no_such_layer(side: str, name: str, modules: Mapping[str, nn.Module]) -> str:
     names = [known for known in modules if known]
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    near = nearest(name, names)
     near += [known for known in names if known.endswith(f".{name}") and known not in near][:3]
-    nearest = ", ".join(map(repr, near)) if near else ", ".join(map(repr, names[:5])) + ", ..."
-    rule = f"be layers of the {side} (named_modules; nearest: {nearest})"
+    hint = ", ".join(map(repr, near)) if near else ", ".join(map(repr, names[:5])) + ", ..."
+    rule = f"be layers of the {side} (named_modules; nearest: {hint})"
     return f"Distiller: layers must {rule}, got {name!r}"

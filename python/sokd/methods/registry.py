@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sokd.methods.at import AT
@@ -21,7 +21,7 @@ from sokd.methods.reviewkd import ReviewKD
 from sokd.methods.rkd import RKD
 from sokd.methods.sp import SP
 
-__all__ = ["METHODS", "build", "one_of_names", "options_of"]
+__all__ = ["METHODS", "build", "nearest", "one_of_names", "options_of"]
 
 _ALL: tuple[type[Method], ...] = (
     FitNet, AT, CRD, ReviewKD, KD, DKD, LSKD, DIST, SP, RKD, CATKD, MGD
@@ -50,9 +50,14 @@ def build(
 
 def one_of_names(name: str) -> str:
     """What to say of a name that no method has, the nearest given."""
-    near = difflib.get_close_matches(str(name).lower(), METHODS, n=3, cutoff=0.4)
-    nearest = f" (nearest: {', '.join(near)})" if near else ""
-    return f"be one of {', '.join(METHODS)}{nearest}, got {name!r}"
+    near = nearest(str(name).lower(), METHODS)
+    hint = f" (nearest: {', '.join(near)})" if near else ""
+    return f"be one of {', '.join(METHODS)}{hint}, got {name!r}"
+
+
+def nearest(name: str, known: Iterable[str]) -> list[str]:
+    """The names that somebody may have meant, at most three."""
+    return difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
 
 
 def options_of(name: str) -> list[str]:

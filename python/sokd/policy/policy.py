@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from sokd import watch
 from sokd.ops import draw as draw_uniforms
 from sokd.ops import refine
 from sokd.policy.gumbel import with_choices
@@ -185,11 +186,11 @@ class Policy(nn.Module):
 
         Raises:
             RuntimeError: inside a backward pass, where `torch.utils.checkpoint` computes a loss again: with
-                another draw the gradients would not be those of its value.
+                another draw the gradients would not be those of its value. Inside torch.func's transforms.
         """
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(_DRAWN_AGAIN)
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if watch.transformed():
             raise RuntimeError(_TRANSFORMED)
         drawn = self.draw_at(self.seed, self.counter, batch)
         self.counter.add_(1)

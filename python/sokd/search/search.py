@@ -224,6 +224,8 @@ class PolicySearch:
             got = ", ".join(map(str, state)) or "none" if isinstance(state, Mapping) else type(state).__name__
             raise ValueError(f"PolicySearch: state must have {', '.join(needed)}, got {got}")
         _check_fits(self._adam, state["adam"])
+        if self._control is not None:
+            _check_fits(self._control_adam, state["control_adam"])
         self.epoch = int(state["epoch"])
         self.seed.copy_(state["seed"])
         self.counter.copy_(state["counter"])
@@ -250,7 +252,7 @@ def _check_fits(adam: torch.optim.Adam, state: Mapping[str, Any]) -> None:
     kept = [state["state"].get(index, {}).get("exp_avg") for index in groups[0]["params"]]
     shapes = [shape if mean is None else list(mean.shape) for shape, mean in zip(own, kept, strict=False)]
     if shapes != own or len(kept) != len(own):
-        rule = f"have Adam's moments of the shapes {own}, as the policy has"
+        rule = f"have Adam's moments of the shapes {own}, as this search has"
         raise ValueError(f"PolicySearch: state must {rule}, got {shapes}")
 
 
