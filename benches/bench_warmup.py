@@ -28,7 +28,8 @@ UNITS = (
     *(("refine", 4, "refine_adjoint", True), ("refine", 16, "refine_dots", True)),
     *(("refine", 8, "second stages of refine", False), ("areas", 1, "areas_scan", True)),
     *(("areas", 2, "areas_pick", False), ("masked_mse", 1, "masked_mse", True)),
-    *(("masked_mse", 2, "second stages of masked_mse", False), ("draw", 1, "draw", False)),
+    *(("masked_mse", 2, "second stages of masked_mse", False), ("masked_mse", 4, "masked_mse_scale", False)),
+    ("draw", 1, "draw", False),
 )
 BITS = {"float32": 1, "bfloat16": 4}
 ORDERS = {"contiguous": 1, "channels_last": 2}

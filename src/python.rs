@@ -383,6 +383,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(refine_dots, module)?)?;
     module.add_function(wrap_pyfunction!(areas_forward, module)?)?;
     module.add_function(wrap_pyfunction!(masked_mse_forward, module)?)?;
+    module.add_function(wrap_pyfunction!(cuda::masked_mse_scale, module)?)?;
     module.add_function(wrap_pyfunction!(draw_once, module)?)?;
     module.add_function(wrap_pyfunction!(check_refine, module)?)?;
     module.add_function(wrap_pyfunction!(check_refine_dots, module)?)?;

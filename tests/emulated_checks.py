@@ -12,7 +12,7 @@ from cases import everything, laid_out
 from emulated import Library
 from emulated_areas import areas
 from emulated_draw import draw
-from emulated_mse import masked_mse
+from emulated_mse import masked_mse, scale
 from emulated_refine import refine, refine_backward, refine_dots
 from torch import Tensor
 
@@ -59,6 +59,18 @@ def check_masked_mse(
     )
     alone, _ = masked_mse(student, teacher, weights, gradient=False, **arguments)
     assert_near("loss without gradient", alone, loss, SUMMING[dtype])
+
+
+def check_scale(count: int, dtype: torch.dtype, kernels: Library | None = None, align: int = 16) -> None:
+    """The bits of PyTorch's product, by any number of blocks; for a factor of one, memory is not touched."""
+    gradient = torch.randn(count).to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    for factor in (-3.3, 0.0, torch.nan):
+        expected = (gradient.to(wide) * torch.tensor(factor, dtype=wide)).to(dtype)
+        for blocks in (None, 1, 3):
+            found = scale(gradient, factor, kernels, align=align, blocks=blocks)
+            assert torch.allclose(found, expected, 0, 0, equal_nan=True), f"{factor}, {blocks} blocks"
+    scale(gradient, 1.0, kernels, align=align, nowhere=True)
 
 
 def plan_of(shape: Shape, groups: int, parts: str) -> dict[str, Any]:

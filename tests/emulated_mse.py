@@ -47,6 +47,8 @@ MaskedMse = structure(
     wide=I64,
 )
 
+Scale = structure("Scale", gradient=U64, count=I64, upstream=U64, upstream_dtype=I64, blocks=I64, wide=I64)
+
 
 def masked_mse(
     student: Tensor,
@@ -102,3 +104,30 @@ def masked_mse(
     kernels.launch(f"masked_mse_{NAMES[student.dtype]}_{order}", blocks, args)
     kernels.launch("masked_mse_finish", 1, args)
     return loss.read(), maps[2].read() if gradient else None
+
+
+def scale(
+    gradient: Tensor,
+    upstream: float,
+    kernels: Library | None = None,
+    *,
+    align: int = 16,
+    blocks: int | None = None,
+    nowhere: bool = False,
+) -> Tensor:
+    """gradient * upstream, of a flat gradient; `nowhere`: in memory that must not be touched."""
+    memory = Placed(gradient, align=align)
+    factor = Placed(torch.tensor(upstream, dtype=torch.promote_types(gradient.dtype, torch.float32)))
+    if blocks is None:
+        blocks = min(-(-gradient.numel() // (1024 * max(4, 16 // gradient.element_size()))), 2048)
+    args = Scale(
+        4096 if nowhere else memory.pointer,
+        gradient.numel(),
+        factor.pointer,
+        DTYPES.index(factor.like.dtype),
+        blocks,
+        memory.pointer % 16 == 0,
+    )
+    name = f"masked_mse_scale_{NAMES[gradient.dtype]}"
+    (kernels or library("masked_mse")).launch(name, blocks, args)
+    return memory.read()[: gradient.numel()]

@@ -19,6 +19,7 @@ from emulated_checks import (
     check_draw,
     check_forward,
     check_masked_mse,
+    check_scale,
     heads,
 )
 from emulated_mse import masked_mse
@@ -48,6 +49,13 @@ def test_masked_mse(dtype: torch.dtype, layout: str) -> None:
         check_masked_mse(shape, dtype, layout, None, "elements", align=align)
         check_masked_mse(shape, dtype, layout, DTYPES[index % 4], "elements", align=align)
         check_masked_mse(shape, dtype, layout, torch.float32, "area", align=align)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 1031, 9001])
+@dtypes
+def test_masked_mse_scale(dtype: torch.dtype, count: int) -> None:
+    for align in (16, dtype.itemsize):
+        check_scale(count, dtype, align=align)
 
 
 @layouts
@@ -237,6 +245,7 @@ for layout in ("contiguous", "channels_last", "sliced"):
         check_dots(shape, torch.float32, layout, 1, 3, refine_kernels)
         check_areas(shape, torch.float32, layout, 8, 3, True, 2, areas_kernels)
         check_masked_mse(shape, torch.float32, layout, torch.float32, "area", mse_kernels)
+check_scale(1031, torch.float32, mse_kernels)
 print("clean")
 """
 

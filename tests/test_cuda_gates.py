@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,8 +14,8 @@ NEEDED = (75, 80, 86, 89, 90, 100, 120)
 READ = (75, 90, 120)  # whose instructions are read: the oldest, and two that differ most from it
 Kernels = dict[str, Resources]
 
-# What each fast path must have of 128-bit access: (kernel, order) -> loads and stores. Planes that are
-# resampled, and sums over planes, go by 32 neighbours a load instead.
+# What each fast path must have of 128-bit access: (kernel, order if it has any) -> loads and stores. Planes
+# that are resampled, and sums over planes, go by 32 neighbours a load instead.
 WIDE = {
     ("refine_forward", "planes"): ("LDG.128", "STG.128"),
     ("refine_forward", "lanes"): ("LDG.128", "STG.128"),
@@ -25,7 +26,9 @@ WIDE = {
     ("areas_scan", "lanes"): ("LDG.128",),
     ("masked_mse", "planes"): ("LDG.128", "STG.128"),
     ("masked_mse", "lanes"): ("LDG.128", "STG.128"),
+    ("masked_mse_scale", ""): ("LDG.128", "STG.128"),
 }
+NAME = re.compile(r"(\w+?)_(?:f32|f16|bf16|f64)(?:_(planes|lanes))?")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,7 @@ def test_every_needed_architecture_is_compiled_for(compiled: dict[int, Kernels])
 
 def test_every_kernel_is_there_that_the_emulator_runs(compiled: dict[int, Kernels]) -> None:
     names = {name for operator in OPERATORS for name in library(operator).names()}
-    assert len(names) == 6 * 8 + 4 + 5 + 1  # dtypes times orders; areas_pick; second stages; draw
+    assert len(names) == 6 * 8 + 4 + 4 + 5 + 1  # dtypes times orders; areas_pick; scale; second stages; draw
     for architecture, kernels in compiled.items():
         assert set(kernels) == names, architecture
 
@@ -98,8 +101,7 @@ def test_instructions(compiled: dict[int, Kernels], architecture: int) -> None:
         local = [access for access in kernel.loads if access.startswith(("LDL", "STL"))]
         atomic = [access for access in kernel.loads if access.startswith(("ATOM", "RED"))]
         assert not local and not atomic, (name, kernel.loads)
-        base, _, order = name.rpartition("_")
-        missing = [
-            access for access in WIDE.get((base.rpartition("_")[0], order), ()) if not kernel.loads[access]
-        ]
+        variant = NAME.fullmatch(name)
+        wanted = WIDE.get((variant[1], variant[2] or ""), ()) if variant else ()
+        missing = [access for access in wanted if not kernel.loads[access]]
         assert missing == [], (name, kernel.loads)

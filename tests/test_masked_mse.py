@@ -170,7 +170,7 @@ def test_gradcheck(normalise):
 @pytest.mark.parametrize("upstream", [1.0, 2.5, 0.0, -1.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_upstream_twice(dtype, upstream):
-    """The saved gradient is not changed by a backward: a second one through the same graph gives the same."""
+    """A backward that keeps the graph changes nothing in it: a second one gives the same."""
     student, teacher = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64).to(dtype)
     student.requires_grad_()
     loss = ops.masked_mse(student, teacher)
@@ -190,20 +190,28 @@ def test_any_upstream_twice(dtype, upstream):
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_on_other_devices_the_product_with_upstream_is_rounded_once(dtype, memory_format):
-    """There the value of upstream is not looked at."""
+def test_the_product_with_upstream_is_rounded_once(dtype, memory_format):
     gradient, upstream = torch.randn(2, 16, 9, 8).to(dtype).to(memory_format=memory_format), torch.tensor(3.1)
     product = _multiplied(gradient, upstream)
     assert torch.equal(product, (gradient.float() * upstream).to(dtype))
     assert product.stride() == gradient.stride()
+    torch.ops.sokd.masked_mse_scale(gradient, upstream)
+    assert torch.equal(gradient, product)
 
 
-def test_upstream_one_is_not_copied():
+@pytest.mark.parametrize("upstream", [1.0, 3.0])
+def test_the_saved_gradient_is_handed_on_where_the_graph_ends(upstream):
+    """And not before: a gradient that somebody changes is no part of a graph that is walked again."""
     student, teacher = torch.randn(2, 2, 3, 4, 5)
     student.requires_grad_()
     loss = ops.masked_mse(student, teacher)
-    saved = loss.grad_fn.saved_tensors[0]
-    assert torch.autograd.grad(loss, student)[0].data_ptr() == saved.data_ptr()
+    saved, factor = loss.grad_fn.saved_tensors[0].data_ptr(), torch.tensor(upstream)
+    first = torch.autograd.grad(loss, student, factor, retain_graph=True)[0]
+    assert first.data_ptr() != saved
+    expected = first.clone()
+    first.zero_()
+    last = torch.autograd.grad(loss, student, factor)[0]
+    assert last.data_ptr() == saved and torch.equal(last, expected)
 
 
 def test_scale_is_folded_in():

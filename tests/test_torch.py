@@ -45,12 +45,13 @@ def samples():
         ("masked_mse", (features, last, torch.rand(2, 5, 6), "area", 2.0, True)),
         ("masked_mse", (last, features, None, "elements", 1.0, True)),
         ("masked_mse", (features, features, None, "elements", 1.0, False)),
+        ("masked_mse_scale", (last.clone(), torch.tensor(3.0))),
         ("draw", (torch.tensor([3]), torch.tensor([4]), 7)),
     ]
 
 
 @compiles
-@pytest.mark.parametrize("index", range(12))
+@pytest.mark.parametrize("index", range(13))
 def test_opcheck(index):
     name, args = samples()[index]
     opcheck(getattr(torch.ops.sokd, name).default, args)

@@ -20,6 +20,7 @@ __all__ = [
     "cuda_why_not",
     "draw",
     "masked_mse",
+    "masked_mse_scale",
     "refine_backward",
     "refine_dots",
     "refine_forward",
@@ -118,6 +119,7 @@ def masked_mse(
     stream: int = 0,
     allocate: _Allocate | None = None,
 ) -> None: ...
+def masked_mse_scale(gradient: _Array, upstream: _Array, stream: int) -> None: ...
 def draw(uniforms: _Array, noise_seed: _Array, seed: _Array, counter: _Array, stream: int = 0) -> None: ...
 def check_refine(
     features: _Array,

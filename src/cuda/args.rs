@@ -106,7 +106,7 @@ impl Order {
 }
 
 /// E of `common.cuh`: elements that a thread has of a map, side by side.
-fn elements(dtype: DType) -> usize {
+pub(crate) fn elements(dtype: DType) -> usize {
     (16 / dtype.size()).max(4)
 }
 

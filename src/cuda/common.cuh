@@ -225,6 +225,19 @@ SOKD_DEVICE Pack load_pack(const void* from) {
 #endif
     return pack;
 }
+// Of memory that the same kernel writes.
+SOKD_DEVICE Pack load_own_pack(const void* from) {
+    Pack pack;
+#ifdef SOKD_EMULATOR
+    emulator::check_aligned(from);
+    pack = *(const Pack*)from;
+#else
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(pack.w[0]), "=r"(pack.w[1]), "=r"(pack.w[2]), "=r"(pack.w[3])
+                 : "l"(from));
+#endif
+    return pack;
+}
 SOKD_DEVICE void store_pack(void* to, const Pack& pack) {
 #ifdef SOKD_EMULATOR
     emulator::check_aligned(to);
@@ -273,6 +286,10 @@ struct Run {
     SOKD_DEVICE void read(const T* from) {
 #pragma unroll
         for (int p = 0; p < PACKS; p++) packs[p] = load_pack(from + p * V);
+    }
+    SOKD_DEVICE void read_own(const T* from) {
+#pragma unroll
+        for (int p = 0; p < PACKS; p++) packs[p] = load_own_pack(from + p * V);
     }
     SOKD_DEVICE void write(T* to) const {
 #pragma unroll

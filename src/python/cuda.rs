@@ -1,7 +1,9 @@
 //! What Python asks of CUDA: open it, describe it, warm it up. Builds without the feature `cuda` answer that they have none.
 
+use super::{released, Object};
 use crate::error::Error;
-use crate::read::raise;
+use crate::ops::masked_mse;
+use crate::read::{self, raise};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -116,4 +118,13 @@ fn read_layouts(names: &[String]) -> PyResult<Vec<Order>> {
         }
     };
     names.iter().map(known).collect()
+}
+
+/// gradient *= upstream, in place, on a CUDA device.
+#[pyfunction]
+#[pyo3(signature = (gradient, upstream, stream))]
+pub fn masked_mse_scale(py: Python, gradient: Object, upstream: Object, stream: usize) -> PyResult<()> {
+    let op = "masked_mse";
+    let (gradient, upstream) = (read::view(op, "gradient", gradient)?, read::view(op, "upstream", upstream)?);
+    released(py, (1, stream, None), |run| masked_mse::scale(&gradient, &upstream, &run))
 }

@@ -161,6 +161,17 @@ def test_masked_mse(layout: str, dtype: torch.dtype, memory: HostMemory) -> None
         device_cases.close(memory.back(one), other)
 
 
+@layouts
+@dtypes
+def test_masked_mse_scale(layout: str, dtype: torch.dtype, memory: HostMemory) -> None:
+    gradient = laid_out(SHAPE, layout, dtype)
+    for upstream in (torch.tensor(2.5), torch.tensor(1.0)):
+        upstream = upstream.to(torch.promote_types(dtype, torch.float32))
+        there = memory.on(gradient.clone(memory_format=torch.preserve_format))
+        torch.ops.sokd.masked_mse_scale(there, memory.on(upstream))
+        assert torch.equal(memory.back(there), gradient * upstream)
+
+
 def test_draw(memory: HostMemory) -> None:
     device_cases.draw(memory, 9)
 

@@ -102,8 +102,11 @@ def test_no_devices() -> None:
 def test_the_structures_have_the_size_that_the_kernels_take() -> None:
     """Every field is 8 bytes, so the number of fields says it; their names are compared in Rust."""
     driver = Driver()
-    sizes = {name: driver.api.mock_argument_bytes(name.encode()) for name in ("masked_mse_finish", "draw")}
-    assert sizes == {"masked_mse_finish": 8 * (4 * 5 + 9 + 13), "draw": 8 * 5}
+    sizes = {
+        name: driver.api.mock_argument_bytes(name.encode())
+        for name in ("masked_mse_finish", "masked_mse_scale_f32", "draw")
+    }
+    assert sizes == {"masked_mse_finish": 8 * (4 * 5 + 9 + 13), "masked_mse_scale_f32": 8 * 6, "draw": 8 * 5}
 
 
 def test_this_process_has_loaded_nothing() -> None:

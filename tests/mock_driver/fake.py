@@ -29,6 +29,7 @@ def _registered() -> dict[Any, Any]:
         ops.refine_dots.default: modules["refine"]._dots_kernel,
         ops.areas.default: modules["areas"]._kernel,
         ops.masked_mse.default: modules["masked_mse"]._kernel,
+        ops.masked_mse_scale.default: modules["masked_mse"]._scale_kernel,
         ops.draw.default: modules["draw"]._kernel,
     }
 

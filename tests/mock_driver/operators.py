@@ -91,6 +91,17 @@ def test_masked_mse(
         device_cases.masked_mse(fake, shape, layout, dtype, weight, normalise)
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_gradient_is_scaled_where_it_lies(kept: bool, fake: Fake) -> None:
+    """Where the graph is freed; and the kernel, not the host, sees that upstream is one."""
+    student, teacher = torch.randn(2, *ODD)
+    leaf = fake.on(student).requires_grad_()
+    loss = ops.masked_mse(leaf, fake.on(teacher))
+    (found,) = torch.autograd.grad(loss, leaf, retain_graph=kept)
+    device_cases.close(fake.back(found), 2 * (student - teacher) / student.numel())
+    assert Driver().launches()[-1].startswith("masked_mse_scale_f32") != kept
+
+
 @pytest.mark.parametrize("n", [0, 1, 9, 2000])
 def test_draw(n: int, fake: Fake) -> None:
     device_cases.draw(fake, n)

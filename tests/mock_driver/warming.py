@@ -144,10 +144,10 @@ def _warm() -> tuple[int, int, int, int]:
 
 def test_warmup_compiles_every_kernel_once() -> None:
     first, functions, again, both = fresh(_warm)
-    # refine: 4 with a dtype and an order, and a second stage; areas 2; masked_mse 1 and a second stage; draw
-    assert first == again == 10
-    assert functions == 13
-    assert both == 10 + 6  # those with an order
+    # refine: 4 with a dtype and an order, a second stage; areas 2; masked_mse 1, scale, a second stage; draw
+    assert first == again == 11
+    assert functions == 14
+    assert both == 11 + 6  # those with an order
 
 
 def test_warmup_refuses_what_it_does_not_know() -> None:
@@ -173,7 +173,7 @@ def _public_warmup(monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def test_sokd_warmup(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fresh(_public_warmup, monkeypatch) == 10
+    assert fresh(_public_warmup, monkeypatch) == 11
 
 
 # --- the page

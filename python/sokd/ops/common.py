@@ -26,14 +26,15 @@ _warned: set[str] = set()
 
 
 def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """A library op from the functional operator `schema`, its kernel, fake and vmap rule; what calls it."""
+    """A library op from `schema`, its kernel, fake and (if it returns something) vmap rule; what calls it."""
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
     name = schema.split("(")[0]
     for key in KERNELS.values():
         LIBRARY.impl(name, kernel, key)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"sokd::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.sokd, name).default
-    torch.library.register_vmap(f"sokd::{name}", _looped(op), lib=LIBRARY)
+    if not schema.endswith("-> ()"):
+        torch.library.register_vmap(f"sokd::{name}", _looped(op), lib=LIBRARY)
 
     def call(*args: Any) -> Any:
         """The kernel itself where the dispatcher would only lead to it.

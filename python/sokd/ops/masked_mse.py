@@ -54,6 +54,21 @@ _forward = register(
 )
 
 
+def _scale_kernel(gradient: Tensor, upstream: Tensor) -> None:
+    if gradient.device.type != "cpu":
+        _core.masked_mse_scale(gradient, upstream, resources(gradient)[1])
+    elif (factor := upstream.item()) != 1.0:
+        gradient.mul_(factor)
+
+
+# gradient *= upstream; nothing is written where upstream is one, and no device is waited for to know.
+_scale = register(
+    "masked_mse_scale(Tensor(a!) gradient, Tensor upstream) -> ()",
+    _scale_kernel,
+    lambda gradient, upstream: None,
+)
+
+
 class _MaskedMse(torch.autograd.Function):
     """Returns (loss, d_student); the gradient is an output only so that `setup_context` can save it."""
 
@@ -133,7 +148,7 @@ def _negated(d_student: Tensor, ctx: Any) -> Tensor:
 
 
 def _multiplied(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """gradient * upstream, rounded once, never in place: the graph may be walked again."""
+    """gradient * upstream, rounded once, in new memory."""
     if gradient.dtype.itemsize == 2 and is_eager(gradient, upstream):
         # with a dimension upstream counts for the product's dtype; the cast is part of the write: one pass
         return torch.mul(gradient, upstream.reshape(1), out=torch.empty_like(gradient))
@@ -141,11 +156,18 @@ def _multiplied(gradient: Tensor, upstream: Tensor) -> Tensor:
 
 
 def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """gradient * upstream; the gradient as it is where upstream is one and looking costs nothing."""
-    if upstream.device.type != "cpu" or not is_eager(upstream):
+    """gradient * upstream: in its own memory, unless the graph may be walked again."""
+    if not _is_last_walk():
         return _multiplied(gradient, upstream)
-    factor = upstream.item()
-    return gradient if factor == 1.0 else gradient * factor
+    _scale(gradient, upstream)
+    return gradient
+
+
+def _is_last_walk() -> bool:
+    """Whether the running backward frees what the graph saved: not for `retain_graph`, nor when traced."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def masked_mse(

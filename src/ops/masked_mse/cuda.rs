@@ -1,22 +1,23 @@
 //! The launches of kernel.cu.
 
 use super::{Args, CHECK};
-use crate::cuda::args::{address, code, mirror, Grid, Map, Order};
+use crate::cuda::args::{address, code, elements, mirror, Grid, Map, Order};
 use crate::cuda::launch::{on_device, Kernel, Source};
 use crate::error::Result;
 use crate::run::Run;
-use crate::view::DType;
+use crate::view::{DType, TensorView};
 
 const SOURCE: &Source = &Source { name: "masked_mse", text: include_str!("kernel.cu") };
 static LOSS: Kernel = Kernel::new(SOURCE, 1, "masked_mse", (true, true));
 static AREA: Kernel = Kernel::new(SOURCE, 2, "masked_mse_area", (false, false));
 static NORM: Kernel = Kernel::new(SOURCE, 2, "masked_mse_norm", (false, false));
+static SCALE: Kernel = Kernel::new(SOURCE, 4, "masked_mse_scale", (true, false));
 static FINISH: Kernel = Kernel::new(SOURCE, 2, "masked_mse_finish", (false, false));
 /// For `sokd.warmup()`.
-pub(crate) static KERNELS: [&Kernel; 4] = [&LOSS, &AREA, &NORM, &FINISH];
+pub(crate) static KERNELS: [&Kernel; 5] = [&LOSS, &AREA, &NORM, &FINISH, &SCALE];
 
 mirror! {
-    /// What all four kernels take.
+    /// What the forward's four kernels take.
     MaskedMse {
         student: Map,
         teacher: Map,
@@ -37,6 +38,11 @@ mirror! {
         area_blocks: i64,
         wide: i64,
     }
+}
+
+mirror! {
+    /// What the backward's kernel takes.
+    Scale { gradient: u64, count: i64, upstream: u64, upstream_dtype: i64, blocks: i64, wide: i64 }
 }
 
 /// Loss and gradient.
@@ -61,6 +67,26 @@ pub unsafe fn forward(args: &Args, ordinal: usize, run: &Run) -> Result<()> {
             queue.launch(&LOSS, variant, [call.blocks, 1], &call)?;
             queue.launch(&FINISH, variant, [1, 1], &call)
         }
+    })
+}
+
+/// gradient *= upstream.
+///
+/// # Safety
+/// The arguments are checked, and both lie on the CUDA device `ordinal`.
+pub unsafe fn scale(gradient: &TensorView, upstream: &TensorView, ordinal: usize, run: &Run) -> Result<()> {
+    let count = gradient.numel();
+    let call = Scale {
+        gradient: address(gradient),
+        count: count as i64,
+        upstream: address(upstream),
+        upstream_dtype: code(upstream.dtype),
+        blocks: count.div_ceil(1024 * elements(gradient.dtype)).min(2048) as i64,
+        wide: i64::from((gradient.ptr() as usize).is_multiple_of(16)),
+    };
+    on_device(CHECK.0, ordinal, run, |queue| {
+        // SAFETY: `Scale` is what this kernel takes, filled as kernel.cu says; the caller vouches for the memory.
+        unsafe { queue.launch(&SCALE, (gradient.dtype, Order::Planes), [call.blocks, 1], &call) }
     })
 }
 
@@ -101,6 +127,6 @@ mod tests {
 
     #[test]
     fn the_structure_is_that_of_the_kernel() {
-        assert_mirrors(SOURCE.text, &[(MaskedMse::NAME, MaskedMse::FIELDS)]);
+        assert_mirrors(SOURCE.text, &[(MaskedMse::NAME, MaskedMse::FIELDS), (Scale::NAME, Scale::FIELDS)]);
     }
 }

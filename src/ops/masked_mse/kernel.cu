@@ -2,11 +2,15 @@
 // d_student = 2 * scale / N * weight * (student - teacher)
 // N is B*C*H*W (elements) or C * sum of weight (area); N = 0: loss 0 and gradient 0. See common.cuh for options, orders, wide, Grid.
 //
-// Launches, all with the one structure MaskedMse, in this order:
+// gradient *= upstream, in the backward
+//
+// Launches of the forward, all with the one structure MaskedMse, in this order:
 //   bit 2 masked_mse_area                     only if area = 1: grid area_blocks = clamp(ceil(B*H*W / 4096), 1, 128); sums of weights -> areas
 //   bit 2 masked_mse_norm                     only if area = 1: grid 1; areas -> norm
 //   bit 1 masked_mse_{dtype}_{order}          grid blocks (none if the maps are empty)
 //   bit 2 masked_mse_finish                   grid 1; partials -> loss. With blocks = 0 it writes 0.
+// Launch of the backward, with the structure Scale:
+//   bit 4 masked_mse_scale_{dtype}            grid blocks = min(ceil(count / (1024 E)), 2048)
 // The kernels of bit 2 have neither dtype nor order in their names; compile them with SOKD_KERNELS=2.
 // Scratch (device memory, no initial content): partials blocks * 8 bytes; areas area_blocks * 8 bytes; norm 24 bytes; each 8-byte aligned.
 // `wide` looks at student, teacher and, where wanted, d_student; the order follows d_student, or student where no gradient is wanted.
@@ -30,9 +34,18 @@ struct MaskedMse {
     long long wide;
 };
 
+struct Scale {
+    unsigned long long gradient;  // without gaps, in any order: read and written
+    long long count;              // its elements
+    unsigned long long upstream;  // one number
+    long long upstream_dtype;     // F32 or F64
+    long long blocks;
+    long long wide;  // the gradient's pointer is a multiple of 16
+};
+
 // Bytes an element: student and teacher once in, the gradient once out (3 maps); the weight once for each chunk of channels (1/16 of a map
 // or less in f32). A thread keeps the weights of its positions in registers and runs over channels (planes), or takes one weight for
-// all channels of its vectors (lanes). Its sum is in the accumulator's dtype over 16 or 32 elements, then a tree of the warp; from there in f64.
+// all channels of its vectors (lanes). Scaling: the gradient once in, once out, and nothing at all where upstream is one. A thread's sum is in the accumulator's dtype over 16 or 32 elements, then a tree of the warp; from there in f64.
 
 #if SOKD_KERNELS & 1
 template <class A>
@@ -204,4 +217,37 @@ SOKD_DEVICE void finish_loss(const MaskedMse& args) {
 SOKD_ENTRY(masked_mse_area, MaskedMse, sum_weights)
 SOKD_ENTRY(masked_mse_norm, MaskedMse, make_norm)
 SOKD_ENTRY(masked_mse_finish, MaskedMse, finish_loss)
+#endif
+
+#if SOKD_KERNELS & 4
+// Every block looks at upstream by itself: nobody waits for the device, and no map is moved for a factor of one.
+template <class T>
+SOKD_DEVICE void scale_gradient(const Scale& args) {
+    constexpr int E = RUN<T>, STEPS = 4;
+    const Acc<T> factor = Acc<T>(load_real(args.upstream, args.upstream_dtype, 0));
+    if (factor == Acc<T>(1)) return;
+    T* gradient = (T*)args.gradient;
+    const long long first = blockIdx.x * (long long)THREADS + threadIdx.x, step = args.blocks * THREADS;
+    const long long runs = args.wide ? args.count / E : 0;
+    for (long long i = first; i < runs; i += STEPS * step) {
+        Run<T> run[STEPS];
+#pragma unroll
+        for (int k = 0; k < STEPS; k++) {
+            if (i + k * step < runs) run[k].read_own(gradient + (i + k * step) * E);
+        }
+#pragma unroll
+        for (int k = 0; k < STEPS; k++) {
+            if (i + k * step >= runs) continue;
+#pragma unroll
+            for (int j = 0; j < E; j++) run[k].set(j, run[k].at(j) * factor);
+            run[k].write(gradient + (i + k * step) * E);
+        }
+    }
+    for (long long i = runs * E + first; i < args.count; i += step) from_acc(to_acc(gradient[i]) * factor, gradient[i]);
+}
+
+SOKD_IF_F32(SOKD_ENTRY(masked_mse_scale_f32, Scale, scale_gradient<float>))
+SOKD_IF_F16(SOKD_ENTRY(masked_mse_scale_f16, Scale, scale_gradient<Half>))
+SOKD_IF_BF16(SOKD_ENTRY(masked_mse_scale_bf16, Scale, scale_gradient<BFloat>))
+SOKD_IF_F64(SOKD_ENTRY(masked_mse_scale_f64, Scale, scale_gradient<double>))
 #endif

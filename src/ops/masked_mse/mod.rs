@@ -69,6 +69,33 @@ pub fn check(
     Err(CHECK.value("normalise", "be \"elements\" or \"area\"", format_args!("\"{normalise}\"")))
 }
 
+/// gradient *= upstream, in place, on a CUDA device: upstream is looked at there, and where it is one nothing is moved.
+///
+/// `gradient`: a `d_student`; `upstream`: one element of the loss's dtype.
+pub fn scale(gradient: &TensorView, upstream: &TensorView, run: &Run) -> Result<()> {
+    CHECK.map("gradient", gradient)?;
+    CHECK.output("gradient", gradient, gradient)?;
+    CHECK.of_dtype("upstream", upstream, of_loss(gradient))?;
+    CHECK.sizes("upstream", upstream, "[]", &[])?;
+    CHECK.same_device("upstream", upstream, "gradient", gradient)?;
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(ordinal) = gradient.device {
+        // SAFETY: checked above, the devices too.
+        return unsafe { cuda::scale(gradient, upstream, ordinal, run) };
+    }
+    let _ = run;
+    Err(CHECK.value("gradient", "be on a CUDA device", &gradient.device))
+}
+
+/// The dtype of the loss of such maps.
+fn of_loss(map: &TensorView) -> DType {
+    if map.dtype == DType::F64 {
+        DType::F64
+    } else {
+        DType::F32
+    }
+}
+
 impl Args<'_> {
     /// Computes the loss, and the gradient where it is wanted.
     pub fn forward<'r>(&self, run: impl Into<Run<'r>>) -> Result<()> {
@@ -90,8 +117,7 @@ impl Args<'_> {
     }
 
     fn check_outputs(&self) -> Result<()> {
-        let wide = if self.student.dtype == DType::F64 { DType::F64 } else { DType::F32 };
-        CHECK.of_dtype("loss", self.loss, wide)?;
+        CHECK.of_dtype("loss", self.loss, of_loss(self.student))?;
         CHECK.sizes("loss", self.loss, "[]", &[])?;
         CHECK.same_device("loss", self.loss, "student", self.student)?;
         self.d_student.map_or(Ok(()), |d_student| CHECK.output("d_student", d_student, self.student))

@@ -1,0 +1,389 @@
+"""Faults to seed into the kernels' source, and for each the check that must catch it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from emulated import Library
+from emulated_checks import (
+    check_areas,
+    check_backward,
+    check_dots,
+    check_draw,
+    check_forward,
+    check_masked_mse,
+    check_scale,
+)
+from emulated_refine import refine_backward
+
+F32 = torch.float32
+
+
+class Fault(NamedTuple):
+    """One change of the source: `text` becomes `other` in `file`; `check` must then fail."""
+
+    name: str
+    operator: str
+    kernels: int  # the bits of SOKD_KERNELS that the check needs
+    file: str
+    text: str
+    other: str
+    check: Callable[[Library], None]
+
+
+def unnamed(kernels: Library) -> None:
+    """The last channel names the first, and nobody names the second."""
+    perm = torch.arange(260)[None]
+    perm[:, 0], perm[:, 1], perm[:, 259] = 259, 2, 0
+    upstream = torch.randn(1, 260, 2, 3)
+    found = refine_backward(upstream, upstream, wants_features=True, perm=perm, kernels=kernels)["features"]
+    assert found.isfinite().all(), "channels are left as they were"
+    named = torch.equal(found[:, 0], upstream[:, 259])
+    assert named and found[:, 1].eq(0).all(), "the wrong channels are cleared"
+
+
+def mse(kernels: Library) -> None:
+    check_masked_mse((2, 40, 5, 7), F32, "transposed", F32, "area", kernels)
+    check_masked_mse((2, 3, 17, 20), F32, "transposed", F32, "area", kernels)
+
+
+def mse_lanes(kernels: Library) -> None:
+    check_masked_mse((2, 12, 5, 7), F32, "channels_last", F32, "elements", kernels)
+
+
+def mse_wide(kernels: Library) -> None:
+    check_masked_mse((2, 19, 8, 8), F32, "contiguous", None, "elements", kernels)
+
+
+def scale(kernels: Library) -> None:
+    check_scale(9001, F32, kernels)
+
+
+def forward(kernels: Library) -> None:
+    check_forward((2, 9, 17, 18), F32, "transposed", 2, "thspk", kernels)
+
+
+def forward_lanes(kernels: Library) -> None:
+    check_forward((2, 12, 9, 8), F32, "channels_last", 2, "th", kernels)
+
+
+def noise(kernels: Library) -> None:
+    check_forward((1, 6, 5, 7), F32, "contiguous", 1, "s", kernels)
+
+
+def copy(kernels: Library) -> None:
+    check_forward((1, 6, 8, 8), F32, "contiguous", 1, "hp", kernels)
+
+
+def backward(kernels: Library) -> None:
+    check_backward((3, 9, 9, 8), F32, "contiguous", 3, "thspk", kernels)
+
+
+def backward_lanes(kernels: Library) -> None:
+    check_backward((2, 8, 9, 8), F32, "channels_last", 2, "ths", kernels)
+
+
+def dots(kernels: Library) -> None:
+    check_dots((2, 9, 9, 8), F32, "contiguous", 2, 35, kernels)
+
+
+def areas(kernels: Library) -> None:
+    check_areas((2, 40, 9, 8), F32, "contiguous", 8, 3, True, 3, kernels)
+    check_areas((1, 40, 9, 8), F32, "contiguous", 60, 3, False, 0, kernels)
+    check_areas((1, 40, 9, 8), F32, "contiguous", 60, 1, False, 3, kernels)
+
+
+def draws(kernels: Library) -> None:
+    for n in (1021, 4):
+        check_draw(n, kernels)
+
+
+COMMON, SAMPLING, KERNEL = "common.cuh", "sampling.cuh", "kernel.cu"
+FAULTS = [
+    Fault(
+        "missing barrier: sums of the warps",
+        "masked_mse",
+        3,
+        COMMON,
+        "room[threadIdx.x / 32] = of_warp;\n    __syncthreads();",
+        "room[threadIdx.x / 32] = of_warp;",
+        mse,
+    ),
+    Fault(
+        "skipped tail: last position",
+        "masked_mse",
+        3,
+        COMMON,
+        "(unsigned)(all - first < grid.positions_per_block ? all :",
+        "(unsigned)(all - first < grid.positions_per_block ? all - 1 :",
+        mse,
+    ),
+    Fault(
+        "skipped tail: channels past a step",
+        "masked_mse",
+        3,
+        KERNEL,
+        "c < piece.channels; c += STEPS * rows)",
+        "c + (STEPS - 1) * rows < piece.channels; c += STEPS * rows)",
+        mse_wide,
+    ),
+    Fault(
+        "wrong stride: the teacher has the student's",
+        "masked_mse",
+        3,
+        KERNEL,
+        "to_acc(teacher[c * args.teacher.c]), weight",
+        "to_acc(teacher[c]), weight",
+        mse,
+    ),
+    Fault(
+        "wrong stride: blocks of the weights' sum overlap",
+        "masked_mse",
+        3,
+        KERNEL,
+        "i < all; i += args.area_blocks * THREADS",
+        "i < all; i += args.area_blocks * THREADS / 2",
+        mse,
+    ),
+    Fault(
+        "off by one: a run past the channels",
+        "masked_mse",
+        3,
+        KERNEL,
+        "if (spot.channel >= piece.channels) return 0;",
+        "if (spot.channel > piece.channels) return 0;",
+        mse_lanes,
+    ),
+    Fault(
+        "skipped tail: elements past the last vector",
+        "masked_mse",
+        4,
+        KERNEL,
+        "long long i = runs * E + first; i < args.count",
+        "long long i = runs * E + first; i < runs * E",
+        scale,
+    ),
+    Fault(
+        "wrong stride: runs left out between two steps",
+        "masked_mse",
+        4,
+        KERNEL,
+        "i < runs; i += STEPS * step",
+        "i < runs; i += (STEPS + 1) * step",
+        scale,
+    ),
+    Fault(
+        "a factor of one that is not looked at",
+        "masked_mse",
+        4,
+        KERNEL,
+        "if (factor == Acc<T>(1)) return;",
+        "",
+        scale,
+    ),
+    Fault(
+        "missing barrier: the table of corners",
+        "refine",
+        1,
+        SAMPLING,
+        "return !__syncthreads_or(!wide",
+        "return !(!wide",
+        forward_lanes,
+    ),
+    Fault(
+        "missing barrier: the plan",
+        "refine",
+        1,
+        SAMPLING,
+        "return __syncthreads_or(moves);",
+        "return moves || plan.theta.pointer;",
+        forward,
+    ),
+    Fault(
+        "off by one: a corner right of the map",
+        "refine",
+        1,
+        SAMPLING,
+        "near && corners.x + 1 < grid.width",
+        "near && corners.x + 1 <= grid.width",
+        forward,
+    ),
+    Fault(
+        "off by one: the hole's last row",
+        "refine",
+        1,
+        SAMPLING,
+        "y < plan.hole[2]",
+        "y <= plan.hole[2]",
+        forward,
+    ),
+    Fault(
+        "wrong stride: rows stepped by columns",
+        "refine",
+        1,
+        SAMPLING,
+        "(long long)(at.y + (corner >> 1)) * map.y",
+        "(long long)(at.y + (corner >> 1)) * map.x",
+        forward,
+    ),
+    Fault(
+        "wrong channel: not permuted",
+        "refine",
+        1,
+        KERNEL,
+        "features + source * args.features.c)",
+        "features + c * args.features.c)",
+        copy,
+    ),
+    Fault("a round too few", "refine", 1, "philox.cuh", "round < 10", "round < 9", noise),
+    Fault(
+        "wrong exchange of the noise",
+        "refine",
+        1,
+        SAMPLING,
+        "if (i & step) continue;",
+        "if (i & step || i == 1) continue;",
+        noise,
+    ),
+    Fault(
+        "wrong key of the noise: plane of another sample",
+        "refine",
+        1,
+        SAMPLING,
+        "(unsigned long long)(n * grid.channels + c)",
+        "(unsigned long long)(n * grid.height + c)",
+        forward,
+    ),
+    Fault(
+        "missing barrier: the sums of a block",
+        "refine",
+        14,
+        KERNEL,
+        "threadIdx.x % 32 / 4] = sum;\n    __syncthreads();",
+        "threadIdx.x % 32 / 4] = sum;",
+        backward,
+    ),
+    Fault(
+        "half a warp's sums lost",
+        "refine",
+        14,
+        COMMON,
+        "for (int count = 4, step = 16;",
+        "for (int count = 4, step = 8;",
+        backward,
+    ),
+    Fault("wrong group: all samples' blocks", "refine", 14, KERNEL, "(all ? 0 : g * each)", "0", backward),
+    Fault(
+        "wrong slope",
+        "refine",
+        14,
+        KERNEL,
+        "fused(1 - at.right, c - a,",
+        "fused(at.right, c - a,",
+        backward_lanes,
+    ),
+    Fault(
+        "adjoint: last column of the box skipped",
+        "refine",
+        14,
+        KERNEL,
+        "(int)x1 + 1, y0",
+        "(int)x1, y0",
+        backward,
+    ),
+    Fault(
+        "adjoint: dropped channels not cleared",
+        "refine",
+        14,
+        KERNEL,
+        "if (source != INVALID) from_acc(sums[i],",
+        "if (source >= 0) from_acc(sums[i],",
+        backward,
+    ),
+    Fault(
+        "adjoint: channels that perm does not name not cleared",
+        "refine",
+        14,
+        KERNEL,
+        "if (!__syncthreads_or(!named[threadIdx.x])) return;",
+        "return;",
+        unnamed,
+    ),
+    Fault(
+        "adjoint: perm's entries past a block skipped",
+        "refine",
+        14,
+        KERNEL,
+        "c < (int)args.grid.channels; c += THREADS) {",
+        "c < THREADS && c < (int)args.grid.channels; c += THREADS) {",
+        unnamed,
+    ),
+    Fault(
+        "one plan's buffer for two plans",
+        "refine",
+        24,
+        KERNEL,
+        "const SamplePlan& plan = read[v & 1];\n        const bool moves = read_plan(read[v & 1],",
+        "const SamplePlan& plan = read[0];\n        const bool moves = read_plan(read[0],",
+        dots,
+    ),
+    Fault(
+        "skipped tail: the last plans",
+        "refine",
+        24,
+        KERNEL,
+        "if (slot + 1 < BATCH && v + 1 < args.plans) continue;",
+        "if (slot + 1 < BATCH) continue;",
+        dots,
+    ),
+    Fault(
+        "missing barrier: plans written together",
+        "refine",
+        24,
+        KERNEL,
+        "v + 1 < args.plans) continue;\n        __syncthreads();",
+        "v + 1 < args.plans) continue;",
+        dots,
+    ),
+    Fault(
+        "missing barrier: the list is read while it is rewritten",
+        "areas",
+        3,
+        KERNEL,
+        "own[i] = list[at];\n    }\n    __syncthreads();",
+        "own[i] = list[at];\n    }",
+        areas,
+    ),
+    Fault("ties to the greater index", "areas", 3, KERNEL, "flat < other.flat)", "flat > other.flat)", areas),
+    Fault(
+        "off by one: the window's last row",
+        "areas",
+        3,
+        KERNEL,
+        "below = at.y + reach + 1",
+        "below = at.y + reach",
+        areas,
+    ),
+    Fault(
+        "a bound that is too high",
+        "areas",
+        3,
+        KERNEL,
+        "if (bound.beats(bests[warp])) bound",
+        "if (bests[warp].beats(bound)) bound",
+        areas,
+    ),
+    Fault(
+        "a barrier that not all threads reach",
+        "areas",
+        3,
+        KERNEL,
+        "    if (threadIdx.x >= 32) return;\n    Peak<A> last",
+        "    if (threadIdx.x >= 32) return;\n    __syncthreads();\n    Peak<A> last",
+        areas,
+    ),
+    Fault("skipped tail: words past a four", "draw", 1, KERNEL, "|| first + i >= args.count", "", draws),
+    Fault("off by one: the first block of words", "draw", 1, KERNEL, "block - 1) * 4", "block) * 4", draws),
+]
