@@ -46,6 +46,12 @@ def tool(name: str) -> str | None:
     return shutil.which(name)
 
 
+def headers() -> list[Path]:
+    """Folders with the headers of torch's own CUDA, beside its libraries."""
+    found = [folder / "include" for folder in _packages() if folder.parent.name == "nvidia"]
+    return [folder for folder in found if (folder / "cuda.h").is_file() or (folder / "nvrtc.h").is_file()]
+
+
 def architectures() -> list[int]:
     """All that this NVRTC compiles for: 75, 80, .. ."""
     count = ctypes.c_int()
