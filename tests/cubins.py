@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parent.parent
-HEADERS = ("common.cuh", "philox.cuh", "sampling.cuh")
 OPTIONS = ("--std=c++17", "--fmad=false", "-default-device")
 
 
@@ -63,13 +62,13 @@ def architectures() -> list[int]:
 
 def compile_cubin(operator: str, architecture: int, *defines: str) -> bytes:
     """The cubin of an operator's kernels; RuntimeError with NVRTC's log."""
-    library, program, strings = nvrtc(), ctypes.c_void_p(), ctypes.c_char_p * len(HEADERS)
-    source = (ROOT / "src/ops" / operator / "kernel.cu").read_bytes()
-    headers = [(ROOT / "src/cuda" / name).read_bytes() for name in HEADERS]
-    names = strings(*(name.encode() for name in HEADERS))
-    library.nvrtcCreateProgram(
-        ctypes.byref(program), source, b"kernel.cu", len(HEADERS), strings(*headers), names
-    )
+    folder = ROOT / "src/ops" / operator
+    paths = [*(ROOT / "src/cuda").glob("*.cuh"), *folder.glob("*.cuh")]
+    library, program, strings = nvrtc(), ctypes.c_void_p(), ctypes.c_char_p * len(paths)
+    texts = strings(*(path.read_bytes() for path in paths))
+    names = strings(*(path.name.encode() for path in paths))
+    source = (folder / "kernel.cu").read_bytes()
+    library.nvrtcCreateProgram(ctypes.byref(program), source, b"kernel.cu", len(paths), texts, names)
     options = [*OPTIONS, f"--gpu-architecture=sm_{architecture}", *(f"-D{define}" for define in defines)]
     failed = library.nvrtcCompileProgram(
         program, len(options), (ctypes.c_char_p * len(options))(*(option.encode() for option in options))

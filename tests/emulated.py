@@ -49,10 +49,6 @@ class EmulatorError(RuntimeError):
     """What the emulator found wrong with a launch."""
 
 
-def kernel_source(operator: str) -> str:
-    return (ROOT / "src/ops" / operator / "kernel.cu").read_text()
-
-
 @functools.cache
 def _folder() -> Path:
     folder = tempfile.mkdtemp(prefix="sokd-emulator-")
@@ -70,7 +66,7 @@ def build(operator: str, *, mutate: tuple[str, str, str] | None = None, flags: t
     source = ROOT / "src/ops" / operator / "kernel.cu"
     if mutate is not None:
         work = Path(tempfile.mkdtemp(dir=_folder()))
-        for path in (*include.glob("*.cuh"), source):
+        for path in (*include.glob("*.cuh"), *source.parent.glob("*.cuh"), source):
             shutil.copy(path, work / path.name)
         name, text, other = mutate
         before = (work / name).read_text()

@@ -30,7 +30,8 @@ def sources() -> list[Path]:
     return [path for folder in folders for path in folder.rglob("*") if path.is_file()]
 
 
-TEXTS = [path for path in sources() if path.suffix in {".py", ".pyi", ".rs", ".md", ".toml", ".csv", ""}]
+CODE = {".py", ".rs", ".cu", ".cuh", ".h", ".cpp"}
+TEXTS = [path for path in sources() if path.suffix in {*CODE, ".pyi", ".md", ".toml", ".csv", ""}]
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -83,6 +84,6 @@ def test_no_text_names_a_folder_of_one_machine() -> None:
 
 
 def test_sources_are_short_enough_to_read() -> None:
-    code = [path for path in TEXTS if path.suffix in {".py", ".rs"}]
+    code = [path for path in TEXTS if path.suffix in CODE]
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in code}
     assert {path: lines for path, lines in lengths.items() if lines > 400} == {}

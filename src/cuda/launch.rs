@@ -14,8 +14,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 type Result<T> = std::result::Result<T, Failure>;
 
-/// By the names under which the kernels include them.
-pub(crate) const HEADERS: [(&str, &str); 3] = [
+/// A file that kernels include, by its name there, and its text.
+type Header = (&'static str, &'static str);
+/// Those that are there for all kernels.
+pub(crate) const HEADERS: [Header; 3] = [
     ("common.cuh", include_str!("common.cuh")),
     ("philox.cuh", include_str!("philox.cuh")),
     ("sampling.cuh", include_str!("sampling.cuh")),
@@ -33,6 +35,8 @@ pub(crate) struct Source {
     /// The operator's name.
     pub name: &'static str,
     pub text: &'static str,
+    /// Its further files.
+    pub parts: &'static [Header],
 }
 
 /// A kernel in all its variants.
@@ -293,7 +297,8 @@ impl Cuda {
         let choice = unit.options();
         let options: Vec<&str> = OPTIONS.into_iter().chain(choice.iter().map(String::as_str)).collect();
         let name = format!("{}.cu", source.name);
-        let program = Program { name: &name, text: source.text, headers: &HEADERS, options: &options };
+        let headers: Vec<Header> = HEADERS.iter().chain(source.parts).copied().collect();
+        let program = Program { name: &name, text: source.text, headers: &headers, options: &options };
         let folder = cache::folder();
         let key = self.key(unit, program, target);
         if let Some(image) = folder.as_ref().and_then(|folder| cache::load(folder, &key)) {

@@ -6,7 +6,7 @@ use crate::cuda::launch::{on_device, Kernel, Source};
 use crate::error::{Error, Result};
 use crate::run::Run;
 
-const SOURCE: &Source = &Source { name: "areas", text: include_str!("kernel.cu") };
+const SOURCE: &Source = &Source { name: "areas", text: include_str!("kernel.cu"), parts: &[] };
 static SCAN: Kernel = Kernel::new(SOURCE, 1, "areas_scan", (true, true));
 static PICK: Kernel = Kernel::new(SOURCE, 2, "areas_pick", (true, false));
 /// For `sokd.warmup()`.

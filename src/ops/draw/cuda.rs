@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::run::Run;
 use crate::view::{DType, TensorView};
 
-const SOURCE: &Source = &Source { name: "draw", text: include_str!("kernel.cu") };
+const SOURCE: &Source = &Source { name: "draw", text: include_str!("kernel.cu"), parts: &[] };
 static DRAW: Kernel = Kernel::new(SOURCE, 1, "draw", (false, false));
 /// For `sokd.warmup()`.
 pub(crate) static KERNELS: [&Kernel; 1] = [&DRAW];

@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::run::Run;
 use crate::view::{DType, TensorView};
 
-const SOURCE: &Source = &Source { name: "masked_mse", text: include_str!("kernel.cu") };
+const SOURCE: &Source = &Source { name: "masked_mse", text: include_str!("kernel.cu"), parts: &[] };
 static LOSS: Kernel = Kernel::new(SOURCE, 1, "masked_mse", (true, true));
 static AREA: Kernel = Kernel::new(SOURCE, 2, "masked_mse_area", (false, false));
 static NORM: Kernel = Kernel::new(SOURCE, 2, "masked_mse_norm", (false, false));

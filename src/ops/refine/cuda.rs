@@ -8,7 +8,15 @@ use crate::run::Run;
 use crate::seed::Seed;
 use crate::view::TensorView;
 
-const SOURCE: &Source = &Source { name: "refine", text: include_str!("kernel.cu") };
+const SOURCE: &Source = &Source {
+    name: "refine",
+    text: include_str!("kernel.cu"),
+    parts: &[
+        ("backward.cuh", include_str!("backward.cuh")),
+        ("adjoint.cuh", include_str!("adjoint.cuh")),
+        ("dots.cuh", include_str!("dots.cuh")),
+    ],
+};
 static FORWARD: Kernel = Kernel::new(SOURCE, 1, "refine_forward", (true, true));
 static BACKWARD: Kernel = Kernel::new(SOURCE, 2, "refine_backward", (true, true));
 static ADJOINT: Kernel = Kernel::new(SOURCE, 4, "refine_adjoint", (true, true));
