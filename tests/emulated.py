@@ -50,7 +50,7 @@ class EmulatorError(RuntimeError):
 
 
 @functools.cache
-def _folder() -> Path:
+def build_folder() -> Path:
     folder = tempfile.mkdtemp(prefix="sokd-emulator-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
@@ -59,13 +59,13 @@ def _folder() -> Path:
 def build(operator: str, *, mutate: tuple[str, str, str] | None = None, flags: tuple[str, ...] = ()) -> Path:
     """A shared library of an operator's kernels. `mutate`: (file, text that is there once, other text)."""
     parts = [operator, *flags, str(hash(mutate))]
-    target = _folder() / ("-".join(parts).replace("/", "_") + ".so")
+    target = build_folder() / ("-".join(parts).replace("/", "_") + ".so")
     if target.exists():
         return target
     include = ROOT / "src/cuda"
     source = ROOT / "src/ops" / operator / "kernel.cu"
     if mutate is not None:
-        work = Path(tempfile.mkdtemp(dir=_folder()))
+        work = Path(tempfile.mkdtemp(dir=build_folder()))
         for path in (*include.glob("*.cuh"), *source.parent.glob("*.cuh"), source):
             shutil.copy(path, work / path.name)
         name, text, other = mutate

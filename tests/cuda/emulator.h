@@ -112,11 +112,15 @@ struct Signals {
     }
 };
 
+// There where traffic.cpp is linked to the kernels.
+extern "C" __attribute__((weak)) void sokd_traffic_block();
+
 static void run_grid(int schedule) {
     const dim3 grid = launch.grid;
     const auto blocks = (uint64_t)grid.x * grid.y * grid.z;
     for (unsigned i : order_of((unsigned)blocks, schedule)) {
         launch.at = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
+        if (sokd_traffic_block != nullptr) sokd_traffic_block();
         run_block(schedule);
     }
 }

@@ -1,0 +1,93 @@
+// Counts what kernels read and write of some ranges of memory: the calls that -fsanitize=thread puts before every access of theirs, with this
+// file in place of that sanitiser. Compiled without it, and linked to a kernel.cu that has it (see tests/emulated_traffic.py).
+#include <cstdint>
+#include <vector>
+
+namespace {
+constexpr uintptr_t SECTOR = 32;  // what a GPU fetches at a time
+
+struct Range {
+    uintptr_t first, end;
+    uint64_t read = 0, fetched = 0, distinct = 0, written = 0, kept = 0;
+    std::vector<unsigned> sectors;  // the last block that read it
+    std::vector<bool> bytes;        // written
+};
+// There when the kernels' own constructors come by here, and never gone: so do their destructors.
+std::vector<Range>& ranges() {
+    static auto& all = *new std::vector<Range>;
+    return all;
+}
+unsigned block = 0;
+
+Range* range_of(uintptr_t at) {
+    for (auto& range : ranges()) {
+        if (range.first <= at && at < range.end) return &range;
+    }
+    return nullptr;
+}
+
+void note_read(const void* pointer, uintptr_t size) {
+    const auto at = reinterpret_cast<uintptr_t>(pointer);
+    Range* range = range_of(at);
+    if (range == nullptr) return;
+    range->read += size;
+    for (uintptr_t i = (at - range->first) / SECTOR; i <= (at + size - 1 - range->first) / SECTOR; i++) {
+        unsigned& last = range->sectors[i];
+        range->distinct += last == 0;
+        range->fetched += last != block;
+        last = block;
+    }
+}
+
+void note_write(const void* pointer, uintptr_t size) {
+    const auto at = reinterpret_cast<uintptr_t>(pointer);
+    Range* range = range_of(at);
+    if (range == nullptr) return;
+    range->written += size;
+    for (uintptr_t i = at - range->first; i < at + size - range->first; i++) {
+        range->kept += !range->bytes[i];
+        range->bytes[i] = true;
+    }
+}
+}  // namespace
+
+extern "C" {
+// Ranges as (address, bytes); all counts begin at 0.
+void sokd_traffic_watch(const uint64_t* watched, unsigned count) {
+    ranges().clear();
+    for (unsigned i = 0; i < count; i++) {
+        Range range;
+        range.first = watched[2 * i], range.end = range.first + watched[2 * i + 1];
+        range.sectors.resize(watched[2 * i + 1] / SECTOR + 1);
+        range.bytes.resize(watched[2 * i + 1] + 16);
+        ranges().push_back(range);
+    }
+    block = 0;
+}
+// In bytes: asked for by loads; fetched, if a block keeps what it has read and the next begins with nothing; fetched, if nothing is ever
+// forgotten; written; written to different places.
+void sokd_traffic_counts(unsigned i, uint64_t counts[5]) {
+    const Range& range = ranges()[i];
+    counts[0] = range.read, counts[1] = range.fetched * SECTOR, counts[2] = range.distinct * SECTOR;
+    counts[3] = range.written, counts[4] = range.kept;
+}
+void sokd_traffic_block() { block++; }
+
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_vptr_update(void**, void*) {}
+void __tsan_vptr_read(void**) {}
+void __tsan_read_range(void* at, uintptr_t size) { note_read(at, size); }
+void __tsan_write_range(void* at, uintptr_t size) { note_write(at, size); }
+#define ACCESS(size)                                                     \
+    void __tsan_read##size(void* at) { note_read(at, size); }            \
+    void __tsan_write##size(void* at) { note_write(at, size); }          \
+    void __tsan_unaligned_read##size(void* at) { note_read(at, size); }  \
+    void __tsan_unaligned_write##size(void* at) { note_write(at, size); }
+ACCESS(1)
+ACCESS(2)
+ACCESS(4)
+ACCESS(8)
+ACCESS(16)
+}

@@ -1,0 +1,80 @@
+"""Emulated kernels whose accesses to their maps are counted."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from emulated import COMPILER, FLAGS, ROOT, Library, Map, build_folder
+
+
+class Traffic(NamedTuple):
+    """Bytes of one map in one launch, as tests/cuda/traffic.cpp counts them."""
+
+    read: int
+    fetched: int
+    distinct: int
+    written: int
+    kept: int
+
+
+@functools.cache
+def traced(operator: str) -> Path:
+    """A library of the operator's kernels in float32 and bfloat16."""
+    folder, include = build_folder(), ROOT / "src/cuda"
+    target, parts = folder / f"{operator}-traced.so", [folder / f"{operator}-{i}.o" for i in (0, 1)]
+    flags = [flag for flag in FLAGS if flag != "-shared"]
+    source, hooks = ROOT / "src/ops" / operator / "kernel.cu", ROOT / "tests/cuda/traffic.cpp"
+    own = (
+        "-fsanitize=thread",
+        "-fno-threadsafe-statics",
+        "-DSOKD_DTYPES=5",
+        "-include",
+        ROOT / "tests/cuda/emulator.h",
+        "-I",
+        include,
+    )
+    for command in (
+        [COMPILER, *flags, *own, "-c", source, "-o", parts[0]],
+        [COMPILER, *flags, "-c", hooks, "-o", parts[1]],
+        [COMPILER, "-shared", *parts, "-o", target],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[:4000]
+    return target
+
+
+class TracedLibrary(Library):
+    """Keeps, for each kernel launched, the traffic of every map of its structure."""
+
+    def __init__(self, operator: str, map_bytes: int, **others: int) -> None:
+        """`map_bytes`: of every map but those that are named with their own."""
+        super().__init__(traced(operator))
+        self.map_bytes, self.others = map_bytes, others
+        self.seen: dict[str, dict[str, Traffic]] = {}
+
+    def launch(self, name: str, blocks: Any, args: ctypes.Structure, threads: int = 256) -> None:
+        watched = self._watched(args)
+        pairs = [word for address, size in watched.values() for word in (address, size)]
+        self.api.sokd_traffic_watch((ctypes.c_uint64 * len(pairs))(*pairs), len(watched))
+        super().launch(name, blocks, args, threads)
+        kernel = name.replace("_f32", "").replace("_bf16", "")
+        self.seen[kernel] = {field: self._counts(i) for i, field in enumerate(watched)}
+
+    def _watched(self, args: ctypes.Structure) -> dict[str, tuple[int, int]]:
+        fields = {field[0]: getattr(args, field[0]) for field in args._fields_}
+        maps = {name: value.pointer for name, value in fields.items() if isinstance(value, Map)}
+        maps |= {name: value for name, value in fields.items() if name in self.others and name not in maps}
+        return {
+            name: (pointer, self.others.get(name, self.map_bytes))
+            for name, pointer in maps.items()
+            if pointer
+        }
+
+    def _counts(self, index: int) -> Traffic:
+        counts = (ctypes.c_uint64 * 5)()
+        self.api.sokd_traffic_counts(index, counts)
+        return Traffic(*counts)
