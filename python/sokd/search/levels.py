@@ -19,6 +19,16 @@ __all__ = ["Features", "Level", "Run", "Step"]
 Features = Tensor | Sequence[Tensor]
 Step = Callable[[Any, Any], tuple[Tensor, Features, Features]]
 
+_OF_STUDENT = "members.0."  # how the names of its weights begin: it is the first of `Together`
+_ANOTHER_MODEL = (
+    "PolicySearch: step must run the model it is called with, with gradients, got a loss that none of the "
+    "student's parameters enters"
+)
+_NOTHING_TRAINED = (
+    "PolicySearch: student must have parameters that require grad (or kd.adapter or kd.dam some), for its "
+    "virtual step, got none; order=1 does without"
+)
+
 
 class Run(NamedTuple):
     """One evaluation of a level."""
@@ -37,6 +47,16 @@ class Level:
     def train(self, weights: Weights, batch: Any) -> Run:
         """L_train: the task's loss and kd's."""
         return self._at(weights, batch, "total")
+
+    def slope(self, weights: Weights, batch: Any) -> list[Tensor]:
+        """d L_train / d weights, along which the virtual step goes."""
+        if not weights:
+            raise ValueError(_NOTHING_TRAINED)
+        found = _derivatives(self.train(weights, batch).loss, weights.values())
+        of_student = [d for name, d in zip(weights, found, strict=True) if name.startswith(_OF_STUDENT)]
+        if of_student and all(d is None for d in of_student):
+            raise ValueError(_ANOTHER_MODEL)
+        return _filled(found, weights.values())
 
     def upper(self, weights: Weights, batch: Any) -> Run:
         """L_up."""
@@ -72,11 +92,19 @@ def moved(weights: Weights, along: Sequence[Tensor], by: float | Tensor) -> Weig
     return {name: weight + by * d for (name, weight), d in zip(weights.items(), along, strict=True)}
 
 
-def gradients(loss: Tensor, inputs: Iterable[Tensor]) -> list[Tensor]:
+def gradients(loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
     """d loss / d inputs, zeros for what the loss does not depend on."""
+    return _filled(_derivatives(loss, inputs), inputs)
+
+
+def _derivatives(loss: Tensor, inputs: Iterable[Tensor]) -> Sequence[Tensor | None]:
     if not loss.requires_grad:
         raise ValueError("PolicySearch: loss must depend on the weights, got one without a gradient")
-    return list(torch.autograd.grad(loss, list(inputs), allow_unused=True, materialize_grads=True))
+    return torch.autograd.grad(loss, list(inputs), allow_unused=True)
+
+
+def _filled(found: Iterable[Tensor | None], inputs: Iterable[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(of) if d is None else d for d, of in zip(found, inputs, strict=True)]
 
 
 def checked(returned: Any) -> tuple[Tensor, Features, Features]:
