@@ -1,5 +1,4 @@
-"""A script's mistakes: bad input refused before the first optimiser step, silent ones said aloud; these
-words."""
+"""A script's mistakes: bad input refused before the first optimiser step, silent ones said aloud."""
 
 from __future__ import annotations
 
@@ -135,6 +134,12 @@ def test_a_batch_of_one_with_batch_norm():
     )
     refused(ValueError, text, lambda: objective(distiller, *batch(1)))
     assert objective(distiller, *batch(2)).isfinite()
+    pooled = [
+        nn.Sequential(nn.Conv2d(3, c, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 4))
+        for c in (6, 4)
+    ]
+    distiller = make(models=pooled, layers={"1": "1"}, example=batch(2)[0])  # one cell: the adapter's
+    refused(ValueError, text, lambda: objective(distiller, *batch(1)))
 
 
 def test_a_teacher_on_another_device():

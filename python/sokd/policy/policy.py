@@ -112,7 +112,9 @@ class Policy(nn.Module):
     search, where its logit is finite: settled here), `magnitude` [K, 2] (0.5 at first, kept in [0, 1]).
     They stay float32 (or float64) when the module is cast to half precision.
     Buffers: `seed` and `counter`, int64 [1]; `operations` [K, 2] int64, the sub-policies: a state of others
-    is refused (RuntimeError).
+    is refused (RuntimeError). The other options are no part of the state: the parameters mean the same under
+    all of them, so that what was learned with one granularity may be drawn with the other. To the bit a run
+    goes on only with the options it had.
     """
 
     seed: Tensor
