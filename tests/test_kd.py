@@ -70,6 +70,14 @@ def test_a_copy_goes_on_with_the_same_bits(copied):
         assert torch.equal(loss(student, teacher, kd), loss(student, teacher, other))
 
 
+def test_an_average_with_its_buffers_can_be_kept():
+    kd = make()
+    averaged = torch.optim.swa_utils.AveragedModel(kd, use_buffers=True)
+    for _ in range(2):
+        averaged.update_parameters(kd)
+    assert averaged(*pair()).isfinite()
+
+
 class Student(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -349,8 +357,8 @@ def test_parts_of_ones_own_are_taken():
 def test_features_of_another_dtype_than_the_parameters_are_refused():
     with pytest.raises(TypeError) as caught:
         loss(STUDENT.double(), TEACHER.double(), make())
-    want = "loss: student_features must have the dtype torch.float32 of kd's parameters, got torch.float64"
-    assert str(caught.value) == want
+    rule = "have the dtype torch.float32 of kd's parameters (see kd.to and torch.autocast)"
+    assert str(caught.value) == f"loss: student_features must {rule}, got torch.float64"
 
 
 @pytest.mark.parametrize(

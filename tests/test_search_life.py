@@ -99,6 +99,21 @@ def test_samples_with_their_own_draws_and_a_smaller_held_out_batch(estimator: st
     assert search.step(step, batch_of(1), held_out=small).isfinite()
 
 
+@pytest.mark.parametrize("estimator", ["gumbel", "relax"])
+@pytest.mark.parametrize("order", [1, 2])
+def test_an_empty_batch_moves_nothing(order: int, estimator: str) -> None:
+    student, kd = Student(), SoKD(3, 4, heat_channels=3, policies=PAIRS, granularity="sample")
+    search = PolicySearch(kd, student, estimator=estimator, order=order)
+
+    def summed(model: Student, batch: Any) -> Any:
+        logits, features = model(batch[0])
+        return F.cross_entropy(logits, batch[1], reduction="sum"), features, batch[2]
+
+    chi = copy.deepcopy(list(kd.policy.parameters()))
+    assert search.step(summed, tuple(part[:0] for part in batch_of())) == 0
+    assert all(map(torch.equal, chi, kd.policy.parameters()))
+
+
 def kept(search: PolicySearch) -> dict[str, Any]:
     """What a search has learned: all but where its stream of draws is."""
     state = {name: value for name, value in search.state_dict().items() if name != "counter"}

@@ -98,6 +98,15 @@ def test_a_loss_cut_off_from_the_weights_is_refused() -> None:
     assert str(caught.value) == "PolicySearch: loss must depend on the weights, got one without a gradient"
 
 
+@pytest.mark.parametrize("name", ["alpha", "magnitude"])
+def test_a_frozen_policy_is_not_searched(name: str) -> None:
+    _, kd, search = made()
+    getattr(kd.policy, name).requires_grad_(False)
+    with pytest.raises(ValueError) as caught:
+        search.step(step, batch_of())
+    assert str(caught.value) == f"PolicySearch: kd.policy.{name} must require grad, got one that is frozen"
+
+
 def test_a_step_that_runs_another_student_is_refused() -> None:
     _, _, search = made()
     other = Student()

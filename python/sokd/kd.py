@@ -275,7 +275,7 @@ class SoKD(nn.Module):
             raise ValueError(f"loss: student_features must {rule}, got {student.device}")
         if student.dtype == first.weight.dtype or mixed_dtypes_allowed(student):
             return
-        rule = f"have the dtype {first.weight.dtype} of kd's parameters"
+        rule = f"have the dtype {first.weight.dtype} of kd's parameters (see kd.to and torch.autocast)"
         raise TypeError(f"loss: student_features must {rule}, got {student.dtype}")
 
     def _attention(self, index: int, student: Tensor, refined: Tensor) -> Attention | None:

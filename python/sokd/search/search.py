@@ -33,6 +33,7 @@ __all__ = ["PolicySearch", "Step"]
 _SECOND_STREAM = 2**62  # counters that no step reaches: the draws of RELAX's z~
 _RADIUS = 0.01  # how far the finite difference looks in the space of the weights [A]
 
+_CHI = ("alpha", "beta", "magnitude")
 _AGREEING = ("objective", "estimator", "order")  # what a state's search and the one that loads it share
 
 _LEFT_OUT = (
@@ -100,7 +101,7 @@ class PolicySearch:
 
     @property
     def _chi(self) -> list[Tensor]:
-        return [self.policy.alpha, self.policy.beta, self.policy.magnitude]
+        return [getattr(self.policy, name) for name in _CHI]
 
     @property
     def active(self) -> bool:
@@ -122,18 +123,25 @@ class PolicySearch:
             batch: for L_train, and for L_up too unless there is `held_out` [A].
             held_out: for L_up.
 
+        Mixed precision: call this under torch.autocast as a whole, for kd's part comes after `step`; a
+        GradScaler has no part in it. Weights in half precision round most of order 2's difference away.
+
         Returns:
             L_up, a scalar without gradient; None once the search is over.
 
         Raises:
             TypeError, ValueError: `step` returned something else or ran another model, the teacher's features
-                require grad, `kd.policy` was replaced, or nothing is trained that order 2 could unroll.
+                require grad, `kd.policy` was replaced or frozen, or nothing is trained that order 2 could
+                unroll.
         """
         if not self.active:
             return None
         if self.kd.policy is not self.policy:
             rule = "be the policy that the search was made with; make a new search for another"
             raise ValueError(f"PolicySearch: kd.policy must {rule}, got a different one")
+        for name in _CHI:
+            if not getattr(self.policy, name).requires_grad:
+                raise ValueError(f"PolicySearch: kd.policy.{name} must require grad, got one that is frozen")
         self.policy.project()  # a probability set to 0 or 1 has no finite logit
         held_out = batch if held_out is None else held_out
         devices = {self.seed.device, *(parameter.device for parameter in self.student.parameters())}
@@ -165,7 +173,7 @@ class PolicySearch:
     def _first(self, level: Level, held_out: Any) -> tuple[Tensor, list[Tensor]]:
         """L_up and its direct gradient for chi, at the weights as they are."""
         upper = level.upper(level.weights, held_out)
-        direct = gradients(upper.loss, self._chi)
+        direct = gradients(upper, self._chi)
         return upper.loss.detach(), self._with_estimates(direct, upper)
 
     def _second(self, level: Level, batch: Any, held_out: Any) -> tuple[Tensor, list[Tensor]]:
@@ -175,7 +183,7 @@ class PolicySearch:
         slope = level.slope(origin, batch)
         virtual = leaves(moved(weights, slope, -self.unroll))
         upper = level.upper(virtual, held_out)
-        everything = gradients(upper.loss, [*self._chi, *virtual.values()])
+        everything = gradients(upper, [*self._chi, *virtual.values()])
         direct, v = everything[:3], everything[3:]
         norm = torch.nn.utils.get_total_norm(v)
         ahead, behind = (
@@ -183,7 +191,7 @@ class PolicySearch:
         )
         # - xi / (2 eps) with eps = radius / norm; where v is 0, both evaluations are one and the term is 0
         factor = -self.unroll * norm / (2 * _RADIUS)
-        plus, minus = (gradients(run.loss, self._chi) for run in (ahead, behind))
+        plus, minus = (gradients(run, self._chi) for run in (ahead, behind))
         total = [d + factor * (a - b) for d, a, b in zip(direct, plus, minus, strict=True)]
         correction = factor * (ahead.loss - behind.loss).detach()
         return upper.loss.detach(), self._with_estimates(total, upper, ahead, correction)
