@@ -336,6 +336,12 @@ def test_a_part_that_the_loss_could_not_call_is_refused(options, text):
     assert str(caught.value) == f"SoKD: {text}"
 
 
+def test_a_generator_that_is_none():
+    with pytest.raises(TypeError) as caught:
+        make(generator=3)
+    assert str(caught.value) == "Policy: generator must be a torch.Generator or None, got int"
+
+
 def test_a_part_put_in_later_must_give_what_the_loss_needs():
     kd = make()
     kd.dam = nn.Bilinear(4, 4, 4)

@@ -133,6 +133,9 @@ class Policy(nn.Module):
         _check_options(estimator=estimator, magnitude_gradient=magnitude_gradient, granularity=granularity)
         if not 0 < temperature < math.inf:
             raise ValueError(f"Policy: temperature must be positive and finite, got {temperature}")
+        if not (generator is None or isinstance(generator, torch.Generator)):
+            got = type(generator).__name__
+            raise TypeError(f"Policy: generator must be a torch.Generator or None, got {got}")
         if not (policies is None or isinstance(policies, Iterable)):
             raise ValueError(f"Policy: policies must be a list of pairs of operations, got {policies!r}")
         self.policies = PAIRS if policies is None else tuple(pair_of(entry) for entry in policies)
