@@ -9,11 +9,13 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import compiles
 from kd_cases import features, make, pair, rewound
 from torch import nn
 
 from sokd.kd import SoKD
 from sokd.loss import loss
+from sokd.policy import Policy
 
 # ------------------------------------------------------------------------------------ parameters and state
 
@@ -66,6 +68,14 @@ def test_a_copy_goes_on_with_the_same_bits(copied):
     other = copied(kd)
     for _ in range(3):
         assert torch.equal(loss(student, teacher, kd), loss(student, teacher, other))
+
+
+def test_an_average_with_its_buffers_can_be_kept():
+    kd = make()
+    averaged = torch.optim.swa_utils.AveragedModel(kd, use_buffers=True)
+    for _ in range(2):
+        averaged.update_parameters(kd)
+    assert averaged(*pair()).isfinite()
 
 
 class Student(nn.Module):
@@ -290,11 +300,71 @@ def test_kd_must_be_a_sokd(kd, got):
     assert str(caught.value) == f"loss: kd must be a sokd.SoKD, got {got}"
 
 
+def test_one_value_a_channel_is_refused_in_training():
+    kd, student, teacher = make(), torch.randn(1, 3, 1, 1), torch.randn(1, 4, 1, 1)
+    with pytest.raises(ValueError) as caught:
+        loss(student, teacher, kd)
+    want = (
+        "loss: student_features must give the BatchNorm of kd.adapter more than 1 value per channel in train "
+        "mode, got 1 sample of 1 cell (drop_last=True in the DataLoader, or larger batches)"
+    )
+    assert str(caught.value) == want
+    kd.adapter.eval()
+    assert loss(student, teacher, kd).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"policy": nn.Linear(1, 1)}, "policy must be 'default', None or a sokd.policy.Policy, got Linear"),
+        ({"policy": "none"}, "policy must be 'default', None or a sokd.policy.Policy, got 'none'"),
+        ({"dam": nn.Conv2d(4, 4, 1)}, "dam must take (student, refined, scale=...), got Conv2d"),
+        (
+            {"dam": nn.ModuleList([nn.Identity()])},
+            "dam must take (student, refined, scale=...), got Identity",
+        ),
+        ({"adapter": nn.Bilinear(3, 3, 3)}, "adapter must take (student), got Bilinear"),
+        (
+            {"adapter": torch.relu},
+            "adapter must be 'default', None or an nn.Module, got builtin_function_or_method",
+        ),
+    ],
+)
+def test_a_part_that_the_loss_could_not_call_is_refused(options, text):
+    with pytest.raises(TypeError) as caught:
+        SoKD(3, 4, **options)
+    assert str(caught.value) == f"SoKD: {text}"
+
+
+def test_a_generator_that_is_none():
+    with pytest.raises(TypeError) as caught:
+        make(generator=3)
+    assert str(caught.value) == "Policy: generator must be a torch.Generator or None, got int"
+
+
+def test_a_part_put_in_later_must_give_what_the_loss_needs():
+    kd = make()
+    kd.dam = nn.Bilinear(4, 4, 4)
+    kd.dam.forward = lambda student, refined, scale: student
+    with pytest.raises(TypeError) as caught:
+        loss(*pair(), kd)
+    assert str(caught.value) == "loss: kd.dam must return an Attention, got Tensor"
+
+
+@compiles
+def test_parts_of_ones_own_are_taken():
+    """Wrapped ones too, whose signatures say nothing."""
+    kd = make(policy=torch.compile(Policy(), backend="eager"), adapter=nn.Conv2d(3, 4, 1))
+    kd.dam = nn.DataParallel(kd.dam)
+    made = SoKD(3, 4, adapter=kd.adapter, policy=kd.policy, dam=kd.dam)
+    assert loss(*pair(), made).isfinite()
+
+
 def test_features_of_another_dtype_than_the_parameters_are_refused():
     with pytest.raises(TypeError) as caught:
         loss(STUDENT.double(), TEACHER.double(), make())
-    want = "loss: student_features must have the dtype torch.float32 of kd's parameters, got torch.float64"
-    assert str(caught.value) == want
+    rule = "have the dtype torch.float32 of kd's parameters (see kd.to and torch.autocast)"
+    assert str(caught.value) == f"loss: student_features must {rule}, got torch.float64"
 
 
 @pytest.mark.parametrize(

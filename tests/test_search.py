@@ -144,6 +144,22 @@ def test_first_order_is_the_direct_gradient() -> None:
 
 
 @pytest.mark.parametrize("order", [1, 2])
+def test_float16_loses_no_gradient_of_a_large_map(order: int) -> None:
+    """An element's part in a mean is less than float16 holds: 1e-8 here."""
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        torch.manual_seed(0)
+        policy = Policy(policies=PAIRS, magnitude_gradient="pathwise")
+        kd = SoKD(4, 4, adapter=None, dam=None, policy=policy, lambda_areas=1.0).to(dtype)
+        search = PolicySearch(kd, Linear().to(dtype), order=order, unroll=0.1)
+        batch = tuple((torch.randn(8, 4, 64, 64) * 4e-3).to(dtype) for _ in range(2))
+        search.step(linear_step, batch)
+        found.append(hypergradient(search))
+    for half, single in zip(*found, strict=True):
+        torch.testing.assert_close(half, single, rtol=0.05, atol=0.05 * single.abs().max().item())
+
+
+@pytest.mark.parametrize("order", [1, 2])
 def test_relax_learns_by_its_estimate(order: int) -> None:
     """With Q = 0 the estimate is f * score, f the value with the unrolled step's first-order change."""
     student, kd, search = planted_linear(estimator="relax", order=order)

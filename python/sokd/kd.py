@@ -10,17 +10,24 @@ total     = agreement + areas, summed over the layers                       [met
 from __future__ import annotations
 
 import functools
-import math
-import numbers
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, TypeAlias, TypeVar, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from sokd import watch
 from sokd.adapters import Adapter, Size, tokens_to_map
+from sokd.arguments import (
+    channel_pairs,
+    layouts,
+    one_or_list,
+    part_or_none,
+    policy_or_none,
+    sizes,
+    term_weight,
+)
 from sokd.dam import DAM, Attention
 from sokd.loss import Features, Terms, checked_pairs, mixed_dtypes_allowed
 from sokd.ops.masked_mse import _masked_mse
@@ -68,7 +75,7 @@ class SoKD(nn.Module):
         policies, estimator, magnitude_gradient, granularity: of `Policy`.
         adapter, policy, dam: "default", None, or a module in its place. An adapter other than `Adapter` is
             called with the student's map alone; a DAM as `dam(student, refined, scale=lambda_agreement)`,
-            for an `Attention`; a policy as `Policy` is.
+            for an `Attention`; a policy is a `sokd.policy.Policy`.
         generator: where the policy takes the seed of its draws; None: see `sokd.manual_seed`.
 
     Raises:
@@ -92,18 +99,18 @@ class SoKD(nn.Module):
         super().__init__()
         if normalise not in ("elements", "area"):
             raise ValueError(f"SoKD: normalise must be 'elements' or 'area', got {normalise!r}")
-        channels = _channel_pairs(student_channels, teacher_channels)
+        channels = channel_pairs(student_channels, teacher_channels)
         self.student_channels, self.teacher_channels = map(list, zip(*channels, strict=True))
-        self._student_layout = _layouts("student", student_tokens, student_grid, len(channels))
-        self._teacher_layout = _layouts("teacher", teacher_tokens, teacher_grid, len(channels))
-        self.lambda_agreement = _term_weight("lambda_agreement", lambda_agreement)
-        self.lambda_areas, self.normalise = _term_weight("lambda_areas", lambda_areas), normalise
+        self._student_layout = layouts("student", student_tokens, student_grid, len(channels))
+        self._teacher_layout = layouts("teacher", teacher_tokens, teacher_grid, len(channels))
+        self.lambda_agreement = term_weight("lambda_agreement", lambda_agreement)
+        self.lambda_areas, self.normalise = term_weight("lambda_areas", lambda_areas), normalise
         if adapter == "default":
-            sizes = _sizes(student_size, teacher_size, len(channels))
-            adapter = _one_or_list(Adapter(*of, **size) for of, size in zip(channels, sizes, strict=True))
+            of_layers = zip(channels, sizes(student_size, teacher_size, len(channels)), strict=True)
+            adapter = one_or_list(Adapter(*of, **size) for of, size in of_layers)
         if dam == "default":
             heads_of = functools.partial(DAM, heat_channels=heat_channels, heads=heads, areas=areas)
-            dam = _one_or_list(
+            dam = one_or_list(
                 heads_of(teacher, overlap=overlap, k=k, kernel=kernel) for _, teacher in channels
             )
         if policy == "default":
@@ -111,9 +118,9 @@ class SoKD(nn.Module):
                 policies=policies, estimator=estimator, magnitude_gradient=magnitude_gradient,
                 granularity=granularity, generator=generator,
             )  # fmt: skip
-        self.adapter = _module_or_none("adapter", adapter, len(channels))
-        self.policy = cast("Policy | None", _module_or_none("policy", policy, 1))
-        self.dam = _module_or_none("dam", dam, len(channels))
+        self.adapter = part_or_none("adapter", adapter, len(channels))
+        self.policy = policy_or_none(policy)
+        self.dam = part_or_none("dam", dam, len(channels))
         # A buffer, so that compiled steps fill it too; not in the state_dict: the next step overwrites it.
         statistics = torch.zeros(len(channels), len(STATISTICS), dtype=torch.float32)
         self.register_buffer("statistics", statistics, persistent=False)
@@ -247,6 +254,7 @@ class SoKD(nn.Module):
     def _adapted(self, index: int, student: Tensor, teacher: Tensor) -> Tensor:
         adapter = _at(self.adapter, index)
         if isinstance(adapter, Adapter):
+            _check_values(adapter, teacher)
             student = adapter(student, (teacher.shape[2], teacher.shape[3]))
         elif adapter is not None:
             student = adapter(student)
@@ -267,12 +275,15 @@ class SoKD(nn.Module):
             raise ValueError(f"loss: student_features must {rule}, got {student.device}")
         if student.dtype == first.weight.dtype or mixed_dtypes_allowed(student):
             return
-        rule = f"have the dtype {first.weight.dtype} of kd's parameters"
+        rule = f"have the dtype {first.weight.dtype} of kd's parameters (see kd.to and torch.autocast)"
         raise TypeError(f"loss: student_features must {rule}, got {student.dtype}")
 
     def _attention(self, index: int, student: Tensor, refined: Tensor) -> Attention | None:
         dam = _at(self.dam, index)
-        return None if dam is None else cast(Attention, dam(student, refined, scale=self.lambda_agreement))
+        found = None if dam is None else dam(student, refined, scale=self.lambda_agreement)
+        if found is None or isinstance(found, Attention):
+            return found
+        raise TypeError(f"loss: kd.dam must return an Attention, got {type(found).__name__}")
 
     def _distance(
         self, student: Tensor, refined: Tensor, weight: Tensor | None, scale: float, differentiable: bool
@@ -305,6 +316,15 @@ def _spread_and_share(attention: Attention | None, like: Tensor) -> list[Tensor]
     return [spread, (attention.coverage > 0).to(torch.float32).mean()]
 
 
+def _check_values(adapter: Adapter, teacher: Tensor) -> None:
+    """Say in our words what a BatchNorm would say of one value a channel; SyncBatchNorm counts all ranks'."""
+    one = teacher.shape[0] * teacher.shape[2] * teacher.shape[3] == 1
+    if one and adapter.norm.training and isinstance(adapter.norm, nn.BatchNorm2d):
+        rule = "give the BatchNorm of kd.adapter more than 1 value per channel in train mode"
+        got = "got 1 sample of 1 cell (drop_last=True in the DataLoader, or larger batches)"
+        raise ValueError(f"loss: student_features must {rule}, {got}")
+
+
 def _savable(teacher: Tensor) -> Tensor:
     """What came out of torch.inference_mode() as a tensor that may be kept for a backward."""
     return teacher if torch.compiler.is_compiling() or not teacher.is_inference() else teacher.clone()
@@ -317,77 +337,3 @@ def _sum(terms: list[Tensor]) -> Tensor:
 def _at(part: nn.Module | None, index: int) -> nn.Module | None:
     """The layer's own adapter or DAM, or the one that all layers share."""
     return part[index] if isinstance(part, nn.ModuleList) else part
-
-
-def _one_or_list(parts: Iterable[nn.Module]) -> nn.Module:
-    modules = list(parts)
-    return modules[0] if len(modules) == 1 else nn.ModuleList(modules)
-
-
-def _channel_pairs(student: int | Sequence[int], teacher: int | Sequence[int]) -> list[tuple[int, int]]:
-    students, teachers = _channels("student_channels", student), _channels("teacher_channels", teacher)
-    if len(students) != len(teachers):
-        rule = f"be as many as student_channels ({len(students)})"
-        raise ValueError(f"SoKD: teacher_channels must {rule}, got {len(teachers)}")
-    return list(zip(students, teachers, strict=True))
-
-
-def _channels(name: str, channels: int | Sequence[int]) -> list[int]:
-    given = list(channels) if isinstance(channels, Sequence) else [channels]
-    if not given or not all(isinstance(count, numbers.Integral) and count > 0 for count in given):
-        raise ValueError(f"SoKD: {name} must be a positive number or a list of them, got {channels!r}")
-    return [int(count) for count in given]
-
-
-def _term_weight(name: str, value: float) -> float:
-    if not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
-        raise ValueError(f"SoKD: {name} must be a finite number, 0 or more, got {value!r}")
-    return float(value)
-
-
-def _module_or_none(name: str, part: Any, layers: int) -> nn.Module | None:
-    if isinstance(part, nn.ModuleList):
-        _for_layers(name, list(part), layers)
-    if part is None or isinstance(part, nn.Module):
-        return part
-    got = repr(part) if isinstance(part, str) else type(part).__name__
-    raise TypeError(f"SoKD: {name} must be 'default', None or an nn.Module, got {got}")
-
-
-def _for_layers(name: str, value: Any, layers: int) -> list[Any]:
-    if not isinstance(value, list):
-        return [value] * layers
-    if len(value) != layers:
-        raise ValueError(
-            f"SoKD: {name} must have one entry for each of the {layers} layers, got {len(value)}"
-        )
-    return list(value)
-
-
-def _layouts(side: str, tokens: Any, grid: Any, layers: int) -> list[dict[str, Any]]:
-    """The layers' arguments for `tokens_to_map`."""
-    counts, grids = _for_layers(f"{side}_tokens", tokens, layers), _for_layers(f"{side}_grid", grid, layers)
-    for of in grids:
-        if of is not None and not _is_grid(of):
-            raise ValueError(f"SoKD: {side}_grid must be (H, W), both positive, for each layer, got {of!r}")
-    for count in counts:
-        if count is not None and (not isinstance(count, int) or count < 0):
-            raise ValueError(
-                f"SoKD: {side}_tokens must be a whole number, 0 or more, for each layer, got {count!r}"
-            )
-    named: dict[str, Any] = {"op": "loss", "name": f"{side}_features"}
-    return [{"tokens": count, "grid": of, **named} for count, of in zip(counts, grids, strict=True)]
-
-
-def _is_grid(grid: Any) -> bool:
-    pair = isinstance(grid, Sequence) and len(grid) == 2
-    return pair and all(isinstance(side, int) and side > 0 for side in grid)
-
-
-def _sizes(student: Any, teacher: Any, layers: int) -> list[dict[str, Any]]:
-    """The layers' arguments for `Adapter`."""
-    of_student, of_teacher = (
-        _for_layers(f"{side}_size", size, layers)
-        for side, size in (("student", student), ("teacher", teacher))
-    )
-    return [{"student_size": s, "teacher_size": t} for s, t in zip(of_student, of_teacher, strict=True)]

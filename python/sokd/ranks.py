@@ -34,7 +34,10 @@ def agreed(tensor: Tensor) -> Tensor:
 
 
 def everyones(rows: Tensor) -> Tensor:
-    """rows [B, ...] of all ranks, in the ranks' order; B may differ among them. Without a gradient."""
+    """rows [B, ...] of all ranks, in the ranks' order; B may differ among them. Without a gradient.
+
+    All ranks have to call it, and wait for each other; each then waits for its device too, to read the Bs.
+    """
     _, count = place()
     if count == 1:
         return rows

@@ -12,7 +12,6 @@ use crate::{
     cuda::{self, args::Order, cache},
     error::CudaFailure,
     run::Run,
-    view::DType,
 };
 
 #[cfg(feature = "cuda")]
@@ -76,7 +75,7 @@ pub fn cuda_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     }
 }
 
-/// Compiles and loads every kernel for these dtypes and layouts on a device.
+/// Compiles and loads every kernel for these dtypes and layouts, which `sokd.warmup` has checked, on a device.
 #[pyfunction]
 #[pyo3(signature = (device, dtypes, layouts, threads, stream=0))]
 #[allow(unused_variables)]
@@ -90,34 +89,14 @@ pub fn cuda_warmup(
 ) -> PyResult<()> {
     #[cfg(feature = "cuda")]
     {
-        let (dtypes, orders) = (read_dtypes(&dtypes)?, read_layouts(&layouts)?);
+        let dtypes: Vec<_> = dtypes.iter().filter_map(|name| crate::read::from_name(name)).collect();
+        let order = |name: &String| if name == "channels_last" { Order::Lanes } else { Order::Planes };
+        let orders: Vec<_> = layouts.iter().map(order).collect();
         let run = Run { threads, stream, allocate: None };
         py.allow_threads(|| cuda::warmup("warmup", device, &dtypes, &orders, run)).map_err(raise)
     }
     #[cfg(not(feature = "cuda"))]
     absent("warmup")
-}
-
-#[cfg(feature = "cuda")]
-fn read_dtypes(names: &[String]) -> PyResult<Vec<DType>> {
-    let rule = "be some of float32, float16, bfloat16 and float64";
-    let known = |name: &String| {
-        let dtype = crate::read::from_name(name).filter(|dtype| dtype.is_float());
-        dtype.ok_or_else(|| raise(Error::of_value("warmup", "dtypes", rule, name)))
-    };
-    names.iter().map(known).collect()
-}
-
-#[cfg(feature = "cuda")]
-fn read_layouts(names: &[String]) -> PyResult<Vec<Order>> {
-    let known = |name: &String| match name.as_str() {
-        "contiguous" => Ok(Order::Planes),
-        "channels_last" => Ok(Order::Lanes),
-        _ => {
-            Err(raise(Error::of_value("warmup", "layouts", "be some of contiguous and channels_last", name)))
-        }
-    };
-    names.iter().map(known).collect()
 }
 
 /// gradient *= upstream, in place, on a CUDA device.

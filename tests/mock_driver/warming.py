@@ -151,10 +151,12 @@ def test_warmup_compiles_every_kernel_once() -> None:
 
 
 def test_warmup_refuses_what_it_does_not_know() -> None:
-    with pytest.raises(ValueError, match=r"^warmup: dtypes must be some of float32, .*, got int64$"):
-        _core.cuda_warmup(0, ["int64"], [], 1)
-    with pytest.raises(ValueError, match=r"^warmup: layouts must be some of contiguous and .*, got sliced$"):
-        _core.cuda_warmup(0, [], ["sliced"], 1)
+    """On every machine, CUDA or not."""
+    known = "torch.float64, torch.float32, torch.float16, torch.bfloat16"
+    with pytest.raises(ValueError, match=rf"^warmup: dtypes must be of {known}, got torch.int64$"):
+        sokd.warmup(dtypes=[torch.int64])
+    with pytest.raises(ValueError, match=r"^warmup: layouts must be of contiguous, .*, got sliced$"):
+        sokd.warmup("cpu", layouts=["sliced"])
 
 
 def _public_warmup(monkeypatch: pytest.MonkeyPatch) -> int:

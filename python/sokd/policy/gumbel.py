@@ -64,8 +64,8 @@ class _Choices(torch.autograd.Function):
 
 def _dots_of_groups(features: Tensor, upstream: Tensor, flips: Parts, seed: Tensor, groups: int) -> Tensor:
     """<upstream, refine(features; plan_v)> of each group: [V, G]."""
-    if groups == 1:
-        return refine_dots(features, upstream, Plans(*flips, seed)).unsqueeze(1)
+    if groups <= 1:
+        return refine_dots(features, upstream, Plans(*flips, seed)).unsqueeze(1)[:, :groups]
     # Each sample has its own relaxed choice, so its own products. Noise is keyed by the index within a call,
     # hence it is left out of the calls for one sample and added after: refine is linear in it.
     columns = [_dots_of_sample(features, upstream, flips, index) for index in range(groups)]

@@ -63,7 +63,7 @@ class Ranges(NamedTuple):
 
     low: Tensor  # [9] int64, hundredths
     span: Tensor  # [9] int64, hundredths
-    carrying: Tensor  # [9] bool: which get the straight-through gradient
+    carrying: Tensor  # [9] int64, 0 or 1: which get the straight-through gradient
 
 
 def ranges(*, pathwise: bool) -> Ranges:
@@ -75,7 +75,7 @@ def ranges(*, pathwise: bool) -> Ranges:
     low = torch.tensor([round(100 * op.low) for op in OPERATIONS])
     span = torch.tensor([round(100 * op.high) for op in OPERATIONS]) - low
     carrying = [op in (_CUTOUT, _DROP) if pathwise else op != _SHUFFLE for op in range(len(OPERATIONS))]
-    return Ranges(low, span, torch.tensor(carrying))
+    return Ranges(low, span, torch.tensor(carrying).long())  # bool has no mean, as averaged buffers need
 
 
 def pair_of(entry: Sequence[int | str]) -> tuple[int, int]:
@@ -198,4 +198,4 @@ def parts(
 
 def straight(strong: Strengths, carrying: Tensor) -> Tensor:
     """[...]: the magnitudes of the fired operations that get the sum of the upstream gradient, added up."""
-    return torch.where(strong.fired & carrying, strong.magnitude, 0).sum(-1)
+    return torch.where(strong.fired, strong.magnitude * carrying, 0).sum(-1)

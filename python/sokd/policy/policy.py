@@ -112,7 +112,9 @@ class Policy(nn.Module):
     search, where its logit is finite: settled here), `magnitude` [K, 2] (0.5 at first, kept in [0, 1]).
     They stay float32 (or float64) when the module is cast to half precision.
     Buffers: `seed` and `counter`, int64 [1]; `operations` [K, 2] int64, the sub-policies: a state of others
-    is refused (RuntimeError).
+    is refused (RuntimeError). The other options are no part of the state: the parameters mean the same under
+    all of them, so that what was learned with one granularity may be drawn with the other. To the bit a run
+    goes on only with the options it had.
     """
 
     seed: Tensor
@@ -131,6 +133,9 @@ class Policy(nn.Module):
         _check_options(estimator=estimator, magnitude_gradient=magnitude_gradient, granularity=granularity)
         if not 0 < temperature < math.inf:
             raise ValueError(f"Policy: temperature must be positive and finite, got {temperature}")
+        if not (generator is None or isinstance(generator, torch.Generator)):
+            got = type(generator).__name__
+            raise TypeError(f"Policy: generator must be a torch.Generator or None, got {got}")
         if not (policies is None or isinstance(policies, Iterable)):
             raise ValueError(f"Policy: policies must be a list of pairs of operations, got {policies!r}")
         self.policies = PAIRS if policies is None else tuple(pair_of(entry) for entry in policies)

@@ -38,10 +38,11 @@ class ControlVariate(nn.Module):
         self.out = nn.Parameter(out.reshape(1, _HIDDEN + 1) * _HIDDEN**-0.5)  # weight | bias
 
     def forward(self, z_choice: Tensor, z_gates: Tensor) -> Tensor:
-        """z_choice [G, K], z_gates [G, K, 2] -> scalar: the mean over the groups."""
+        """z_choice [G, K], z_gates [G, K, 2] -> scalar: the mean over the groups, 0 without any."""
         choice = (z_choice / self.temperature).softmax(1)
         gates = (z_gates / self.temperature).sigmoid().flatten(1)
-        return _linear(torch.tanh(_linear(torch.cat([gates, choice], dim=1), self.hidden)), self.out).mean()
+        values = _linear(torch.tanh(_linear(torch.cat([gates, choice], dim=1), self.hidden)), self.out)
+        return values.sum() / max(len(values), 1)
 
 
 def _linear(values: Tensor, weight_and_bias: Tensor) -> Tensor:

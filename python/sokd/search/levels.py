@@ -19,12 +19,23 @@ __all__ = ["Features", "Level", "Run", "Step"]
 Features = Tensor | Sequence[Tensor]
 Step = Callable[[Any, Any], tuple[Tensor, Features, Features]]
 
+_OF_STUDENT = "members.0."  # how the names of its weights begin: it is the first of `Together`
+_ANOTHER_MODEL = (
+    "PolicySearch: step must run the model it is called with, with gradients, got a loss that none of the "
+    "student's parameters enters"
+)
+_NOTHING_TRAINED = (
+    "PolicySearch: student must have parameters that require grad (or kd.adapter or kd.dam some), for its "
+    "virtual step, got none; order=1 does without"
+)
+
 
 class Run(NamedTuple):
     """One evaluation of a level."""
 
     loss: Tensor  # scalar
     draw: Draw  # what the policy drew for it
+    lift: float  # a factor of its gradients while they are on their way
 
 
 class Level:
@@ -38,6 +49,16 @@ class Level:
         """L_train: the task's loss and kd's."""
         return self._at(weights, batch, "total")
 
+    def slope(self, weights: Weights, batch: Any) -> list[Tensor]:
+        """d L_train / d weights, along which the virtual step goes."""
+        if not weights:
+            raise ValueError(_NOTHING_TRAINED)
+        found = _derivatives(self.train(weights, batch), weights.values())
+        of_student = [d for name, d in zip(weights, found, strict=True) if name.startswith(_OF_STUDENT)]
+        if of_student and all(d is None for d in of_student):
+            raise ValueError(_ANOTHER_MODEL)
+        return _filled(found, weights.values())
+
     def upper(self, weights: Weights, batch: Any) -> Run:
         """L_up."""
         return self._at(weights, batch, self.search.objective)
@@ -48,14 +69,14 @@ class Level:
 
     def _run(self, batch: Any, objective: str) -> Run:
         task, f_s, f_t = checked(self.step(self.search.student, batch))
-        draw = self._draw(f_t)
+        draw, lift = self._draw(f_t), _lift(f_s)
         if objective == "task":
-            return Run(task, draw)
+            return Run(task, draw, lift)
         # differentiable also where chi's gradient is not asked for: such a call leaves nothing in kd
         options: dict[str, Any] = {"draw": draw, "differentiable": True}
         if objective == "consistency":
-            return Run(self.search.kd.consistency(f_s, f_t, **options), draw)
-        return Run(task + self.search.kd.terms(f_s, f_t, **options)["total"], draw)
+            return Run(self.search.kd.consistency(f_s, f_t, **options), draw, lift)
+        return Run(task + self.search.kd.terms(f_s, f_t, **options)["total"], draw, lift)
 
     def _draw(self, f_t: Features) -> Draw:
         batch = (f_t if isinstance(f_t, Tensor) else f_t[0]).shape[0]
@@ -68,15 +89,37 @@ def leaves(weights: Weights) -> Weights:
 
 
 def moved(weights: Weights, along: Sequence[Tensor], by: float | Tensor) -> Weights:
-    """weights + by * along."""
-    return {name: weight + by * d for (name, weight), d in zip(weights.items(), along, strict=True)}
+    """weights + by * along, each in its weight's dtype."""
+    pairs = zip(weights.items(), along, strict=True)
+    return {name: (weight + by * d).to(weight.dtype) for (name, weight), d in pairs}
 
 
-def gradients(loss: Tensor, inputs: Iterable[Tensor]) -> list[Tensor]:
+def gradients(run: Run, inputs: Sequence[Tensor]) -> list[Tensor]:
     """d loss / d inputs, zeros for what the loss does not depend on."""
-    if not loss.requires_grad:
+    return _filled(_derivatives(run, inputs), inputs)
+
+
+def _lift(features: Features) -> float:
+    """For float16 maps what a GradScaler does for a training: one element's part in a mean is lost in it.
+
+    1024 leaves room for a gradient of 60; a power of two rounds nothing.
+    """
+    first = _tensors(features)[0]
+    kind = first.device.type
+    cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    return 1024.0 if cast or first.dtype == torch.float16 else 1.0
+
+
+def _derivatives(run: Run, inputs: Iterable[Tensor]) -> Sequence[Tensor | None]:
+    if not run.loss.requires_grad:
         raise ValueError("PolicySearch: loss must depend on the weights, got one without a gradient")
-    return list(torch.autograd.grad(loss, list(inputs), allow_unused=True, materialize_grads=True))
+    lifted = torch.full_like(run.loss, run.lift)
+    found = torch.autograd.grad(run.loss, list(inputs), lifted, allow_unused=True)
+    return found if run.lift == 1 else [None if d is None else d.float() / run.lift for d in found]
+
+
+def _filled(found: Iterable[Tensor | None], inputs: Iterable[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(of) if d is None else d for d, of in zip(found, inputs, strict=True)]
 
 
 def checked(returned: Any) -> tuple[Tensor, Features, Features]:

@@ -33,6 +33,9 @@ __all__ = ["PolicySearch", "Step"]
 _SECOND_STREAM = 2**62  # counters that no step reaches: the draws of RELAX's z~
 _RADIUS = 0.01  # how far the finite difference looks in the space of the weights [A]
 
+_CHI = ("alpha", "beta", "magnitude")
+_AGREEING = ("objective", "estimator", "order")  # what a state's search and the one that loads it share
+
 _LEFT_OUT = (
     "PolicySearch: a step's hypergradient was not finite, and the policy stayed as it was; "
     "look for inf or NaN in the batch, the features and the losses"
@@ -56,7 +59,8 @@ class PolicySearch:
         objective: L_up: "consistency" [P], 1/2 mean (F_hat_t - Phi(F_s))^2; "task", the task's loss;
             "total" [A], that plus kd's.
         estimator: "gumbel" [P] or "relax" [A], see `sokd.policy.relax`; sets `kd.policy.estimator`. None: as
-            `kd.policy` was made.
+            `kd.policy` was made, "gumbel" unless it was told otherwise; a default that named one would undo
+            `SoKD(estimator="relax")` silently.
         order: 2, or 1 for the direct gradient alone (xi = 0).
         unroll: xi [A], finite, 0 or more.
         lr: of Adam(betas=(0.5, 0.999)) on the policy; no weight decay [S: the prototype's pulls chi to 0].
@@ -81,7 +85,8 @@ class PolicySearch:
             raise TypeError(f"PolicySearch: student must be an nn.Module, got {type(student).__name__}")
         _check_options(objective, estimator, order, unroll, lr, epochs)
         self.policy.estimator = estimator
-        self.objective, self.order, self.unroll, self.epochs = objective, order, unroll, epochs
+        self.objective, self.estimator, self.order = objective, estimator, order
+        self.unroll, self.epochs = unroll, epochs
         self.epoch = 0
         self.seed = agreed(fresh_seed().to(self.policy.alpha.device))
         self.counter = torch.zeros_like(self.seed)
@@ -96,7 +101,7 @@ class PolicySearch:
 
     @property
     def _chi(self) -> list[Tensor]:
-        return [self.policy.alpha, self.policy.beta, self.policy.magnitude]
+        return [getattr(self.policy, name) for name in _CHI]
 
     @property
     def active(self) -> bool:
@@ -113,22 +118,30 @@ class PolicySearch:
         Args:
             step: step(model, batch) -> (task loss, student features, teacher features); the teacher's without
                 gradient. Called up to four times with the student itself, whose weights are virtual for
-                that time.
+                that time. Order 2 refuses one that runs another model; order 1, which needs no gradient of
+                the student, cannot tell.
             batch: for L_train, and for L_up too unless there is `held_out` [A].
             held_out: for L_up.
+
+        Mixed precision: call this under torch.autocast as a whole, for kd's part comes after `step`; a
+        GradScaler has no part in it. Weights in half precision round most of order 2's difference away.
 
         Returns:
             L_up, a scalar without gradient; None once the search is over.
 
         Raises:
-            TypeError, ValueError: `step` returned something else, the teacher's features require grad, or
-                `kd.policy` was replaced.
+            TypeError, ValueError: `step` returned something else or ran another model, the teacher's features
+                require grad, `kd.policy` was replaced or frozen, or nothing is trained that order 2 could
+                unroll.
         """
         if not self.active:
             return None
         if self.kd.policy is not self.policy:
             rule = "be the policy that the search was made with; make a new search for another"
             raise ValueError(f"PolicySearch: kd.policy must {rule}, got a different one")
+        for name in _CHI:
+            if not getattr(self.policy, name).requires_grad:
+                raise ValueError(f"PolicySearch: kd.policy.{name} must require grad, got one that is frozen")
         self.policy.project()  # a probability set to 0 or 1 has no finite logit
         held_out = batch if held_out is None else held_out
         devices = {self.seed.device, *(parameter.device for parameter in self.student.parameters())}
@@ -160,17 +173,17 @@ class PolicySearch:
     def _first(self, level: Level, held_out: Any) -> tuple[Tensor, list[Tensor]]:
         """L_up and its direct gradient for chi, at the weights as they are."""
         upper = level.upper(level.weights, held_out)
-        direct = gradients(upper.loss, self._chi)
+        direct = gradients(upper, self._chi)
         return upper.loss.detach(), self._with_estimates(direct, upper)
 
     def _second(self, level: Level, batch: Any, held_out: Any) -> tuple[Tensor, list[Tensor]]:
         """L_up after one virtual step of the student, and the gradient of the two together for chi."""
         weights = level.weights
         origin = leaves(weights)
-        slope = gradients(level.train(origin, batch).loss, origin.values())
+        slope = level.slope(origin, batch)
         virtual = leaves(moved(weights, slope, -self.unroll))
         upper = level.upper(virtual, held_out)
-        everything = gradients(upper.loss, [*self._chi, *virtual.values()])
+        everything = gradients(upper, [*self._chi, *virtual.values()])
         direct, v = everything[:3], everything[3:]
         norm = torch.nn.utils.get_total_norm(v)
         ahead, behind = (
@@ -178,7 +191,7 @@ class PolicySearch:
         )
         # - xi / (2 eps) with eps = radius / norm; where v is 0, both evaluations are one and the term is 0
         factor = -self.unroll * norm / (2 * _RADIUS)
-        plus, minus = (gradients(run.loss, self._chi) for run in (ahead, behind))
+        plus, minus = (gradients(run, self._chi) for run in (ahead, behind))
         total = [d + factor * (a - b) for d, a, b in zip(direct, plus, minus, strict=True)]
         correction = factor * (ahead.loss - behind.loss).detach()
         return upper.loss.detach(), self._with_estimates(total, upper, ahead, correction)
@@ -208,6 +221,8 @@ class PolicySearch:
     def state_dict(self) -> dict[str, Any]:
         """What a search resumed bit for bit needs, beside those of kd, the student and its optimiser."""
         state = {
+            **{name: getattr(self, name) for name in _AGREEING},
+            "unroll": self.unroll,
             "epoch": self.epoch,
             "seed": self.seed.clone(),
             "counter": self.counter.clone(),
@@ -218,14 +233,16 @@ class PolicySearch:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` of a search with the same options returned."""
-        needed = self.state_dict().keys()
-        if not isinstance(state, Mapping) or state.keys() != needed:
-            got = ", ".join(map(str, state)) or "none" if isinstance(state, Mapping) else type(state).__name__
-            raise ValueError(f"PolicySearch: state must have {', '.join(needed)}, got {got}")
-        _check_fits(self._adam, state["adam"])
-        if self._control is not None:
-            _check_fits(self._control_adam, state["control_adam"])
+        """Take over what `state_dict` of a search with the same objective, estimator and order returned.
+
+        The step sizes, lr and unroll, are the state's afterwards, as a state of torch.optim's brings its lr;
+        `epochs` stays what it is here, so that a search may be prolonged.
+
+        Raises:
+            ValueError: of another search or another policy; nothing is taken over then.
+        """
+        self._check_state(state)
+        self.unroll = state["unroll"]
         self.epoch = int(state["epoch"])
         self.seed.copy_(state["seed"])
         self.counter.copy_(state["counter"])
@@ -233,6 +250,20 @@ class PolicySearch:
         if self._control is not None:
             self._control.load_state_dict(state["control"])
             _load(self._control_adam, state["control_adam"])
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        given = state if isinstance(state, Mapping) else {}
+        for name in _AGREEING:
+            own = getattr(self, name)
+            if name in given and given[name] != own:
+                raise ValueError(f"PolicySearch: {name} must be the state's, {given[name]!r}, got {own!r}")
+        needed = self.state_dict().keys()
+        if given.keys() != needed:
+            got = ", ".join(map(str, given)) or "none" if given is state else type(state).__name__
+            raise ValueError(f"PolicySearch: state must have {', '.join(needed)}, got {got}")
+        _check_fits(self._adam, state["adam"])
+        if self._control is not None:
+            _check_fits(self._control_adam, state["control_adam"])
 
 
 # ---------------------------------------------------------------------------------------------- small parts
