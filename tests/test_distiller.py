@@ -215,6 +215,17 @@ def test_the_first_batch_serves_as_example():
     assert len(list(lazy.parameters())) == len(list(make().parameters()))
 
 
+def test_a_distiller_that_waits_can_be_shown_and_looked_at():
+    teacher, student = models()
+    lazy = Distiller(teacher, student, sokd=SMALL)
+    assert "layers: none, weights: fitnet=100" in repr(lazy)
+    students, teachers = lazy.features(batch()[0])
+    assert len(students) == len(teachers) == len(lazy.pairs) == 3
+    other = Distiller(*models(), sokd=SMALL)
+    task, *_ = other.step(other.student, batch())
+    assert task.isfinite() and len(other.pairs) == 3
+
+
 class Answering(nn.Module):
     """A Net that answers in another form."""
 

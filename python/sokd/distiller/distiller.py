@@ -133,6 +133,7 @@ class Distiller(nn.Module):
         self.methods = nn.ModuleDict()
         self._ready = self._checked = False
         self._needs = Needs(self._recipes, sokd)
+        self.pairs: list[Pair] = []
         self._layers: Layers = layers if self._needs.maps else ()
         if self._layers != "auto":
             self._tap(layer_pairs(layers) if self._needs.maps else [])
@@ -193,6 +194,7 @@ class Distiller(nn.Module):
         inner level of the search is the task's loss plus SoKD's own, whichever method is trained.
         """
         x, target = batch[:2] if isinstance(batch, (tuple, list)) else (batch, None)
+        self.setup(x)
         teacher, student = self._teach(x), self._study(model, x, target)
         losses = list(task_losses(self.task, student.output, student.logits, target).values())
         task = torch.stack(losses).sum() if losses else student.maps[0].sum() * 0
@@ -202,7 +204,7 @@ class Distiller(nn.Module):
     def features(self, x: Any) -> tuple[list[Tensor], list[Tensor]]:
         """The student's and the teacher's maps of x [B, C, H, W], one for each pair of layers; in eval mode,
         leaving no trace."""
-        models = unwrapped(self.student), self.teacher
+        models = unwrapped(self.setup(x).student), self.teacher
         with guards.explained(self, x), untouched(*models), self._replayed():
             return self._study(models[0], x, None).maps, self._teach(x).maps
 
