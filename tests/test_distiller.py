@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from distiller_cases import (
     CLASSES,
     SMALL,
+    Answering,
     Net,
     batch,
     gradients,
@@ -224,17 +225,6 @@ def test_a_distiller_that_waits_can_be_shown_and_looked_at():
     other = Distiller(*models(), sokd=SMALL)
     task, *_ = other.step(other.student, batch())
     assert task.isfinite() and len(other.pairs) == 3
-
-
-class Answering(nn.Module):
-    """A Net that answers in another form."""
-
-    def __init__(self, net: nn.Module, form) -> None:
-        super().__init__()
-        self.net, self.form = net, form
-
-    def forward(self, x):
-        return self.form(self.net(x))
 
 
 @pytest.mark.parametrize(

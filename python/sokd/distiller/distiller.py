@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from sokd import watch
 from sokd.distiller import guards
 from sokd.distiller.assemble import Needs, Plug, checked_plug, find_heads, make_adapters, make_kd
-from sokd.distiller.maps import as_map, auto_layers, check_pair, layouts, untouched
+from sokd.distiller.auto import auto_layers
+from sokd.distiller.maps import as_map, check_pair, layouts, untouched
 from sokd.distiller.outputs import (
     Logits,
     Task,
@@ -84,9 +85,10 @@ class Distiller(nn.Module):
             DistributedDataParallel wrap the Distiller; a model that is compiled may be given compiled.
         layers: where features are taken: a dict of student layer -> teacher layer, a name, a list of names or
             (student, teacher) pairs, names as in `named_modules`, `name:key` for a layer that gives a dict or
-            tuple; "auto": the last map of each resolution that both have. Maps [B, C, H, W], tokens [B, N, C]
-            and vectors [B, C] (as 1x1 maps) meet through adapters. A layer that runs several times counts
-            with its first run.
+            tuple; "auto": the last map of each resolution that both have, of what stages give, without a map
+            of logits (`task=None` where the models give features). Maps [B, C, H, W], tokens [B, N, C] and
+            vectors [B, C] (as 1x1 maps) meet through adapters. A layer that runs several times counts with
+            its first run.
         method: a name of `sokd.methods`, a dict of name -> weight (None: the method's own), a callable (f_s,
             f_t) -> scalar for maps of one shape, or None. A method's own options are further keywords.
         sokd: whether SoKD is plugged in: the teacher's maps refined, the mask on, `loss_agreement` added;
@@ -95,8 +97,9 @@ class Distiller(nn.Module):
         task: the task's loss: "auto", losses that the student returns, else cross entropy with y; "model",
             the student is called as `student(x, y)` and returns them (also done for y that is a list of
             dicts); a callable (logits, y) -> scalar, as `loss_task`; None.
-        logits: where logits are in an output: a key, an index or a function; None: the output itself,
-            "logits", "out", the first tensor.
+        logits: where logits are in an output that is no tensor: a key, an index or a function; None:
+            "logits", "out", the first tensor. They have to be named where that is one of several [B, D] of
+            different D: an embedding, perhaps.
         example: a batch of inputs for the dry run that finds the shapes (eval mode, no gradients; it leaves
             buffers, modes and random state as they were). None: the first batch is, and asking for
             `parameters()` before it is refused.
@@ -230,15 +233,22 @@ class Distiller(nn.Module):
         student, teacher = unwrapped(self.student), self.teacher
         with guards.explained(self, example), untouched(student, teacher), self._replayed():
             if self._layers == "auto":
-                self._tap(auto_layers(student, teacher, lambda model: call(model, example), example))
+                self._tap(self._auto(student, teacher, example))
+            named = self._layers != "auto"  # else nobody reads anything out of the names
             maps = [
-                self._as_maps(side, self._taps[side].watched(partial(call, model, example))[1])
+                self._as_maps(side, self._taps[side].run(partial(call, model, example), warn=named)[1])
                 for side, model in (("student", student), ("teacher", teacher))
             ]
         for of_student, of_teacher, names in zip(*maps, self._labels(), strict=True):
             check_pair(of_student, of_teacher, names)
         self._build(*([tuple(features.shape[1:]) for features in side] for side in maps))
         return self
+
+    def _auto(self, student: nn.Module, teacher: nn.Module, example: Any) -> list[Pair]:
+        asked = self.task is not None or self._needs.logits
+        logits = partial(find_logits, where=self.logits, guess=False) if asked else lambda _: None
+        orders = {side: given[2] for side, given in self._given.items()}
+        return auto_layers(student, teacher, partial(call, x=example), example, logits=logits, orders=orders)
 
     def _tap(self, pairs: list[Pair]) -> None:
         self.pairs = pairs

@@ -83,35 +83,34 @@ class Taps:
                 self.taps[name] = Tap()
                 modules[name].register_forward_hook(self.taps[name])
 
-    def run(self, call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
+    def run(self, call: Callable[[], Any], *, warn: bool = False) -> tuple[Any, list[Tensor]]:
         """What `call`, a forward pass, returns, and what each layer gave in it.
+
+        Args:
+            warn: of layers whose output is not what a reader of their names expects.
 
         Raises:
             RuntimeError: a layer that did not run.
             TypeError: a layer whose output is not a tensor.
         """
         for tap in self.taps.values():
-            tap.value, tap.armed = None, True
+            tap.value, tap.armed, tap.again, tap.version = None, True, False, 0 if warn else None
         try:
             output = call()
         finally:
             taken = {name: tap.take() for name, tap in self.taps.items()}
-        return output, [self._chosen(layer, taken) for layer in self.layers]
+        chosen = [self._chosen(layer, taken) for layer in self.layers]
+        if warn:
+            self._warn(chosen)
+        return output, chosen
 
-    def watched(self, call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
-        """As `run`, and warn of layers whose output is not what a reader of their names expects."""
-        for tap in self.taps.values():
-            tap.again, tap.version = False, 0
-        output, taken = self.run(call)
-        for layer, tensor in zip(self.layers, taken, strict=True):
+    def _warn(self, chosen: Sequence[Tensor]) -> None:
+        for layer, tensor in zip(self.layers, chosen, strict=True):
             tap = self.taps[_split(layer)[0]]
             if tap.again:
-                warnings.warn(RAN_AGAIN.format(which=self.label(layer)), stacklevel=2)
+                warnings.warn(RAN_AGAIN.format(which=self.label(layer)), stacklevel=3)
             elif ":" not in layer and tensor._version != tap.version:
-                warnings.warn(OVERWRITTEN.format(which=self.label(layer)), stacklevel=2)
-        for tap in self.taps.values():
-            tap.version = None
-        return output, taken
+                warnings.warn(OVERWRITTEN.format(which=self.label(layer)), stacklevel=3)
 
     def label(self, layer: str) -> str:
         """The layer, for people."""
