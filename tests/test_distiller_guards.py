@@ -282,33 +282,6 @@ def test_logits_that_lead_nowhere():
     refused(ValueError, text, lambda: objective(distiller))
 
 
-def test_an_embedding_beside_the_logits():
-    """Which of the two are the logits is nothing to guess: the first is trained on silently otherwise."""
-    twofold = [Answering(net, lambda z: (z.tile(1, 2)[:, :8], z)) for net in models()]
-    given = {"models": twofold, "layers": "net.stage1", "sokd": False}
-    got = "tuple of float32 [4, 8], float32 [4, 5]"
-    text = (
-        f"logits must be in what the student returns (name them by logits=, or the loss by task=), got {got}"
-    )
-    refused(TypeError, text, lambda: objective(make(**given)))
-    text = "logits must be found in what both models return for method 'kd' (name them by logits=), got none"
-    refused(ValueError, text, lambda: objective(make(**given, method="kd", task=None)))
-    _, losses = make(**given, method={"fitnet": None, "kd": None}, logits=1)(*batch())
-    _, plain = make(layers="stage1", sokd=False, method="kd")(*batch())
-    assert torch.equal(losses["loss_kd"], plain["loss_kd"])
-    assert make(**given)(batch()[0])[1].keys() == {"loss_fitnet"}, "where none are asked for none are missed"
-
-
-def test_logits_named_for_one_of_two_models():
-    """A tensor is the logits, whatever entry is named for the other model's."""
-    teacher, student = models()
-    twofold = Answering(teacher, lambda z: (z + 1, z))
-    given = {"models": (twofold, student), "layers": {"stage1": "net.stage1"}, "logits": 1}
-    _, losses = make(**given, method="kd", sokd=False)(*batch())
-    _, plain = make(method="kd", sokd=False)(*batch())
-    torch.testing.assert_close(losses["loss_kd"], plain["loss_kd"])
-
-
 def test_a_student_that_should_have_returned_losses():
     teacher, student = models()
     student.forward = lambda x, targets=None: student.head(student.features(x).mean((2, 3)))

@@ -119,9 +119,10 @@ def test_a_segmentation_model():
         return vision.segmentation.lraspp_mobilenet_v3_large(num_classes=4, weights_backbone=None)
 
     x, y = torch.randn(2, 3, SIDE, SIDE), torch.randint(0, 4, (2, SIDE, SIDE))
-    distiller = Distiller(net(), net(), layers="backbone:high", example=x, sokd=SMALL)
+    method = {"fitnet": None, "kd": 1.0}  # KD for each pixel
+    distiller = Distiller(net(), net(), layers="backbone:high", method=method, example=x, sokd=SMALL)
     losses = check_step(distiller, x, y)
-    assert list(losses) == ["loss_ce", "loss_fitnet", "loss_agreement"]
+    assert list(losses) == ["loss_ce", "loss_fitnet", "loss_kd", "loss_agreement"]
 
 
 def faster_rcnn() -> nn.Module:

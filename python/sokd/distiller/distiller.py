@@ -1,13 +1,4 @@
-"""Any two models, any method, SoKD plugged in: layers found by name, shapes by one dry run, adapters made.
-
-distiller = sokd.Distiller(teacher, student, layers={"layer3": "layer3"}, method="fitnet", example=images)
-optimizer = torch.optim.SGD(distiller.parameters(), lr=0.05)
-for x, y in loader:
-    logits, losses = distiller(x, y)
-    optimizer.zero_grad()
-    sum(losses.values()).backward()
-    optimizer.step()
-"""
+"""Any two models, any method, SoKD plugged in: layers found by name, shapes by one dry run, adapters made."""
 
 from __future__ import annotations
 
