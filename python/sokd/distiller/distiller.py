@@ -73,7 +73,8 @@ class Distiller(nn.Module):
 
     Args:
         teacher, student: any two modules. They are called as `model(x)`, or `model(**x)` for a dict. Under
-            DistributedDataParallel wrap the Distiller; a model that is compiled may be given compiled.
+            DistributedDataParallel wrap the Distiller; for FSDP, `fully_shard(distiller, ignored_params=set(
+            distiller.kd.policy.parameters()))`. A model that is compiled may be given compiled.
         layers: where features are taken: a dict of student layer -> teacher layer, a name, a list of names or
             (student, teacher) pairs, names as in `named_modules`, `name:key` for a layer that gives a dict or
             tuple; "auto": the last map of each resolution that both have, of what stages give, without a map

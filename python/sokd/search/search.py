@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from sokd.ops.common import is_eager
 from sokd.policy import Policy, fresh_seed
 from sokd.policy.relax import ControlVariate, estimate, score
-from sokd.ranks import agreed, averaged
+from sokd.ranks import agreed, averaged, is_sharded
 from sokd.search.levels import Level, Run, Step, gradients, leaves, moved
 from sokd.virtual import Together, replayed, unwrapped
 
@@ -123,12 +123,16 @@ class PolicySearch:
         Raises:
             TypeError, ValueError: `step` returned something else, the teacher's features require grad, or
                 `kd.policy` was replaced.
+            NotImplementedError: the student is sharded over the ranks.
         """
         if not self.active:
             return None
         if self.kd.policy is not self.policy:
             rule = "be the policy that the search was made with; make a new search for another"
             raise ValueError(f"PolicySearch: kd.policy must {rule}, got a different one")
+        if is_sharded(self.student.parameters()):
+            rule = "hold whole parameters (virtual weights are not sharded; DistributedDataParallel serves)"
+            raise NotImplementedError(f"PolicySearch: student must {rule}, got parameters of fully_shard")
         self.policy.project()  # a probability set to 0 or 1 has no finite logit
         held_out = batch if held_out is None else held_out
         devices = {self.seed.device, *(parameter.device for parameter in self.student.parameters())}
