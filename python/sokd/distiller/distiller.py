@@ -165,7 +165,7 @@ class Distiller(nn.Module):
         student = self._study(self.student, x, target)
         losses = task_losses(self.task, student.output, student.logits, target)
         if eager:
-            guards.check_maps(self, student.maps, teacher.maps, self._labels())
+            guards.check_maps(self, student.maps, teacher.maps, self._labels)
         losses |= self._distil(student, teacher, target, index)
         if eager:
             self._look(losses, student, teacher)
@@ -231,7 +231,7 @@ class Distiller(nn.Module):
                 self._as_maps(side, self._taps[side].run(partial(call, model, example), warn=named)[1])
                 for side, model in (("student", student), ("teacher", teacher))
             ]
-        for of_student, of_teacher, names in zip(*maps, self._labels(), strict=True):
+        for of_student, of_teacher, names in zip(*maps, self._labels, strict=True):
             check_pair(of_student, of_teacher, names)
         self._build(*([tuple(features.shape[1:]) for features in side] for side in maps))
         return self
@@ -287,16 +287,13 @@ class Distiller(nn.Module):
         return target is not None and (self.task == "model" or (self.task == "auto" and is_for_model(target)))
 
     def _as_maps(self, side: str, taken: list[Tensor]) -> list[Tensor]:
-        labels = map(self._taps[side].label, self._taps[side].layers)
-        return [
-            as_map(features, layout, label)
-            for features, layout, label in zip(taken, self._layouts[side], labels, strict=True)
-        ]
+        layers = zip(taken, self._layouts[side], self._taps[side].labels, strict=True)
+        return [as_map(features, layout, label) for features, layout, label in layers]
 
+    @property
     def _labels(self) -> list[tuple[str, str]]:
         """The pairs' layers, for people."""
-        of_student, of_teacher = (map(taps.label, taps.layers) for taps in self._taps.values())
-        return list(zip(of_student, of_teacher, strict=True))
+        return list(zip(self._taps["student"].labels, self._taps["teacher"].labels, strict=True))
 
     def _distil(self, student: Pass, teacher: Pass, target: Any, index: Tensor | None) -> Losses:
         """The methods' terms and SoKD's."""
@@ -335,9 +332,8 @@ class Distiller(nn.Module):
         if not is_eager(*losses.values()):
             return
         if self.check_finite:
-            labels = zip(*self._labels(), strict=True) if self.pairs else ((), ())
-            sides = zip(labels, (student.maps, teacher.maps), strict=True)
-            guards.check_finite(losses, {n: m for side in sides for n, m in zip(*side, strict=True)})
+            labels = (label for taps in self._taps.values() for label in taps.labels)
+            guards.check_finite(losses, dict(zip(labels, student.maps + teacher.maps, strict=True)))
         if torch.is_grad_enabled():
             guards.look(self)
             if self.kd is not None:
