@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -42,6 +43,39 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x).mean((2, 3)))
+
+
+class Answering(nn.Module):
+    """A net that answers in another form."""
+
+    def __init__(self, net: nn.Module, form: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.net, self.form = net, form
+
+    def forward(self, x: Tensor) -> Any:
+        return self.form(self.net(x))
+
+
+class Shaped(nn.Module):
+    """A layer `here` that gives whatever `form` makes of a map [B, 4, 8, 8], and logits."""
+
+    def __init__(self, form) -> None:
+        super().__init__()
+        self.conv, self.here, self.head = nn.Conv2d(3, 4, 3, 2, 1), Form(form), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.conv(x)
+        self.here(maps)
+        return self.head(maps.mean((2, 3)))
+
+
+class Form(nn.Module):
+    def __init__(self, form) -> None:
+        super().__init__()
+        self.form = form
+
+    def forward(self, maps):
+        return self.form(maps)
 
 
 def models(*, norm: bool = True) -> tuple[Net, Net]:

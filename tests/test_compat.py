@@ -55,6 +55,53 @@ def test_a_trainers_loop():
         assert torch.equal(distiller(image=x), distiller.student(x)[0])
 
 
+def test_a_script_with_its_checkpoints(tmp_path):
+    """What mdistiller's train.py and its trainer do with a distiller, in their order."""
+
+    def started():
+        distiller = nn.DataParallel(made(method={"reviewkd": None, "kd": 1.0}))
+        assert distiller.module.get_extra_parameters() > 0
+        optimiser = torch.optim.SGD(distiller.module.get_learnable_parameters(), lr=0.01, weight_decay=5e-4)
+        return distiller, optimiser
+
+    def epoch_of(distiller, optimiser, epoch):
+        distiller.train()
+        optimiser.zero_grad()
+        _, losses = distiller(image=x, target=y, epoch=epoch)
+        sum(loss.mean() for loss in losses.values()).backward()
+        optimiser.step()
+        distiller.eval()
+        with torch.no_grad():
+            return distiller(image=x)
+
+    x, y = batch()
+    distiller, optimiser = started()
+    epoch_of(distiller, optimiser, 1)
+    state = {"epoch": 1, "model": distiller.state_dict(), "optimizer": optimiser.state_dict()}
+    torch.save(state, tmp_path / "latest")
+    expected = epoch_of(distiller, optimiser, 2)
+
+    saved = torch.load(tmp_path / "latest", weights_only=True)
+    resumed, fresh = started()
+    resumed.load_state_dict(saved["model"])
+    fresh.load_state_dict(saved["optimizer"])
+    assert torch.equal(epoch_of(resumed, fresh, 2), expected)
+    alone = Featured(models()[1])
+    alone.load_state_dict(resumed.module.student.state_dict())
+    assert torch.equal(alone.eval()(x)[0], expected)
+
+
+@pytest.mark.parametrize(("kind", "side"), [("CIFAR-100", 32), ("tiny_imagenet", 64), ("imagenet", 224)])
+def test_the_data_set_names_the_size(kind, side):
+    student = Featured(models()[1])
+    sizes = []
+    student.register_forward_pre_hook(lambda module, args: sizes.append(tuple(args[0].shape)))
+    MDistiller(
+        student, Featured(models()[0]), SimpleNamespace(DATASET=SimpleNamespace(TYPE=kind)), layers="net.stem"
+    )
+    assert sizes == [(2, 3, side, side)]
+
+
 def test_the_methods_by_themselves():
     distiller, (x, y) = made(), batch()
     logits, losses = distiller.forward_train(image=x, target=y, epoch=3)
@@ -82,4 +129,6 @@ def test_without_a_known_data_set_an_example_is_needed():
         RuntimeError, match="Distiller: parameters must be asked for once the shapes are known"
     ):
         lazy.get_learnable_parameters()
+    with pytest.raises(RuntimeError, match="once the shapes are known"):
+        lazy.get_extra_parameters()
     assert made(cfg=None, example=batch()[0]).get_extra_parameters() > 0

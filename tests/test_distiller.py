@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from distiller_cases import (
     CLASSES,
     SMALL,
+    Answering,
     Net,
     batch,
     gradients,
@@ -215,15 +216,15 @@ def test_the_first_batch_serves_as_example():
     assert len(list(lazy.parameters())) == len(list(make().parameters()))
 
 
-class Answering(nn.Module):
-    """A Net that answers in another form."""
-
-    def __init__(self, net: nn.Module, form) -> None:
-        super().__init__()
-        self.net, self.form = net, form
-
-    def forward(self, x):
-        return self.form(self.net(x))
+def test_a_distiller_that_waits_can_be_shown_and_looked_at():
+    teacher, student = models()
+    lazy = Distiller(teacher, student, sokd=SMALL)
+    assert "layers: none, weights: fitnet=100" in repr(lazy)
+    students, teachers = lazy.features(batch()[0])
+    assert len(students) == len(teachers) == len(lazy.pairs) == 3
+    other = Distiller(*models(), sokd=SMALL)
+    task, *_ = other.step(other.student, batch())
+    assert task.isfinite() and len(other.pairs) == 3
 
 
 @pytest.mark.parametrize(
@@ -246,6 +247,37 @@ def test_logits_are_found(form, where, task):
     torch.testing.assert_close(losses["loss_kd"], plain["loss_kd"])
     assert logits.shape == (4, CLASSES)
     assert list(losses) == [task, "loss_kd"]
+
+
+def test_an_embedding_beside_the_logits():
+    """Which of the two are the logits is nothing to guess: the first is trained on silently otherwise."""
+    twofold = [Answering(net, lambda z: (z.tile(1, 2)[:, :8], z)) for net in models()]
+    given = {"models": twofold, "layers": "net.stage1", "sokd": False}
+    got = "tuple of float32 [4, 8], float32 [4, 5]"
+    text = (
+        f"logits must be in what the student returns (name them by logits=, or the loss by task=), got {got}"
+    )
+    with pytest.raises(TypeError) as caught:
+        objective(make(**given))
+    assert str(caught.value) == f"Distiller: {text}"
+    text = "logits must be found in what both models return for method 'kd' (name them by logits=), got none"
+    with pytest.raises(ValueError) as caught:
+        objective(make(**given, method="kd", task=None))
+    assert str(caught.value) == f"Distiller: {text}"
+    _, losses = make(**given, method={"fitnet": None, "kd": None}, logits=1)(*batch())
+    _, plain = make(layers="stage1", sokd=False, method="kd")(*batch())
+    assert torch.equal(losses["loss_kd"], plain["loss_kd"])
+    assert make(**given)(batch()[0])[1].keys() == {"loss_fitnet"}, "where none are asked for none are missed"
+
+
+def test_logits_named_for_one_of_two_models():
+    """A tensor is the logits, whatever entry is named for the other model's."""
+    teacher, student = models()
+    twofold = Answering(teacher, lambda z: (z + 1, z))
+    given = {"models": (twofold, student), "layers": {"stage1": "net.stage1"}, "logits": 1}
+    _, losses = make(**given, method="kd", sokd=False)(*batch())
+    _, plain = make(method="kd", sokd=False)(*batch())
+    torch.testing.assert_close(losses["loss_kd"], plain["loss_kd"])
 
 
 class Judging(nn.Module):

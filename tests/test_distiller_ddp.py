@@ -17,14 +17,21 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from distiller_cases import SMALL, batch, gradients, make, models, objective, one_thread  # noqa: F401
+from distiller_cases import SMALL, batch, gradients, make, models, objective, one_thread, rewound  # noqa: F401
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import sokd
 from sokd.distiller import Distiller
 
 RANKS, SAMPLES = 2, 4
+OPTIONS = [
+    {"static_graph": True},
+    {"find_unused_parameters": True},
+    {"gradient_as_bucket_view": True, "static_graph": True},
+]
 QUIET = [("rotate", "cutout"), ("shear_x", "channel_drop"), ("translate_y", "channel_shuffle")]
 
 pytestmark = pytest.mark.skipif(
@@ -93,7 +100,41 @@ def _work(rank: int) -> dict[str, Any]:
         draws.append(policy.draw_at(policy.seed, policy.counter, len(x)).uniforms)
     found |= {"seeds": seeds, "draws": torch.cat(draws), "chi": searched(subject, x, y)}
     found |= {"inside": _wrapped_inside(), "logits only": _logits_only(x, y)}
+    found |= {"options": [_parallel(x, y, **options) for options in OPTIONS], "sharded": _sharded(x, y)}
     return found | {"crd": contrasted(rank, RANKS), "crd by name": _crd_by_name(rank)}
+
+
+def _parallel(x: torch.Tensor, y: torch.Tensor, **options: Any) -> dict[str, torch.Tensor]:
+    """The second step's gradients under DistributedDataParallel's own options; a static graph is known by
+    then. Its EMA is of one kind with any module's."""
+    subject = distiller()
+    wrapped = DistributedDataParallel(subject, **options)
+    average = torch.optim.swa_utils.AveragedModel(wrapped)
+    for _ in range(2):
+        wrapped.zero_grad()
+        rewound(subject)
+        objective(wrapped, x, y).backward()
+    average.update_parameters(wrapped)
+    return gradients(subject)
+
+
+def _sharded(x: torch.Tensor, y: torch.Tensor) -> dict[str, Any]:
+    """FSDP: the whole Distiller but the policy, and what is said of a student that is sharded alone."""
+    mesh, subject = init_device_mesh("cpu", (RANKS,)), distiller()
+    fully_shard(subject, mesh=mesh, ignored_params=set(subject.kd.policy.parameters()))
+    objective(subject, x, y).backward()
+    found = {"gradients": {n: p.grad.full_tensor() for n, p in subject.named_parameters()}}
+    alone = distiller()
+    fully_shard(alone.student, mesh=mesh)
+    for name, act in {
+        "alone": lambda: objective(alone, x, y),
+        "search": lambda: sokd.PolicySearch(subject.kd, subject.student).step(subject.step, (x, y)),
+    }.items():
+        try:
+            act()
+        except (ValueError, NotImplementedError) as error:
+            found[name] = str(error)
+    return found
 
 
 def _wrapped_inside() -> str:
@@ -160,13 +201,37 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 
-def test_gradients_are_those_of_the_whole_batch(ranks):
+def check_whole(of_ranks: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """That every rank has the gradients of one process with the whole batch, which are returned."""
     expected = one_process()["gradients"]
-    for found in ranks:
-        assert found["gradients"].keys() == expected.keys()
+    for found in of_ranks:
+        assert found.keys() == expected.keys()
         for name, gradient in expected.items():
-            torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
+    return expected
+
+
+def test_gradients_are_those_of_the_whole_batch(ranks):
+    expected = check_whole([found["gradients"] for found in ranks])
     assert sum(gradient.abs().sum() > 0 for gradient in expected.values()) > 15
+
+
+@pytest.mark.parametrize("place", range(len(OPTIONS)), ids=[", ".join(options) for options in OPTIONS])
+def test_the_wrappers_own_options(ranks, place):
+    check_whole([found["options"][place] for found in ranks])
+
+
+def test_sharded_by_fsdp(ranks):
+    check_whole([found["sharded"]["gradients"] for found in ranks])
+    assert ranks[0]["sharded"]["alone"] == (
+        "Distiller: student must be sharded together with the adapters and heads, whose 20 parameters would "
+        "not be averaged over the ranks: fully_shard(distiller, "
+        "ignored_params=set(distiller.kd.policy.parameters())), got a student sharded alone"
+    )
+    assert ranks[0]["sharded"]["search"] == (
+        "PolicySearch: student must hold whole parameters (virtual weights are not sharded; "
+        "DistributedDataParallel serves), got parameters of fully_shard"
+    )
 
 
 def test_every_rank_draws_the_same(ranks):

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from distiller_cases import SMALL, Net, batch, make, models, objective, one_thread  # noqa: F401
+from distiller_cases import SMALL, Answering, Net, batch, make, models, objective, one_thread  # noqa: F401
 from torch import nn
 
 import sokd
@@ -277,11 +277,10 @@ def test_models_without_logits():
 
 
 def test_logits_that_lead_nowhere():
-    distiller = make(method="kd", sokd=False, logits="logits")
-    with pytest.raises(
-        ValueError, match=re.escape("Distiller: logits must name what the models give (Tensor), got")
-    ):
-        objective(distiller)
+    twofold = [Answering(net, lambda z: {"z": z}) for net in models()]
+    distiller = make(models=twofold, layers="net.stage1", method="kd", sokd=False, logits="logits")
+    text = "logits must name what the models give ('z'), got 'logits'"
+    refused(ValueError, text, lambda: objective(distiller))
 
 
 def test_a_student_that_should_have_returned_losses():

@@ -1,4 +1,4 @@
-"""Layers by name, any shape, "auto"; and everything about them that is refused or warned of, in these
+"""Layers by name, any shape; and everything about them that is refused or warned of, in these
 words."""
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ import warnings
 import pytest
 import torch
 from distiller_cases import (
-    CLASSES,
     SMALL,
     Net,
+    Shaped,
     batch,
     make,
     models,
     objective,
     one_thread,  # noqa: F401
 )
-from torch import Tensor, nn
+from torch import nn
 
 from sokd.distiller import Distiller
-from sokd.distiller.maps import Layout, as_map, auto_layers, check_pair
+from sokd.distiller.maps import Layout, as_map, check_pair
 from sokd.distiller.taps import Tap, layer_pairs, untapped
 
 MUST = "Distiller: layers must "
@@ -82,28 +82,6 @@ def test_a_name_like_none_of_them():
 
 
 # ---------------------------------------------------------------------------------------------------- shapes
-
-
-class Shaped(nn.Module):
-    """A layer `here` that gives whatever `form` makes of a map [B, 4, 8, 8], and logits."""
-
-    def __init__(self, form) -> None:
-        super().__init__()
-        self.conv, self.here, self.head = nn.Conv2d(3, 4, 3, 2, 1), Form(form), nn.Linear(4, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        maps = self.conv(x)
-        self.here(maps)
-        return self.head(maps.mean((2, 3)))
-
-
-class Form(nn.Module):
-    def __init__(self, form) -> None:
-        super().__init__()
-        self.form = form
-
-    def forward(self, maps):
-        return self.form(maps)
 
 
 def shaped(student, teacher=lambda maps: maps, *, layers="here", **options):
@@ -234,74 +212,6 @@ def test_options_of_the_layouts():
     ):
         make(teacher_tokens=[1])
     assert as_map(torch.zeros(2, 5, 5, 3), Layout(order="BHWC"), "x").shape == (2, 3, 5, 5)
-
-
-# ---------------------------------------------------------------------------------------------------- "auto"
-
-
-def test_auto_takes_the_last_map_of_each_resolution():
-    assert make(layers="auto").pairs == [(name, name) for name in ("stem", "stage1", "stage2")]
-
-
-def test_auto_pairs_resolutions_that_both_have():
-    teacher, student = models()
-    student.stage1 = nn.Sequential(student.stage1, nn.AvgPool2d(2))  # 4 x 4, as stage2 was
-    student.stage2 = Net._stage(6, 12, 1, True, False)
-    assert make(models=(teacher, student), layers="auto").pairs == [
-        ("stem", "stem"),
-        ("stage1.0", "stage1"),
-        ("stage2", "stage2"),
-    ]
-
-
-def test_auto_falls_back_on_the_two_last_maps():
-    teacher, _ = models()
-    student = Shaped(lambda maps: maps[:, :, :5, :5])
-    student.conv = nn.Conv2d(3, 4, 3, 3, 1)  # 6 x 6
-    assert make(models=(teacher, student), layers="auto").pairs == [("here", "stage2")]
-
-
-def test_auto_passes_over_what_a_convolution_pads():
-    """EfficientNets pad in a module of its own: a "resolution" of 9x9 that no layer has."""
-
-    class Padded(Net):
-        def __init__(self, width):
-            super().__init__(width)
-            self.stage2 = torch.nn.Sequential(torch.nn.ZeroPad2d((0, 1, 0, 1)), self.stage2)
-
-    pairs = make(models=(Padded(12), Padded(8)), layers="auto").pairs
-    assert pairs == [(name, name) for name in ("stem", "stage1", "stage2")]
-
-
-class Attending(nn.Module):
-    """Tokens, attention maps [B, heads, N, N], a pooled map and a layer that runs twice: auto wants the
-    tokens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patch, self.attention, self.block = nn.Conv2d(3, 4, 4, 4), nn.Identity(), nn.Linear(4, 4)
-        self.twice, self.pool = nn.Identity(), nn.AdaptiveAvgPool2d(1)
-
-    def forward(self, x):
-        z = self.patch(x).flatten(2).mT
-        self.attention((z @ z.mT)[:, None])
-        z = self.block(z)
-        self.pool(z.mT.unflatten(2, (4, 4)))
-        return self.twice(self.twice(z)).mean(1)
-
-
-def test_auto_on_tokens():
-    x = batch()[0]
-    found = auto_layers(Attending(), Attending(), lambda model: model(x), x)
-    assert found == [("block", "block")]
-
-
-def test_auto_without_a_map():
-    net = nn.Sequential(nn.Flatten(), nn.Linear(768, 5))
-    with pytest.raises(ValueError) as caught:
-        Distiller(net, nn.Sequential(nn.Flatten(), nn.Linear(768, 5)), example=batch()[0])
-    rule = "be named, for no layer of the student gives a map or a square of tokens"
-    assert str(caught.value) == f"{MUST}{rule}, got 'auto'"
 
 
 # ------------------------------------------------------------------------------------------------- the hooks

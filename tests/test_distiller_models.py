@@ -89,14 +89,40 @@ def test_auto_on_a_resnet_takes_its_stages():
     check_step(distiller, x, torch.tensor([1, 7]))
 
 
+@pytest.mark.parametrize(
+    ("make_net", "layers"),
+    [
+        (vision.mobilenet_v2, ["features.1", "features.3", "features.6", "features.13", "features"]),
+        (vision.regnet_y_400mf, ["stem", *(f"trunk_output.block{n}" for n in (1, 2, 3)), "trunk_output"]),
+        (swin, ["features.1", "norm"]),
+    ],
+    ids=["mobilenet_v2", "regnet", "swin"],
+)
+def test_auto_takes_stages_not_what_blocks_widen(make_net, layers):
+    order = {"student_order": "BHWC", "teacher_order": "BHWC"} if make_net is swin else {}
+    x = torch.randn(2, 3, SIDE, SIDE)
+    distiller = Distiller(make_net(), make_net(), example=x, method="at", sokd=False, **order)
+    assert [student for student, _ in distiller.pairs] == layers
+    check_step(distiller, x, torch.tensor([1, 7]))
+
+
+def test_auto_on_a_segmentation_model_leaves_its_logits_out():
+    def net() -> nn.Module:
+        return vision.segmentation.lraspp_mobilenet_v3_large(num_classes=4, weights_backbone=None)
+
+    distiller = Distiller(net(), net(), example=torch.randn(2, 3, SIDE, SIDE), method="at", sokd=False)
+    assert "classifier" not in dict(distiller.pairs)
+
+
 def test_a_segmentation_model():
     def net() -> nn.Module:
         return vision.segmentation.lraspp_mobilenet_v3_large(num_classes=4, weights_backbone=None)
 
     x, y = torch.randn(2, 3, SIDE, SIDE), torch.randint(0, 4, (2, SIDE, SIDE))
-    distiller = Distiller(net(), net(), layers="backbone:high", example=x, sokd=SMALL)
+    method = {"fitnet": None, "kd": 1.0}  # KD for each pixel
+    distiller = Distiller(net(), net(), layers="backbone:high", method=method, example=x, sokd=SMALL)
     losses = check_step(distiller, x, y)
-    assert list(losses) == ["loss_ce", "loss_fitnet", "loss_agreement"]
+    assert list(losses) == ["loss_ce", "loss_fitnet", "loss_kd", "loss_agreement"]
 
 
 def faster_rcnn() -> nn.Module:

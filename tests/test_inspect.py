@@ -99,6 +99,41 @@ def test_areas_are_dams_own():
     assert inspect.areas(kd, students, teachers)[0]["student"].coverage.shape == (4, 8, 8)
 
 
+def test_areas_of_what_wrap_returns():
+    wrapped = sokd.wrap(nn.functional.mse_loss, sokd.SoKD(3, 4, **SMALL))
+    given = torch.randn(2, 3, 6, 6), torch.randn(2, 4, 6, 6)
+    (found,), (expected,) = inspect.areas(wrapped, *given), inspect.areas(wrapped.kd, *given)
+    assert all(torch.equal(found[side].boxes, expected[side].boxes) for side in expected)
+
+
+@pytest.mark.parametrize(
+    ("subject", "rule"),
+    [(make(), "be the images"), (sokd.SoKD(3, 4), "be the student's and the teacher's features")],
+    ids=["distiller", "kd"],
+)
+def test_areas_of_too_much(subject, rule):
+    with pytest.raises(TypeError) as caught:
+        inspect.areas(subject, *[torch.zeros(1, 3, 16, 16)] * 3)
+    assert str(caught.value) == f"areas: inputs must {rule}, got 3 of them"
+
+
+LOOKS = {
+    "table": inspect.table,
+    "Trajectory": inspect.Trajectory,
+    "areas": lambda subject: inspect.areas(subject, batch()[0]),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_distiller_that_waits_for_its_shapes(look):
+    lazy = make(example=None, layers="auto")
+    end = r"got Distiller before its shapes are known \(example= or setup\)$"
+    with pytest.raises(TypeError, match=f"^{look}: subject must be .*{end}"):
+        LOOKS[look](lazy)
+    lazy.setup(batch()[0])
+    LOOKS[look](lazy)
+
+
 def test_looking_changes_nothing():
     distiller, (x, _) = make(), batch()
     objective(distiller)
@@ -148,8 +183,37 @@ def test_pictures(tmp_path):
         picture = imread(tmp_path / f"{name}.png")
         assert picture.shape[0] > 300 and picture[..., :3].std() > 0.05, "something is drawn"
     assert matplotlib.get_backend() == backend
-    with pytest.raises(ValueError, match="draw_areas: images must be"):
-        inspect.draw_areas(x[:, :2], found, tmp_path / "two.png")
+    inspect.draw_areas(x[:2], found, tmp_path / "first.png")
+
+
+WRONG_PICTURES = {
+    "channels": (
+        (torch.zeros(2, 2, 16, 16),),
+        {},
+        "images must be [B, 3, H, W] or [B, 1, H, W], got [2, 2, 16, 16]",
+    ),
+    "a list": (([torch.zeros(3, 16, 16)],), {}, "images must be [B, 3, H, W] or [B, 1, H, W], got list"),
+    "too many": ((torch.zeros(5, 3, 16, 16),), {}, "images must be 1 to 4, as found is of, got 5"),
+    "no such layer": (
+        (torch.zeros(4, 3, 16, 16),),
+        {"layer": 2},
+        "layer must be one of the 2 in found, got 2",
+    ),
+    "titles": (
+        (torch.zeros(4, 3, 16, 16),),
+        {"titles": ["a"]},
+        "titles must be 4, one for each image, got 1",
+    ),
+}
+
+
+@pytest.mark.parametrize(("images", "options", "text"), WRONG_PICTURES.values(), ids=WRONG_PICTURES)
+def test_pictures_that_cannot_be(images, options, text, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    found = inspect.areas(make(), batch()[0])
+    with pytest.raises(ValueError) as caught:
+        inspect.draw_areas(*images, found, tmp_path / "areas.png", **options)
+    assert str(caught.value) == f"draw_areas: {text}"
 
 
 def test_matplotlib_is_not_imported_before_a_picture():
@@ -177,14 +241,40 @@ def test_json_holds_all_there_is(tmp_path):
         inspect.export_json(nn.Identity())
 
 
+def test_json_is_strict(tmp_path):
+    """A run that went wrong is the one that is looked at: NaN would be no JSON."""
+    distiller = make()
+    distiller.kd.statistics.fill_(math.nan)
+    found = inspect.export_json(distiller, tmp_path / "run.json")
+    assert math.isnan(found["diagnostics"]["agreement"])
+
+    def refused(name):
+        raise AssertionError(f"{name} in the file")
+
+    read = json.loads((tmp_path / "run.json").read_text(), parse_constant=refused)
+    assert read["diagnostics"]["agreement"] is None and read["diagnostics"]["beta"] == 0.5
+
+
+class Writer:
+    def __init__(self):
+        self.seen = {}
+
+    def add_scalar(self, tag, value, step):
+        self.seen[tag] = (value, step)
+
+
+def test_what_can_be_logged():
+    distiller, writer = make(), Writer()
+    inspect.log(writer, distiller.kd.policy, 3)
+    assert writer.seen.keys() == {"sokd/entropy", "sokd/beta", "sokd/magnitude"}
+    inspect.log(writer, make(sokd=False, method="at"), 4, losses={"loss_at": 2.0})
+    assert writer.seen["sokd/loss_at"] == (2.0, 4)
+    with pytest.raises(TypeError) as caught:
+        inspect.log(writer, nn.Identity(), 0)
+    assert str(caught.value) == "log: subject must be a Policy, a SoKD or a Distiller, got Identity"
+
+
 def test_the_users_own_writer():
-    class Writer:
-        def __init__(self):
-            self.seen = {}
-
-        def add_scalar(self, tag, value, step):
-            self.seen[tag] = (value, step)
-
     distiller, writer = make(), Writer()
     _, losses = distiller(*batch())
     inspect.log(writer, distiller, 7, losses=losses, prefix="run")

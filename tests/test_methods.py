@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import naive_methods as naive
+import numpy as np
 import pytest
 import torch
 from cases import compiles
@@ -70,6 +71,20 @@ def test_logits_against_loops(name, options, batch, classes):
     # lskd: 1e-7 beside the deviation in the loops, within the root here
     rtol = 1e-6 if name == "lskd" else 1e-9
     close(getattr(methods, name)(student, teacher, **options), expected, rtol=rtol)
+
+
+@pytest.mark.parametrize("name", ["kd", "lskd", "dist"])
+@pytest.mark.parametrize("places", [(3, 5), (2, 1, 4)], ids=["maps", "volumes"])
+def test_dense_logits_are_samples_of_their_own(name, places):
+    """Segmentation's [B, K, H, W]: each position a prediction, the mean over all of them."""
+    loss = getattr(methods, name)
+    student, teacher = (torch.randn(2, 6, *places, dtype=F64) for _ in range(2))
+    cells = [np.moveaxis(each.numpy(), 1, -1).reshape(-1, 6) for each in (student, teacher)]
+    close(loss(student, teacher), getattr(naive, name)(*cells), rtol=1e-6 if name == "lskd" else 1e-9)
+    last = student.movedim(1, -1).contiguous().movedim(-1, 1)  # channels_last
+    torch.testing.assert_close(loss(last, teacher), loss(student, teacher))
+    assert torch.autograd.gradcheck(lambda given: loss(given, teacher), student.clone().requires_grad_())
+    assert loss(student[:0], teacher[:0]) == 0
 
 
 @pytest.mark.parametrize("options", [{}, {"alpha": 0.5, "beta": 2.0, "temperature": 1.0}])

@@ -189,9 +189,12 @@ ERRORS = [
     (lambda: methods.kd([1.0], LOGITS), TypeError, "kd: student_logits must be a tensor, got list"),
     (lambda: methods.kd(LOGITS, LOGITS.long()), TypeError,
      "kd: teacher_logits must be floating point, got torch.int64"),
-    (lambda: methods.kd(M, M), ValueError, "kd: student_logits must be [B, K], got [2, 3, 4, 5]"),
-    (lambda: methods.lskd(LOGITS[:, :1], LOGITS[:, :1]), ValueError,
-     "lskd: student_logits must be [B, K >= 2], got [2, 1]"),
+    (lambda: methods.kd(M[:, 0], M[:, 0]), ValueError,
+     "kd: student_logits must be [B, K >= 2] or [B, K >= 2, H, W], got [2, 4, 5]"),
+    (lambda: methods.kd(LOGITS[:, :1], LOGITS[:, :1]), ValueError,
+     "kd: student_logits must be [B, K >= 2] or [B, K >= 2, H, W], got [2, 1]"),
+    (lambda: methods.dkd(M, M, INDEX), ValueError,
+     "dkd: student_logits must be [B, K >= 2], got [2, 3, 4, 5]"),
     (lambda: methods.dist(LOGITS, LOGITS[:, 1:]), ValueError,
      "dist: teacher_logits must have the student's shape [2, 4], got [2, 3]"),
     (lambda: methods.kd(LOGITS, LOGITS[1:]), ValueError,
@@ -245,8 +248,8 @@ ERRORS = [
     (lambda: methods.reviewkd([3], [3])([M, M], [M, M]), ValueError,
      "reviewkd: student must have one map for each of the 1 stages, got 2"),
     (lambda: methods.reviewkd([3], [3])([M[:1, :, :1, :1]], [M[:1]]), ValueError,
-     "reviewkd: student must have more than one value for each channel in training (BatchNorm), "
-     "got [1, 3, 1, 1]"),
+     "reviewkd: student must have more than one value a channel in training, for BatchNorm (drop_last=True "
+     "in the DataLoader), got [1, 3, 1, 1]"),
 ]  # fmt: skip
 
 

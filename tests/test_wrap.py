@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
+import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -56,6 +59,81 @@ def test_the_signature_is_that_of_the_loss():
     for call in calls:
         rewound(kd)
         torch.testing.assert_close(call(), first)
+
+
+def test_a_modules_names_are_its_forwards():
+    kd, (f_s, f_t) = make(), pair()
+    wrapped = wrap(nn.SmoothL1Loss(beta=0.5), kd)
+    expected = wrapped(f_s, f_t)
+    for call in (lambda: wrapped(input=f_s, target=f_t), lambda: wrapped(f_s, target=f_t)):
+        rewound(kd)
+        torch.testing.assert_close(call(), expected)
+
+
+def of_a_task(logits, y, f_s, f_t, *, share=0.5):
+    return (1 - share) * F.cross_entropy(logits, y) + share * F.mse_loss(f_s, f_t)
+
+
+class Owner:
+    """Losses that people have as methods."""
+
+    def feature_loss(self, f_s, f_t):
+        return F.mse_loss(f_s, f_t)
+
+    def __call__(self, f_s, f_t):
+        return self.feature_loss(f_s, f_t)
+
+
+def test_features_behind_other_arguments():
+    kd, (f_s, f_t) = make(), pair()
+    logits, y = torch.randn(len(f_s), 5, requires_grad=True), torch.arange(len(f_s))
+    wrapped = wrap(of_a_task, kd, student="f_s", teacher="f_t", agreement=False)
+    value = wrapped(logits, y, f_s, f_t=f_t, share=0.25)
+    features_alone = wrap(F.mse_loss, rewound(kd), agreement=False)(f_s, f_t)
+    torch.testing.assert_close(value, 0.75 * F.cross_entropy(logits, y) + 0.25 * features_alone)
+    rewound(kd)
+    torch.testing.assert_close(wrap(of_a_task, kd, student=2, teacher=3, agreement=False)(
+        logits, y, f_s, f_t, share=0.25), value)  # fmt: skip
+    value.backward()
+    assert logits.grad.abs().sum() > 0 and f_s.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("any_loss", [Owner(), Owner().feature_loss, functools.partial(F.mse_loss)])
+def test_methods_objects_and_partials(any_loss):
+    kd, (f_s, f_t) = make(), pair()
+    expected = wrap(F.mse_loss, kd)(f_s, f_t)
+    torch.testing.assert_close(wrap(any_loss, rewound(kd))(f_s, f_t), expected)
+
+
+@pytest.mark.parametrize("kind", [dict, tuple])
+def test_a_dict_or_a_tuple_is_handed_on(kind):
+    def parts(f_s, f_t):
+        value = F.mse_loss(f_s, f_t)
+        return {"loss_feature": value, "count": 1} if kind is dict else (value, f_s)
+
+    kd, (f_s, f_t) = make(), pair()
+    wrapped = wrap(parts, kd, agreement=False)
+    result = wrapped(f_s, f_t)
+    value = result["loss_feature"] if kind is dict else result[0]
+    together = wrap(F.mse_loss, rewound(kd))(f_s, f_t)
+    torch.testing.assert_close(value + wrapped.agreement, together)
+
+
+def test_a_result_of_one_number():
+    kd, (f_s, f_t) = make(), pair()
+    value = wrap(lambda *maps: F.mse_loss(*maps)[None], kd)(f_s, f_t)
+    torch.testing.assert_close(value, wrap(F.mse_loss, rewound(kd))(f_s, f_t)[None])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype):
+    kd, (f_s, f_t) = make(), pair()
+    expected = wrap(F.mse_loss, kd)(f_s, f_t)
+    rewound(kd)
+    with torch.autocast("cpu", dtype=dtype):
+        value = wrap(F.mse_loss, kd)(f_s.to(dtype), f_t)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, expected, rtol=0.05, atol=0.05)
 
 
 def test_a_loss_without_names():
@@ -124,19 +202,36 @@ def test_the_figures_are_left_in_kd():
 
 
 @compiles
-def test_it_compiles_in_one_graph():
+@pytest.mark.parametrize(
+    ("any_loss", "agreement"), [(F.mse_loss, True), (nn.MSELoss(), False), (Owner().feature_loss, True)]
+)
+def test_it_compiles_in_one_graph(any_loss, agreement):
     torch._dynamo.reset()
     kd, (f_s, f_t) = make(), pair()
-    wrapped = wrap(F.mse_loss, kd)
-    expected = wrapped(f_s, f_t)
+    wrapped = wrap(any_loss, kd, agreement=agreement)
+    expected = wrapped(f_s, f_t), wrapped.agreement
     rewound(kd)
-    torch.testing.assert_close(torch.compile(wrapped, fullgraph=True, backend="eager")(f_s, f_t), expected)
+    value = torch.compile(wrapped, fullgraph=True, backend="eager")(f_s, f_t)
+    torch.testing.assert_close((value, wrapped.agreement), expected)
 
 
-def test_copies_are_apart():
-    wrapped = wrap(F.mse_loss, make())
-    twin = copy.deepcopy(wrapped)
-    torch.testing.assert_close(twin(*pair()), wrapped(*pair()))
+@pytest.mark.parametrize("agreement", [True, False])
+def test_copies_are_apart(agreement):
+    wrapped = wrap(F.mse_loss, make(), agreement=agreement)
+    wrapped(*pair())  # whose graph no copy can take along
+    twins = copy.deepcopy(wrapped), pickle.loads(pickle.dumps(wrapped))
+    assert all(twin.agreement is None for twin in twins)
+    expected = wrapped(*pair())
+    for twin in twins:
+        torch.testing.assert_close(twin(*pair()), expected)
+
+
+def test_nothing_of_a_step_is_kept():
+    wrapped, (f_s, f_t) = wrap(F.mse_loss, make()), pair()
+    wrapped(f_s, f_t)
+    gone = weakref.ref(f_s)
+    del f_s
+    assert gone() is None, "no graph holds the features"
 
 
 def test_teacher_gradients_are_warned_of():
@@ -155,6 +250,14 @@ WRONG = {
         lambda: wrap(scaled, make(), student="f_s")(*pair()),
         "wrap: student must be among the arguments of any_loss as 'f_s', got [0, 1]",
     ),
+    "a place that is none": (
+        lambda: wrap(scaled, make(), student=-1),
+        "wrap: student must be a place (0 or more) or a name, got -1",
+    ),
+    "no place": (
+        lambda: wrap(scaled, make(), teacher=True),
+        "wrap: teacher must be a place (0 or more) or a name, got True",
+    ),
     "no tensor": (
         lambda: wrap(lambda f_s, f_t: {"loss": f_s.sum()}, make())(*pair()),
         "wrap: any_loss must return a scalar tensor to add the agreement to (agreement=False leaves it in "
@@ -171,5 +274,29 @@ WRONG = {
 @pytest.mark.parametrize(("call", "text"), WRONG.values(), ids=WRONG)
 def test_what_is_refused(call, text):
     with pytest.raises(TypeError) as caught:
+        call()
+    assert str(caught.value) == text
+
+
+LEAD = "lead to features [B, C, H, W] or [B, N, C], or a list of them, among any_loss's arguments"
+ELSEWHERE = {
+    "logits first": (
+        lambda: wrap(of_a_task, make())(torch.randn(2, 5), torch.arange(2), *pair()),
+        f"wrap: student must {LEAD}, got float32 [2, 5] at 0",
+    ),
+    "a dict": (
+        lambda: wrap(F.mse_loss, make())(pair()[0], {"map": pair()[1]}),
+        f"wrap: teacher must {LEAD}, got dict at 1",
+    ),
+    "one for both": (
+        lambda: wrap(F.mse_loss, make(), student=1, teacher="target")(*pair()),
+        "wrap: teacher must be another argument of any_loss than student, got 1 for both",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "text"), ELSEWHERE.values(), ids=ELSEWHERE)
+def test_arguments_that_are_no_features(call, text):
+    with pytest.raises(ValueError) as caught:
         call()
     assert str(caught.value) == text

@@ -19,14 +19,15 @@ from sokd.methods import METHODS, options_of
 
 __all__ = ["MDistiller"]
 
-_SIDES = {"cifar100": 32, "cifar10": 32, "tiny_imagenet": 64, "tinyimagenet": 64, "imagenet": 224}
+_SIDES = {"cifar100": 32, "cifar10": 32, "tinyimagenet": 64, "imagenet": 224}  # of the data sets' images
 
 
 class MDistiller(Distiller):
     """A `Distiller` with mdistiller's calls: models as (student, teacher), keywords `image` and `target`.
 
     `distiller(image=..., target=..., epoch=...)` is `(logits, losses)` in train mode; in eval mode
-    `distiller(image=...)` is the logits.
+    `distiller(image=...)` is the logits. `torch.nn.DataParallel`, which its scripts put around a distiller,
+    serves on one device; several need DistributedDataParallel.
 
     Args:
         student, teacher: as mdistiller makes them; they return (logits, dict of features), or anything else.
@@ -58,7 +59,11 @@ class MDistiller(Distiller):
     def forward_train(
         self, image: Any, target: Any = None, index: Tensor | None = None, **kwargs: Any
     ) -> tuple[Any, dict[str, Tensor]]:
-        """The student's logits and the dict of losses; keywords of a trainer (`epoch`) are not used."""
+        """The student's logits and the dict of losses.
+
+        Of a trainer's other keywords `epoch` is not used, nor CRD's `contrastive_index`: the negatives are
+        drawn by the loss itself.
+        """
         logits, losses = super().forward(image, target, index=index)
         return logits, losses
 
@@ -72,7 +77,8 @@ class MDistiller(Distiller):
 
     def get_extra_parameters(self) -> int:
         """How many numbers are trained beside the student."""
-        return sum(parameter.numel() for parameter in self.own_parameters())
+        students = {id(parameter) for parameter in self.student.parameters()}
+        return sum(p.numel() for p in self.get_learnable_parameters() if id(p) not in students)
 
 
 def _takes(method: Any, option: str) -> bool:
@@ -83,7 +89,7 @@ def _takes(method: Any, option: str) -> bool:
 
 def _example(cfg: Any, student: nn.Module) -> Tensor | None:
     kind = getattr(getattr(cfg, "DATASET", None), "TYPE", None)
-    side = _SIDES.get(str(kind).lower())
+    side = _SIDES.get(str(kind).lower().replace("-", "").replace("_", ""))
     if side is None:
         return None
     place = next(student.parameters(), torch.zeros(()))

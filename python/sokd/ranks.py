@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["agreed", "averaged", "everyones", "place"]
+__all__ = ["agreed", "averaged", "everyones", "is_sharded", "place"]
 
 
 def place() -> tuple[int, int]:
@@ -14,6 +17,12 @@ def place() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def is_sharded(parameters: Iterable[Tensor]) -> bool:
+    """Whether any of them is spread over the ranks (`fully_shard`): each holds a part."""
+    module = sys.modules.get("torch.distributed.tensor")  # a second of import, and without it there are none
+    return module is not None and any(isinstance(parameter, module.DTensor) for parameter in parameters)
 
 
 def averaged(tensor: Tensor) -> Tensor:

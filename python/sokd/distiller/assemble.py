@@ -45,6 +45,7 @@ class Needs:
     def __init__(self, recipes: Sequence[Recipe], plug: Plug) -> None:
         # no method looks at features: SoKD's own masked term does
         self.plain = not any("features" in recipe.kind.needs for recipe in recipes)
+        self.logits = any("logits" in recipe.kind.needs for recipe in recipes)
         self.maps = plug is not False or not self.plain
         self.adapted = self.maps and (self.plain or any(recipe.kind.adapts for recipe in recipes))
 

@@ -1,13 +1,4 @@
-"""Any two models, any method, SoKD plugged in: layers found by name, shapes by one dry run, adapters made.
-
-distiller = sokd.Distiller(teacher, student, layers={"layer3": "layer3"}, method="fitnet", example=images)
-optimizer = torch.optim.SGD(distiller.parameters(), lr=0.05)
-for x, y in loader:
-    logits, losses = distiller(x, y)
-    optimizer.zero_grad()
-    sum(losses.values()).backward()
-    optimizer.step()
-"""
+"""Any two models, any method, SoKD plugged in: layers found by name, shapes by one dry run, adapters made."""
 
 from __future__ import annotations
 
@@ -23,7 +14,8 @@ from torch import Tensor, nn
 from sokd import watch
 from sokd.distiller import guards
 from sokd.distiller.assemble import Needs, Plug, checked_plug, find_heads, make_adapters, make_kd
-from sokd.distiller.maps import as_map, auto_layers, check_pair, layouts, untouched
+from sokd.distiller.auto import auto_layers
+from sokd.distiller.maps import as_map, check_pair, layouts, untouched
 from sokd.distiller.outputs import (
     Logits,
     Task,
@@ -81,12 +73,14 @@ class Distiller(nn.Module):
 
     Args:
         teacher, student: any two modules. They are called as `model(x)`, or `model(**x)` for a dict. Under
-            DistributedDataParallel wrap the Distiller; a model that is compiled may be given compiled.
+            DistributedDataParallel wrap the Distiller; for FSDP, `fully_shard(distiller, ignored_params=set(
+            distiller.kd.policy.parameters()))`. A model that is compiled may be given compiled.
         layers: where features are taken: a dict of student layer -> teacher layer, a name, a list of names or
             (student, teacher) pairs, names as in `named_modules`, `name:key` for a layer that gives a dict or
-            tuple; "auto": the last map of each resolution that both have. Maps [B, C, H, W], tokens [B, N, C]
-            and vectors [B, C] (as 1x1 maps) meet through adapters. A layer that runs several times counts
-            with its first run.
+            tuple; "auto": the last map of each resolution that both have, of what stages give, without a map
+            of logits (`task=None` where the models give features). Maps [B, C, H, W], tokens [B, N, C] and
+            vectors [B, C] (as 1x1 maps) meet through adapters. A layer that runs several times counts with
+            its first run.
         method: a name of `sokd.methods`, a dict of name -> weight (None: the method's own), a callable (f_s,
             f_t) -> scalar for maps of one shape, or None. A method's own options are further keywords.
         sokd: whether SoKD is plugged in: the teacher's maps refined, the mask on, `loss_agreement` added;
@@ -95,8 +89,9 @@ class Distiller(nn.Module):
         task: the task's loss: "auto", losses that the student returns, else cross entropy with y; "model",
             the student is called as `student(x, y)` and returns them (also done for y that is a list of
             dicts); a callable (logits, y) -> scalar, as `loss_task`; None.
-        logits: where logits are in an output: a key, an index or a function; None: the output itself,
-            "logits", "out", the first tensor.
+        logits: where logits are in an output that is no tensor: a key, an index or a function; None:
+            "logits", "out", the first tensor. They have to be named where that is one of several [B, D] of
+            different D: an embedding, perhaps.
         example: a batch of inputs for the dry run that finds the shapes (eval mode, no gradients; it leaves
             buffers, modes and random state as they were). None: the first batch is, and asking for
             `parameters()` before it is refused.
@@ -133,6 +128,7 @@ class Distiller(nn.Module):
         self.methods = nn.ModuleDict()
         self._ready = self._checked = False
         self._needs = Needs(self._recipes, sokd)
+        self.pairs: list[Pair] = []
         self._layers: Layers = layers if self._needs.maps else ()
         if self._layers != "auto":
             self._tap(layer_pairs(layers) if self._needs.maps else [])
@@ -169,7 +165,7 @@ class Distiller(nn.Module):
         student = self._study(self.student, x, target)
         losses = task_losses(self.task, student.output, student.logits, target)
         if eager:
-            guards.check_maps(self, student.maps, teacher.maps, self._labels())
+            guards.check_maps(self, student.maps, teacher.maps, self._labels)
         losses |= self._distil(student, teacher, target, index)
         if eager:
             self._look(losses, student, teacher)
@@ -193,6 +189,7 @@ class Distiller(nn.Module):
         inner level of the search is the task's loss plus SoKD's own, whichever method is trained.
         """
         x, target = batch[:2] if isinstance(batch, (tuple, list)) else (batch, None)
+        self.setup(x)
         teacher, student = self._teach(x), self._study(model, x, target)
         losses = list(task_losses(self.task, student.output, student.logits, target).values())
         task = torch.stack(losses).sum() if losses else student.maps[0].sum() * 0
@@ -202,7 +199,7 @@ class Distiller(nn.Module):
     def features(self, x: Any) -> tuple[list[Tensor], list[Tensor]]:
         """The student's and the teacher's maps of x [B, C, H, W], one for each pair of layers; in eval mode,
         leaving no trace."""
-        models = unwrapped(self.student), self.teacher
+        models = unwrapped(self.setup(x).student), self.teacher
         with guards.explained(self, x), untouched(*models), self._replayed():
             return self._study(models[0], x, None).maps, self._teach(x).maps
 
@@ -228,15 +225,22 @@ class Distiller(nn.Module):
         student, teacher = unwrapped(self.student), self.teacher
         with guards.explained(self, example), untouched(student, teacher), self._replayed():
             if self._layers == "auto":
-                self._tap(auto_layers(student, teacher, lambda model: call(model, example), example))
+                self._tap(self._auto(student, teacher, example))
+            named = self._layers != "auto"  # else nobody reads anything out of the names
             maps = [
-                self._as_maps(side, self._taps[side].watched(partial(call, model, example))[1])
+                self._as_maps(side, self._taps[side].run(partial(call, model, example), warn=named)[1])
                 for side, model in (("student", student), ("teacher", teacher))
             ]
-        for of_student, of_teacher, names in zip(*maps, self._labels(), strict=True):
+        for of_student, of_teacher, names in zip(*maps, self._labels, strict=True):
             check_pair(of_student, of_teacher, names)
         self._build(*([tuple(features.shape[1:]) for features in side] for side in maps))
         return self
+
+    def _auto(self, student: nn.Module, teacher: nn.Module, example: Any) -> list[Pair]:
+        asked = self.task is not None or self._needs.logits
+        logits = partial(find_logits, where=self.logits, guess=False) if asked else lambda _: None
+        orders = {side: given[2] for side, given in self._given.items()}
+        return auto_layers(student, teacher, partial(call, x=example), example, logits=logits, orders=orders)
 
     def _tap(self, pairs: list[Pair]) -> None:
         self.pairs = pairs
@@ -283,16 +287,13 @@ class Distiller(nn.Module):
         return target is not None and (self.task == "model" or (self.task == "auto" and is_for_model(target)))
 
     def _as_maps(self, side: str, taken: list[Tensor]) -> list[Tensor]:
-        labels = map(self._taps[side].label, self._taps[side].layers)
-        return [
-            as_map(features, layout, label)
-            for features, layout, label in zip(taken, self._layouts[side], labels, strict=True)
-        ]
+        layers = zip(taken, self._layouts[side], self._taps[side].labels, strict=True)
+        return [as_map(features, layout, label) for features, layout, label in layers]
 
+    @property
     def _labels(self) -> list[tuple[str, str]]:
         """The pairs' layers, for people."""
-        of_student, of_teacher = (map(taps.label, taps.layers) for taps in self._taps.values())
-        return list(zip(of_student, of_teacher, strict=True))
+        return list(zip(self._taps["student"].labels, self._taps["teacher"].labels, strict=True))
 
     def _distil(self, student: Pass, teacher: Pass, target: Any, index: Tensor | None) -> Losses:
         """The methods' terms and SoKD's."""
@@ -331,9 +332,8 @@ class Distiller(nn.Module):
         if not is_eager(*losses.values()):
             return
         if self.check_finite:
-            labels = zip(*self._labels(), strict=True) if self.pairs else ((), ())
-            sides = zip(labels, (student.maps, teacher.maps), strict=True)
-            guards.check_finite(losses, {n: m for side in sides for n, m in zip(*side, strict=True)})
+            labels = (label for taps in self._taps.values() for label in taps.labels)
+            guards.check_finite(losses, dict(zip(labels, student.maps + teacher.maps, strict=True)))
         if torch.is_grad_enabled():
             guards.look(self)
             if self.kd is not None:

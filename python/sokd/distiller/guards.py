@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sokd import watch
 from sokd.distiller.maps import batch_size
 from sokd.loss import mixed_dtypes_allowed
-from sokd.ranks import agreed, place
+from sokd.ranks import agreed, is_sharded, place
 from sokd.virtual import unwrapped
 
 if TYPE_CHECKING:
@@ -62,6 +62,12 @@ WRAPPED_INSIDE = (
     "student in DistributedDataParallel"
 )
 
+SHARDED_INSIDE = (
+    "Distiller: student must be sharded together with the adapters and heads, whose {count} parameters would "
+    "not be averaged over the ranks: fully_shard(distiller, "
+    "ignored_params=set(distiller.kd.policy.parameters())), got a student sharded alone"
+)
+
 # Beside the module, not in it: copies and pickles start afresh.
 _memories: weakref.WeakKeyDictionary[nn.Module, watch._Memory] = weakref.WeakKeyDictionary()
 
@@ -87,9 +93,11 @@ def check_start(distiller: Distiller) -> None:
     check_devices(distiller)
     if place()[1] == 1:
         return
-    own = sum(parameter.requires_grad for parameter in distiller.own_parameters())
+    own = [parameter for parameter in distiller.own_parameters() if parameter.requires_grad]
     if own and isinstance(distiller.student, nn.parallel.DistributedDataParallel):
-        raise ValueError(WRAPPED_INSIDE.format(count=own))
+        raise ValueError(WRAPPED_INSIDE.format(count=len(own)))
+    if is_sharded(distiller.student.parameters()) and not all(is_sharded([each]) for each in own):
+        raise ValueError(SHARDED_INSIDE.format(count=len(own)))
     policy = None if distiller.kd is None else distiller.kd.policy
     if policy is not None:  # the same draws on every rank, whatever each rank's seed was
         for tensor in (*policy.parameters(), policy.seed, policy.counter):

@@ -66,18 +66,19 @@ def _loss_name(key: str) -> str:
     return "loss_task" if key == "loss" else key if key.startswith("loss") else f"loss_{key}"
 
 
-def find_logits(output: Any, where: Logits = None) -> Tensor | None:
+def find_logits(output: Any, where: Logits = None, *, guess: bool = True) -> Tensor | None:
     """The logits in a model's output; None where there are none.
 
-    Without `where`: the output itself, its entry or attribute "logits" or "out", else its first tensor that
-    is no scalar.
+    Without `where`: the output itself, its entry or attribute "logits" or "out", else, as a guess, its first
+    tensor that is no scalar; None where that one and another are [B, D] of different D: an embedding and
+    logits, in an order that only the user knows. A tensor has no entries: it is the logits itself.
 
     Raises:
         TypeError, ValueError: `where` leads to no tensor.
     """
     if _only_losses(output):
         return None
-    if where is not None:
+    if where is not None and (callable(where) or not isinstance(output, Tensor)):
         return _selected(output, where)
     if isinstance(output, Tensor):
         return output if output.dim() else None
@@ -85,10 +86,20 @@ def find_logits(output: Any, where: Logits = None) -> Tensor | None:
         value = output.get(key) if isinstance(output, Mapping) else getattr(output, key, None)
         if isinstance(value, Tensor):
             return value
+    return _first_tensor(output) if guess else None
+
+
+def _first_tensor(output: Any) -> Tensor | None:
+    tensors = _tensors(output)
+    widths = {each.shape[1] for each in tensors if each.dim() == 2}
+    return None if not tensors or (tensors[0].dim() == 2 and len(widths) > 1) else tensors[0]
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """The tensors, no scalars, among the entries of an output."""
     values = output.values() if isinstance(output, Mapping) else output
-    if not isinstance(output, (Mapping, tuple, list)):
-        return None
-    return next((value for value in values if isinstance(value, Tensor) and value.dim()), None)
+    is_entries = isinstance(output, (Mapping, tuple, list))
+    return [each for each in values if isinstance(each, Tensor) and each.dim()] if is_entries else []
 
 
 def _selected(output: Any, where: Logits) -> Tensor:
@@ -140,7 +151,9 @@ def task_losses(task: Task, output: Any, logits: Tensor | None, target: Any) -> 
         return {"loss_task": task(output if logits is None else logits, target)}
     if logits is None:
         rule = "be in what the student returns (name them by logits=, or the loss by task=)"
-        raise TypeError(f"Distiller: logits must {rule}, got {type(output).__name__}")
+        parts = ", ".join(map(described, _tensors(output)))
+        got = type(output).__name__ + (f" of {parts}" if parts else "")
+        raise TypeError(f"Distiller: logits must {rule}, got {got}")
     return {"loss_ce": _cross_entropy(logits, target)}
 
 

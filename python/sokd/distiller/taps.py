@@ -73,6 +73,7 @@ class Taps:
 
     def __init__(self, side: str, model: nn.Module, layers: Sequence[str]) -> None:
         self.side, self.layers = side, list(layers)
+        self.labels = [f"the {side}'s layer {layer!r}" for layer in layers]  # for people
         self.taps: dict[str, Tap] = {}
         modules = dict(unwrapped(model).named_modules())
         for layer in layers:
@@ -83,58 +84,49 @@ class Taps:
                 self.taps[name] = Tap()
                 modules[name].register_forward_hook(self.taps[name])
 
-    def run(self, call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
+    def run(self, call: Callable[[], Any], *, warn: bool = False) -> tuple[Any, list[Tensor]]:
         """What `call`, a forward pass, returns, and what each layer gave in it.
+
+        Args:
+            warn: of layers whose output is not what a reader of their names expects.
 
         Raises:
             RuntimeError: a layer that did not run.
             TypeError: a layer whose output is not a tensor.
         """
         for tap in self.taps.values():
-            tap.value, tap.armed = None, True
+            tap.value, tap.armed, tap.again, tap.version = None, True, False, 0 if warn else None
         try:
             output = call()
         finally:
             taken = {name: tap.take() for name, tap in self.taps.items()}
-        return output, [self._chosen(layer, taken) for layer in self.layers]
+        chosen = [self._chosen(*each, taken) for each in zip(self.layers, self.labels, strict=True)]
+        if warn:
+            self._warn(chosen)
+        return output, chosen
 
-    def watched(self, call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
-        """As `run`, and warn of layers whose output is not what a reader of their names expects."""
-        for tap in self.taps.values():
-            tap.again, tap.version = False, 0
-        output, taken = self.run(call)
-        for layer, tensor in zip(self.layers, taken, strict=True):
+    def _warn(self, chosen: Sequence[Tensor]) -> None:
+        for layer, label, tensor in zip(self.layers, self.labels, chosen, strict=True):
             tap = self.taps[_split(layer)[0]]
             if tap.again:
-                warnings.warn(RAN_AGAIN.format(which=self.label(layer)), stacklevel=2)
+                warnings.warn(RAN_AGAIN.format(which=label), stacklevel=3)
             elif ":" not in layer and tensor._version != tap.version:
-                warnings.warn(OVERWRITTEN.format(which=self.label(layer)), stacklevel=2)
-        for tap in self.taps.values():
-            tap.version = None
-        return output, taken
+                warnings.warn(OVERWRITTEN.format(which=label), stacklevel=3)
 
-    def label(self, layer: str) -> str:
-        """The layer, for people."""
-        return f"the {self.side}'s layer {layer!r}"
-
-    def _chosen(self, layer: str, taken: Mapping[str, Any]) -> Tensor:
+    def _chosen(self, layer: str, label: str, taken: Mapping[str, Any]) -> Tensor:
         name, key = _split(layer)
         value = taken[name]
         if value is None:
-            raise RuntimeError(NEVER_RAN.format(which=self.label(layer)))
+            raise RuntimeError(NEVER_RAN.format(which=label))
         entries = _entries(value)
         if key is not None and key in entries:
             value = entries[key]
         elif key is not None:
-            raise TypeError(
-                f"Distiller: {self.label(layer)} must give one of {_names(entries)}, got none of that name"
-            )
+            raise TypeError(f"Distiller: {label} must give one of {_names(entries)}, got none of that name")
         if isinstance(value, Tensor):
             return value
         hint = f" with {_names(entries)}: name one, as in '{name}:{next(iter(entries))}'" if entries else ""
-        raise TypeError(
-            f"Distiller: {self.label(layer)} must give a tensor, got {type(value).__name__}{hint}"
-        )
+        raise TypeError(f"Distiller: {label} must give a tensor, got {type(value).__name__}{hint}")
 
 
 def untapped(module: nn.Module) -> nn.Module:

@@ -21,7 +21,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +100,17 @@ def _policy_of(op: str, subject: Any) -> Policy:
         if isinstance(found, Policy):
             return found
     rule = "be a Policy, or a SoKD or Distiller that has one"
-    raise TypeError(f"{op}: subject must {rule}, got {type(subject).__name__}")
+    raise TypeError(f"{op}: subject must {rule}, got {_kind_of(subject)}")
+
+
+def _kd_of(subject: Any) -> SoKD | None:
+    kd = subject if isinstance(subject, SoKD) else getattr(subject, "kd", None)
+    return kd if isinstance(kd, SoKD) else None
+
+
+def _kind_of(subject: Any) -> str:
+    waits = "" if getattr(subject, "_ready", True) else " before its shapes are known (example= or setup)"
+    return type(subject).__name__ + waits
 
 
 # ------------------------------------------------------------------------------------------ the policy's way
@@ -180,17 +190,20 @@ class Trajectory:
 def areas(subject: nn.Module, *inputs: Any) -> list[LayerAreas]:
     """The areas of the teacher, of the student and of both, one dict for each layer.
 
-    areas(distiller, images), or areas(kd, student_features, teacher_features).
+    areas(distiller, images), or areas(kd, student_features, teacher_features), also for what `sokd.wrap`
+    returns.
 
     The teacher's features are taken as they are, not refined: what is drawn does not hang on a draw.
     """
     subject = unwrapped(subject)
-    kd = subject if isinstance(subject, SoKD) else getattr(subject, "kd", None)
-    if not isinstance(kd, SoKD) or kd.dam is None:
-        raise TypeError(
-            f"areas: subject must be a SoKD or a Distiller with a DAM, got {type(subject).__name__}"
-        )
-    students, teachers = inputs if subject is kd else cast(Any, subject).features(*inputs)
+    kd = _kd_of(subject)
+    if kd is None or kd.dam is None:
+        raise TypeError(f"areas: subject must be a SoKD or a Distiller with a DAM, got {_kind_of(subject)}")
+    read = getattr(subject, "features", None)  # a Distiller's; what else holds a SoKD is given features
+    if len(inputs) != (1 if read else 2):
+        rule = "be the images" if read else "be the student's and the teacher's features"
+        raise TypeError(f"areas: inputs must {rule}, got {len(inputs)} of them")
+    students, teachers = read(*inputs) if read else inputs
     training = [(part, part.training) for part in kd.modules()]
     kd.eval()
     try:
@@ -227,16 +240,28 @@ def draw_areas(
 
     Args:
         images: [B, 3 or 1, H, W], the input or anything of its aspect; shown from their smallest to their
-            largest number. B columns, so a few.
+            largest number. B columns, so a few: they may be the first of those `found` is of.
         found: what `areas` returned, or the dict of one layer.
         layer: which of several layers.
         titles: B of them, above the images.
+
+    Raises:
+        ValueError: images, layer or titles that do not fit.
     """
     from sokd.inspect.pictures import areas_on_images
 
-    chosen = found if isinstance(found, dict) else found[layer]
-    if images.dim() != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(f"draw_areas: images must be [B, 3, H, W] or [B, 1, H, W], got {list(images.shape)}")
+    if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[1] not in (1, 3):
+        got = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"draw_areas: images must be [B, 3, H, W] or [B, 1, H, W], got {got}")
+    layers = [found] if isinstance(found, dict) else list(found)
+    if not -len(layers) <= layer < len(layers):
+        raise ValueError(f"draw_areas: layer must be one of the {len(layers)} in found, got {layer}")
+    chosen = layers[layer]
+    count, samples = len(images), len(chosen["mutual"].coverage)
+    if not 1 <= count <= samples:
+        raise ValueError(f"draw_areas: images must be 1 to {samples}, as found is of, got {count}")
+    if titles is not None and len(titles) != count:
+        raise ValueError(f"draw_areas: titles must be {count}, one for each image, got {len(titles)}")
     areas_on_images(images, chosen, shares(chosen), path, titles=titles, caption=caption)
 
 
@@ -247,20 +272,21 @@ def export_json(subject: nn.Module, path: Path | None = None) -> dict[str, Any]:
     """All there is to read of a SoKD or Distiller as plain data, written to `path` if there is one.
 
     "policy": `Policy.table()`; "entropy"; "diagnostics": those of the last step; for a Distiller "layers" and
-    "weights" too. A part that is not there has no entry.
+    "weights" too. A part that is not there has no entry. In the file a number that is NaN or infinite is
+    null: JSON has no such numbers.
     """
     subject = unwrapped(subject)
-    kd = subject if isinstance(subject, SoKD) else getattr(subject, "kd", None)
+    kd = _kd_of(subject)
     found: dict[str, Any] = {}
     if hasattr(subject, "pairs"):
         found |= {"layers": subject.pairs, "weights": subject.weights}
-    if isinstance(kd, SoKD):
+    if kd is not None:
         found["diagnostics"] = {name: float(value) for name, value in kd.diagnostics().items()}
     if isinstance(subject, Policy) or getattr(kd, "policy", None) is not None:
         found |= {"policy": _policy_of("export_json", subject).table(), "entropy": entropy(subject)}
     if not found:
         rule = "be a Policy, a SoKD or a Distiller with one"
-        raise TypeError(f"export_json: subject must {rule}, got {type(subject).__name__}")
+        raise TypeError(f"export_json: subject must {rule}, got {_kind_of(subject)}")
     if path is not None:
         _write(path, found)
     return found
@@ -269,17 +295,32 @@ def export_json(subject: nn.Module, path: Path | None = None) -> dict[str, Any]:
 def log(writer: Writer, subject: nn.Module, step: int, *, losses: Any = None, prefix: str = "sokd") -> None:
     """Hand the last step's figures to the user's own writer, `writer.add_scalar(tag, value, step)`.
 
-    `kd.diagnostics()` under `{prefix}/`, and of `losses`, a Distiller's dict, each entry.
+    `diagnostics()` of a SoKD, of a Distiller's, or of a Policy under `{prefix}/`, and of `losses`, a
+    Distiller's dict, each entry.
+
+    Raises:
+        TypeError: the subject is none of these.
     """
     subject = unwrapped(subject)
-    kd = subject if isinstance(subject, SoKD) else getattr(subject, "kd", None)
-    figures = {} if kd is None else kd.diagnostics()
-    for name, value in {**figures, **(losses or {})}.items():
+    source = subject if isinstance(subject, Policy) else _kd_of(subject)
+    if source is None and not hasattr(subject, "kd"):
+        raise TypeError(f"log: subject must be a Policy, a SoKD or a Distiller, got {_kind_of(subject)}")
+    figures = {**({} if source is None else source.diagnostics()), **(losses or {})}
+    for name, value in figures.items():
         scalar = float(value.detach() if isinstance(value, Tensor) else value)
         writer.add_scalar(f"{prefix}/{name}", scalar, step)
 
 
 def _write(path: Path, state: Any) -> None:
     with open(path, "w") as file:
-        json.dump(state, file, indent=1, allow_nan=True)
+        json.dump(_strict(state), file, indent=1, allow_nan=False)
         file.write("\n")
+
+
+def _strict(state: Any) -> Any:
+    """Plain data with None in place of numbers that are none."""
+    if isinstance(state, dict):
+        return {key: _strict(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [_strict(value) for value in state]
+    return None if isinstance(state, float) and not math.isfinite(state) else state

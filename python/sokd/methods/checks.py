@@ -13,15 +13,23 @@ __all__ = ["layer_pairs", "logits_pair"]
 Pair = tuple[Tensor, Tensor, Tensor | None]  # student, teacher, omega
 
 
-def logits_pair(op: str, student: Tensor, teacher: Tensor, *, classes: int = 1) -> tuple[Tensor, Tensor]:
-    """Both sides' logits [B, K], checked; float32 or float64, the teacher's constant."""
+def logits_pair(op: str, student: Tensor, teacher: Tensor, *, dense: bool = True) -> tuple[Tensor, Tensor]:
+    """Both sides' logits [B, K], checked; float32 or float64, the teacher's constant.
+
+    Args:
+        dense: whether [B, K, H, W] (or [B, K, D, H, W]) is taken too, as [B * H * W, K]. Not [B, K, N]: with
+            as many dimensions others put K last.
+    """
     _check_tensors(op, "student_logits", student, "teacher_logits", teacher)
-    if student.dim() != 2 or student.shape[1] < classes:
-        least = "K" if classes == 1 else f"K >= {classes}"
-        raise ValueError(f"{op}: student_logits must be [B, {least}], got {list(student.shape)}")
+    rank = student.dim()
+    if rank not in ((2, 4, 5) if dense else (2,)) or student.shape[1] < 2:
+        shapes = "[B, K >= 2] or [B, K >= 2, H, W]" if dense else "[B, K >= 2]"
+        raise ValueError(f"{op}: student_logits must be {shapes}, got {list(student.shape)}")
     if teacher.shape != student.shape:
         rule = f"have the student's shape {list(student.shape)}"
         raise ValueError(f"{op}: teacher_logits must {rule}, got {list(teacher.shape)}")
+    if rank > 2:
+        student, teacher = (each.movedim(1, -1).flatten(0, -2) for each in (student, teacher))
     return wide(student), wide(teacher.detach())
 
 

@@ -31,8 +31,8 @@ Weights = Tensor | Sequence[Tensor | None] | None
 class Step:
     """What one training step offers a method."""
 
-    student_logits: Tensor | None  # [B, K]
-    teacher_logits: Tensor | None  # [B, K], constant
+    student_logits: Tensor | None  # [B, K], or dense, [B, K, H, W]
+    teacher_logits: Tensor | None  # of that shape, constant
     target: Tensor | None  # [B] class indices (int64)
     student: list[Tensor]  # one map [B, C_s, H_s, W_s] for each layer pair, as the student gave it
     teacher: list[Tensor]  # [B, C, H, W], constants; refined where SoKD is plugged in

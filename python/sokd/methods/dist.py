@@ -32,7 +32,8 @@ def dist(
     """One minus Pearson's correlation of the predictions, by rows and by columns.
 
     Args:
-        student_logits, teacher_logits: [B, K], any floating-point dtypes.
+        student_logits, teacher_logits: [B, K], K >= 2, any floating-point dtypes; [B, K, H, W] counts as
+            B * H * W samples, as in the authors' code for segmentation.
         beta, gamma: weights of the two relations; the paper's 2 and 2 are `default_weight` times these.
         temperature: T; the paper: 4 on CIFAR-100, 1 on ImageNet. T^2 as in the authors' code.
 

@@ -38,7 +38,7 @@ def dkd(
         [] float32 (float64 for float64); 0 for an empty batch. All in logarithms, so that predictions without
         doubt (p_y = 1) stay finite. The paper raises the weight linearly over the first 20 epochs.
     """
-    student, teacher = logits_pair("dkd", student_logits, teacher_logits, classes=2)
+    student, teacher = logits_pair("dkd", student_logits, teacher_logits, dense=False)
     target = _checked_target(target, student).unsqueeze(1)
     (log_s, rest_s), (log_t, rest_t) = (
         _in_two(logits / temperature, target) for logits in (student, teacher)

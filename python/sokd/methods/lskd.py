@@ -28,7 +28,8 @@ def lskd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float =
     """`kd` of logits that have mean 0 and standard deviation 1 over the classes, on both sides.
 
     Args:
-        student_logits, teacher_logits: [B, K], K >= 2, any floating-point dtypes.
+        student_logits, teacher_logits: [B, K] or, for each position, [B, K, H, W]; K >= 2, any floating-point
+            dtypes.
         temperature: the base temperature; the paper: 2 (3 for some pairs), weight 9 beside 0.1 for the
             cross-entropy.
 
@@ -38,7 +39,7 @@ def lskd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float =
     The deviation is the authors' code's, divided by K - 1. Settled here: logits equal over all classes count
     as a uniform prediction, with gradient 0 (a head may start at zero, where the formula's own is 1e7).
     """
-    student, teacher = logits_pair("lskd", student_logits, teacher_logits, classes=2)
+    student, teacher = logits_pair("lskd", student_logits, teacher_logits)
     return softened_kl(_standardised(student), _standardised(teacher), temperature)
 
 

@@ -132,7 +132,8 @@ class ReviewKDLoss(nn.Module):
 
     def _check_cells(self, features: Tensor) -> None:
         if self.training and features.shape[0] * features.shape[2] * features.shape[3] == 1:
-            rule = "have more than one value for each channel in training (BatchNorm)"
+            rule = "have more than one value a channel in training, for BatchNorm (drop_last=True in the "
+            rule += "DataLoader)"
             raise ValueError(f"reviewkd: student must {rule}, got {list(features.shape)}")
 
 

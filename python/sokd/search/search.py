@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from sokd.ops.common import is_eager
 from sokd.policy import Policy, fresh_seed
 from sokd.policy.relax import ControlVariate, estimate, score
-from sokd.ranks import agreed, averaged
+from sokd.ranks import agreed, averaged, is_sharded
 from sokd.search.levels import Level, Run, Step, gradients, leaves, moved
 from sokd.virtual import Together, replayed, unwrapped
 
@@ -133,6 +133,7 @@ class PolicySearch:
             TypeError, ValueError: `step` returned something else or ran another model, the teacher's features
                 require grad, `kd.policy` was replaced or frozen, or nothing is trained that order 2 could
                 unroll.
+            NotImplementedError: the student is sharded over the ranks.
         """
         if not self.active:
             return None
@@ -142,6 +143,9 @@ class PolicySearch:
         for name in _CHI:
             if not getattr(self.policy, name).requires_grad:
                 raise ValueError(f"PolicySearch: kd.policy.{name} must require grad, got one that is frozen")
+        if is_sharded(self.student.parameters()):
+            rule = "hold whole parameters (virtual weights are not sharded; DistributedDataParallel serves)"
+            raise NotImplementedError(f"PolicySearch: student must {rule}, got parameters of fully_shard")
         self.policy.project()  # a probability set to 0 or 1 has no finite logit
         held_out = batch if held_out is None else held_out
         devices = {self.seed.device, *(parameter.device for parameter in self.student.parameters())}
