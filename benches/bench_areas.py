@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sokd
-from benches.harness import Case, Options, check_close
+from benches.harness import MEMORY, Case, Options, check_close
 from sokd import reference
 
 HEATS = 100
@@ -58,15 +58,18 @@ def case(batch: int, height: int, width: int, *, target: float) -> Case:
         if differs > 1e-3:
             raise AssertionError(f"the loops disagree with the reference in {differs:.2%} of the cells")
 
+    sides = {
+        "sokd": lambda: sokd.ops.areas(*student, teacher=teacher),
+        "loops": lambda: loop_areas(student, teacher),
+        "reference": lambda: reference.areas(*student, teacher=teacher),
+    }
+    if target > 1:
+        sides[MEMORY] = lambda: student[0].sum() + teacher[0].sum()
     moved = sum(part.nbytes for part in (*student, *teacher)) + 4 * batch * height * width
     return Case(
         "mutual areas, k = 8",
         (batch, HEATS, height, width),
-        {
-            "sokd": lambda: sokd.ops.areas(*student, teacher=teacher),
-            "loops": lambda: loop_areas(student, teacher),
-            "reference": lambda: reference.areas(*student, teacher=teacher),
-        },
+        sides,
         moved,
         {"loops": target, "reference": 1},
         check,

@@ -12,7 +12,7 @@ import torch
 
 import sokd
 from benches.bench_refine import LARGE, MAIN, eager_masked_mse, gradients
-from benches.harness import LAYOUTS, Case, Options, check_close, compiled
+from benches.harness import LAYOUTS, MEMORY, Case, Options, check_close, compiled
 from sokd import reference
 
 
@@ -43,6 +43,8 @@ def case(
     if compile_too:
         fast = compiled(eager_masked_mse)
         sides["compile"] = lambda: gradients(fast, [student], student, teacher, weight)
+    if targets["eager"] > 1:
+        sides[MEMORY] = lambda: torch.sub(student.detach(), teacher)
     moved = 3 * student.nbytes + weight.nbytes
     name = str(dtype).removeprefix("torch.")
     return Case("masked_mse, forward + backward", shape, sides, moved, targets, check, name, layout)

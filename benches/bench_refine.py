@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sokd
-from benches.harness import LAYOUTS, Case, Options, check_close, compiled
+from benches.harness import LAYOUTS, MEMORY, Case, Options, check_close, compiled
 from sokd import reference
 from sokd.ops.masked_mse import _masked_mse as any_mse
 
@@ -109,6 +109,8 @@ def forward_case(
     if compile_too:
         fast = compiled(eager_refine)
         sides["compile"] = lambda: fast(**plan)
+    if target > 1:
+        sides[MEMORY] = plan["features"].clone
     moved = 2 * plan["features"].nbytes
     work = "refine forward, five parts" + ("" if groups == 1 else ", a plan per sample")
     targets = {"eager": target}
@@ -126,10 +128,12 @@ def affine_case(shape: tuple[int, ...], dtype: torch.dtype, layout: str, *, targ
         if dtype == torch.float32:
             check_close(ours, eager_affine(features, theta), rtol=1e-4, atol=1e-4)
 
-    sides = {
+    sides: dict[str, Any] = {
         "sokd": lambda: sokd.ops.refine(features, theta),
         "eager": lambda: eager_affine(features, theta),
     }
+    if target > 1:
+        sides[MEMORY] = features.clone
     work = "refine forward, affine only"
     return Case(work, shape, sides, 2 * features.nbytes, {"eager": target}, check, _name(dtype), layout)
 
@@ -155,13 +159,20 @@ def loss_case(
         for one, other in zip(ours[1:], truth[1:], strict=True):
             check_close(one, other, rtol=100 * loose, atol=100 * loose * float(other.abs().max()))
 
-    sides = {
+    def memory() -> None:
+        refined = plan["features"].clone()
+        gradient = torch.sub(student.detach(), refined)
+        gradient.sum(), plan["features"].sum()
+
+    sides: dict[str, Any] = {
         "sokd": lambda: gradients(sokd_refined_loss, wanted, student, weight, plan),
         "eager": lambda: gradients(eager_refined_loss, wanted, student, weight, plan),
     }
     if compile_too:
         fast = compiled(eager_refined_loss)
         sides["compile"] = lambda: gradients(fast, wanted, student, weight, plan)
+    if target > 1:
+        sides[MEMORY] = memory
     moved = 7 * student.nbytes
     targets = {"eager": target, "compile": target}
     work = "refine + masked_mse, forward + backward"

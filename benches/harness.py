@@ -31,6 +31,9 @@ RESULTS = Path(__file__).parent / "results"
 QUICK_RESULTS = Path("out") / "bench"
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 Side = Callable[[], object]
+# The bytes of a case, read and written by PyTorch's plainest operations on these maps: nothing is computed,
+# and what moves these bytes from the same memory can hardly be faster. Beside the cases that have a target.
+MEMORY = "memory alone"
 
 
 @dataclass(frozen=True)
