@@ -173,6 +173,24 @@ def test_func_vmap(in_dims):
         assert torch.equal(losses[index], ops.masked_mse(entry, teacher))
 
 
+@pytest.mark.parametrize("dtype", [DOUBLE, torch.float32, torch.bfloat16])
+def test_batched_gradients(dtype):
+    """`is_grads_batched`, a vmap of its own, as of `functional.jacobian(vectorize=True)`."""
+    features, student = torch.randn(2, *SHAPE).to(dtype).unbind()
+    theta = torch.tensor([[[1.0, 0.1, 0.0], [0.0, 1.0, 0.1]]])
+    for each in (features, student, theta):
+        each.requires_grad_()
+    refined = ops.refine(features, theta)
+    loss = _masked_mse(student, refined, None, normalise="elements", scale=1.0, mutual=True)
+    for output, inputs in ((refined, (features, theta)), (loss, (student, theta))):
+        upstreams = torch.randn(3, *output.shape).to(output.dtype)
+        single = [torch.autograd.grad(output, inputs, one, retain_graph=True) for one in upstreams]
+        expected = [torch.stack(each) for each in zip(*single, strict=True)]
+        for kept in (True, output is refined):  # the loss's graph ends with it
+            found = torch.autograd.grad(output, inputs, upstreams, is_grads_batched=True, retain_graph=kept)
+            torch.testing.assert_close(list(found), expected)
+
+
 def test_func_vmap_of_areas_draws_and_dots():
     heat, size, offset = maps()
     many = torch.rand(3, *heat.shape)

@@ -107,6 +107,8 @@ def is_eager(*subjects: object) -> bool:
         if type(subject) is Tensor:
             if torch._C._functorch.is_functorch_wrapped_tensor(subject):  # leaked out of its transform
                 return False
+            if torch._C._functorch.is_legacy_batchedtensor(subject):  # of `is_grads_batched`, another vmap
+                return False
         elif isinstance(subject, Tensor) and type(subject) is not torch.nn.Parameter:
             return False
     return True

@@ -157,7 +157,7 @@ def _multiplied(gradient: Tensor, upstream: Tensor) -> Tensor:
 
 def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     """gradient * upstream: in its own memory, unless the graph may be walked again."""
-    if not _is_last_walk():
+    if not _is_last_walk() or torch._C._functorch.is_legacy_batchedtensor(upstream):
         return _multiplied(gradient, upstream)
     _scale(gradient, upstream)
     return gradient
