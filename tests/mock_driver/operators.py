@@ -102,6 +102,21 @@ def test_the_gradient_is_scaled_where_it_lies(kept: bool, fake: Fake) -> None:
     assert Driver().launches()[-1].startswith("masked_mse_scale_f32") != kept
 
 
+def test_a_backward_that_failed_is_not_repeated_on_a_gradient_already_scaled(fake: Fake) -> None:
+    student, teacher = torch.randn(2, *ODD)
+    loss = ops.masked_mse(fake.on(student).requires_grad_(), fake.on(teacher))
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = loss.grad_fn.register_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        (loss * 3).backward()
+    handle.remove()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (loss * 3).backward()
+
+
 @pytest.mark.parametrize("n", [0, 1, 9, 2000])
 def test_draw(n: int, fake: Fake) -> None:
     device_cases.draw(fake, n)
