@@ -90,6 +90,7 @@ class _MaskedMse(torch.autograd.Function):
         ctx.save_for_backward(output[1], *inputs[:3])
         ctx.options = inputs[3:5]
         ctx.to_refine = _is_refined(inputs[1])
+        ctx.is_hooked = is_eager() and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
@@ -99,7 +100,7 @@ class _MaskedMse(torch.autograd.Function):
         if twice:
             d_student = apply(_MaskedMseBackward, upstream, *ctx.saved_tensors, *ctx.options)
         else:
-            d_student = _scaled(ctx.saved_tensors[0], upstream)
+            d_student = _scaled(ctx.saved_tensors[0], upstream, ctx.is_hooked)
         d_teacher = _negated(d_student, ctx) if ctx.needs_input_grad[1] else None
         return (d_student if ctx.needs_input_grad[0] else None), d_teacher, None, None, None, None
 
@@ -157,9 +158,12 @@ def _multiplied(gradient: Tensor, upstream: Tensor) -> Tensor:
     return (gradient.to(accumulator(gradient.dtype)) * upstream).to(gradient.dtype)
 
 
-def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """gradient * upstream: in its own memory, unless the graph may be walked again."""
-    if not _is_last_walk() or torch._C._functorch.is_legacy_batchedtensor(upstream):
+def _scaled(gradient: Tensor, upstream: Tensor, is_hooked: bool) -> Tensor:
+    """gradient * upstream: in its own memory, unless that may be read again.
+
+    The graph may be kept, and what a hook for saved tensors gave back may be the hook's.
+    """
+    if is_hooked or not _is_last_walk() or torch._C._functorch.is_legacy_batchedtensor(upstream):
         return _multiplied(gradient, upstream)
     _scale(gradient, upstream)
     return gradient
