@@ -191,6 +191,13 @@ def test_batched_gradients(dtype):
             torch.testing.assert_close(list(found), expected)
 
 
+def test_zero_tensors_without_memory():
+    """`torch._efficientzerotensor`, as forward derivatives have them: the dispatcher makes numbers of it."""
+    zero, ones = torch._efficientzerotensor(SHAPE), torch.ones(SHAPE)
+    assert ops.masked_mse(zero, ones) == ops.masked_mse(ones, zero) == 1
+    assert torch.equal(ops.refine(zero, sigma=torch.zeros(1)), torch.zeros(SHAPE))
+
+
 def test_func_vmap_of_areas_draws_and_dots():
     heat, size, offset = maps()
     many = torch.rand(3, *heat.shape)

@@ -47,10 +47,10 @@ def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) 
 
 
 def _leads_to_kernel(args: Sequence[Any]) -> bool:
-    """Whether the dispatcher has nothing to do: no device to choose, no sign to resolve, no profile."""
+    """Whether the dispatcher has nothing to do: no device to choose, no profile, no sign or zeros to make."""
     if args[0].device.type != "cpu" or torch._C._autograd._profiler_enabled():
         return False
-    return not any(isinstance(arg, Tensor) and arg.is_neg() for arg in args)
+    return not any(isinstance(arg, Tensor) and (arg.is_neg() or arg._is_zerotensor()) for arg in args)
 
 
 def _looped(op: Any) -> Callable[..., Any]:
