@@ -10,6 +10,7 @@ import torch
 from test_search import Student, batch_of, made, same, step
 
 from sokd.kd import SoKD
+from sokd.policy import Policy
 from sokd.search import PolicySearch
 
 
@@ -168,5 +169,16 @@ def test_a_state_of_another_policy_is_refused_and_changes_nothing(estimator: str
     state["seed"] += 1
     state[adam] = {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"params": [0, 1, 2]}]}
     with pytest.raises(ValueError, match="PolicySearch: state must have Adam's moments of the shapes"):
+        search.load_state_dict(state)
+    assert same(before, search.state_dict())
+
+
+def test_a_state_of_another_policy_is_refused_before_its_first_step() -> None:
+    """When Adam has no moments yet whose shapes could tell."""
+    kd = SoKD(3, 4, policy=Policy(policies=[(0, 1), (2, 3)], estimator="relax"))
+    state = PolicySearch(kd, Student()).state_dict()
+    search = made(estimator="relax")[2]
+    before = copy.deepcopy(search.state_dict())
+    with pytest.raises(ValueError, match="PolicySearch: state must have a control variate of the shapes"):
         search.load_state_dict(state)
     assert same(before, search.state_dict())

@@ -268,6 +268,7 @@ class PolicySearch:
         _check_fits(self._adam, state["adam"])
         if self._control is not None:
             _check_fits(self._control_adam, state["control_adam"])
+            _check_control(self._control, state["control"])
 
 
 # ---------------------------------------------------------------------------------------------- small parts
@@ -278,6 +279,16 @@ def _adam(parameters: Iterable[Tensor], lr: float) -> torch.optim.Adam:
     # keeps the number of steps on the device, where `_apply` can take one back without waiting for it
     capturable = parameters[0].device.type == "cuda"
     return torch.optim.Adam(parameters, lr=lr, betas=(0.5, 0.999), capturable=capturable)
+
+
+def _check_control(control: ControlVariate, state: Mapping[str, Tensor]) -> None:
+    """Whether a state is that of such a control variate; before its first step Adam's moments do not tell."""
+    own, got = (
+        {name: list(value.shape) for name, value in of.items()} for of in (control.state_dict(), state)
+    )
+    if got != own:
+        rule = f"have a control variate of the shapes {own}, as this search has"
+        raise ValueError(f"PolicySearch: state must {rule}, got {got}")
 
 
 def _check_fits(adam: torch.optim.Adam, state: Mapping[str, Any]) -> None:
