@@ -52,6 +52,7 @@ class Case:
     # From a side's median to what is compared, where that is not the whole time; see `note`.
     counted: Callable[[dict[str, float]], dict[str, float]] = lambda medians: medians
     note: str = ""
+    fewest: int = 0  # turns, where the sides are too near each other for a few to tell; not of a quick run
 
 
 def timed(side: Side) -> float:
@@ -110,10 +111,11 @@ def warm_up(sides: Mapping[str, Side]) -> tuple[dict[str, Side], dict[str, str]]
     return alive, failures
 
 
-def measure(sides: Mapping[str, Side], options: Options) -> dict[str, list[float]]:
+def measure(sides: Mapping[str, Side], options: Options, least: int = 0) -> dict[str, list[float]]:
     """Milliseconds of every turn, by side; the order of the sides rotates from turn to turn."""
     names = list(sides)
     fewest, most = options.turns
+    fewest = fewest if options.quick else max(fewest, least)
     turn_ms = sum(options.clock(side) for side in sides.values())
     turns = int(min(max(options.seconds * 1e3 / turn_ms, fewest), most))
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -134,7 +136,7 @@ def run_case(case: Case, options: Options) -> list[dict[str, Any]]:
     """Check, warm up, measure; one row for each side."""
     case.check()
     sides, failures = warm_up(case.sides)
-    samples = measure(sides, options)
+    samples = measure(sides, options, case.fewest)
     counted = case.counted({name: median(times) for name, times in samples.items()})
     rows = []
     for name in case.sides:
