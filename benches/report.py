@@ -41,7 +41,8 @@ def table(cases: Iterable[list[Row]]) -> str:
         ours = next((row for row in rows if row["side"] == "sokd"), None)
         others = "; ".join(_side(row) for row in rows if row is not ours)
         shape = " ".join([rows[0]["shape"], *_unusual(rows[0])])
-        lines.append(f"| {rows[0]['work']} | {shape} | {_ms(ours) if ours else ''} | {others} |")
+        note = f" ({rows[0]['note']})" if rows[0]["note"] else ""
+        lines.append(f"| {rows[0]['work']}{note} | {shape} | {_ms(ours) if ours else ''} | {others} |")
     return "\n".join(lines)
 
 
@@ -51,16 +52,29 @@ def _unusual(row: Row) -> list[str]:
 
 def _ms(row: Row) -> str:
     rate = f", {float(row['gb_per_s']):.1f} GB/s" if row["gb_per_s"] else ""
-    return f"{float(row['median_ms']):.3g} ms{rate}"
+    return f"{_time(row)}{rate}"
+
+
+def _time(row: Row) -> str:
+    milliseconds = float(row["median_ms"])
+    return f"{milliseconds:.3g} ms" if milliseconds < 1000 else f"{milliseconds / 1000:.2f} s"
 
 
 def _side(row: Row) -> str:
     if row["ratio"].startswith("failed"):
         return f"{row['side']} {row['ratio']}"
-    time = f" {float(row['median_ms']):.3g} ms" if row["median_ms"] else ""
+    time = f" {_time(row)}" if row["median_ms"] else ""
     ratio = f": **{float(row['ratio']):.2f}**" if row["ratio"] else ""
-    target = f" (target {row['target']})" if row["target"] else ""
+    target = f" (target {_judged(row)})" if row["target"] else ""
     return f"{row['side']}{time}{ratio}{target}"
+
+
+def _judged(row: Row) -> str:
+    """The target, and the word "missed" where it is."""
+    sign, goal = row["target"].split()
+    ratio = float(row["ratio"] or "nan")
+    met = ratio >= float(goal) if sign == ">=" else ratio <= float(goal)
+    return row["target"] if met else f"{row['target']}, missed"
 
 
 def report(cases: list[list[Row]]) -> str:

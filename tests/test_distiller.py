@@ -249,11 +249,15 @@ def test_logits_are_found(form, where, task):
     assert list(losses) == [task, "loss_kd"]
 
 
-def test_an_embedding_beside_the_logits():
+@pytest.mark.parametrize(("features", "shape"), [
+    (lambda z: z.tile(1, 2)[:, :8], "[4, 8]"),
+    (lambda z: z[:, :, None, None].tile(1, 1, 2, 2), "[4, 5, 2, 2]"),
+], ids=["embedding", "map"])  # fmt: skip
+def test_features_beside_the_logits(features, shape):
     """Which of the two are the logits is nothing to guess: the first is trained on silently otherwise."""
-    twofold = [Answering(net, lambda z: (z.tile(1, 2)[:, :8], z)) for net in models()]
+    twofold = [Answering(net, lambda z: (features(z), z)) for net in models()]
     given = {"models": twofold, "layers": "net.stage1", "sokd": False}
-    got = "tuple of float32 [4, 8], float32 [4, 5]"
+    got = f"tuple of float32 {shape}, float32 [4, 5]"
     text = (
         f"logits must be in what the student returns (name them by logits=, or the loss by task=), got {got}"
     )

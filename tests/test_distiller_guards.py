@@ -157,9 +157,14 @@ def test_an_input_of_another_dtype_or_device():
         refused(ValueError, text, lambda: make()(x.to("meta"), y))
 
 
-def test_pixels_as_bytes():
+@pytest.mark.parametrize("bias", [True, False])  # a convolution says it in other words without
+def test_pixels_as_bytes(bias):
+    nets = models()
+    for module in [] if bias else [each for net in nets for each in net.modules()]:
+        if isinstance(module, nn.Conv2d):
+            module.bias = None
     text = "x must have the dtype torch.float32 of the student's parameters, got torch.uint8"
-    refused(TypeError, text, lambda: objective(make(), (255 * batch()[0]).byte(), batch()[1]))
+    refused(TypeError, text, lambda: objective(make(models=nets), (255 * batch()[0]).byte(), batch()[1]))
 
 
 @pytest.mark.parametrize(("make_x", "got"), [
@@ -213,16 +218,6 @@ def test_one_number_a_sample_is_no_cross_entropy():
     rule = "be [B, K] for the cross entropy (name them by logits=, or another loss by task=)"
     text = f"logits must {rule}, got [4]"
     refused(ValueError, text, lambda: objective(make(models=(teacher, student)), batch()[0], torch.rand(4)))
-
-
-def test_features_that_pass_for_logits():
-    """The first tensor of a tuple, where it is a map: said with the shapes of both."""
-    teacher, student = models()
-    student.forward = lambda x: (maps := student.features(x), student.head(maps.mean((2, 3))))
-    shape = "[4, 12, 4, 4]"
-    own = f"class indices [4, 4, 4] (int64) or probabilities {shape} (float), as the logits {shape} ask for"
-    text = f"target must be {own} (others: logits=, task=), got int64 [4]"
-    refused(ValueError, text, lambda: objective(make(models=(teacher, student))))
 
 
 class Casting(nn.Module):

@@ -324,6 +324,7 @@ def test_one_value_a_channel_is_refused_in_training():
             "dam must take (student, refined, scale=...), got Identity",
         ),
         ({"adapter": nn.Bilinear(3, 3, 3)}, "adapter must take (student), got Bilinear"),
+        ({"adapter": nn.ModuleDict()}, "adapter must take (student), got ModuleDict"),
         (
             {"adapter": torch.relu},
             "adapter must be 'default', None or an nn.Module, got builtin_function_or_method",

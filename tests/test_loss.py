@@ -57,7 +57,7 @@ def test_by_hand_with_a_mask(normalise, value, gradient):
 
 
 def written_out(kd: SoKD, student: torch.Tensor, teacher: torch.Tensor, draw) -> dict[str, torch.Tensor]:
-    """method.md 2 to 4, one line each, in plain PyTorch."""
+    """docs/method.md 2 to 4, one line each, in plain PyTorch."""
     plan = kd.policy.plan(draw, teacher.shape)
     refined = reference.refine(
         teacher, plan.theta, hole=plan.hole, sigma=plan.sigma, perm=plan.perm, keep=plan.keep, seed=plan.seed

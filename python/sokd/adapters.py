@@ -1,6 +1,6 @@
 """The adapter Phi: the student's features in the teacher's channels and cells, tokens included.
 
-Source: method.md section 1, after the authors' prototype: size-matching convolution + BN + ReLU, then two 3x3
+Source: docs/method.md 1, after the authors' prototype: size-matching convolution + BN + ReLU, then two 3x3
 convolutions + BN + ReLU. Settled here, where the prototype raises for all but a few ratios: which convolution
 matches which sizes (`Adapter`), what happens at any other ratio (`resize`), and tokens (`tokens_to_map`).
 """

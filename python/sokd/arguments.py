@@ -68,6 +68,8 @@ def _named(given: Any) -> str:
 
 def _takes(module: nn.Module, places: Sequence[str], keywords: Sequence[str]) -> bool:
     """Whether the module's signature allows such a call, or does not tell."""
+    if getattr(module.forward, "__name__", "") == "_forward_unimplemented":
+        return False
     try:
         inspect.signature(module.forward).bind(*places, **dict.fromkeys(keywords))
     except TypeError:

@@ -1,6 +1,6 @@
 """DAM: the areas that student and teacher both attend to, and how far their heads agree.
 
-Source: method.md section 3 [P: paper, A: authors' prototype, S: settled here].
+Source: docs/method.md section 3 [P: paper, A: authors' prototype, S: settled here].
 
     hidden   = relu(conv3x3(features))            C -> 3C: the first convolutions of the three heads in one
     heat     = sigmoid(conv1x1(hidden[0:C]))                    [B, A, H, W]

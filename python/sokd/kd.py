@@ -4,7 +4,7 @@ refined   = policy(F_t)                             a constant in training, diff
 student   = adapter(F_s)
 agreement = lambda_agreement * L_D(student, refined)
 areas     = lambda_areas * masked_mse(student, refined, omega of the areas)
-total     = agreement + areas, summed over the layers                       [method.md sections 3 and 4]
+total     = agreement + areas, summed over the layers                       [docs/method.md sections 3 and 4]
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class SoKD(nn.Module):
         return _sum([self._distance(*pair, None, 0.5, differentiable) for pair in met])
 
     def diagnostics(self) -> dict[str, Tensor]:
-        """What to watch (method.md section 6), of the last loss: scalars, copied; nothing is waited for.
+        """What to watch (docs/method.md section 6), of the last loss: scalars, copied; nothing is waited for.
 
         "agreement", "areas": the two terms.
         "heat_variance": of the student's heat maps over samples and cells, the mean over maps; at 0 the heads

@@ -32,7 +32,7 @@ def loss(
 def loss(
     student_features: Features, teacher_features: Features, kd: nn.Module, *, return_terms: bool = False
 ) -> Tensor | Terms:
-    """lambda_D * L_D + lambda_DA * L_DA: what SoKD adds to the task's loss [method.md section 4].
+    """lambda_D * L_D + lambda_DA * L_DA: what SoKD adds to the task's loss [docs/method.md section 4].
 
     Args:
         student_features: [B, C_s, H_s, W_s], tokens [B, N, C_s], or a list, one for each layer of `kd`.

@@ -4,7 +4,7 @@ student   = adapter(F_s)                    for losses that compare maps of one 
 teacher   = policy(F_t)                     a constant
 agreement = lambda_agreement * L_D          what trains DAM; the mask has no gradient
 weight    = omega of the areas
-                                                                              [method.md section 4]
+                                                                              [docs/method.md section 4]
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     wrapped(f_s, f_t, ...) = any_loss(sqrt(omega) * adapter(f_s), sqrt(omega) * policy(f_t), ...) + agreement
 
-Source: method.md section 4, "any loss(f_s, f_t): called with both sides masked and the teacher refined" [P].
+Source: docs/method.md 4, "any loss(f_s, f_t): called with both sides masked and the teacher refined" [P].
 Settled here: the mask's root, so that a squared difference carries omega once; the agreement term in the
 result, for nothing else trains the DAM that finds the mask.
 """

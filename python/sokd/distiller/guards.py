@@ -195,7 +195,8 @@ def _misfit(distiller: Distiller, x: Any, error: str) -> Exception | None:
         own = f"{parameter.dtype} of the student's parameters"
         rule = f"have the dtype {own} (distiller.to converts both models)"
         return TypeError(f"Distiller: teacher must {rule}, got {of_teacher.dtype}")
-    integers = "Input type" in error  # a convolution's word: pixels as bytes; other layers may take integers
+    # a convolution's words, with a bias and without: pixels as bytes; other layers may take integers
+    integers = "Input type" in error or "expected scalar type" in error
     if x.dtype != parameter.dtype and (x.is_floating_point() or integers):
         rule = f"have the dtype {parameter.dtype} of the student's parameters"
         return TypeError(f"Distiller: x must {rule}, got {x.dtype}")

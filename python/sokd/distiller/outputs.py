@@ -70,8 +70,8 @@ def find_logits(output: Any, where: Logits = None, *, guess: bool = True) -> Ten
     """The logits in a model's output; None where there are none.
 
     Without `where`: the output itself, its entry or attribute "logits" or "out", else, as a guess, its first
-    tensor that is no scalar; None where that one and another are [B, D] of different D: an embedding and
-    logits, in an order that only the user knows. A tensor has no entries: it is the logits itself.
+    tensor that is no scalar; None where another is [B, D] and that one a map, or [B, D] of another D:
+    features and logits, in an order that only the user knows. A tensor has no entries: it is the logits.
 
     Raises:
         TypeError, ValueError: `where` leads to no tensor.
@@ -91,8 +91,9 @@ def find_logits(output: Any, where: Logits = None, *, guess: bool = True) -> Ten
 
 def _first_tensor(output: Any) -> Tensor | None:
     tensors = _tensors(output)
-    widths = {each.shape[1] for each in tensors if each.dim() == 2}
-    return None if not tensors or (tensors[0].dim() == 2 and len(widths) > 1) else tensors[0]
+    flat = [each for each in tensors if each.dim() == 2]
+    doubtful = flat and (tensors[0].dim() > 2 or len({each.shape[1] for each in flat}) > 1)
+    return None if not tensors or doubtful else tensors[0]
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -4,7 +4,7 @@
     at = sum over layers of  mean_{b,y,x} (Q_s - Q_t)^2
 
 Source: Zagoruyko, Komodakis, "Paying More Attention to Attention" (ICLR 2017, arXiv 1612.03928, section 3.1,
-p = 2). omega, 1 without a mask: method.md 4.
+p = 2). omega, 1 without a mask: docs/method.md 4.
 """
 
 from __future__ import annotations

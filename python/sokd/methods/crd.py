@@ -181,7 +181,7 @@ def _embed(features: Tensor, embedding: nn.Linear) -> Tensor:
 def pooled(features: Tensor, weight: Tensor | None = None) -> Tensor:
     """[B, C, H, W] -> [B, C] float32 (float64): the average over the cells, weighted by sqrt(omega).
 
-    Settled here, for the mask on top of CRD (method.md 4: refine and mask before pooling): the weights are
+    Settled here, for the mask on top of CRD (docs/method.md 4: refine, mask, then pool): the weights are
     divided by their sum, so that the size of the areas does not scale the embedding; where omega is 0 all
     over, 0.
     """

@@ -4,7 +4,7 @@
 
 Source: Romero, Ballas, Kahou, Chassang, Gatta, Bengio, "FitNets: Hints for Thin Deep Nets" (arXiv 1412.6550,
 section 2: half the squared distance; here, as in the usual code bases, the mean). omega, 1 without a mask:
-L_DA of SoKD (method.md 3).
+L_DA of SoKD (docs/method.md 3).
 """
 
 from __future__ import annotations

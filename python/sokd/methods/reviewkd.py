@@ -7,7 +7,7 @@
     reviewkd = sum over stages of  hcl(sqrt(omega) out, sqrt(omega) F_t)
 
 Source: Chen, Liu, Zhao, Jia, "Distilling Knowledge via Knowledge Review" (CVPR 2021, arXiv 2104.09044,
-section 3). omega, 1 without a mask: method.md 4.
+section 3). omega, 1 without a mask: docs/method.md 4.
 """
 
 from __future__ import annotations

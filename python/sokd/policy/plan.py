@@ -30,7 +30,7 @@ class Operation(NamedTuple):
         return self.low + magnitude * (self.high - self.low)
 
 
-OPERATIONS = (  # method.md 2.1, in canonical order
+OPERATIONS = (  # docs/method.md 2.1, in canonical order
     Operation("shear_x", -0.3, 0.3, ""),
     Operation("shear_y", -0.3, 0.3, ""),
     Operation("translate_x", -0.45, 0.45, "of the width"),

@@ -3,8 +3,8 @@
     k ~ Categorical(softmax(alpha));  b_i ~ Bernoulli(beta[k, i]);  v_i = low + magnitude[k, i] * (high - low)
     refined = refine(features; plan(k, b, v))
 
-Source: method.md 2.1 - 2.4 [P: paper, A: authors' prototype, S: settled here]. All randomness is a function
-of two int64 buffers, `seed` and `counter`: a checkpoint resumes bit for bit, and PyTorch's generators stay
+Source: docs/method.md 2.1 - 2.4 [P: paper, A: authors' prototype, S: settled here]. All randomness is of
+two int64 buffers, `seed` and `counter`: a checkpoint resumes bit for bit, and PyTorch's generators stay
 untouched.
 """
 

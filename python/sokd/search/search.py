@@ -6,7 +6,7 @@
     hypergradient = grad_chi L_up(w', chi)
                     - xi * [grad_chi L_train(w+, chi) - grad_chi L_train(w-, chi)] / (2 eps)
 
-w is what the student's optimiser trains: the student and kd's adapter and DAM. Source: method.md 2.5.
+w is what the student's optimiser trains: the student and kd's adapter and DAM. Source: docs/method.md 2.5.
 """
 
 from __future__ import annotations
