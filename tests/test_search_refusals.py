@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import compiles
 from test_search import Student, batch_of, made, same, step
 
 from sokd.kd import SoKD
@@ -42,7 +43,18 @@ def test_options_are_checked(options: dict[str, Any], message: str) -> None:
 def test_a_policy_is_needed() -> None:
     with pytest.raises(ValueError) as caught:
         PolicySearch(SoKD(3, 4, policy=None), Student())
-    assert str(caught.value) == "PolicySearch: kd must have a Policy as kd.policy, got NoneType"
+    assert str(caught.value) == "PolicySearch: kd must have a Policy as kd.policy, got SoKD with NoneType"
+
+
+@compiles
+def test_a_compiled_policy_is_searched_as_it_is() -> None:
+    (*_, search), (other, wrapped, _) = made(), made()
+    wrapped.policy = torch.compile(wrapped.policy, backend="eager")
+    again = PolicySearch(wrapped, other, lr=0.01)
+    again.load_state_dict(search.state_dict())
+    for each in (search, again):
+        each.step(step, batch_of(0))
+    assert same(search.policy.state_dict(), again.policy.state_dict())
 
 
 STEP = "PolicySearch: step must return (loss, student features, teacher features), got "

@@ -137,7 +137,7 @@ class PolicySearch:
         """
         if not self.active:
             return None
-        if self.kd.policy is not self.policy:
+        if unwrapped(self.kd.policy) is not self.policy:
             rule = "be the policy that the search was made with; make a new search for another"
             raise ValueError(f"PolicySearch: kd.policy must {rule}, got a different one")
         for name in _CHI:
@@ -335,9 +335,10 @@ def _values(adam: torch.optim.Adam, parameters: Sequence[Tensor]) -> list[Tensor
 
 
 def _policy_of(kd: Any) -> Policy:
-    policy = getattr(kd, "policy", None)
+    policy = unwrapped(getattr(kd, "policy", None))
     if not isinstance(policy, Policy):
-        raise ValueError(f"PolicySearch: kd must have a Policy as kd.policy, got {type(policy).__name__}")
+        got = f"{type(kd).__name__} with {type(policy).__name__}"
+        raise ValueError(f"PolicySearch: kd must have a Policy as kd.policy, got {got}")
     return policy
 
 
