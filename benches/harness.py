@@ -241,12 +241,13 @@ def show(rows: Sequence[dict[str, Any]], *further: str) -> None:
         ]
         cells = [row["work"], " ".join(kind), row["side"]]
         cells += [str(row.get(key, "")) for key in ("median_ms", "gb_per_s", "ratio")]
-        cells += [_verdict(row), *(str(row.get(key, "")) for key in further)]
+        cells += [verdict(row), *(str(row.get(key, "")) for key in further)]
         print("| " + " | ".join(cells) + " |")
     print(flush=True)
 
 
-def _verdict(row: dict[str, Any]) -> str:
+def verdict(row: Mapping[str, Any]) -> str:
+    """A row's target, and whether its ratio met it; no target, no word."""
     if "target" not in row:
         return ""
     relation, bound = row["target"].split()
@@ -266,4 +267,4 @@ def run(name: str, cases: Callable[[Options], Iterable[Case | dict[str, Any]]], 
         rows += [case] if isinstance(case, dict) else run_case(case, options)
     show(rows)
     print(f"{name}: {write(name, rows, options)}\n", flush=True)
-    return not any("MISSED" in _verdict(row) for row in rows)
+    return not any("MISSED" in verdict(row) for row in rows)

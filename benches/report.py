@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benches import report_results
-from benches.harness import RESULTS
+from benches.harness import RESULTS, verdict
 from sokd.demo.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -65,16 +65,9 @@ def _side(row: Row) -> str:
         return f"{row['side']} {row['ratio']}"
     time = f" {_time(row)}" if row["median_ms"] else ""
     ratio = f": **{float(row['ratio']):.2f}**" if row["ratio"] else ""
-    target = f" (target {_judged(row)})" if row["target"] else ""
+    judged = verdict(row).removesuffix(" met").replace(" MISSED", ", missed") if row["target"] else ""
+    target = f" (target {judged})" if judged else ""
     return f"{row['side']}{time}{ratio}{target}"
-
-
-def _judged(row: Row) -> str:
-    """The target, and the word "missed" where it is."""
-    sign, goal = row["target"].split()
-    ratio = float(row["ratio"] or "nan")
-    met = ratio >= float(goal) if sign == ">=" else ratio <= float(goal)
-    return row["target"] if met else f"{row['target']}, missed"
 
 
 def report(cases: list[list[Row]]) -> str:

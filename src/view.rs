@@ -43,6 +43,14 @@ impl DType {
         matches!(self, Self::F64 | Self::F32 | Self::F16 | Self::BF16)
     }
 
+    /// What sums and scores over values of this type are kept in.
+    pub fn accumulator(self) -> Self {
+        match self {
+            Self::F64 => Self::F64,
+            _ => Self::F32,
+        }
+    }
+
     /// An integer type (bool is none).
     pub fn is_int(self) -> bool {
         matches!(self, Self::I64 | Self::I32 | Self::I16 | Self::I8 | Self::U8)

@@ -50,22 +50,25 @@ class EmulatorError(RuntimeError):
 
 
 @functools.cache
-def build_folder() -> Path:
+def _folder() -> Path:
     folder = tempfile.mkdtemp(prefix="sokd-emulator-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
 
 
 def build(operator: str, *, mutate: tuple[str, str, str] | None = None, flags: tuple[str, ...] = ()) -> Path:
-    """A shared library of an operator's kernels. `mutate`: (file, text that is there once, other text)."""
+    """A shared library of an operator's kernels; an object, if `flags` have -c.
+
+    `mutate`: (file, text that is there once, other text).
+    """
     parts = [operator, *flags, str(hash(mutate))]
-    target = build_folder() / ("-".join(parts).replace("/", "_") + ".so")
+    target = _folder() / ("-".join(parts).replace("/", "_") + ".so")
     if target.exists():
         return target
     include = ROOT / "src/cuda"
     source = ROOT / "src/ops" / operator / "kernel.cu"
     if mutate is not None:
-        work = Path(tempfile.mkdtemp(dir=build_folder()))
+        work = Path(tempfile.mkdtemp(dir=_folder()))
         for path in (*include.glob("*.cuh"), *source.parent.glob("*.cuh"), source):
             shutil.copy(path, work / path.name)
         name, text, other = mutate
@@ -74,10 +77,14 @@ def build(operator: str, *, mutate: tuple[str, str, str] | None = None, flags: t
         (work / name).write_text(before.replace(text, other))
         include, source = work, work / source.name
     emulator = ROOT / "tests/cuda/emulator.h"
-    command = [COMPILER, *FLAGS, *flags, "-include", emulator, "-I", include, source, "-o", target]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[:4000]
+    compiled(*FLAGS, *flags, "-include", emulator, "-I", include, source, "-o", target)
     return target
+
+
+def compiled(*arguments: str | Path) -> None:
+    """Runs the compiler."""
+    done = subprocess.run([COMPILER, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:4000]
 
 
 class Library:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from emulated import COMPILER, FLAGS, ROOT, Library, Map, build_folder
+from emulated import ROOT, Library, Map, build, compiled
 
 
 class Traffic(NamedTuple):
@@ -24,26 +23,10 @@ class Traffic(NamedTuple):
 @functools.cache
 def traced(operator: str) -> Path:
     """A library of the operator's kernels in float32 and bfloat16."""
-    folder, include = build_folder(), ROOT / "src/cuda"
-    target, parts = folder / f"{operator}-traced.so", [folder / f"{operator}-{i}.o" for i in (0, 1)]
-    flags = [flag for flag in FLAGS if flag != "-shared"]
-    source, hooks = ROOT / "src/ops" / operator / "kernel.cu", ROOT / "tests/cuda/traffic.cpp"
-    own = (
-        "-fsanitize=thread",
-        "-fno-threadsafe-statics",
-        "-DSOKD_DTYPES=5",
-        "-include",
-        ROOT / "tests/cuda/emulator.h",
-        "-I",
-        include,
-    )
-    for command in (
-        [COMPILER, *flags, *own, "-c", source, "-o", parts[0]],
-        [COMPILER, *flags, "-c", hooks, "-o", parts[1]],
-        [COMPILER, "-shared", *parts, "-o", target],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[:4000]
+    flags = ("-fsanitize=thread", "-fno-threadsafe-statics", "-DSOKD_DTYPES=5", "-c")
+    kernels, hooks = build(operator, flags=flags), ROOT / "tests/cuda/traffic.cpp"
+    target = kernels.with_suffix(".traced.so")
+    compiled("-std=c++17", "-O1", "-fPIC", "-shared", kernels, hooks, "-o", target)
     return target
 
 

@@ -24,6 +24,7 @@ from sokd.ops.common import (
     register,
     resources,
     second_derivative,
+    stream_of,
 )
 from sokd.reference import layout_of
 
@@ -56,7 +57,7 @@ _forward = register(
 
 def _scale_kernel(gradient: Tensor, upstream: Tensor) -> None:
     if gradient.device.type != "cpu":
-        _core.masked_mse_scale(gradient, upstream, resources(gradient)[1])
+        _core.masked_mse_scale(gradient, upstream, stream_of(gradient.device))
         # A backward that fails after this and is repeated would scale twice: autograd refuses instead.
         torch.autograd.graph.increment_version(gradient)
     elif (factor := upstream.item()) != 1.0:

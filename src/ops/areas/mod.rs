@@ -111,11 +111,10 @@ impl Args<'_> {
 
     fn check_outputs(&self) -> Result<()> {
         let (s, k) = (self.heat.sizes(), self.k as usize);
-        let wide = if self.heat.dtype == DType::F64 { DType::F64 } else { DType::F32 };
         let outputs = [
             ("coverage", self.coverage, DType::F32, "[B, H, W]", &[s[0], s[2], s[3]][..]),
             ("boxes", self.boxes, DType::I64, "[B, k, 4]", &[s[0], k, 4]),
-            ("scores", self.scores, wide, "[B, k]", &[s[0], k]),
+            ("scores", self.scores, self.heat.dtype.accumulator(), "[B, k]", &[s[0], k]),
         ];
         for (name, view, dtype, layout, sizes) in outputs {
             CHECK.of_dtype(name, view, dtype)?;

@@ -103,10 +103,9 @@ struct Case {
 impl Case {
     fn run(&self, threads: usize) -> std::result::Result<Found, String> {
         let [b, _, h, w] = self.shape;
-        let wide = if self.dtype == DType::F64 { DType::F64 } else { DType::F32 };
         let coverage = Owned::empty(&[b, h, w], DType::F32, Lay::Contiguous);
         let boxes = Owned::empty(&[b, self.k, 4], DType::I64, Lay::Contiguous);
-        let scores = Owned::empty(&[b, self.k], wide, Lay::Contiguous);
+        let scores = Owned::empty(&[b, self.k], self.dtype.accumulator(), Lay::Contiguous);
         let [heat, size, offset] = self.student.each_ref().map(|owned| &owned.view);
         let teacher = self.teacher.as_ref().map(|teacher| teacher.each_ref().map(|owned| &owned.view));
         let (k, kernel) = (self.k as i64, self.kernel as i64);

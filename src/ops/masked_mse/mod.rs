@@ -75,7 +75,7 @@ pub fn check(
 pub fn scale(gradient: &TensorView, upstream: &TensorView, run: &Run) -> Result<()> {
     CHECK.map("gradient", gradient)?;
     CHECK.output("gradient", gradient, gradient)?;
-    CHECK.of_dtype("upstream", upstream, of_loss(gradient))?;
+    CHECK.of_dtype("upstream", upstream, gradient.dtype.accumulator())?;
     CHECK.sizes("upstream", upstream, "[]", &[])?;
     CHECK.same_device("upstream", upstream, "gradient", gradient)?;
     #[cfg(feature = "cuda")]
@@ -85,15 +85,6 @@ pub fn scale(gradient: &TensorView, upstream: &TensorView, run: &Run) -> Result<
     }
     let _ = run;
     Err(CHECK.value("gradient", "be on a CUDA device", &gradient.device))
-}
-
-/// The dtype of the loss of such maps.
-fn of_loss(map: &TensorView) -> DType {
-    if map.dtype == DType::F64 {
-        DType::F64
-    } else {
-        DType::F32
-    }
 }
 
 impl Args<'_> {
@@ -117,7 +108,7 @@ impl Args<'_> {
     }
 
     fn check_outputs(&self) -> Result<()> {
-        CHECK.of_dtype("loss", self.loss, of_loss(self.student))?;
+        CHECK.of_dtype("loss", self.loss, self.student.dtype.accumulator())?;
         CHECK.sizes("loss", self.loss, "[]", &[])?;
         CHECK.same_device("loss", self.loss, "student", self.student)?;
         self.d_student.map_or(Ok(()), |d_student| CHECK.output("d_student", d_student, self.student))

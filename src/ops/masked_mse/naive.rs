@@ -31,14 +31,6 @@ fn truth(
     (loss, d_student)
 }
 
-fn wide(dtype: DType) -> DType {
-    if dtype == DType::F64 {
-        DType::F64
-    } else {
-        DType::F32
-    }
-}
-
 /// One call's tensors.
 struct Case {
     student: Owned,
@@ -60,7 +52,7 @@ impl Case {
     /// The loss and the gradient, or the sentence of the error.
     fn run(&self, gradient: Lay, threads: usize) -> std::result::Result<(f64, Owned), String> {
         let dtype = self.student.view.dtype;
-        let loss = Owned::empty(&[], wide(dtype), Lay::Contiguous);
+        let loss = Owned::empty(&[], dtype.accumulator(), Lay::Contiguous);
         let d_student = Owned::empty(self.student.view.sizes(), dtype, gradient);
         let args = Args {
             loss: &loss.view,
