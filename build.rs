@@ -22,8 +22,13 @@ fn main() {
     let found = Command::new(python).args(["-c", FIND]).output();
     match found {
         Ok(output) if output.status.success() => {
-            println!("cargo:rustc-link-search=native={}/lib", String::from_utf8_lossy(&output.stdout));
+            println!(
+                "cargo:rustc-link-search=native={}/lib",
+                String::from_utf8_lossy(&output.stdout)
+            );
         }
-        _ => println!("cargo:warning=sokd: {python} has no torch; the feature tch needs it to build"),
+        _ => {
+            println!("cargo:warning=sokd: {python} has no torch; the feature tch needs it to build")
+        }
     }
 }

@@ -56,7 +56,9 @@ def case(batch: int, height: int, width: int, *, target: float) -> Case:
         # The loops work in Python's float64: a corner that lies on a cell's edge can fall to either side.
         differs = (loop_areas(student, teacher) != truth.coverage).float().mean().item()
         if differs > 1e-3:
-            raise AssertionError(f"the loops disagree with the reference in {differs:.2%} of the cells")
+            raise AssertionError(
+                f"the loops disagree with the reference in {differs:.2%} of the cells"
+            )
 
     sides = {
         "sokd": lambda: sokd.ops.areas(*student, teacher=teacher),

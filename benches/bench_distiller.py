@@ -34,7 +34,12 @@ def distiller(plugged: bool) -> Distiller:
     teacher, student = ResNet(32), ResNet(8)
     method = None if plugged else "fitnet"
     return Distiller(
-        teacher, student, layers="stage2", method=method, sokd=plugged, example=torch.randn(2, 3, 32, 32)
+        teacher,
+        student,
+        layers="stage2",
+        method=method,
+        sokd=plugged,
+        example=torch.randn(2, 3, 32, 32),
     )
 
 
@@ -54,7 +59,9 @@ def by_distiller(subject: Distiller) -> Callable[[Tensor, Tensor], Tensor]:
 def by_hand(subject: Distiller) -> Callable[[Tensor, Tensor], Tensor]:
     """The same objective from the Distiller's own modules, as a user writes it who changes the models."""
     teacher, student = subject.teacher, subject.student
-    loss = fitnet_loss(subject.adapters[0]) if subject.adapters is not None else sokd_loss(subject.kd)
+    loss = (
+        fitnet_loss(subject.adapters[0]) if subject.adapters is not None else sokd_loss(subject.kd)
+    )
 
     def objective(x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():
@@ -74,7 +81,9 @@ def sokd_loss(kd: sokd.SoKD | None) -> Losses:
     return lambda f_s, f_t: sokd.loss(f_s, f_t, kd)
 
 
-def training_step(subject: Distiller, objective: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], None]:
+def training_step(
+    subject: Distiller, objective: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[], None]:
     optimizer = torch.optim.SGD(subject.parameters(), lr=0.001, momentum=0.9, weight_decay=5e-4)
     x, y = batch()
 
@@ -96,7 +105,10 @@ def step_case(plugged: bool) -> Case:
     return Case(
         f"Distiller: a training step, {'SoKD' if plugged else 'FitNet'}",
         SHAPE,
-        {"sokd": training_step(ours, by_distiller(ours)), HAND: training_step(theirs, by_hand(theirs))},
+        {
+            "sokd": training_step(ours, by_distiller(ours)),
+            HAND: training_step(theirs, by_hand(theirs)),
+        },
         limits={HAND: 1.03},
         check=check,
         fewest=50,

@@ -20,14 +20,27 @@ import torch
 import sokd
 from benches.bench_loss import step_case
 from benches.gpu_works import has_goal, works
-from benches.harness import COLUMNS, LAYOUTS, Case, Options, Side, case_columns, run_case, show, timed, write
+from benches.harness import (
+    COLUMNS,
+    LAYOUTS,
+    Case,
+    Options,
+    Side,
+    case_columns,
+    run_case,
+    show,
+    timed,
+    write,
+)
 
 SHAPES = ((64, 256, 56, 56), (64, 128, 16, 16), (32, 256, 28, 28), (2, 256, 100, 100))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TINY = (2, 16, 8, 8)  # on the CPU, where the bench itself is tried
 COPIED = 512 << 20
 FLUSHED = 256 << 20  # more than any device's cache
-AHEAD = 2_000_000  # cycles, about a millisecond; so many for each that Python takes to launch a call
+AHEAD = (
+    2_000_000  # cycles, about a millisecond; so many for each that Python takes to launch a call
+)
 GOAL, GOAL_FROM = 0.85, 32_000_000  # share of the copy bandwidth; bytes of a map
 OURS = ("share_of_copy", "goal", "device", "copy_gb_per_s", "driver", "nvrtc")
 
@@ -68,12 +81,16 @@ def cases(options: Options, device: torch.device) -> Iterator[Case]:
     for shape in shapes if on_cuda else (TINY,):
         for dtype in DTYPES:
             for layout in LAYOUTS:
-                yield from works(shape, dtype, layout, compile_too=on_cuda and layout == "contiguous")
+                yield from works(
+                    shape, dtype, layout, compile_too=on_cuda and layout == "contiguous"
+                )
     if on_cuda:
         yield step_case()
 
 
-def with_share(rows: list[dict[str, Any]], case: Case, bandwidth: float) -> Iterator[dict[str, Any]]:
+def with_share(
+    rows: list[dict[str, Any]], case: Case, bandwidth: float
+) -> Iterator[dict[str, Any]]:
     """Each row with its share of the copy bandwidth; sokd's with the goal, where it has one."""
     map_bytes = torch.Size(case.shape).numel() * getattr(torch, case.dtype).itemsize
     for row in rows:
@@ -119,18 +136,24 @@ def measure(device: torch.device, options: Options, rows: list[dict[str, Any]]) 
         print(what, file=sys.stderr, flush=True)
         try:
             found = list(with_share(run_case(case, options), case, bandwidth))
-        except torch.OutOfMemoryError:  # of a small device; eager and the check take several times our memory
+        except (
+            torch.OutOfMemoryError
+        ):  # of a small device; eager and the check take several times our memory
             torch.cuda.empty_cache()
             found = [case_columns(case) | {"side": "sokd", "ratio": "left out: out of memory"}]
         except Exception as error:
             print(f"bench_gpu: {what}: {error}", file=sys.stderr)
-            found = [case_columns(case) | {"side": "sokd", "ratio": f"failed: {type(error).__name__}"}]
+            found = [
+                case_columns(case) | {"side": "sokd", "ratio": f"failed: {type(error).__name__}"}
+            ]
         rows += [row | columns for row in found]
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benches.bench_gpu", description=__doc__)
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ..; cpu only tries the bench itself")
+    parser.add_argument(
+        "--device", default="cuda", help="cuda, cuda:1, ..; cpu only tries the bench itself"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="one shape, few turns; the result goes to out/bench"
     )

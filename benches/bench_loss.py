@@ -28,7 +28,9 @@ CONVOLUTIONS = "DAM's convolutions"
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def training_step(teacher: nn.Module, loss: Loss, parameters: list[nn.Parameter]) -> Callable[[], None]:
+def training_step(
+    teacher: nn.Module, loss: Loss, parameters: list[nn.Parameter]
+) -> Callable[[], None]:
     """One whole step with a student of its own."""
     torch.manual_seed(0)
     student = ResNet(8)
@@ -58,7 +60,9 @@ def heads_alone(dam: Any, both: Tensor) -> Tensor:
     """DAM's two convolutions on student and teacher as one batch, and nothing else of it."""
     hidden = F.relu(dam.first(both), inplace=True)
     heads = (dam.heat, dam.offset, dam.size)
-    weight = torch.cat([F.pad(head.weight, (0, 0, 0, 0, *_place(i, head))) for i, head in enumerate(heads)])
+    weight = torch.cat(
+        [F.pad(head.weight, (0, 0, 0, 0, *_place(i, head))) for i, head in enumerate(heads)]
+    )
     return F.conv2d(hidden, weight, torch.cat([head.bias for head in heads]))
 
 
@@ -81,11 +85,17 @@ def convolutions_alone(dam: Any, shape: tuple[int, ...]) -> Callable[[], None]:
 def step_case() -> Case:
     teacher = ResNet(32).eval().requires_grad_(False)
     channels = MAIN[1]
-    kd, plain, regressor = new_kd(channels), new_kd(channels).adapter, nn.Conv2d(channels, channels, 1)
+    kd, plain, regressor = (
+        new_kd(channels),
+        new_kd(channels).adapter,
+        nn.Conv2d(channels, channels, 1),
+    )
 
     def counted(medians: dict[str, float]) -> dict[str, float]:
         ours = medians["sokd"] - medians[CONVOLUTIONS]
-        return {"sokd": ours} | {name: time for name, time in medians.items() if name.startswith("FitNet")}
+        return {"sokd": ours} | {
+            name: time for name, time in medians.items() if name.startswith("FitNet")
+        }
 
     losses: dict[str, tuple[Loss, nn.Module]] = {
         "sokd": (lambda s, t: sokd.loss(s, t, kd), kd),
@@ -93,13 +103,20 @@ def step_case() -> Case:
         "FitNet, 1x1 regressor": (lambda s, t: F.mse_loss(regressor(s), t), regressor),
     }
     sides = {
-        name: training_step(teacher, loss, [*part.parameters()]) for name, (loss, part) in losses.items()
+        name: training_step(teacher, loss, [*part.parameters()])
+        for name, (loss, part) in losses.items()
     }
     sides[CONVOLUTIONS] = convolutions_alone(kd.dam, MAIN)
     limits = {"FitNet, same adapter": 1.1}
     note = "ratio: sokd less DAM's convolutions / side"
     return Case(
-        "training step, batch 64", MAIN, sides, limits=limits, check=_check_loss, counted=counted, note=note
+        "training step, batch 64",
+        MAIN,
+        sides,
+        limits=limits,
+        check=_check_loss,
+        counted=counted,
+        note=note,
     )
 
 
@@ -121,7 +138,9 @@ def peak_bytes(work: Callable[[], object]) -> int:
     ) as profile:
         work()
     events = profile.profiler.kineto_results.events()
-    memory = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    memory = sorted(
+        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
+    )
     live = peak = 0
     for _, size in memory:
         live += size
@@ -142,7 +161,10 @@ def memory_row() -> dict[str, Any]:
         torch.autograd.grad(heads_alone(kd.dam, torch.cat((kd.adapter(f_s), f_t))).sum(), wanted)
 
     full, alone = peak_bytes(ours), peak_bytes(convolutions)
-    row: dict[str, Any] = {"work": "sokd.loss, extra memory in maps", "shape": "x".join(map(str, MAIN))}
+    row: dict[str, Any] = {
+        "work": "sokd.loss, extra memory in maps",
+        "shape": "x".join(map(str, MAIN)),
+    }
     row |= {"dtype": "float32", "layout": "contiguous", "side": "adapter and DAM's convolutions"}
     note = f"peak {full} bytes with sokd.loss, {alone} with the convolutions alone"
     return row | {"ratio": f"{(full - alone) / f_t.nbytes:.3f}", "target": "<= 2", "note": note}

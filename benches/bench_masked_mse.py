@@ -17,10 +17,17 @@ from sokd import reference
 
 
 def case(
-    shape: tuple[int, ...], dtype: torch.dtype, layout: str, *, compile_too: bool, targets: dict[str, float]
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    layout: str,
+    *,
+    compile_too: bool,
+    targets: dict[str, float],
 ) -> Case:
     torch.manual_seed(0)
-    student, teacher = (torch.randn(shape).to(dtype).to(memory_format=LAYOUTS[layout]) for _ in range(2))
+    student, teacher = (
+        torch.randn(shape).to(dtype).to(memory_format=LAYOUTS[layout]) for _ in range(2)
+    )
     student.requires_grad_()
     weight = torch.randint(0, 4, (shape[0], *shape[2:])).float()
     loose = 1e-5 if dtype == torch.float32 else 1e-2
@@ -52,7 +59,9 @@ def case(
 
 def cases(options: Options) -> Iterator[Case]:
     """The targets hold at the main shape in float32; everywhere else no case may be slower than eager."""
-    yield case(MAIN, torch.float32, "contiguous", compile_too=True, targets={"eager": 6, "compile": 1.3})
+    yield case(
+        MAIN, torch.float32, "contiguous", compile_too=True, targets={"eager": 6, "compile": 1.3}
+    )
     if options.quick:
         return
     no_slower: dict[str, float] = {"eager": 1}
@@ -61,5 +70,7 @@ def cases(options: Options) -> Iterator[Case]:
         yield case(MAIN, torch.bfloat16, layout, compile_too=False, targets=no_slower)
     for shape in LARGE:
         for layout in LAYOUTS:
-            yield case(shape, torch.float32, layout, compile_too=layout == "contiguous", targets=no_slower)
+            yield case(
+                shape, torch.float32, layout, compile_too=layout == "contiguous", targets=no_slower
+            )
         yield case(shape, torch.bfloat16, "contiguous", compile_too=False, targets=no_slower)

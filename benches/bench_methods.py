@@ -41,7 +41,9 @@ def case(name: str, ours: Loss, theirs: Loss, inputs: Sequence[Any], *, rtol: fl
     sides = {"sokd": side(ours), "eager": side(theirs)}
     # mgd is two convolutions on either side: within 5 % is the same
     targets = {"eager": 0.95 if name == "mgd" else 1.0}
-    return Case(f"{name}, forward + backward", students[-1].shape, sides, targets=targets, check=check)
+    return Case(
+        f"{name}, forward + backward", students[-1].shape, sides, targets=targets, check=check
+    )
 
 
 def logit_cases(batch: int, classes: int) -> Iterator[Case]:
@@ -80,9 +82,14 @@ def _catkd_case(student: Tensor, teacher: Tensor) -> Case:
 
 
 def _mgd_case(student: Tensor, teacher: Tensor) -> Case:
-    loss = methods.mgd(MAP[1], ratio=0.0).requires_grad_(False)  # nothing masked: the same on both sides
+    loss = methods.mgd(MAP[1], ratio=0.0).requires_grad_(
+        False
+    )  # nothing masked: the same on both sides
     return case(
-        "mgd", loss, lambda student, teacher: eager.mgd(student, teacher, loss.generation), (student, teacher)
+        "mgd",
+        loss,
+        lambda student, teacher: eager.mgd(student, teacher, loss.generation),
+        (student, teacher),
     )
 
 
@@ -91,7 +98,10 @@ def _reviewkd_case() -> Case:
     loss = methods.reviewkd(channels, channels).requires_grad_(False)
     students, teachers = ([torch.randn(shape) for shape in STAGES] for _ in range(2))
     return case(
-        "reviewkd", loss, lambda *maps: eager.reviewkd(*maps, fusions=loss.fusions), (students, teachers)
+        "reviewkd",
+        loss,
+        lambda *maps: eager.reviewkd(*maps, fusions=loss.fusions),
+        (students, teachers),
     )
 
 
@@ -107,10 +117,17 @@ def crd_cases() -> Iterator[Case]:
         others = torch.randint(0, SAMPLES, (BATCH, 100))
         ours, theirs = methods.crd(WIDTH, WIDTH, SAMPLES, negatives=100), eager.CRD(loss)
         ours.load_state_dict(loss.state_dict())
-        check_close(ours(student, teacher, index, others), theirs(student, teacher, index, others), rtol=1e-4)
+        check_close(
+            ours(student, teacher, index, others),
+            theirs(student, teacher, index, others),
+            rtol=1e-4,
+        )
         check_close(ours.student_bank, theirs.student_bank)
 
-    sides = {"sokd": lambda: loss(student, teacher, index), "eager": lambda: usual(student, teacher, index)}
+    sides = {
+        "sokd": lambda: loss(student, teacher, index),
+        "eager": lambda: usual(student, teacher, index),
+    }
     trained = {name: _trained(side, student.requires_grad_()) for name, side in sides.items()}
     shape = (BATCH, WIDTH)
     yield Case("crd, a step", shape, trained, targets={"eager": 1}, check=check)

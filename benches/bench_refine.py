@@ -33,7 +33,9 @@ def make(shape: tuple[int, ...], dtype: torch.dtype, layout: str, groups: int) -
     return {
         "features": torch.randn(shape).to(dtype).to(memory_format=LAYOUTS[layout]),
         "theta": torch.stack([torch.stack(row, -1) for row in rows], 1),
-        "hole": torch.tensor([[height // 4, width // 4, height // 4 + 3, width // 4 + 3]]).repeat(groups, 1),
+        "hole": torch.tensor([[height // 4, width // 4, height // 4 + 3, width // 4 + 3]]).repeat(
+            groups, 1
+        ),
         "sigma": torch.full((groups,), 0.05),
         "perm": torch.stack([torch.randperm(channels) for _ in range(groups)]),
         "keep": torch.rand(groups, channels) > 0.25,
@@ -83,13 +85,21 @@ def sokd_refined_loss(student: Tensor, weight: Tensor, plan: dict[str, Tensor]) 
     return any_mse(student, refined, weight, normalise="elements", scale=1.0, mutual=True)
 
 
-def gradients(loss: Callable[..., Tensor], wanted: list[Tensor], *arguments: Any) -> tuple[Tensor, ...]:
+def gradients(
+    loss: Callable[..., Tensor], wanted: list[Tensor], *arguments: Any
+) -> tuple[Tensor, ...]:
     """Forward and backward, without accumulation."""
     return torch.autograd.grad(loss(*arguments), wanted)
 
 
 def forward_case(
-    shape: tuple[int, ...], dtype: torch.dtype, layout: str, groups: int, *, compile_too: bool, target: float
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    layout: str,
+    groups: int,
+    *,
+    compile_too: bool,
+    target: float,
 ) -> Case:
     plan = make(shape, dtype, layout, groups)
     still = plan | {"sigma": torch.zeros(groups)}  # the two sides draw different noise
@@ -97,7 +107,10 @@ def forward_case(
 
     def check() -> None:
         check_close(
-            sokd.ops.refine(**plan, seed=SEED), reference.refine(**plan, seed=SEED), rtol=loose, atol=loose
+            sokd.ops.refine(**plan, seed=SEED),
+            reference.refine(**plan, seed=SEED),
+            rtol=loose,
+            atol=loose,
         )
         if dtype == torch.float32:
             check_close(sokd.ops.refine(**still), eager_refine(**still), rtol=1e-4, atol=1e-4)
@@ -135,7 +148,9 @@ def affine_case(shape: tuple[int, ...], dtype: torch.dtype, layout: str, *, targ
     if target > 1:
         sides[MEMORY] = features.clone
     work = "refine forward, affine only"
-    return Case(work, shape, sides, 2 * features.nbytes, {"eager": target}, check, _name(dtype), layout)
+    return Case(
+        work, shape, sides, 2 * features.nbytes, {"eager": target}, check, _name(dtype), layout
+    )
 
 
 def loss_case(

@@ -28,7 +28,10 @@ UNITS = (
     *(("refine", 4, "refine_adjoint", True), ("refine", 16, "refine_dots", True)),
     *(("refine", 8, "second stages of refine", False), ("areas", 1, "areas_scan", True)),
     *(("areas", 2, "areas_pick", False), ("masked_mse", 1, "masked_mse", True)),
-    *(("masked_mse", 2, "second stages of masked_mse", False), ("masked_mse", 4, "masked_mse_scale", False)),
+    *(
+        ("masked_mse", 2, "second stages of masked_mse", False),
+        ("masked_mse", 4, "masked_mse_scale", False),
+    ),
     ("draw", 1, "draw", False),
 )
 BITS = {"float32": 1, "bfloat16": 4}
@@ -89,5 +92,12 @@ def _warm_up(environment: dict[str, str], *, from_cache: bool) -> float:
 
 def _row(work: str, dtype: str, layout: str, taken: list[float]) -> dict[str, Any]:
     note = f"processor time; sm_{ARCHITECTURE}; no GPU"
-    row = {"work": work, "shape": "-", "dtype": dtype, "layout": layout, "side": "sokd", "turns": len(taken)}
+    row = {
+        "work": work,
+        "shape": "-",
+        "dtype": dtype,
+        "layout": layout,
+        "side": "sokd",
+        "turns": len(taken),
+    }
     return row | {"median_ms": f"{median(taken):.2f}", "note": note}

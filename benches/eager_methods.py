@@ -60,7 +60,9 @@ def fitnet(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def at(student: Tensor, teacher: Tensor) -> Tensor:
-    attention_s, attention_t = (F.normalize(each.pow(2).mean(1).flatten(1)) for each in (student, teacher))
+    attention_s, attention_t = (
+        F.normalize(each.pow(2).mean(1).flatten(1)) for each in (student, teacher)
+    )
     return (attention_s - attention_t).pow(2).mean()
 
 
@@ -136,9 +138,13 @@ class CRD:
         v_s = F.normalize(self.like.student_embedding(student))
         v_t = F.normalize(self.like.teacher_embedding(teacher))
         if others is None:
-            others = torch.randint(0, len(self.student_bank), (len(index), self.like.negatives.count))
+            others = torch.randint(
+                0, len(self.student_bank), (len(index), self.like.negatives.count)
+            )
         picked = torch.cat((index.unsqueeze(1), others), 1)
-        loss = self._side(0, v_s, self.teacher_bank, picked) + self._side(1, v_t, self.student_bank, picked)
+        loss = self._side(0, v_s, self.teacher_bank, picked) + self._side(
+            1, v_t, self.student_bank, picked
+        )
         self.remember(index, v_s.detach(), v_t.detach())
         return loss
 

@@ -41,7 +41,12 @@ def works(shape: Shape, dtype: torch.dtype, layout: str, *, compile_too: bool) -
 
 
 def _case(
-    work: str, features: Tensor, layout: str, sides: dict[str, Side], moved: int, check: Callable[[], None]
+    work: str,
+    features: Tensor,
+    layout: str,
+    sides: dict[str, Side],
+    moved: int,
+    check: Callable[[], None],
 ) -> Case:
     dtype = str(features.dtype).removeprefix("torch.")
     return Case(work, features.shape, sides, moved, check=check, dtype=dtype, layout=layout)
@@ -71,7 +76,9 @@ def _refine_forward(
                 sides["compile"] = _call(compiler(baseline), part)
 
         def check(part: dict[str, Any] = part) -> None:
-            ours, truth = (refine(**part, seed=SEED) for refine in (sokd.ops.refine, reference.refine))
+            ours, truth = (
+                refine(**part, seed=SEED) for refine in (sokd.ops.refine, reference.refine)
+            )
             check_close(ours, truth, **_loose(features.dtype))
 
         yield _case(f"refine forward, {kind}", features, layout, sides, 2 * features.nbytes, check)
@@ -91,16 +98,23 @@ def _refine_backward(plan: dict[str, Tensor], layout: str) -> Iterator[Case]:
         sides = {"sokd": _backward(refined, [*leaves.values()], upstream)}
         sides["eager"] = _backward(eager_refine(**arguments), [*leaves.values()], upstream)
 
-        def check(ours: Side = sides["sokd"], arguments: Any = arguments, leaves: Any = leaves) -> None:
+        def check(
+            ours: Side = sides["sokd"], arguments: Any = arguments, leaves: Any = leaves
+        ) -> None:
             truth = reference.refine(**arguments, seed=SEED)
             expected = torch.autograd.grad(truth, [*leaves.values()], upstream)
             for one, other in zip(ours(), expected, strict=True):  # type: ignore[call-overload]
                 bound = _loose(upstream.dtype)
                 check_close(
-                    one, other, rtol=10 * bound["rtol"], atol=bound["atol"] * float(other.abs().max())
+                    one,
+                    other,
+                    rtol=10 * bound["rtol"],
+                    atol=bound["atol"] * float(other.abs().max()),
                 )
 
-        yield _case(f"refine backward, {kind}", plan["features"], layout, sides, 2 * upstream.nbytes, check)
+        yield _case(
+            f"refine backward, {kind}", plan["features"], layout, sides, 2 * upstream.nbytes, check
+        )
 
 
 def _backward(refined: Tensor, wanted: list[Tensor], upstream: Tensor) -> Side:
@@ -111,7 +125,9 @@ def _refine_dots(plan: dict[str, Tensor], layout: str) -> Case:
     """Bytes: two maps read, whatever the number of plans."""
     features, upstream = plan["features"], torch.randn_like(plan["features"])
     stacked = {
-        name: torch.stack([part] * PLANS) for name, part in plan.items() if name not in ("features", "sigma")
+        name: torch.stack([part] * PLANS)
+        for name, part in plan.items()
+        if name not in ("features", "sigma")
     }
 
     def eager() -> Tensor:
@@ -137,11 +153,15 @@ def _masked_mse(
     shape: Shape, dtype: torch.dtype, layout: str, compiler: Callable[..., Any] | None
 ) -> Iterator[Case]:
     """Bytes: two maps and the weight read, a gradient written: the kernel alone, then with autograd."""
-    student, teacher = (torch.randn(shape).to(dtype).to(memory_format=LAYOUTS[layout]) for _ in range(2))
+    student, teacher = (
+        torch.randn(shape).to(dtype).to(memory_format=LAYOUTS[layout]) for _ in range(2)
+    )
     weight = torch.randint(0, 4, (shape[0], *shape[2:])).float()
     student.requires_grad_()
     given = student.detach(), teacher, weight
-    scale = student.numel()  # gradients are about 1 / numel: compared where the tolerance means something
+    scale = (
+        student.numel()
+    )  # gradients are about 1 / numel: compared where the tolerance means something
 
     def both(loss: Callable[..., Tensor]) -> Side:
         return lambda: gradients(loss, [student], student, teacher, weight)
@@ -161,7 +181,9 @@ def _masked_mse(
     def check_both() -> None:
         loss = sokd.ops.masked_mse(student, teacher, weight)
         bound = _loose(dtype)
-        if dtype == torch.float16:  # the gradient is below its normal numbers: to two steps of the others
+        if (
+            dtype == torch.float16
+        ):  # the gradient is below its normal numbers: to two steps of the others
             bound["atol"] += 2 * scale * 2.0**-24
         ours = loss.detach() * scale, torch.autograd.grad(loss, student)[0].float() * scale
         for one, other in zip(ours, truth(), strict=True):
@@ -171,7 +193,9 @@ def _masked_mse(
     if compiler is not None:
         sides["compile"] = both(compiler(eager_masked_mse))
     moved = 3 * student.nbytes + weight.nbytes
-    yield _case("masked_mse, loss and gradient", student, layout, {"sokd": kernel}, moved, check_kernel)
+    yield _case(
+        "masked_mse, loss and gradient", student, layout, {"sokd": kernel}, moved, check_kernel
+    )
     yield _case("masked_mse, forward + backward", student, layout, sides, moved, check_both)
 
 
@@ -191,4 +215,6 @@ def _areas(shape: Shape, dtype: torch.dtype, layout: str) -> Case:
         "sokd": lambda: sokd.ops.areas(heat, size, offset),
         "eager": lambda: reference.areas(heat, size, offset),
     }
-    return _case("areas, k = 8", heat, layout, sides, heat.nbytes + 4 * batch * height * width, check)
+    return _case(
+        "areas, k = 8", heat, layout, sides, heat.nbytes + 4 * batch * height * width, check
+    )

@@ -52,7 +52,9 @@ class Case:
     # From a side's median to what is compared, where that is not the whole time; see `note`.
     counted: Callable[[dict[str, float]], dict[str, float]] = lambda medians: medians
     note: str = ""
-    fewest: int = 0  # turns, where the sides are too near each other for a few to tell; not of a quick run
+    fewest: int = (
+        0  # turns, where the sides are too near each other for a few to tell; not of a quick run
+    )
 
 
 def timed(side: Side) -> float:
@@ -152,7 +154,13 @@ def run_case(case: Case, options: Options) -> list[dict[str, Any]]:
 def case_columns(case: Case) -> dict[str, Any]:
     """What a row says of its case."""
     shape = "x".join(map(str, case.shape))
-    return {"work": case.work, "shape": shape, "dtype": case.dtype, "layout": case.layout, "note": case.note}
+    return {
+        "work": case.work,
+        "shape": shape,
+        "dtype": case.dtype,
+        "layout": case.layout,
+        "note": case.note,
+    }
 
 
 def _time_columns(
@@ -259,7 +267,9 @@ def verdict(row: Mapping[str, Any]) -> str:
     return f"{row['target']} {'met' if met else 'MISSED'}"
 
 
-def run(name: str, cases: Callable[[Options], Iterable[Case | dict[str, Any]]], options: Options) -> bool:
+def run(
+    name: str, cases: Callable[[Options], Iterable[Case | dict[str, Any]]], options: Options
+) -> bool:
     """Measure every case (a dict is a row already), print and write the rows; were all targets met?"""
     torch.set_num_threads(THREADS)
     rows: list[dict[str, Any]] = []

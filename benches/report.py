@@ -42,7 +42,9 @@ def table(cases: Iterable[list[Row]]) -> str:
         others = "; ".join(_side(row) for row in rows if row is not ours)
         shape = " ".join([rows[0]["shape"], *_unusual(rows[0])])
         note = f" ({rows[0]['note']})" if rows[0]["note"] else ""
-        lines.append(f"| {rows[0]['work']}{note} | {shape} | {_ms(ours) if ours else ''} | {others} |")
+        lines.append(
+            f"| {rows[0]['work']}{note} | {shape} | {_ms(ours) if ours else ''} | {others} |"
+        )
     return "\n".join(lines)
 
 
@@ -65,7 +67,9 @@ def _side(row: Row) -> str:
         return f"{row['side']} {row['ratio']}"
     time = f" {_time(row)}" if row["median_ms"] else ""
     ratio = f": **{float(row['ratio']):.2f}**" if row["ratio"] else ""
-    judged = verdict(row).removesuffix(" met").replace(" MISSED", ", missed") if row["target"] else ""
+    judged = (
+        verdict(row).removesuffix(" met").replace(" MISSED", ", missed") if row["target"] else ""
+    )
     target = f" (target {judged})" if judged else ""
     return f"{row['side']}{time}{ratio}{target}"
 
@@ -75,9 +79,7 @@ def report(cases: list[list[Row]]) -> str:
     named = [rows for rows in cases if any(_is_target(row) for row in rows)]
     rest = [rows for rows in cases if rows not in named]
     where = cases[0][0]
-    measured = (
-        f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}, commit {where['commit']}."
-    )
+    measured = f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}, commit {where['commit']}."
     title = f"<summary>{len(rest)} further cases (none may be slower than eager)</summary>"
     more = f"<details>{title}\n\n{table(rest)}\n\n</details>"
     return f"{table(named)}\n\nMeasured on: {measured}\n\n{more}"
@@ -97,7 +99,9 @@ def demo_report(path: Path = DEMO) -> str:
         for row in csv.DictReader(file):
             last, best = _spread(row, "last"), _spread(row, "best")
             seconds = f"{float(row['seconds_a_run']):.1f}"
-            lines.append(f"| {METHODS[row['method']].label} | {last} | {best} | {row['runs']} | {seconds} |")
+            lines.append(
+                f"| {METHODS[row['method']].label} | {last} | {best} | {row['runs']} | {seconds} |"
+            )
     return "\n".join(lines)
 
 

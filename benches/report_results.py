@@ -26,13 +26,16 @@ def by_seed(rows: Sequence[Row], dataset: str, method: str, column: str) -> dict
     return {
         row["seed"]: scale * float(row[column])
         for row in rows
-        if (row["dataset"], row["part"], row["method"]) == (dataset, "table", method) and row[column]
+        if (row["dataset"], row["part"], row["method"]) == (dataset, "table", method)
+        and row[column]
     }
 
 
 def differences(rows: Sequence[Row], dataset: str, method: str) -> list[float]:
     """With SoKD less without, at the last epoch, for each seed that has both."""
-    plain, plugged = (by_seed(rows, dataset, name, "last_test") for name in (method, f"{method}+sokd"))
+    plain, plugged = (
+        by_seed(rows, dataset, name, "last_test") for name in (method, f"{method}+sokd")
+    )
     return [plugged[seed] - plain[seed] for seed in sorted(plain) if seed in plugged]
 
 
@@ -43,7 +46,9 @@ def table(rows: Sequence[Row], dataset: str) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for label, method in (("teacher", "teacher"), ("student alone", "student")):
-        cells = [_spread(rows, dataset, method, c) for c in ("last_test", "best_test", "cpu_seconds")]
+        cells = [
+            _spread(rows, dataset, method, c) for c in ("last_test", "best_test", "cpu_seconds")
+        ]
         lines.append(f"| {label} | {cells[0]} | | | | {cells[1]} | | {cells[2]} | |")
     for method, label in LABELS.items():
         found = [
@@ -111,7 +116,11 @@ def trials(rows: Sequence[Row], dataset: str) -> str:
 
 def _tried(rows: Sequence[Row], dataset: str, method: str, column: str) -> str:
     best = chosen(rows, dataset, method)
-    found = [r for r in rows if (r["dataset"], r["part"], r["method"]) == (dataset, "trial", method)]
+    found = [
+        r for r in rows if (r["dataset"], r["part"], r["method"]) == (dataset, "trial", method)
+    ]
     found.sort(key=lambda row: float(row[column]))
     texts = [f"{row[column]}: {100 * float(row['last_validation']):.2f}" for row in found]
-    return "; ".join(f"**{text}**" if row is best else text for text, row in zip(texts, found, strict=True))
+    return "; ".join(
+        f"**{text}**" if row is best else text for text, row in zip(texts, found, strict=True)
+    )

@@ -32,7 +32,11 @@ class DistillationTrainer(transformers.Trainer):
     """A Trainer whose model is a `sokd.Distiller`: the objective is the sum of its losses."""
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        **kwargs: Any,
     ) -> Any:
         logits, losses = model(inputs)  # a dict: the models are called as model(**inputs)
         loss = torch.stack(list(losses.values())).sum()

@@ -23,7 +23,13 @@ class Distillation(lightning.LightningModule):
     """`options` are those of `sokd.Distiller`."""
 
     def __init__(
-        self, teacher: nn.Module, student: nn.Module, *, example: Tensor, lr: float = 0.05, **options: Any
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        *,
+        example: Tensor,
+        lr: float = 0.05,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.lr = lr

@@ -25,7 +25,9 @@ def distil(
     """Train the student; `options` are those of `sokd.Distiller`: layers=..., method=..."""
     images, _ = next(iter(loader))
     distiller = sokd.Distiller(teacher, student, example=images, **options)
-    optimizer = torch.optim.SGD(distiller.parameters(), lr=0.05, momentum=0.9)  # adapters and heads too
+    optimizer = torch.optim.SGD(
+        distiller.parameters(), lr=0.05, momentum=0.9
+    )  # adapters and heads too
     search = sokd.PolicySearch(distiller.kd, distiller.student, epochs=20)
     for epoch in range(epochs):
         distiller.train()  # the teacher stays in eval mode
@@ -36,7 +38,10 @@ def distil(
             sum(losses.values()).backward()
             optimizer.step()
         search.end_epoch()
-        print(f"epoch {epoch}: " + ", ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items()))
+        print(
+            f"epoch {epoch}: "
+            + ", ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
+        )
     return distiller.export()
 
 

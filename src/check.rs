@@ -39,7 +39,13 @@ impl Check {
     }
 
     /// The same dtype as another argument.
-    pub fn same_dtype(self, argument: &str, view: &TensorView, other: &str, than: &TensorView) -> Result<()> {
+    pub fn same_dtype(
+        self,
+        argument: &str,
+        view: &TensorView,
+        other: &str,
+        than: &TensorView,
+    ) -> Result<()> {
         if view.dtype == than.dtype {
             return Ok(());
         }
@@ -91,7 +97,13 @@ impl Check {
     }
 
     /// One of these ranks; `layout` says what the dimensions mean.
-    pub fn rank(self, argument: &str, view: &TensorView, layout: &str, ranks: &[usize]) -> Result<()> {
+    pub fn rank(
+        self,
+        argument: &str,
+        view: &TensorView,
+        layout: &str,
+        ranks: &[usize],
+    ) -> Result<()> {
         if ranks.contains(&view.rank()) {
             return Ok(());
         }
@@ -99,7 +111,13 @@ impl Check {
     }
 
     /// Exactly this shape.
-    pub fn sizes(self, argument: &str, view: &TensorView, layout: &str, sizes: &[usize]) -> Result<()> {
+    pub fn sizes(
+        self,
+        argument: &str,
+        view: &TensorView,
+        layout: &str,
+        sizes: &[usize],
+    ) -> Result<()> {
         if view.sizes() == sizes {
             return Ok(());
         }

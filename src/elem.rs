@@ -29,7 +29,8 @@ pub trait Elem: Copy + Send + Sync + 'static {
         let mut square = [[Self::Acc::default(); LANES]; LANES];
         for (row, plane) in square.iter_mut().zip(planes) {
             // SAFETY: the caller's promise.
-            let lanes = unsafe { plane.wrapping_offset(at).cast::<[Self; LANES]>().read_unaligned() };
+            let lanes =
+                unsafe { plane.wrapping_offset(at).cast::<[Self; LANES]>().read_unaligned() };
             Self::load_row(lanes, row);
         }
         Self::Acc::transpose(&square, to);
@@ -39,7 +40,12 @@ pub trait Elem: Copy + Send + Sync + 'static {
     /// # Safety
     /// They must be writable.
     #[inline(always)]
-    unsafe fn store_square(from: &Square<Self::Acc>, planes: &[*mut Self; LANES], used: usize, at: isize) {
+    unsafe fn store_square(
+        from: &Square<Self::Acc>,
+        planes: &[*mut Self; LANES],
+        used: usize,
+        at: isize,
+    ) {
         let mut square = [[Self::Acc::default(); LANES]; LANES];
         Self::Acc::transpose(from, &mut square);
         for (row, plane) in square.iter().zip(&planes[..used]) {
@@ -197,7 +203,11 @@ mod tests {
             let value = f32::from_bits(bits);
             if !value.is_nan() {
                 assert_eq!(F16::store(value).0, half::f16::from_f32(value).to_bits(), "{value:e}");
-                assert_eq!(Bf16::store(value).0, half::bf16::from_f32(value).to_bits(), "{value:e}");
+                assert_eq!(
+                    Bf16::store(value).0,
+                    half::bf16::from_f32(value).to_bits(),
+                    "{value:e}"
+                );
             }
         }
     }

@@ -86,7 +86,12 @@ impl Error {
         rule: impl fmt::Display,
         value: impl fmt::Display,
     ) -> Self {
-        Self::Type { op, argument: argument.into(), rule: rule.to_string(), value: value.to_string() }
+        Self::Type {
+            op,
+            argument: argument.into(),
+            rule: rule.to_string(),
+            value: value.to_string(),
+        }
     }
 
     /// A bad shape or value.
@@ -96,7 +101,12 @@ impl Error {
         rule: impl fmt::Display,
         value: impl fmt::Display,
     ) -> Self {
-        Self::Value { op, argument: argument.into(), rule: rule.to_string(), value: value.to_string() }
+        Self::Value {
+            op,
+            argument: argument.into(),
+            rule: rule.to_string(),
+            value: value.to_string(),
+        }
     }
 
     /// The Python class for this failure.

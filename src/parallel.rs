@@ -150,7 +150,8 @@ fn pool(helpers: usize) -> Option<Arc<ThreadPool>> {
     }
     let name = |i| format!("sokd-{i}");
     // A process that may start no more threads does the work itself.
-    let pool = Arc::new(ThreadPoolBuilder::new().num_threads(helpers).thread_name(name).build().ok()?);
+    let pool =
+        Arc::new(ThreadPoolBuilder::new().num_threads(helpers).thread_name(name).build().ok()?);
     pools.push((key, Arc::clone(&pool)));
     Some(pool)
 }
@@ -163,7 +164,10 @@ mod tests {
     fn every_chunk_runs_once_in_order_of_results() {
         for threads in [0, 1, 2, 5] {
             for chunks in [0, 1, 3, 1000] {
-                assert_eq!(map(threads, chunks, |i| i * i), (0..chunks).map(|i| i * i).collect::<Vec<_>>());
+                assert_eq!(
+                    map(threads, chunks, |i| i * i),
+                    (0..chunks).map(|i| i * i).collect::<Vec<_>>()
+                );
             }
         }
     }

@@ -140,7 +140,11 @@ impl<'a> Planes<'a> {
             keys,
             level: crate::simd::level(),
             third: halves.map(|plane| (plane >> 32) ^ first[1]),
-            second_round: [odd.map(|odd| (odd & LOW) ^ second[0]), even.map(|e| (e >> 32) ^ second[1]), even],
+            second_round: [
+                odd.map(|odd| (odd & LOW) ^ second[0]),
+                even.map(|e| (e >> 32) ^ second[1]),
+                even,
+            ],
         }
     }
 
@@ -193,7 +197,8 @@ mod avx512;
 
 /// The noise of one element (the naive loops and the tests use it).
 pub fn normal(seed: u64, plane: u64, position: u64) -> f32 {
-    let counter = [(position >> 2) as u32, (position >> 34) as u32, plane as u32, (plane >> 32) as u32];
+    let counter =
+        [(position >> 2) as u32, (position >> 34) as u32, plane as u32, (plane >> 32) as u32];
     let words = block(seed, counter);
     let first = position as usize & 2;
     let (even, odd) = normal_pair(words[first], words[first + 1]);
@@ -234,14 +239,16 @@ mod tests {
     #[test]
     fn logarithm_and_sine_are_accurate() {
         for i in 1..200_000u32 {
-            let u = (i.wrapping_mul(21_474) as f32).mul_add(1.0 / 4_294_967_296.0, 0.5 / 4_294_967_296.0);
+            let u = (i.wrapping_mul(21_474) as f32)
+                .mul_add(1.0 / 4_294_967_296.0, 0.5 / 4_294_967_296.0);
             let exact = f64::from(u).ln();
             assert!((f64::from(ln(u)) - exact).abs() <= 2e-7 * exact.abs() + 1e-9, "ln {u:e}");
             let turn = i.wrapping_mul(2_654_435_761) as i32;
             let angle = f64::from(turn) * std::f64::consts::TAU / 4_294_967_296.0;
             let (s, c) = sin_cos_turn(turn);
             assert!(
-                (f64::from(s) - angle.sin()).abs() < 1.5e-7 && (f64::from(c) - angle.cos()).abs() < 1.5e-7,
+                (f64::from(s) - angle.sin()).abs() < 1.5e-7
+                    && (f64::from(c) - angle.cos()).abs() < 1.5e-7,
                 "{turn}"
             );
         }

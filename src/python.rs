@@ -103,7 +103,8 @@ fn refine_forward(
     allocate: Maybe,
 ) -> PyResult<()> {
     let op = "refine";
-    let parts = [("theta", &theta), ("hole", &hole), ("sigma", &sigma), ("perm", &perm), ("keep", &keep)];
+    let parts =
+        [("theta", &theta), ("hole", &hole), ("sigma", &sigma), ("perm", &perm), ("keep", &keep)];
     let (features, parts) = (read::view(op, "features", features)?, Parts::read(op, parts)?);
     let (refined, seed) = (read::view(op, "refined", refined)?, read_seed(op, "seed", seed)?);
     released(py, (threads, stream, allocate), |run| {
@@ -133,7 +134,8 @@ fn refine_backward(
     allocate: Maybe,
 ) -> PyResult<()> {
     let op = "refine";
-    let parts = [("theta", &theta), ("hole", &hole), ("sigma", &sigma), ("perm", &perm), ("keep", &keep)];
+    let parts =
+        [("theta", &theta), ("hole", &hole), ("sigma", &sigma), ("perm", &perm), ("keep", &keep)];
     let (features, parts) = (read::view(op, "features", features)?, Parts::read(op, parts)?);
     let (upstream, seed) = (read::view(op, "upstream", upstream)?, read_seed(op, "seed", seed)?);
     let d_features = optional(op, "d_features", &d_features)?;
@@ -170,7 +172,8 @@ fn refine_dots(
     allocate: Maybe,
 ) -> PyResult<()> {
     let op = "refine_dots";
-    let parts = [("theta", &theta), ("hole", &hole), ("sigma", &sigma), ("perm", &perm), ("keep", &keep)];
+    let parts =
+        [("theta", &theta), ("hole", &hole), ("sigma", &sigma), ("perm", &perm), ("keep", &keep)];
     let (features, parts) = (read::view(op, "features", features)?, Parts::read(op, parts)?);
     let (dots, upstream) = (read::view(op, "dots", dots)?, read::view(op, "upstream", upstream)?);
     let seed = read_seed(op, "seed", seed)?;
@@ -193,7 +196,8 @@ fn check_refine(
     seed: Object,
 ) -> PyResult<()> {
     let op = "refine";
-    let parts = [("theta", &theta), ("hole", &hole), ("sigma", &sigma), ("perm", &perm), ("keep", &keep)];
+    let parts =
+        [("theta", &theta), ("hole", &hole), ("sigma", &sigma), ("perm", &perm), ("keep", &keep)];
     let (features, parts) = (read::view(op, "features", features)?, Parts::read(op, parts)?);
     let straight = optional(op, "straight", &straight)?;
     read_seed(op, "seed", seed)?;
@@ -214,7 +218,8 @@ fn check_refine_dots(
     seed: Object,
 ) -> PyResult<()> {
     let op = "refine_dots";
-    let parts = [("theta", &theta), ("hole", &hole), ("sigma", &sigma), ("perm", &perm), ("keep", &keep)];
+    let parts =
+        [("theta", &theta), ("hole", &hole), ("sigma", &sigma), ("perm", &perm), ("keep", &keep)];
     let (features, parts) = (read::view(op, "features", features)?, Parts::read(op, parts)?);
     let upstream = optional(op, "upstream", &upstream)?;
     read_seed(op, "seed", seed)?;
@@ -226,7 +231,11 @@ type Triple<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>);
 fn read_teacher(op: &'static str, teacher: Option<Triple>) -> PyResult<Option<[TensorView; 3]>> {
     let Some((heat, size, offset)) = teacher else { return Ok(None) };
     let read = |name, object| read::view(op, name, object);
-    Ok(Some([read("teacher heat", &heat)?, read("teacher size", &size)?, read("teacher offset", &offset)?]))
+    Ok(Some([
+        read("teacher heat", &heat)?,
+        read("teacher size", &size)?,
+        read("teacher offset", &offset)?,
+    ]))
 }
 
 #[pyfunction]
@@ -309,7 +318,8 @@ fn masked_mse_forward(
     let op = "masked_mse";
     let [loss, student, teacher] =
         read_all(op, [("loss", loss), ("student", student), ("teacher", teacher)])?;
-    let (d_student, weight) = (optional(op, "d_student", &d_student)?, optional(op, "weight", &weight)?);
+    let (d_student, weight) =
+        (optional(op, "d_student", &d_student)?, optional(op, "weight", &weight)?);
     released(py, (threads, stream, allocate), |run| {
         masked_mse::Args {
             loss: &loss,
@@ -326,9 +336,15 @@ fn masked_mse_forward(
 
 #[pyfunction]
 #[pyo3(signature = (student, teacher, weight, normalise))]
-fn check_masked_mse(student: Object, teacher: Object, weight: Maybe, normalise: &str) -> PyResult<()> {
+fn check_masked_mse(
+    student: Object,
+    teacher: Object,
+    weight: Maybe,
+    normalise: &str,
+) -> PyResult<()> {
     let op = "masked_mse";
-    let (student, teacher) = (read::view(op, "student", student)?, read::view(op, "teacher", teacher)?);
+    let (student, teacher) =
+        (read::view(op, "student", student)?, read::view(op, "teacher", teacher)?);
     let weight = optional(op, "weight", &weight)?;
     masked_mse::check(&student, &teacher, weight.as_ref(), normalise).map(|_| ()).map_err(raise)
 }
@@ -348,7 +364,9 @@ fn draw_once(
     let (uniforms, noise_seed) =
         (read::view(op, "uniforms", uniforms)?, read::view(op, "noise_seed", noise_seed)?);
     let (seed, counter) = (read_seed(op, "seed", seed)?, read_seed(op, "counter", counter)?);
-    released(py, (1, stream, None), |run| draw::draw(&uniforms, &noise_seed, [&seed, &counter], &run))
+    released(py, (1, stream, None), |run| {
+        draw::draw(&uniforms, &noise_seed, [&seed, &counter], &run)
+    })
 }
 
 /// Chooses the reader for torch tensors.
@@ -357,9 +375,17 @@ fn select_reader(name: &str) -> PyResult<()> {
     if read::select(name) {
         return Ok(());
     }
-    let rule =
-        if read::TCH_BUILT_FOR.is_some() { "be 'tch' or 'portable'" } else { "be 'portable' in this build" };
-    Err(raise(crate::error::Error::of_value("select_reader", "name", rule, format_args!("'{name}'"))))
+    let rule = if read::TCH_BUILT_FOR.is_some() {
+        "be 'tch' or 'portable'"
+    } else {
+        "be 'portable' in this build"
+    };
+    Err(raise(crate::error::Error::of_value(
+        "select_reader",
+        "name",
+        rule,
+        format_args!("'{name}'"),
+    )))
 }
 
 /// What this build has and uses.

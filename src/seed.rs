@@ -28,7 +28,13 @@ impl Seed {
     }
 
     /// A tensor's device: that of another argument.
-    pub fn check_beside(&self, check: Check, name: &str, of: &str, other: &TensorView) -> Result<()> {
+    pub fn check_beside(
+        &self,
+        check: Check,
+        name: &str,
+        of: &str,
+        other: &TensorView,
+    ) -> Result<()> {
         let Self::Tensor(view) = self else { return Ok(()) };
         self.check(check, name)?;
         check.same_device(name, view, of, other)

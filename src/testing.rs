@@ -77,13 +77,15 @@ impl Owned {
     pub fn empty(shape: &[usize], dtype: DType, lay: Lay) -> Self {
         let strides = strides(shape, lay);
         let reach: isize =
-            shape.iter().zip(&strides).map(|(&d, &s)| (d.max(1) as isize - 1) * s).sum::<isize>() + 1;
+            shape.iter().zip(&strides).map(|(&d, &s)| (d.max(1) as isize - 1) * s).sum::<isize>()
+                + 1;
         let around = 64 / dtype.size();
         let mut store = vec![CANARY; (reach as usize + 2 * around) * dtype.size() + 8];
         let aligned = store.as_ptr().align_offset(8) + around * dtype.size();
         // SAFETY: the store holds `reach` elements from there on, and as much again on both sides.
-        let view =
-            unsafe { TensorView::new(store.as_mut_ptr().add(aligned), dtype, Device::Cpu, shape, &strides) };
+        let view = unsafe {
+            TensorView::new(store.as_mut_ptr().add(aligned), dtype, Device::Cpu, shape, &strides)
+        };
         Self { store, view: view.expect("rank of at most 8") }
     }
 
@@ -100,7 +102,10 @@ impl Owned {
     /// All values in row-major order, as they were rounded.
     pub fn values(&self) -> Vec<f64> {
         // SAFETY: the index is within the sizes.
-        indices(self.view.sizes()).iter().map(|index| unsafe { self.view.read_f64(index) }).collect()
+        indices(self.view.sizes())
+            .iter()
+            .map(|index| unsafe { self.view.read_f64(index) })
+            .collect()
     }
 
     /// Every byte that belongs to no element is as it was.
@@ -108,7 +113,8 @@ impl Owned {
         let mut mine = vec![false; self.store.len()];
         let first = self.view.ptr() as usize - self.store.as_ptr() as usize;
         for index in indices(self.view.sizes()) {
-            let at: isize = index.iter().zip(self.view.strides()).map(|(&i, &s)| i as isize * s).sum();
+            let at: isize =
+                index.iter().zip(self.view.strides()).map(|(&i, &s)| i as isize * s).sum();
             let size = self.view.dtype.size();
             mine[first + at as usize * size..][..size].fill(true);
         }
@@ -134,7 +140,8 @@ pub struct Uniform(pub u64);
 impl Uniform {
     /// The next one, with 24 bits.
     pub fn next(&mut self) -> f64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 40) as f64 / (1u64 << 24) as f64
     }
 

@@ -28,7 +28,13 @@ impl Layout {
         let (height, width) = (sizes[2], sizes[3]);
         let (h, w) = (strides[2], strides[3]);
         let gapless = height <= 1 || h == w * width as isize;
-        Self { n: strides[0], c: strides[1], h, w, run: if gapless { height * width } else { width } }
+        Self {
+            n: strides[0],
+            c: strides[1],
+            h,
+            w,
+            run: if gapless { height * width } else { width },
+        }
     }
 
     /// Channels lie side by side, and planes are not rows of consecutive elements as well (as they are when C is 1).
@@ -99,7 +105,14 @@ const ASKED: usize = 256;
 /// Asks for the cache lines of positions `from .. from + count`, which are needed soon: sixteen planes at a time are too many for the
 /// processor to foresee.
 #[inline(always)]
-pub fn ask<T>(base: *const T, layout: &Layout, n: usize, channels: &Channels, from: usize, count: usize) {
+pub fn ask<T>(
+    base: *const T,
+    layout: &Layout,
+    n: usize,
+    channels: &Channels,
+    from: usize,
+    count: usize,
+) {
     let sample = base.wrapping_offset(n as isize * layout.n);
     let mut done = 0;
     while done < count {
@@ -185,7 +198,11 @@ unsafe fn load_runs<T: Elem>(
 }
 
 #[inline(always)]
-unsafe fn load_rows<T: Elem>(tile: &mut [[T::Acc; LANES]], planes: &[*const T; LANES], start: isize) {
+unsafe fn load_rows<T: Elem>(
+    tile: &mut [[T::Acc; LANES]],
+    planes: &[*const T; LANES],
+    start: isize,
+) {
     let whole = tile.len() - tile.len() % LANES;
     let (squares, rest) = tile.split_at_mut(whole);
     for (k, block) in squares.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
@@ -200,7 +217,9 @@ unsafe fn load_rows<T: Elem>(tile: &mut [[T::Acc; LANES]], planes: &[*const T; L
 unsafe fn load_lanes<T: Elem>(tile: &mut [[T::Acc; LANES]], first: *const T, step: isize) {
     for (i, row) in tile.iter_mut().enumerate() {
         // SAFETY: LANES consecutive channels at every position of the run.
-        let lanes = unsafe { first.wrapping_offset(i as isize * step).cast::<[T; LANES]>().read_unaligned() };
+        let lanes = unsafe {
+            first.wrapping_offset(i as isize * step).cast::<[T; LANES]>().read_unaligned()
+        };
         T::load_row(lanes, row);
     }
 }
@@ -289,7 +308,12 @@ unsafe fn store_runs<T: Elem>(
 }
 
 #[inline(always)]
-unsafe fn store_rows<T: Elem>(tile: &[[T::Acc; LANES]], planes: &[*mut T; LANES], used: usize, start: isize) {
+unsafe fn store_rows<T: Elem>(
+    tile: &[[T::Acc; LANES]],
+    planes: &[*mut T; LANES],
+    used: usize,
+    start: isize,
+) {
     let whole = tile.len() - tile.len() % LANES;
     let (squares, rest) = tile.split_at(whole);
     for (k, block) in squares.as_chunks::<LANES>().0.iter().enumerate() {
@@ -305,7 +329,9 @@ unsafe fn store_lanes<T: Elem>(tile: &[[T::Acc; LANES]], first: *mut T, step: is
     for (i, row) in tile.iter().enumerate() {
         let lanes = T::store_row(row);
         // SAFETY: LANES consecutive channels at every position of the run.
-        unsafe { first.wrapping_offset(i as isize * step).cast::<[T; LANES]>().write_unaligned(lanes) };
+        unsafe {
+            first.wrapping_offset(i as isize * step).cast::<[T; LANES]>().write_unaligned(lanes)
+        };
     }
 }
 

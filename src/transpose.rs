@@ -44,8 +44,9 @@ pub unsafe fn load_f32(planes: &[*const f32; LANES], at: isize, to: &mut Square<
         crate::simd::Level::Scalar => {}
     }
     // SAFETY: the caller's promise.
-    let row =
-        |plane: *const f32| unsafe { plane.wrapping_offset(at).cast::<[f32; LANES]>().read_unaligned() };
+    let row = |plane: *const f32| unsafe {
+        plane.wrapping_offset(at).cast::<[f32; LANES]>().read_unaligned()
+    };
     transpose_any(&planes.map(row), to);
 }
 
@@ -105,14 +106,21 @@ mod x86 {
 
     #[inline]
     #[target_feature(enable = "avx512f")]
-    pub unsafe fn store_avx512(from: &Square<f32>, planes: &[*mut f32; LANES], used: usize, at: isize) {
+    pub unsafe fn store_avx512(
+        from: &Square<f32>,
+        planes: &[*mut f32; LANES],
+        used: usize,
+        at: isize,
+    ) {
         for quarter in 0..4 {
             // SAFETY: four floats of each row from 4*quarter, below LANES.
             let part = |row: usize| unsafe { _mm_loadu_ps(from[row].as_ptr().add(4 * quarter)) };
             for (i, column) in columns(part).into_iter().enumerate() {
                 if 4 * quarter + i < used {
                     // SAFETY: sixteen floats of this plane, for which the caller vouches.
-                    unsafe { _mm512_storeu_ps(planes[4 * quarter + i].wrapping_offset(at), column) };
+                    unsafe {
+                        _mm512_storeu_ps(planes[4 * quarter + i].wrapping_offset(at), column)
+                    };
                 }
             }
         }
@@ -142,10 +150,13 @@ mod x86 {
     #[target_feature(enable = "avx2")]
     pub fn transpose_avx2(from: &Square<f32>, to: &mut Square<f32>) {
         // SAFETY: four floats of a row of 16, from 0, 4, 8 or 12.
-        let part =
-            |row: usize, from_column: usize| unsafe { _mm_loadu_ps(from[row][from_column..].as_ptr()) };
+        let part = |row: usize, from_column: usize| unsafe {
+            _mm_loadu_ps(from[row][from_column..].as_ptr())
+        };
         // SAFETY: eight floats of a row of 16, from 0 or 8.
-        turn_avx2(part, |row, half, lanes| unsafe { _mm256_storeu_ps(to[row][half..].as_mut_ptr(), lanes) });
+        turn_avx2(part, |row, half, lanes| unsafe {
+            _mm256_storeu_ps(to[row][half..].as_mut_ptr(), lanes)
+        });
     }
 
     #[inline]
@@ -156,19 +167,29 @@ mod x86 {
             _mm_loadu_ps(planes[row].wrapping_offset(at + from as isize))
         };
         // SAFETY: eight floats of a row of 16, from 0 or 8.
-        turn_avx2(part, |row, half, lanes| unsafe { _mm256_storeu_ps(to[row][half..].as_mut_ptr(), lanes) });
+        turn_avx2(part, |row, half, lanes| unsafe {
+            _mm256_storeu_ps(to[row][half..].as_mut_ptr(), lanes)
+        });
     }
 
     #[inline]
     #[target_feature(enable = "avx2")]
-    pub unsafe fn store_avx2(from: &Square<f32>, planes: &[*mut f32; LANES], used: usize, at: isize) {
+    pub unsafe fn store_avx2(
+        from: &Square<f32>,
+        planes: &[*mut f32; LANES],
+        used: usize,
+        at: isize,
+    ) {
         // SAFETY: four floats of a row of 16, from 0, 4, 8 or 12.
-        let part =
-            |row: usize, from_column: usize| unsafe { _mm_loadu_ps(from[row][from_column..].as_ptr()) };
+        let part = |row: usize, from_column: usize| unsafe {
+            _mm_loadu_ps(from[row][from_column..].as_ptr())
+        };
         turn_avx2(part, |plane, half, lanes| {
             if plane < used {
                 // SAFETY: eight of the sixteen floats of this plane, for which the caller vouches.
-                unsafe { _mm256_storeu_ps(planes[plane].wrapping_offset(at + half as isize), lanes) };
+                unsafe {
+                    _mm256_storeu_ps(planes[plane].wrapping_offset(at + half as isize), lanes)
+                };
             }
         });
     }
@@ -205,7 +226,8 @@ mod tests {
 
     #[test]
     fn transposes_agree_at_every_level() {
-        let tile: Square<f32> = std::array::from_fn(|i| std::array::from_fn(|j| (i * LANES + j) as f32));
+        let tile: Square<f32> =
+            std::array::from_fn(|i| std::array::from_fn(|j| (i * LANES + j) as f32));
         let mut expected = tile;
         transpose_any(&tile, &mut expected);
         assert_eq!(expected[3][5], tile[5][3]);

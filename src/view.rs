@@ -135,8 +135,14 @@ impl TensorView {
         if sizes.len() > MAX_RANK || sizes.len() != strides.len() {
             return None;
         }
-        let mut view =
-            Self { ptr, dtype, device, rank: sizes.len(), sizes: [1; MAX_RANK], strides: [0; MAX_RANK] };
+        let mut view = Self {
+            ptr,
+            dtype,
+            device,
+            rank: sizes.len(),
+            sizes: [1; MAX_RANK],
+            strides: [0; MAX_RANK],
+        };
         view.sizes[..sizes.len()].copy_from_slice(sizes);
         view.strides[..sizes.len()].copy_from_slice(strides);
         Some(view)
@@ -258,8 +264,12 @@ impl TensorView {
             match self.dtype {
                 DType::F64 => *self.as_ptr::<f64>().offset(offset) = value,
                 DType::F32 => *self.as_ptr::<f32>().offset(offset) = value as f32,
-                DType::F16 => *self.as_ptr::<half::f16>().offset(offset) = half::f16::from_f64(value),
-                DType::BF16 => *self.as_ptr::<half::bf16>().offset(offset) = half::bf16::from_f64(value),
+                DType::F16 => {
+                    *self.as_ptr::<half::f16>().offset(offset) = half::f16::from_f64(value)
+                }
+                DType::BF16 => {
+                    *self.as_ptr::<half::bf16>().offset(offset) = half::bf16::from_f64(value)
+                }
                 DType::I64 => *self.as_ptr::<i64>().offset(offset) = value as i64,
                 DType::I32 => *self.as_ptr::<i32>().offset(offset) = value as i32,
                 DType::I16 => *self.as_ptr::<i16>().offset(offset) = value as i16,

@@ -54,7 +54,9 @@ def operation(index: int, shape: tuple[int, ...], m: float) -> dict[str, Any]:
     """The plan of one operation of the policy, alone, at magnitude m; G = 1, float64."""
     _, channels, height, width = shape
     low, high = (
-        [(-0.3, 0.3), (-0.3, 0.3), (-0.9, 0.9), (-0.9, 0.9), (-30, 30)][index] if index < 5 else (0, 1)
+        [(-0.3, 0.3), (-0.3, 0.3), (-0.9, 0.9), (-0.9, 0.9), (-30, 30)][index]
+        if index < 5
+        else (0, 1)
     )
     v = low + m * (high - low)
     cos, sin = math.cos(math.radians(v)), math.sin(math.radians(v))
@@ -86,10 +88,14 @@ def pair(first: int, second: int, shape: tuple[int, ...]) -> dict[str, Any]:
     return one | two
 
 
-def everything(shape: tuple[int, ...], groups: int, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+def everything(
+    shape: tuple[int, ...], groups: int, dtype: torch.dtype = torch.float64
+) -> dict[str, Any]:
     """All five parts, active and different for each group."""
     _, channels, height, width = shape
-    theta = torch.eye(2, 3, dtype=torch.float64) + 0.2 * torch.randn(groups, 2, 3, dtype=torch.float64)
+    theta = torch.eye(2, 3, dtype=torch.float64) + 0.2 * torch.randn(
+        groups, 2, 3, dtype=torch.float64
+    )
     y0, x0 = torch.randint(0, height + 1, (groups,)), torch.randint(0, width + 1, (groups,))
     return {
         "theta": theta.to(dtype),

@@ -48,7 +48,11 @@ def tool(name: str) -> str | None:
 def headers() -> list[Path]:
     """Folders with the headers of torch's own CUDA, beside its libraries."""
     found = [folder / "include" for folder in _packages() if folder.parent.name == "nvidia"]
-    return [folder for folder in found if (folder / "cuda.h").is_file() or (folder / "nvrtc.h").is_file()]
+    return [
+        folder
+        for folder in found
+        if (folder / "cuda.h").is_file() or (folder / "nvrtc.h").is_file()
+    ]
 
 
 def architectures() -> list[int]:
@@ -68,10 +72,18 @@ def compile_cubin(operator: str, architecture: int, *defines: str) -> bytes:
     texts = strings(*(path.read_bytes() for path in paths))
     names = strings(*(path.name.encode() for path in paths))
     source = (folder / "kernel.cu").read_bytes()
-    library.nvrtcCreateProgram(ctypes.byref(program), source, b"kernel.cu", len(paths), texts, names)
-    options = [*OPTIONS, f"--gpu-architecture=sm_{architecture}", *(f"-D{define}" for define in defines)]
+    library.nvrtcCreateProgram(
+        ctypes.byref(program), source, b"kernel.cu", len(paths), texts, names
+    )
+    options = [
+        *OPTIONS,
+        f"--gpu-architecture=sm_{architecture}",
+        *(f"-D{define}" for define in defines),
+    ]
     failed = library.nvrtcCompileProgram(
-        program, len(options), (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        program,
+        len(options),
+        (ctypes.c_char_p * len(options))(*(option.encode() for option in options)),
     )
     log = _fetch(program, "ProgramLog").decode(errors="replace").strip("\0\n")
     if failed or log:
@@ -100,7 +112,9 @@ class Resources:
     registers: int = 0
     stack: int = 0
     shared: int = 0
-    loads: Counter[str] = field(default_factory=Counter)  # instructions by name and width, where disassembled
+    loads: Counter[str] = field(
+        default_factory=Counter
+    )  # instructions by name and width, where disassembled
 
     def occupancy(self, architecture: int, threads: int = 256) -> float:
         """Share of a multiprocessor's warps that the registers leave room for."""
@@ -116,8 +130,13 @@ def resources(cubin: bytes) -> dict[str, Resources]:
     """Registers, frame and static shared memory of each kernel, read from the ELF itself."""
     sections = _sections(cubin)
     strings, symbols = sections[".strtab"], sections[".symtab"]
-    names = [_text(strings, struct.unpack_from("<I", symbols, at)[0]) for at in range(0, len(symbols), 24)]
-    found = {name.removeprefix(".text."): Resources() for name in sections if name.startswith(".text.")}
+    names = [
+        _text(strings, struct.unpack_from("<I", symbols, at)[0])
+        for at in range(0, len(symbols), 24)
+    ]
+    found = {
+        name.removeprefix(".text."): Resources() for name in sections if name.startswith(".text.")
+    }
     info, at = sections[".nv.info"], 0
     while at + 4 <= len(info):
         kind, attribute, size = struct.unpack_from("<BBH", info, at)
@@ -171,6 +190,8 @@ def disassembled(cubin: bytes) -> dict[str, Resources]:
             current = found[function[1]]
         elif (access := _ACCESS.search(line)) and current is not None:
             parts = access[2].split(".")
-            width = next((part for part in parts if part in {"128", "64", "U8", "S8", "U16", "S16"}), "32")
+            width = next(
+                (part for part in parts if part in {"128", "64", "U8", "S8", "U16", "S16"}), "32"
+            )
             current.loads[f"{access[1]}.{width}"] += 1
     return found

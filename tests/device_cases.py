@@ -36,8 +36,12 @@ class TorchDevice:
 
     def on(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
-        whole = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
-        return whole.to(self.device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        whole = tensor.as_strided(
+            (tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0
+        )
+        return whole.to(self.device).as_strided(
+            tensor.shape, tensor.stride(), tensor.storage_offset()
+        )
 
     def back(self, tensor: Tensor) -> Tensor:
         assert tensor.device == self.device, f"it is on {tensor.device}"
@@ -49,11 +53,15 @@ def chosen_device() -> TorchDevice:
     """What SOKD_TEST_DEVICE names, else the first CUDA device; skips a test file that has none."""
     device = torch.device(os.environ.get("SOKD_TEST_DEVICE", "cuda"))
     if device.type == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device (SOKD_TEST_DEVICE=cpu runs what needs none)", allow_module_level=True)
+        pytest.skip(
+            "no CUDA device (SOKD_TEST_DEVICE=cpu runs what needs none)", allow_module_level=True
+        )
     return TorchDevice(torch.device("cuda", device.index or 0) if device.type == "cuda" else device)
 
 
-def close(found: Tensor, expected: Tensor, *, times: float = 1.0, dtype: torch.dtype | None = None) -> None:
+def close(
+    found: Tensor, expected: Tensor, *, times: float = 1.0, dtype: torch.dtype | None = None
+) -> None:
     """Within rounding, and in the same layout."""
     assert found.dtype == expected.dtype and found.stride() == expected.stride()
     tolerance = times * ROUNDING[dtype or expected.dtype]
@@ -62,14 +70,22 @@ def close(found: Tensor, expected: Tensor, *, times: float = 1.0, dtype: torch.d
 
 
 def moved(device: Device, parts: dict[str, Any]) -> dict[str, Any]:
-    return {name: device.on(part) if isinstance(part, Tensor) else part for name, part in parts.items()}
+    return {
+        name: device.on(part) if isinstance(part, Tensor) else part for name, part in parts.items()
+    }
 
 
 def refine_and_gradients(
-    refine: Callable[..., Tensor], features: Tensor, plan: dict[str, Any], straight: Tensor, upstream: Tensor
+    refine: Callable[..., Tensor],
+    features: Tensor,
+    plan: dict[str, Any],
+    straight: Tensor,
+    upstream: Tensor,
 ) -> list[Tensor]:
     """The value, then the gradients of features, theta, sigma and straight."""
-    leaves = [t.detach().requires_grad_() for t in (features, plan["theta"], plan["sigma"], straight)]
+    leaves = [
+        t.detach().requires_grad_() for t in (features, plan["theta"], plan["sigma"], straight)
+    ]
     parts = plan | {"theta": leaves[1], "sigma": leaves[2]}
     refined = refine(leaves[0], **parts, seed=2**63 + 5, straight=leaves[3])
     return [refined.detach(), *torch.autograd.grad(refined, leaves, upstream)]
@@ -90,14 +106,20 @@ def heads(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> tuple[Tens
     return heat, laid_out(pair, layout, dtype).abs() * 2, laid_out(pair, layout, dtype).sigmoid()
 
 
-def refine(device: Device, shape: tuple[int, ...], layout: str, dtype: torch.dtype, groups: int) -> None:
+def refine(
+    device: Device, shape: tuple[int, ...], layout: str, dtype: torch.dtype, groups: int
+) -> None:
     """Value and all four gradients, with an upstream gradient of the same layout."""
     features, plan = laid_out(shape, layout, dtype), everything(shape, groups, torch.float32)
     straight = torch.zeros(groups)
     upstream = laid_out(shape, layout, dtype)
     expected = refine_and_gradients(ops.refine, features, plan, straight, upstream)
     there = refine_and_gradients(
-        ops.refine, device.on(features), moved(device, plan), device.on(straight), device.on(upstream)
+        ops.refine,
+        device.on(features),
+        moved(device, plan),
+        device.on(straight),
+        device.on(upstream),
     )
     found = [device.back(each) for each in there]
     for one, other in zip(found[:2], expected[:2], strict=True):
@@ -114,7 +136,9 @@ def noise(device: Device, shape: tuple[int, ...], seed: Tensor) -> None:
     assert torch.equal(device.back(found), expected)
 
 
-def refine_dots(device: Device, shape: tuple[int, ...], layout: str, dtype: torch.dtype, plans: int) -> None:
+def refine_dots(
+    device: Device, shape: tuple[int, ...], layout: str, dtype: torch.dtype, plans: int
+) -> None:
     features, upstream = laid_out(shape, layout, dtype), laid_out(shape, layout, dtype)
     each = [everything(shape, 1, torch.float32) for _ in range(plans)]
     stacked = {name: torch.stack([plan[name] for plan in each]) for name in each[0]}
@@ -123,12 +147,20 @@ def refine_dots(device: Device, shape: tuple[int, ...], layout: str, dtype: torc
     # sums of products of the size of 1, one for each element
     scale = max(features.numel(), 1) ** 0.5
     close(
-        device.back(found) / scale, expected / scale, dtype=torch.float32 if dtype != torch.float64 else None
+        device.back(found) / scale,
+        expected / scale,
+        dtype=torch.float32 if dtype != torch.float64 else None,
     )
 
 
 def areas(
-    device: Device, shape: tuple[int, ...], layout: str, dtype: torch.dtype, k: int, *, teacher: bool
+    device: Device,
+    shape: tuple[int, ...],
+    layout: str,
+    dtype: torch.dtype,
+    k: int,
+    *,
+    teacher: bool,
 ) -> None:
     """Scores, boxes and coverage: exactly."""
     own, other = heads(shape, layout, dtype), heads(shape, layout, dtype) if teacher else None
@@ -153,7 +185,9 @@ def masked_mse(
     there = [None if part is None else device.on(part) for part in maps]
     expected = loss_and_gradient(ops.masked_mse, 3.0, *maps, normalise=normalise)
     found = loss_and_gradient(ops.masked_mse, 3.0, *there, normalise=normalise)
-    close(device.back(found[0]), expected[0], dtype=None if dtype == torch.float64 else torch.float32)
+    close(
+        device.back(found[0]), expected[0], dtype=None if dtype == torch.float64 else torch.float32
+    )
     scale = max(student.numel(), 1)
     close(device.back(found[1]) * scale, expected[1] * scale)
 
@@ -168,7 +202,10 @@ def draw(device: Device, n: int) -> None:
 
 
 def everything_on(
-    device: Device, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, layout: str = "contiguous"
+    device: Device,
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
 ) -> Callable[[], list[Tensor]]:
     """All operators and their gradients, run again at each call, on inputs that are made once."""
     generator = torch.random.get_rng_state()
@@ -190,11 +227,15 @@ def everything_on(
     return run
 
 
-def loss_steps(device: torch.device, dtype: torch.dtype = torch.float32) -> Callable[..., list[Tensor]]:
+def loss_steps(
+    device: torch.device, dtype: torch.dtype = torch.float32
+) -> Callable[..., list[Tensor]]:
     """The loss and its gradients at each call: of the next draw, or of that at `counter`."""
     kd = kd_cases.make(lambda_agreement=1.0, lambda_areas=1.0).to(device, dtype).eval()
     with torch.no_grad():
-        kd.policy.magnitude.fill_(0.9)  # half way, where it starts, nothing is sheared, moved or turned
+        kd.policy.magnitude.fill_(
+            0.9
+        )  # half way, where it starts, nothing is sheared, moved or turned
     student, teacher = (side.detach().to(device) for side in kd_cases.pair(dtype=dtype))
     student.requires_grad_()
 

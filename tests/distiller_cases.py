@@ -61,7 +61,11 @@ class Shaped(nn.Module):
 
     def __init__(self, form) -> None:
         super().__init__()
-        self.conv, self.here, self.head = nn.Conv2d(3, 4, 3, 2, 1), Form(form), nn.Linear(4, CLASSES)
+        self.conv, self.here, self.head = (
+            nn.Conv2d(3, 4, 3, 2, 1),
+            Form(form),
+            nn.Linear(4, CLASSES),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         maps = self.conv(x)

@@ -21,10 +21,31 @@ from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
 COMPILER = os.environ.get("CXX", "g++")
-_QUIET = ("unknown-pragmas", "unused-function", "unused-variable", "maybe-uninitialized", "uninitialized")
+_QUIET = (
+    "unknown-pragmas",
+    "unused-function",
+    "unused-variable",
+    "maybe-uninitialized",
+    "uninitialized",
+)
 FLAGS = (
-    *("-x", "c++", "-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing"),
-    *("-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", *(f"-Wno-{warning}" for warning in _QUIET)),
+    *(
+        "-x",
+        "c++",
+        "-std=c++17",
+        "-O1",
+        "-march=native",
+        "-ffp-contract=off",
+        "-fno-strict-aliasing",
+    ),
+    *(
+        "-fPIC",
+        "-shared",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        *(f"-Wno-{warning}" for warning in _QUIET),
+    ),
 )
 SCHEDULES = {"ascending": 0, "descending": 1, "random": 2, "warps": 3}
 
@@ -56,7 +77,9 @@ def _folder() -> Path:
     return Path(folder)
 
 
-def build(operator: str, *, mutate: tuple[str, str, str] | None = None, flags: tuple[str, ...] = ()) -> Path:
+def build(
+    operator: str, *, mutate: tuple[str, str, str] | None = None, flags: tuple[str, ...] = ()
+) -> Path:
     """A shared library of an operator's kernels; an object, if `flags` have -c.
 
     `mutate`: (file, text that is there once, other text).
@@ -97,7 +120,9 @@ class Library:
         self.schedule, self.launches = schedule, 0
 
     def names(self) -> list[str]:
-        return [self.api.sokd_emulator_name(i).decode() for i in range(self.api.sokd_emulator_count())]
+        return [
+            self.api.sokd_emulator_name(i).decode() for i in range(self.api.sokd_emulator_count())
+        ]
 
     def launch(
         self, name: str, blocks: int | tuple[int, ...], args: ctypes.Structure, threads: int = 256
@@ -156,13 +181,17 @@ def span(tensor: Tensor) -> int:
     """Elements from the first to the last that a tensor reaches."""
     if tensor.numel() == 0:
         return 0
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return 1 + sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
 
 
 class Placed:
     """A tensor's values, strides and all, in guarded memory."""
 
-    def __init__(self, tensor: Tensor, *, align: int = 16, front: bool = False, fill: bool = True) -> None:
+    def __init__(
+        self, tensor: Tensor, *, align: int = 16, front: bool = False, fill: bool = True
+    ) -> None:
         self.like = tensor
         size = span(tensor) * tensor.element_size()
         self.memory = Memory(size, align=align, front=front)
@@ -223,7 +252,9 @@ def is_wide(order: str, maps: list[Placed]) -> bool:
         fits = height * width % max(4, 16 // size) == 0
         return fits and all(placed.like.is_contiguous() for placed in maps)
     last = torch.channels_last
-    return channels % max(4, 16 // size) == 0 and all(p.like.is_contiguous(memory_format=last) for p in maps)
+    return channels % max(4, 16 // size) == 0 and all(
+        p.like.is_contiguous(memory_format=last) for p in maps
+    )
 
 
 def _power_above(value: int) -> int:

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 import torch
-from emulated import I64, NAMES, U64, Library, Map, Memory, Placed, is_lanes, library, map_of, structure
+from emulated import (
+    I64,
+    NAMES,
+    U64,
+    Library,
+    Map,
+    Memory,
+    Placed,
+    is_lanes,
+    library,
+    map_of,
+    structure,
+)
 from torch import Tensor
 
 from sokd.reference import Areas
@@ -57,7 +69,9 @@ def areas(
         Placed(torch.empty(batch, k, 4, dtype=torch.int64), fill=False),
         Placed(torch.empty(batch, k, dtype=score), fill=False),
     ]
-    room = [Memory(batch * chunks * kept * bytes_each, align=8) for bytes_each in (score.itemsize, 8)]
+    room = [
+        Memory(batch * chunks * kept * bytes_each, align=8) for bytes_each in (score.itemsize, 8)
+    ]
     args = Structure(
         *(map_of(placed) for placed in maps),
         *(Map() for _ in range(6 - len(maps))),
@@ -88,4 +102,6 @@ def _is_wide(order: str, heats: list[Placed]) -> bool:
             placed.like.is_contiguous() for placed in heats
         )
     last = torch.channels_last
-    return channels % vector == 0 and all(placed.like.is_contiguous(memory_format=last) for placed in heats)
+    return channels % vector == 0 and all(
+        placed.like.is_contiguous(memory_format=last) for placed in heats
+    )

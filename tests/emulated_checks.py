@@ -30,7 +30,9 @@ def assert_near(name: str, actual: Tensor, expected: Tensor, tolerance: float) -
         return
     actual, expected = actual.double(), expected.double()
     error = (actual - expected).abs().max() / (1 + expected.abs().max())
-    assert error <= tolerance, f"{name}: off by {error:.2e}, allowed are {tolerance:.0e}"  # a NaN is not, too
+    assert error <= tolerance, (
+        f"{name}: off by {error:.2e}, allowed are {tolerance:.0e}"
+    )  # a NaN is not, too
 
 
 def check_masked_mse(
@@ -55,13 +57,18 @@ def check_masked_mse(
     assert_near("loss", loss, truth.detach(), SUMMING[dtype])
     share = float(student.numel() or 1)  # the gradient is of the order of 1 / elements
     assert_near(
-        "d_student", d_student.double() * share, torch.autograd.grad(truth, leaf)[0] * share, ROUNDING[dtype]
+        "d_student",
+        d_student.double() * share,
+        torch.autograd.grad(truth, leaf)[0] * share,
+        ROUNDING[dtype],
     )
     alone, _ = masked_mse(student, teacher, weights, gradient=False, **arguments)
     assert_near("loss without gradient", alone, loss, SUMMING[dtype])
 
 
-def check_scale(count: int, dtype: torch.dtype, kernels: Library | None = None, align: int = 16) -> None:
+def check_scale(
+    count: int, dtype: torch.dtype, kernels: Library | None = None, align: int = 16
+) -> None:
     """The bits of PyTorch's product, by any number of blocks; for a factor of one, memory is not touched."""
     gradient = torch.randn(count).to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
@@ -69,7 +76,9 @@ def check_scale(count: int, dtype: torch.dtype, kernels: Library | None = None, 
         expected = (gradient.to(wide) * torch.tensor(factor, dtype=wide)).to(dtype)
         for blocks in (None, 1, 3):
             found = scale(gradient, factor, kernels, align=align, blocks=blocks)
-            assert torch.allclose(found, expected, 0, 0, equal_nan=True), f"{factor}, {blocks} blocks"
+            assert torch.allclose(found, expected, 0, 0, equal_nan=True), (
+                f"{factor}, {blocks} blocks"
+            )
     scale(gradient, 1.0, kernels, align=align, nowhere=True)
 
 
@@ -118,7 +127,14 @@ def check_backward(
     leaves = {name: plan.pop(name) for name in ("theta", "sigma") if name in plan}
     leaves["straight"] = torch.zeros(groups, dtype=torch.float64)
     actual = refine_backward(
-        upstream, features, **leaves, **plan, wants_features=True, seed=7, kernels=kernels, align=align
+        upstream,
+        features,
+        **leaves,
+        **plan,
+        wants_features=True,
+        seed=7,
+        kernels=kernels,
+        align=align,
     )
     tracked = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
     tracked["features"] = features.double().requires_grad_()
@@ -127,7 +143,10 @@ def check_backward(
     for (name, leaf), truth in zip(tracked.items(), expected, strict=True):
         if leaf.numel():
             assert_near(
-                f"d_{name}", actual[name], truth, (ROUNDING if name == "features" else SUMMING)[dtype]
+                f"d_{name}",
+                actual[name],
+                truth,
+                (ROUNDING if name == "features" else SUMMING)[dtype],
             )
 
 
@@ -147,13 +166,21 @@ def check_dots(
     assert plan.theta is not None and plan.sigma is not None
     plan.theta[plans // 2], plan.sigma[plans - 1] = torch.eye(2, 3), 0
     actual = refine_dots(features, upstream, plan, kernels=kernels, align=align)
-    assert_near("dots", actual, ops.refine_dots(features.double(), upstream.double(), plan), SUMMING[dtype])
+    assert_near(
+        "dots", actual, ops.refine_dots(features.double(), upstream.double(), plan), SUMMING[dtype]
+    )
 
 
-def heads(shape: Shape, dtype: torch.dtype, layout: str, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+def heads(
+    shape: Shape, dtype: torch.dtype, layout: str, levels: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Heat of so many levels (0: any), so that there are ties; sizes, offsets."""
     pairs = (shape[0], 2, *shape[2:])
-    heat = laid_out(shape, layout, dtype).abs_() if layout != "expanded" else laid_out(shape, layout, dtype)
+    heat = (
+        laid_out(shape, layout, dtype).abs_()
+        if layout != "expanded"
+        else laid_out(shape, layout, dtype)
+    )
     if levels and layout != "expanded":
         heat.clamp_(max=2).mul_(levels / 2).round_().div_(levels)
     return heat, laid_out(pairs, layout, dtype, 3.0), laid_out(pairs, layout, dtype)

@@ -47,7 +47,9 @@ MaskedMse = structure(
     wide=I64,
 )
 
-Scale = structure("Scale", gradient=U64, count=I64, upstream=U64, upstream_dtype=I64, blocks=I64, wide=I64)
+Scale = structure(
+    "Scale", gradient=U64, count=I64, upstream=U64, upstream_dtype=I64, blocks=I64, wide=I64
+)
 
 
 def masked_mse(
@@ -77,7 +79,8 @@ def masked_mse(
     numel = student.numel()
     area_blocks = min(max(-(-(numel // max(student.shape[1], 1)) // 4096), 1), 128)
     loss = Placed(
-        torch.empty((), dtype=torch.float64 if student.dtype == torch.float64 else torch.float32), fill=False
+        torch.empty((), dtype=torch.float64 if student.dtype == torch.float64 else torch.float32),
+        fill=False,
     )
     room = [scratch(blocks), scratch(area_blocks), scratch(3)]
     args = MaskedMse(
@@ -117,7 +120,9 @@ def scale(
 ) -> Tensor:
     """gradient * upstream, of a flat gradient; `nowhere`: in memory that must not be touched."""
     memory = Placed(gradient, align=align)
-    factor = Placed(torch.tensor(upstream, dtype=torch.promote_types(gradient.dtype, torch.float32)))
+    factor = Placed(
+        torch.tensor(upstream, dtype=torch.promote_types(gradient.dtype, torch.float32))
+    )
     if blocks is None:
         blocks = min(-(-gradient.numel() // (1024 * max(4, 16 // gradient.element_size()))), 2048)
     args = Scale(

@@ -82,7 +82,9 @@ class _Parts:
     ) -> None:
         self.kept: list[Placed] = []
         height, width = features.shape[2:]
-        self.plan = Plan(width_by_height=width / max(height, 1), height_by_width=height / max(width, 1))
+        self.plan = Plan(
+            width_by_height=width / max(height, 1), height_by_width=height / max(width, 1)
+        )
         for name in _NAMES:
             if parts.get(name) is not None:
                 setattr(self.plan, name, self._part(parts[name], stacked))
@@ -101,7 +103,12 @@ class _Parts:
         group, a, b = (*strides, 0, 0)[:3]
         groups = sizes[1 if stacked else 0]
         return Part(
-            self._placed(tensor).pointer, DTYPES.index(tensor.dtype), plan, 0 if groups == 1 else group, a, b
+            self._placed(tensor).pointer,
+            DTYPES.index(tensor.dtype),
+            plan,
+            0 if groups == 1 else group,
+            a,
+            b,
         )
 
 
@@ -117,7 +124,9 @@ def refine(
     """The forward kernel."""
     kernels = kernels or library("refine")
     source = Placed(features, align=align)
-    target = Placed(torch.empty_like(features, memory_format=layout_of(features)), align=align, fill=False)
+    target = Placed(
+        torch.empty_like(features, memory_format=layout_of(features)), align=align, fill=False
+    )
     order = "lanes" if is_lanes(target.like) else "planes"
     grid, blocks = grid_of(order, features)
     plan = _Parts(features, {"theta": theta, **parts}, seed)
@@ -152,7 +161,10 @@ def refine_backward(
     name = NAMES[features.dtype]
     maps = [Placed(upstream, align=align), Placed(features, align=align)]
     plan = _Parts(features, {"theta": theta, "sigma": sigma, **parts}, seed)
-    outs = {key: _out(like) for key, like in (("theta", theta), ("sigma", sigma), ("straight", straight))}
+    outs = {
+        key: _out(like)
+        for key, like in (("theta", theta), ("sigma", sigma), ("straight", straight))
+    }
     structures = [out[1] for out in outs.values()]
     results = {key: placed for key, (placed, _) in outs.items() if placed is not None}
     if results:
@@ -171,7 +183,9 @@ def refine_backward(
             is_wide(order, maps),
         )
         kernels.launch(f"refine_backward_{name}_{order}", blocks, args)
-        kernels.launch("refine_finish", (max(placed.like.shape[0] for placed in results.values()), 8), args)
+        kernels.launch(
+            "refine_finish", (max(placed.like.shape[0] for placed in results.values()), 8), args
+        )
     if wants_features:
         like = torch.empty_like(features, memory_format=layout_of(features))
         results["features"] = target = Placed(like, align=align, fill=False)
@@ -193,7 +207,12 @@ def refine_backward(
 
 
 def refine_dots(
-    features: Tensor, upstream: Tensor, plans: Any, *, kernels: Library | None = None, align: int = 16
+    features: Tensor,
+    upstream: Tensor,
+    plans: Any,
+    *,
+    kernels: Library | None = None,
+    align: int = 16,
 ) -> Tensor:
     """<upstream, refine(features; plan_v)> for a `sokd.ops.Plan` of V plans."""
     kernels = kernels or library("refine")

@@ -50,7 +50,11 @@ class TracedLibrary(Library):
     def _watched(self, args: ctypes.Structure) -> dict[str, tuple[int, int]]:
         fields = {field[0]: getattr(args, field[0]) for field in args._fields_}
         maps = {name: value.pointer for name, value in fields.items() if isinstance(value, Map)}
-        maps |= {name: value for name, value in fields.items() if name in self.others and name not in maps}
+        maps |= {
+            name: value
+            for name, value in fields.items()
+            if name in self.others and name not in maps
+        }
         return {
             name: (pointer, self.others.get(name, self.map_bytes))
             for name, pointer in maps.items()

@@ -38,7 +38,9 @@ def unnamed(kernels: Library) -> None:
     perm = torch.arange(260)[None]
     perm[:, 0], perm[:, 1], perm[:, 259] = 259, 2, 0
     upstream = torch.randn(1, 260, 2, 3)
-    found = refine_backward(upstream, upstream, wants_features=True, perm=perm, kernels=kernels)["features"]
+    found = refine_backward(upstream, upstream, wants_features=True, perm=perm, kernels=kernels)[
+        "features"
+    ]
     assert found.isfinite().all(), "channels are left as they were"
     named = torch.equal(found[:, 0], upstream[:, 259])
     assert named and found[:, 1].eq(0).all(), "the wrong channels are cleared"
@@ -275,7 +277,15 @@ FAULTS = [
         "for (int count = 4, step = 8;",
         backward,
     ),
-    Fault("wrong group: all samples' blocks", "refine", 14, KERNEL, "(all ? 0 : g * each)", "0", backward),
+    Fault(
+        "wrong group: all samples' blocks",
+        "refine",
+        14,
+        KERNEL,
+        "(all ? 0 : g * each)",
+        "0",
+        backward,
+    ),
     Fault(
         "wrong slope",
         "refine",
@@ -357,7 +367,15 @@ FAULTS = [
         "own[i] = list[at];\n    }",
         areas,
     ),
-    Fault("ties to the greater index", "areas", 3, KERNEL, "flat < other.flat)", "flat > other.flat)", areas),
+    Fault(
+        "ties to the greater index",
+        "areas",
+        3,
+        KERNEL,
+        "flat < other.flat)",
+        "flat > other.flat)",
+        areas,
+    ),
     Fault(
         "off by one: the window's last row",
         "areas",
@@ -385,6 +403,22 @@ FAULTS = [
         "    if (threadIdx.x >= 32) return;\n    __syncthreads();\n    Peak<A> last",
         areas,
     ),
-    Fault("skipped tail: words past a four", "draw", 1, KERNEL, "|| first + i >= args.count", "", draws),
-    Fault("off by one: the first block of words", "draw", 1, KERNEL, "block - 1) * 4", "block) * 4", draws),
+    Fault(
+        "skipped tail: words past a four",
+        "draw",
+        1,
+        KERNEL,
+        "|| first + i >= args.count",
+        "",
+        draws,
+    ),
+    Fault(
+        "off by one: the first block of words",
+        "draw",
+        1,
+        KERNEL,
+        "block - 1) * 4",
+        "block) * 4",
+        draws,
+    ),
 ]

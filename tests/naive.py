@@ -77,7 +77,9 @@ def refine(features, theta=None, hole=None, sigma=None, perm=None, keep=None, se
             y0, x0, y1, x1 = of(hole, n)
             value = 0.0 if y0 <= y < y1 and x0 <= x < x1 else value
         if sigma is not None:
-            value += of(sigma, n) * normal(seed, n * features.shape[1] + c, y * features.shape[3] + x)
+            value += of(sigma, n) * normal(
+                seed, n * features.shape[1] + c, y * features.shape[3] + x
+            )
         out[n, c, y, x] = value
     return out
 
@@ -85,12 +87,17 @@ def refine(features, theta=None, hole=None, sigma=None, perm=None, keep=None, se
 def areas(heat, size, offset, k, kernel):  # type: ignore[no-untyped-def]
     """Coverage, boxes and scores of float64 maps."""
     batch, maps, height, width = heat.shape
-    coverage, boxes = np.zeros((batch, height, width)), np.tile(np.array([0, 0, -1, -1]), (batch, k, 1))
+    coverage, boxes = (
+        np.zeros((batch, height, width)),
+        np.tile(np.array([0, 0, -1, -1]), (batch, k, 1)),
+    )
     scores, reach = np.zeros((batch, k)), kernel // 2
     for n in range(batch):
         peaks = []
         for a, y, x in np.ndindex(maps, height, width):
-            window = heat[n, a, max(0, y - reach) : y + reach + 1, max(0, x - reach) : x + reach + 1]
+            window = heat[
+                n, a, max(0, y - reach) : y + reach + 1, max(0, x - reach) : x + reach + 1
+            ]
             if np.all(heat[n, a, y, x] >= window):  # false for a NaN on either side
                 peaks.append((-heat[n, a, y, x], (a * height + y) * width + x))
         for slot, (negative, flat) in enumerate(sorted(peaks)[:k]):

@@ -55,7 +55,9 @@ def pearson(u, v):
 
 
 def dist(student, teacher, beta=1.0, gamma=1.0, temperature=1.0):
-    p_s, p_t = (np.array([softmax(row, temperature) for row in rows]) for rows in (student, teacher))
+    p_s, p_t = (
+        np.array([softmax(row, temperature) for row in rows]) for rows in (student, teacher)
+    )
     batch, classes = p_s.shape
     inter = sum(pearson(p_s[b], p_t[b]) for b in range(batch)) / batch
     intra = sum(pearson(p_s[:, k], p_t[:, k]) for k in range(classes)) / classes
@@ -103,7 +105,8 @@ def attention(features, weight):
     """Q [H * W] of one sample."""
     channels, height, width = features.shape
     energy = [
-        (1.0 if weight is None else weight[y, x]) * sum(features[c, y, x] ** 2 for c in range(channels))
+        (1.0 if weight is None else weight[y, x])
+        * sum(features[c, y, x] ** 2 for c in range(channels))
         for y, x in np.ndindex(height, width)
     ]
     length = math.sqrt(sum(e * e for e in energy))
@@ -129,7 +132,9 @@ def similarity(features, weight):
 
 
 def sp(student, teacher, weight=None):
-    return ((similarity(student, weight) - similarity(teacher, weight)) ** 2).sum() / len(student) ** 2
+    return ((similarity(student, weight) - similarity(teacher, weight)) ** 2).sum() / len(
+        student
+    ) ** 2
 
 
 def huber(a, b):
@@ -150,12 +155,19 @@ def relations(points):
     def direction(i, j):
         return (points[j] - points[i]) / far[i, j] if far[i, j] > 0 else 0 * points[i]
 
-    turns = {(i, j, k): sum(direction(i, j) * direction(i, k)) for i in count for j in count for k in count}
+    turns = {
+        (i, j, k): sum(direction(i, j) * direction(i, k))
+        for i in count
+        for j in count
+        for k in count
+    }
     return {pair: d / mean for pair, d in far.items()}, turns
 
 
 def rkd(student, teacher, weight=None, distance=25.0, angle=50.0):
-    far, turns = zip(*(relations(embedding(each, weight)) for each in (student, teacher)), strict=True)
+    far, turns = zip(
+        *(relations(embedding(each, weight)) for each in (student, teacher)), strict=True
+    )
     distances = sum(huber(far[0][key], far[1][key]) for key in far[0]) / len(far[0])
     angles = sum(huber(turns[0][key], turns[1][key]) for key in turns[0]) / len(turns[0])
     return distance * distances + angle * angles

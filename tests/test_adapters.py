@@ -33,12 +33,16 @@ def test_the_convolution_matches_the_sizes_it_was_made_for(student, teacher, kin
     assert (adapter.match.kernel_size, adapter.match.stride) == (kernel, stride)
     features = torch.randn(2, 3, *student)
     assert adapter(features, teacher).shape == (2, 5, *teacher)
-    if kernel != (1, 1) or student == teacher:  # the convolution alone gives the size, nothing is resized
+    if (
+        kernel != (1, 1) or student == teacher
+    ):  # the convolution alone gives the size, nothing is resized
         assert adapter.match(features).shape == (2, 5, *teacher)
 
 
 @pytest.mark.parametrize("teacher", [(8, 8), (4, 4), (16, 16), (5, 7), (1, 1), (9, 3)])
-def test_without_sizes_one_adapter_serves_any_size_with_the_parameters_it_has_from_the_start(teacher):
+def test_without_sizes_one_adapter_serves_any_size_with_the_parameters_it_has_from_the_start(
+    teacher,
+):
     adapter = Adapter(3, 5)
     before = {name: id(parameter) for name, parameter in adapter.named_parameters()}
     out = adapter(torch.randn(2, 3, 8, 8), teacher)
@@ -74,7 +78,9 @@ def test_it_computes_three_convolutions_each_with_norm_and_relu():
     for conv, norm in zip(convs, norms, strict=True):
         want = F.conv2d(want, conv.weight, padding=conv.kernel_size[0] // 2)
         scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-        want = (want - norm.running_mean[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None]
+        want = (want - norm.running_mean[:, None, None]) * scale[:, None, None] + norm.bias[
+            :, None, None
+        ]
         want = want.clamp(min=0)
     torch.testing.assert_close(adapter(features, (2, 2)), want)
 

@@ -19,8 +19,13 @@ def maps(shape, dtype=torch.float32, layout="contiguous"):
     """heat, size and offset; the heat in sixths, so that many are equal."""
     batch, _, height, width = shape
     heat = (laid_out(shape, layout, torch.float64).sigmoid() * 6).round() / 6
-    size, offset = (laid_out((batch, 2, height, width), layout, torch.float64).sigmoid() for _ in range(2))
-    return [(part * scale).to(dtype) for part, scale in ((heat, 1), (size, max(height, width)), (offset, 1))]
+    size, offset = (
+        laid_out((batch, 2, height, width), layout, torch.float64).sigmoid() for _ in range(2)
+    )
+    return [
+        (part * scale).to(dtype)
+        for part, scale in ((heat, 1), (size, max(height, width)), (offset, 1))
+    ]
 
 
 def assert_same(actual, expected):
@@ -37,23 +42,29 @@ def test_naive_loops(k, kernel):
     coverage, boxes, scores = naive.areas(heat.numpy(), size.numpy(), offset.numpy(), k, kernel)
     actual = ops.areas(heat, size, offset, k=k, kernel=kernel)
     assert actual.boxes.tolist() == boxes.tolist()
-    assert actual.coverage.tolist() == coverage.tolist() and actual.scores.tolist() == scores.tolist()
+    assert (
+        actual.coverage.tolist() == coverage.tolist() and actual.scores.tolist() == scores.tolist()
+    )
 
 
 @pytest.mark.parametrize("mutual", [False, True])
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "shape", [(2, 3, 5, 7), (1, 1, 1, 1), (3, 2, 1, 9), (2, 17, 8, 8), (2, 100, 16, 16), (0, 3, 4, 4)]
+    "shape",
+    [(2, 3, 5, 7), (1, 1, 1, 1), (3, 2, 1, 9), (2, 17, 8, 8), (2, 100, 16, 16), (0, 3, 4, 4)],
 )
 def test_values(shape, dtype, layout, mutual):
     student, k = maps(shape, dtype, layout), min(8, math.prod(shape[1:]))
     teacher = tuple(maps(shape, dtype, layout)) if mutual else None
-    assert_same(ops.areas(*student, k=k, teacher=teacher), reference.areas(*student, k=k, teacher=teacher))
+    assert_same(
+        ops.areas(*student, k=k, teacher=teacher), reference.areas(*student, k=k, teacher=teacher)
+    )
 
 
 @pytest.mark.parametrize(
-    "shape, k, kernel", [((2, 5, 64, 50), 8, 3), ((1, 300, 7, 7), 100, 3), ((1, 2, 40, 40), 3200, 7)]
+    "shape, k, kernel",
+    [((2, 5, 64, 50), 8, 3), ((1, 300, 7, 7), 100, 3), ((1, 2, 40, 40), 3200, 7)],
 )
 def test_larger(shape, k, kernel):
     student, teacher = maps(shape), tuple(maps(shape))
@@ -139,7 +150,9 @@ def test_same_bits_for_any_number_of_threads(with_threads):
     student, teacher = maps((5, 40, 20, 21)), tuple(maps((5, 40, 20, 21)))
     first = with_threads(1, lambda: ops.areas(*student, k=30, teacher=teacher))
     for threads in (2, 3):
-        assert_same(with_threads(threads, lambda: ops.areas(*student, k=30, teacher=teacher)), first)
+        assert_same(
+            with_threads(threads, lambda: ops.areas(*student, k=30, teacher=teacher)), first
+        )
 
 
 @given(

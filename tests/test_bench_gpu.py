@@ -76,7 +76,9 @@ def test_a_wrong_answer_is_not_timed(
     assert "bench_gpu: areas, k = 8" in capsys.readouterr().err
 
 
-def test_a_case_too_large_for_the_device_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_case_too_large_for_the_device_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def large(*heads: Any, **options: Any) -> Any:
         raise torch.OutOfMemoryError("no room")
 
@@ -102,7 +104,11 @@ def test_the_goal_is_for_large_maps(
     work: str, channels: int, dtype: str, rate: str, goal: str | None
 ) -> None:
     case = Case(work, (64, channels, 56, 56), {}, dtype=dtype)
-    rows = [{"side": "sokd", "gb_per_s": rate}, {"side": "eager", "gb_per_s": rate}, {"side": "compile"}]
+    rows = [
+        {"side": "sokd", "gb_per_s": rate},
+        {"side": "eager", "gb_per_s": rate},
+        {"side": "compile"},
+    ]
     ours, eager, failed = bench_gpu.with_share(rows, case, 1000.0)
     assert ours["share_of_copy"] == f"{float(rate) / 1000:.3f}" and ours.get("goal") == goal
     assert "goal" not in eager and "share_of_copy" not in failed
@@ -111,7 +117,9 @@ def test_the_goal_is_for_large_maps(
 def test_the_device_is_busy_for_as_long_as_python_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the clock would show Python's time. The first call tells how long that is."""
     slept: list[int] = []
-    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=lambda other: 1.5)
+    event = SimpleNamespace(
+        record=lambda: None, synchronize=lambda: None, elapsed_time=lambda other: 1.5
+    )
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "_sleep", slept.append)

@@ -61,7 +61,9 @@ def test_a_script_with_its_checkpoints(tmp_path):
     def started():
         distiller = nn.DataParallel(made(method={"reviewkd": None, "kd": 1.0}))
         assert distiller.module.get_extra_parameters() > 0
-        optimiser = torch.optim.SGD(distiller.module.get_learnable_parameters(), lr=0.01, weight_decay=5e-4)
+        optimiser = torch.optim.SGD(
+            distiller.module.get_learnable_parameters(), lr=0.01, weight_decay=5e-4
+        )
         return distiller, optimiser
 
     def epoch_of(distiller, optimiser, epoch):
@@ -91,13 +93,18 @@ def test_a_script_with_its_checkpoints(tmp_path):
     assert torch.equal(alone.eval()(x)[0], expected)
 
 
-@pytest.mark.parametrize(("kind", "side"), [("CIFAR-100", 32), ("tiny_imagenet", 64), ("imagenet", 224)])
+@pytest.mark.parametrize(
+    ("kind", "side"), [("CIFAR-100", 32), ("tiny_imagenet", 64), ("imagenet", 224)]
+)
 def test_the_data_set_names_the_size(kind, side):
     student = Featured(models()[1])
     sizes = []
     student.register_forward_pre_hook(lambda module, args: sizes.append(tuple(args[0].shape)))
     MDistiller(
-        student, Featured(models()[0]), SimpleNamespace(DATASET=SimpleNamespace(TYPE=kind)), layers="net.stem"
+        student,
+        Featured(models()[0]),
+        SimpleNamespace(DATASET=SimpleNamespace(TYPE=kind)),
+        layers="net.stem",
     )
     assert sizes == [(2, 3, side, side)]
 
@@ -120,7 +127,9 @@ def test_crd_gets_the_size_of_the_training_set_and_the_indices():
     index, others = torch.arange(4), torch.zeros(4, 3, dtype=torch.int64)
     _, losses = distiller(image=x, target=y, index=index, contrastive_index=others)
     assert losses["loss_crd"].isfinite()
-    assert made(num_data=10).methods["fitnet"] is not None, "a method without that option is left alone"
+    assert made(num_data=10).methods["fitnet"] is not None, (
+        "a method without that option is left alone"
+    )
 
 
 def test_without_a_known_data_set_an_example_is_needed():

@@ -37,7 +37,9 @@ SHAPES = [  # batch, channels, height, width: and what each is for
     (0, 3, 4, 4),  # an empty batch
     (2, 3, 0, 4),  # an empty map
 ]
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+dtypes = pytest.mark.parametrize(
+    "dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch.")
+)
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
@@ -80,13 +82,21 @@ def test_refine_forward(dtype: torch.dtype, layout: str) -> None:
 def test_refine_backward(dtype: torch.dtype, layout: str) -> None:
     for shape in SHAPES:
         align = 16 if layout != "offset" else dtype.itemsize
-        for groups, parts in ((1, "thspk"), (shape[0], "thspk"), (1, "ihsk"), (shape[0], "ts"), (1, "p")):
+        for groups, parts in (
+            (1, "thspk"),
+            (shape[0], "thspk"),
+            (1, "ihsk"),
+            (shape[0], "ts"),
+            (1, "p"),
+        ):
             check_backward(shape, dtype, layout, groups, parts, align=align)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (2, 16, 8, 8), (1, 260, 4, 5)])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_a_channel_that_no_entry_of_perm_names_has_gradient_zero(layout: str, shape: tuple[int, ...]) -> None:
+def test_a_channel_that_no_entry_of_perm_names_has_gradient_zero(
+    layout: str, shape: tuple[int, ...]
+) -> None:
     """A perm that is no permutation is refused on the CPU; here nothing may be left as it was."""
     batch, channels = shape[:2]
     perm = torch.arange(channels).expand(batch, -1).clone()
@@ -124,7 +134,9 @@ def test_areas(dtype: torch.dtype, layout: str) -> None:
             check_areas(shape, dtype, layout, min(k, cells), kernel, mutual, levels, align=align)
 
 
-@pytest.mark.parametrize("n", [0, 1, 3, 4, 5, 1019, 1020, 1021, 3000])  # about a block's end, and several
+@pytest.mark.parametrize(
+    "n", [0, 1, 3, 4, 5, 1019, 1020, 1021, 3000]
+)  # about a block's end, and several
 def test_draw(n: int) -> None:
     check_draw(n)
 
@@ -142,14 +154,19 @@ def test_noise_has_the_bits_of_the_cpu_kernel(layout: str) -> None:
 def test_no_order_of_threads_and_blocks_changes_a_bit(layout: str) -> None:
     shape, results = (2, 12, 9, 8), []
     torch.manual_seed(3)
-    features, upstream = laid_out(shape, layout, torch.float32), laid_out(shape, layout, torch.float32)
+    features, upstream = (
+        laid_out(shape, layout, torch.float32),
+        laid_out(shape, layout, torch.float32),
+    )
     theta, sigma = torch.eye(2, 3)[None] + 0.1 * torch.randn(1, 2, 3), torch.ones(1)
     maps = heads((1, 30, 9, 8), torch.float32, layout, 2)
     try:
         for schedule in SCHEDULES:
             for operator in ("refine", "areas", "masked_mse"):
                 library(operator).schedule = schedule
-            gradients = refine_backward(upstream, features, theta, sigma, wants_features=True, seed=1)
+            gradients = refine_backward(
+                upstream, features, theta, sigma, wants_features=True, seed=1
+            )
             loss, d_student = masked_mse(features, upstream)
             results.append(
                 [
@@ -196,17 +213,26 @@ def test_corners_outside_count_nothing_whatever_lies_there() -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("entry", [-1, 4, 2**40])
-def test_a_perm_outside_the_channels_makes_nan_of_its_channel_alone(entry: int, layout: str) -> None:
+def test_a_perm_outside_the_channels_makes_nan_of_its_channel_alone(
+    entry: int, layout: str
+) -> None:
     features = laid_out((1, 4, 4, 4), layout, torch.float32)
     perm = torch.tensor([[2, 1, entry, 0]])
     refined = refine(features, perm=perm, sigma=torch.ones(1))
     assert refined[:, 2].isnan().all() and not refined[:, [0, 1, 3]].isnan().any()
-    assert refine_backward(features, features, torch.eye(2, 3)[None], perm=perm)["theta"].isnan().any()
+    assert (
+        refine_backward(features, features, torch.eye(2, 3)[None], perm=perm)["theta"].isnan().any()
+    )
 
 
 @pytest.mark.parametrize(
     "theta",
-    [[[0, 0, 0], [0, 0, 0]], [[1, 1, 0], [1, 1, 0]], [[1e-7, 0, 0], [0, 1, 0]], [[3, 0, 0.2], [0, 0.1, 0]]],
+    [
+        [[0, 0, 0], [0, 0, 0]],
+        [[1, 1, 0], [1, 1, 0]],
+        [[1e-7, 0, 0], [0, 1, 0]],
+        [[3, 0, 0.2], [0, 0.1, 0]],
+    ],
 )
 def test_the_adjoint_of_a_theta_without_a_good_inverse(theta: list[list[float]]) -> None:
     features, matrix = (
@@ -263,5 +289,7 @@ def test_the_address_sanitiser_finds_nothing() -> None:
         "LD_PRELOAD": asan,
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:handle_segv=0",
     }
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0 and "clean" in done.stdout, done.stderr[-3000:]

@@ -24,13 +24,17 @@ def test_is_caught(fault: Fault) -> None:
     torch.manual_seed(1)
     fault.check(library(fault.operator))  # the source as it is passes
     flags = ("-DSOKD_DTYPES=1", f"-DSOKD_KERNELS={fault.kernels}", "-O0")
-    kernels = Library(build(fault.operator, mutate=(fault.file, fault.text, fault.other), flags=flags))
+    kernels = Library(
+        build(fault.operator, mutate=(fault.file, fault.text, fault.other), flags=flags)
+    )
     for schedule in SCHEDULES:
         kernels.schedule = schedule
         torch.manual_seed(1)
         try:
             fault.check(kernels)
         except (AssertionError, EmulatorError) as error:
-            print(f"caught | {fault.operator} | {fault.name} | {schedule} | {str(error).splitlines()[0]}")
+            print(
+                f"caught | {fault.operator} | {fault.name} | {schedule} | {str(error).splitlines()[0]}"
+            )
             return
     pytest.fail(f"not caught under any schedule: {fault.name}")

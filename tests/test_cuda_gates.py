@@ -40,11 +40,15 @@ def compiled() -> dict[int, Kernels]:
 
     def job(architecture: int, operator: str) -> Kernels:
         cubin = compile_cubin(operator, architecture)
-        return disassembled(cubin) if architecture in READ and tool("cuobjdump") else resources(cubin)
+        return (
+            disassembled(cubin) if architecture in READ and tool("cuobjdump") else resources(cubin)
+        )
 
     found: dict[int, Kernels] = {architecture: {} for architecture, _ in jobs}
     with ThreadPoolExecutor(2) as pool:
-        for (architecture, _), kernels in zip(jobs, pool.map(job, *zip(*jobs, strict=True)), strict=True):
+        for (architecture, _), kernels in zip(
+            jobs, pool.map(job, *zip(*jobs, strict=True)), strict=True
+        ):
             found[architecture] |= kernels
     return found
 
@@ -55,7 +59,9 @@ def test_every_needed_architecture_is_compiled_for(compiled: dict[int, Kernels])
 
 def test_every_kernel_is_there_that_the_emulator_runs(compiled: dict[int, Kernels]) -> None:
     names = {name for operator in OPERATORS for name in library(operator).names()}
-    assert len(names) == 6 * 8 + 4 + 4 + 5 + 1  # dtypes times orders; areas_pick; scale; second stages; draw
+    assert (
+        len(names) == 6 * 8 + 4 + 4 + 5 + 1
+    )  # dtypes times orders; areas_pick; scale; second stages; draw
     for architecture, kernels in compiled.items():
         assert set(kernels) == names, architecture
 
@@ -76,7 +82,8 @@ def test_registers_leave_room_for_half_of_the_warps(compiled: dict[int, Kernels]
         (architecture, name): kernel.registers
         for architecture, kernels in compiled.items()
         for name, kernel in kernels.items()
-        if kernel.registers == 0 or kernel.occupancy(architecture) < (0.25 if "f64" in name else 0.5)
+        if kernel.registers == 0
+        or kernel.occupancy(architecture) < (0.25 if "f64" in name else 0.5)
     }
     assert low == {}
 

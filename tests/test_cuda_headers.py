@@ -23,7 +23,13 @@ NUMBERS = {
         "CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
     ],
 }  # fmt: skip
-TYPES = {"c_int": "int", "c_uint": "unsigned", "c_char": "char", "c_void": "void", "usize": "size_t"}
+TYPES = {
+    "c_int": "int",
+    "c_uint": "unsigned",
+    "c_char": "char",
+    "c_void": "void",
+    "usize": "size_t",
+}
 
 # Whether a type of Rust's (R) is passed as the header's (C): the same type; an int for an enum; a Handle for
 # a pointer to something that the header does not show.
@@ -89,7 +95,9 @@ def program(header: str, source: str, result: str) -> str:
 
 
 def numbers(source: str) -> dict[str, tuple[str, str]]:
-    found = re.findall(r"^const (\w+): (?:c_int = (\d+)|\[c_int; \d\] = \[([\d, ]+)\]);", source, re.M)
+    found = re.findall(
+        r"^const (\w+): (?:c_int = (\d+)|\[c_int; \d\] = \[([\d, ]+)\]);", source, re.M
+    )
     return {name: (number, several) for name, number, several in found}
 
 

@@ -127,8 +127,12 @@ def test_a_driver_that_lacks_a_function_is_no_driver(tmp_path: Path) -> None:
 
 
 def test_without_nvrtc_the_reference_serves(mock: dict[str, str]) -> None:
-    printed = _fresh(WITH_NVRTC.format(names=["libnvrtc.so.nowhere", "/nowhere/libnvrtc.so"]), **mock)
-    assert printed.startswith("['cpu'] no NVRTC here: libnvrtc.so.nowhere: cannot open shared object file")
+    printed = _fresh(
+        WITH_NVRTC.format(names=["libnvrtc.so.nowhere", "/nowhere/libnvrtc.so"]), **mock
+    )
+    assert printed.startswith(
+        "['cpu'] no NVRTC here: libnvrtc.so.nowhere: cannot open shared object file"
+    )
 
 
 def test_a_kernel_that_does_not_compile_shows_the_log(mock: dict[str, str], tmp_path: Path) -> None:
@@ -159,6 +163,9 @@ def test_other_vendors_keep_the_reference_path(monkeypatch: pytest.MonkeyPatch) 
     config.why_no_cuda.cache_clear()
     try:
         assert config.why_no_cuda() == "this torch is not built for CUDA"
-        assert "no kernels (this torch is not built for CUDA): the reference path serves" in config.describe()
+        assert (
+            "no kernels (this torch is not built for CUDA): the reference path serves"
+            in config.describe()
+        )
     finally:
         config.why_no_cuda.cache_clear()

@@ -45,7 +45,10 @@ def works(dtype: torch.dtype, order: str) -> Iterator[Work]:
 
     pair, heads, weight = maps(2), (*maps(1), *maps(2, 2)), torch.rand(SHAPE[0], *SHAPE[2:])
     one, flat = pair[:1], (pair[0].flatten(),)
-    forward, backward = ("refine", "refine_forward", refine), ("refine", "refine_backward", refine_backward)
+    forward, backward = (
+        ("refine", "refine_forward", refine),
+        ("refine", "refine_backward", refine_backward),
+    )
     adjoint = ("refine", "refine_adjoint", refine_backward)
     plans = ops.Plan(theta=torch.stack([THETA] * 3))
     moved, noisy = {"theta": THETA}, {"theta": THETA, "sigma": SIGMA}
@@ -55,14 +58,24 @@ def works(dtype: torch.dtype, order: str) -> Iterator[Work]:
     yield Work("refine forward, with noise", *forward, one, noisy, once=False)
     yield Work("refine backward: theta, sigma, straight", *backward, pair, noisy, once=False)
     yield Work("refine backward: straight alone", *backward, pair, {"straight": SIGMA})
-    yield Work("refine backward: features", *adjoint, pair, noisy | {"wants_features": True}, once=False)
-    yield Work("refine_dots, V plans", "refine", "refine_dots", refine_dots, (*pair, plans), {}, once=False)
+    yield Work(
+        "refine backward: features", *adjoint, pair, noisy | {"wants_features": True}, once=False
+    )
+    yield Work(
+        "refine_dots, V plans", "refine", "refine_dots", refine_dots, (*pair, plans), {}, once=False
+    )
     yield Work("masked_mse, loss and gradient", *loss, (*pair, weight), {})
     yield Work("masked_mse, loss alone", *loss, (*pair, weight), {"gradient": False})
     yield Work("masked_mse_scale, upstream one", *by, (*flat, 1.0), {})
     yield Work("masked_mse_scale, another upstream", *by, (*flat, 3.0), {})
     yield Work(
-        "areas, heads 64 x 100 x 56 x 56 (80.3 MB)", "areas", "areas_scan", areas, heads, {}, once=False
+        "areas, heads 64 x 100 x 56 x 56 (80.3 MB)",
+        "areas",
+        "areas_scan",
+        areas,
+        heads,
+        {},
+        once=False,
     )
 
 
@@ -79,7 +92,11 @@ ROWS = [work.row for work in works(torch.float32, "planes")]
 def traffic(work: Work) -> tuple[int, list[Traffic]]:
     """The bytes of a map, and what the launch did with each of its maps but the weight."""
     size = work.given[0].numel() * work.given[0].element_size()
-    few = {f"{part}{of}": size // SHAPE[1] * 2 for part in ("size", "offset") for of in ("", "_teacher")}
+    few = {
+        f"{part}{of}": size // SHAPE[1] * 2
+        for part in ("size", "offset")
+        for of in ("", "_teacher")
+    }
     few["weight"] = torch.Size(SHAPE).numel() // SHAPE[1] * 4
     library = TracedLibrary(work.operator, size, gradient=size, **few)
     work.launch(*work.given, **work.options, kernels=library, align=64)

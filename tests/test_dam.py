@@ -16,7 +16,9 @@ def maps_written_out(dam: DAM, features: torch.Tensor) -> dict[str, torch.Tensor
     raw = {}
     for index, name in enumerate(("heat", "offset", "size")):
         rows = slice(index * channels, (index + 1) * channels)
-        hidden = F.conv2d(features, dam.first.weight[rows], dam.first.bias[rows], padding=1).clamp(min=0)
+        hidden = F.conv2d(features, dam.first.weight[rows], dam.first.bias[rows], padding=1).clamp(
+            min=0
+        )
         head = getattr(dam, name)
         raw[name] = F.conv2d(hidden, head.weight, head.bias)
     if dam.heads == "paper":
@@ -31,7 +33,8 @@ def maps_written_out(dam: DAM, features: torch.Tensor) -> dict[str, torch.Tensor
 
 def agreement_written_out(dam: DAM, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     sides = [
-        torch.cat(list(maps_written_out(dam, side).values()), dim=1) for side in (student, teacher.detach())
+        torch.cat(list(maps_written_out(dam, side).values()), dim=1)
+        for side in (student, teacher.detach())
     ]
     return (sides[0] - sides[1]).square().mean()
 
@@ -107,7 +110,9 @@ def test_areas_come_from_the_maps_named(whose):
     assert torch.equal(found.boxes, want.boxes)
     assert torch.equal(found.coverage, want.coverage)
     assert (
-        not found.coverage.requires_grad and not found.weight.requires_grad and not found.heat.requires_grad
+        not found.coverage.requires_grad
+        and not found.weight.requires_grad
+        and not found.heat.requires_grad
     )
 
 

@@ -77,14 +77,17 @@ class _Evil:
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        data.MissingData, match=r"^load_array: file must hold a plain numpy array, got posix.system$"
+        data.MissingData,
+        match=r"^load_array: file must hold a plain numpy array, got posix.system$",
     ):
         data.load_array(_write(tmp_path / "evil.gz", _Evil()))
 
 
 @pytest.mark.parametrize("thing", [[1, 2], np.array([{}], dtype=object)])
 def test_a_pickle_of_something_else_is_refused(tmp_path: Path, thing: Any) -> None:
-    with pytest.raises(data.MissingData, match=r"^load_array: file must hold a numeric array, got "):
+    with pytest.raises(
+        data.MissingData, match=r"^load_array: file must hold a numeric array, got "
+    ):
         data.load_array(_write(tmp_path / "other.gz", thing))
 
 
@@ -92,9 +95,12 @@ def test_duplicates_go_before_the_split() -> None:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 255, (100, 4, 4)).astype(np.uint8)
     twice, labels = np.concatenate([images, images[::-1]]), np.arange(100) % 4
-    made = data.from_arrays("x", twice, np.concatenate([labels, labels[::-1]]), (50, 20), tuple("abcd"))
+    made = data.from_arrays(
+        "x", twice, np.concatenate([labels, labels[::-1]]), (50, 20), tuple("abcd")
+    )
     parts = [
-        {image.numpy().tobytes() for image in part[0]} for part in (made.train, made.validation, made.test)
+        {image.numpy().tobytes() for image in part[0]}
+        for part in (made.train, made.validation, made.test)
     ]
     assert [len(part) for part in parts] == [50, 20, 30]
     assert made.duplicates == 100
@@ -115,7 +121,8 @@ def test_the_split_is_stratified_seeded_and_whole() -> None:
 
 def test_a_split_without_a_test_part_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"^stratified_split: sizes must be positive and leave some of 10 images, got"
+        ValueError,
+        match=r"^stratified_split: sizes must be positive and leave some of 10 images, got",
     ):
         data.stratified_split(np.zeros(10, dtype=np.int64), (8, 2))
 
@@ -151,7 +158,9 @@ def test_a_missing_package_is_one_line_that_says_how_to_install_it(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(data.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(data.MissingData, match=r"^data: package \w+ must be installed: pip install "):
+    with pytest.raises(
+        data.MissingData, match=r"^data: package \w+ must be installed: pip install "
+    ):
         data.load(name)
     monkeypatch.setattr("sokd.demo.__main__.NEEDED", ())
     assert main(["--dataset", name, "--save", str(tmp_path)]) == 2
@@ -174,13 +183,18 @@ def test_models_return_logits_and_a_feature_map(side: int) -> None:
 
 
 def test_the_default_sizes_are_as_the_readme_says() -> None:
-    assert 3e5 < models.parameter_count(models.build_teacher("base", classes=10, image_side=28)) < 5e5
-    assert 4e3 < models.parameter_count(models.build_student("small", classes=10, image_side=28)) < 6e3
+    assert (
+        3e5 < models.parameter_count(models.build_teacher("base", classes=10, image_side=28)) < 5e5
+    )
+    assert (
+        4e3 < models.parameter_count(models.build_student("small", classes=10, image_side=28)) < 6e3
+    )
 
 
 def test_unknown_sizes_are_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"^build_teacher: size must be one of tiny, small, base, large, got 'huge'$"
+        ValueError,
+        match=r"^build_teacher: size must be one of tiny, small, base, large, got 'huge'$",
     ):
         models.build_teacher("huge", classes=2, image_side=8)
     with pytest.raises(
@@ -207,7 +221,9 @@ def test_kd_is_its_formula(task: train.Task) -> None:
     method, batch = _method(task, methods.METHODS["kd"], {"weight": 0.7}), _batch(task)
     logits = method.distiller.student(batch.images)[0].double()
     t, said = 4.0, task.logits[batch.rows].double()
-    p, q = (torch.exp(each / t) / torch.exp(each / t).sum(1, keepdim=True) for each in (said, logits))
+    p, q = (
+        torch.exp(each / t) / torch.exp(each / t).sum(1, keepdim=True) for each in (said, logits)
+    )
     expected = F.cross_entropy(logits, batch.labels) + 0.7 * t * t * (p * (p / q).log()).sum() / 16
     torch.testing.assert_close(method.loss(batch).double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -216,8 +232,12 @@ def test_fitnet_is_its_formula(task: train.Task) -> None:
     method, batch = _method(task, methods.METHODS["fitnet"], {"weight": 2.5}), _batch(task)
     logits, features = method.distiller.student(batch.images)
     assert method.distiller.adapters is not None
-    difference = method.distiller.adapters[0](features, task.features.shape[2:]) - task.features[batch.rows]
-    expected = F.cross_entropy(logits, batch.labels) + 2.5 * (difference**2).sum() / difference.numel()
+    difference = (
+        method.distiller.adapters[0](features, task.features.shape[2:]) - task.features[batch.rows]
+    )
+    expected = (
+        F.cross_entropy(logits, batch.labels) + 2.5 * (difference**2).sum() / difference.numel()
+    )
     torch.testing.assert_close(method.loss(batch), expected)
 
 
@@ -316,7 +336,10 @@ def _run(method: str, seed: int, test: list[float], validation: list[float]) -> 
 
 def test_the_table_names_last_and_best_epoch() -> None:
     # the best epoch is the one that validation picks (0.7, the second), not the best on the test part (0.9)
-    made = [_run("kd", 0, [0.9, 0.6, 0.5], [0.1, 0.7, 0.7]), _run("kd", 1, [0.1, 0.8, 0.7], [0.1, 0.7, 0.2])]
+    made = [
+        _run("kd", 0, [0.9, 0.6, 0.5], [0.1, 0.7, 0.7]),
+        _run("kd", 1, [0.1, 0.8, 0.7], [0.1, 0.7, 0.2]),
+    ]
     (row,) = table.summarise(made)
     assert (row.last, row.best, row.runs) == (pytest.approx(60), pytest.approx(70), 2)
     assert row.last_sd == pytest.approx(100 * 0.2 / math.sqrt(2))
@@ -333,7 +356,9 @@ def test_a_single_run_has_no_deviation(tmp_path: Path) -> None:
     assert line["last_mean"] == "50.000" and line["last_sd"] == ""
 
 
-def test_tuning_looks_at_the_validation_part_alone(task: train.Task, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_looks_at_the_validation_part_alone(
+    task: train.Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[train.Run] = []
 
     def spy(jobs: list[train.Job], task: train.Task, **_: Any) -> list[train.Run]:
@@ -358,7 +383,9 @@ def test_pictures_are_written(task: train.Task, runs: dict[str, train.Run], tmp_
 
 
 def test_areas_need_a_dam(task: train.Task, runs: dict[str, train.Run], tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"^areas: subject must be a SoKD or a Distiller with a DAM, got "):
+    with pytest.raises(
+        TypeError, match=r"^areas: subject must be a SoKD or a Distiller with a DAM, got "
+    ):
         pictures.areas(runs["fitnet"], task, tmp_path / "a.png")
 
 
@@ -379,11 +406,12 @@ def test_the_whole_demo_side_by_side_and_the_teacher_reused(
     options.workers = 1
     second = flow.demo(made, options)
     assert "teacher: reused from" in capsys.readouterr().out
-    assert [run.test for run in first] == [run.test for run in second]  # processes or not, the same numbers
-    assert [line["method"] for line in csv.DictReader((tmp_path / "table.csv").read_text().splitlines())] == [
-        "student",
-        "kd",
-    ]
+    assert [run.test for run in first] == [
+        run.test for run in second
+    ]  # processes or not, the same numbers
+    assert [
+        line["method"] for line in csv.DictReader((tmp_path / "table.csv").read_text().splitlines())
+    ] == ["student", "kd"]
 
 
 def test_help_names_every_option() -> None:

@@ -18,7 +18,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[train.Task, Path
     folder = tmp_path_factory.mktemp("compare")
     made, solver = data.synthetic(count=120, side=12), train.Solver(epochs=2, batch=15)
     with train.threads(1), pytest.MonkeyPatch.context() as patch:
-        task = train.prepare(made, train.train_teacher(made, "tiny", solver, quiet=True), "tiny", solver)
+        task = train.prepare(
+            made, train.train_teacher(made, "tiny", solver, quiet=True), "tiny", solver
+        )
         _only(patch)
         _run(task, folder)
     return task, folder
@@ -33,7 +35,9 @@ def _run(task: train.Task, folder: Path) -> None:
 def _only(patch: pytest.MonkeyPatch) -> None:
     names = ("kd", "at")
     patch.setattr(compare, "PLAIN", {name: methods.PLAIN[name] for name in names})
-    patch.setattr(compare, "ON_TOP", {f"{name}+sokd": methods.ON_TOP[f"{name}+sokd"] for name in names})
+    patch.setattr(
+        compare, "ON_TOP", {f"{name}+sokd": methods.ON_TOP[f"{name}+sokd"] for name in names}
+    )
 
 
 def test_every_method_and_variant_has_as_many_trials(finished: tuple[train.Task, Path]) -> None:
@@ -43,9 +47,9 @@ def test_every_method_and_variant_has_as_many_trials(finished: tuple[train.Task,
     for method in methods_run:
         tried = [row for row in rows if row["method"] == method and row["part"] == "trial"]
         assert len(tried) == 3 and {row["seed"] for row in tried} == {"100"}
-        assert [row["seed"] for row in rows if row["method"] == method and row["part"] == "table"] == list(
-            "012"
-        )
+        assert [
+            row["seed"] for row in rows if row["method"] == method and row["part"] == "table"
+        ] == list("012")
 
 
 def test_trials_do_not_look_at_the_test_part(finished: tuple[train.Task, Path]) -> None:

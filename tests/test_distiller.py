@@ -79,7 +79,10 @@ def test_where_no_method_looks_at_features_sokd_does(method):
 
 
 def test_kd_alone_needs_no_layer():
-    distiller, (x, y) = make(method={"kd": 2.0}, sokd=False, layers="nowhere", example=None), batch()
+    distiller, (x, y) = (
+        make(method={"kd": 2.0}, sokd=False, layers="nowhere", example=None),
+        batch(),
+    )
     logits, losses = distiller(x, y)
     with torch.no_grad():
         theirs = distiller.teacher(x)
@@ -207,7 +210,9 @@ def test_the_dry_run_leaves_no_trace():
 def test_the_first_batch_serves_as_example():
     lazy = make(example=None)
     for use in (lambda: list(lazy.parameters()), lambda: lazy.load_state_dict({})):
-        with pytest.raises(RuntimeError, match="Distiller: parameters must be asked for once the shapes are"):
+        with pytest.raises(
+            RuntimeError, match="Distiller: parameters must be asked for once the shapes are"
+        ):
             use()
     torch.manual_seed(7)
     value, other = objective(lazy), make(example=None)
@@ -241,7 +246,9 @@ def test_a_distiller_that_waits_can_be_shown_and_looked_at():
 def test_logits_are_found(form, where, task):
     teacher, student = (Answering(net, form) for net in models())
     layers = ["net.stage1", "net.stage2"]
-    distiller = make(models=(teacher, student), layers=layers, method="kd", sokd=False, logits=where)
+    distiller = make(
+        models=(teacher, student), layers=layers, method="kd", sokd=False, logits=where
+    )
     logits, losses = distiller(*batch())
     _, plain = make(method="kd", sokd=False)(*batch())
     torch.testing.assert_close(losses["loss_kd"], plain["loss_kd"])
@@ -258,9 +265,7 @@ def test_features_beside_the_logits(features, shape):
     twofold = [Answering(net, lambda z: (features(z), z)) for net in models()]
     given = {"models": twofold, "layers": "net.stage1", "sokd": False}
     got = f"tuple of float32 {shape}, float32 [4, 5]"
-    text = (
-        f"logits must be in what the student returns (name them by logits=, or the loss by task=), got {got}"
-    )
+    text = f"logits must be in what the student returns (name them by logits=, or the loss by task=), got {got}"
     with pytest.raises(TypeError) as caught:
         objective(make(**given))
     assert str(caught.value) == f"Distiller: {text}"
@@ -271,7 +276,9 @@ def test_features_beside_the_logits(features, shape):
     _, losses = make(**given, method={"fitnet": None, "kd": None}, logits=1)(*batch())
     _, plain = make(layers="stage1", sokd=False, method="kd")(*batch())
     assert torch.equal(losses["loss_kd"], plain["loss_kd"])
-    assert make(**given)(batch()[0])[1].keys() == {"loss_fitnet"}, "where none are asked for none are missed"
+    assert make(**given)(batch()[0])[1].keys() == {"loss_fitnet"}, (
+        "where none are asked for none are missed"
+    )
 
 
 def test_logits_named_for_one_of_two_models():
@@ -320,7 +327,10 @@ class Keyworded(nn.Module):
 
     def forward(self, pixel_values, labels=None):
         logits = self.net(pixel_values)
-        return {"loss": None if labels is None else F.cross_entropy(logits, labels), "logits": logits}
+        return {
+            "loss": None if labels is None else F.cross_entropy(logits, labels),
+            "logits": logits,
+        }
 
 
 def test_a_dict_of_keywords():

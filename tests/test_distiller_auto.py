@@ -55,7 +55,9 @@ class Inverted(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         wide = nn.Sequential(nn.Conv2d(inputs, 4 * outputs, 1), nn.ReLU(inplace=True))
-        self.conv = nn.Sequential(wide, nn.Conv2d(4 * outputs, outputs, 3, 2, 1), nn.BatchNorm2d(outputs))
+        self.conv = nn.Sequential(
+            wide, nn.Conv2d(4 * outputs, outputs, 3, 2, 1), nn.BatchNorm2d(outputs)
+        )
 
     def forward(self, x):
         return self.conv(x)
@@ -79,7 +81,10 @@ class Segmenting(nn.Module):
 
     def __init__(self, width: int, act: nn.Module | None = None, classes: int = CLASSES) -> None:
         super().__init__()
-        self.enc, self.mid = Net._stage(3, width, 1, True, True), Net._stage(width, 2 * width, 2, True, True)
+        self.enc, self.mid = (
+            Net._stage(3, width, 1, True, True),
+            Net._stage(width, 2 * width, 2, True, True),
+        )
         self.up, self.dec = (
             nn.ConvTranspose2d(2 * width, width, 2, 2),
             Net._stage(2 * width, width, 1, True, True),
@@ -97,7 +102,10 @@ class Summed(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.body, self.head = Net(width).stem, nn.ModuleDict({k: nn.Conv2d(width, 5, 1) for k in "ab"})
+        self.body, self.head = (
+            Net(width).stem,
+            nn.ModuleDict({k: nn.Conv2d(width, 5, 1) for k in "ab"}),
+        )
         self.head.forward = lambda z: self.head["a"](z) + self.head["b"](z)
 
     def forward(self, x):
@@ -114,7 +122,9 @@ class Summed(nn.Module):
             ["net.mid", "net.dec"],
         ),
         (
-            lambda width: Answering(Segmenting(width), lambda z: {"aux": z.mean((1, 2, 3)), "out": z}),
+            lambda width: Answering(
+                Segmenting(width), lambda z: {"aux": z.mean((1, 2, 3)), "out": z}
+            ),
             ["net.mid", "net.dec"],
         ),
         (Summed, ["body"]),
@@ -134,7 +144,9 @@ def test_auto_takes_the_output_of_models_that_give_features():
         return nn.Sequential(Net._stage(3, 4, 1, True, False), nn.Conv2d(4, 8, 3, 2, 1), *last)
 
     def last(make_net, method="at", **options):
-        return make(models=(make_net(), make_net()), layers="auto", method=method, **options).pairs[-1]
+        return make(models=(make_net(), make_net()), layers="auto", method=method, **options).pairs[
+            -1
+        ]
 
     assert last(lambda: net(nn.ReLU())) == ("2", "2")
     assert last(lambda: net(nn.BatchNorm2d(8))) == ("2", "2")
@@ -159,7 +171,9 @@ def test_auto_reads_maps_in_their_order():
     pairs = make(models=(ChannelsLast(), ChannelsLast()), layers="auto", method="at").pairs
     assert pairs == [("patch", "patch")]
     teacher, _ = models()
-    distiller = make(models=(teacher, ChannelsLast()), layers="auto", method="at", student_order="BHWC")
+    distiller = make(
+        models=(teacher, ChannelsLast()), layers="auto", method="at", student_order="BHWC"
+    )
     assert distiller.pairs == [("block", "stage2")]
     assert distiller.features(batch()[0])[0][0].shape == (4, 6, 4, 4)
 
@@ -189,7 +203,11 @@ class Attending(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.patch, self.attention, self.block = nn.Conv2d(3, 4, 4, 4), nn.Identity(), nn.Linear(4, 4)
+        self.patch, self.attention, self.block = (
+            nn.Conv2d(3, 4, 4, 4),
+            nn.Identity(),
+            nn.Linear(4, 4),
+        )
         self.twice, self.pool = nn.Identity(), nn.AdaptiveAvgPool2d(1)
 
     def forward(self, x):

@@ -78,7 +78,9 @@ def rank_of_two(rank: int, folder: str) -> None:
         torch.save(_work(rank), f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
-    os._exit(0)  # DDP's destructor holds the GIL and may wait for ever for gloo's thread, which wants it
+    os._exit(
+        0
+    )  # DDP's destructor holds the GIL and may wait for ever for gloo's thread, which wants it
 
 
 def _work(rank: int) -> dict[str, Any]:
@@ -100,7 +102,10 @@ def _work(rank: int) -> dict[str, Any]:
         draws.append(policy.draw_at(policy.seed, policy.counter, len(x)).uniforms)
     found |= {"seeds": seeds, "draws": torch.cat(draws), "chi": searched(subject, x, y)}
     found |= {"inside": _wrapped_inside(), "logits only": _logits_only(x, y)}
-    found |= {"options": [_parallel(x, y, **options) for options in OPTIONS], "sharded": _sharded(x, y)}
+    found |= {
+        "options": [_parallel(x, y, **options) for options in OPTIONS],
+        "sharded": _sharded(x, y),
+    }
     return found | {"crd": contrasted(rank, RANKS), "crd by name": _crd_by_name(rank)}
 
 
@@ -157,7 +162,11 @@ def contrasted(rank: int, ranks: int) -> dict[str, Any]:
     wrapped = DistributedDataParallel(loss) if ranks > 1 else loss
     found = []
     for step in range(4):
-        students, teachers, others = torch.randn(4, 3), torch.randn(4, 4), torch.randint(0, 12, (4, 5))
+        students, teachers, others = (
+            torch.randn(4, 3),
+            torch.randn(4, 4),
+            torch.randint(0, 12, (4, 5)),
+        )
         whole = (students, teachers, torch.tensor([1, 7, 4 + step, 0]), others)
         loss.zero_grad()
         own = [part[: 0 if rank else 4] if step == 3 else part.chunk(ranks)[rank] for part in whole]
@@ -169,7 +178,12 @@ def contrasted(rank: int, ranks: int) -> dict[str, Any]:
 def _crd_by_name(rank: int) -> dict[str, torch.Tensor]:
     """A Distiller with CRD whose ranks have two samples each, then one and two."""
     subject = make(
-        models=models(norm=False), layers="stage2", method="crd", sokd=False, num_samples=11, negatives=4
+        models=models(norm=False),
+        layers="stage2",
+        method="crd",
+        sokd=False,
+        num_samples=11,
+        negatives=4,
     )
     wrapped = DistributedDataParallel(subject)
     x, y = (part.chunk(RANKS)[rank] for part in batch(SAMPLES))
@@ -181,14 +195,21 @@ def _crd_by_name(rank: int) -> dict[str, torch.Tensor]:
     crd = subject.methods["crd"].loss
     changed = (crd.student_bank != before).any(1)
     others = crd.negatives.eval()(torch.tensor([0, 1]))
-    return {"bank": crd.student_bank, "changed": changed, "z": crd.log_normaliser, "negatives": others}
+    return {
+        "bank": crd.student_bank,
+        "changed": changed,
+        "z": crd.log_normaliser,
+        "negatives": others,
+    }
 
 
 def _logits_only(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
     """A student wrapped inside is right where nothing else is trained, and its layers are found."""
     teacher, student = models(norm=False)
     subject = make(
-        models=(teacher, DistributedDataParallel(student)), method={"sp": 0.0, "kd": 1.0}, sokd=False
+        models=(teacher, DistributedDataParallel(student)),
+        method={"sp": 0.0, "kd": 1.0},
+        sokd=False,
     )
     objective(subject, x, y).backward()
     return [parameter.grad for parameter in student.parameters()]
@@ -216,7 +237,9 @@ def test_gradients_are_those_of_the_whole_batch(ranks):
     assert sum(gradient.abs().sum() > 0 for gradient in expected.values()) > 15
 
 
-@pytest.mark.parametrize("place", range(len(OPTIONS)), ids=[", ".join(options) for options in OPTIONS])
+@pytest.mark.parametrize(
+    "place", range(len(OPTIONS)), ids=[", ".join(options) for options in OPTIONS]
+)
 def test_the_wrappers_own_options(ranks, place):
     check_whole([found["options"][place] for found in ranks])
 
@@ -246,7 +269,9 @@ def test_the_search_moves_one_policy(ranks):
     assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
     start = chi(distiller())
     assert all(not torch.equal(*pair) for pair in zip(one, start, strict=True))
-    for found, expected in zip(one, one_process()["chi"], strict=True):  # rank 1's own seed is not heard
+    for found, expected in zip(
+        one, one_process()["chi"], strict=True
+    ):  # rank 1's own seed is not heard
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
 
 

@@ -18,9 +18,7 @@ UNHELD = (
     "sokd: {} had gradients but did not change in 10 steps of the student's optimiser; "
     "give it the distiller's parameters, e.g. SGD(distiller.parameters(), lr=...)"
 )
-TEACHER_TRAINS = (
-    "sokd: the teacher was in train mode; it is set back to eval, call teacher.eval() after teacher.train()"
-)
+TEACHER_TRAINS = "sokd: the teacher was in train mode; it is set back to eval, call teacher.eval() after teacher.train()"
 
 
 def refused(error: type[Exception], text: str, make_or_call) -> None:
@@ -34,8 +32,14 @@ def refused(error: type[Exception], text: str, make_or_call) -> None:
 
 def test_models_that_are_none():
     teacher, student = models()
-    refused(TypeError, "teacher must be an nn.Module, got function", lambda: Distiller(lambda x: x, student))
-    refused(TypeError, "student must be an nn.Module, got str", lambda: Distiller(teacher, "resnet18"))
+    refused(
+        TypeError,
+        "teacher must be an nn.Module, got function",
+        lambda: Distiller(lambda x: x, student),
+    )
+    refused(
+        TypeError, "student must be an nn.Module, got str", lambda: Distiller(teacher, "resnet18")
+    )
 
 
 def test_a_model_in_data_parallel():
@@ -90,7 +94,8 @@ def test_a_name_like_a_method():
 
 def test_an_option_that_nothing_has():
     with pytest.raises(
-        TypeError, match=re.escape("Distiller: options must be arguments of Distiller or options of")
+        TypeError,
+        match=re.escape("Distiller: options must be arguments of Distiller or options of"),
     ):
         make(method="fitnet", temperatur=4.0)
     assert make(method="kd", temperature=2.0).methods["kd"] is not None
@@ -120,8 +125,14 @@ def test_a_sokd_for_other_channels():
 
 
 def test_an_empty_batch():
-    refused(ValueError, "x must hold at least one sample, got none", lambda: objective(make(), *batch(0)))
-    refused(ValueError, "x must hold at least one sample, got none", lambda: make(example=batch(0)[0]))
+    refused(
+        ValueError,
+        "x must hold at least one sample, got none",
+        lambda: objective(make(), *batch(0)),
+    )
+    refused(
+        ValueError, "x must hold at least one sample, got none", lambda: make(example=batch(0)[0])
+    )
 
 
 def test_a_batch_of_one_with_batch_norm():
@@ -135,7 +146,9 @@ def test_a_batch_of_one_with_batch_norm():
     refused(ValueError, text, lambda: objective(distiller, *batch(1)))
     assert objective(distiller, *batch(2)).isfinite()
     nets = [nn.Sequential(nn.Conv2d(3, 5, 16), nn.Flatten()) for _ in range(2)]  # maps of one cell
-    refused(ValueError, text, lambda: objective(make(models=nets, layers={"0": "0"}), *batch(1)))  # adapter's
+    refused(
+        ValueError, text, lambda: objective(make(models=nets, layers={"0": "0"}), *batch(1))
+    )  # adapter's
 
 
 def test_a_teacher_on_another_device():
@@ -164,7 +177,9 @@ def test_pixels_as_bytes(bias):
         if isinstance(module, nn.Conv2d):
             module.bias = None
     text = "x must have the dtype torch.float32 of the student's parameters, got torch.uint8"
-    refused(TypeError, text, lambda: objective(make(models=nets), (255 * batch()[0]).byte(), batch()[1]))
+    refused(
+        TypeError, text, lambda: objective(make(models=nets), (255 * batch()[0]).byte(), batch()[1])
+    )
 
 
 @pytest.mark.parametrize(("make_x", "got"), [
@@ -217,7 +232,11 @@ def test_one_number_a_sample_is_no_cross_entropy():
     student.forward = lambda x: student.head(student.features(x).mean((2, 3)))[:, 0]
     rule = "be [B, K] for the cross entropy (name them by logits=, or another loss by task=)"
     text = f"logits must {rule}, got [4]"
-    refused(ValueError, text, lambda: objective(make(models=(teacher, student)), batch()[0], torch.rand(4)))
+    refused(
+        ValueError,
+        text,
+        lambda: objective(make(models=(teacher, student)), batch()[0], torch.rand(4)),
+    )
 
 
 class Casting(nn.Module):
@@ -366,7 +385,9 @@ def test_parameters_that_no_optimiser_holds(options, parts):
     distiller = make(**options)
     assert trained(distiller, distiller.student.parameters()) == [UNHELD.format(parts)]
     assert trained(distiller, distiller.student.parameters()) == [], "once is enough"
-    assert trained(copy.deepcopy(distiller), distiller.student.parameters()) == [], "its copy's student rests"
+    assert trained(copy.deepcopy(distiller), distiller.student.parameters()) == [], (
+        "its copy's student rests"
+    )
 
 
 def test_a_teacher_in_train_mode():

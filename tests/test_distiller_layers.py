@@ -124,7 +124,9 @@ def test_a_larger_student_map():
 
 def test_an_entry_of_a_dict_or_tuple():
     distiller = shaped(
-        lambda maps: {"fine": maps, "n": 3}, lambda maps: [maps, maps], layers={"here:fine": "here:1"}
+        lambda maps: {"fine": maps, "n": 3},
+        lambda maps: [maps, maps],
+        layers={"here:fine": "here:1"},
     )
     assert objective(distiller).isfinite()
 
@@ -136,7 +138,11 @@ WRONG = {
         "the student's layer 'here' must give a tensor, got dict with 'fine', 'coarse': name one, as in "
         "'here:fine'",
     ),
-    "no tensor": (lambda maps: 3, TypeError, "the student's layer 'here' must give a tensor, got int"),
+    "no tensor": (
+        lambda maps: 3,
+        TypeError,
+        "the student's layer 'here' must give a tensor, got int",
+    ),
     "integers": (
         lambda maps: maps.long(),
         TypeError,
@@ -205,7 +211,9 @@ def test_aspects(student, teacher, fits):
 
 
 def test_options_of_the_layouts():
-    with pytest.raises(ValueError, match=re.escape("student_order must be 'BCHW' or 'BHWC', got 'CHW'")):
+    with pytest.raises(
+        ValueError, match=re.escape("student_order must be 'BCHW' or 'BHWC', got 'CHW'")
+    ):
         make(student_order="CHW")
     with pytest.raises(
         ValueError, match="teacher_tokens must have one entry for each of the 2 pairs of layers"
@@ -241,7 +249,9 @@ def test_an_error_in_a_model_disarms_the_hooks():
     with pytest.raises(RuntimeError):
         distiller(torch.randn(4, 5, 16, 16), batch()[1])
     assert all(
-        not tap.armed and tap.value is None for taps in distiller._taps.values() for tap in taps.taps.values()
+        not tap.armed and tap.value is None
+        for taps in distiller._taps.values()
+        for tap in taps.taps.values()
     )
     assert objective(distiller).isfinite()
 

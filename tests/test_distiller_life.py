@@ -31,7 +31,9 @@ from sokd.methods import METHODS
 def check_same(found: dict, expected: dict, **close) -> None:
     assert found.keys() == expected.keys() and found
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, msg=lambda text, name=name: f"{name}: {text}", **close)
+        torch.testing.assert_close(
+            found[name], value, msg=lambda text, name=name: f"{name}: {text}", **close
+        )
 
 
 def stepped(distiller: Distiller) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -71,7 +73,9 @@ def test_a_copy_of_the_student_alone_keeps_nothing():
 def test_moving_averages(whole):
     distiller, (x, _) = make(), batch()
     followed = distiller if whole else distiller.student
-    average = torch.optim.swa_utils.AveragedModel(followed, avg_fn=lambda old, new, count: 0.5 * (old + new))
+    average = torch.optim.swa_utils.AveragedModel(
+        followed, avg_fn=lambda old, new, count: 0.5 * (old + new)
+    )
     before = distiller.student.head.bias.detach().clone()
     for value in (1.0, 3.0):
         distiller.student.head.bias.data.fill_(value)
@@ -144,12 +148,16 @@ COMPILED = [*(name for name in METHODS if name != "crd"), {"fitnet": 1.0, "kd": 
 
 
 @compiles
-@pytest.mark.parametrize(("method", "dynamic"), [*((m, None) for m in COMPILED), ("fitnet", True)], ids=str)
+@pytest.mark.parametrize(
+    ("method", "dynamic"), [*((m, None) for m in COMPILED), ("fitnet", True)], ids=str
+)
 def test_the_whole_compiles_in_one_graph(method, dynamic):
     torch._dynamo.reset()
     expected, wanted = stepped(make(method=method))
     distiller = make(method=method)
-    value, found = stepped(torch.compile(distiller, fullgraph=True, dynamic=dynamic, backend="eager"))
+    value, found = stepped(
+        torch.compile(distiller, fullgraph=True, dynamic=dynamic, backend="eager")
+    )
     torch.testing.assert_close(value, expected)
     check_same({name.removeprefix("_orig_mod."): g for name, g in found.items()}, wanted)
     assert int(distiller.kd.policy.counter) == 1
@@ -243,7 +251,10 @@ def test_autocast(dtype, method):
     torch.testing.assert_close(value, expected, rtol=0.03, atol=0.03)
     for name, gradient in gradients(distiller).items():
         torch.testing.assert_close(
-            gradient.norm(), wanted[name].norm(), rtol=0.3, atol=0.05 * max(g.norm() for g in wanted.values())
+            gradient.norm(),
+            wanted[name].norm(),
+            rtol=0.3,
+            atol=0.05 * max(g.norm() for g in wanted.values()),
         )
 
 
@@ -259,7 +270,11 @@ def test_grad_scaler():
         scaler.step(optimiser)
         scaler.update()
     assert scaler.get_scale() == 1024.0, "no step was skipped"
-    moved = {name for name, value in distiller.state_dict().items() if not torch.equal(value, before[name])}
+    moved = {
+        name
+        for name, value in distiller.state_dict().items()
+        if not torch.equal(value, before[name])
+    }
     assert {"student.stem.0.weight", "kd.adapter.0.match.weight", "kd.dam.0.first.weight"} <= moved
 
 
@@ -303,7 +318,9 @@ def test_gradient_checkpointing():
     teacher, student = models(norm=False)
     twin = Checkpointed(3, norm=False)
     twin.load_state_dict(student.state_dict())
-    options = {"sokd": {**SMALL, "adapter": nn.ModuleList([nn.Conv2d(6, 12, 1), nn.Conv2d(12, 24, 1)])}}
+    options = {
+        "sokd": {**SMALL, "adapter": nn.ModuleList([nn.Conv2d(6, 12, 1), nn.Conv2d(12, 24, 1)])}
+    }
     calls = []
     twin.stage1.register_forward_hook(lambda *_: calls.append(1))
     plain = make(models=(teacher, student), **copy.deepcopy(options))

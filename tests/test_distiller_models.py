@@ -36,13 +36,22 @@ def vit(layers: int) -> nn.Module:
 
 def swin() -> nn.Module:
     return vision.SwinTransformer(
-        patch_size=[4, 4], embed_dim=16, depths=[1, 1], num_heads=[1, 2], window_size=[4, 4], num_classes=10
+        patch_size=[4, 4],
+        embed_dim=16,
+        depths=[1, 1],
+        num_heads=[1, 2],
+        window_size=[4, 4],
+        num_classes=10,
     )
 
 
 DEEP = {"layers": ["layer3", "layer4"]}
 PAIRS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], dict[str, Any]]] = {
-    "resnet34 to resnet18": (lambda: vision.resnet34(num_classes=10), resnet18, {**DEEP, "method": "fitnet"}),
+    "resnet34 to resnet18": (
+        lambda: vision.resnet34(num_classes=10),
+        resnet18,
+        {**DEEP, "method": "fitnet"},
+    ),
     "resnet18 to mobilenet_v2": (
         resnet18,
         lambda: vision.mobilenet_v2(num_classes=10),
@@ -54,7 +63,11 @@ PAIRS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], dict[st
         {"layers": {"stage3": "layer3", "stage4": "layer4"}, "method": "reviewkd"},
     ),
     "vit to vit": (lambda: vit(2), lambda: vit(1), {"layers": "auto", "method": "fitnet"}),
-    "resnet18 to vit": (resnet18, lambda: vit(1), {"layers": {"encoder": "layer3"}, "method": {"kd": None}}),
+    "resnet18 to vit": (
+        resnet18,
+        lambda: vit(1),
+        {"layers": {"encoder": "layer3"}, "method": {"kd": None}},
+    ),
     "swin to resnet18": (
         swin,
         resnet18,
@@ -68,7 +81,9 @@ def check_step(distiller: Distiller, *given: Any) -> dict[str, torch.Tensor]:
     _, losses = distiller(*given)
     torch.stack(list(losses.values())).sum().backward()
     assert all(loss.isfinite() for loss in losses.values())
-    assert [name for name, p in distiller.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert [
+        name for name, p in distiller.named_parameters() if p.requires_grad and p.grad is None
+    ] == []
     assert all(p.grad is None for p in distiller.teacher.parameters())
     return losses
 
@@ -85,15 +100,23 @@ def test_classifiers(teacher, student, options):
 def test_auto_on_a_resnet_takes_its_stages():
     x = torch.randn(2, 3, SIDE, SIDE)
     distiller = Distiller(resnet18(), resnet18(), example=x, sokd=False, method="at")
-    assert distiller.pairs == [(name, name) for name in ("relu", "layer1", "layer2", "layer3", "layer4")]
+    assert distiller.pairs == [
+        (name, name) for name in ("relu", "layer1", "layer2", "layer3", "layer4")
+    ]
     check_step(distiller, x, torch.tensor([1, 7]))
 
 
 @pytest.mark.parametrize(
     ("make_net", "layers"),
     [
-        (vision.mobilenet_v2, ["features.1", "features.3", "features.6", "features.13", "features"]),
-        (vision.regnet_y_400mf, ["stem", *(f"trunk_output.block{n}" for n in (1, 2, 3)), "trunk_output"]),
+        (
+            vision.mobilenet_v2,
+            ["features.1", "features.3", "features.6", "features.13", "features"],
+        ),
+        (
+            vision.regnet_y_400mf,
+            ["stem", *(f"trunk_output.block{n}" for n in (1, 2, 3)), "trunk_output"],
+        ),
         (swin, ["features.1", "norm"]),
     ],
     ids=["mobilenet_v2", "regnet", "swin"],
@@ -110,7 +133,9 @@ def test_auto_on_a_segmentation_model_leaves_its_logits_out():
     def net() -> nn.Module:
         return vision.segmentation.lraspp_mobilenet_v3_large(num_classes=4, weights_backbone=None)
 
-    distiller = Distiller(net(), net(), example=torch.randn(2, 3, SIDE, SIDE), method="at", sokd=False)
+    distiller = Distiller(
+        net(), net(), example=torch.randn(2, 3, SIDE, SIDE), method="at", sokd=False
+    )
     assert "classifier" not in dict(distiller.pairs)
 
 
@@ -120,7 +145,9 @@ def test_a_segmentation_model():
 
     x, y = torch.randn(2, 3, SIDE, SIDE), torch.randint(0, 4, (2, SIDE, SIDE))
     method = {"fitnet": None, "kd": 1.0}  # KD for each pixel
-    distiller = Distiller(net(), net(), layers="backbone:high", method=method, example=x, sokd=SMALL)
+    distiller = Distiller(
+        net(), net(), layers="backbone:high", method=method, example=x, sokd=SMALL
+    )
     losses = check_step(distiller, x, y)
     assert list(losses) == ["loss_ce", "loss_fitnet", "loss_kd", "loss_agreement"]
 
@@ -134,7 +161,8 @@ def faster_rcnn() -> nn.Module:
 def test_a_detector_with_an_fpn():
     images = [torch.rand(3, 80, 96), torch.rand(3, 96, 72)]
     targets = [
-        {"boxes": torch.tensor([[5.0, 5.0, 60.0, 60.0]]), "labels": torch.tensor([label])} for label in (1, 2)
+        {"boxes": torch.tensor([[5.0, 5.0, 60.0, 60.0]]), "labels": torch.tensor([label])}
+        for label in (1, 2)
     ]
     layers = ["backbone.fpn:0", "backbone.fpn:1"]
     distiller = Distiller(faster_rcnn(), faster_rcnn(), layers=layers, example=images, sokd=SMALL)

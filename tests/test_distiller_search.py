@@ -36,8 +36,12 @@ def test_the_step_is_the_one_written_by_hand(order, objective_):
     for own in (True, False):
         distiller = make()
         torch.manual_seed(5)
-        search = sokd.PolicySearch(distiller.kd, distiller.student, order=order, objective=objective_, lr=0.1)
-        upper = [search.step(distiller.step if own else by_hand(distiller), batch()) for _ in range(2)]
+        search = sokd.PolicySearch(
+            distiller.kd, distiller.student, order=order, objective=objective_, lr=0.1
+        )
+        upper = [
+            search.step(distiller.step if own else by_hand(distiller), batch()) for _ in range(2)
+        ]
         moved.append([*upper, *(p.detach() for p in distiller.kd.policy.parameters())])
     for ours, theirs in zip(*moved, strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -64,7 +68,11 @@ def test_a_search_leaves_no_trace_in_the_training():
     grads = {name: p.grad.clone() for name, p in distiller.named_parameters()}
     before, rng = copy.deepcopy(distiller.state_dict()), torch.get_rng_state()
     search.step(distiller.step, batch())
-    changed = {name for name, value in distiller.state_dict().items() if not torch.equal(value, before[name])}
+    changed = {
+        name
+        for name, value in distiller.state_dict().items()
+        if not torch.equal(value, before[name])
+    }
     assert changed <= {"kd.policy.alpha", "kd.policy.beta", "kd.policy.magnitude"}
     assert changed
     assert torch.equal(torch.get_rng_state(), rng)

@@ -26,15 +26,25 @@ def dots(upstream=None, **plans):
 
 
 def areas(
-    heat=(2, 3, 4, 5), size=(2, 2, 4, 5), offset=(2, 2, 4, 5), teacher=None, dtypes=(F32, F32, F32), **options
+    heat=(2, 3, 4, 5),
+    size=(2, 2, 4, 5),
+    offset=(2, 2, 4, 5),
+    teacher=None,
+    dtypes=(F32, F32, F32),
+    **options,
 ):
-    maps = [torch.ones(shape, dtype=dtype) for shape, dtype in zip((heat, size, offset), dtypes, strict=True)]
+    maps = [
+        torch.ones(shape, dtype=dtype)
+        for shape, dtype in zip((heat, size, offset), dtypes, strict=True)
+    ]
     return lambda: ops.areas(*maps, teacher=teacher, **options)
 
 
 def mse(student=None, teacher=None, *args, **options):
     student = features() if student is None else student
-    return lambda: ops.masked_mse(student, features() if teacher is None else teacher, *args, **options)
+    return lambda: ops.masked_mse(
+        student, features() if teacher is None else teacher, *args, **options
+    )
 
 
 def theta(value, position=(0, 0, 0), shape=(1, 2, 3)):
@@ -154,10 +164,7 @@ def test_sentences(call, kind, sentence, reader):
 @pytest.mark.parametrize("perm", [[[0, 0, 1]], [[0, 1, 3]], [[0, 1, -1]], [[0, 1, 2**40]]])
 def test_a_perm_must_be_a_permutation(perm, reader):
     plans = {"perm": torch.tensor([perm])}
-    for op, call in (
-        ("refine", refine(perm=torch.tensor(perm))),
-        ("refine_dots", dots(**plans)),
-    ):
+    for op, call in (("refine", refine(perm=torch.tensor(perm))), ("refine_dots", dots(**plans))):
         with pytest.raises(ValueError, match=f"^{op}: perm must "):
             call()
 

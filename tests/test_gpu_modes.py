@@ -124,7 +124,9 @@ def test_a_device_that_is_not_the_current_one(device: torch.device) -> None:
     with torch.cuda.device(0):
         device_cases.refine(other, SHAPE, "contiguous", torch.float32, 2)
         device_cases.areas(other, SHAPE, "channels_last", torch.float32, 8, teacher=True)
-        results = [everything_on(TorchDevice(torch.device("cuda", index)), SHAPE)() for index in (0, 1)]
+        results = [
+            everything_on(TorchDevice(torch.device("cuda", index)), SHAPE)() for index in (0, 1)
+        ]
         assert torch.cuda.current_device() == 0
     assert results[1][0].device.index == 1 and same(*results)
 
@@ -228,10 +230,14 @@ def test_from_the_cache_a_process_compiles_nothing(tmp_path: Path) -> None:
     assert all(run.returncode == 0 for run in runs), runs[0].stderr + runs[1].stderr
     first, second = (run.stdout.split() for run in runs)
     assert first[1] == second[0] == "0" and first[0] == second[1] != "0"
-    print(f"warmup of all kernels: {' '.join(first[2:])} compiled, {' '.join(second[2:])} from the cache")
+    print(
+        f"warmup of all kernels: {' '.join(first[2:])} compiled, {' '.join(second[2:])} from the cache"
+    )
 
 
-@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
+@pytest.mark.skipif(
+    shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed"
+)
 def test_no_access_is_out_of_bounds() -> None:
     code = """
         import torch
@@ -240,6 +246,14 @@ def test_no_access_is_out_of_bounds() -> None:
         torch.cuda.synchronize()
         print("ran")
     """
-    tool = ["compute-sanitizer", "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9"]
+    tool = [
+        "compute-sanitizer",
+        "--tool",
+        "memcheck",
+        "--report-api-errors",
+        "no",
+        "--error-exitcode",
+        "9",
+    ]
     done = fresh(code, *tool, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     assert done.returncode == 0 and "ran" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]

@@ -14,7 +14,14 @@ import device_cases
 import pytest
 import torch
 from cases import DTYPES, LAYOUTS, SHAPES, everything, laid_out, same_bits
-from device_cases import TorchDevice, everything_on, heads, loss_and_gradient, moved, refine_and_gradients
+from device_cases import (
+    TorchDevice,
+    everything_on,
+    heads,
+    loss_and_gradient,
+    moved,
+    refine_and_gradients,
+)
 from torch import Tensor
 
 import sokd
@@ -74,7 +81,9 @@ def has_cells(shape: tuple[int, ...]) -> bool:
 
 
 @everywhere
-def test_refine(shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: TorchDevice) -> None:
+def test_refine(
+    shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: TorchDevice
+) -> None:
     """The value and all four gradients."""
     for groups in groups_of(shape):
         device_cases.refine(device, shape, layout, dtype, groups)
@@ -94,11 +103,15 @@ def test_refine(shape: tuple[int, ...], layout: str, dtype: torch.dtype, device:
 
 
 @everywhere
-def test_refine_dots(shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: TorchDevice) -> None:
+def test_refine_dots(
+    shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: TorchDevice
+) -> None:
     device_cases.refine_dots(device, shape, layout, dtype, 5)
     features, upstream = (device.on(laid_out(shape, layout, dtype)) for _ in range(2))
     each = [everything(shape, shape[0], torch.float32) for _ in range(3)]
-    stacked = {name: device.on(torch.stack([plan[name] for plan in each])) for name in each[0]} | {"seed": 8}
+    stacked = {name: device.on(torch.stack([plan[name] for plan in each])) for name in each[0]} | {
+        "seed": 8
+    }
     found = ops.refine_dots(features, upstream, stacked)
     exact = reference.refine_dots(features.double(), upstream.double(), stacked)
     assert found.shape == (3,) and found.dtype == plan_dtype(dtype)
@@ -107,7 +120,9 @@ def test_refine_dots(shape: tuple[int, ...], layout: str, dtype: torch.dtype, de
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_neutral_values_copy_bit_for_bit(dtype: torch.dtype, layout: str, device: TorchDevice) -> None:
+def test_neutral_values_copy_bit_for_bit(
+    dtype: torch.dtype, layout: str, device: TorchDevice
+) -> None:
     features = laid_out((2, 3, 6, 5), layout, dtype)
     if layout != "expanded":
         features[0, 0, 0, :3] = torch.tensor([math.nan, -0.0, math.inf])
@@ -124,7 +139,9 @@ def test_neutral_values_copy_bit_for_bit(dtype: torch.dtype, layout: str, device
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 7, 9), ALIGNED, LARGE])
-@pytest.mark.parametrize("seed", [0, -5, 2**63 + 1, torch.tensor([77])], ids=["0", "-5", "2^63+1", "tensor"])
+@pytest.mark.parametrize(
+    "seed", [0, -5, 2**63 + 1, torch.tensor([77])], ids=["0", "-5", "2^63+1", "tensor"]
+)
 def test_the_noise_is_the_cpus(shape: tuple[int, ...], seed: Any, device: TorchDevice) -> None:
     there = device.on(seed) if isinstance(seed, Tensor) else seed
     features, sigma = torch.zeros(shape), torch.ones(1)
@@ -153,7 +170,9 @@ def test_the_noise_has_the_same_bits_in_every_layout_and_dtype(
 
 
 @pytest.mark.parametrize("teacher", [False, True])
-@pytest.mark.parametrize("shape, layout, dtype", [case for case in EVERYWHERE if has_cells(case[0])])
+@pytest.mark.parametrize(
+    "shape, layout, dtype", [case for case in EVERYWHERE if has_cells(case[0])]
+)
 def test_areas(
     shape: tuple[int, ...], layout: str, dtype: torch.dtype, teacher: bool, device: TorchDevice
 ) -> None:
@@ -187,12 +206,16 @@ def test_masked_mse(
         student, teacher = (device.on(laid_out(shape, layout, dtype)) for _ in range(2))
         there = None if weight is None else device.on(weight)
         upstream, options = float(student.numel()), {"normalise": normalise}
-        loss, d_student = loss_and_gradient(ops.masked_mse, upstream, student, teacher, there, **options)
+        loss, d_student = loss_and_gradient(
+            ops.masked_mse, upstream, student, teacher, there, **options
+        )
         wide = [None if part is None else part.double() for part in (student, teacher, there)]
         exact = loss_and_gradient(reference.masked_mse, upstream, *wide, **options)
         assert loss.shape == () and loss.dtype == plan_dtype(dtype) and d_student.dtype == dtype
         near(loss, exact[0])
-        near(d_student, exact[1], times=2)  # the gradient is rounded before and after the upstream's factor
+        near(
+            d_student, exact[1], times=2
+        )  # the gradient is rounded before and after the upstream's factor
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -245,7 +268,9 @@ def test_gradcheck(device: TorchDevice) -> None:
         weight = torch.rand(2, 4, 5, dtype=torch.float64, device=device.device)
         features.requires_grad_()
 
-        def refine(features: Tensor, theta: Tensor, sigma: Tensor, plan: dict[str, Any] = plan) -> Tensor:
+        def refine(
+            features: Tensor, theta: Tensor, sigma: Tensor, plan: dict[str, Any] = plan
+        ) -> Tensor:
             return ops.refine(features, theta, sigma=sigma, **plan)
 
         def loss(features: Tensor, other: Tensor = other, weight: Tensor = weight) -> Tensor:

@@ -85,7 +85,10 @@ def test_a_distiller_and_its_search_step_as_on_the_cpu(device: torch.device) -> 
         search = sokd.PolicySearch(distiller.kd, distiller.student)
         chi = [each.detach().clone() for each in distiller.kd.policy.parameters()]
         upper = search.step(distiller.step, given)
-        assert any(not torch.equal(*pair) for pair in zip(chi, distiller.kd.policy.parameters(), strict=True))
+        assert any(
+            not torch.equal(*pair)
+            for pair in zip(chi, distiller.kd.policy.parameters(), strict=True)
+        )
         _, losses = distiller(*given)
         optimizer = torch.optim.SGD(distiller.parameters(), lr=0.01)
         torch.stack(list(losses.values())).sum().backward()

@@ -20,8 +20,12 @@ PAIRS = [
 ]
 
 
-def made(granularity: str = "batch", gradient: str = "straight_through", policies: list = PAIRS) -> Policy:
-    policy = Policy(policies=policies, granularity=granularity, magnitude_gradient=gradient).double()
+def made(
+    granularity: str = "batch", gradient: str = "straight_through", policies: list = PAIRS
+) -> Policy:
+    policy = Policy(
+        policies=policies, granularity=granularity, magnitude_gradient=gradient
+    ).double()
     with torch.no_grad():
         policy.alpha.normal_(std=0.3)
         policy.beta.uniform_(0.2, 0.8)
@@ -29,18 +33,27 @@ def made(granularity: str = "batch", gradient: str = "straight_through", policie
     return policy
 
 
-def plain(features: Tensor, policy: Policy, draw: Draw, index: int, gates: tuple[bool, bool]) -> Tensor:
+def plain(
+    features: Tensor, policy: Policy, draw: Draw, index: int, gates: tuple[bool, bool]
+) -> Tensor:
     """T_index(features; gates) by the reference, from a policy of that one sub-policy with certain gates."""
     alone = Policy(policies=[policy.policies[index]], granularity=policy.granularity).double()
     with torch.no_grad():
         alone.magnitude.copy_(policy.magnitude[index : index + 1])
         alone.beta.copy_(torch.tensor([[1 - 1e-9 if gate else 1e-9 for gate in gates]]))
     own = Draw(
-        torch.cat([torch.full_like(draw.uniforms[:, :3], 0.5), draw.uniforms[:, -2:]], dim=1), draw.seed
+        torch.cat([torch.full_like(draw.uniforms[:, :3], 0.5), draw.uniforms[:, -2:]], dim=1),
+        draw.seed,
     )
     plan = alone.plan(own, features.shape)
     return sokd.reference.refine(
-        features, plan.theta, hole=plan.hole, sigma=plan.sigma, perm=plan.perm, keep=plan.keep, seed=plan.seed
+        features,
+        plan.theta,
+        hole=plan.hole,
+        sigma=plan.sigma,
+        perm=plan.perm,
+        keep=plan.keep,
+        seed=plan.seed,
     )
 
 
@@ -65,7 +78,8 @@ def dense(features: Tensor, policy: Policy, draw: Draw) -> Tensor:
 
 def loss_of(refined: Tensor) -> Tensor:
     return (
-        refined.sin() * torch.linspace(-1, 1, refined.numel(), dtype=refined.dtype).reshape(refined.shape)
+        refined.sin()
+        * torch.linspace(-1, 1, refined.numel(), dtype=refined.dtype).reshape(refined.shape)
     ).sum()
 
 
@@ -77,7 +91,10 @@ def test_choices_and_gates_against_the_sum_over_all_plans(granularity: str) -> N
     for _ in range(16):
         draw = policy.draw(SHAPE[0])
         seen |= set(policy.sample(draw).chosen.tolist())
-        refined, expected = policy(features, draw, differentiable=True), dense(features, policy, draw)
+        refined, expected = (
+            policy(features, draw, differentiable=True),
+            dense(features, policy, draw),
+        )
         # not closer: the noise is float32 in all dtypes, and kernel and reference agree on it to 1e-6
         torch.testing.assert_close(refined, expected, atol=1e-6, rtol=0)
         chi = [policy.alpha, policy.beta]
@@ -111,7 +128,9 @@ def test_all_36_in_single_precision() -> None:
     for _ in range(3):
         twin.load_state_dict(policy.state_dict())
         draw = policy.draw(SHAPE[0])
-        got = torch.autograd.grad(loss_of(policy(features, draw, differentiable=True)), policy.alpha)[0]
+        got = torch.autograd.grad(
+            loss_of(policy(features, draw, differentiable=True)), policy.alpha
+        )[0]
         want = torch.autograd.grad(loss_of(dense(features.double(), twin, draw)), twin.alpha)[0]
         torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=1e-3)
 
@@ -131,17 +150,26 @@ def test_straight_through_is_the_sum_of_the_upstream(granularity: str) -> None:
                 if sample.gates[group, chosen, slot] and PAIRS[chosen][slot] != "channel_shuffle":
                     expected[chosen, slot] += sums[group]
         refined = policy(features, draw, differentiable=True)
-        torch.testing.assert_close(torch.autograd.grad(refined, policy.magnitude, upstream)[0], expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(refined, policy.magnitude, upstream)[0], expected
+        )
 
 
 def test_pathwise_against_finite_differences() -> None:
-    pairs = [("shear_x", "rotate"), ("shear_y", "translate_x"), ("translate_y", "noise"), ("rotate", "noise")]
+    pairs = [
+        ("shear_x", "rotate"),
+        ("shear_y", "translate_x"),
+        ("translate_y", "noise"),
+        ("rotate", "noise"),
+    ]
     policy = made(gradient="pathwise", policies=pairs)
     features = torch.randn(SHAPE, dtype=torch.float64)
     step, checked = 1e-6, 0
     for _ in range(10):
         draw = policy.draw(SHAPE[0])
-        got = torch.autograd.grad(loss_of(policy(features, draw, differentiable=True)), policy.magnitude)[0]
+        got = torch.autograd.grad(
+            loss_of(policy(features, draw, differentiable=True)), policy.magnitude
+        )[0]
         chosen = policy.sample(draw).chosen.item()
         for slot in range(2):
             ends = []
@@ -164,7 +192,9 @@ def test_pathwise_passes_straight_where_the_effect_steps() -> None:
     features, upstream = (torch.randn(SHAPE, dtype=torch.float64) for _ in range(2))
     draw = policy.draw(SHAPE[0])
     gates = policy.sample(draw).gates[0, 0]
-    got = torch.autograd.grad(policy(features, draw, differentiable=True), policy.magnitude, upstream)[0]
+    got = torch.autograd.grad(
+        policy(features, draw, differentiable=True), policy.magnitude, upstream
+    )[0]
     torch.testing.assert_close(got, (gates * upstream.sum()).unsqueeze(0))
 
 
@@ -180,4 +210,6 @@ def test_relax_leaves_the_choices_to_the_search() -> None:
     policy = Policy(estimator="relax")
     refined = policy(torch.randn(SHAPE), policy.draw(3), differentiable=True)
     refined.sum().backward()
-    assert policy.alpha.grad is None and policy.beta.grad is None and policy.magnitude.grad is not None
+    assert (
+        policy.alpha.grad is None and policy.beta.grad is None and policy.magnitude.grad is not None
+    )

@@ -35,7 +35,11 @@ def test_the_table_is_sorted_and_named():
     share = math.exp(2) / (math.exp(2) + 35)
     assert f"{share:.2%}" in lines[1] and "50%   50%" in lines[1] and "of the width" in lines[1]
     assert inspect.table(distiller, top=3) == "\n".join(lines[:4])
-    assert inspect.table(distiller.kd) == inspect.table(distiller.kd.policy) == inspect.table(distiller)
+    assert (
+        inspect.table(distiller.kd)
+        == inspect.table(distiller.kd.policy)
+        == inspect.table(distiller)
+    )
 
 
 def test_entropy():
@@ -46,9 +50,7 @@ def test_entropy():
 
 @pytest.mark.parametrize("subject", [nn.Identity(), sokd.SoKD(3, 4, policy=None)])
 def test_what_has_no_policy(subject):
-    text = (
-        f"table: subject must be a Policy, or a SoKD or Distiller that has one, got {type(subject).__name__}"
-    )
+    text = f"table: subject must be a Policy, or a SoKD or Distiller that has one, got {type(subject).__name__}"
     with pytest.raises(TypeError) as caught:
         inspect.table(subject)
     assert str(caught.value) == text
@@ -71,7 +73,8 @@ def test_a_trajectory_is_the_way_of_the_policy(tmp_path):
     assert other.snapshots == trajectory.snapshots
     few = inspect.Trajectory(sokd.Policy(policies=[("rotate", "noise")]))
     with pytest.raises(
-        ValueError, match="Trajectory: path must hold the sub-policies of this policy, got 36 others"
+        ValueError,
+        match="Trajectory: path must hold the sub-policies of this policy, got 36 others",
     ):
         few.load(tmp_path / "way.json")
 
@@ -79,7 +82,9 @@ def test_a_trajectory_is_the_way_of_the_policy(tmp_path):
 def test_a_trajectory_of_nothing():
     with pytest.raises(ValueError, match="Trajectory: every must be positive, got 0"):
         inspect.Trajectory(make(), every=0)
-    with pytest.raises(ValueError, match="Trajectory: draw must be called after record, got no snapshots"):
+    with pytest.raises(
+        ValueError, match="Trajectory: draw must be called after record, got no snapshots"
+    ):
         inspect.Trajectory(make()).draw("nowhere.png")
 
 
@@ -159,7 +164,10 @@ def test_shares_are_of_the_cells():
 def test_areas_without_a_dam(subject):
     with pytest.raises(TypeError) as caught:
         inspect.areas(subject, batch()[0])
-    assert str(caught.value) == "areas: subject must be a SoKD or a Distiller with a DAM, got Distiller"
+    assert (
+        str(caught.value)
+        == "areas: subject must be a SoKD or a Distiller with a DAM, got Distiller"
+    )
 
 
 def test_pictures(tmp_path):
@@ -192,7 +200,11 @@ WRONG_PICTURES = {
         {},
         "images must be [B, 3, H, W] or [B, 1, H, W], got [2, 2, 16, 16]",
     ),
-    "a list": (([torch.zeros(3, 16, 16)],), {}, "images must be [B, 3, H, W] or [B, 1, H, W], got list"),
+    "a list": (
+        ([torch.zeros(3, 16, 16)],),
+        {},
+        "images must be [B, 3, H, W] or [B, 1, H, W], got list",
+    ),
     "too many": ((torch.zeros(5, 3, 16, 16),), {}, "images must be 1 to 4, as found is of, got 5"),
     "no such layer": (
         (torch.zeros(4, 3, 16, 16),),
@@ -290,7 +302,9 @@ def test_the_users_own_writer():
 
 
 def test_tensorboards_writer(tmp_path):
-    tensorboard = pytest.importorskip("torch.utils.tensorboard", reason="tensorboard is not installed")
+    tensorboard = pytest.importorskip(
+        "torch.utils.tensorboard", reason="tensorboard is not installed"
+    )
     with tensorboard.SummaryWriter(tmp_path) as writer:
         inspect.log(writer, make(), 0)
     assert any(tmp_path.iterdir())

@@ -27,9 +27,17 @@ def test_the_policy_is_in_the_state_but_not_among_the_parameters():
     for module in (kd, holder):
         assert not of_policy & set(module.parameters())
         assert not any("policy" in name for name, _ in module.named_parameters())
-    assert len(list(kd.parameters())) == len(list(kd.adapter.parameters())) + len(list(kd.dam.parameters()))
+    assert len(list(kd.parameters())) == len(list(kd.adapter.parameters())) + len(
+        list(kd.dam.parameters())
+    )
     names = set(kd.state_dict())
-    assert {"policy.alpha", "policy.beta", "policy.magnitude", "policy.seed", "policy.counter"} <= names
+    assert {
+        "policy.alpha",
+        "policy.beta",
+        "policy.magnitude",
+        "policy.seed",
+        "policy.counter",
+    } <= names
     assert "statistics" not in names
     buffers = dict(holder.named_buffers())
     assert buffers["kd.policy.counter"] is kd.policy.counter
@@ -123,7 +131,9 @@ class Run:
         for step in range(first, last):
             x, y = features(4, 1, 6, 6, seed=step), torch.arange(4) % 2
             logits, maps = self.student(x)
-            value = F.cross_entropy(logits, y) + loss(maps, features(4, 4, 6, 6, seed=100 + step), self.kd)
+            value = F.cross_entropy(logits, y) + loss(
+                maps, features(4, 4, 6, 6, seed=100 + step), self.kd
+            )
             self.optimiser.zero_grad()
             value.backward()
             self.optimiser.step()
@@ -177,7 +187,9 @@ def test_diagnostics_are_the_last_steps():
     assert not any(value.requires_grad for value in found.values())
     before = found["areas"].clone()
     loss(student * 2, teacher, kd)
-    assert torch.equal(found["areas"], before), "a later step must not write into what was handed out"
+    assert torch.equal(found["areas"], before), (
+        "a later step must not write into what was handed out"
+    )
 
 
 def test_diagnostics_of_several_layers_and_of_what_is_absent():
@@ -274,7 +286,8 @@ def test_the_layer_is_named():
     with pytest.raises(ValueError) as caught:
         loss([STUDENT] * 2, [TEACHER, STUDENT], make([3, 3], [4, 4]))
     assert (
-        str(caught.value) == "loss: teacher_features[1] must be [B, 4, H, W] or [B, N, 4], got [2, 3, 4, 4]"
+        str(caught.value)
+        == "loss: teacher_features[1] must be [B, 4, H, W] or [B, N, 4], got [2, 3, 4, 4]"
     )
 
 
@@ -287,13 +300,13 @@ def test_shapes_that_no_adapter_makes_equal_are_refused():
     kd.adapter = nn.Conv2d(3, 4, 3)
     with pytest.raises(ValueError) as caught:
         loss(STUDENT, TEACHER, kd)
-    want = (
-        "loss: student_features must have the teacher's shape [2, 4, 4, 4] after kd.adapter, got [2, 4, 2, 2]"
-    )
+    want = "loss: student_features must have the teacher's shape [2, 4, 4, 4] after kd.adapter, got [2, 4, 2, 2]"
     assert str(caught.value) == want
 
 
-@pytest.mark.parametrize(("kd", "got"), [({}, "dict"), (nn.Linear(1, 1), "Linear")], ids=["dict", "Linear"])
+@pytest.mark.parametrize(
+    ("kd", "got"), [({}, "dict"), (nn.Linear(1, 1), "Linear")], ids=["dict", "Linear"]
+)
 def test_kd_must_be_a_sokd(kd, got):
     with pytest.raises(TypeError) as caught:
         loss(STUDENT, TEACHER, kd)
@@ -316,7 +329,10 @@ def test_one_value_a_channel_is_refused_in_training():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"policy": nn.Linear(1, 1)}, "policy must be 'default', None or a sokd.policy.Policy, got Linear"),
+        (
+            {"policy": nn.Linear(1, 1)},
+            "policy must be 'default', None or a sokd.policy.Policy, got Linear",
+        ),
         ({"policy": "none"}, "policy must be 'default', None or a sokd.policy.Policy, got 'none'"),
         ({"dam": nn.Conv2d(4, 4, 1)}, "dam must take (student, refined, scale=...), got Conv2d"),
         (

@@ -56,11 +56,19 @@ def test_by_hand_with_a_mask(normalise, value, gradient):
     assert student.grad[0, 0, 0, 1] == student.grad[0, 0, 1, 0] == 0
 
 
-def written_out(kd: SoKD, student: torch.Tensor, teacher: torch.Tensor, draw) -> dict[str, torch.Tensor]:
+def written_out(
+    kd: SoKD, student: torch.Tensor, teacher: torch.Tensor, draw
+) -> dict[str, torch.Tensor]:
     """docs/method.md 2 to 4, one line each, in plain PyTorch."""
     plan = kd.policy.plan(draw, teacher.shape)
     refined = reference.refine(
-        teacher, plan.theta, hole=plan.hole, sigma=plan.sigma, perm=plan.perm, keep=plan.keep, seed=plan.seed
+        teacher,
+        plan.theta,
+        hole=plan.hole,
+        sigma=plan.sigma,
+        perm=plan.perm,
+        keep=plan.keep,
+        seed=plan.seed,
     )
     adapted = kd.adapter(student, teacher.shape[2:])
     heads_s, heads_t = kd.dam.maps(adapted), kd.dam.maps(refined)
@@ -113,7 +121,9 @@ def test_without_dam_it_is_the_plain_mean_square_against_refined_features():
 def test_without_policy_the_teacher_is_as_it_is():
     kd = make(policy=None, dam=None, lambda_areas=1.0).eval()
     student, teacher = pair()
-    torch.testing.assert_close(loss(student, teacher, kd), F.mse_loss(kd.adapter(student, (6, 6)), teacher))
+    torch.testing.assert_close(
+        loss(student, teacher, kd), F.mse_loss(kd.adapter(student, (6, 6)), teacher)
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"policy": None}, {"policy": None, "dam": None}], ids=str)
@@ -159,8 +169,14 @@ def test_parts_can_be_replaced_and_removed_later():
 def test_options_reach_their_part(options):
     kd = make(**options)
     for name, value in options.items():
-        held = {"heat_channels": kd.dam.heat.out_channels, "student_size": 6, "teacher_size": (6, 6)}
-        assert getattr(kd.dam, name, held.get(name)) == value or (name in held and held[name] == value)
+        held = {
+            "heat_channels": kd.dam.heat.out_channels,
+            "student_size": 6,
+            "teacher_size": (6, 6),
+        }
+        assert getattr(kd.dam, name, held.get(name)) == value or (
+            name in held and held[name] == value
+        )
     assert loss(*pair(), kd).isfinite()
 
 
@@ -232,7 +248,9 @@ def test_several_layers_add_up_with_one_draw_and_noise_of_their_own():
 
 
 def test_layers_may_have_their_own_options_and_share_a_module():
-    kd = make([3, 3], [4, 4], student_size=[6, None], teacher_size=[3, None], teacher_tokens=[None, 0])
+    kd = make(
+        [3, 3], [4, 4], student_size=[6, None], teacher_size=[3, None], teacher_tokens=[None, 0]
+    )
     assert [adapter.match.stride for adapter in kd.adapter] == [(2, 2), (1, 1)]
     kd.dam = DAM(4, heat_channels=2, k=1)
     students, teachers = [pair()[0]] * 2, [features(2, 4, 3, 3), features(2, 9, 4)]
@@ -308,7 +326,9 @@ def test_consistency_is_half_the_mean_square():
     got = kd.consistency(student, teacher, draw=draw)
     want = F.mse_loss(kd.policy(teacher, draw), kd.adapter(student, (6, 6))) / 2
     torch.testing.assert_close(got, want)
-    torch.testing.assert_close(torch.autograd.grad(got, student)[0], torch.autograd.grad(want, student)[0])
+    torch.testing.assert_close(
+        torch.autograd.grad(got, student)[0], torch.autograd.grad(want, student)[0]
+    )
 
 
 def test_under_no_grad_it_is_only_a_value():

@@ -43,7 +43,10 @@ def value_and_gradients(
 @compiles
 @pytest.mark.parametrize(
     ("backend", "batches"),
-    [("aot_eager", (2, 3)), ("inductor", (2,))],  # the second batch size makes the dimension dynamic
+    [
+        ("aot_eager", (2, 3)),
+        ("inductor", (2,)),
+    ],  # the second batch size makes the dimension dynamic
 )
 def test_compiled_whole_it_gives_the_same_value_gradients_and_statistics(backend, batches):
     torch._dynamo.reset()
@@ -99,7 +102,9 @@ def test_it_exports():
 
 
 @compiles
-@pytest.mark.parametrize("which", [{0: "batch"}, {0: "batch", 2: "height", 3: "width"}], ids=["batch", "all"])
+@pytest.mark.parametrize(
+    "which", [{0: "batch"}, {0: "batch", 2: "height", 3: "width"}], ids=["batch", "all"]
+)
 def test_it_exports_for_any_size(which):
     kd, twin = make(), make()
     dims = {index: torch.export.Dim(name, min=2) for index, name in which.items()}
@@ -144,7 +149,9 @@ def test_no_value_is_read_on_the_host(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("sides", [(True, True), (False, True), (True, False), (False, False)], ids=str)
+@pytest.mark.parametrize(
+    "sides", [(True, True), (False, True), (True, False), (False, False)], ids=str
+)
 def test_under_autocast_the_loss_is_float32_and_near(dtype, sides):
     kd = make(lambda_agreement=1.0, lambda_areas=1.0).eval()
     student, teacher = pair()
@@ -198,7 +205,9 @@ def _rank(rank: int, folder: str) -> None:
         steps.append({name: parameter.grad.clone() for name, parameter in kd.named_parameters()})
     torch.save({"state": kd.state_dict(), "gradients": steps}, f"{folder}/{rank}")
     dist.destroy_process_group()
-    os._exit(0)  # DDP's destructor holds the GIL and may wait for ever for gloo's thread, which wants it
+    os._exit(
+        0
+    )  # DDP's destructor holds the GIL and may wait for ever for gloo's thread, which wants it
 
 
 def test_two_ranks_draw_alike_and_give_the_gradients_of_the_whole_batch(tmp_path: Path):
@@ -239,7 +248,9 @@ def peak(call: Callable[[], object]) -> int:
     call()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         call()
-    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [
+        event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     held = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
@@ -260,7 +271,11 @@ def test_the_loss_holds_two_maps_at_most(mask, layout):
     student, teacher = (torch.randn(shape).to(memory_format=layout) for _ in range(2))
     weight = torch.rand(shape[0], *shape[2:])
     kd = SoKD(
-        32, 32, adapter=None, dam=Stored(weight) if mask else None, policies=[("rotate", "channel_shuffle")]
+        32,
+        32,
+        adapter=None,
+        dam=Stored(weight) if mask else None,
+        policies=[("rotate", "channel_shuffle")],
     )
     map_bytes = student.numel() * student.element_size()
     most = peak(functools.partial(step, kd, student.requires_grad_(), teacher))
@@ -277,7 +292,9 @@ def test_beyond_its_convolutions_dam_adds_no_map():
 
     def convolutions() -> None:
         points, size = kd.dam._heads(torch.cat((student, teacher)))
-        torch.autograd.grad((points, size), student, (torch.ones_like(points), torch.ones_like(size)))
+        torch.autograd.grad(
+            (points, size), student, (torch.ones_like(points), torch.ones_like(size))
+        )
 
     map_bytes = student.numel() * student.element_size()
     most = peak(functools.partial(step, kd, student, teacher)) - peak(convolutions)

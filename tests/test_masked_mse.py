@@ -37,11 +37,20 @@ def loss_and_gradient(function, student, *rest, **options):
 def test_values(shape, dtype, layout, normalise):
     student, teacher = laid_out(shape, layout, dtype), laid_out(shape, "contiguous", dtype)
     weight = torch.randint(0, 3, (shape[0], *shape[2:])).float()
-    loss, d_student = loss_and_gradient(ops.masked_mse, student, teacher, weight, normalise=normalise)
-    exact = loss_and_gradient(
-        reference.masked_mse, student.double(), teacher.double(), weight.double(), normalise=normalise
+    loss, d_student = loss_and_gradient(
+        ops.masked_mse, student, teacher, weight, normalise=normalise
     )
-    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and loss.shape == ()
+    exact = loss_and_gradient(
+        reference.masked_mse,
+        student.double(),
+        teacher.double(),
+        weight.double(),
+        normalise=normalise,
+    )
+    assert (
+        loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        and loss.shape == ()
+    )
     assert d_student.dtype == dtype and d_student.shape == shape
     torch.testing.assert_close(loss.double(), exact[0], rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(d_student.double(), exact[1], **CLOSE[dtype])
@@ -52,14 +61,17 @@ def test_naive_loops(normalise):
     student, teacher = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64)
     weight = torch.randint(0, 3, (2, 4, 5)).double()
     expected = naive.masked_mse(student.numpy(), teacher.numpy(), weight.numpy(), normalise)
-    loss, d_student = loss_and_gradient(ops.masked_mse, student, teacher, weight, normalise=normalise)
+    loss, d_student = loss_and_gradient(
+        ops.masked_mse, student, teacher, weight, normalise=normalise
+    )
     assert loss.item() == pytest.approx(expected[0], rel=1e-12)
     torch.testing.assert_close(d_student, torch.from_numpy(expected[1]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "layouts", [("contiguous", "channels_last"), ("channels_last", "channels_last"), ("sliced", "expanded")]
+    "layouts",
+    [("contiguous", "channels_last"), ("channels_last", "channels_last"), ("sliced", "expanded")],
 )
 def test_mixed_layouts(layouts, dtype):
     student, teacher = (laid_out((2, 18, 7, 8), layout, dtype) for layout in layouts)
@@ -96,9 +108,12 @@ def test_half_precision_is_no_worse_than_eager(dtype):
     def eager(student, teacher, weight):
         return (weight.unsqueeze(1) * (student - teacher) ** 2).mean()
 
-    exact = loss_and_gradient(reference.masked_mse, student.double(), teacher.double(), weight.double())
+    exact = loss_and_gradient(
+        reference.masked_mse, student.double(), teacher.double(), weight.double()
+    )
     ours, theirs = (
-        loss_and_gradient(function, student, teacher, weight) for function in (ops.masked_mse, eager)
+        loss_and_gradient(function, student, teacher, weight)
+        for function in (ops.masked_mse, eager)
     )
     for ours_, theirs_, exact_ in zip(ours, theirs, exact, strict=True):
         error, eagers_own = ((value.double() - exact_).abs().max() for value in (ours_, theirs_))
@@ -129,9 +144,15 @@ def test_float16_gradients_of_large_weighted_differences_do_not_overflow():
     student, teacher = torch.zeros(1, 4, 64, 64).half(), torch.full((1, 4, 64, 64), 1e4).half()
     weight = torch.full((1, 64, 64), 64.0)
     for normalise in ("elements", "area"):
-        gradient = loss_and_gradient(ops.masked_mse, student, teacher, weight, normalise=normalise)[1]
+        gradient = loss_and_gradient(ops.masked_mse, student, teacher, weight, normalise=normalise)[
+            1
+        ]
         exact = loss_and_gradient(
-            reference.masked_mse, student.double(), teacher.double(), weight.double(), normalise=normalise
+            reference.masked_mse,
+            student.double(),
+            teacher.double(),
+            weight.double(),
+            normalise=normalise,
         )[1]
         torch.testing.assert_close(gradient.double(), exact, **CLOSE[torch.float16])
 
@@ -177,21 +198,28 @@ def test_any_upstream_twice(dtype, upstream):
     factor = torch.tensor(upstream, dtype=loss.dtype)
     first = torch.autograd.grad(loss, student, factor, retain_graph=True)[0]
     kept = first.clone()
-    exact = loss_and_gradient(reference.masked_mse, student.double(), teacher.double())[1] * upstream
+    exact = (
+        loss_and_gradient(reference.masked_mse, student.double(), teacher.double())[1] * upstream
+    )
     torch.testing.assert_close(first.double(), exact, **CLOSE[dtype])
     second = torch.autograd.grad(loss, student, factor, retain_graph=True)[0]
     assert torch.equal(second, kept)
     loss.backward(retain_graph=True)
     loss.backward()
     torch.testing.assert_close(
-        student.grad.double(), 2 * exact / upstream if upstream else student.grad.double(), **CLOSE[dtype]
+        student.grad.double(),
+        2 * exact / upstream if upstream else student.grad.double(),
+        **CLOSE[dtype],
     )
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_product_with_upstream_is_rounded_once(dtype, memory_format):
-    gradient, upstream = torch.randn(2, 16, 9, 8).to(dtype).to(memory_format=memory_format), torch.tensor(3.1)
+    gradient, upstream = (
+        torch.randn(2, 16, 9, 8).to(dtype).to(memory_format=memory_format),
+        torch.tensor(3.1),
+    )
     product = _multiplied(gradient, upstream)
     assert torch.equal(product, (gradient.float() * upstream).to(dtype))
     assert product.stride() == gradient.stride()
@@ -235,14 +263,18 @@ def test_what_a_hook_for_saved_tensors_holds_stays_as_it_is():
 def test_scale_is_folded_in():
     student, teacher = torch.randn(2, 2, 3, 4, 5)
     plain = loss_and_gradient(ops.masked_mse, student, teacher)
-    scaled = loss_and_gradient(_masked_mse, student, teacher, None, normalise="elements", scale=1000.0)
+    scaled = loss_and_gradient(
+        _masked_mse, student, teacher, None, normalise="elements", scale=1000.0
+    )
     for one, two in zip(plain, scaled, strict=True):
         torch.testing.assert_close(one * 1000, two)
 
 
 def test_mutual_gradients_are_opposite():
     student, teacher = (torch.randn(2, 3, 4, 5, requires_grad=True) for _ in range(2))
-    loss = _masked_mse(student, teacher, torch.rand(2, 4, 5), normalise="area", scale=2.0, mutual=True)
+    loss = _masked_mse(
+        student, teacher, torch.rand(2, 4, 5), normalise="area", scale=2.0, mutual=True
+    )
     loss.backward()
     assert torch.equal(student.grad, -teacher.grad) and student.grad.any()
 
@@ -253,7 +285,9 @@ def test_the_gradient_of_refined_features_goes_on_without_a_copy(of_features, tw
     """`refine` reads the student's gradient with its sign set; what comes out is an ordinary tensor."""
     features = torch.randn(2, 5, 6, 6, dtype=torch.float64, requires_grad=of_features)
     student = torch.randn(2, 5, 6, 6, dtype=torch.float64, requires_grad=True)
-    theta = torch.tensor([[[0.9, 0.1, 0.2], [0.0, 1.1, -0.1]]], dtype=torch.float64, requires_grad=True)
+    theta = torch.tensor(
+        [[[0.9, 0.1, 0.2], [0.0, 1.1, -0.1]]], dtype=torch.float64, requires_grad=True
+    )
     sigma, straight = torch.full((2, 1), 0.3, dtype=torch.float64, requires_grad=True).unbind()
     wanted = [student, theta, sigma, straight, *([features] if of_features else [])]
 
@@ -287,7 +321,10 @@ def test_other_gradients_are_refused(name):
     inputs[name].requires_grad_()
     with pytest.raises(ValueError) as error:
         ops.masked_mse(**inputs)
-    assert str(error.value) == f"masked_mse: {name} must not require grad, got a tensor that requires grad"
+    assert (
+        str(error.value)
+        == f"masked_mse: {name} must not require grad, got a tensor that requires grad"
+    )
     with torch.no_grad():
         assert ops.masked_mse(**inputs).item() == 0
 
@@ -347,6 +384,8 @@ def test_any_case(shape, layout, teachers, normalise, seed, scale):
     )
     weight = torch.randint(0, 3, (shape[0], *shape[2:])).double()
     actual = loss_and_gradient(ops.masked_mse, student, teacher, weight, normalise=normalise)
-    expected = loss_and_gradient(reference.masked_mse, student, teacher, weight, normalise=normalise)
+    expected = loss_and_gradient(
+        reference.masked_mse, student, teacher, weight, normalise=normalise
+    )
     for one, two in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)

@@ -54,7 +54,9 @@ def arrays(*tensors):
 
 def close(actual, expected, rtol=1e-9, atol=1e-12):
     assert actual.dtype == F64 and actual.dim() == 0
-    torch.testing.assert_close(actual, torch.tensor(float(expected), dtype=F64), rtol=rtol, atol=atol)
+    torch.testing.assert_close(
+        actual, torch.tensor(float(expected), dtype=F64), rtol=rtol, atol=atol
+    )
 
 
 # --- values
@@ -80,10 +82,14 @@ def test_dense_logits_are_samples_of_their_own(name, places):
     loss = getattr(methods, name)
     student, teacher = (torch.randn(2, 6, *places, dtype=F64) for _ in range(2))
     cells = [np.moveaxis(each.numpy(), 1, -1).reshape(-1, 6) for each in (student, teacher)]
-    close(loss(student, teacher), getattr(naive, name)(*cells), rtol=1e-6 if name == "lskd" else 1e-9)
+    close(
+        loss(student, teacher), getattr(naive, name)(*cells), rtol=1e-6 if name == "lskd" else 1e-9
+    )
     last = student.movedim(1, -1).contiguous().movedim(-1, 1)  # channels_last
     torch.testing.assert_close(loss(last, teacher), loss(student, teacher))
-    assert torch.autograd.gradcheck(lambda given: loss(given, teacher), student.clone().requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda given: loss(given, teacher), student.clone().requires_grad_()
+    )
     assert loss(student[:0], teacher[:0]) == 0
 
 
@@ -118,7 +124,10 @@ SIZES = [
 @pytest.mark.parametrize("name", FEATURES)
 def test_features_against_loops(name, sizes, mask):
     student, teacher, weight = with_mask(name, mask, **sizes)
-    if weight is not None and student.shape[2:] == (12, 12):  # the loops know how to shrink a mask only
+    if weight is not None and student.shape[2:] == (
+        12,
+        12,
+    ):  # the loops know how to shrink a mask only
         student = student[:, :, :6, :6]
     expected = getattr(naive, name)(*arrays(student, teacher, weight))
     close(getattr(methods, name)(student, teacher, weight), expected)
@@ -146,7 +155,9 @@ def test_options(name, options):
 @pytest.mark.parametrize("name", ["sp", "rkd"])
 def test_embeddings(name):
     student, teacher = torch.randn(4, 3, dtype=F64), torch.randn(4, 6, dtype=F64)
-    expected = getattr(naive, name)(*([each[:, :, None, None].numpy() for each in (student, teacher)]))
+    expected = getattr(naive, name)(
+        *([each[:, :, None, None].numpy() for each in (student, teacher)])
+    )
     close(getattr(methods, name)(student, teacher), expected)
 
 
@@ -205,7 +216,9 @@ def test_a_second_derivative_of_dist_is_refused():
     (gradient,) = torch.autograd.grad(loss(student.requires_grad_()), student, create_graph=True)
     with pytest.raises(RuntimeError) as error:
         gradient.sum().backward()
-    assert str(error.value) == "dist: the loss must be differentiated once only, got a second backward"
+    assert (
+        str(error.value) == "dist: the loss must be differentiated once only, got a second backward"
+    )
 
 
 @pytest.mark.parametrize("name", LOGITS + FEATURES)
@@ -252,7 +265,13 @@ def test_extreme_logits(name, dtype):
     """No doubt, no difference, large offsets: finite values and gradients."""
     scale = 1e4 if dtype == torch.float16 else 1e15
     student = torch.eye(4) * scale
-    teachers = [student.flip(0), -student, torch.zeros(4, 4), student + scale / 2, torch.full((4, 4), scale)]
+    teachers = [
+        student.flip(0),
+        -student,
+        torch.zeros(4, 4),
+        student + scale / 2,
+        torch.full((4, 4), scale),
+    ]
     for one in (student, torch.zeros(4, 4), torch.full((4, 4), -scale)):
         for teacher in teachers:
             leaf = one.to(dtype).requires_grad_()
@@ -297,7 +316,10 @@ def test_autocast_changes_nothing(name):
     wide_loss = functools.partial(
         _flipped,
         loss.args[0],
-        [part.float() if part is not None and part.is_floating_point() else part for part in loss.args[1]],
+        [
+            part.float() if part is not None and part.is_floating_point() else part
+            for part in loss.args[1]
+        ],
     )
     expected = wide_loss(student.float())
     with torch.autocast("cpu", torch.bfloat16):

@@ -51,7 +51,10 @@ def test_crd_against_loops(way):
         student, teacher = embeddings()
         index = torch.tensor([1, 7, 4 + step, 0])
         others = torch.randint(0, 12, (4, 5))
-        anchors = [unit_rows(student, loss.student_embedding), unit_rows(teacher, loss.teacher_embedding)]
+        anchors = [
+            unit_rows(student, loss.student_embedding),
+            unit_rows(teacher, loss.teacher_embedding),
+        ]
         sides = [
             naive.contrast(anchor, bank, index.numpy(), others.numpy(), 0.07, z)
             for anchor, bank, z in zip(anchors, banks[::-1], known, strict=True)
@@ -79,7 +82,9 @@ def test_noise_contrast_gradcheck(way):
     (gradient,) = torch.autograd.grad(loss(anchor), anchor, create_graph=True)
     with pytest.raises(RuntimeError) as error:
         gradient.sum().backward()
-    assert str(error.value) == "crd: the loss must be differentiated once only, got a second backward"
+    assert (
+        str(error.value) == "crd: the loss must be differentiated once only, got a second backward"
+    )
 
 
 def test_crd_trains_both_embeddings_and_the_student_alone():
@@ -98,7 +103,9 @@ def test_negatives_are_others_and_all_of_them(samples):
     assert drawn.shape == (3, 4000) and drawn.min() >= 0 and drawn.max() < samples
     assert not (drawn == index.unsqueeze(1)).any()
     share = (drawn < samples // 2).double().mean().item()
-    assert abs(share - 0.5) < 0.02 + 1 / samples  # 4 standard deviations, and the own place left out
+    assert (
+        abs(share - 0.5) < 0.02 + 1 / samples
+    )  # 4 standard deviations, and the own place left out
     if samples == 12:
         assert all(len(row.unique()) == 11 for row in drawn)
         counts = torch.stack([row.bincount(minlength=12) for row in drawn]).double()
@@ -166,7 +173,9 @@ def test_crd_in_eval_leaves_no_trace():
     first = run(loss, 1)
     assert torch.equal(first[0], run(loss, 1)[0]) and first[0].isfinite()
     after = loss.state_dict()
-    assert all(torch.equal(before[name], after[name]) or name == "log_normaliser" for name in before)
+    assert all(
+        torch.equal(before[name], after[name]) or name == "log_normaliser" for name in before
+    )
     assert after["log_normaliser"].isnan().all()
 
 
@@ -195,7 +204,9 @@ def test_crd_of_nothing():
     loss = crd()
     before = copy.deepcopy(loss.state_dict())
     value = loss(
-        torch.zeros(0, 3, dtype=F64), torch.zeros(0, 4, dtype=F64), torch.zeros(0, dtype=torch.int64)
+        torch.zeros(0, 3, dtype=F64),
+        torch.zeros(0, 4, dtype=F64),
+        torch.zeros(0, dtype=torch.int64),
     )
     value.backward()
     assert value.item() == 0
@@ -207,7 +218,9 @@ def test_pooled():
     features, omega = torch.randn(3, 4, 5, 6, dtype=F64), torch.rand(3, 5, 6, dtype=F64)
     omega[1] = 0
     share = omega.sqrt() / omega.sqrt().sum((1, 2), keepdim=True).clamp(min=1e-300)
-    torch.testing.assert_close(methods.pooled(features, omega), torch.einsum("bchw,bhw->bc", features, share))
+    torch.testing.assert_close(
+        methods.pooled(features, omega), torch.einsum("bchw,bhw->bc", features, share)
+    )
     torch.testing.assert_close(methods.pooled(features), features.mean((2, 3)))
     torch.testing.assert_close(methods.pooled(features, omega * 0 + 7), features.mean((2, 3)))
 
@@ -218,7 +231,10 @@ def test_pooled():
 def stages(batch=2, dtype=F64):
     student = [(3, 8, 6), (4, 4, 3), (5, 2, 2)]
     teacher = [(4, 8, 6), (3, 8, 6), (6, 1, 2)]  # equal, larger and smaller than the student's
-    return [[torch.randn(batch, *shape, dtype=dtype) for shape in shapes] for shapes in (student, teacher)]
+    return [
+        [torch.randn(batch, *shape, dtype=dtype) for shape in shapes]
+        for shapes in (student, teacher)
+    ]
 
 
 def reviewkd(**options):
@@ -248,10 +264,14 @@ def test_reviewkd_against_loops(mask, hidden):
     layers = list(zip(loss.fusions, student, teacher, weights, strict=True))
     for fusion, of_student, of_teacher, weight in layers[::-1]:
         attention = fusion.attention
-        attention = attention and [each.detach().numpy() for each in (attention.weight, attention.bias)]
+        attention = attention and [
+            each.detach().numpy() for each in (attention.weight, attention.bias)
+        ]
         blocks = parameters_of(fusion.reduce), attention, parameters_of(fusion.expand)
         output, fused = naive.abf(of_student.numpy(), fused, of_teacher.shape[2:], *blocks)
-        expected += naive.hcl(output, of_teacher.numpy(), None if weight is None else weight.numpy())
+        expected += naive.hcl(
+            output, of_teacher.numpy(), None if weight is None else weight.numpy()
+        )
     value = loss(student, teacher, weights if mask else None)
     torch.testing.assert_close(value.detach(), torch.tensor(expected, dtype=F64))
 
@@ -261,7 +281,9 @@ def test_reviewkd_gradcheck():
     student = [torch.randn(2, 1, 2, 3, dtype=F64, requires_grad=True) for _ in range(2)]
     teacher = [torch.randn(2, channels, 2, 3, dtype=F64) for channels in (2, 1)]
     weight = torch.rand(2, 2, 3, dtype=F64)
-    assert torch.autograd.gradcheck(lambda *student: loss(student, teacher, [weight, None]), student)
+    assert torch.autograd.gradcheck(
+        lambda *student: loss(student, teacher, [weight, None]), student
+    )
 
 
 def test_reviewkd_trains_all_it_has_and_not_the_teacher():
@@ -324,7 +346,9 @@ def test_mgd_gradcheck():
     loss = methods.mgd(2).double().eval()  # the same mask again
     student, teacher = torch.randn(2, 2, 2, 3, 3, dtype=F64)
     student.requires_grad_()
-    assert torch.autograd.gradcheck(lambda student: loss(student, teacher, torch.ones(2, 3, 3)), student)
+    assert torch.autograd.gradcheck(
+        lambda student: loss(student, teacher, torch.ones(2, 3, 3)), student
+    )
 
 
 def test_mgd_resumes_bit_for_bit():

@@ -16,7 +16,20 @@ from sokd.methods import METHODS, Method, Step, build
 
 STUDENT, TEACHER = [(3, 8, 6), (4, 4, 3)], [(5, 8, 6), (6, 2, 2)]
 CLASSES, BATCH, SAMPLES = 7, 4, 20
-NAMES = ["fitnet", "at", "crd", "reviewkd", "kd", "dkd", "lskd", "dist", "sp", "rkd", "catkd", "mgd"]
+NAMES = [
+    "fitnet",
+    "at",
+    "crd",
+    "reviewkd",
+    "kd",
+    "dkd",
+    "lskd",
+    "dist",
+    "sp",
+    "rkd",
+    "catkd",
+    "mgd",
+]
 
 
 def made(name: str) -> Method:
@@ -141,7 +154,9 @@ def test_compiled(name):
     for _ in range(2):  # with state: the second call too
         actual, expected = fast(*(getattr(given, field) for field in fields)), plain(given)
         torch.testing.assert_close(actual, expected)
-        pairs = (torch.autograd.grad(loss, tensors, allow_unused=True) for loss in (actual, expected))
+        pairs = (
+            torch.autograd.grad(loss, tensors, allow_unused=True) for loss in (actual, expected)
+        )
         torch.testing.assert_close(*([each for each in pair if each is not None] for pair in pairs))
 
 

@@ -49,7 +49,9 @@ def test_operator_has_its_place_in_every_layer(operator: str) -> None:
 @pytest.mark.parametrize("operator", [*OPERATORS, "refine_dots"])
 def test_twin_has_the_same_signature(operator: str) -> None:
     def shape_of(function: Callable[..., object]) -> list[tuple[object, ...]]:
-        return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+        return [
+            (p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()
+        ]
 
     assert shape_of(getattr(sokd.ops, operator)) == shape_of(getattr(reference, operator))
 
@@ -63,10 +65,17 @@ def test_one_version_everywhere() -> None:
 
 def test_the_build_asks_this_python_for_its_torch() -> None:
     """Without an active venv, or in another one, as `path/to/venv/bin/pip install .` is."""
-    script = "import backend, os, shutil; print(shutil.which('python'), 'VIRTUAL_ENV' in os.environ)"
+    script = (
+        "import backend, os, shutil; print(shutil.which('python'), 'VIRTUAL_ENV' in os.environ)"
+    )
     other = {"PATH": os.defpath, "VIRTUAL_ENV": "elsewhere"}
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=other, capture_output=True, text=True, check=True
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env=other,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.split() == [str(Path(sys.executable).parent / "python"), "False"]
 

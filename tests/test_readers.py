@@ -27,9 +27,13 @@ def run_everything(dtype=torch.float32, layout="contiguous"):
     features, student = (laid_out(SHAPE, layout, dtype).detach().requires_grad_() for _ in range(2))
     plan["theta"].requires_grad_()
     refined = ops.refine(features, **plan, seed=3)
-    found = ops.areas(features.detach().sigmoid(), *(features.detach()[:, :2].sigmoid() for _ in range(2)))
+    found = ops.areas(
+        features.detach().sigmoid(), *(features.detach()[:, :2].sigmoid() for _ in range(2))
+    )
     loss = ops.masked_mse(student, refined.detach(), found.coverage)
-    gradients = torch.autograd.grad(loss + refined.float().square().sum(), (features, student, plan["theta"]))
+    gradients = torch.autograd.grad(
+        loss + refined.float().square().sum(), (features, student, plan["theta"])
+    )
     stacked = {name: part.detach()[None] for name, part in plan.items()}
     dots = ops.refine_dots(features.detach(), student.detach(), stacked)
     return [
@@ -52,7 +56,9 @@ def test_readers_agree(dtype, layout, reader):
 
 
 def test_an_unknown_reader_is_refused():
-    with pytest.raises(ValueError, match=r"^select_reader: name must be 'tch' or 'portable', got 'other'$"):
+    with pytest.raises(
+        ValueError, match=r"^select_reader: name must be 'tch' or 'portable', got 'other'$"
+    ):
         _core.select_reader("other")
 
 
@@ -71,7 +77,9 @@ def test_the_guard_chooses_by_the_running_torch(release, chosen, monkeypatch, re
 def test_the_choice_precedes_every_tch_call():
     """In a fresh process: right after the import, the reader is the guard's."""
     code = "import sokd; from sokd import _core; print(_core.build_info()['reader'])"
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     built = _core.build_info()["tch_built_for"] is not None
     proven = ".".join(torch.__version__.split(".")[:2]) in config.PROVEN
     assert printed.strip() == ("tch" if built and proven else "portable")
@@ -118,13 +126,20 @@ def test_numpy_arrays_give_the_same_as_tensors(dtype):
 
 @pytest.mark.parametrize(
     "view",
-    [lambda a: a[:, ::-1], lambda a: a[..., ::2], lambda a: a.transpose(0, 2, 1, 3), lambda a: a[:, :, 1:]],
+    [
+        lambda a: a[:, ::-1],
+        lambda a: a[..., ::2],
+        lambda a: a.transpose(0, 2, 1, 3),
+        lambda a: a[:, :, 1:],
+    ],
 )
 def test_numpy_views_of_any_stride(view):
     features = view(np.random.randn(*SHAPE))
     sigma = np.ones(1)
     copy = np.ascontiguousarray(features)
-    assert np.array_equal(ops.refine(features, sigma=sigma, seed=1), ops.refine(copy, sigma=sigma, seed=1))
+    assert np.array_equal(
+        ops.refine(features, sigma=sigma, seed=1), ops.refine(copy, sigma=sigma, seed=1)
+    )
     assert ops.masked_mse(features, copy) == 0
 
 

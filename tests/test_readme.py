@@ -62,7 +62,8 @@ def test_examples_run_in_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "table"), [(page, name) for page, blocks in report.rendered().items() for name in blocks]
+    ("page", "table"),
+    [(page, name) for page, blocks in report.rendered().items() for name in blocks],
 )
 def test_table_is_that_of_its_files(page: Path, table: str) -> None:
     expected = report.rendered()[page][table]

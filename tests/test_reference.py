@@ -37,7 +37,9 @@ def test_philox_known_answers(counter, key, words):
 def test_normals_equal_the_naive_ones(seed):
     values = reference.normals((2, 2, 3, 3), seed)
     for n, c, y, x in torch.cartesian_prod(*(torch.arange(side) for side in values.shape)).tolist():
-        assert values[n, c, y, x].item() == pytest.approx(naive.normal(seed, n * 2 + c, y * 3 + x), abs=1e-6)
+        assert values[n, c, y, x].item() == pytest.approx(
+            naive.normal(seed, n * 2 + c, y * 3 + x), abs=1e-6
+        )
     tensor = torch.tensor([seed - 2**64 if seed >= 2**63 else seed])
     assert torch.equal(values, reference.normals((2, 2, 3, 3), tensor))
 
@@ -94,7 +96,9 @@ def test_draw_is_uniform_and_never_0_or_1():
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if math.prod(shape)])
 def test_theta_is_affine_grid_and_grid_sample(shape):
     features = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    theta = torch.eye(2, 3, dtype=torch.float64) + 0.4 * torch.randn(shape[0], 2, 3, dtype=torch.float64)
+    theta = torch.eye(2, 3, dtype=torch.float64) + 0.4 * torch.randn(
+        shape[0], 2, 3, dtype=torch.float64
+    )
     theta.requires_grad_()
     upstream = torch.randn(shape, dtype=torch.float64)
     grid = F.affine_grid(theta, list(shape), align_corners=False)
@@ -127,7 +131,9 @@ def test_theta_at_the_kinks_has_the_right_derivative():
 def test_everything_equals_the_naive_loops(shape, groups):
     plan = everything(shape, 1 if groups == "one" else shape[0])
     features = torch.randn(shape, dtype=torch.float64)
-    expected = naive.refine(features.numpy(), **{name: part.numpy() for name, part in plan.items()}, seed=5)
+    expected = naive.refine(
+        features.numpy(), **{name: part.numpy() for name, part in plan.items()}, seed=5
+    )
     actual = reference.refine(features, **plan, seed=5)
     torch.testing.assert_close(actual, torch.from_numpy(expected), rtol=1e-6, atol=1e-6)
 
@@ -158,12 +164,21 @@ def test_straight_gets_the_sum_of_the_upstream_gradient():
 
 def test_refine_dots_are_inner_products():
     features, upstream = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64)
-    plans = {"sigma": torch.rand(4, 2, dtype=torch.float64), "keep": torch.rand(4, 1, 3) < 0.5, "seed": 3}
+    plans = {
+        "sigma": torch.rand(4, 2, dtype=torch.float64),
+        "keep": torch.rand(4, 1, 3) < 0.5,
+        "seed": 3,
+    }
     expected = [
-        (upstream * reference.refine(features, sigma=plans["sigma"][v], keep=plans["keep"][v], seed=3)).sum()
+        (
+            upstream
+            * reference.refine(features, sigma=plans["sigma"][v], keep=plans["keep"][v], seed=3)
+        ).sum()
         for v in range(4)
     ]
-    torch.testing.assert_close(reference.refine_dots(features, upstream, plans), torch.stack(expected))
+    torch.testing.assert_close(
+        reference.refine_dots(features, upstream, plans), torch.stack(expected)
+    )
     torch.testing.assert_close(
         reference.refine_dots(features, upstream, reference.Plan(**plans)), torch.stack(expected)
     )
@@ -182,7 +197,9 @@ def test_areas_equal_the_naive_loops(k, kernel):
     coverage, boxes, scores = naive.areas(heat.numpy(), size.numpy(), offset.numpy(), k, kernel)
     actual = reference.areas(heat, size, offset, k=k, kernel=kernel)
     assert actual.boxes.tolist() == boxes.tolist()
-    assert actual.coverage.tolist() == coverage.tolist() and actual.scores.tolist() == scores.tolist()
+    assert (
+        actual.coverage.tolist() == coverage.tolist() and actual.scores.tolist() == scores.tolist()
+    )
 
 
 def test_areas_of_two_are_those_of_the_means():
@@ -207,20 +224,25 @@ def test_masked_mse_equals_the_naive_loops(normalise):
     actual.backward()
     assert actual.item() == pytest.approx(loss, rel=1e-12)
     torch.testing.assert_close(student.grad, torch.from_numpy(d_student))
-    assert torch.equal(actual, reference.masked_mse(student, teacher, weight[:, None], normalise=normalise))
+    assert torch.equal(
+        actual, reference.masked_mse(student, teacher, weight[:, None], normalise=normalise)
+    )
 
 
 def test_masked_mse_without_weight_is_mse():
     student, teacher = torch.randn(2, 2, 3, 4, 5)
     for normalise in ("elements", "area"):
         torch.testing.assert_close(
-            reference.masked_mse(student, teacher, normalise=normalise), F.mse_loss(student, teacher)
+            reference.masked_mse(student, teacher, normalise=normalise),
+            F.mse_loss(student, teacher),
         )
 
 
 def test_masked_mse_of_nothing_is_zero():
     student = torch.randn(2, 3, 4, 5, requires_grad=True)
-    loss = reference.masked_mse(student, torch.randn(2, 3, 4, 5), torch.zeros(2, 4, 5), normalise="area")
+    loss = reference.masked_mse(
+        student, torch.randn(2, 3, 4, 5), torch.zeros(2, 4, 5), normalise="area"
+    )
     loss.backward()
     assert loss.item() == 0 and not student.grad.any()
     assert reference.masked_mse(student[:0], student[:0].detach()).item() == 0
@@ -236,7 +258,10 @@ def test_masked_mse_refuses_other_gradients(name):
     inputs[name].requires_grad_()
     with pytest.raises(ValueError) as error:
         reference.masked_mse(**inputs)
-    assert str(error.value) == f"masked_mse: {name} must not require grad, got a tensor that requires grad"
+    assert (
+        str(error.value)
+        == f"masked_mse: {name} must not require grad, got a tensor that requires grad"
+    )
     with torch.no_grad():
         assert reference.masked_mse(**inputs).item() == 0
 
@@ -276,6 +301,8 @@ def test_compiles_as_one_graph():
     eager, compiled = step(features), torch.compile(step, fullgraph=True)(features)
     torch.testing.assert_close(compiled, eager)
     for one, two in zip(
-        torch.autograd.grad(compiled, (theta, sigma)), torch.autograd.grad(eager, (theta, sigma)), strict=True
+        torch.autograd.grad(compiled, (theta, sigma)),
+        torch.autograd.grad(eager, (theta, sigma)),
+        strict=True,
     ):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)

@@ -19,7 +19,10 @@ given, st = hypothesis.given, hypothesis.strategies
 ULP = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 CLOSE = {torch.float64: {"rtol": 1e-10, "atol": 1e-6}, torch.float32: {"rtol": 1e-5, "atol": 1e-5}}
 # d_theta sums over all cells: compared with what the sum of absolute values allows
-GRADIENT = {torch.float64: {"rtol": 1e-6, "atol": 1e-5}, torch.float32: {"rtol": 1e-4, "atol": 1e-4}}
+GRADIENT = {
+    torch.float64: {"rtol": 1e-6, "atol": 1e-5},
+    torch.float32: {"rtol": 1e-4, "atol": 1e-4},
+}
 
 
 def assert_near(actual, expected, dtype):
@@ -40,7 +43,9 @@ def test_every_pair_of_operations(first, second):
     shape = (2, 4, 7, 6)
     features, plan = torch.randn(shape), pair(first, second, shape)
     actual = ops.refine(features, **plan, seed=9)
-    torch.testing.assert_close(actual, reference.refine(features, **plan, seed=9), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        actual, reference.refine(features, **plan, seed=9), rtol=1e-5, atol=1e-5
+    )
     expected = naive.refine(
         features.double().numpy(), **{name: part.numpy() for name, part in plan.items()}, seed=9
     )
@@ -61,7 +66,9 @@ def test_values(shape, dtype, layout):
 def test_values_of_larger_maps(shape, layout):
     features, plan = laid_out(shape, layout, torch.float32), everything(shape, 1, torch.float32)
     assert_near(
-        ops.refine(features, **plan, seed=4), reference.refine(features, **plan, seed=4), torch.float32
+        ops.refine(features, **plan, seed=4),
+        reference.refine(features, **plan, seed=4),
+        torch.float32,
     )
 
 
@@ -82,7 +89,9 @@ def test_half_precision_is_no_worse_than_eager(dtype):
     eager = F.grid_sample(
         features, F.affine_grid(theta, list(shape), align_corners=False), align_corners=False
     )
-    error, eagers_own = ((value.double() - exact).abs() for value in (ops.refine(features, theta), eager))
+    error, eagers_own = (
+        (value.double() - exact).abs() for value in (ops.refine(features, theta), eager)
+    )
     assert error.max() <= eagers_own.max() + ULP[dtype] * exact.abs().max()
     assert (error <= ULP[dtype] * exact.abs() + 1e-6).all()
 
@@ -126,7 +135,13 @@ def test_integer_parts_of_any_width(dtype):
 
 def test_holes_are_clipped_to_the_map():
     features = torch.randn(1, 2, 4, 5)
-    for hole in ([-3, -2, 2, 2], [0, 0, 100, 100], [2, 3, 2**40, 2**40], [-9, -9, -1, -1], [5, 5, 9, 9]):
+    for hole in (
+        [-3, -2, 2, 2],
+        [0, 0, 100, 100],
+        [2, 3, 2**40, 2**40],
+        [-9, -9, -1, -1],
+        [5, 5, 9, 9],
+    ):
         part = torch.tensor([hole])
         assert torch.equal(ops.refine(features, hole=part), reference.refine(features, hole=part))
 
@@ -142,7 +157,9 @@ def test_corners_outside_are_zero_even_next_to_nan():
     """A NaN's own share is NaN; a corner outside the map adds nothing, whatever lies at its address."""
     features = torch.full((1, 1, 3, 3), math.nan)
     features[0, 0, 1, 1] = 1.0
-    theta = torch.tensor([[[1.0, 0, 2 / 3 * 3], [0, 1, 0]]])  # three columns to the side: all outside
+    theta = torch.tensor(
+        [[[1.0, 0, 2 / 3 * 3], [0, 1, 0]]]
+    )  # three columns to the side: all outside
     assert torch.equal(ops.refine(features, theta), torch.zeros(1, 1, 3, 3))
 
 
@@ -206,7 +223,9 @@ def test_a_stride_0_upstream():
     ops.refine(features, **plan, seed=1).sum().backward()  # sum's gradient is one element, expanded
     actual = features.grad, theta.grad, sigma.grad
     ones = torch.ones(shape)
-    expected = torch.autograd.grad(ops.refine(features, **plan, seed=1), (features, theta, sigma), ones)
+    expected = torch.autograd.grad(
+        ops.refine(features, **plan, seed=1), (features, theta, sigma), ones
+    )
     for one, two in zip(actual, expected, strict=True):
         assert torch.equal(one, two)
 
@@ -280,7 +299,9 @@ def test_refine_dots(dtype, layout):
     shape, plans = (2, 5, 6, 7), 5
     features, upstream = (laid_out(shape, layout, dtype) for _ in range(2))
     each = [everything(shape, 2) for _ in range(plans)]
-    stacked = ops.Plan(**{name: torch.stack([plan[name] for plan in each]) for name in each[0]}, seed=8)
+    stacked = ops.Plan(
+        **{name: torch.stack([plan[name] for plan in each]) for name in each[0]}, seed=8
+    )
     actual = ops.refine_dots(features, upstream, stacked)
     expected = reference.refine_dots(features.double(), upstream.double(), stacked)
     assert actual.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -311,7 +332,10 @@ def test_refine_dots_refuse_gradients(name):
     plans = {"theta": inputs.pop("theta")}
     with pytest.raises(ValueError) as error:
         ops.refine_dots(**inputs, plans=plans)
-    assert str(error.value) == f"refine_dots: {name} must not require grad, got a tensor that requires grad"
+    assert (
+        str(error.value)
+        == f"refine_dots: {name} must not require grad, got a tensor that requires grad"
+    )
     with torch.no_grad():
         assert ops.refine_dots(**inputs, plans=plans).tolist() == [4.0]
 
@@ -323,7 +347,9 @@ def test_noise_is_the_twins():
     features = torch.zeros(2, 5, 7, 9)
     for seed in (0, 5, -5, 2**63 + 1, torch.tensor([77])):
         actual = ops.refine(features, sigma=torch.ones(1), seed=seed)
-        torch.testing.assert_close(actual, reference.normals((2, 5, 7, 9), seed), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            actual, reference.normals((2, 5, 7, 9), seed), rtol=1e-6, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -372,9 +398,17 @@ def test_same_bits_for_any_number_of_threads(layout, with_threads):
 
 @st.composite
 def cases(draw):
-    shape = tuple(draw(st.integers(0 if i < 2 else 1, limit)) for i, limit in enumerate((3, 9, 12, 12)))
+    shape = tuple(
+        draw(st.integers(0 if i < 2 else 1, limit)) for i, limit in enumerate((3, 9, 12, 12))
+    )
     parts = draw(st.sets(st.sampled_from(["theta", "hole", "sigma", "perm", "keep"])))
-    return shape, parts, draw(st.sampled_from(LAYOUTS)), draw(st.integers(0, 2**31)), draw(st.booleans())
+    return (
+        shape,
+        parts,
+        draw(st.sampled_from(LAYOUTS)),
+        draw(st.integers(0, 2**31)),
+        draw(st.booleans()),
+    )
 
 
 @given(cases())

@@ -56,7 +56,9 @@ def estimates(policy: Policy, control: ControlVariate, count: int) -> tuple[Tens
         one, other = (Draw(d.uniforms[row : row + 1], d.seed) for d in (draws, others))
         sample = policy.sample(one)
         chosen = sample.chosen.item()
-        value = torch.tensor(value_of(chosen, *sample.gates[0, chosen].tolist()), dtype=torch.float64)
+        value = torch.tensor(
+            value_of(chosen, *sample.gates[0, chosen].tolist()), dtype=torch.float64
+        )
         d_alpha, d_beta = estimate(value, policy, control, one, other)
         alphas.append(d_alpha)
         betas.append(d_beta)
@@ -74,7 +76,9 @@ def test_the_estimate_is_unbiased(policy: Policy) -> None:
         error = (found.mean(0) - wanted) / (found.std(0) / math.sqrt(count))
         # nine scores: the largest of nine normals exceeds 3.9 once in a thousand runs
         assert error.abs().max() < 3.9, error
-        assert (wanted.abs() > 2 * found.std(0) / math.sqrt(count)).any()  # the test could have failed
+        assert (
+            wanted.abs() > 2 * found.std(0) / math.sqrt(count)
+        ).any()  # the test could have failed
 
 
 def test_training_the_control_variate_lowers_the_spread(policy: Policy) -> None:
@@ -86,7 +90,11 @@ def test_training_the_control_variate_lowers_the_spread(policy: Policy) -> None:
     for _ in range(12):
         policy.counter.copy_(start)
         adam.zero_grad()
-        spread = torch.cat([part.flatten(1) for part in estimates(policy, control, 30)], 1).square().mean()
+        spread = (
+            torch.cat([part.flatten(1) for part in estimates(policy, control, 30)], 1)
+            .square()
+            .mean()
+        )
         spread.backward(inputs=list(control.parameters()))
         adam.step()
         spreads.append(spread.item())
@@ -135,7 +143,9 @@ def test_extreme_uniforms_stay_finite() -> None:
 
 
 def test_the_control_variate_starts_as_linear_layers_do() -> None:
-    control, other = (ControlVariate(36, temperature=0.5, seed=torch.tensor([seed])) for seed in (1, 2))
+    control, other = (
+        ControlVariate(36, temperature=0.5, seed=torch.tensor([seed])) for seed in (1, 2)
+    )
     for weights in (control.hidden.detach(), control.out.detach()):
         bound = (weights.shape[1] - 1) ** -0.5
         scaled = (weights.flatten() / bound).numpy()

@@ -49,7 +49,11 @@ def batch_of(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Images, labels and the teacher's features."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(3, 2, 6, 5, generator=generator)
-    return images, torch.randint(5, (3,), generator=generator), torch.randn(SHAPE, generator=generator)
+    return (
+        images,
+        torch.randint(5, (3,), generator=generator),
+        torch.randn(SHAPE, generator=generator),
+    )
 
 
 def step(model: Student, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,7 +97,10 @@ def linear_step(model: Linear, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Te
 @pytest.mark.parametrize("held_out", [False, True])
 def test_second_order_against_autograd_through_the_step(objective: str, held_out: bool) -> None:
     student, kd, search = planted_linear(objective=objective)
-    batches = [tuple(torch.randn(SHAPE, dtype=torch.float64) for _ in range(2)) for _ in range(1 + held_out)]
+    batches = [
+        tuple(torch.randn(SHAPE, dtype=torch.float64) for _ in range(2))
+        for _ in range(1 + held_out)
+    ]
     policy = copy.deepcopy(kd.policy)
     upper = search.step(linear_step, *batches)
     # the same, differentiated twice: choices through the sum over all plans, magnitudes through the plan
@@ -176,7 +183,9 @@ def test_relax_learns_by_its_estimate(order: int) -> None:
     def total(weight: Tensor) -> Tensor:
         return (weight * batch[0]).square().mean() + F.mse_loss(weight * batch[0], refined)
 
-    slope = torch.autograd.grad(total(weight), weight)[0] if order == 2 else torch.zeros_like(weight)
+    slope = (
+        torch.autograd.grad(total(weight), weight)[0] if order == 2 else torch.zeros_like(weight)
+    )
     virtual = (weight - 0.1 * slope).detach().requires_grad_()
     loss = F.mse_loss(virtual * batch[0], refined) / 2
     v = torch.autograd.grad(loss, virtual)[0]
@@ -187,7 +196,9 @@ def test_relax_learns_by_its_estimate(order: int) -> None:
     logs = policy.alpha.log_softmax(0)[sample.chosen].sum() + beta
     wanted = [value * grad for grad in torch.autograd.grad(logs, [policy.alpha, policy.beta])]
     torch.testing.assert_close(hypergradient(search)[:2], wanted, rtol=1e-5, atol=1e-8)
-    assert any(parameter.abs().max() > 0 for parameter in search._control.parameters())  # Q has learned
+    assert any(
+        parameter.abs().max() > 0 for parameter in search._control.parameters()
+    )  # Q has learned
 
 
 # -------------------------------------------------------------------------------------------------- no trace
@@ -195,13 +206,18 @@ def test_relax_learns_by_its_estimate(order: int) -> None:
 
 def everything(student: nn.Module, kd: SoKD, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     chi = {"policy.alpha", "policy.beta", "policy.magnitude"}
-    tensors = {f"student.{name}": value for name, value in student.state_dict(keep_vars=True).items()}
-    tensors |= {f"kd.{n}": value for n, value in kd.state_dict(keep_vars=True).items() if n not in chi}
+    tensors = {
+        f"student.{name}": value for name, value in student.state_dict(keep_vars=True).items()
+    }
+    tensors |= {
+        f"kd.{n}": value for n, value in kd.state_dict(keep_vars=True).items() if n not in chi
+    }
     tensors |= {f"kd.buffer.{name}": value for name, value in kd.named_buffers()}
     found: dict[str, Any] = {name: value.detach().clone() for name, value in tensors.items()}
     found |= {f"{n}.grad": None if v.grad is None else v.grad.clone() for n, v in tensors.items()}
     found |= {
-        f"{name}.id": (id(value), value.requires_grad, value._version) for name, value in tensors.items()
+        f"{name}.id": (id(value), value.requires_grad, value._version)
+        for name, value in tensors.items()
     }
     found["policy.grad"] = [parameter.grad for parameter in kd.policy.parameters()]
     found["optimizer"] = copy.deepcopy(optimizer.state_dict())
@@ -222,7 +238,8 @@ def same(a: Any, b: Any) -> bool:
 
 @pytest.mark.parametrize("estimator", ["gumbel", "relax"])
 @pytest.mark.parametrize(
-    ("order", "objective"), [(1, "consistency"), (2, "consistency"), (2, "task"), (2, "total"), (1, "total")]
+    ("order", "objective"),
+    [(1, "consistency"), (2, "consistency"), (2, "task"), (2, "total"), (1, "total")],
 )
 def test_a_step_leaves_no_trace(order: int, objective: str, estimator: str) -> None:
     student, kd, search = made(order=order, objective=objective, estimator=estimator)
@@ -267,7 +284,9 @@ def test_all_evaluations_see_one_random_state_and_the_right_batch() -> None:
         return step(model, batch)
 
     search.step(recording, train, held_out=held_out)
-    assert [batch is train for batch, _, _ in seen] == [True, False, True, True] and seen[1][0] is held_out
+    assert [batch is train for batch, _, _ in seen] == [True, False, True, True] and seen[1][
+        0
+    ] is held_out
     assert all(torch.equal(numbers, seen[0][1]) for _, numbers, _ in seen)
     weights = [weight for _, _, weight in seen]
     assert torch.equal(weights[0], student.body[0].weight)
@@ -279,7 +298,10 @@ def test_one_draw_for_a_step_and_another_for_the_next() -> None:
     _, kd, search = made()
     draws: list[Tensor] = []
     terms, consistency = kd.terms, kd.consistency
-    kd.terms = lambda *args, draw, **kw: (draws.append(draw.uniforms), terms(*args, draw=draw, **kw))[1]
+    kd.terms = lambda *args, draw, **kw: (
+        draws.append(draw.uniforms),
+        terms(*args, draw=draw, **kw),
+    )[1]
     kd.consistency = lambda *args, draw, **kw: (
         draws.append(draw.uniforms),
         consistency(*args, draw=draw, **kw),

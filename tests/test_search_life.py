@@ -29,7 +29,10 @@ def test_resumes_to_the_bit(estimator: str) -> None:
         search.step(step, batch_of(seed))
     search.end_epoch()
     file = io.BytesIO()
-    torch.save({"search": search.state_dict(), "kd": kd.state_dict(), "student": student.state_dict()}, file)
+    torch.save(
+        {"search": search.state_dict(), "kd": kd.state_dict(), "student": student.state_dict()},
+        file,
+    )
     saved = torch.load(io.BytesIO(file.getvalue()))
     torch.manual_seed(99)
     student2, kd2 = (
@@ -72,9 +75,12 @@ def test_ends_after_its_epochs() -> None:
 def test_sets_the_policy_up() -> None:
     _, kd, _ = made(estimator="relax")
     assert kd.policy.estimator == "relax"
-    assert PolicySearch(kd, Student())._control is not None and kd.policy.estimator == "relax", "kd's own"
+    assert PolicySearch(kd, Student())._control is not None and kd.policy.estimator == "relax", (
+        "kd's own"
+    )
     assert (
-        PolicySearch(kd, Student(), estimator="gumbel")._control is None and kd.policy.estimator == "gumbel"
+        PolicySearch(kd, Student(), estimator="gumbel")._control is None
+        and kd.policy.estimator == "gumbel"
     )
     assert made()[1].policy.estimator == "gumbel", "unless kd says otherwise"
     adam = made()[2].state_dict()["adam"]["param_groups"][0]
@@ -121,7 +127,9 @@ def kept(search: PolicySearch) -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore:PolicySearch")
-@pytest.mark.parametrize("factor", [float("inf"), float("nan"), 1e15], ids=["inf", "nan", "too-large"])
+@pytest.mark.parametrize(
+    "factor", [float("inf"), float("nan"), 1e15], ids=["inf", "nan", "too-large"]
+)
 @pytest.mark.parametrize("estimator", ["gumbel", "relax"])
 def test_a_batch_that_is_not_finite_is_left_out(estimator: str, factor: float) -> None:
     _, _, search = made(estimator=estimator)
@@ -183,7 +191,9 @@ def test_several_layers() -> None:
         return task, [f_s, f_s], [f_t, torch.cat([f_t, f_t[:, :2]], 1)]
 
     before = kd.policy.alpha.detach().clone()
-    assert search.step(two_layers, batch_of()).isfinite() and not torch.equal(before, kd.policy.alpha)
+    assert search.step(two_layers, batch_of()).isfinite() and not torch.equal(
+        before, kd.policy.alpha
+    )
 
 
 @pytest.mark.parametrize("estimator", ["gumbel", "relax"])
@@ -215,7 +225,9 @@ def test_inside_no_grad_and_with_wrapped_modules() -> None:
 # --------------------------------------------------------------------------------------------------- planted
 
 
-@pytest.mark.parametrize(("estimator", "steps", "lr"), [("gumbel", 120, 0.05), ("relax", 250, 0.015)])
+@pytest.mark.parametrize(
+    ("estimator", "steps", "lr"), [("gumbel", 120, 0.05), ("relax", 250, 0.015)]
+)
 def test_finds_the_planted_operation(estimator: str, steps: int, lr: float) -> None:
     """The student sees what the teacher sees, shifted by a quarter of the width: translate_x must win."""
     torch.set_num_threads(1)  # hundreds of steps too small for a second thread
@@ -293,10 +305,14 @@ def one_rank(rank: int, folder: str) -> None:
     state["alike"] = hypergradient(alike)
     torch.save(state, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
-    os._exit(0)  # DDP's destructor holds the GIL and may wait for ever for gloo's thread, which wants it
+    os._exit(
+        0
+    )  # DDP's destructor holds the GIL and may wait for ever for gloo's thread, which wants it
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+@pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this torch has no torch.distributed"
+)
 def test_ranks_keep_one_policy(tmp_path: Any) -> None:
     torch.multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
     states = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]

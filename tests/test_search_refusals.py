@@ -24,7 +24,10 @@ from sokd.search import PolicySearch
         ),
         ({"estimator": "none"}, "PolicySearch: estimator must be 'gumbel' or 'relax', got 'none'"),
         ({"order": 3}, "PolicySearch: order must be 1 or 2, got 3"),
-        ({"order": 1, "objective": "task"}, "PolicySearch: order must be 2 for objective 'task', got 1"),
+        (
+            {"order": 1, "objective": "task"},
+            "PolicySearch: order must be 2 for objective 'task', got 1",
+        ),
         ({"unroll": -1}, "PolicySearch: unroll must be a finite number, 0 or more, got -1"),
         (
             {"unroll": float("nan")},
@@ -43,7 +46,10 @@ def test_options_are_checked(options: dict[str, Any], message: str) -> None:
 def test_a_policy_is_needed() -> None:
     with pytest.raises(ValueError) as caught:
         PolicySearch(SoKD(3, 4, policy=None), Student())
-    assert str(caught.value) == "PolicySearch: kd must have a Policy as kd.policy, got SoKD with NoneType"
+    assert (
+        str(caught.value)
+        == "PolicySearch: kd must have a Policy as kd.policy, got SoKD with NoneType"
+    )
 
 
 @compiles
@@ -108,7 +114,10 @@ def test_a_loss_cut_off_from_the_weights_is_refused() -> None:
 
     with pytest.raises(ValueError) as caught:
         search.step(cut, batch_of())
-    assert str(caught.value) == "PolicySearch: loss must depend on the weights, got one without a gradient"
+    assert (
+        str(caught.value)
+        == "PolicySearch: loss must depend on the weights, got one without a gradient"
+    )
 
 
 @pytest.mark.parametrize("name", ["alpha", "magnitude"])
@@ -117,7 +126,10 @@ def test_a_frozen_policy_is_not_searched(name: str) -> None:
     getattr(kd.policy, name).requires_grad_(False)
     with pytest.raises(ValueError) as caught:
         search.step(step, batch_of())
-    assert str(caught.value) == f"PolicySearch: kd.policy.{name} must require grad, got one that is frozen"
+    assert (
+        str(caught.value)
+        == f"PolicySearch: kd.policy.{name} must require grad, got one that is frozen"
+    )
 
 
 def test_a_step_that_runs_another_student_is_refused() -> None:
@@ -175,12 +187,19 @@ def test_a_state_that_lacks_something_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("estimator", "adam"), [("gumbel", "adam"), ("relax", "control_adam")])
-def test_a_state_of_another_policy_is_refused_and_changes_nothing(estimator: str, adam: str) -> None:
+def test_a_state_of_another_policy_is_refused_and_changes_nothing(
+    estimator: str, adam: str
+) -> None:
     search = made(estimator=estimator)[2]
     state, before = search.state_dict(), copy.deepcopy(search.state_dict())
     state["seed"] += 1
-    state[adam] = {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"params": [0, 1, 2]}]}
-    with pytest.raises(ValueError, match="PolicySearch: state must have Adam's moments of the shapes"):
+    state[adam] = {
+        "state": {0: {"exp_avg": torch.zeros(2)}},
+        "param_groups": [{"params": [0, 1, 2]}],
+    }
+    with pytest.raises(
+        ValueError, match="PolicySearch: state must have Adam's moments of the shapes"
+    ):
         search.load_state_dict(state)
     assert same(before, search.state_dict())
 
@@ -191,6 +210,8 @@ def test_a_state_of_another_policy_is_refused_before_its_first_step() -> None:
     state = PolicySearch(kd, Student()).state_dict()
     search = made(estimator="relax")[2]
     before = copy.deepcopy(search.state_dict())
-    with pytest.raises(ValueError, match="PolicySearch: state must have a control variate of the shapes"):
+    with pytest.raises(
+        ValueError, match="PolicySearch: state must have a control variate of the shapes"
+    ):
         search.load_state_dict(state)
     assert same(before, search.state_dict())

@@ -60,7 +60,10 @@ def test_opcheck(index):
 def objective(features, theta, sigma, student, plan, heads, module=ops):
     refined = module.refine(features, theta, sigma=sigma, seed=torch.tensor([4]), **plan)
     coverage = module.areas(*heads, k=4, teacher=heads).coverage
-    return module.masked_mse(student, refined.detach(), coverage, normalise="area") + refined.square().mean()
+    return (
+        module.masked_mse(student, refined.detach(), coverage, normalise="area")
+        + refined.square().mean()
+    )
 
 
 def leaves(dtype=torch.float32):
@@ -79,7 +82,9 @@ def leaves(dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_compile_as_one_graph(dtype, dynamic):
     inputs, plan = leaves()
-    inputs = [each.detach().to(dtype).requires_grad_() if each.dim() == 4 else each for each in inputs]
+    inputs = [
+        each.detach().to(dtype).requires_grad_() if each.dim() == 4 else each for each in inputs
+    ]
     heads = maps()
     compiled = torch.compile(objective, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for _ in range(2):
@@ -101,13 +106,19 @@ def test_numbers_that_two_calls_share_compile_for_any_batch():
             terms = []
             for _ in range(2):
                 refined = ops.refine(teacher, sigma=sigma, seed=self.seed)
-                terms.append(_masked_mse(student, refined, None, normalise="elements", scale=self.scale))
+                terms.append(
+                    _masked_mse(student, refined, None, normalise="elements", scale=self.scale)
+                )
             return sum(terms)
 
     model, sigma = Model(), torch.tensor([0.1])
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
     for batch in (4, 3):
-        inputs = (torch.randn(batch, 4, 5, 5, requires_grad=True), torch.randn(batch, 4, 5, 5), sigma)
+        inputs = (
+            torch.randn(batch, 4, 5, 5, requires_grad=True),
+            torch.randn(batch, 4, 5, 5),
+            sigma,
+        )
         torch.testing.assert_close(compiled(*inputs), model(*inputs), rtol=1e-6, atol=0)
 
 
@@ -115,15 +126,20 @@ def test_numbers_that_two_calls_share_compile_for_any_batch():
 def test_compile_by_inductor():
     inputs, plan = leaves()
     heads = maps()
-    one, two = torch.compile(objective, fullgraph=True)(*inputs, plan, heads), objective(*inputs, plan, heads)
+    one, two = (
+        torch.compile(objective, fullgraph=True)(*inputs, plan, heads),
+        objective(*inputs, plan, heads),
+    )
     torch.testing.assert_close(one, two)
-    for first, second in zip(torch.autograd.grad(one, inputs), torch.autograd.grad(two, inputs), strict=True):
+    for first, second in zip(
+        torch.autograd.grad(one, inputs), torch.autograd.grad(two, inputs), strict=True
+    ):
         torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
     plans = ops.Plan(theta=torch.randn(3, 1, 2, 3))
     features = torch.randn(SHAPE)
-    dots = torch.compile(lambda features: ops.refine_dots(features, features, plans), fullgraph=True)(
-        features
-    )
+    dots = torch.compile(
+        lambda features: ops.refine_dots(features, features, plans), fullgraph=True
+    )(features)
     torch.testing.assert_close(dots, ops.refine_dots(features, features, plans))
     draws = torch.compile(lambda seed: ops.draw(seed, seed, 5), fullgraph=True)(torch.tensor([3]))
     assert all(map(torch.equal, draws, ops.draw(torch.tensor([3]), torch.tensor([3]), 5)))
@@ -140,7 +156,8 @@ def test_export(strict):
     args = (torch.randn(SHAPE), torch.eye(2, 3).unsqueeze(0), torch.randn(SHAPE), *maps())
     batch = torch.export.Dim("batch", min=2, max=64)
     shapes = {
-        name: ({0: batch} if name != "theta" else None) for name in Model.forward.__code__.co_varnames[1:7]
+        name: ({0: batch} if name != "theta" else None)
+        for name in Model.forward.__code__.co_varnames[1:7]
     }
     exported = torch.export.export(Model(), args, strict=strict, dynamic_shapes=shapes).module()
     assert torch.equal(exported(*args), Model()(*args))
@@ -187,7 +204,9 @@ def test_batched_gradients(dtype):
         single = [torch.autograd.grad(output, inputs, one, retain_graph=True) for one in upstreams]
         expected = [torch.stack(each) for each in zip(*single, strict=True)]
         for kept in (True, output is refined):  # the loss's graph ends with it
-            found = torch.autograd.grad(output, inputs, upstreams, is_grads_batched=True, retain_graph=kept)
+            found = torch.autograd.grad(
+                output, inputs, upstreams, is_grads_batched=True, retain_graph=kept
+            )
             torch.testing.assert_close(list(found), expected)
 
 
@@ -201,11 +220,15 @@ def test_zero_tensors_without_memory():
 def test_func_vmap_of_areas_draws_and_dots():
     heat, size, offset = maps()
     many = torch.rand(3, *heat.shape)
-    found = torch.func.vmap(lambda heat: ops.areas(heat, size, offset, teacher=(heat, size, offset)))(many)
+    found = torch.func.vmap(
+        lambda heat: ops.areas(heat, size, offset, teacher=(heat, size, offset))
+    )(many)
     counters = torch.arange(3).unsqueeze(1)
     draws = torch.func.vmap(lambda counter: ops.draw(torch.tensor([1]), counter, 5))(counters)
     features = torch.randn(3, *SHAPE)
-    dots = torch.func.vmap(lambda each: ops.refine_dots(each, each, {"sigma": torch.ones(2, 1)}))(features)
+    dots = torch.func.vmap(lambda each: ops.refine_dots(each, each, {"sigma": torch.ones(2, 1)}))(
+        features
+    )
     for index in range(3):
         each = ops.areas(many[index], size, offset, teacher=(many[index], size, offset))
         assert all(torch.equal(part[index], other) for part, other in zip(found, each, strict=True))
@@ -229,7 +252,9 @@ def test_per_sample_gradients():
     one = torch.func.vmap(torch.func.grad(loss), (None, 0))(theta, many)
     for index in range(4):
         torch.testing.assert_close(one[index], torch.func.grad(loss)(theta, many[index]))
-    total = torch.func.grad(lambda theta: torch.func.vmap(loss, (None, 0))(theta, many).sum())(theta)
+    total = torch.func.grad(lambda theta: torch.func.vmap(loss, (None, 0))(theta, many).sum())(
+        theta
+    )
     torch.testing.assert_close(total, one.sum(0))
 
 
@@ -243,7 +268,9 @@ def test_second_derivatives_by_functorch():
 
         return torch.func.jacrev(torch.func.jacrev(of))(inputs[1])
 
-    torch.testing.assert_close(hessian(ops), hessian(reference), rtol=1e-5, atol=1e-6)  # the noise is float32
+    torch.testing.assert_close(
+        hessian(ops), hessian(reference), rtol=1e-5, atol=1e-6
+    )  # the noise is float32
     assert hessian(ops).any()
 
 
@@ -253,7 +280,10 @@ def test_a_view_with_its_sign_set():
     negated = torch._neg_view(own)
     assert torch.equal(ops.refine(negated), -own)
     assert torch.equal(ops.masked_mse(negated, own), ops.masked_mse(-own, own))
-    dots = [ops.refine_dots(each, own, {"theta": torch.eye(2, 3)[None, None]}) for each in (negated, -own)]
+    dots = [
+        ops.refine_dots(each, own, {"theta": torch.eye(2, 3)[None, None]})
+        for each in (negated, -own)
+    ]
     assert torch.equal(*dots)
 
 
@@ -269,7 +299,9 @@ def test_a_tensor_that_outlives_its_transform():
     torch.func.grad(leaking)(theta)
     features = torch.randn(SHAPE)
     assert torch.equal(ops.refine(features, leaked[0]), ops.refine(features, theta))
-    dots = [ops.refine_dots(features, features, {"theta": each[None]}) for each in (leaked[0], theta)]
+    dots = [
+        ops.refine_dots(features, features, {"theta": each[None]}) for each in (leaked[0], theta)
+    ]
     assert torch.equal(*dots)
     maps, own = ([each[None].expand(1, 2, 2, 3)] * 3 for each in (leaked[0], theta))
     assert torch.equal(ops.masked_mse(maps[0], own[0]), torch.zeros(()))
@@ -319,7 +351,9 @@ def test_a_device_without_kernels_uses_the_twin_and_says_so_once(monkeypatch):
     monkeypatch.setattr(common, "_warned", set())
     inputs, plan = leaves()
     heads = maps()
-    sentence = "sokd: no kernels for cpu in this build, the plain PyTorch path \\(sokd.reference\\) serves"
+    sentence = (
+        "sokd: no kernels for cpu in this build, the plain PyTorch path \\(sokd.reference\\) serves"
+    )
     with pytest.warns(UserWarning, match=sentence):
         loss = objective(*inputs, plan, heads)
     with warnings.catch_warnings():
@@ -335,4 +369,12 @@ def test_a_device_without_kernels_uses_the_twin_and_says_so_once(monkeypatch):
 
 
 def test_bare_ops_are_out_of_sight():
-    assert sorted(ops.__all__) == ["Areas", "Plan", "areas", "draw", "masked_mse", "refine", "refine_dots"]
+    assert sorted(ops.__all__) == [
+        "Areas",
+        "Plan",
+        "areas",
+        "draw",
+        "masked_mse",
+        "refine",
+        "refine_dots",
+    ]

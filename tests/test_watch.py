@@ -22,7 +22,9 @@ TEACHER_GRAPH = (
     "sokd: teacher_features require grad, but no gradient flows to the teacher; call the teacher under "
     "torch.no_grad()"
 )
-TEACHER_TRAINS = "sokd: the teacher ran in train mode; call teacher.eval() before the student's training"
+TEACHER_TRAINS = (
+    "sokd: the teacher ran in train mode; call teacher.eval() before the student's training"
+)
 MASK_FULL = (
     "sokd: the areas covered every cell for 10 steps, so the mask selects nothing; "
     "use larger maps, a lower k or dam=None"
@@ -84,7 +86,9 @@ def test_a_right_script_is_left_alone():
 )
 def test_parameters_that_no_optimiser_holds(held, parts):
     student, kd = small()
-    assert said(student, kd, student, *(getattr(kd, name) for name in held)) == [UNHELD.format(parts)]
+    assert said(student, kd, student, *(getattr(kd, name) for name in held)) == [
+        UNHELD.format(parts)
+    ]
     assert said(student, kd, student) == [], "once is enough"
 
 
@@ -191,7 +195,9 @@ def test_a_teacher_with_gradients_and_in_train_mode(training, layer):
     with pytest.warns(UserWarning) as caught:
         loss(torch.randn(2, 3, 6, 6, requires_grad=True), features, kd).backward()
     seen = training and isinstance(layer, nn.BatchNorm2d)
-    assert [str(warning.message) for warning in caught] == [TEACHER_GRAPH, TEACHER_TRAINS][: 1 + seen]
+    assert [str(warning.message) for warning in caught] == [TEACHER_GRAPH, TEACHER_TRAINS][
+        : 1 + seen
+    ]
     assert teacher[0].weight.grad is None
 
 

@@ -203,7 +203,8 @@ def test_the_figures_are_left_in_kd():
 
 @compiles
 @pytest.mark.parametrize(
-    ("any_loss", "agreement"), [(F.mse_loss, True), (nn.MSELoss(), False), (Owner().feature_loss, True)]
+    ("any_loss", "agreement"),
+    [(F.mse_loss, True), (nn.MSELoss(), False), (Owner().feature_loss, True)],
 )
 def test_it_compiles_in_one_graph(any_loss, agreement):
     torch._dynamo.reset()
@@ -245,7 +246,10 @@ def test_teacher_gradients_are_warned_of():
 
 WRONG = {
     "no loss": (lambda: wrap(3, make()), "wrap: any_loss must be callable, got int"),
-    "no kd": (lambda: wrap(F.mse_loss, nn.Identity()), "wrap: kd must be a sokd.SoKD, got Identity"),
+    "no kd": (
+        lambda: wrap(F.mse_loss, nn.Identity()),
+        "wrap: kd must be a sokd.SoKD, got Identity",
+    ),
     "no such argument": (
         lambda: wrap(scaled, make(), student="f_s")(*pair()),
         "wrap: student must be among the arguments of any_loss as 'f_s', got [0, 1]",

@@ -69,7 +69,9 @@ class Adapter(nn.Module):
             as_size("teacher_size", teacher_size),
         )
         self.norm = nn.BatchNorm2d(teacher_channels)
-        self.body = nn.Sequential(*_conv_norm_relu(teacher_channels), *_conv_norm_relu(teacher_channels))
+        self.body = nn.Sequential(
+            *_conv_norm_relu(teacher_channels), *_conv_norm_relu(teacher_channels)
+        )
 
     def forward(self, features: Tensor, size: Size | None = None) -> Tensor:
         """features [B, C_s, H_s, W_s] -> [B, C, *size]; `size` None: what the convolution gives.
@@ -129,7 +131,9 @@ def tokens_to_map(
     return maps
 
 
-def _token_layout(count: int, tokens: int | None, grid: Size | None, op: str, name: str) -> tuple[int, Size]:
+def _token_layout(
+    count: int, tokens: int | None, grid: Size | None, op: str, name: str
+) -> tuple[int, Size]:
     """How many prefix tokens there are, and the grid of the others."""
     if grid is not None:
         prefix = count - grid[0] * grid[1]
@@ -167,20 +171,27 @@ def positive(op: str, name: str, value: int) -> int:
 
 
 def _size_matching(
-    student_channels: int, teacher_channels: int, student_size: Size | None, teacher_size: Size | None
+    student_channels: int,
+    teacher_channels: int,
+    student_size: Size | None,
+    teacher_size: Size | None,
 ) -> nn.Conv2d | nn.ConvTranspose2d:
     """The convolution of the table in `Adapter`; no bias: a BatchNorm follows."""
     pairs = list(zip(student_size or (1, 1), teacher_size or (1, 1), strict=True))
     if all(s % t == 0 for s, t in pairs):
         stride = tuple(s // t for s, t in pairs)
         kernel = tuple(r + 1 - r % 2 for r in stride)
-        padding = tuple(k - r for k, r in zip(kernel, stride, strict=True))  # 1 where the stride is even
+        padding = tuple(
+            k - r for k, r in zip(kernel, stride, strict=True)
+        )  # 1 where the stride is even
         return nn.Conv2d(student_channels, teacher_channels, kernel, stride, padding, bias=False)  # type: ignore[arg-type]
     if all(t % s == 0 for s, t in pairs):
         stride = tuple(t // s for s, t in pairs)
         padding = tuple(r // 2 for r in stride)
         kernel = tuple(r + 2 * p for r, p in zip(stride, padding, strict=True))
-        return nn.ConvTranspose2d(student_channels, teacher_channels, kernel, stride, padding, bias=False)  # type: ignore[arg-type]
+        return nn.ConvTranspose2d(
+            student_channels, teacher_channels, kernel, stride, padding, bias=False
+        )  # type: ignore[arg-type]
     return nn.Conv2d(student_channels, teacher_channels, 1, bias=False)
 
 

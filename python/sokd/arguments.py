@@ -22,8 +22,13 @@ def one_or_list(parts: Iterable[nn.Module]) -> nn.Module:
     return modules[0] if len(modules) == 1 else nn.ModuleList(modules)
 
 
-def channel_pairs(student: int | Sequence[int], teacher: int | Sequence[int]) -> list[tuple[int, int]]:
-    students, teachers = _channels("student_channels", student), _channels("teacher_channels", teacher)
+def channel_pairs(
+    student: int | Sequence[int], teacher: int | Sequence[int]
+) -> list[tuple[int, int]]:
+    students, teachers = (
+        _channels("student_channels", student),
+        _channels("teacher_channels", teacher),
+    )
     if len(students) != len(teachers):
         rule = f"be as many as student_channels ({len(students)})"
         raise ValueError(f"SoKD: teacher_channels must {rule}, got {len(teachers)}")
@@ -33,7 +38,9 @@ def channel_pairs(student: int | Sequence[int], teacher: int | Sequence[int]) ->
 def _channels(name: str, channels: int | Sequence[int]) -> list[int]:
     given = list(channels) if isinstance(channels, Sequence) else [channels]
     if not given or not all(isinstance(count, numbers.Integral) and count > 0 for count in given):
-        raise ValueError(f"SoKD: {name} must be a positive number or a list of them, got {channels!r}")
+        raise ValueError(
+            f"SoKD: {name} must be a positive number or a list of them, got {channels!r}"
+        )
     return [int(count) for count in given]
 
 
@@ -47,15 +54,21 @@ def policy_or_none(given: Any) -> Policy | None:
     """A policy, also a compiled one."""
     if given is None or isinstance(unwrapped(given), Policy):
         return cast("Policy | None", given)
-    raise TypeError(f"SoKD: policy must be 'default', None or a sokd.policy.Policy, got {_named(given)}")
+    raise TypeError(
+        f"SoKD: policy must be 'default', None or a sokd.policy.Policy, got {_named(given)}"
+    )
 
 
 def part_or_none(name: str, given: Any, layers: int) -> nn.Module | None:
     """An adapter or a DAM, or a list of them, that can be called as the loss does."""
-    modules = _for_layers(name, list(given), layers) if isinstance(given, nn.ModuleList) else [given]
+    modules = (
+        _for_layers(name, list(given), layers) if isinstance(given, nn.ModuleList) else [given]
+    )
     for module in [] if given is None else modules:
         if not isinstance(module, nn.Module):
-            raise TypeError(f"SoKD: {name} must be 'default', None or an nn.Module, got {_named(module)}")
+            raise TypeError(
+                f"SoKD: {name} must be 'default', None or an nn.Module, got {_named(module)}"
+            )
         if not _takes(module, *_CALLS[name]):
             call = ", ".join([*_CALLS[name][0], *(f"{keyword}=..." for keyword in _CALLS[name][1])])
             raise TypeError(f"SoKD: {name} must take ({call}), got {_named(module)}")
@@ -91,10 +104,15 @@ def _for_layers(name: str, value: Any, layers: int) -> list[Any]:
 
 def layouts(side: str, tokens: Any, grid: Any, layers: int) -> list[dict[str, Any]]:
     """The layers' arguments for `tokens_to_map`."""
-    counts, grids = _for_layers(f"{side}_tokens", tokens, layers), _for_layers(f"{side}_grid", grid, layers)
+    counts, grids = (
+        _for_layers(f"{side}_tokens", tokens, layers),
+        _for_layers(f"{side}_grid", grid, layers),
+    )
     for of in grids:
         if of is not None and not _is_grid(of):
-            raise ValueError(f"SoKD: {side}_grid must be (H, W), both positive, for each layer, got {of!r}")
+            raise ValueError(
+                f"SoKD: {side}_grid must be (H, W), both positive, for each layer, got {of!r}"
+            )
     for count in counts:
         if count is not None and (not isinstance(count, int) or count < 0):
             raise ValueError(
@@ -115,4 +133,6 @@ def sizes(student: Any, teacher: Any, layers: int) -> list[dict[str, Any]]:
         _for_layers(f"{side}_size", size, layers)
         for side, size in (("student", student), ("teacher", teacher))
     )
-    return [{"student_size": s, "teacher_size": t} for s, t in zip(of_student, of_teacher, strict=True)]
+    return [
+        {"student_size": s, "teacher_size": t} for s, t in zip(of_student, of_teacher, strict=True)
+    ]

@@ -19,7 +19,12 @@ from sokd.methods import METHODS, options_of
 
 __all__ = ["MDistiller"]
 
-_SIDES = {"cifar100": 32, "cifar10": 32, "tinyimagenet": 64, "imagenet": 224}  # of the data sets' images
+_SIDES = {
+    "cifar100": 32,
+    "cifar10": 32,
+    "tinyimagenet": 64,
+    "imagenet": 224,
+}  # of the data sets' images
 
 
 class MDistiller(Distiller):
@@ -84,7 +89,9 @@ class MDistiller(Distiller):
 def _takes(method: Any, option: str) -> bool:
     """Whether a method of that name, or one of those, has the option."""
     names = method if isinstance(method, Mapping) else [method]
-    return any(name in METHODS and option in options_of(name) for name in names if isinstance(name, str))
+    return any(
+        name in METHODS and option in options_of(name) for name in names if isinstance(name, str)
+    )
 
 
 def _example(cfg: Any, student: nn.Module) -> Tensor | None:

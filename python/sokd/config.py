@@ -76,7 +76,11 @@ def _cuda() -> str:
         info = _core.cuda_info()
     except RuntimeError as error:
         return str(error).removeprefix("cuda_info: ")
-    kept = f"compiled kernels kept in {info['cache']}" if info["cache"] else "compiled kernels are not kept"
+    kept = (
+        f"compiled kernels kept in {info['cache']}"
+        if info["cache"]
+        else "compiled kernels are not kept"
+    )
     return f"driver for {info['driver']}, NVRTC {info['nvrtc']}, {kept}"
 
 

@@ -30,7 +30,9 @@ _AREAS = ("mutual", "student", "teacher")
 _OVERLAP = ("sum", "square", "union")
 
 
-_Sides = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]  # (points, size) of student and teacher
+_Sides = tuple[
+    tuple[Tensor, Tensor], tuple[Tensor, Tensor]
+]  # (points, size) of student and teacher
 
 
 class Heads(NamedTuple):
@@ -156,7 +158,9 @@ def _sides(points: Tensor, size: Tensor, batch: int) -> _Sides:
 
     By the sizes and not by `chunk`, which asks how large they are: the batch may be a symbol (torch.export).
     """
-    (points_s, points_t), (size_s, size_t) = (torch.split(both, [batch, batch]) for both in (points, size))
+    (points_s, points_t), (size_s, size_t) = (
+        torch.split(both, [batch, batch]) for both in (points, size)
+    )
     return (points_s, size_s), (points_t, size_t)
 
 
@@ -176,5 +180,7 @@ def _in_cells(share: Tensor) -> Tensor:
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
-        raise ValueError(f"DAM: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise ValueError(
+            f"DAM: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}"
+        )
     return value

@@ -152,8 +152,12 @@ class SoKD(nn.Module):
             attention = self._attention(index, student, refined)
             weight = None if attention is None else attention.weight
             seen = [] if differentiable else _spread_and_share(attention, self.statistics)
-            areas.append(self._distance(student, refined, weight, self.lambda_areas, differentiable))
-            agreement.append(torch.zeros_like(areas[-1]) if attention is None else attention.agreement)
+            areas.append(
+                self._distance(student, refined, weight, self.lambda_areas, differentiable)
+            )
+            agreement.append(
+                torch.zeros_like(areas[-1]) if attention is None else attention.agreement
+            )
             rows.append([agreement[-1], areas[-1], *seen])
         if not differentiable:
             self._record(rows)
@@ -191,7 +195,10 @@ class SoKD(nn.Module):
             for name in ("heat_variance", "covered_share"):
                 found[name] = columns[name].mean()
                 if len(self.student_channels) > 1:
-                    found |= {f"{name}.{index}": value for index, value in enumerate(columns[name].unbind())}
+                    found |= {
+                        f"{name}.{index}": value
+                        for index, value in enumerate(columns[name].unbind())
+                    }
         return found if self.policy is None else found | self.policy.diagnostics()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SoKD:
@@ -233,7 +240,11 @@ class SoKD(nn.Module):
 
     def _draw(self, pairs: Maps, draw: Draw | None) -> Draw | None:
         """One draw for all layers: the same sub-policy, gates and magnitudes."""
-        return self.policy.draw(pairs[0][1].shape[0]) if draw is None and self.policy is not None else draw
+        return (
+            self.policy.draw(pairs[0][1].shape[0])
+            if draw is None and self.policy is not None
+            else draw
+        )
 
     def _meet(
         self, index: int, student: Tensor, teacher: Tensor, draw: Draw | None, differentiable: bool
@@ -267,7 +278,13 @@ class SoKD(nn.Module):
     def _check_first(self, index: int, student: Tensor) -> None:
         """Say in our words what the first convolution would say of dtype and device in its own."""
         adapter, dam = _at(self.adapter, index), _at(self.dam, index)
-        first = adapter.match if isinstance(adapter, Adapter) else dam.first if isinstance(dam, DAM) else None
+        first = (
+            adapter.match
+            if isinstance(adapter, Adapter)
+            else dam.first
+            if isinstance(dam, DAM)
+            else None
+        )
         if first is None:
             return
         if student.device != first.weight.device:
@@ -275,7 +292,9 @@ class SoKD(nn.Module):
             raise ValueError(f"loss: student_features must {rule}, got {student.device}")
         if student.dtype == first.weight.dtype or mixed_dtypes_allowed(student):
             return
-        rule = f"have the dtype {first.weight.dtype} of kd's parameters (see kd.to and torch.autocast)"
+        rule = (
+            f"have the dtype {first.weight.dtype} of kd's parameters (see kd.to and torch.autocast)"
+        )
         raise TypeError(f"loss: student_features must {rule}, got {student.dtype}")
 
     def _attention(self, index: int, student: Tensor, refined: Tensor) -> Attention | None:
@@ -286,9 +305,18 @@ class SoKD(nn.Module):
         raise TypeError(f"loss: kd.dam must return an Attention, got {type(found).__name__}")
 
     def _distance(
-        self, student: Tensor, refined: Tensor, weight: Tensor | None, scale: float, differentiable: bool
+        self,
+        student: Tensor,
+        refined: Tensor,
+        weight: Tensor | None,
+        scale: float,
+        differentiable: bool,
     ) -> Tensor:
-        options: dict[str, Any] = {"normalise": self.normalise, "scale": scale, "mutual": differentiable}
+        options: dict[str, Any] = {
+            "normalise": self.normalise,
+            "scale": scale,
+            "mutual": differentiable,
+        }
         return _masked_mse(student, refined, weight, **options)
 
     @torch.no_grad()
@@ -311,7 +339,9 @@ def _spread_and_share(attention: Attention | None, like: Tensor) -> list[Tensor]
     """The last two of `STATISTICS`; 0 without a DAM or a batch."""
     if attention is None or attention.heat.numel() == 0:
         return [like.new_zeros(())] * 2
-    heat = attention.heat.to(torch.float32)  # `var` is ten times slower on the CPU than these two passes
+    heat = attention.heat.to(
+        torch.float32
+    )  # `var` is ten times slower on the CPU than these two passes
     spread = (heat - heat.mean((0, 2, 3), keepdim=True)).square_().mean()
     return [spread, (attention.coverage > 0).to(torch.float32).mean()]
 
@@ -327,7 +357,9 @@ def _check_values(adapter: Adapter, teacher: Tensor) -> None:
 
 def _savable(teacher: Tensor) -> Tensor:
     """What came out of torch.inference_mode() as a tensor that may be kept for a backward."""
-    return teacher if torch.compiler.is_compiling() or not teacher.is_inference() else teacher.clone()
+    return (
+        teacher if torch.compiler.is_compiling() or not teacher.is_inference() else teacher.clone()
+    )
 
 
 def _sum(terms: list[Tensor]) -> Tensor:

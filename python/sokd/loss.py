@@ -27,10 +27,18 @@ def loss(
 ) -> Tensor: ...
 @overload
 def loss(
-    student_features: Features, teacher_features: Features, kd: nn.Module, *, return_terms: Literal[True]
+    student_features: Features,
+    teacher_features: Features,
+    kd: nn.Module,
+    *,
+    return_terms: Literal[True],
 ) -> Terms: ...
 def loss(
-    student_features: Features, teacher_features: Features, kd: nn.Module, *, return_terms: bool = False
+    student_features: Features,
+    teacher_features: Features,
+    kd: nn.Module,
+    *,
+    return_terms: bool = False,
 ) -> Tensor | Terms:
     """lambda_D * L_D + lambda_DA * L_DA: what SoKD adds to the task's loss [docs/method.md section 4].
 
@@ -91,7 +99,9 @@ def _as_list(name: str, features: Features, layers: int) -> list[Tensor]:
     if isinstance(features, Tensor):
         features = [features]
     elif not isinstance(features, (list, tuple)):
-        raise TypeError(f"loss: {name} must be a tensor or a list of tensors, got {type(features).__name__}")
+        raise TypeError(
+            f"loss: {name} must be a tensor or a list of tensors, got {type(features).__name__}"
+        )
     if len(features) != layers:
         rule = f"have one tensor for each of kd's layers ({layers})"
         raise ValueError(f"loss: {name} must {rule}, got {len(features)}")
@@ -122,4 +132,6 @@ def _check_match(name: str, student: Tensor, teacher: Tensor) -> None:
             f"loss: {name} must be on the student's device {student.device}, got {teacher.device}"
         )
     if teacher.dtype != student.dtype and not mixed_dtypes_allowed(student):
-        raise TypeError(f"loss: {name} must have the student's dtype {student.dtype}, got {teacher.dtype}")
+        raise TypeError(
+            f"loss: {name} must have the student's dtype {student.dtype}, got {teacher.dtype}"
+        )

@@ -30,7 +30,9 @@ class Plugged(NamedTuple):
     spread: list[list[Tensor]]  # heat variance and covered share, for `kd.diagnostics()`
 
 
-def plug(kd: SoKD, student_features: Features, teacher_features: Features, *, adapt: bool = True) -> Plugged:
+def plug(
+    kd: SoKD, student_features: Features, teacher_features: Features, *, adapt: bool = True
+) -> Plugged:
     """Take the next draw and make everything that a loss of one's own needs; features as `sokd.loss` takes
     them.
 
@@ -55,7 +57,9 @@ def plug(kd: SoKD, student_features: Features, teacher_features: Features, *, ad
     return made
 
 
-def unplugged(adapters: nn.ModuleList | None, students: list[Tensor], teachers: list[Tensor]) -> Plugged:
+def unplugged(
+    adapters: nn.ModuleList | None, students: list[Tensor], teachers: list[Tensor]
+) -> Plugged:
     """The same without SoKD: the student's maps adapted, if there are adapters, the teacher's as they are."""
     sizes = [(teacher.shape[2], teacher.shape[3]) for teacher in teachers]
     adapted = [
@@ -85,7 +89,11 @@ def record(kd: SoKD, made: Plugged, distance: Tensor) -> None:
     """Leave the step in `kd.diagnostics()`: `distance`, what the features' terms came to, as "areas"."""
     nothing = torch.zeros_like(distance.detach())
     rows = [
-        [made.agreement[index] if made.agreement else nothing, distance if index == 0 else nothing, *spread]
+        [
+            made.agreement[index] if made.agreement else nothing,
+            distance if index == 0 else nothing,
+            *spread,
+        ]
         for index, spread in enumerate(made.spread)
     ]
     kd._record(rows)

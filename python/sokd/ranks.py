@@ -21,8 +21,12 @@ def place() -> tuple[int, int]:
 
 def is_sharded(parameters: Iterable[Tensor]) -> bool:
     """Whether any of them is spread over the ranks (`fully_shard`): each holds a part."""
-    module = sys.modules.get("torch.distributed.tensor")  # a second of import, and without it there are none
-    return module is not None and any(isinstance(parameter, module.DTensor) for parameter in parameters)
+    module = sys.modules.get(
+        "torch.distributed.tensor"
+    )  # a second of import, and without it there are none
+    return module is not None and any(
+        isinstance(parameter, module.DTensor) for parameter in parameters
+    )
 
 
 def averaged(tensor: Tensor) -> Tensor:

@@ -14,7 +14,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Areas", "Plan", "areas", "draw", "masked_mse", "normals", "philox", "refine", "refine_dots"]
+__all__ = [
+    "Areas",
+    "Plan",
+    "areas",
+    "draw",
+    "masked_mse",
+    "normals",
+    "philox",
+    "refine",
+    "refine_dots",
+]
 
 _LOW32 = 0xFFFFFFFF
 
@@ -43,7 +53,9 @@ class Plan(NamedTuple):
         if isinstance(plans, Plan):
             return plans
         if not isinstance(plans, Mapping):
-            raise TypeError(f"refine_dots: plans must be a Plan or a mapping, got {type(plans).__name__}")
+            raise TypeError(
+                f"refine_dots: plans must be a Plan or a mapping, got {type(plans).__name__}"
+            )
         if unknown := sorted(set(plans) - set(cls._fields)):
             names = ", ".join(cls._fields)
             raise ValueError(f"refine_dots: plans must have no names but {names}, got {unknown[0]}")
@@ -51,13 +63,19 @@ class Plan(NamedTuple):
 
     def parts(self) -> dict[str, Tensor]:
         """The stacked parts that are present, by name."""
-        return {name: part for name, part in zip(self._fields[:5], self[:5], strict=True) if part is not None}
+        return {
+            name: part
+            for name, part in zip(self._fields[:5], self[:5], strict=True)
+            if part is not None
+        }
 
 
 # ------------------------------------------------------------------------------------------ random numbers
 
 
-def philox(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(
+    counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 (Salmon, Moraes, Dror, Shaw, 2011): four 32-bit words for each counter.
 
     `counter` and `key` hold 32-bit words as int64 tensors or Python ints, broadcast against each other; at
@@ -90,7 +108,9 @@ def _box_muller(even: Tensor, odd: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normals(
-    shape: tuple[int, int, int, int] | torch.Size, seed: int | Tensor, device: torch.device | str = "cpu"
+    shape: tuple[int, int, int, int] | torch.Size,
+    seed: int | Tensor,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Standard normals [B, C, H, W] float32: a function of the seed and the logical index alone.
 
@@ -155,7 +175,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def layout_of(features: Tensor) -> torch.memory_format:
     """The memory format of what is made from `features`: channels_last where the features are just that."""
-    last = features.is_contiguous(memory_format=torch.channels_last) and not features.is_contiguous()
+    last = (
+        features.is_contiguous(memory_format=torch.channels_last) and not features.is_contiguous()
+    )
     return torch.channels_last if last else torch.contiguous_format
 
 
@@ -196,7 +218,11 @@ def _bilinear(features: Tensor, theta: Tensor) -> Tensor:
     upper = corners[0] * (1 - right_share) + corners[1] * right_share
     lower = corners[2] * (1 - right_share) + corners[3] * right_share
     sampled = upper * (1 - lower_share) + lower * lower_share
-    identity = (theta.detach() == torch.eye(2, 3, dtype=theta.dtype, device=theta.device)).flatten(1).all(1)
+    identity = (
+        (theta.detach() == torch.eye(2, 3, dtype=theta.dtype, device=theta.device))
+        .flatten(1)
+        .all(1)
+    )
     return _exactly(sampled, features, identity[:, None, None, None])
 
 
@@ -274,7 +300,9 @@ def areas(
         heat_t, size_t, offset_t = (part.detach().to(wide) for part in teacher)
         heat, size, offset = _root(heat * heat_t), (size + size_t) / 2, (offset + offset_t) / 2
     flat, score, found = _best_peaks(heat, k, kernel)
-    boxes = torch.where(found.unsqueeze(-1), _boxes(flat, size, offset), flat.new_tensor([0, 0, -1, -1]))
+    boxes = torch.where(
+        found.unsqueeze(-1), _boxes(flat, size, offset), flat.new_tensor([0, 0, -1, -1])
+    )
     return Areas(_covered(boxes, *heat.shape[2:]), boxes, torch.where(found, score, 0))
 
 
@@ -293,8 +321,12 @@ def _root(product: Tensor) -> Tensor:
 def _best_peaks(heat: Tensor, k: int, kernel: int) -> tuple[Tensor, Tensor, Tensor]:
     """Flat index, score and existence of the k best local maxima, [B, k] each; ties to the lower index."""
     # a NaN is not equal to itself and max_pool2d hands it to all its neighbours: neither is a peak
-    peak = (heat == torch.nn.functional.max_pool2d(heat, kernel, stride=1, padding=kernel // 2)).flatten(1)
-    score, flat = torch.where(peak, heat.flatten(1), -math.inf).sort(dim=1, descending=True, stable=True)
+    peak = (
+        heat == torch.nn.functional.max_pool2d(heat, kernel, stride=1, padding=kernel // 2)
+    ).flatten(1)
+    score, flat = torch.where(peak, heat.flatten(1), -math.inf).sort(
+        dim=1, descending=True, stable=True
+    )
     score, flat = score[:, :k], flat[:, :k]
     return flat, score, peak.gather(1, flat)
 
@@ -303,7 +335,9 @@ def _boxes(flat: Tensor, size: Tensor, offset: Tensor) -> Tensor:
     """Cells y0 x0 y1 x1 (inclusive) of the boxes around the peaks at `flat` [B, k]: [B, k, 4] int64."""
     height, width = size.shape[2:]
     cell = flat % (height * width)
-    span, shift = (part.flatten(2).gather(2, cell.unsqueeze(1).expand(-1, 2, -1)) for part in (size, offset))
+    span, shift = (
+        part.flatten(2).gather(2, cell.unsqueeze(1).expand(-1, 2, -1)) for part in (size, offset)
+    )
     corners = []
     for sign in (-1, 1):
         x = (cell % width) + shift[:, 0] + sign * (span[:, 0] / 2)
@@ -329,7 +363,9 @@ def masked_mse(
     """sum(weight * (student - teacher)**2), divided by B*C*H*W ("elements") or C * sum(weight) ("area")."""
     for name, value in (("teacher", teacher), ("weight", weight)):
         if value is not None and value.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"masked_mse: {name} must not require grad, got a tensor that requires grad")
+            raise ValueError(
+                f"masked_mse: {name} must not require grad, got a tensor that requires grad"
+            )
     return mutual_mse(student, teacher, weight, normalise=normalise)
 
 

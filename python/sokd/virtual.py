@@ -61,7 +61,9 @@ def replayed(devices: Iterable[torch.device]) -> Iterator[Callable[[], None]]:
     """Give a function that sets PyTorch's random state back to what it is here; done once more at the end."""
     accelerators = [device for device in set(devices) if device.type not in ("cpu", "meta")]
     host = torch.get_rng_state()
-    states = [(device, torch.get_device_module(device).get_rng_state(device)) for device in accelerators]
+    states = [
+        (device, torch.get_device_module(device).get_rng_state(device)) for device in accelerators
+    ]
 
     def rewind() -> None:
         torch.set_rng_state(host)

@@ -31,10 +31,15 @@ def warmup(
     ValueError: a dtype or layout that is none of these. RuntimeError: a kernel does not compile or load.
     Source: settled here.
     """
-    for name, given, known in (("dtypes", dtypes, (torch.float64, *_DTYPES)), ("layouts", layouts, _LAYOUTS)):
+    for name, given, known in (
+        ("dtypes", dtypes, (torch.float64, *_DTYPES)),
+        ("layouts", layouts, _LAYOUTS),
+    ):
         for each in given:
             if each not in known:
-                raise ValueError(f"warmup: {name} must be of {', '.join(map(str, known))}, got {each}")
+                raise ValueError(
+                    f"warmup: {name} must be of {', '.join(map(str, known))}, got {each}"
+                )
     if "cuda" not in KERNELS or not torch.cuda.is_available():
         return
     chosen = torch.device("cuda") if device is None else torch.device(device)

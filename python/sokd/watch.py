@@ -37,7 +37,9 @@ TEACHER_GRAPH = (
     "torch.no_grad()"
 )
 # Seen in the teacher's graph alone; under torch.no_grad() train mode leaves no sign in the features.
-TEACHER_TRAINS = "sokd: the teacher ran in train mode; call teacher.eval() before the student's training"
+TEACHER_TRAINS = (
+    "sokd: the teacher ran in train mode; call teacher.eval() before the student's training"
+)
 MASK_FULL = (
     "sokd: the areas covered every cell for {steps} steps, so the mask selects nothing; "
     "use larger maps, a lower k or dam=None"
@@ -81,7 +83,10 @@ _memories: weakref.WeakKeyDictionary[nn.Module, _Memory] = weakref.WeakKeyDictio
 
 def transformed() -> bool:
     """Whether a functorch transform runs eagerly: nothing may be kept from inside it."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def look(kd: SoKD, student_features: Features, teacher_features: Features) -> None:
@@ -129,7 +134,9 @@ def _look_at_teacher(memory: _Memory, teachers: list[Tensor]) -> None:
 
 def _trains(node: Any) -> bool:
     name = node.name()
-    return "NativeDropout" in name or ("BatchNorm" in name and bool(getattr(node, "_saved_training", False)))
+    return "NativeDropout" in name or (
+        "BatchNorm" in name and bool(getattr(node, "_saved_training", False))
+    )
 
 
 def _nodes(outputs: Iterable[Tensor]) -> Iterator[Any]:
@@ -160,7 +167,9 @@ def _look_at_optimiser(kd: SoKD, memory: _Memory, students: list[Tensor]) -> Non
     remember(memory, student, {f"kd.{name}": getattr(kd, name) for name in ("adapter", "dam")})
 
 
-def remember(memory: _Memory, student: Tensor | None, parts: Mapping[str, nn.Module | None]) -> None:
+def remember(
+    memory: _Memory, student: Tensor | None, parts: Mapping[str, nn.Module | None]
+) -> None:
     """Start to watch a parameter of the student, and one of each submodule of the parts."""
     if student is None:
         return
@@ -168,7 +177,9 @@ def remember(memory: _Memory, student: Tensor | None, parts: Mapping[str, nn.Mod
     for name, part in parts.items():
         for module in [] if part is None else part.modules():
             trained = (p for p in module.parameters(recurse=False) if p.requires_grad and p.is_leaf)
-            memory.watched += [_Seen.of(name, parameter) for parameter in itertools.islice(trained, 1)]
+            memory.watched += [
+                _Seen.of(name, parameter) for parameter in itertools.islice(trained, 1)
+            ]
 
 
 def look_for_updates(memory: _Memory, text: str) -> None:
@@ -186,7 +197,9 @@ def look_for_updates(memory: _Memory, text: str) -> None:
     memory.watched = [seen for seen in memory.watched if _is_left_behind(memory, seen)]
     late = [seen for seen in memory.watched if seen.steps >= PATIENCE]
     if late:
-        parts = dict.fromkeys(f"parts of {s.name}" if s.name in memory.held else s.name for s in late)
+        parts = dict.fromkeys(
+            f"parts of {s.name}" if s.name in memory.held else s.name for s in late
+        )
         _say(memory, text, parts=" and ".join(parts), steps=PATIENCE)
         memory.watched = []
 
@@ -201,7 +214,9 @@ def _is_left_behind(memory: _Memory, seen: _Seen) -> bool:
     if parameter is None or parameter._version != seen.version:
         memory.held.add(seen.name)
         return False
-    seen.steps += parameter.grad is not None  # `zero_grad` of an optimiser that holds it leaves None
+    seen.steps += (
+        parameter.grad is not None
+    )  # `zero_grad` of an optimiser that holds it leaves None
     if seen.steps < PATIENCE or parameter.grad is None:
         return True
     if _some_values(parameter) != seen.values:  # not sooner: once is cheap

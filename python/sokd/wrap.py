@@ -68,7 +68,10 @@ class Wrapped(nn.Module):
         if not isinstance(kd, SoKD):
             raise TypeError(f"wrap: kd must be a sokd.SoKD, got {type(kd).__name__}")
         self.any_loss, self.kd, self.adds_agreement = any_loss, kd, agreement
-        self._places = {"student": _place("student", student), "teacher": _place("teacher", teacher)}
+        self._places = {
+            "student": _place("student", student),
+            "teacher": _place("teacher", teacher),
+        }
         self._names = _parameter_names(any_loss)
         self.agreement: Tensor | None = None
 
@@ -83,7 +86,9 @@ class Wrapped(nn.Module):
         f_s, f_t = (_features(side, key, arguments[key]) for side, key in at.items())
         made = plug(self.kd, f_s, f_t)
         triples = zip(made.adapted, made.refined, made.weight, strict=True)
-        students, teachers = map(list, zip(*(masked_pair(*triple) for triple in triples), strict=True))
+        students, teachers = map(
+            list, zip(*(masked_pair(*triple) for triple in triples), strict=True)
+        )
         for side, given, maps in (("student", f_s, students), ("teacher", f_t, teachers)):
             arguments[at[side]] = maps[0] if isinstance(given, Tensor) else maps
         result = self.any_loss(
@@ -102,7 +107,9 @@ class Wrapped(nn.Module):
     def _find(self, side: str, arguments: dict[int | str, Any]) -> int | str:
         """Where in a call's arguments the features of one side are: a place, or a keyword."""
         wanted = self._places[side]
-        name = self._names[wanted] if isinstance(wanted, int) and wanted < len(self._names) else wanted
+        name = (
+            self._names[wanted] if isinstance(wanted, int) and wanted < len(self._names) else wanted
+        )
         place = self._names.index(wanted) if wanted in self._names else wanted
         for key in (name, place):
             if key in arguments:
@@ -114,7 +121,11 @@ class Wrapped(nn.Module):
     def _finished(self, result: Any, made: Plugged, f_s: Features, f_t: Features) -> Any:
         """The result with the agreement added, or the agreement left in the attribute."""
         is_tensor = isinstance(result, Tensor)
-        record(self.kd, made, result.sum() if is_tensor else torch.zeros_like(made.refined[0][:0].sum()))
+        record(
+            self.kd,
+            made,
+            result.sum() if is_tensor else torch.zeros_like(made.refined[0][:0].sum()),
+        )
         watch.look(self.kd, f_s, f_t)
         agreement = torch.stack(made.agreement).sum() if made.agreement else None
         self.agreement = None if self.adds_agreement else agreement
@@ -140,7 +151,9 @@ def _features(side: str, key: int | str, given: Any) -> Features:
     tensors = given if isinstance(given, (list, tuple)) else [given]
     if not all(isinstance(each, Tensor) and each.dim() in (3, 4) for each in tensors):
         rule = "lead to features [B, C, H, W] or [B, N, C], or a list of them, among any_loss's arguments"
-        raise ValueError(f"wrap: {side} must {rule}, got {', '.join(map(described, tensors))} at {key!r}")
+        raise ValueError(
+            f"wrap: {side} must {rule}, got {', '.join(map(described, tensors))} at {key!r}"
+        )
     return cast(Features, given)
 
 
@@ -148,7 +161,9 @@ def _parameter_names(any_loss: Callable[..., Any]) -> list[str]:
     """The names of the arguments that may be given by place; none where there is no signature."""
     called = unwrapped(any_loss)
     try:
-        parameters = inspect.signature(called.forward if isinstance(called, nn.Module) else called).parameters
+        parameters = inspect.signature(
+            called.forward if isinstance(called, nn.Module) else called
+        ).parameters
     except (TypeError, ValueError):
         return []
     by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

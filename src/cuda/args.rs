@@ -246,7 +246,8 @@ pub(crate) mod tests {
     /// The fields of `struct name` in a CUDA source or in the headers, each with its type in Rust.
     fn fields_in(source: &str, name: &str) -> Vec<(String, String)> {
         let texts = HEADERS.iter().map(|(_, text)| *text).chain([source]);
-        let found = texts.filter_map(|text| text.split_once(&format!("\nstruct {name} {{\n"))).next();
+        let found =
+            texts.filter_map(|text| text.split_once(&format!("\nstruct {name} {{\n"))).next();
         let (_, rest) = found.expect(name);
         let body = rest.split_once("\n};").expect("an end").0;
         let lines = body.lines().map(|line| line.split("//").next().unwrap_or_default().trim());
@@ -256,7 +257,8 @@ pub(crate) mod tests {
     /// `long long a, b;`
     fn declared(line: &str) -> Vec<(String, String)> {
         let mut names = line.trim_end_matches(';').split(',').map(str::trim);
-        let (of, first) = names.next().and_then(|first| first.rsplit_once(' ')).expect("a type and a name");
+        let (of, first) =
+            names.next().and_then(|first| first.rsplit_once(' ')).expect("a type and a name");
         let of = match of {
             "unsigned long long" => "u64",
             "long long" => "i64",
@@ -270,7 +272,8 @@ pub(crate) mod tests {
     pub fn assert_mirrors(source: &str, structures: &[(&str, &[(&str, &str)])]) {
         for (name, fields) in structures {
             let found = fields_in(source, name);
-            let found: Vec<_> = found.iter().map(|(name, of)| (name.as_str(), of.as_str())).collect();
+            let found: Vec<_> =
+                found.iter().map(|(name, of)| (name.as_str(), of.as_str())).collect();
             assert_eq!(&found, fields, "{name}");
         }
     }
@@ -290,9 +293,13 @@ pub(crate) mod tests {
     #[test]
     #[should_panic(expected = "Grid")]
     fn a_field_of_another_type_is_seen() {
-        let other =
-            |(name, of): &(&'static str, &'static str)| (*name, if *name == "tiles" { "f64" } else { *of });
-        assert_mirrors(COMMON, &[(Grid::NAME, &Grid::FIELDS.iter().map(other).collect::<Vec<_>>())]);
+        let other = |(name, of): &(&'static str, &'static str)| {
+            (*name, if *name == "tiles" { "f64" } else { *of })
+        };
+        assert_mirrors(
+            COMMON,
+            &[(Grid::NAME, &Grid::FIELDS.iter().map(other).collect::<Vec<_>>())],
+        );
     }
 
     #[test]
@@ -319,9 +326,11 @@ pub(crate) mod tests {
 
     fn view(address: usize, dtype: DType, sizes: [usize; 4], channels_last: bool) -> TensorView {
         let [_, c, h, w] = sizes.map(|s| s as isize);
-        let strides = if channels_last { [h * w * c, 1, w * c, c] } else { [c * h * w, h * w, w, 1] };
+        let strides =
+            if channels_last { [h * w * c, 1, w * c, c] } else { [c * h * w, h * w, w, 1] };
         // SAFETY: never followed.
-        unsafe { TensorView::new(address as *mut u8, dtype, Device::Cuda(0), &sizes, &strides) }.unwrap()
+        unsafe { TensorView::new(address as *mut u8, dtype, Device::Cuda(0), &sizes, &strides) }
+            .unwrap()
     }
 
     #[test]
@@ -343,8 +352,13 @@ pub(crate) mod tests {
         ] {
             let order = if last { Order::Lanes } else { Order::Planes };
             let grid = Grid::new(check, &view(0, dtype, sizes, last), order, true).unwrap();
-            let found =
-                [grid.positions_per_block, grid.channels_per_block, grid.lane_bits, grid.tiles, grid.chunks];
+            let found = [
+                grid.positions_per_block,
+                grid.channels_per_block,
+                grid.lane_bits,
+                grid.tiles,
+                grid.chunks,
+            ];
             assert_eq!(found, expected, "{sizes:?} {last}");
         }
         let large = view(0, DType::F32, [64, 128, 32, 32], false);

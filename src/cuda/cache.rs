@@ -20,8 +20,9 @@ pub fn folder() -> Option<PathBuf> {
     }
     // The XDG rule: a relative path is to be ignored.
     let user = given("XDG_CACHE_HOME").filter(|path| path.is_absolute());
-    let local =
-        || given(if cfg!(windows) { "LOCALAPPDATA" } else { "HOME" }).filter(|path| path.is_absolute());
+    let local = || {
+        given(if cfg!(windows) { "LOCALAPPDATA" } else { "HOME" }).filter(|path| path.is_absolute())
+    };
     let home = || local().map(|path| if cfg!(windows) { path } else { path.join(".cache") });
     user.or_else(home).map(|path| path.join("sokd"))
 }
@@ -70,7 +71,8 @@ impl Default for Digest {
 impl Digest {
     fn eat(&mut self, bytes: &[u8]) {
         for byte in bytes {
-            self.0 = (self.0 ^ u128::from(*byte)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b);
+            self.0 = (self.0 ^ u128::from(*byte))
+                .wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b);
         }
     }
 }
@@ -90,7 +92,8 @@ pub fn store(folder: &Path, key: &Key, image: &[u8]) -> io::Result<()> {
     static COUNT: AtomicUsize = AtomicUsize::new(0);
     let count = COUNT.fetch_add(1, Ordering::Relaxed);
     let beside = folder.join(format!(".{}.{}.{count}", key.file(), process::id()));
-    let written = write(&beside, key, image).and_then(|()| fs::rename(&beside, folder.join(key.file())));
+    let written =
+        write(&beside, key, image).and_then(|()| fs::rename(&beside, folder.join(key.file())));
     if written.is_err() {
         let _ = fs::remove_file(&beside); // what is left of it; that it may not be there is no news
     }

@@ -51,7 +51,12 @@ pub(crate) struct Kernel {
 }
 
 impl Kernel {
-    pub const fn new(source: &'static Source, bit: u32, name: &'static str, per: (bool, bool)) -> Self {
+    pub const fn new(
+        source: &'static Source,
+        bit: u32,
+        name: &'static str,
+        per: (bool, bool),
+    ) -> Self {
         Self { source, bit, name, per }
     }
 }
@@ -73,7 +78,9 @@ impl Kernel {
     /// Every variant for these dtypes and orders, each once.
     pub fn variants(&'static self, dtypes: &[DType], orders: &[Order]) -> Vec<Variant> {
         let mut variants: Vec<Variant> = Vec::new();
-        for (dtype, order) in dtypes.iter().flat_map(|dtype| orders.iter().map(|order| (*dtype, *order))) {
+        for (dtype, order) in
+            dtypes.iter().flat_map(|dtype| orders.iter().map(|order| (*dtype, *order)))
+        {
             let variant = self.variant(dtype, order);
             if !variants.iter().any(|other| other.unit() == variant.unit()) {
                 variants.push(variant);
@@ -86,7 +93,12 @@ impl Kernel {
 impl Variant {
     /// Kernels of one source and bit are compiled together.
     fn unit(&self) -> Unit {
-        Unit { source: self.kernel.source.name, bit: self.kernel.bit, dtype: self.dtype, order: self.order }
+        Unit {
+            source: self.kernel.source.name,
+            bit: self.kernel.bit,
+            dtype: self.dtype,
+            order: self.order,
+        }
     }
 
     /// Whether other kernels lie in its unit too.
@@ -124,7 +136,8 @@ impl Unit {
 
     /// The choice that a kernel.cu leaves; where a kernel has no variants, any does.
     fn options(&self) -> [String; 3] {
-        let (dtype, order) = (self.dtype.unwrap_or(DType::F32), self.order.unwrap_or(Order::Planes));
+        let (dtype, order) =
+            (self.dtype.unwrap_or(DType::F32), self.order.unwrap_or(Order::Planes));
         [
             format!("-DSOKD_DTYPES={}", 1 << code(dtype)),
             format!("-DSOKD_ORDERS={}", 1 << order as u32),
@@ -212,15 +225,18 @@ impl Queue {
         let mut args = *args;
         let argument = (&raw mut args).cast();
         // SAFETY: the caller's promise; the driver copies the structure.
-        unsafe { self.cuda.driver.launch(function, (grid, THREADS), self.stream, argument) }.map_err(failed)
+        unsafe { self.cuda.driver.launch(function, (grid, THREADS), self.stream, argument) }
+            .map_err(failed)
     }
 
     fn sides(&self, grid: [i64; 2]) -> Checked<[u32; 2]> {
         if (0..1 << 31).contains(&grid[0]) && (0..1 << 16).contains(&grid[1]) {
             return Ok(grid.map(|side| side as u32));
         }
-        let (what, supported) =
-            (format!("{} blocks on cuda:{}", grid[0], self.ordinal), "fewer than 2147483648".into());
+        let (what, supported) = (
+            format!("{} blocks on cuda:{}", grid[0], self.ordinal),
+            "fewer than 2147483648".into(),
+        );
         Err(Error::Unsupported { op: self.op, what, supported })
     }
 
@@ -238,7 +254,11 @@ impl Queue {
         // A module defers its kernels' loading until they are asked for, so this holds for a kernel of a loaded module, too.
         if self.cuda.driver.is_capturing(self.stream)? {
             let float64 = variant.dtype == Some(DType::F64);
-            return Err(Failure::Capturing { kernel: variant.symbol(), ordinal: self.ordinal, float64 });
+            return Err(Failure::Capturing {
+                kernel: variant.symbol(),
+                ordinal: self.ordinal,
+                float64,
+            });
         }
         let function = match self.fetch(variant) {
             // torch keeps freed memory for itself; the driver may need some of it.
@@ -262,7 +282,8 @@ impl Queue {
 
     fn module(&self, variant: &Variant) -> Result<Handle> {
         let unit = variant.unit();
-        let slot = Arc::clone(locked(&self.cuda.modules.units).entry((self.ordinal, unit)).or_default());
+        let slot =
+            Arc::clone(locked(&self.cuda.modules.units).entry((self.ordinal, unit)).or_default());
         let mut slot = locked(&slot);
         if let Some(module) = *slot {
             return Ok(module);
@@ -295,10 +316,12 @@ impl Cuda {
     /// A unit's module, in the current context: from the disk, else compiled and kept there.
     fn load(&self, source: &Source, unit: Unit, target: Target) -> Result<Handle> {
         let choice = unit.options();
-        let options: Vec<&str> = OPTIONS.into_iter().chain(choice.iter().map(String::as_str)).collect();
+        let options: Vec<&str> =
+            OPTIONS.into_iter().chain(choice.iter().map(String::as_str)).collect();
         let name = format!("{}.cu", source.name);
         let headers: Vec<Header> = HEADERS.iter().chain(source.parts).copied().collect();
-        let program = Program { name: &name, text: source.text, headers: &headers, options: &options };
+        let program =
+            Program { name: &name, text: source.text, headers: &headers, options: &options };
         let folder = cache::folder();
         let key = self.key(unit, program, target);
         if let Some(image) = folder.as_ref().and_then(|folder| cache::load(folder, &key)) {
@@ -323,7 +346,8 @@ impl Cuda {
     fn key(&self, unit: Unit, program: Program, target: Target) -> cache::Key {
         let label = format!("{}-{}-{}", unit.named(unit.source), unit.bit, target.name());
         let (major, minor) = self.nvrtc.version();
-        let made_by = [env!("CARGO_PKG_VERSION").to_owned(), format!("{major}.{minor}"), target.name()];
+        let made_by =
+            [env!("CARGO_PKG_VERSION").to_owned(), format!("{major}.{minor}"), target.name()];
         let headers = program.headers.iter().flat_map(|(name, text)| [*name, *text]);
         let parts = made_by.iter().map(String::as_str).chain(program.options.iter().copied());
         cache::Key::new(label, parts.chain([program.name, program.text]).chain(headers))

@@ -58,7 +58,9 @@ fn first_library(
         // SAFETY: NVIDIA's libraries may be loaded at any time; torch does the same.
         match unsafe { Library::new(&name) } {
             Ok(found) => return Ok(Box::leak(Box::new(found))),
-            Err(error) => reasons.push(error.source().map_or_else(|| error.to_string(), ToString::to_string)),
+            Err(error) => {
+                reasons.push(error.source().map_or_else(|| error.to_string(), ToString::to_string))
+            }
         }
     }
     // The first name is the one that should be there.
@@ -107,10 +109,17 @@ fn opened() -> Result<&'static Cuda, Failure> {
 }
 
 /// Compiles and loads the kernels of all operators for these dtypes and orders on one device, several at a time.
-pub fn warmup(op: &'static str, ordinal: usize, dtypes: &[DType], orders: &[Order], run: Run) -> Checked<()> {
+pub fn warmup(
+    op: &'static str,
+    ordinal: usize,
+    dtypes: &[DType],
+    orders: &[Order],
+    run: Run,
+) -> Checked<()> {
     let kernels = refine::cuda::KERNELS.iter().chain(&areas::cuda::KERNELS);
     let kernels = kernels.chain(&masked_mse::cuda::KERNELS).chain(&draw::cuda::KERNELS);
-    let mut variants: Vec<Variant> = kernels.flat_map(|kernel| kernel.variants(dtypes, orders)).collect();
+    let mut variants: Vec<Variant> =
+        kernels.flat_map(|kernel| kernel.variants(dtypes, orders)).collect();
     // Those of one unit beside one another would wait for one another: the few that share one come last.
     variants.sort_by_key(Variant::shares_unit);
     let (stream, failed) = (Run { allocate: None, ..run }, Mutex::new(None));

@@ -82,7 +82,9 @@ impl Nvrtc {
         // SAFETY: `Api` holds the library's own functions with the signatures of its header; so in every block of this file.
         nvrtc.check("nvrtcVersion", unsafe { (nvrtc.api.version)(&mut major, &mut minor) })?;
         // SAFETY: a place for one int.
-        nvrtc.check("nvrtcGetNumSupportedArchs", unsafe { (nvrtc.api.number_of_archs)(&mut count) })?;
+        nvrtc.check("nvrtcGetNumSupportedArchs", unsafe {
+            (nvrtc.api.number_of_archs)(&mut count)
+        })?;
         let mut archs = vec![0; usize::try_from(count).unwrap_or(0)];
         // SAFETY: as many places as NVRTC asked for.
         nvrtc.check("nvrtcGetSupportedArchs", unsafe { (nvrtc.api.archs)(archs.as_mut_ptr()) })?;
@@ -98,7 +100,8 @@ impl Nvrtc {
 
     /// What to compile for a device of this compute capability (90 for 9.0).
     pub fn target(&self, capability: u32) -> Result<Target> {
-        target(&self.archs, capability).ok_or(Failure::UnknownArch { version: self.version, capability })
+        target(&self.archs, capability)
+            .ok_or(Failure::UnknownArch { version: self.version, capability })
     }
 
     /// Machine code, or PTX.
@@ -134,13 +137,16 @@ impl Nvrtc {
         let code = unsafe { (self.api.compile)(handle, options.len() as c_int, options.as_ptr()) };
         if let Err(Failure::Nvrtc { reason, .. }) = self.check("nvrtcCompileProgram", code) {
             let log = self.read(handle, "nvrtcGetProgramLog", self.api.log_size, self.api.log);
-            let log =
-                String::from_utf8_lossy(&log.unwrap_or_default()).trim_end_matches(['\0', '\n']).to_owned();
+            let log = String::from_utf8_lossy(&log.unwrap_or_default())
+                .trim_end_matches(['\0', '\n'])
+                .to_owned();
             let (name, arch) = (program.name.to_owned(), target.name());
             return Err(Failure::Compile { version: self.version, name, arch, reason, log });
         }
         match target {
-            Target::Cubin(_) => self.read(handle, "nvrtcGetCUBIN", self.api.cubin_size, self.api.cubin),
+            Target::Cubin(_) => {
+                self.read(handle, "nvrtcGetCUBIN", self.api.cubin_size, self.api.cubin)
+            }
             Target::Ptx(_) => self.read(handle, "nvrtcGetPTX", self.api.ptx_size, self.api.ptx),
         }
     }
@@ -160,7 +166,8 @@ impl Nvrtc {
             return Ok(());
         }
         // SAFETY: a constant string, for every code.
-        let reason = unsafe { CStr::from_ptr((self.api.error_string)(code)) }.to_string_lossy().into_owned();
+        let reason =
+            unsafe { CStr::from_ptr((self.api.error_string)(code)) }.to_string_lossy().into_owned();
         Err(Failure::Nvrtc { call, reason })
     }
 }
@@ -168,8 +175,9 @@ impl Nvrtc {
 /// Opens NVRTC's second half, which NVRTC itself looks for by name alone: in a wheel's folder it would not be found.
 fn open_builtins(nvrtc: &Path) {
     let Some(files) = nvrtc.parent().and_then(|folder| folder.read_dir().ok()) else { return };
-    for file in
-        files.flatten().filter(|file| file.file_name().to_string_lossy().starts_with("libnvrtc-builtins.so"))
+    for file in files
+        .flatten()
+        .filter(|file| file.file_name().to_string_lossy().starts_with("libnvrtc-builtins.so"))
     {
         // SAFETY: NVIDIA's libraries may be loaded at any time. It stays open.
         if let Ok(library) = unsafe { Library::new(file.path()) } {

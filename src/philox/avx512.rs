@@ -52,7 +52,8 @@ fn store<const N: usize>(words: [[__m512i; 4]; N], out: &mut [[[f32; LANES]; 4];
 #[target_feature(enable = "avx512f")]
 fn pair_avx512(radius: __m512i, angle: __m512i) -> (__m512, __m512) {
     let unit = _mm512_set1_ps(1.0 / 4_294_967_296.0);
-    let uniform = _mm512_fmadd_ps(_mm512_cvtepu32_ps(radius), unit, _mm512_set1_ps(0.5 / 4_294_967_296.0));
+    let uniform =
+        _mm512_fmadd_ps(_mm512_cvtepu32_ps(radius), unit, _mm512_set1_ps(0.5 / 4_294_967_296.0));
     let r = _mm512_sqrt_ps(_mm512_mul_ps(_mm512_set1_ps(-2.0), ln_avx512(uniform)));
     let (sin, cos) = sin_cos_turn_avx512(angle);
     (_mm512_mul_ps(r, cos), _mm512_mul_ps(r, sin))
@@ -132,7 +133,8 @@ fn registers<const N: usize>(planes: &Planes, quad: u32) -> [[__m512i; 4]; N] {
     let mut words = [[_mm512_setzero_si512(); 4]; N];
     for i in 0..N {
         for w in 0..4 {
-            words[i][w] = _mm512_mask_shuffle_epi32::<0xa0>(chains[i][0][w], 0xaaaa, chains[i][1][w]);
+            words[i][w] =
+                _mm512_mask_shuffle_epi32::<0xa0>(chains[i][0][w], 0xaaaa, chains[i][1][w]);
         }
     }
     words

@@ -89,8 +89,10 @@ pub fn cuda_warmup(
 ) -> PyResult<()> {
     #[cfg(feature = "cuda")]
     {
-        let dtypes: Vec<_> = dtypes.iter().filter_map(|name| crate::read::from_name(name)).collect();
-        let order = |name: &String| if name == "channels_last" { Order::Lanes } else { Order::Planes };
+        let dtypes: Vec<_> =
+            dtypes.iter().filter_map(|name| crate::read::from_name(name)).collect();
+        let order =
+            |name: &String| if name == "channels_last" { Order::Lanes } else { Order::Planes };
         let orders: Vec<_> = layouts.iter().map(order).collect();
         let run = Run { threads, stream, allocate: None };
         py.allow_threads(|| cuda::warmup("warmup", device, &dtypes, &orders, run)).map_err(raise)
@@ -102,8 +104,14 @@ pub fn cuda_warmup(
 /// gradient *= upstream, in place, on a CUDA device.
 #[pyfunction]
 #[pyo3(signature = (gradient, upstream, stream))]
-pub fn masked_mse_scale(py: Python, gradient: Object, upstream: Object, stream: usize) -> PyResult<()> {
+pub fn masked_mse_scale(
+    py: Python,
+    gradient: Object,
+    upstream: Object,
+    stream: usize,
+) -> PyResult<()> {
     let op = "masked_mse";
-    let (gradient, upstream) = (read::view(op, "gradient", gradient)?, read::view(op, "upstream", upstream)?);
+    let (gradient, upstream) =
+        (read::view(op, "gradient", gradient)?, read::view(op, "upstream", upstream)?);
     released(py, (1, stream, None), |run| masked_mse::scale(&gradient, &upstream, &run))
 }

@@ -7,7 +7,11 @@ use numpy::{PyArrayDescrMethods, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 
 /// `None` when the object is no NumPy array.
-pub fn read(op: &'static str, argument: &str, object: &Bound<'_, PyAny>) -> PyResult<Option<TensorView>> {
+pub fn read(
+    op: &'static str,
+    argument: &str,
+    object: &Bound<'_, PyAny>,
+) -> PyResult<Option<TensorView>> {
     let Ok(array) = object.downcast::<PyUntypedArray>() else { return Ok(None) };
     let descr = array.dtype();
     let native = descr.is_native_byteorder() != Some(false);
@@ -17,7 +21,12 @@ pub fn read(op: &'static str, argument: &str, object: &Bound<'_, PyAny>) -> PyRe
     let size = dtype.size() as isize;
     if array.strides().iter().any(|s| s % size != 0) {
         let rule = "have strides of whole elements";
-        return Err(raise(Error::of_value(op, argument, rule, format!("{:?} bytes", array.strides()))));
+        return Err(raise(Error::of_value(
+            op,
+            argument,
+            rule,
+            format!("{:?} bytes", array.strides()),
+        )));
     }
     let strides: Vec<isize> = array.strides().iter().map(|s| s / size).collect();
     // SAFETY: a live array's header.

@@ -6,7 +6,11 @@ use pyo3::intern;
 use pyo3::prelude::*;
 
 /// `None` when the object is no torch tensor.
-pub fn read(op: &'static str, argument: &str, object: &Bound<'_, PyAny>) -> PyResult<Option<TensorView>> {
+pub fn read(
+    op: &'static str,
+    argument: &str,
+    object: &Bound<'_, PyAny>,
+) -> PyResult<Option<TensorView>> {
     let py = object.py();
     if !object.hasattr(intern!(py, "data_ptr"))? {
         return Ok(None);

@@ -7,7 +7,11 @@ use pyo3_tch::tch::{Device as TchDevice, Kind};
 use pyo3_tch::PyTensor;
 
 /// `None` when the object is no torch tensor.
-pub fn read(op: &'static str, argument: &str, object: &Bound<'_, PyAny>) -> PyResult<Option<TensorView>> {
+pub fn read(
+    op: &'static str,
+    argument: &str,
+    object: &Bound<'_, PyAny>,
+) -> PyResult<Option<TensorView>> {
     let Ok(tensor) = object.extract::<PyTensor>() else { return Ok(None) };
     require_strided(op, argument, object)?;
     let Some(dtype) = tensor.f_kind().ok().and_then(from_kind) else {

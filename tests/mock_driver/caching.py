@@ -100,4 +100,7 @@ def test_an_image_that_the_driver_refuses_is_compiled_again(own_cache: Path) -> 
     """After a downgrade of the driver, say."""
     fresh(draw)
     compiled, cached = fresh(_stale)
-    assert (compiled, cached) == (1, 1)  # the refused one was compiled anew; then the driver took it
+    assert (compiled, cached) == (
+        1,
+        1,
+    )  # the refused one was compiled anew; then the driver took it

@@ -57,7 +57,9 @@ class Driver:
     def stream(self, device: int = 0) -> int:
         return int(self.api.mock_stream(device))
 
-    def capture(self, stream: int, capturing: bool, *, mode: int = 0, blocking: bool = False) -> None:
+    def capture(
+        self, stream: int, capturing: bool, *, mode: int = 0, blocking: bool = False
+    ) -> None:
         """By this thread; mode 0 is global, as torch's, 1 is of this thread alone, 2 is relaxed."""
         self.api.mock_capture(ctypes.c_void_p(stream), capturing, mode, blocking)
 

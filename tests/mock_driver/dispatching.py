@@ -50,7 +50,10 @@ CUDA = 2
 CODES = {torch.float64: 2, torch.float32: 2, torch.float16: 2, torch.bfloat16: 4}
 CODES |= {torch.int64: 0, torch.bool: 6, torch.uint8: 1}
 _capsule = ctypes.pythonapi.PyCapsule_New
-_capsule.restype, _capsule.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+_capsule.restype, _capsule.argtypes = (
+    ctypes.py_object,
+    (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p),
+)
 
 
 class HostMemory:
@@ -77,7 +80,9 @@ class HostMemory:
         assert type(tensor) is Tensor and tensor.device.type == "cuda", "it never left the CPU"
         return self.behind[tensor.data_ptr()]
 
-    def empty(self, size: Any, *, device: torch.device, dtype: Any = None, **options: Any) -> Tensor:
+    def empty(
+        self, size: Any, *, device: torch.device, dtype: Any = None, **options: Any
+    ) -> Tensor:
         options = {"memory_format": options.get("memory_format") or torch.contiguous_format}
         return self.on(torch.empty(size, dtype=dtype, **options), device.index or 0)
 
@@ -99,7 +104,9 @@ def memory(reader: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[HostMemory]
         yield memory
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*Overriding a previously registered kernel:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*Overriding a previously registered kernel:UserWarning"
+)
 layouts = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 
@@ -191,7 +198,10 @@ def test_the_tensors_device_and_torchs_stream_are_used(
 
 def test_arguments_are_judged_before_anything_is_launched(memory: HostMemory) -> None:
     features, before = memory.on(torch.zeros(SHAPE)), len(Driver().calls())
-    for theta, other in ((torch.zeros(1, 2, 3), "cpu"), (memory.on(torch.zeros(1, 2, 3), 1), "cuda:1")):
+    for theta, other in (
+        (torch.zeros(1, 2, 3), "cpu"),
+        (memory.on(torch.zeros(1, 2, 3), 1), "cuda:1"),
+    ):
         sentence = f"refine: theta must be on the device of features, cuda:0, got {other}"
         with pytest.raises(ValueError, match=f"^{sentence}$"):
             ops.refine(features, theta)

@@ -48,7 +48,9 @@ def test_each_call_fails_in_turn(code: int, name: str) -> None:
             assert (text, depth) == ("", 0), "it is tried once more"
             continue
         assert text == f"masked_mse: the CUDA driver failed in {function}: {name}"
-        assert depth == (1 if function == "cuCtxPopCurrent" else 0), "the thread's context was left behind"
+        assert depth == (1 if function == "cuCtxPopCurrent" else 0), (
+            "the thread's context was left behind"
+        )
     assert fresh(_fails_at, position + 1, code) == ("", 0), "there is no further call"
 
 
@@ -72,12 +74,16 @@ def _short_of_memory(monkeypatch: pytest.MonkeyPatch, gains: bool) -> tuple[str,
 
 def test_torchs_unused_memory_is_given_back_for_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fresh(_short_of_memory, monkeypatch, True) == ("", 1, 2)
-    failure = "draw: the CUDA driver failed in cuModuleLoadData: CUDA_ERROR_OUT_OF_MEMORY (out of memory)"
+    failure = (
+        "draw: the CUDA driver failed in cuModuleLoadData: CUDA_ERROR_OUT_OF_MEMORY (out of memory)"
+    )
     assert fresh(_short_of_memory, monkeypatch, False) == (failure, 1, 2)
 
 
 def _calls() -> list[str]:
-    before = len(Driver().calls())  # the page that pytest shows at the top has asked for the version
+    before = len(
+        Driver().calls()
+    )  # the page that pytest shows at the top has asked for the version
     masked_mse()
     return [call.split()[0] for call in Driver().calls()[before:]]
 
@@ -106,7 +112,11 @@ def test_the_structures_have_the_size_that_the_kernels_take() -> None:
         name: driver.api.mock_argument_bytes(name.encode())
         for name in ("masked_mse_finish", "masked_mse_scale_f32", "draw")
     }
-    assert sizes == {"masked_mse_finish": 8 * (4 * 5 + 9 + 13), "masked_mse_scale_f32": 8 * 6, "draw": 8 * 5}
+    assert sizes == {
+        "masked_mse_finish": 8 * (4 * 5 + 9 + 13),
+        "masked_mse_scale_f32": 8 * 6,
+        "draw": 8 * 5,
+    }
 
 
 def test_this_process_has_loaded_nothing() -> None:

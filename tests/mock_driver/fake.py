@@ -21,7 +21,9 @@ from sokd.ops import areas, draw, masked_mse, refine  # noqa: F401  (the modules
 def _registered() -> dict[Any, Any]:
     import sys
 
-    modules = {name: sys.modules[f"sokd.ops.{name}"] for name in ("areas", "draw", "masked_mse", "refine")}
+    modules = {
+        name: sys.modules[f"sokd.ops.{name}"] for name in ("areas", "draw", "masked_mse", "refine")
+    }
     ops = torch.ops.sokd
     return {
         ops.refine.default: modules["refine"]._forward_kernel,

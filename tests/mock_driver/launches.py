@@ -34,7 +34,13 @@ def test_a_call_initialises_loads_and_launches_in_order() -> None:
     ]  # NVRTC's own
     mode = "cuThreadExchangeStreamCaptureMode"
     load = [mode, "cuModuleLoadData", "cuModuleGetFunction", mode, "cuLaunchKernel"]
-    device = ["cuInit", "cuDeviceGetCount", "cuDeviceGet", "cuDeviceGetAttribute", "cuDeviceGetAttribute"]
+    device = [
+        "cuInit",
+        "cuDeviceGetCount",
+        "cuDeviceGet",
+        "cuDeviceGetAttribute",
+        "cuDeviceGetAttribute",
+    ]
     assert calls == [
         *device, "cuDevicePrimaryCtxRetain", "cuCtxGetCurrent", "cuCtxPushCurrent_v2",
         "cuStreamIsCapturing", *load, "cuStreamIsCapturing", *load, "cuCtxPopCurrent_v2",
@@ -99,7 +105,9 @@ def test_streams_and_devices() -> None:
     """Each device has its own context and its own architecture, hence its own modules."""
     streams, launches = fresh(_streams)
     found = [call.split("device=")[1] for call in launches]
-    expected = [f"{device} stream={hex(stream)}" for stream, device in zip(streams, (0, 0, 1), strict=True)]
+    expected = [
+        f"{device} stream={hex(stream)}" for stream, device in zip(streams, (0, 0, 1), strict=True)
+    ]
     assert found == [each for each in expected for _ in range(2)]
 
 
@@ -113,7 +121,9 @@ def _architectures(capability: tuple[int, int]) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("capability, name", [((8, 6), "sm_86"), ((8, 8), "sm_88"), ((12, 5), "sm_121")])
+@pytest.mark.parametrize(
+    "capability, name", [((8, 6), "sm_86"), ((8, 8), "sm_88"), ((12, 5), "sm_121")]
+)
 def test_each_device_gets_code_for_its_architecture(
     capability: tuple[int, int], name: str, own_cache: Path
 ) -> None:
@@ -201,10 +211,16 @@ def _refused(call: Callable[[], Any]) -> tuple[str, str]:
 def _mixed() -> Any:
     here, there = HostCuda(torch.zeros(SHAPE)), HostCuda(torch.zeros(SHAPE), 1)
     loss = HostCuda(torch.zeros(()))
-    answers = [_refused(lambda: _core.masked_mse(loss, None, here, there, None, "elements", 1.0, 1))]
+    answers = [
+        _refused(lambda: _core.masked_mse(loss, None, here, there, None, "elements", 1.0, 1))
+    ]
     on_cpu = torch.zeros(())
-    answers.append(_refused(lambda: _core.masked_mse(on_cpu, None, here, here, None, "elements", 1.0, 1)))
-    answers.append(_refused(lambda: _core.masked_mse(loss, None, here, here, None, "elements", 1.0, 1)))
+    answers.append(
+        _refused(lambda: _core.masked_mse(on_cpu, None, here, here, None, "elements", 1.0, 1))
+    )
+    answers.append(
+        _refused(lambda: _core.masked_mse(loss, None, here, here, None, "elements", 1.0, 1))
+    )
     seed = HostCuda(torch.zeros(1, dtype=torch.int64), 1)
     none = [None] * 5
     answers.append(_refused(lambda: _core.refine_forward(here, here, *none, seed, 1)))
@@ -216,7 +232,10 @@ def test_tensors_of_another_device_never_reach_a_kernel() -> None:
     assert answers == [
         ("ValueError", "masked_mse: teacher must be on the device of student, cuda:0, got cuda:1"),
         ("ValueError", "masked_mse: loss must be on the device of student, cuda:0, got cpu"),
-        ("ValueError", "masked_mse: allocate must be given for a kernel that needs scratch memory, got None"),
+        (
+            "ValueError",
+            "masked_mse: allocate must be given for a kernel that needs scratch memory, got None",
+        ),
         ("ValueError", "refine: seed must be on the device of features, cuda:0, got cuda:1"),
     ]
     assert launches == []

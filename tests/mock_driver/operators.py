@@ -18,7 +18,12 @@ from torch import Tensor
 from sokd import _core, ops, reference
 
 ODD, ALIGNED, DEEP = (2, 3, 5, 7), (2, 16, 8, 8), (1, 130, 3, 4)
-SOME = [(ODD, "contiguous"), (ALIGNED, "contiguous"), (ALIGNED, "channels_last"), (DEEP, "channels_last")]
+SOME = [
+    (ODD, "contiguous"),
+    (ALIGNED, "contiguous"),
+    (ALIGNED, "channels_last"),
+    (DEEP, "channels_last"),
+]
 SOME += [(ODD, layout) for layout in LAYOUTS[1:]]
 SOME += [(shape, "contiguous") for shape in SHAPES if (shape, "contiguous") not in SOME]
 # the emulator's tests have the kernels in all dtypes and orders; here is what differs on the way to them
@@ -73,11 +78,15 @@ def test_refine_dots(shape: tuple[int, ...], layout: str, dtype: torch.dtype, fa
 
 @pytest.mark.parametrize("teacher", [False, True])
 @pytest.mark.parametrize("shape, layout, dtype", [case for case in CASES if 0 not in case[0][1:]])
-def test_areas(shape: tuple[int, ...], layout: str, dtype: torch.dtype, teacher: bool, fake: Fake) -> None:
+def test_areas(
+    shape: tuple[int, ...], layout: str, dtype: torch.dtype, teacher: bool, fake: Fake
+) -> None:
     if shape[0] == 0:
         # no sample, no launch: the other one is for the fixture
         device_cases.areas(fake, ODD, layout, dtype, 1, teacher=teacher)
-    device_cases.areas(fake, shape, layout, dtype, min(8, shape[1] * shape[2] * shape[3]), teacher=teacher)
+    device_cases.areas(
+        fake, shape, layout, dtype, min(8, shape[1] * shape[2] * shape[3]), teacher=teacher
+    )
 
 
 @pytest.mark.parametrize("normalise", ["elements", "area"])
@@ -86,7 +95,11 @@ def test_masked_mse(
     shape: tuple[int, ...], layout: str, dtype: torch.dtype, normalise: str, fake: Fake
 ) -> None:
     batch, _, height, width = shape
-    weights = [None, torch.rand(batch, height, width), torch.rand(batch, 1, width, height).mT.to(dtype)]
+    weights = [
+        None,
+        torch.rand(batch, height, width),
+        torch.rand(batch, 1, width, height).mT.to(dtype),
+    ]
     for weight in weights:
         device_cases.masked_mse(fake, shape, layout, dtype, weight, normalise)
 

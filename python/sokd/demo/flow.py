@@ -13,7 +13,18 @@ from sokd.demo.data import DataSet
 from sokd.demo.methods import METHODS
 from sokd.demo.models import Net, build_student, parameter_count, saved_teacher
 from sokd.demo.table import format_table, summarise, write_runs, write_table
-from sokd.demo.train import Job, Run, Solver, Task, accuracy, cores, prepare, run_all, threads, train_teacher
+from sokd.demo.train import (
+    Job,
+    Run,
+    Solver,
+    Task,
+    accuracy,
+    cores,
+    prepare,
+    run_all,
+    threads,
+    train_teacher,
+)
 
 TEACHER_LR = 0.4
 
@@ -36,7 +47,9 @@ def demo(data: DataSet, options: argparse.Namespace) -> list[Run]:
         _tune(task, options, workers, folder)
         return []
     # the costliest methods first: then no core waits long for the last one
-    jobs = [Job(method, seed) for method in reversed(options.method) for seed in range(options.seeds)]
+    jobs = [
+        Job(method, seed) for method in reversed(options.method) for seed in range(options.seeds)
+    ]
     runs = run_all(jobs, task, workers=workers, folder=folder)
     runs.sort(key=lambda run: (options.method.index(run.job.method), run.job.seed))
     _report(runs, task, test, folder)
@@ -47,11 +60,13 @@ def demo(data: DataSet, options: argparse.Namespace) -> list[Run]:
 def _about(data: DataSet) -> str:
     parts = ", ".join(
         f"{len(part[1]):,} {name}"
-        for name, part in (("train", data.train), ("validation", data.validation), ("test", data.test))
+        for name, part in (
+            ("train", data.train),
+            ("validation", data.validation),
+            ("test", data.test),
+        )
     )
-    return (
-        f"{data.name}: {parts}; {data.duplicates} duplicates dropped before the split; {data.classes} classes"
-    )
+    return f"{data.name}: {parts}; {data.duplicates} duplicates dropped before the split; {data.classes} classes"
 
 
 def _teacher(data: DataSet, options: argparse.Namespace, folder: Path) -> Net:
@@ -61,7 +76,9 @@ def _teacher(data: DataSet, options: argparse.Namespace, folder: Path) -> Net:
     if saved is not None:
         print(f"teacher: reused from {path}", flush=True)
         return saved
-    teacher = train_teacher(data, options.teacher, Solver(epochs=options.teacher_epochs, lr=TEACHER_LR))
+    teacher = train_teacher(
+        data, options.teacher, Solver(epochs=options.teacher_epochs, lr=TEACHER_LR)
+    )
     torch.save(teacher.state_dict(), path)
     return teacher
 

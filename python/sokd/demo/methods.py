@@ -77,7 +77,13 @@ class Method:
         crd = {"num_samples": teacher.count, "negatives": NEGATIVES}
         options: dict[str, Any] = crd if recipe.method == "crd" else {}
         self.distiller = sokd.Distiller(
-            teacher, student, layers=LAYERS, method=method, sokd=plug, example=teacher.example(), **options
+            teacher,
+            student,
+            layers=LAYERS,
+            method=method,
+            sokd=plug,
+            example=teacher.example(),
+            **options,
         )
         self.student, self.teacher = student, teacher
         self._steps = 0
@@ -113,7 +119,11 @@ class Method:
         """Figures worth keeping: the method's weight, and SoKD's diagnostics of the last step."""
         kd, weights = self.distiller.kd, list(self.distiller.weights.values())
         found = {"weight": weights[0]} if weights else {}
-        return found if kd is None else found | {name: v.item() for name, v in kd.diagnostics().items()}
+        return (
+            found
+            if kd is None
+            else found | {name: v.item() for name, v in kd.diagnostics().items()}
+        )
 
 
 # -- the table of methods -----------------------------------------------------------------------------------
@@ -151,6 +161,7 @@ SIX: dict[str, Recipe] = {
 }  # fmt: skip
 PLAIN = {name: Recipe(LABELS[name], name, None, {"share": 0.5}, SHARES) for name in NAMES}
 ON_TOP = {
-    f"{name}+sokd": Recipe(f"{LABELS[name]} + SoKD", name, _WHOLE, {"share": 0.5}, SHARES) for name in NAMES
+    f"{name}+sokd": Recipe(f"{LABELS[name]} + SoKD", name, _WHOLE, {"share": 0.5}, SHARES)
+    for name in NAMES
 }
 METHODS: dict[str, Recipe] = {**PLAIN, **ON_TOP, **SIX}

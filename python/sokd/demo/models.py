@@ -84,7 +84,9 @@ class Recorded(nn.Module):
     Images are not augmented here, so it would say the same in every epoch. With `rows` None it is asked.
     """
 
-    def __init__(self, teacher: Net, images: torch.Tensor, logits: torch.Tensor, maps: torch.Tensor) -> None:
+    def __init__(
+        self, teacher: Net, images: torch.Tensor, logits: torch.Tensor, maps: torch.Tensor
+    ) -> None:
         super().__init__()
         self.body = nn.Identity()  # where the feature map is taken
         self.head = teacher.head  # which some methods read
@@ -117,7 +119,9 @@ def saved_teacher(path: Path, size: str, *, classes: int, image_side: int) -> Ne
 
 
 def _stem_stride(image_side: int) -> int:
-    return 2 if image_side > 16 else 1  # 28x28 and 8x8 images both end in a map that can be looked at
+    return (
+        2 if image_side > 16 else 1
+    )  # 28x28 and 8x8 images both end in a map that can be looked at
 
 
 def build_teacher(size: str, *, classes: int, image_side: int) -> Net:

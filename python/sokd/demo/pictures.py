@@ -34,7 +34,9 @@ def areas(run: Run, task: Task, path: Path, *, count: int = 6) -> None:
         for label, guess in zip(labels.tolist(), guesses.tolist(), strict=True)
     ]
     found = sokd.inspect.areas(method.distiller, images)
-    caption = f"{METHODS[run.job.method].label} on {task.data.name}, seed {run.job.seed}, last epoch"
+    caption = (
+        f"{METHODS[run.job.method].label} on {task.data.name}, seed {run.job.seed}, last epoch"
+    )
     paper = 1 - task.data.pixels(images)  # dark on white
     sokd.inspect.draw_areas(paper, found, path, titles=titles, caption=caption)
 
@@ -42,6 +44,8 @@ def areas(run: Run, task: Task, path: Path, *, count: int = 6) -> None:
 def _pick(task: Task, count: int) -> Tensor:
     """Indices of `count` test images, each of another class where there are enough."""
     labels = task.data.test[1]
-    chosen = [int(torch.nonzero(labels == c)[0]) for c in range(task.data.classes) if (labels == c).any()]
+    chosen = [
+        int(torch.nonzero(labels == c)[0]) for c in range(task.data.classes) if (labels == c).any()
+    ]
     step = max(1, len(chosen) // count)
     return torch.tensor(chosen[::step][:count])

@@ -74,7 +74,9 @@ def write_table(rows: Sequence[Row], path: Path) -> None:
     """The rows as CSV; accuracies and standard deviations in per cent, a single run's deviation empty."""
     with path.open("w", newline="") as file:
         out = csv.writer(file)
-        out.writerow(("method", "last_mean", "last_sd", "best_mean", "best_sd", "runs", "seconds_a_run"))
+        out.writerow(
+            ("method", "last_mean", "last_sd", "best_mean", "best_sd", "runs", "seconds_a_run")
+        )
         for row in rows:
             numbers = (row.last, row.last_sd, row.best, row.best_sd)
             text = ["" if n != n else f"{n:.3f}" for n in numbers]
@@ -86,10 +88,20 @@ def write_runs(runs: Sequence[Run], path: Path) -> None:
     notes = sorted({name for run in runs for name in run.notes})
     with path.open("w", newline="") as file:
         out = csv.writer(file)
-        names = ("method", "seed", "last_test", "best_test", "best_epoch", "last_validation", "seconds")
+        names = (
+            "method",
+            "seed",
+            "last_test",
+            "best_test",
+            "best_epoch",
+            "last_validation",
+            "seconds",
+        )
         out.writerow((*names, *notes))
         for run in runs:
-            last, best, validation = (f"{value:.5f}" for value in (run.last, run.best, run.validation[-1]))
+            last, best, validation = (
+                f"{value:.5f}" for value in (run.last, run.best, run.validation[-1])
+            )
             figures = (last, best, run.best_epoch + 1, validation, f"{run.seconds:.2f}")
             extra = [f"{run.notes[name]:.5g}" if name in run.notes else "" for name in notes]
             out.writerow((run.job.method, run.job.seed, *figures, *extra))

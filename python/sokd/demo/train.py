@@ -39,7 +39,9 @@ class Solver:
 
     epochs: int = 10
     batch: int = 64
-    lr: float = 0.8  # chosen for the student alone (1.2 does as well), see tune.py; serves all methods
+    lr: float = (
+        0.8  # chosen for the student alone (1.2 does as well), see tune.py; serves all methods
+    )
     momentum: float = 0.9
     weight_decay: float = 5e-4
 
@@ -77,11 +79,17 @@ class Run:
 
     job: Job
     validation: list[float] = field(default_factory=list)  # after each epoch
-    test: list[float | None] = field(default_factory=list)  # at a best validation so far, and at the last
+    test: list[float | None] = field(
+        default_factory=list
+    )  # at a best validation so far, and at the last
     seconds: float = 0.0  # training and search; without the evaluations
     policy: list[Snapshot] = field(default_factory=list)
-    state: dict[str, Tensor] = field(default_factory=dict)  # the Distiller's state_dict at the last epoch
-    notes: dict[str, float] = field(default_factory=dict)  # the method's own figures at the last epoch
+    state: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # the Distiller's state_dict at the last epoch
+    notes: dict[str, float] = field(
+        default_factory=dict
+    )  # the method's own figures at the last epoch
 
     @property
     def best_epoch(self) -> int:
@@ -98,7 +106,9 @@ class Run:
 
     def _at(self, epoch: int) -> float:
         found = self.test[epoch]
-        assert found is not None, "the test part is looked at whenever the validation is at its best"
+        assert found is not None, (
+            "the test part is looked at whenever the validation is at its best"
+        )
         return found
 
 
@@ -145,7 +155,11 @@ def optimiser_for(
     parameters: Sequence[nn.Parameter], solver: Solver, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     optimiser = torch.optim.SGD(
-        parameters, lr=solver.lr, momentum=solver.momentum, weight_decay=solver.weight_decay, nesterov=True
+        parameters,
+        lr=solver.lr,
+        momentum=solver.momentum,
+        weight_decay=solver.weight_decay,
+        nesterov=True,
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, solver.lr, total_steps=steps, pct_start=0.15, cycle_momentum=False
@@ -153,14 +167,18 @@ def optimiser_for(
     return optimiser, schedule
 
 
-def train_teacher(data: DataSet, size: str, solver: Solver, *, seed: int = 0, quiet: bool = False) -> Net:
+def train_teacher(
+    data: DataSet, size: str, solver: Solver, *, seed: int = 0, quiet: bool = False
+) -> Net:
     """A teacher trained on the training part by cross entropy, in eval mode and frozen."""
     torch.manual_seed(seed)
     teacher = build_teacher(size, classes=data.classes, image_side=data.side)
     images, labels = data.train
     order = torch.Generator().manual_seed(seed)
     per_epoch = len(batches(len(labels), solver.batch, order))
-    optimiser, schedule = optimiser_for(list(teacher.parameters()), solver, solver.epochs * per_epoch)
+    optimiser, schedule = optimiser_for(
+        list(teacher.parameters()), solver, solver.epochs * per_epoch
+    )
     bar = tqdm(range(solver.epochs), desc=f"teacher {size}", unit="epoch", disable=quiet or None)
     for _ in bar:
         teacher.train()
@@ -234,7 +252,9 @@ def balance(name: str, task: Task, *, seed: int = 100, count: int = 256) -> floa
 
 
 def _length(loss: Tensor, student: nn.Module) -> float:
-    parts = torch.autograd.grad(loss, list(student.parameters()), retain_graph=True, allow_unused=True)
+    parts = torch.autograd.grad(
+        loss, list(student.parameters()), retain_graph=True, allow_unused=True
+    )
     return math.sqrt(sum(part.square().sum().item() for part in parts if part is not None))
 
 
@@ -273,7 +293,9 @@ _worker: dict[str, Any] = {}
 
 def _start_worker(path: str, ticks: Any) -> None:
     torch.set_num_threads(1)
-    _worker["task"] = torch.load(path, weights_only=False)  # written by this very program a moment ago
+    _worker["task"] = torch.load(
+        path, weights_only=False
+    )  # written by this very program a moment ago
     _worker["ticks"] = ticks
 
 
@@ -290,7 +312,9 @@ def run_all(
     `keep` is called with each run when it is done, in any order.
     """
     total = len(jobs) * task.solver.epochs
-    with tqdm(total=total, desc=f"{len(jobs)} student runs", unit="epoch", disable=quiet or None) as bar:
+    with tqdm(
+        total=total, desc=f"{len(jobs)} student runs", unit="epoch", disable=quiet or None
+    ) as bar:
 
         def tick(text: str) -> None:
             bar.set_postfix_str(text, refresh=False)

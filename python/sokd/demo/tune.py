@@ -42,7 +42,10 @@ def trials(methods: Sequence[str], task: Task, *, workers: int, folder: Path) ->
     jobs = [_job(method, setting, seed) for method, setting in planned for seed in SEEDS]
     runs = run_all(jobs, task, workers=workers, folder=folder)
     grouped = [runs[i : i + len(SEEDS)] for i in range(0, len(runs), len(SEEDS))]
-    return [_trial(method, setting, group) for (method, setting), group in zip(planned, grouped, strict=True)]
+    return [
+        _trial(method, setting, group)
+        for (method, setting), group in zip(planned, grouped, strict=True)
+    ]
 
 
 def _job(method: str, setting: dict[str, float], seed: int) -> Job:

@@ -58,7 +58,9 @@ def make_adapters(students: Sequence[Shape], teachers: Sequence[Shape]) -> nn.Mo
     )
 
 
-def make_kd(plug: Plug, students: Sequence[Shape], teachers: Sequence[Shape], needs: Needs) -> SoKD | None:
+def make_kd(
+    plug: Plug, students: Sequence[Shape], teachers: Sequence[Shape], needs: Needs
+) -> SoKD | None:
     """The SoKD that `sokd=` asks for.
 
     Raises:
@@ -101,6 +103,10 @@ def _last_head(model: nn.Module, channels: int) -> nn.Module | None:
     for part in reversed(parts):
         if isinstance(part, nn.Linear) and part.in_features == channels:
             return part
-        if isinstance(part, nn.Conv2d) and part.in_channels == channels and part.kernel_size == (1, 1):
+        if (
+            isinstance(part, nn.Conv2d)
+            and part.in_channels == channels
+            and part.kernel_size == (1, 1)
+        ):
             return part
     return None

@@ -100,7 +100,11 @@ class _Seen:
     def _leave(self, begun: _Open, size: Grid) -> None:
         """Forget what a block that leads from one resolution to another computed at the first."""
         inside = self.maps[begun.maps :]
-        if begun.size not in (None, size) and {each.size for each in inside} <= {begun.size, size, (1, 1)}:
+        if begun.size not in (None, size) and {each.size for each in inside} <= {
+            begun.size,
+            size,
+            (1, 1),
+        }:
             self.maps[begun.maps :] = [each for each in inside if each.size != begun.size]
 
     def _size(self, output: Any) -> Grid | None:
@@ -126,10 +130,18 @@ class _Seen:
         attention = {(count, count) for count in self.tokens}
         as_logits = [each for each in self.maps if each.channels == classes]
         heads = [each.name for each in as_logits if each.made is not None and each.made.logits]
-        logits = {each.name for each in as_logits if any(f"{h}.".startswith(f"{each.name}.") for h in heads)}
+        logits = {
+            each.name
+            for each in as_logits
+            if any(f"{h}.".startswith(f"{each.name}.") for h in heads)
+        }
         kept: dict[Grid, str] = {}
         for each in self.maps:
-            if self.calls[each.name] == 1 and each.size not in attention and each.name not in logits:
+            if (
+                self.calls[each.name] == 1
+                and each.size not in attention
+                and each.name not in logits
+            ):
                 kept.pop(each.size, None)  # to the end
                 kept[each.size] = each.name
         if image is not None:
@@ -156,7 +168,10 @@ def auto_layers(
         orders: of the "student"'s and the "teacher"'s four dimensions.
     """
     sides = {"student": student, "teacher": teacher}
-    layers = {side: _seen(model, run, x, logits, (orders or {}).get(side)) for side, model in sides.items()}
+    layers = {
+        side: _seen(model, run, x, logits, (orders or {}).get(side))
+        for side, model in sides.items()
+    }
     for side, found in layers.items():
         if not found:
             rule = f"be named, for no layer of the {side} gives a map or a square of tokens"
@@ -173,7 +188,9 @@ def _seen(
     seen = _Seen(batch_size(x), order)
     with _listening(model, seen):
         found = logits(run(model))
-    return seen.found(_image_size(x), found.shape[1] if found is not None and found.dim() == 4 else None)
+    return seen.found(
+        _image_size(x), found.shape[1] if found is not None and found.dim() == 4 else None
+    )
 
 
 def _image_size(x: Any) -> Grid | None:

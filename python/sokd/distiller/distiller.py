@@ -228,7 +228,9 @@ class Distiller(nn.Module):
                 self._tap(self._auto(student, teacher, example))
             named = self._layers != "auto"  # else nobody reads anything out of the names
             maps = [
-                self._as_maps(side, self._taps[side].run(partial(call, model, example), warn=named)[1])
+                self._as_maps(
+                    side, self._taps[side].run(partial(call, model, example), warn=named)[1]
+                )
                 for side, model in (("student", student), ("teacher", teacher))
             ]
         for of_student, of_teacher, names in zip(*maps, self._labels, strict=True):
@@ -240,7 +242,9 @@ class Distiller(nn.Module):
         asked = self.task is not None or self._needs.logits
         logits = partial(find_logits, where=self.logits, guess=False) if asked else lambda _: None
         orders = {side: given[2] for side, given in self._given.items()}
-        return auto_layers(student, teacher, partial(call, x=example), example, logits=logits, orders=orders)
+        return auto_layers(
+            student, teacher, partial(call, x=example), example, logits=logits, orders=orders
+        )
 
     def _tap(self, pairs: list[Pair]) -> None:
         self.pairs = pairs
@@ -257,7 +261,9 @@ class Distiller(nn.Module):
         if self.kd is None and self._needs.adapted:
             self.adapters = make_adapters(students, teachers)
         for recipe in self._recipes:
-            heads = find_heads(recipe, (unwrapped(self.student), self.teacher), (students, teachers))
+            heads = find_heads(
+                recipe, (unwrapped(self.student), self.teacher), (students, teachers)
+            )
             self.methods[recipe.name] = recipe.make(students, teachers, **heads)
         place = next((p for p in self.student.parameters() if p.is_floating_point()), None)
         for module in (self.kd, self.adapters, self.methods):
@@ -284,7 +290,9 @@ class Distiller(nn.Module):
 
     def _is_models(self, target: Any) -> bool:
         """Whether the student takes the target itself."""
-        return target is not None and (self.task == "model" or (self.task == "auto" and is_for_model(target)))
+        return target is not None and (
+            self.task == "model" or (self.task == "auto" and is_for_model(target))
+        )
 
     def _as_maps(self, side: str, taken: list[Tensor]) -> list[Tensor]:
         layers = zip(taken, self._layouts[side], self._taps[side].labels, strict=True)
@@ -388,6 +396,4 @@ class Distiller(nn.Module):
     def extra_repr(self) -> str:
         pairs = ", ".join(f"{student} -> {teacher}" for student, teacher in self.pairs)
         weights = ", ".join(f"{name}={weight:g}" for name, weight in self.weights.items())
-        return (
-            f"teacher={type(self.teacher).__name__}, layers: {pairs or 'none'}, weights: {weights or 'none'}"
-        )
+        return f"teacher={type(self.teacher).__name__}, layers: {pairs or 'none'}, weights: {weights or 'none'}"

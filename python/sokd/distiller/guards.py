@@ -36,9 +36,7 @@ UNHELD = (
     "sokd: {parts} had gradients but did not change in {steps} steps of the student's optimiser; "
     "give it the distiller's parameters, e.g. SGD(distiller.parameters(), lr=...)"
 )
-TEACHER_TRAINS = (
-    "sokd: the teacher was in train mode; it is set back to eval, call teacher.eval() after teacher.train()"
-)
+TEACHER_TRAINS = "sokd: the teacher was in train mode; it is set back to eval, call teacher.eval() after teacher.train()"
 NO_GRADIENT = (
     "Distiller: {which} must give a map with a gradient, got one without: it is frozen, runs under no_grad, "
     "or is checkpointed with use_reentrant=True (use_reentrant=False keeps it)"
@@ -127,7 +125,9 @@ def check_maps(
     names: Sequence[tuple[str, str]],
 ) -> None:
     """Maps of one dtype; the student's with a gradient, if anything in the student is trained."""
-    trained = torch.is_grad_enabled() and any(p.requires_grad for p in distiller.student.parameters())
+    trained = torch.is_grad_enabled() and any(
+        p.requires_grad for p in distiller.student.parameters()
+    )
     for student, teacher, (of_student, of_teacher) in zip(students, teachers, names, strict=True):
         if student.dtype != teacher.dtype and not mixed_dtypes_allowed(student):
             rule = f"have the dtype of {of_teacher}, {teacher.dtype} (distiller.to converts both models)"

@@ -43,7 +43,9 @@ def as_map(features: Tensor, layout: Layout, name: str) -> Tensor:
         return features[:, :, None, None]
     if rank == 4:
         return features.movedim(3, 1) if layout.order == "BHWC" else features
-    return tokens_to_map(features, tokens=layout.tokens, grid=layout.grid, op="Distiller", name=name)
+    return tokens_to_map(
+        features, tokens=layout.tokens, grid=layout.grid, op="Distiller", name=name
+    )
 
 
 def check_pair(student: Tensor, teacher: Tensor, names: tuple[str, str]) -> None:

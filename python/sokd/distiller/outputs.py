@@ -100,14 +100,18 @@ def _tensors(output: Any) -> list[Tensor]:
     """The tensors, no scalars, among the entries of an output."""
     values = output.values() if isinstance(output, Mapping) else output
     is_entries = isinstance(output, (Mapping, tuple, list))
-    return [each for each in values if isinstance(each, Tensor) and each.dim()] if is_entries else []
+    return (
+        [each for each in values if isinstance(each, Tensor) and each.dim()] if is_entries else []
+    )
 
 
 def _selected(output: Any, where: Logits) -> Tensor:
     try:
         found = where(output) if callable(where) else _entry(output, where)
     except (KeyError, IndexError, AttributeError, TypeError):
-        entries = ", ".join(map(repr, output)) if isinstance(output, Mapping) else type(output).__name__
+        entries = (
+            ", ".join(map(repr, output)) if isinstance(output, Mapping) else type(output).__name__
+        )
         rule = "name what the models give"
         raise ValueError(
             f"Distiller: logits must {rule} ({entries}), got {getattr(where, '__name__', repr(where))}"
@@ -131,7 +135,9 @@ def checked_task(task: Any) -> Task:
     """`task=`, if it is one."""
     if task is None or task in ("auto", "model") or callable(task):
         return cast(Task, task)
-    raise TypeError(f"Distiller: task must be 'auto', 'model', None or a callable (logits, y), got {task!r}")
+    raise TypeError(
+        f"Distiller: task must be 'auto', 'model', None or a callable (logits, y), got {task!r}"
+    )
 
 
 def task_losses(task: Task, output: Any, logits: Tensor | None, target: Any) -> dict[str, Tensor]:
@@ -144,9 +150,7 @@ def task_losses(task: Task, output: Any, logits: Tensor | None, target: Any) -> 
     if own or target is None or task is None:
         return own
     if task == "model":
-        rule = (
-            "be one that the student computes itself ('model'): a dict of scalars, or an output with a loss"
-        )
+        rule = "be one that the student computes itself ('model'): a dict of scalars, or an output with a loss"
         raise TypeError(f"Distiller: task must {rule}, got {type(output).__name__}")
     if callable(task):
         return {"loss_task": task(output if logits is None else logits, target)}
@@ -164,7 +168,9 @@ def _cross_entropy(logits: Tensor, target: Any) -> Tensor:
     classes = list(logits.shape)
     cells = [*classes[:1], *classes[2:]]
     own = f"class indices {cells} (int64) or probabilities {classes} (float)"
-    _check_target(logits, target, f"be {own}, as the logits {classes} ask for (others: logits=, task=)")
+    _check_target(
+        logits, target, f"be {own}, as the logits {classes} ask for (others: logits=, task=)"
+    )
     try:
         return F.cross_entropy(logits, target)
     except IndexError as error:  # seen on the CPU, where reading them is free

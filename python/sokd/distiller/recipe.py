@@ -38,7 +38,9 @@ class Called(Method):
         for student, teacher, weight in zip(step.adapted, step.teacher, step.weight, strict=True):
             term = self.loss(*masked_pair(student, teacher, weight))
             if not isinstance(term, Tensor) or term.numel() != 1:
-                got = f"shape {list(term.shape)}" if isinstance(term, Tensor) else type(term).__name__
+                got = (
+                    f"shape {list(term.shape)}" if isinstance(term, Tensor) else type(term).__name__
+                )
                 raise TypeError(f"Distiller: method must return a scalar tensor, got {got}")
             total = term.reshape(()) if total is None else total + term.reshape(())
         assert total is not None, "a method with features has layers"
@@ -61,7 +63,9 @@ class Recipe:
             return METHODS[self.source]
         return self.source if isinstance(self.source, Method) else Called
 
-    def make(self, student_shapes: Sequence[Shape], teacher_shapes: Sequence[Shape], **found: Any) -> Method:
+    def make(
+        self, student_shapes: Sequence[Shape], teacher_shapes: Sequence[Shape], **found: Any
+    ) -> Method:
         """The method for layer pairs of these shapes, with its options and those `found` for it."""
         if isinstance(self.source, str):
             shapes = {"student_shapes": student_shapes, "teacher_shapes": teacher_shapes}
@@ -83,11 +87,15 @@ def chosen(method: Chosen, options: Mapping[str, Any]) -> list[Recipe]:
     names = [recipe.name for recipe in made]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"Distiller: method must have one entry for each name, got {name!r} twice")
+            raise ValueError(
+                f"Distiller: method must have one entry for each name, got {name!r} twice"
+            )
     known = {option for recipe in made for option in recipe.options}
     for option in options:
         if option not in known:
-            possible = sorted({o for r in made if isinstance(r.source, str) for o in options_of(r.source)})
+            possible = sorted(
+                {o for r in made if isinstance(r.source, str) for o in options_of(r.source)}
+            )
             rule = f"be arguments of Distiller or options of its methods ({', '.join(possible) or 'none'})"
             raise TypeError(f"Distiller: options must {rule}, got {option}")
     return made

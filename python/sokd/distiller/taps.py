@@ -122,10 +122,16 @@ class Taps:
         if key is not None and key in entries:
             value = entries[key]
         elif key is not None:
-            raise TypeError(f"Distiller: {label} must give one of {_names(entries)}, got none of that name")
+            raise TypeError(
+                f"Distiller: {label} must give one of {_names(entries)}, got none of that name"
+            )
         if isinstance(value, Tensor):
             return value
-        hint = f" with {_names(entries)}: name one, as in '{name}:{next(iter(entries))}'" if entries else ""
+        hint = (
+            f" with {_names(entries)}: name one, as in '{name}:{next(iter(entries))}'"
+            if entries
+            else ""
+        )
         raise TypeError(f"Distiller: {label} must give a tensor, got {type(value).__name__}{hint}")
 
 
@@ -155,7 +161,11 @@ def layer_pairs(layers: Layers) -> list[Pair]:
 
 
 def _is_pair(pair: Any) -> bool:
-    return isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(name, str) for name in pair)
+    return (
+        isinstance(pair, (tuple, list))
+        and len(pair) == 2
+        and all(isinstance(name, str) for name in pair)
+    )
 
 
 def _split(layer: str) -> tuple[str, str | None]:

@@ -80,7 +80,8 @@ def _named(row: dict[str, Any]) -> str:
 
 def _strengths(row: dict[str, Any]) -> str:
     return ", ".join(
-        f"{value:.3g} {unit}".rstrip() for value, unit in zip(row["value"], row["unit"], strict=True)
+        f"{value:.3g} {unit}".rstrip()
+        for value, unit in zip(row["value"], row["unit"], strict=True)
     )
 
 
@@ -109,7 +110,11 @@ def _kd_of(subject: Any) -> SoKD | None:
 
 
 def _kind_of(subject: Any) -> str:
-    waits = "" if getattr(subject, "_ready", True) else " before its shapes are known (example= or setup)"
+    waits = (
+        ""
+        if getattr(subject, "_ready", True)
+        else " before its shapes are known (example= or setup)"
+    )
     return type(subject).__name__ + waits
 
 
@@ -143,7 +148,9 @@ class Trajectory:
         if every < 1:
             raise ValueError(f"Trajectory: every must be positive, got {every}")
         self.policy, self.every = _policy_of("Trajectory", subject), every
-        self.operations = [tuple(OPERATIONS[op].name for op in pair) for pair in self.policy.policies]
+        self.operations = [
+            tuple(OPERATIONS[op].name for op in pair) for pair in self.policy.policies
+        ]
         self.snapshots: list[Snapshot] = []
 
     @torch.no_grad()
@@ -162,7 +169,10 @@ class Trajectory:
 
     def save(self, path: Path) -> None:
         """Write it as JSON: "operations" [K] pairs of names, "snapshots"."""
-        state = {"operations": self.operations, "snapshots": [asdict(each) for each in self.snapshots]}
+        state = {
+            "operations": self.operations,
+            "snapshots": [asdict(each) for each in self.snapshots],
+        }
         _write(path, state)
 
     def load(self, path: Path) -> None:
@@ -198,8 +208,12 @@ def areas(subject: nn.Module, *inputs: Any) -> list[LayerAreas]:
     subject = unwrapped(subject)
     kd = _kd_of(subject)
     if kd is None or kd.dam is None:
-        raise TypeError(f"areas: subject must be a SoKD or a Distiller with a DAM, got {_kind_of(subject)}")
-    read = getattr(subject, "features", None)  # a Distiller's; what else holds a SoKD is given features
+        raise TypeError(
+            f"areas: subject must be a SoKD or a Distiller with a DAM, got {_kind_of(subject)}"
+        )
+    read = getattr(
+        subject, "features", None
+    )  # a Distiller's; what else holds a SoKD is given features
     if len(inputs) != (1 if read else 2):
         rule = "be the images" if read else "be the student's and the teacher's features"
         raise TypeError(f"areas: inputs must {rule}, got {len(inputs)} of them")
@@ -255,13 +269,17 @@ def draw_areas(
         raise ValueError(f"draw_areas: images must be [B, 3, H, W] or [B, 1, H, W], got {got}")
     layers = [found] if isinstance(found, dict) else list(found)
     if not -len(layers) <= layer < len(layers):
-        raise ValueError(f"draw_areas: layer must be one of the {len(layers)} in found, got {layer}")
+        raise ValueError(
+            f"draw_areas: layer must be one of the {len(layers)} in found, got {layer}"
+        )
     chosen = layers[layer]
     count, samples = len(images), len(chosen["mutual"].coverage)
     if not 1 <= count <= samples:
         raise ValueError(f"draw_areas: images must be 1 to {samples}, as found is of, got {count}")
     if titles is not None and len(titles) != count:
-        raise ValueError(f"draw_areas: titles must be {count}, one for each image, got {len(titles)}")
+        raise ValueError(
+            f"draw_areas: titles must be {count}, one for each image, got {len(titles)}"
+        )
     areas_on_images(images, chosen, shares(chosen), path, titles=titles, caption=caption)
 
 
@@ -292,7 +310,9 @@ def export_json(subject: nn.Module, path: Path | None = None) -> dict[str, Any]:
     return found
 
 
-def log(writer: Writer, subject: nn.Module, step: int, *, losses: Any = None, prefix: str = "sokd") -> None:
+def log(
+    writer: Writer, subject: nn.Module, step: int, *, losses: Any = None, prefix: str = "sokd"
+) -> None:
     """Hand the last step's figures to the user's own writer, `writer.add_scalar(tag, value, step)`.
 
     `diagnostics()` of a SoKD, of a Distiller's, or of a Policy under `{prefix}/`, and of `losses`, a
@@ -304,7 +324,9 @@ def log(writer: Writer, subject: nn.Module, step: int, *, losses: Any = None, pr
     subject = unwrapped(subject)
     source = subject if isinstance(subject, Policy) else _kd_of(subject)
     if source is None and not hasattr(subject, "kd"):
-        raise TypeError(f"log: subject must be a Policy, a SoKD or a Distiller, got {_kind_of(subject)}")
+        raise TypeError(
+            f"log: subject must be a Policy, a SoKD or a Distiller, got {_kind_of(subject)}"
+        )
     figures = {**({} if source is None else source.diagnostics()), **(losses or {})}
     for name, value in figures.items():
         scalar = float(value.detach() if isinstance(value, Tensor) else value)

@@ -55,7 +55,9 @@ def of_operation(probabilities: Array, values: Array, operation: int, pairs: Pai
     return mean
 
 
-def policy_over_time(snapshots: Sequence[Any], pairs: Pairs, path: Path, *, caption: str = "") -> None:
+def policy_over_time(
+    snapshots: Sequence[Any], pairs: Pairs, path: Path, *, caption: str = ""
+) -> None:
     """Write the policy's way as a picture: choice, entropy, firing, magnitudes, over training steps.
 
     Args:
@@ -162,13 +164,17 @@ def areas_on_images(
     """
     pictures = _as_pictures(images)
     with rc_context(STYLE):
-        figure = Figure(figsize=(1.75 * len(pictures) + 0.9, 2.0 * (1 + len(found))), layout="constrained")
+        figure = Figure(
+            figsize=(1.75 * len(pictures) + 0.9, 2.0 * (1 + len(found))), layout="constrained"
+        )
         grid = figure.subplots(1 + len(found), len(pictures), squeeze=False)
         for column, picture in enumerate(pictures):
             _show(grid[0, column], picture)
             if titles is not None:
                 grid[0, column].set_title(titles[column], loc="center")
-            for row, (colour, each) in enumerate(zip(COLOURS, found.values(), strict=False), start=1):
+            for row, (colour, each) in enumerate(
+                zip(COLOURS, found.values(), strict=False), start=1
+            ):
                 _draw_areas(grid[row, column], picture, each, column, colour)
         grid[0, 0].set_ylabel("image", fontsize=10)
         for row, (colour, name) in enumerate(zip(COLOURS, found, strict=False), start=1):

@@ -16,7 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sokd.methods.checks import layer_pairs
-from sokd.methods.common import Maps, Method, Shapes, Step, Weights, given, masked, total, unit, unmixed, wide
+from sokd.methods.common import (
+    Maps,
+    Method,
+    Shapes,
+    Step,
+    Weights,
+    given,
+    masked,
+    total,
+    unit,
+    unmixed,
+    wide,
+)
 
 __all__ = ["CATKD", "catkd", "class_maps"]
 
@@ -24,7 +36,12 @@ Head = nn.Module | Tensor
 
 
 def catkd(
-    student: Maps, teacher: Maps, weight: Weights = None, *, resolution: int = 2, normalise: bool = True
+    student: Maps,
+    teacher: Maps,
+    weight: Weights = None,
+    *,
+    resolution: int = 2,
+    normalise: bool = True,
 ) -> Tensor:
     """The mean squared difference of pooled class activation maps.
 
@@ -82,7 +99,9 @@ def _head_weight(head: Head, channels: int) -> Tensor:
     if weight.dim() == 4 and weight.shape[2:] == (1, 1):
         weight = weight.flatten(1)
     if weight.dim() != 2 or weight.shape[1] != channels:
-        raise ValueError(f"catkd: head must have the weight [K, {channels}], got {list(weight.shape)}")
+        raise ValueError(
+            f"catkd: head must have the weight [K, {channels}], got {list(weight.shape)}"
+        )
     return weight
 
 
@@ -113,13 +132,17 @@ class CATKD(Method):
                 _head_weight(head, shapes[-1][0])
 
     def forward(self, step: Step) -> Tensor:
-        classes = given(self.name, "student_logits", step.student_logits, "it says how many classes").shape[1]
+        classes = given(
+            self.name, "student_logits", step.student_logits, "it says how many classes"
+        ).shape[1]
         pairs = layer_pairs(self.name, step.student[-1], step.teacher[-1], step.weight[-1])
         (student, teacher, weight), (head_s, head_t) = pairs[0], self.heads
         # pooling and the head commute: r x r cells are weighed, not the whole map
         pooled_s = self._maps("student", _pooled(student, weight, self.resolution), head_s, classes)
         with torch.no_grad():
-            pooled_t = self._maps("teacher", _pooled(teacher, weight, self.resolution), head_t, classes)
+            pooled_t = self._maps(
+                "teacher", _pooled(teacher, weight, self.resolution), head_t, classes
+            )
         return _distance(pooled_s, pooled_t, self.normalise)
 
     def _maps(self, side: str, pooled: Tensor, head: Head | None, classes: int) -> Tensor:

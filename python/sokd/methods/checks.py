@@ -13,7 +13,9 @@ __all__ = ["layer_pairs", "logits_pair"]
 Pair = tuple[Tensor, Tensor, Tensor | None]  # student, teacher, omega
 
 
-def logits_pair(op: str, student: Tensor, teacher: Tensor, *, dense: bool = True) -> tuple[Tensor, Tensor]:
+def logits_pair(
+    op: str, student: Tensor, teacher: Tensor, *, dense: bool = True
+) -> tuple[Tensor, Tensor]:
     """Both sides' logits [B, K], checked; float32 or float64, the teacher's constant.
 
     Args:
@@ -81,7 +83,9 @@ def _checked_weight(op: str, weight: Tensor, teacher: Tensor) -> Tensor:
         weight = weight.squeeze(1)
     wanted = [teacher.shape[0], teacher.shape[2], teacher.shape[3]]
     if list(weight.shape) != wanted:
-        raise ValueError(f"{op}: weight must be of the teacher's size {wanted}, got {list(weight.shape)}")
+        raise ValueError(
+            f"{op}: weight must be of the teacher's size {wanted}, got {list(weight.shape)}"
+        )
     return weight.detach()
 
 

@@ -36,8 +36,12 @@ class Step:
     target: Tensor | None  # [B] class indices (int64)
     student: list[Tensor]  # one map [B, C_s, H_s, W_s] for each layer pair, as the student gave it
     teacher: list[Tensor]  # [B, C, H, W], constants; refined where SoKD is plugged in
-    adapted: list[Tensor]  # the student's maps in the teacher's shapes; empty unless the method's `adapts`
-    weight: list[Tensor | None]  # omega [B, H, W] (teacher's size) of the mutual areas; None: no mask
+    adapted: list[
+        Tensor
+    ]  # the student's maps in the teacher's shapes; empty unless the method's `adapts`
+    weight: list[
+        Tensor | None
+    ]  # omega [B, H, W] (teacher's size) of the mutual areas; None: no mask
     index: Tensor | None  # [B] int64: the samples' places in the training set
 
 
@@ -155,7 +159,9 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(f"{ctx.op}: the loss must be differentiated once only, got a second backward")
+        raise RuntimeError(
+            f"{ctx.op}: the loss must be differentiated once only, got a second backward"
+        )
 
 
 def total(terms: Sequence[Tensor]) -> Tensor:

@@ -208,14 +208,18 @@ class CRD(Method):
     ) -> None:  # fmt: skip
         super().__init__(student_shapes, teacher_shapes)
         if num_samples is None:
-            raise TypeError("crd: num_samples must be given (the size of the training set), got None")
+            raise TypeError(
+                "crd: num_samples must be given (the size of the training set), got None"
+            )
         self.loss = CRDLoss(
             student_shapes[-1][0], teacher_shapes[-1][0], num_samples, dim=dim, negatives=negatives,
             temperature=temperature, momentum=momentum, labels=labels, generator=generator,
         )  # fmt: skip
 
     def forward(self, step: Step) -> Tensor:
-        index = given(self.name, "index", step.index, "the samples' places in the training set, int64 [B]")
+        index = given(
+            self.name, "index", step.index, "the samples' places in the training set, int64 [B]"
+        )
         ((student, teacher, weight),) = layer_pairs(
             self.name, step.student[-1], step.teacher[-1], step.weight[-1]
         )

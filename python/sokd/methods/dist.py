@@ -49,7 +49,9 @@ def dist(
     if temperature != 1:
         student, teacher = student / temperature, teacher / temperature
     scale = temperature**2
-    loss: Tensor = apply(_Relations, student.softmax(1), teacher.softmax(1), scale * beta, scale * gamma)[0]
+    loss: Tensor = apply(
+        _Relations, student.softmax(1), teacher.softmax(1), scale * beta, scale * gamma
+    )[0]
     return loss
 
 
@@ -64,8 +66,12 @@ class _Relations(torch.autograd.Function):
     def forward(p_s: Tensor, p_t: Tensor, beta: float, gamma: float) -> tuple[Tensor, Tensor]:
         (batch, classes), mean_s = p_s.shape, p_s.mean(0)
         rounding = _ROUNDINGS * torch.finfo(p_s.dtype).eps
-        inter, d_inter = _correlation(p_s - 1 / classes, p_t - 1 / classes, 1, rounding * classes**-0.5)
-        intra, d_intra = _correlation(p_s - mean_s, p_t - p_t.mean(0), 0, rounding * batch**0.5 * mean_s)
+        inter, d_inter = _correlation(
+            p_s - 1 / classes, p_t - 1 / classes, 1, rounding * classes**-0.5
+        )
+        intra, d_intra = _correlation(
+            p_s - mean_s, p_t - p_t.mean(0), 0, rounding * batch**0.5 * mean_s
+        )
         loss = beta + gamma - inter * (beta / batch) - intra * (gamma / classes)
         return loss, d_inter.mul_(-beta / batch).add_(d_intra, alpha=-gamma / classes)
 
@@ -105,4 +111,6 @@ class DIST(Method):
 
     def forward(self, step: Step) -> Tensor:
         student, teacher = self.logits(step)
-        return dist(student, teacher, beta=self.beta, gamma=self.gamma, temperature=self.temperature)
+        return dist(
+            student, teacher, beta=self.beta, gamma=self.gamma, temperature=self.temperature
+        )

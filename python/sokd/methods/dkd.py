@@ -86,6 +86,10 @@ class DKD(Method):
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
 
     def forward(self, step: Step) -> Tensor:
-        target = given(self.name, "target", step.target, "it tells the target class from the others")
+        target = given(
+            self.name, "target", step.target, "it tells the target class from the others"
+        )
         student, teacher = self.logits(step)
-        return dkd(student, teacher, target, alpha=self.alpha, beta=self.beta, temperature=self.temperature)
+        return dkd(
+            student, teacher, target, alpha=self.alpha, beta=self.beta, temperature=self.temperature
+        )

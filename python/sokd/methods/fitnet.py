@@ -34,7 +34,9 @@ def fitnet(student: Maps, teacher: Maps, weight: Weights = None) -> Tensor:
         [] float32 (float64 for float64), the sum over the layers; 0 for an empty batch. The usual weight:
         100.
     """
-    return total([hint(*pair) for pair in layer_pairs("fitnet", student, teacher, weight, same="shape")])
+    return total(
+        [hint(*pair) for pair in layer_pairs("fitnet", student, teacher, weight, same="shape")]
+    )
 
 
 def hint(student: Tensor, teacher: Tensor, weight: Tensor | None, scale: float = 1.0) -> Tensor:

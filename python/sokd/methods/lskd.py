@@ -48,7 +48,9 @@ def _standardised(logits: Tensor) -> Tensor:
     classes = logits.shape[1]
     low, high = logits.detach().aminmax(dim=1, keepdim=True)
     logits = torch.where(low < high, logits, 0.0)
-    return F.layer_norm(logits, (classes,), eps=_SMALLEST_VARIANCE) * math.sqrt((classes - 1) / classes)
+    return F.layer_norm(logits, (classes,), eps=_SMALLEST_VARIANCE) * math.sqrt(
+        (classes - 1) / classes
+    )
 
 
 class LSKD(Method):

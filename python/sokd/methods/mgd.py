@@ -113,7 +113,8 @@ class MGD(Method):
     ) -> None:  # fmt: skip
         super().__init__(student_shapes, teacher_shapes)
         self.layers = nn.ModuleList(
-            MGDLoss(shape[0], ratio=ratio, over=over, generator=generator) for shape in teacher_shapes
+            MGDLoss(shape[0], ratio=ratio, over=over, generator=generator)
+            for shape in teacher_shapes
         )
 
     def forward(self, step: Step) -> Tensor:

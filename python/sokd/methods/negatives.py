@@ -45,7 +45,9 @@ class Negatives(nn.Module):
         labels = torch.as_tensor(labels)
         if labels.shape != (self.num_samples,) or labels.dtype != torch.int64:
             got = f"{list(labels.shape)} {labels.dtype}"
-            raise ValueError(f"crd: labels must be int64 [{self.num_samples}] (num_samples), got {got}")
+            raise ValueError(
+                f"crd: labels must be int64 [{self.num_samples}] (num_samples), got {got}"
+            )
         _, own, sizes = torch.unique(labels, return_inverse=True, return_counts=True)
         if len(sizes) < 2:
             raise ValueError("crd: labels must be of at least 2 classes, got 1")

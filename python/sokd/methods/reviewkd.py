@@ -49,7 +49,9 @@ def hcl(student: Maps, teacher: Maps, weight: Weights = None) -> Tensor:
     pooled
     in place of two maps: pooling is linear.
     """
-    return total([_context(*pair) for pair in layer_pairs("hcl", student, teacher, weight, same="shape")])
+    return total(
+        [_context(*pair) for pair in layer_pairs("hcl", student, teacher, weight, same="shape")]
+    )
 
 
 def _context(student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
@@ -84,7 +86,11 @@ class ReviewKDLoss(nn.Module):
     """
 
     def __init__(
-        self, student_channels: Sequence[int], teacher_channels: Sequence[int], *, hidden: int | None = None
+        self,
+        student_channels: Sequence[int],
+        teacher_channels: Sequence[int],
+        *,
+        hidden: int | None = None,
     ) -> None:
         super().__init__()
         if not student_channels or len(student_channels) != len(teacher_channels):
@@ -99,7 +105,9 @@ class ReviewKDLoss(nn.Module):
             )
         )
 
-    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor], weight: Weights = None) -> Tensor:
+    def forward(
+        self, student: Sequence[Tensor], teacher: Sequence[Tensor], weight: Weights = None
+    ) -> Tensor:
         """The stages' HCL.
 
         Args:
@@ -142,10 +150,13 @@ class ABF(nn.Module):
 
     def __init__(self, channels: int, hidden: int, teacher_channels: int, *, fuse: bool) -> None:
         super().__init__()
-        self.reduce = nn.Sequential(nn.Conv2d(channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden))
+        self.reduce = nn.Sequential(
+            nn.Conv2d(channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden)
+        )
         self.attention = nn.Conv2d(2 * hidden, 2, 1) if fuse else None
         self.expand = nn.Sequential(
-            nn.Conv2d(hidden, teacher_channels, 3, padding=1, bias=False), nn.BatchNorm2d(teacher_channels)
+            nn.Conv2d(hidden, teacher_channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(teacher_channels),
         )
         for module in (self.reduce[0], self.expand[0]):
             nn.init.kaiming_uniform_(module.weight, a=1)  # type: ignore[arg-type]

@@ -16,14 +16,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sokd.methods.checks import layer_pairs
-from sokd.methods.common import Maps, Method, Shapes, Step, Weights, masked, squares, total, unmixed, wide
+from sokd.methods.common import (
+    Maps,
+    Method,
+    Shapes,
+    Step,
+    Weights,
+    masked,
+    squares,
+    total,
+    unmixed,
+    wide,
+)
 from sokd.methods.sp import products
 
 __all__ = ["RKD", "rkd"]
 
 
 def rkd(
-    student: Maps, teacher: Maps, weight: Weights = None, *, distance: float = 25.0, angle: float = 50.0
+    student: Maps,
+    teacher: Maps,
+    weight: Weights = None,
+    *,
+    distance: float = 25.0,
+    angle: float = 50.0,
 ) -> Tensor:
     """Huber losses of the distances and the angles within the batch.
 

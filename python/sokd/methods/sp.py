@@ -43,7 +43,8 @@ def sp(student: Maps, teacher: Maps, weight: Weights = None) -> Tensor:
 def _difference(student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
     with unmixed(student):
         alike_s, alike_t = (
-            unit(products(masked(wide(features), weight).flatten(1)), 1) for features in (student, teacher)
+            unit(products(masked(wide(features), weight).flatten(1)), 1)
+            for features in (student, teacher)
         )
         return (alike_s - alike_t).square().sum() / max(alike_s.numel(), 1)
 

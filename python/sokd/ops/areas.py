@@ -52,7 +52,13 @@ _areas = register(
 
 
 def areas(
-    heat: Tensor, size: Tensor, offset: Tensor, *, k: int = 8, kernel: int = 3, teacher: _Maps | None = None
+    heat: Tensor,
+    size: Tensor,
+    offset: Tensor,
+    *,
+    k: int = 8,
+    kernel: int = 3,
+    teacher: _Maps | None = None,
 ) -> Areas:
     """Find the k areas of highest heat in each sample, and the cells they cover.
 
@@ -90,13 +96,19 @@ def _three(teacher: Any) -> Any:
     if teacher is None:
         return None
     if not isinstance(teacher, (tuple, list)) or len(teacher) != 3:
-        found = f"{len(teacher)} of them" if isinstance(teacher, (tuple, list)) else type(teacher).__name__
+        found = (
+            f"{len(teacher)} of them"
+            if isinstance(teacher, (tuple, list))
+            else type(teacher).__name__
+        )
         raise TypeError(f"areas: teacher must be three maps (heat, size, offset), got {found}")
     return tuple(teacher)
 
 
 def _named(teacher: Any) -> dict[str, Any]:
-    return {} if teacher is None else dict(zip(("heat_t", "size_t", "offset_t"), teacher, strict=True))
+    return (
+        {} if teacher is None else dict(zip(("heat_t", "size_t", "offset_t"), teacher, strict=True))
+    )
 
 
 def _areas_numpy(heat: Any, size: Any, offset: Any, k: int, kernel: int, teacher: Any) -> Areas:
@@ -104,5 +116,7 @@ def _areas_numpy(heat: Any, size: Any, offset: Any, k: int, kernel: int, teacher
     coverage: Any = np.empty((batch, height, width), np.float32)
     boxes: Any = np.empty((batch, k, 4), np.int64)
     scores: Any = np.empty((batch, k), accumulator(heat.dtype))
-    _core.areas(coverage, boxes, scores, heat, size, offset, teacher, k, kernel, torch.get_num_threads())
+    _core.areas(
+        coverage, boxes, scores, heat, size, offset, teacher, k, kernel, torch.get_num_threads()
+    )
     return Areas(coverage, boxes, scores)

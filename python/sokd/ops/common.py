@@ -50,7 +50,9 @@ def _leads_to_kernel(args: Sequence[Any]) -> bool:
     """Whether the dispatcher has nothing to do: no device to choose, no profile, no sign or zeros to make."""
     if args[0].device.type != "cpu" or torch._C._autograd._profiler_enabled():
         return False
-    return not any(isinstance(arg, Tensor) and (arg.is_neg() or arg._is_zerotensor()) for arg in args)
+    return not any(
+        isinstance(arg, Tensor) and (arg.is_neg() or arg._is_zerotensor()) for arg in args
+    )
 
 
 def _looped(op: Any) -> Callable[..., Any]:
@@ -59,12 +61,16 @@ def _looped(op: Any) -> Callable[..., Any]:
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         def entry(index: int) -> Any:
             pairs = zip(args, in_dims, strict=True)
-            return op(*(arg.select(dim, index) if isinstance(dim, int) else arg for arg, dim in pairs))
+            return op(
+                *(arg.select(dim, index) if isinstance(dim, int) else arg for arg, dim in pairs)
+            )
 
         results = [entry(index) for index in range(info.batch_size)]
         if isinstance(results[0], Tensor):
             return torch.stack(results), 0
-        return tuple(torch.stack(each) for each in zip(*results, strict=True)), (0,) * len(results[0])
+        return tuple(torch.stack(each) for each in zip(*results, strict=True)), (0,) * len(
+            results[0]
+        )
 
     return rule
 
@@ -89,9 +95,13 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 
 def _is_differentiated(args: Sequence[Any]) -> bool:
-    if torch.autograd.forward_ad._current_level >= 0:  # tangents, which a function without a jvp refuses
+    if (
+        torch.autograd.forward_ad._current_level >= 0
+    ):  # tangents, which a function without a jvp refuses
         return True
-    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+    return torch.is_grad_enabled() and any(
+        isinstance(arg, Tensor) and arg.requires_grad for arg in args
+    )
 
 
 def is_eager(*subjects: object) -> bool:
@@ -105,9 +115,13 @@ def is_eager(*subjects: object) -> bool:
         return False
     for subject in subjects:
         if type(subject) is Tensor:
-            if torch._C._functorch.is_functorch_wrapped_tensor(subject):  # leaked out of its transform
+            if torch._C._functorch.is_functorch_wrapped_tensor(
+                subject
+            ):  # leaked out of its transform
                 return False
-            if torch._C._functorch.is_legacy_batchedtensor(subject):  # of `is_grads_batched`, another vmap
+            if torch._C._functorch.is_legacy_batchedtensor(
+                subject
+            ):  # of `is_grads_batched`, another vmap
                 return False
         elif isinstance(subject, Tensor) and type(subject) is not torch.nn.Parameter:
             return False
@@ -167,7 +181,9 @@ def _why_too_old(index: int) -> str | None:
 
 def stream_of(device: torch.device) -> int:
     """torch's current stream of a CUDA device, as the driver's handle."""
-    return torch._C._cuda_getCurrentRawStream(device.index)  # what current_stream().cuda_stream ends in
+    return torch._C._cuda_getCurrentRawStream(
+        device.index
+    )  # what current_stream().cuda_stream ends in
 
 
 def resources(tensor: Tensor) -> tuple[int, int, Callable[[int], Tensor] | None]:
@@ -191,7 +207,9 @@ def split_seed(op: str, seed: int | Tensor, features: Any) -> tuple[int, Tensor 
         check_device(op, "seed", seed, "features", features)
         return 0, seed
     if not isinstance(seed, (int, np.integer)):
-        raise TypeError(f"{op}: seed must be an int or an int64 tensor [1], got {type(seed).__name__}")
+        raise TypeError(
+            f"{op}: seed must be an int or an int64 tensor [1], got {type(seed).__name__}"
+        )
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"{op}: seed must fit in 64 bits, got {seed}")
     return int(seed) - (2**64 if seed >= 2**63 else 0), None
@@ -202,7 +220,9 @@ def check_word(op: str, name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be an int64 tensor [1], got {type(tensor).__name__}")
     if tensor.dtype != torch.int64:
-        raise TypeError(f"{op}: {name} must be int64, got {str(tensor.dtype).removeprefix('torch.')}")
+        raise TypeError(
+            f"{op}: {name} must be int64, got {str(tensor.dtype).removeprefix('torch.')}"
+        )
     if tensor.shape != (1,):
         raise ValueError(f"{op}: {name} must have the shape [1], got shape {list(tensor.shape)}")
 
@@ -210,7 +230,9 @@ def check_word(op: str, name: str, tensor: Tensor) -> None:
 def check_device(op: str, name: str, tensor: Tensor, of: str, other: Any) -> None:
     """Whether the two are on one device; what is no tensor is for other checks to judge."""
     if isinstance(other, Tensor) and tensor.device != other.device:
-        raise ValueError(f"{op}: {name} must be on the device of {of}, {other.device}, got {tensor.device}")
+        raise ValueError(
+            f"{op}: {name} must be on the device of {of}, {other.device}, got {tensor.device}"
+        )
 
 
 def check_kind(op: str, of: str, first: Any, **others: Any) -> None:

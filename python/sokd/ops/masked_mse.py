@@ -30,7 +30,12 @@ from sokd.reference import layout_of
 
 
 def _kernel(
-    student: Tensor, teacher: Tensor, weight: Tensor | None, normalise: str, scale: float, gradient: bool
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None,
+    normalise: str,
+    scale: float,
+    gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     loss, d_student = _fake(student, teacher, weight, normalise, scale, gradient)
     wanted = d_student if gradient else None
@@ -39,7 +44,12 @@ def _kernel(
 
 
 def _fake(
-    student: Tensor, teacher: Tensor, weight: Tensor | None, normalise: str, scale: float, gradient: bool
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None,
+    normalise: str,
+    scale: float,
+    gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     loss = student.new_empty((), dtype=accumulator(student.dtype))
     if not gradient:
@@ -79,7 +89,12 @@ class _MaskedMse(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        student: Tensor, teacher: Tensor, weight: Tensor | None, normalise: str, scale: float, gradient: bool
+        student: Tensor,
+        teacher: Tensor,
+        weight: Tensor | None,
+        normalise: str,
+        scale: float,
+        gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         loss, d_student = _forward(student, teacher, weight, normalise, scale, gradient)
         return loss, d_student
@@ -91,7 +106,9 @@ class _MaskedMse(torch.autograd.Function):
         ctx.save_for_backward(output[1], *inputs[:3])
         ctx.options = inputs[3:5]
         ctx.to_refine = _is_refined(inputs[1])
-        ctx.is_hooked = is_eager() and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        ctx.is_hooked = (
+            is_eager() and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        )
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
@@ -208,7 +225,9 @@ def _masked_mse(
     if is_eager(student, teacher, weight):
         check_kind("masked_mse", "student", student, teacher=teacher, weight=weight)
         if not isinstance(normalise, str):
-            raise TypeError(f"masked_mse: normalise must be a string, got {type(normalise).__name__}")
+            raise TypeError(
+                f"masked_mse: normalise must be a string, got {type(normalise).__name__}"
+            )
         _core.check_masked_mse(student, teacher, weight, normalise)
     if isinstance(student, np.ndarray):
         return _masked_mse_numpy(student, teacher, weight, normalise, scale)
@@ -248,10 +267,14 @@ def _split_scale(
 def _refuse_gradients(**constants: Tensor | None) -> None:
     for name, tensor in constants.items():
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"masked_mse: {name} must not require grad, got a tensor that requires grad")
+            raise ValueError(
+                f"masked_mse: {name} must not require grad, got a tensor that requires grad"
+            )
 
 
 def _masked_mse_numpy(student: Any, teacher: Any, weight: Any, normalise: str, scale: float) -> Any:
     loss = np.empty((), accumulator(student.dtype))
-    _core.masked_mse(loss, None, student, teacher, weight, normalise, scale, torch.get_num_threads())
+    _core.masked_mse(
+        loss, None, student, teacher, weight, normalise, scale, torch.get_num_threads()
+    )
     return loss

@@ -32,9 +32,7 @@ from sokd.reference import Plan, layout_of
 __all__ = ["Plan", "refine", "refine_dots"]
 
 _Part = Tensor | None
-_PARTS = (
-    "Tensor? theta, Tensor? hole, Tensor? sigma, Tensor? perm, Tensor? keep, Tensor? seed_tensor, int seed"
-)
+_PARTS = "Tensor? theta, Tensor? hole, Tensor? sigma, Tensor? perm, Tensor? keep, Tensor? seed_tensor, int seed"
 
 
 def _forward_kernel(
@@ -43,7 +41,9 @@ def _forward_kernel(
 ) -> Tensor:  # fmt: skip
     refined = _forward_fake(features)
     source = seed if seed_tensor is None else seed_tensor
-    _core.refine_forward(refined, features, theta, hole, sigma, perm, keep, source, *resources(features))
+    _core.refine_forward(
+        refined, features, theta, hole, sigma, perm, keep, source, *resources(features)
+    )
     return refined
 
 
@@ -62,7 +62,15 @@ def _backward_kernel(
     )
     source = seed if seed_tensor is None else seed_tensor
     _core.refine_backward(
-        d_features, d_theta, d_sigma, d_straight, upstream, features, *plan, source, *resources(features)
+        d_features,
+        d_theta,
+        d_sigma,
+        d_straight,
+        upstream,
+        features,
+        *plan,
+        source,
+        *resources(features),
     )
     return gradients
 
@@ -75,14 +83,19 @@ def _backward_fake(
         return features.new_empty(0) if of is None or not wanted else of.new_empty(of.shape)
 
     d_features = _forward_fake(features) if wanted[0] else features.new_empty(0)
-    return (d_features, *(gradient(*each) for each in zip((theta, sigma, straight), wanted[1:], strict=True)))
+    return (
+        d_features,
+        *(gradient(*each) for each in zip((theta, sigma, straight), wanted[1:], strict=True)),
+    )
 
 
 def _dots_kernel(features: Tensor, upstream: Tensor, theta: _Part, hole: _Part, sigma: _Part, perm: _Part,
                  keep: _Part, seed_tensor: _Part, seed: int, plans: int) -> Tensor:  # fmt: skip
     dots = features.new_empty(plans, dtype=accumulator(features.dtype))
     source = seed if seed_tensor is None else seed_tensor
-    _core.refine_dots(dots, features, upstream, theta, hole, sigma, perm, keep, source, *resources(features))
+    _core.refine_dots(
+        dots, features, upstream, theta, hole, sigma, perm, keep, source, *resources(features)
+    )
     return dots
 
 
@@ -98,7 +111,9 @@ _backward = register(
     _backward_fake,
 )
 _dots = register(
-    f"refine_dots(Tensor features, Tensor upstream, {_PARTS}, int plans) -> Tensor", _dots_kernel, _dots_fake
+    f"refine_dots(Tensor features, Tensor upstream, {_PARTS}, int plans) -> Tensor",
+    _dots_kernel,
+    _dots_fake,
 )
 
 
@@ -129,7 +144,10 @@ class _Refine(torch.autograd.Function):
         gradients = apply(_RefineBackward, *inputs) if twice else _RefineBackward.forward(*inputs)
         if negated:
             gradients = tuple(-gradient for gradient in gradients)
-        return (*(d if want else None for d, want in zip(gradients, wanted, strict=True)), *[None] * 5)
+        return (
+            *(d if want else None for d, want in zip(gradients, wanted, strict=True)),
+            *[None] * 5,
+        )
 
 
 class _RefineBackward(torch.autograd.Function):
@@ -157,7 +175,14 @@ class _RefineBackward(torch.autograd.Function):
 
         def value(features: Tensor, theta: _Part, sigma: _Part, straight: _Part) -> Tensor:
             return reference.refine(
-                features, theta, hole=hole, sigma=sigma, perm=perm, keep=keep, seed=seed, straight=straight
+                features,
+                theta,
+                hole=hole,
+                sigma=sigma,
+                perm=perm,
+                keep=keep,
+                seed=seed,
+                straight=straight,
             )
 
         return (*second_derivative(value, upstream, inputs, ctx.wanted, incoming), *[None] * 6)
@@ -198,9 +223,18 @@ def refine(
         return _refine_numpy(features, theta, hole, sigma, perm, keep, number)
     if not has_kernel(features):
         return reference.refine(
-            features, theta, hole=hole, sigma=sigma, perm=perm, keep=keep, seed=seed, straight=straight
+            features,
+            theta,
+            hole=hole,
+            sigma=sigma,
+            perm=perm,
+            keep=keep,
+            seed=seed,
+            straight=straight,
         )
-    refined: Tensor = apply(_Refine, features, theta, sigma, straight, hole, perm, keep, seed_tensor, number)
+    refined: Tensor = apply(
+        _Refine, features, theta, sigma, straight, hole, perm, keep, seed_tensor, number
+    )
     return refined
 
 
@@ -243,10 +277,14 @@ def _count(parts: Mapping[str, Tensor]) -> int:
 def _refuse_gradients(inputs: Mapping[str, Tensor]) -> None:
     for name, tensor in inputs.items():
         if tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"refine_dots: {name} must not require grad, got a tensor that requires grad")
+            raise ValueError(
+                f"refine_dots: {name} must not require grad, got a tensor that requires grad"
+            )
 
 
-def _refine_numpy(features: Any, theta: Any, hole: Any, sigma: Any, perm: Any, keep: Any, seed: int) -> Any:
+def _refine_numpy(
+    features: Any, theta: Any, hole: Any, sigma: Any, perm: Any, keep: Any, seed: int
+) -> Any:
     refined = np.empty(features.shape, features.dtype)
     threads = torch.get_num_threads()
     _core.refine_forward(refined, features, theta, hole, sigma, perm, keep, seed, threads)

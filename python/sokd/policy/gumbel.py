@@ -54,7 +54,9 @@ class _Choices(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         features, chosen, fired, seed, *parts = ctx.saved_tensors
-        dots = _dots_of_groups(features, upstream, Parts(*parts), seed, chosen.shape[0]).T  # [G, K + 2]
+        dots = _dots_of_groups(
+            features, upstream, Parts(*parts), seed, chosen.shape[0]
+        ).T  # [G, K + 2]
         subpolicies = dots.shape[1] - 2
         d_choice, flipped = dots[:, :subpolicies], dots[:, subpolicies:]
         current = d_choice.gather(1, chosen.unsqueeze(1))
@@ -62,7 +64,9 @@ class _Choices(torch.autograd.Function):
         return upstream, d_choice, d_gates, *[None] * 9
 
 
-def _dots_of_groups(features: Tensor, upstream: Tensor, flips: Parts, seed: Tensor, groups: int) -> Tensor:
+def _dots_of_groups(
+    features: Tensor, upstream: Tensor, flips: Parts, seed: Tensor, groups: int
+) -> Tensor:
     """<upstream, refine(features; plan_v)> of each group: [V, G]."""
     if groups <= 1:
         return refine_dots(features, upstream, Plans(*flips, seed)).unsqueeze(1)[:, :groups]

@@ -54,7 +54,9 @@ class Plan(NamedTuple):
     sigma: Tensor | None  # [G]
     perm: Tensor | None  # [G, C] int64
     keep: Tensor | None  # [G, C] bool
-    straight: Tensor | None  # [G]: carries the straight-through gradient of the magnitudes, not a value
+    straight: (
+        Tensor | None
+    )  # [G]: carries the straight-through gradient of the magnitudes, not a value
     seed: Tensor  # int64 [1]: key of the noise
 
 
@@ -74,8 +76,12 @@ def ranges(*, pathwise: bool) -> Ranges:
     """
     low = torch.tensor([round(100 * op.low) for op in OPERATIONS])
     span = torch.tensor([round(100 * op.high) for op in OPERATIONS]) - low
-    carrying = [op in (_CUTOUT, _DROP) if pathwise else op != _SHUFFLE for op in range(len(OPERATIONS))]
-    return Ranges(low, span, torch.tensor(carrying).long())  # bool has no mean, as averaged buffers need
+    carrying = [
+        op in (_CUTOUT, _DROP) if pathwise else op != _SHUFFLE for op in range(len(OPERATIONS))
+    ]
+    return Ranges(
+        low, span, torch.tensor(carrying).long()
+    )  # bool has no mean, as averaged buffers need
 
 
 def pair_of(entry: Sequence[int | str]) -> tuple[int, int]:
@@ -149,7 +155,9 @@ def shuffled(fired: Tensor, uniforms: Tensor) -> Tensor:
     """[..., C]: the order of the uniforms [..., C] where the shuffle fired, else the identity."""
     channels = uniforms.shape[-1]
     drawn = uniforms.argsort(dim=-1, stable=True)
-    return torch.where(fired[..., _SHUFFLE, None], drawn, torch.arange(channels, device=uniforms.device))
+    return torch.where(
+        fired[..., _SHUFFLE, None], drawn, torch.arange(channels, device=uniforms.device)
+    )
 
 
 def kept(value: Tensor, uniforms: Tensor) -> Tensor:
@@ -169,7 +177,13 @@ class Present(NamedTuple):
     @classmethod
     def of(cls, pairs: Sequence[tuple[int, int]]) -> Present:
         used = {op for pair in pairs for op in pair}
-        return cls(bool(used & _GEOMETRIC), _CUTOUT in used, _NOISE in used, _SHUFFLE in used, _DROP in used)
+        return cls(
+            bool(used & _GEOMETRIC),
+            _CUTOUT in used,
+            _NOISE in used,
+            _SHUFFLE in used,
+            _DROP in used,
+        )
 
 
 class Parts(NamedTuple):
@@ -183,7 +197,12 @@ class Parts(NamedTuple):
 
 
 def parts(
-    strong: Strengths, present: Present, centre: Tensor, channel_uniforms: Tensor, height: int, width: int
+    strong: Strengths,
+    present: Present,
+    centre: Tensor,
+    channel_uniforms: Tensor,
+    height: int,
+    width: int,
 ) -> Parts:
     """The arguments of `refine`; centre [..., 2]; channel_uniforms [2, ..., C], for perm and keep."""
     value, fired = strong.value, strong.fired

@@ -130,23 +130,36 @@ class Policy(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        _check_options(estimator=estimator, magnitude_gradient=magnitude_gradient, granularity=granularity)
+        _check_options(
+            estimator=estimator, magnitude_gradient=magnitude_gradient, granularity=granularity
+        )
         if not 0 < temperature < math.inf:
             raise ValueError(f"Policy: temperature must be positive and finite, got {temperature}")
         if not (generator is None or isinstance(generator, torch.Generator)):
             got = type(generator).__name__
             raise TypeError(f"Policy: generator must be a torch.Generator or None, got {got}")
         if not (policies is None or isinstance(policies, Iterable)):
-            raise ValueError(f"Policy: policies must be a list of pairs of operations, got {policies!r}")
+            raise ValueError(
+                f"Policy: policies must be a list of pairs of operations, got {policies!r}"
+            )
         self.policies = PAIRS if policies is None else tuple(pair_of(entry) for entry in policies)
         if not self.policies:
             raise ValueError("Policy: policies must hold at least one pair, got none")
         if len(set(self.policies)) < len(self.policies):
-            raise ValueError(f"Policy: policies must hold each pair once, got {_named(self.policies)}")
-        self.estimator, self.magnitude_gradient, self.granularity = estimator, magnitude_gradient, granularity
+            raise ValueError(
+                f"Policy: policies must hold each pair once, got {_named(self.policies)}"
+            )
+        self.estimator, self.magnitude_gradient, self.granularity = (
+            estimator,
+            magnitude_gradient,
+            granularity,
+        )
         self.temperature = temperature
         self.present = Present.of(self.policies)
-        count, dtype = len(self.policies), torch.promote_types(torch.get_default_dtype(), torch.float32)
+        count, dtype = (
+            len(self.policies),
+            torch.promote_types(torch.get_default_dtype(), torch.float32),
+        )
         self.alpha = nn.Parameter(torch.zeros(count, dtype=dtype))
         self.beta = nn.Parameter(torch.full((count, 2), 0.5, dtype=dtype))
         self.magnitude = nn.Parameter(torch.full((count, 2), 0.5, dtype=dtype))
@@ -166,7 +179,9 @@ class Policy(nn.Module):
         pairs = state_dict.get(f"{prefix}operations")
         if pairs is not None and pairs.tolist() != [list(pair) for pair in self.policies]:
             rule = f"those of the state, {_named(pairs.tolist())}"
-            rest[-1].append(f"Policy: policies must be {rule}, got {_named(self.policies)}")  # error_msgs
+            rest[-1].append(
+                f"Policy: policies must be {rule}, got {_named(self.policies)}"
+            )  # error_msgs
             return
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self._tabulate()
@@ -180,7 +195,11 @@ class Policy(nn.Module):
 
         def kept(tensor: Tensor) -> Tensor:
             applied = fn(tensor)
-            return tensor.to(applied.device) if applied.dtype in (torch.float16, torch.bfloat16) else applied
+            return (
+                tensor.to(applied.device)
+                if applied.dtype in (torch.float16, torch.bfloat16)
+                else applied
+            )
 
         return cast(Policy, super()._apply(kept, recurse))  # type: ignore[no-untyped-call]
 
@@ -220,7 +239,9 @@ class Policy(nn.Module):
 
     # ------------------------------------------------------------------------------------------------ plans
 
-    def plan(self, draw: Draw, shape: Sequence[int], *, layer: int = 0, differentiable: bool = False) -> Plan:
+    def plan(
+        self, draw: Draw, shape: Sequence[int], *, layer: int = 0, differentiable: bool = False
+    ) -> Plan:
         """The arguments of `sokd.ops.refine` for features of `shape` [B, C, H, W].
 
         `layer` tells apart several features that share a draw: each has its own noise, shuffle and drop.
@@ -241,7 +262,9 @@ class Policy(nn.Module):
     def _ranges(self) -> Ranges:
         return Ranges(self._low, self._span, self._carrying)
 
-    def _channel_uniforms(self, draw: Draw, shape: Sequence[int], layer: int) -> tuple[Tensor, Tensor]:
+    def _channel_uniforms(
+        self, draw: Draw, shape: Sequence[int], layer: int
+    ) -> tuple[Tensor, Tensor]:
         """Uniforms [2, G, C] for the shuffle and the drop, and the noise seed [1], of one layer."""
         groups, channels = draw.uniforms.shape[0], shape[1]
         wanted = 2 * groups * channels if self.present.perm or self.present.keep else 0
@@ -254,25 +277,36 @@ class Policy(nn.Module):
         magnitude = self.magnitude.to(torch.promote_types(self.magnitude.dtype, torch.float32))
         return strengths(self.operations[rows], gates, magnitude[rows], self._ranges)
 
-    def _parts(self, strong: Strengths, draw: Draw, channels: Tensor, shape: Sequence[int]) -> Parts:
+    def _parts(
+        self, strong: Strengths, draw: Draw, channels: Tensor, shape: Sequence[int]
+    ) -> Parts:
         return parts(strong, self.present, draw.uniforms[:, -2:], channels, shape[2], shape[3])
 
     def _flips(self, sample: Sample, draw: Draw, shape: Sequence[int], layer: int) -> Parts:
         """K + 2 plans [V, G, ...]: all sub-policies at their gates, then the chosen one, a gate flipped."""
         with torch.no_grad():
             count, groups = len(self.policies), draw.uniforms.shape[0]
-            every = torch.arange(count, device=sample.chosen.device).unsqueeze(1).expand(count, groups)
+            every = (
+                torch.arange(count, device=sample.chosen.device).unsqueeze(1).expand(count, groups)
+            )
             gates = _rows(sample.gates, sample.chosen)
             flipped = [gates ^ torch.arange(2, device=gates.device).eq(index) for index in range(2)]
             rows = torch.cat([every, sample.chosen.expand(2, groups)])
-            strong = self._strengths(rows, torch.cat([sample.gates.transpose(0, 1), torch.stack(flipped)]))
+            strong = self._strengths(
+                rows, torch.cat([sample.gates.transpose(0, 1), torch.stack(flipped)])
+            )
             channels, _ = self._channel_uniforms(draw, shape, layer)
             return self._parts(strong, draw, channels, shape)
 
     # ----------------------------------------------------------------------------------------------- passes
 
     def forward(
-        self, features: Tensor, draw: Draw | None = None, *, layer: int = 0, differentiable: bool = False
+        self,
+        features: Tensor,
+        draw: Draw | None = None,
+        *,
+        layer: int = 0,
+        differentiable: bool = False,
     ) -> Tensor:
         """Refine the teacher's features [B, C, H, W], which get no gradient; same shape and dtype.
 
@@ -294,7 +328,9 @@ class Policy(nn.Module):
         gates = (_rows(sample.z_gates, sample.chosen) / self.temperature).sigmoid()
         fired = _rows(sample.gates, sample.chosen)
         flips = self._flips(sample, draw, features.shape, layer)
-        return with_choices(refined, features, choice, gates, sample.chosen, fired, flips, plan.seed)
+        return with_choices(
+            refined, features, choice, gates, sample.chosen, fired, flips, plan.seed
+        )
 
     # --------------------------------------------------------------------------------------------- the search
 
@@ -315,7 +351,8 @@ class Policy(nn.Module):
     def table(self) -> list[dict[str, Any]]:
         """One row for each sub-policy, for people: names, probabilities, magnitudes and what they mean."""
         chances, betas, magnitudes = (
-            part.double().cpu().tolist() for part in (self.alpha.softmax(0), self.beta, self.magnitude)
+            part.double().cpu().tolist()
+            for part in (self.alpha.softmax(0), self.beta, self.magnitude)
         )
         return [
             {
@@ -323,10 +360,14 @@ class Policy(nn.Module):
                 "probability": chance,
                 "beta": tuple(beta),
                 "magnitude": tuple(magnitude),
-                "value": tuple(OPERATIONS[op].strength(m) for op, m in zip(pair, magnitude, strict=True)),
+                "value": tuple(
+                    OPERATIONS[op].strength(m) for op, m in zip(pair, magnitude, strict=True)
+                ),
                 "unit": tuple(OPERATIONS[op].unit for op in pair),
             }
-            for pair, chance, beta, magnitude in zip(self.policies, chances, betas, magnitudes, strict=True)
+            for pair, chance, beta, magnitude in zip(
+                self.policies, chances, betas, magnitudes, strict=True
+            )
         ]
 
 
@@ -339,7 +380,9 @@ def _check_options(**options: str) -> None:
     for name, value in options.items():
         allowed = _OPTIONS[name]
         if value not in allowed:
-            raise ValueError(f"Policy: {name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
+            raise ValueError(
+                f"Policy: {name} must be {' or '.join(map(repr, allowed))}, got {value!r}"
+            )
 
 
 def _named(pairs: Sequence[Sequence[int]]) -> str:

@@ -54,7 +54,9 @@ class Level:
         if not weights:
             raise ValueError(_NOTHING_TRAINED)
         found = _derivatives(self.train(weights, batch), weights.values())
-        of_student = [d for name, d in zip(weights, found, strict=True) if name.startswith(_OF_STUDENT)]
+        of_student = [
+            d for name, d in zip(weights, found, strict=True) if name.startswith(_OF_STUDENT)
+        ]
         if of_student and all(d is None for d in of_student):
             raise ValueError(_ANOTHER_MODEL)
         return _filled(found, weights.values())
@@ -112,7 +114,9 @@ def _lift(features: Features) -> float:
 
 def _derivatives(run: Run, inputs: Iterable[Tensor]) -> Sequence[Tensor | None]:
     if not run.loss.requires_grad:
-        raise ValueError("PolicySearch: loss must depend on the weights, got one without a gradient")
+        raise ValueError(
+            "PolicySearch: loss must depend on the weights, got one without a gradient"
+        )
     lifted = torch.full_like(run.loss, run.lift)
     found = torch.autograd.grad(run.loss, list(inputs), lifted, allow_unused=True)
     return found if run.lift == 1 else [None if d is None else d.float() / run.lift for d in found]
@@ -125,7 +129,11 @@ def _filled(found: Iterable[Tensor | None], inputs: Iterable[Tensor]) -> list[Te
 def checked(returned: Any) -> tuple[Tensor, Features, Features]:
     """What `step` returned, if it is (loss, student features, teacher features)."""
     if not isinstance(returned, (tuple, list)) or len(returned) != 3:
-        got = f"{len(returned)} values" if isinstance(returned, (tuple, list)) else type(returned).__name__
+        got = (
+            f"{len(returned)} values"
+            if isinstance(returned, (tuple, list))
+            else type(returned).__name__
+        )
         what = "(loss, student features, teacher features)"
         raise TypeError(f"PolicySearch: step must return {what}, got {got}")
     task, f_s, f_t = returned

@@ -34,7 +34,11 @@ _SECOND_STREAM = 2**62  # counters that no step reaches: the draws of RELAX's z~
 _RADIUS = 0.01  # how far the finite difference looks in the space of the weights [A]
 
 _CHI = ("alpha", "beta", "magnitude")
-_AGREEING = ("objective", "estimator", "order")  # what a state's search and the one that loads it share
+_AGREEING = (
+    "objective",
+    "estimator",
+    "order",
+)  # what a state's search and the one that loads it share
 
 _LEFT_OUT = (
     "PolicySearch: a step's hypergradient was not finite, and the policy stayed as it was; "
@@ -82,7 +86,9 @@ class PolicySearch:
         self.policy = _policy_of(self.kd)
         estimator = self.policy.estimator if estimator is None else estimator
         if not isinstance(self.student, nn.Module):
-            raise TypeError(f"PolicySearch: student must be an nn.Module, got {type(student).__name__}")
+            raise TypeError(
+                f"PolicySearch: student must be an nn.Module, got {type(student).__name__}"
+            )
         _check_options(objective, estimator, order, unroll, lr, epochs)
         self.policy.estimator = estimator
         self.objective, self.estimator, self.order = objective, estimator, order
@@ -142,10 +148,14 @@ class PolicySearch:
             raise ValueError(f"PolicySearch: kd.policy must {rule}, got a different one")
         for name in _CHI:
             if not getattr(self.policy, name).requires_grad:
-                raise ValueError(f"PolicySearch: kd.policy.{name} must require grad, got one that is frozen")
+                raise ValueError(
+                    f"PolicySearch: kd.policy.{name} must require grad, got one that is frozen"
+                )
         if is_sharded(self.student.parameters()):
             rule = "hold whole parameters (virtual weights are not sharded; DistributedDataParallel serves)"
-            raise NotImplementedError(f"PolicySearch: student must {rule}, got parameters of fully_shard")
+            raise NotImplementedError(
+                f"PolicySearch: student must {rule}, got parameters of fully_shard"
+            )
         self.policy.project()  # a probability set to 0 or 1 has no finite logit
         held_out = batch if held_out is None else held_out
         devices = {self.seed.device, *(parameter.device for parameter in self.student.parameters())}
@@ -191,7 +201,8 @@ class PolicySearch:
         direct, v = everything[:3], everything[3:]
         norm = torch.nn.utils.get_total_norm(v)
         ahead, behind = (
-            level.train(moved(weights, v, sign * _RADIUS / norm.clamp_min(1e-30)), batch) for sign in (1, -1)
+            level.train(moved(weights, v, sign * _RADIUS / norm.clamp_min(1e-30)), batch)
+            for sign in (1, -1)
         )
         # - xi / (2 eps) with eps = radius / norm; where v is 0, both evaluations are one and the term is 0
         factor = -self.unroll * norm / (2 * _RADIUS)
@@ -201,7 +212,11 @@ class PolicySearch:
         return upper.loss.detach(), self._with_estimates(total, upper, ahead, correction)
 
     def _with_estimates(
-        self, found: list[Tensor], upper: Run, train: Run | None = None, correction: Tensor | None = None
+        self,
+        found: list[Tensor],
+        upper: Run,
+        train: Run | None = None,
+        correction: Tensor | None = None,
     ) -> list[Tensor]:
         """With RELAX: alpha's and beta's gradients by its estimate, and the control variate's after them.
 
@@ -233,7 +248,10 @@ class PolicySearch:
             "adam": self._adam.state_dict(),
         }
         if self._control is not None:
-            state |= {"control": self._control.state_dict(), "control_adam": self._control_adam.state_dict()}
+            state |= {
+                "control": self._control.state_dict(),
+                "control_adam": self._control_adam.state_dict(),
+            }
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -260,7 +278,9 @@ class PolicySearch:
         for name in _AGREEING:
             own = getattr(self, name)
             if name in given and given[name] != own:
-                raise ValueError(f"PolicySearch: {name} must be the state's, {given[name]!r}, got {own!r}")
+                raise ValueError(
+                    f"PolicySearch: {name} must be the state's, {given[name]!r}, got {own!r}"
+                )
         needed = self.state_dict().keys()
         if given.keys() != needed:
             got = ", ".join(map(str, given)) or "none" if given is state else type(state).__name__
@@ -284,7 +304,8 @@ def _adam(parameters: Iterable[Tensor], lr: float) -> torch.optim.Adam:
 def _check_control(control: ControlVariate, state: Mapping[str, Tensor]) -> None:
     """Whether a state is that of such a control variate; before its first step Adam's moments do not tell."""
     own, got = (
-        {name: list(value.shape) for name, value in of.items()} for of in (control.state_dict(), state)
+        {name: list(value.shape) for name, value in of.items()}
+        for of in (control.state_dict(), state)
     )
     if got != own:
         rule = f"have a control variate of the shapes {own}, as this search has"
@@ -296,7 +317,9 @@ def _check_fits(adam: torch.optim.Adam, state: Mapping[str, Any]) -> None:
     own = [list(parameter.shape) for parameter in adam.param_groups[0]["params"]]
     groups = state.get("param_groups") or [{"params": []}]
     kept = [state["state"].get(index, {}).get("exp_avg") for index in groups[0]["params"]]
-    shapes = [shape if mean is None else list(mean.shape) for shape, mean in zip(own, kept, strict=False)]
+    shapes = [
+        shape if mean is None else list(mean.shape) for shape, mean in zip(own, kept, strict=False)
+    ]
     if shapes != own or len(kept) != len(own):
         rule = f"have Adam's moments of the shapes {own}, as this search has"
         raise ValueError(f"PolicySearch: state must {rule}, got {shapes}")
@@ -312,7 +335,10 @@ def _load(adam: torch.optim.Adam, state: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def _apply(
-    adam: torch.optim.Adam, parameters: Sequence[Tensor], gradients: Sequence[Tensor], finite: Tensor
+    adam: torch.optim.Adam,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    finite: Tensor,
 ) -> None:
     """One step with these gradients, or none unless `finite`; each parameter's `.grad` ends as it was."""
     grads = [parameter.grad for parameter in parameters]
@@ -321,7 +347,9 @@ def _apply(
         parameter.grad = gradient.to(parameter.dtype)
     adam.step()
     after = _values(adam, parameters)
-    before += [torch.zeros_like(value) for value in after[len(before) :]]  # the first step makes the state
+    before += [
+        torch.zeros_like(value) for value in after[len(before) :]
+    ]  # the first step makes the state
     for value, old in zip(after, before, strict=True):
         value.copy_(torch.where(finite.to(value.device), value, old))
     for parameter, grad in zip(parameters, grads, strict=True):
@@ -352,11 +380,17 @@ def _check_options(
     }
     for name, (value, allowed) in chosen.items():
         if value not in allowed or type(value) is not type(allowed[0]):
-            raise ValueError(f"PolicySearch: {name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
+            raise ValueError(
+                f"PolicySearch: {name} must be {' or '.join(map(repr, allowed))}, got {value!r}"
+            )
     if objective == "task" and order == 1:
-        raise ValueError("PolicySearch: order must be 2 for objective 'task', got 1")  # no direct gradient
+        raise ValueError(
+            "PolicySearch: order must be 2 for objective 'task', got 1"
+        )  # no direct gradient
     for name, number in (("unroll", unroll), ("lr", lr)):
         if not isinstance(number, numbers.Real) or not 0 <= number < math.inf:
-            raise ValueError(f"PolicySearch: {name} must be a finite number, 0 or more, got {number!r}")
+            raise ValueError(
+                f"PolicySearch: {name} must be a finite number, 0 or more, got {number!r}"
+            )
     if not isinstance(epochs, numbers.Integral) or epochs < 0:
         raise ValueError(f"PolicySearch: epochs must be a whole number, 0 or more, got {epochs!r}")

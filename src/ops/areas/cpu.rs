@@ -17,7 +17,8 @@ const CHUNK: usize = 1 << 16;
 /// # Safety
 /// The maps have the dtype `T`, the shapes agree, the outputs are contiguous and of their dtypes, and all are in host memory.
 pub unsafe fn forward<T: Elem>(args: &Args, threads: usize) {
-    let heat = Heat::<T>::new(args.heat, args.teacher.map(|teacher| teacher[0]), args.kernel as usize);
+    let heat =
+        Heat::<T>::new(args.heat, args.teacher.map(|teacher| teacher[0]), args.kernel as usize);
     let outputs = Outputs::<T>::new(args);
     let (batch, blocks, k) = (args.heat.sizes()[0], heat.blocks(), args.k as usize);
     let bounds = |n, blocks| simd::run(Bounds { image: &heat.image(n), blocks });
@@ -31,7 +32,9 @@ pub unsafe fn forward<T: Elem>(args: &Args, threads: usize) {
         // One go for an image that fits into the cache.
         return parallel::for_each(threads, batch, |n| finish(n, &bounds(n, 0..blocks)));
     }
-    let part = |i: usize| bounds(i / parts, blocks * (i % parts) / parts..blocks * (i % parts + 1) / parts);
+    let part = |i: usize| {
+        bounds(i / parts, blocks * (i % parts) / parts..blocks * (i % parts + 1) / parts)
+    };
     let all = parallel::map(threads, batch * parts, part);
     parallel::for_each(threads, batch, |n| finish(n, &all[n * parts..(n + 1) * parts].concat()));
 }

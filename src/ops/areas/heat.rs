@@ -51,8 +51,11 @@ impl<T: Elem> Heat<T> {
         let other = teacher.unwrap_or(heat);
         let (sizes, strides) = (heat.sizes(), [heat.strides(), other.strides()]);
         let flats = [sizes[2] * sizes[3], sizes[3], 1];
-        let axes =
-            [1, 2, 3].map(|d| Dim { size: sizes[d], steps: strides.map(|s| s[d]), flat: flats[d - 1] });
+        let axes = [1, 2, 3].map(|d| Dim {
+            size: sizes[d],
+            steps: strides.map(|s| s[d]),
+            flat: flats[d - 1],
+        });
         Self {
             bases: [heat.as_ptr(), other.as_ptr()],
             mutual: teacher.is_some(),
@@ -83,7 +86,9 @@ impl<T: Elem> Heat<T> {
 
 /// Outermost in memory first; neighbours that follow one another in memory and in the flat index become one.
 fn in_memory_order(mut axes: [Dim; 3]) -> [Dim; 3] {
-    axes.sort_by_key(|dim| Reverse(if dim.size > 1 { dim.steps[0].unsigned_abs() } else { usize::MAX }));
+    axes.sort_by_key(|dim| {
+        Reverse(if dim.size > 1 { dim.steps[0].unsigned_abs() } else { usize::MAX })
+    });
     let mut dims: Vec<Dim> = Vec::with_capacity(3);
     for inner in axes {
         match dims.last_mut() {
@@ -122,7 +127,9 @@ impl<T: Elem> Image<'_, T> {
         let (row, first) = (index / per_row, index % per_row * BLOCK);
         let at = [row / inner.size, row % inner.size, first];
         let step = |t: usize| {
-            at[0] as isize * outer.steps[t] + at[1] as isize * inner.steps[t] + at[2] as isize * run.steps[t]
+            at[0] as isize * outer.steps[t]
+                + at[1] as isize * inner.steps[t]
+                + at[2] as isize * run.steps[t]
         };
         let flat = at[0] * outer.flat + at[1] * inner.flat + at[2] * run.flat;
         Block { offsets: [step(0), step(1)], length: BLOCK.min(run.size - first), flat }
@@ -176,8 +183,9 @@ impl<T: Elem> Image<'_, T> {
         let (map, cell) = (flat / maps.flat, flat % maps.flat);
         let (y, x) = (cell / columns.size, cell % columns.size);
         let reach = self.heat.reach;
-        let around =
-            |at: usize, size: usize| at.saturating_sub(reach)..size.min(at.saturating_add(reach + 1));
+        let around = |at: usize, size: usize| {
+            at.saturating_sub(reach)..size.min(at.saturating_add(reach + 1))
+        };
         around(y, rows.size).all(|y| {
             around(x, columns.size).all(|x| {
                 let at = |t: usize| {

@@ -79,7 +79,13 @@ pub fn check(
     Ok(())
 }
 
-fn like_heat(name: &str, view: &TensorView, heat: &TensorView, layout: &str, sizes: &[usize]) -> Result<()> {
+fn like_heat(
+    name: &str,
+    view: &TensorView,
+    heat: &TensorView,
+    layout: &str,
+    sizes: &[usize],
+) -> Result<()> {
     CHECK.same_dtype(name, view, "heat", heat)?;
     CHECK.sizes(name, view, layout, sizes)?;
     CHECK.same_device(name, view, "heat", heat)

@@ -54,7 +54,9 @@ fn truth([b, a, h, w]: [usize; 4], dtype: DType, maps: &Maps, k: usize, kernel: 
         let heat = &maps.heat[n * a * h * w..(n + 1) * a * h * w];
         let is_peak = |flat: usize| {
             let (map, y, x) = (flat / (h * w), flat / w % h, flat % w);
-            let near = |at: usize, last: usize| at.saturating_sub(kernel / 2)..last.min(at + kernel / 2 + 1);
+            let near = |at: usize, last: usize| {
+                at.saturating_sub(kernel / 2)..last.min(at + kernel / 2 + 1)
+            };
             near(y, h).all(|q| near(x, w).all(|p| heat[flat] >= heat[(map * h + q) * w + p]))
         };
         let mut peaks: Vec<usize> = (0..a * h * w).filter(|flat| is_peak(*flat)).collect();
@@ -107,11 +109,13 @@ impl Case {
         let boxes = Owned::empty(&[b, self.k, 4], DType::I64, Lay::Contiguous);
         let scores = Owned::empty(&[b, self.k], self.dtype.accumulator(), Lay::Contiguous);
         let [heat, size, offset] = self.student.each_ref().map(|owned| &owned.view);
-        let teacher = self.teacher.as_ref().map(|teacher| teacher.each_ref().map(|owned| &owned.view));
+        let teacher =
+            self.teacher.as_ref().map(|teacher| teacher.each_ref().map(|owned| &owned.view));
         let (k, kernel) = (self.k as i64, self.kernel as i64);
         let outputs = [&coverage, &boxes, &scores];
         let [c, x, s] = outputs.map(|owned| &owned.view);
-        let args = Args { coverage: c, boxes: x, scores: s, heat, size, offset, teacher, k, kernel };
+        let args =
+            Args { coverage: c, boxes: x, scores: s, heat, size, offset, teacher, k, kernel };
         args.forward(threads).map_err(|error| error.to_string())?;
         assert!(outputs.iter().all(|owned| owned.is_intact_around()));
         Ok(Found { coverage: coverage.values(), boxes: boxes.values(), scores: scores.values() })
@@ -141,7 +145,12 @@ enum Heat {
 }
 
 fn any_heat() -> impl Strategy<Value = Heat> {
-    prop_oneof![Just(Heat::Random), (1..5u32).prop_map(Heat::Levels), Just(Heat::Smooth), Just(Heat::Wild)]
+    prop_oneof![
+        Just(Heat::Random),
+        (1..5u32).prop_map(Heat::Levels),
+        Just(Heat::Smooth),
+        Just(Heat::Wild)
+    ]
 }
 
 impl Heat {
@@ -154,11 +163,14 @@ impl Heat {
         let wild = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -1.0, -0.0, 0.0];
         let value = |at: Vec<usize>| match self {
             Self::Random => uniform.next(),
-            Self::Levels(levels) => (uniform.next() * f64::from(levels)).floor() / f64::from(levels),
-            Self::Smooth => wave(&at),
-            Self::Wild => {
-                wild.get((uniform.next() * 20.0) as usize).copied().unwrap_or_else(|| uniform.next())
+            Self::Levels(levels) => {
+                (uniform.next() * f64::from(levels)).floor() / f64::from(levels)
             }
+            Self::Smooth => wave(&at),
+            Self::Wild => wild
+                .get((uniform.next() * 20.0) as usize)
+                .copied()
+                .unwrap_or_else(|| uniform.next()),
         };
         indices(&[b, a, h, w]).into_iter().map(value).collect()
     }

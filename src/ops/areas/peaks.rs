@@ -53,7 +53,12 @@ impl<T: Elem> Image<'_, T> {
 
     /// The k best peaks among the cells that are not below a cutoff.
     #[inline(always)]
-    fn above<R: Row<T::Acc>>(&self, cutoff: T::Acc, bounds: &[T::Acc], k: usize) -> BinaryHeap<Peak<T::Acc>> {
+    fn above<R: Row<T::Acc>>(
+        &self,
+        cutoff: T::Acc,
+        bounds: &[T::Acc],
+        k: usize,
+    ) -> BinaryHeap<Peak<T::Acc>> {
         let mut best = BinaryHeap::with_capacity(k + 1);
         for (i, bound) in bounds.iter().enumerate() {
             if *bound >= cutoff {

@@ -39,7 +39,14 @@ pub unsafe fn draw(
     let blocks = (count as usize).div_ceil(4) + 1;
     on_device(CHECK.0, ordinal, run, |queue| {
         // SAFETY: `Draw` is what this kernel takes, filled as kernel.cu says; the caller vouches for the memory.
-        unsafe { queue.launch(&DRAW, (DType::F32, Order::Planes), [blocks.div_ceil(256) as i64, 1], &call) }
+        unsafe {
+            queue.launch(
+                &DRAW,
+                (DType::F32, Order::Planes),
+                [blocks.div_ceil(256) as i64, 1],
+                &call,
+            )
+        }
     })
 }
 

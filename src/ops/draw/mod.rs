@@ -21,14 +21,21 @@ const CHECK: Check = Check("draw");
 /// What a policy draws in one step ([`philox::draw`]): uniforms f32 `[n]`, noise_seed int64 `[1]`.
 ///
 /// `from`: the seed and the counter, numbers or int64 `[1]`.
-pub fn draw(uniforms: &TensorView, noise_seed: &TensorView, from: [&Seed; 2], run: &Run) -> Result<()> {
+pub fn draw(
+    uniforms: &TensorView,
+    noise_seed: &TensorView,
+    from: [&Seed; 2],
+    run: &Run,
+) -> Result<()> {
     CHECK.of_dtype("uniforms", uniforms, DType::F32)?;
     CHECK.rank("uniforms", uniforms, "[n]", &[1])?;
     CHECK.of_dtype("noise_seed", noise_seed, DType::I64)?;
     CHECK.sizes("noise_seed", noise_seed, "[1]", &[1])?;
     CHECK.same_device("noise_seed", noise_seed, "uniforms", uniforms)?;
     #[cfg(feature = "cuda")]
-    if let (Device::Cuda(ordinal), [Seed::Tensor(seed), Seed::Tensor(counter)]) = (&uniforms.device, from) {
+    if let (Device::Cuda(ordinal), [Seed::Tensor(seed), Seed::Tensor(counter)]) =
+        (&uniforms.device, from)
+    {
         for (name, word) in [("seed", from[0]), ("counter", from[1])] {
             word.check_beside(CHECK, name, "uniforms", uniforms)?;
         }

@@ -34,8 +34,9 @@ pub unsafe fn forward<T: Elem>(args: &Args, threads: usize) -> Result<f64> {
     }
     let maps = Maps::<T>::new(args, weights.slice(), T::Acc::of(2.0 * args.scale / divisor));
     let grid = Grid::new(maps.order, maps.sizes);
-    let partial =
-        |chunk| grid.units(chunk).map(|i| simd::run(Unit { maps: &maps, at: grid.at(i) })).sum::<f64>();
+    let partial = |chunk| {
+        grid.units(chunk).map(|i| simd::run(Unit { maps: &maps, at: grid.at(i) })).sum::<f64>()
+    };
     let sum: f64 = parallel::map(threads, grid.chunks(), partial).iter().sum();
     Ok(sum * (args.scale / divisor))
 }
@@ -118,7 +119,9 @@ impl<T: Elem> Unit<'_, T> {
         for from in (0..period).step_by(BLOCK) {
             let weights = &mut weights[..BLOCK.min(period - from)];
             if let Some(own) = self.weights() {
-                weights.chunks_mut(width).for_each(|row| row.copy_from_slice(&own[from..from + row.len()]));
+                weights
+                    .chunks_mut(width)
+                    .for_each(|row| row.copy_from_slice(&own[from..from + row.len()]));
             }
             for at in (from..rows * width).step_by(period) {
                 let weights = &weights[..weights.len().min(rows * width - at)];
@@ -173,8 +176,22 @@ impl<T: Elem> Unit<'_, T> {
             let position = at.positions.start + from;
             // SAFETY: channels and positions of the piece.
             unsafe {
-                tile::load(&mut student[..used], maps.student, &maps.layouts[0], at.n, &channels, position);
-                tile::load(&mut teacher[..used], maps.teacher, &maps.layouts[1], at.n, &channels, position);
+                tile::load(
+                    &mut student[..used],
+                    maps.student,
+                    &maps.layouts[0],
+                    at.n,
+                    &channels,
+                    position,
+                );
+                tile::load(
+                    &mut teacher[..used],
+                    maps.teacher,
+                    &maps.layouts[1],
+                    at.n,
+                    &channels,
+                    position,
+                );
             }
             clear_from(channels.used, &mut student);
             clear_from(channels.used, &mut teacher);
@@ -190,7 +207,9 @@ impl<T: Elem> Unit<'_, T> {
             if let Some(d_student) = maps.d_student {
                 let layout = &maps.layouts[2];
                 // SAFETY: as for loading; this piece is this thread's alone.
-                unsafe { tile::store(&gradient[..used], d_student, layout, at.n, &channels, position) };
+                unsafe {
+                    tile::store(&gradient[..used], d_student, layout, at.n, &channels, position)
+                };
             }
         }
         sum
@@ -200,7 +219,9 @@ impl<T: Elem> Unit<'_, T> {
     #[inline(always)]
     fn weights(&self) -> Option<&[T::Acc]> {
         let plane = self.at.n * self.maps.sizes[2];
-        self.maps.weights.map(|all| &all[plane + self.at.positions.start..plane + self.at.positions.end])
+        self.maps
+            .weights
+            .map(|all| &all[plane + self.at.positions.start..plane + self.at.positions.end])
     }
 }
 
@@ -240,12 +261,24 @@ impl<T: Elem> Maps<'_, T> {
 
     /// [`LANES`] elements from `at` on.
     #[inline(always)]
-    unsafe fn row<R: Row<T::Acc>>(&self, at: usize, weights: &[T::Acc; LANES], factor: R, sums: &mut R) {
+    unsafe fn row<R: Row<T::Acc>>(
+        &self,
+        at: usize,
+        weights: &[T::Acc; LANES],
+        factor: R,
+        sums: &mut R,
+    ) {
         let [mut student, mut teacher, mut gradient] = [[T::Acc::default(); LANES]; 3];
         // SAFETY: the caller has these elements.
         unsafe {
-            T::load_row(self.student.wrapping_add(at).cast::<[T; LANES]>().read_unaligned(), &mut student);
-            T::load_row(self.teacher.wrapping_add(at).cast::<[T; LANES]>().read_unaligned(), &mut teacher);
+            T::load_row(
+                self.student.wrapping_add(at).cast::<[T; LANES]>().read_unaligned(),
+                &mut student,
+            );
+            T::load_row(
+                self.teacher.wrapping_add(at).cast::<[T; LANES]>().read_unaligned(),
+                &mut teacher,
+            );
         }
         let weighted = add_squares(&student, &teacher, weights, sums);
         if let Some(d_student) = self.d_student {

@@ -74,7 +74,12 @@ pub unsafe fn forward(args: &Args, ordinal: usize, run: &Run) -> Result<()> {
 ///
 /// # Safety
 /// The arguments are checked, and both lie on the CUDA device `ordinal`.
-pub unsafe fn scale(gradient: &TensorView, upstream: &TensorView, ordinal: usize, run: &Run) -> Result<()> {
+pub unsafe fn scale(
+    gradient: &TensorView,
+    upstream: &TensorView,
+    ordinal: usize,
+    run: &Run,
+) -> Result<()> {
     let count = gradient.numel();
     let call = Scale {
         gradient: address(gradient),
@@ -127,6 +132,9 @@ mod tests {
 
     #[test]
     fn the_structure_is_that_of_the_kernel() {
-        assert_mirrors(SOURCE.text, &[(MaskedMse::NAME, MaskedMse::FIELDS), (Scale::NAME, Scale::FIELDS)]);
+        assert_mirrors(
+            SOURCE.text,
+            &[(MaskedMse::NAME, MaskedMse::FIELDS), (Scale::NAME, Scale::FIELDS)],
+        );
     }
 }

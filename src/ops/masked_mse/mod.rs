@@ -111,7 +111,8 @@ impl Args<'_> {
         CHECK.of_dtype("loss", self.loss, self.student.dtype.accumulator())?;
         CHECK.sizes("loss", self.loss, "[]", &[])?;
         CHECK.same_device("loss", self.loss, "student", self.student)?;
-        self.d_student.map_or(Ok(()), |d_student| CHECK.output("d_student", d_student, self.student))
+        self.d_student
+            .map_or(Ok(()), |d_student| CHECK.output("d_student", d_student, self.student))
     }
 
     fn typed<T: Elem>(&self, threads: usize) -> Result<()> {

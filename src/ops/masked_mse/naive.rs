@@ -41,7 +41,13 @@ struct Case {
 }
 
 impl Case {
-    fn new(shape: [usize; 4], dtype: DType, lays: [Lay; 2], weight: Option<Owned>, seed: u64) -> Self {
+    fn new(
+        shape: [usize; 4],
+        dtype: DType,
+        lays: [Lay; 2],
+        weight: Option<Owned>,
+        seed: u64,
+    ) -> Self {
         let numel = shape.iter().product();
         let [s, t] = [1, 2].map(|i| Uniform(seed ^ i).take(numel));
         let student = Owned::new(&shape, dtype, lays[0], |i| 4.0 * s[i] - 2.0);
@@ -84,7 +90,9 @@ impl Case {
 }
 
 fn close(actual: f64, expected: f64, tolerance: f64) -> bool {
-    actual == expected || (actual.is_nan() && expected.is_nan()) || (actual - expected).abs() <= tolerance
+    actual == expected
+        || (actual.is_nan() && expected.is_nan())
+        || (actual - expected).abs() <= tolerance
 }
 
 /// Half a unit in the last place of a gradient in its dtype, and the rounding of the arithmetic before it.

@@ -39,8 +39,9 @@ pub(super) fn backward<T: Elem>(
         tables: &tables,
     };
     let tasks = if plan.shape.positions() == 0 { 0 } else { plan.shape.batch * blocks };
-    let sums: Vec<Sums> =
-        parallel::map(threads, tasks, |i| Task { call: &call, n: i / blocks, block: i % blocks }.run());
+    let sums: Vec<Sums> = parallel::map(threads, tasks, |i| {
+        Task { call: &call, n: i / blocks, block: i % blocks }.run()
+    });
     let of_sample = |n: usize, i: usize| {
         let range = (n * blocks).min(tasks)..((n + 1) * blocks).min(tasks);
         sums[range].iter().map(|s| s[i]).sum::<f64>()
@@ -59,7 +60,8 @@ fn write_groups(view: &TensorView, count: usize, plan: &Plan, entry: impl Fn(usi
     for g in 0..groups {
         for i in 0..count {
             let shared = groups == 1;
-            let value = if shared { (0..plan.shape.batch).map(|n| entry(n, i)).sum() } else { entry(g, i) };
+            let value =
+                if shared { (0..plan.shape.batch).map(|n| entry(n, i)).sum() } else { entry(g, i) };
             let index = if view.rank() == 1 { vec![g] } else { vec![g, i / 3, i % 3] };
             // SAFETY: the shape was checked to be [G] or [G, 2, 3], in host memory.
             unsafe { view.write_f64(&index, value) };
@@ -72,7 +74,8 @@ fn sums_of_upstream<T: Elem>(upstream: &TensorView, plan: &Plan, threads: usize)
     let blocks = plan.shape.channels.div_ceil(LANES);
     let source = Source::<T>::new(upstream);
     let tasks = if plan.shape.positions() == 0 { 0 } else { plan.shape.batch * blocks };
-    let sums = parallel::map(threads, tasks, |i| sum_of_block(source, plan, i / blocks, i % blocks));
+    let sums =
+        parallel::map(threads, tasks, |i| sum_of_block(source, plan, i / blocks, i % blocks));
     let range = |n: usize| (n * blocks).min(tasks)..((n + 1) * blocks).min(tasks);
     (0..plan.shape.batch).map(|n| sums[range(n)].iter().sum()).collect()
 }
@@ -143,20 +146,29 @@ impl<T: Elem> Task<'_, T> {
         if call.wants_theta {
             let layout = &call.features.layout;
             // SAFETY: the checked features, channels below C, positions below H*W.
-            unsafe { tile::load(&mut source[..positions], call.features.base, layout, self.n, &from, 0) };
+            unsafe {
+                tile::load(&mut source[..positions], call.features.base, layout, self.n, &from, 0)
+            };
             source[positions] = [T::Acc::default(); LANES];
         }
         scatter.fill([T::Acc::default(); LANES]);
         let sums = self.walk(live, source, scatter);
         if let Some(target) = call.d_features {
             // SAFETY: as in `clear`.
-            unsafe { tile::store(&scatter[..positions], target.base, &target.layout, self.n, &from, 0) };
+            unsafe {
+                tile::store(&scatter[..positions], target.base, &target.layout, self.n, &from, 0)
+            };
         }
         sums
     }
 
     /// Chunk after chunk of upstream: noise first (holes have noise, too), then what goes through the sampling.
-    fn walk(&self, live: &Channels, source: &[[T::Acc; LANES]], scatter: &mut [[T::Acc; LANES]]) -> Sums {
+    fn walk(
+        &self,
+        live: &Channels,
+        source: &[[T::Acc; LANES]],
+        scatter: &mut [[T::Acc; LANES]],
+    ) -> Sums {
         let call = self.call;
         let (plan, group) = (call.plan, call.plan.at(self.n));
         let shape = plan.shape;
@@ -170,10 +182,14 @@ impl<T: Elem> Task<'_, T> {
         for from in (0..shape.positions()).step_by(CHUNK) {
             let tile = &mut buffer.tile()[..CHUNK.min(shape.positions() - from)];
             // SAFETY: the checked upstream, channels below C, positions below H*W.
-            unsafe { tile::load(tile, call.upstream.base, &call.upstream.layout, self.n, live, from) };
+            unsafe {
+                tile::load(tile, call.upstream.base, &call.upstream.layout, self.n, live, from)
+            };
             clear_lanes(tile, &kept);
             if let Some(planes) = &noise {
-                sums[6] += simd::run(DotNoise { tile, quad: (from / 4) as u32, planes }).iter().sum::<f64>();
+                sums[6] += simd::run(DotNoise { tile, quad: (from / 4) as u32, planes })
+                    .iter()
+                    .sum::<f64>();
             }
             if let Some(hole) = group.hole {
                 clear_hole(tile, from, shape.width, &hole);

@@ -24,7 +24,8 @@ static FINISH: Kernel = Kernel::new(SOURCE, 8, "refine_finish", (false, false));
 static ALL_DOTS: Kernel = Kernel::new(SOURCE, 16, "refine_dots", (true, true));
 static DOTS_FINISH: Kernel = Kernel::new(SOURCE, 8, "refine_dots_finish", (false, false));
 /// For `sokd.warmup()`.
-pub(crate) static KERNELS: [&Kernel; 6] = [&FORWARD, &BACKWARD, &ADJOINT, &FINISH, &ALL_DOTS, &DOTS_FINISH];
+pub(crate) static KERNELS: [&Kernel; 6] =
+    [&FORWARD, &BACKWARD, &ADJOINT, &FINISH, &ALL_DOTS, &DOTS_FINISH];
 
 /// Numbers that a block leaves for the second stage: six of d_theta, d_sigma, d_straight.
 const SUMS: i64 = 8;
@@ -159,7 +160,8 @@ pub unsafe fn backward(
         ..RefineBackward::default()
     };
     let sums = call.with(Grid::new(REFINE, upstream, order, true)?, wide);
-    let groups = [sums.d_theta, sums.d_sigma, sums.d_straight].map(|out| out.groups).into_iter().max();
+    let groups =
+        [sums.d_theta, sums.d_sigma, sums.d_straight].map(|out| out.groups).into_iter().max();
     let groups = groups.unwrap_or(0);
     let bytes = if groups > 0 { 8 * SUMS * sums.blocks } else { 0 };
     let sums = RefineBackward { partials: run.scratch(REFINE.0, bytes as usize)?, ..sums };

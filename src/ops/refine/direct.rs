@@ -70,7 +70,9 @@ impl<T: Elem> Direct<'_, T> {
     fn clear(&self, hole: &Hole) {
         for y in hole.y0..hole.y1 {
             let row = y * self.shape.width;
-            for p in (row + hole.x0).max(self.positions.start)..(row + hole.x1).min(self.positions.end) {
+            for p in
+                (row + hole.x0).max(self.positions.start)..(row + hole.x1).min(self.positions.end)
+            {
                 let target = self.target.wrapping_offset(p as isize * self.steps[1]);
                 // SAFETY: a position of the target as above; zero bits are 0.0.
                 unsafe { target.write_bytes(0, self.shape.channels) };

@@ -137,8 +137,11 @@ fn through_sampling<A: Real>(
             part = holed;
         }
         let table = table.map(|table| &table.0[from..]);
-        let lanes =
-            simd::run(Dot { tile: part, source: &source[if table.is_some() { 0 } else { from }..], table });
+        let lanes = simd::run(Dot {
+            tile: part,
+            source: &source[if table.is_some() { 0 } else { from }..],
+            table,
+        });
         for l in 0..LANES {
             totals[l] += lanes[l];
         }

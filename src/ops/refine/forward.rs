@@ -16,7 +16,12 @@ use crate::view::TensorView;
 pub(super) const CHUNK: usize = 64;
 
 /// refined = the formula of the module.
-pub(super) fn forward<T: Elem>(refined: &TensorView, features: &TensorView, plan: &Plan, threads: usize) {
+pub(super) fn forward<T: Elem>(
+    refined: &TensorView,
+    features: &TensorView,
+    plan: &Plan,
+    threads: usize,
+) {
     let blocks = plan.shape.channels.div_ceil(LANES);
     if refined.numel() == 0 {
         return;
@@ -94,11 +99,19 @@ impl Cover {
 
 /// The source channel of every lane.
 pub(super) fn sources(channels: &Channels, group: &Group) -> Channels {
-    group.perm.map_or(*channels, |perm| Channels { at: channels.at.map(|c| perm[c]), used: channels.used })
+    group.perm.map_or(*channels, |perm| Channels {
+        at: channels.at.map(|c| perm[c]),
+        used: channels.used,
+    })
 }
 
 /// The noise planes of every lane.
-pub(super) fn planes<'a>(keys: &'a Keys, channels: &Channels, n: usize, total: usize) -> Planes<'a> {
+pub(super) fn planes<'a>(
+    keys: &'a Keys,
+    channels: &Channels,
+    n: usize,
+    total: usize,
+) -> Planes<'a> {
     Planes::new(keys, &channels.at.map(|c| n as u64 * total as u64 + c as u64))
 }
 
@@ -142,7 +155,8 @@ impl<T: Elem> Task<'_, T> {
     }
 
     fn plane(&self, side: &Source<T>, channel: usize) -> *mut T {
-        side.base.wrapping_offset(self.n as isize * side.layout.n + channel as isize * side.layout.c)
+        side.base
+            .wrapping_offset(self.n as isize * side.layout.n + channel as isize * side.layout.c)
     }
 
     /// All channels of this task's share of the positions.
@@ -174,7 +188,9 @@ impl<T: Elem> Task<'_, T> {
         for from in (0..positions).step_by(CHUNK) {
             let tile = &zeros[..CHUNK.min(positions - from)];
             // SAFETY: these channels of this sample belong to this task.
-            unsafe { tile::store(tile, self.target.base, &self.target.layout, self.n, channels, from) };
+            unsafe {
+                tile::store(tile, self.target.base, &self.target.layout, self.n, channels, from)
+            };
         }
     }
 
@@ -193,7 +209,8 @@ impl<T: Elem> Task<'_, T> {
                 if let Some(hole) = group.hole {
                     for y in hole.y0..hole.y1 {
                         let row = target.add(y * self.plan.shape.width);
-                        (hole.x0..hole.x1).for_each(|x| row.add(x).write(T::store(T::Acc::default())));
+                        (hole.x0..hole.x1)
+                            .for_each(|x| row.add(x).write(T::store(T::Acc::default())));
                     }
                 }
             }
@@ -207,7 +224,14 @@ impl<T: Elem> Task<'_, T> {
         // SAFETY: the checked features, channels below C, positions below H*W.
         unsafe {
             let channels = sources(live, group);
-            tile::load(&mut source[..positions], self.source.base, &self.source.layout, self.n, &channels, 0);
+            tile::load(
+                &mut source[..positions],
+                self.source.base,
+                &self.source.layout,
+                self.n,
+                &channels,
+                0,
+            );
         }
         // Corners outside the map point here: they contribute 0 whatever the features hold.
         source[positions] = [T::Acc::default(); LANES];
@@ -217,7 +241,8 @@ impl<T: Elem> Task<'_, T> {
     /// Fills chunk after chunk, adds the hole, the noise and the dropped lanes, and stores it.
     fn chunks(&self, live: &Channels, group: &Group, fill: Fill<T::Acc>) {
         let shape = self.plan.shape;
-        let noise = (group.sigma).map(|sigma| (sigma, planes(&self.plan.keys, live, self.n, shape.channels)));
+        let noise = (group.sigma)
+            .map(|sigma| (sigma, planes(&self.plan.keys, live, self.n, shape.channels)));
         let mut buffer = Scratch::<T::Acc>::new(CHUNK);
         for from in (0..shape.positions()).step_by(CHUNK) {
             let tile = &mut buffer.tile()[..CHUNK.min(shape.positions() - from)];
@@ -227,13 +252,20 @@ impl<T: Elem> Task<'_, T> {
                 Fill::Load(channels) => unsafe {
                     tile::load(tile, self.source.base, &self.source.layout, self.n, channels, from);
                 },
-                Fill::Sample(source, table) => simd::run(Sample { tile, source, table: &table[from..] }),
+                Fill::Sample(source, table) => {
+                    simd::run(Sample { tile, source, table: &table[from..] })
+                }
             }
             if let Some(hole) = group.hole {
                 clear_hole(tile, from, shape.width, &hole);
             }
             if let Some((sigma, planes)) = &noise {
-                simd::run(AddNoise { tile, sigma: T::Acc::of(*sigma), quad: (from / 4) as u32, planes });
+                simd::run(AddNoise {
+                    tile,
+                    sigma: T::Acc::of(*sigma),
+                    quad: (from / 4) as u32,
+                    planes,
+                });
             }
             if let Some(keep) = group.keep {
                 clear_lanes(tile, &live.at.map(|c| keep[c]));

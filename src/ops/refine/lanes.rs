@@ -216,14 +216,16 @@ impl<A: Real> Slopes<'_, A> {
         let mut sums = [zero; 6];
         let mut done = 0;
         while done < self.tile.len() {
-            let (row, column) = ((places.from + done) / shape.width, (places.from + done) % shape.width);
+            let (row, column) =
+                ((places.from + done) / shape.width, (places.from + done) % shape.width);
             let length = (shape.width - column).min(self.tile.len() - done);
             // The columns count one by one, the row once for its sum.
             let mut along = [zero; 4];
             let mut x = A::of(column as f64 - cx);
             for i in done..done + length {
                 let corners = places.corners(i, column + i - done);
-                let [along_x, along_y] = slopes::<A, R>(self.source, R::load(&self.tile[i]), &corners);
+                let [along_x, along_y] =
+                    slopes::<A, R>(self.source, R::load(&self.tile[i]), &corners);
                 let columns = R::splat(x);
                 along = [
                     columns.fma(along_x, along[0]),
@@ -234,7 +236,9 @@ impl<A: Real> Slopes<'_, A> {
                 x += A::of(1.0);
             }
             let y = R::splat(A::of(row as f64 - cy));
-            for (sums, along) in sums.as_chunks_mut::<3>().0.iter_mut().zip(along.as_chunks::<2>().0) {
+            for (sums, along) in
+                sums.as_chunks_mut::<3>().0.iter_mut().zip(along.as_chunks::<2>().0)
+            {
                 let [by_column, plain] = *along;
                 *sums = [sums[0].plus(by_column), y.fma(plain, sums[1]), sums[2].plus(plain)];
             }

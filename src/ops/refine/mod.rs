@@ -123,7 +123,8 @@ pub fn forward<'r>(
         return unsafe { cuda::forward(refined, features, &parts, &seed, ordinal, &run) };
     }
     REFINE.on_cpu("features", features)?;
-    let (plan, threads) = (Plan::read(REFINE, &parts, features, seed.value(REFINE, "seed")?)?, run.threads);
+    let (plan, threads) =
+        (Plan::read(REFINE, &parts, features, seed.value(REFINE, "seed")?)?, run.threads);
     use forward::forward;
     by_dtype!(features, forward(refined, features, &plan, threads));
     Ok(())
@@ -175,10 +176,13 @@ pub fn backward<'r>(
     #[cfg(feature = "cuda")]
     if let Device::Cuda(ordinal) = features.device {
         // SAFETY: checked above, the devices too.
-        return unsafe { cuda::backward(&wanted, upstream, features, &parts, &seed, ordinal, &run) };
+        return unsafe {
+            cuda::backward(&wanted, upstream, features, &parts, &seed, ordinal, &run)
+        };
     }
     REFINE.on_cpu("features", features)?;
-    let (plan, threads) = (Plan::read(REFINE, &parts, features, seed.value(REFINE, "seed")?)?, run.threads);
+    let (plan, threads) =
+        (Plan::read(REFINE, &parts, features, seed.value(REFINE, "seed")?)?, run.threads);
     use backward::backward;
     by_dtype!(features, backward(&wanted, upstream, features, &plan, threads));
     Ok(())
@@ -221,7 +225,11 @@ pub fn dots<'r>(
 }
 
 /// Judges the arguments of [`dots`]; returns V.
-pub fn check_dots(features: &TensorView, upstream: Option<&TensorView>, stacked: &Parts) -> Result<usize> {
+pub fn check_dots(
+    features: &TensorView,
+    upstream: Option<&TensorView>,
+    stacked: &Parts,
+) -> Result<usize> {
     DOTS.map("features", features)?;
     if let Some(upstream) = upstream {
         DOTS.sizes("upstream", upstream, "of features", features.sizes())?;

@@ -40,7 +40,8 @@ fn bilinear(
         if x < 0.0 || y < 0.0 || x >= w as f64 || y >= h as f64 {
             continue;
         }
-        let (wx, wy) = (if dx == 0.0 { 1.0 - fx } else { fx }, if dy == 0.0 { 1.0 - fy } else { fy });
+        let (wx, wy) =
+            (if dx == 0.0 { 1.0 - fx } else { fx }, if dy == 0.0 { 1.0 - fy } else { fy });
         let value = plane(y as usize, x as usize);
         out[0] += wx * wy * value;
         out[1] += (2.0 * dx - 1.0) * wy * value;
@@ -133,7 +134,12 @@ enum Lay {
 }
 
 fn lay() -> impl Strategy<Value = Lay> {
-    prop_oneof![Just(Lay::Contiguous), Just(Lay::ChannelsLast), Just(Lay::Sliced), Just(Lay::Transposed)]
+    prop_oneof![
+        Just(Lay::Contiguous),
+        Just(Lay::ChannelsLast),
+        Just(Lay::Sliced),
+        Just(Lay::Transposed)
+    ]
 }
 
 fn strides(shape: &[usize], lay: Lay) -> Vec<isize> {
@@ -146,7 +152,9 @@ fn strides(shape: &[usize], lay: Lay) -> Vec<isize> {
     match lay {
         Lay::Contiguous => vec![s[1] * s[2] * s[3], s[2] * s[3], s[3], 1],
         Lay::ChannelsLast => vec![s[1] * s[2] * s[3], 1, s[3] * s[1], s[1]],
-        Lay::Sliced => vec![(s[1] + 1) * (s[2] + 2) * (s[3] + 3), (s[2] + 2) * (s[3] + 3), s[3] + 3, 1],
+        Lay::Sliced => {
+            vec![(s[1] + 1) * (s[2] + 2) * (s[3] + 3), (s[2] + 2) * (s[3] + 3), s[3] + 3, 1]
+        }
         Lay::Transposed => vec![1, s[0] * s[2] * s[3], s[0], s[0] * s[2]],
     }
 }
@@ -158,7 +166,9 @@ impl Owned {
             shape.iter().zip(&strides).map(|(&d, &s)| d.max(1) as isize * s).sum::<isize>() + 1;
         let mut store = vec![0u64; reach as usize * dtype.size() / 8 + 2];
         // SAFETY: the store reaches past the last element of these strides.
-        let view = unsafe { TensorView::new(store.as_mut_ptr().cast(), dtype, Device::Cpu, shape, &strides) };
+        let view = unsafe {
+            TensorView::new(store.as_mut_ptr().cast(), dtype, Device::Cpu, shape, &strides)
+        };
         let owned = Self { _store: store, view: view.expect("rank below 8") };
         owned.each(|i, index, view| {
             // SAFETY: the index is within the sizes.
@@ -196,17 +206,27 @@ impl Tensors {
             Owned::new(shape, dtype, Lay::Contiguous, values)
         };
         let c = case.shape[1];
-        let theta = case.theta.as_ref().map(|t| plain(&[t.len(), 2, 3], DType::F64, &|i| t[i / 6][i % 6]));
-        let hole = case.hole.as_ref().map(|h| plain(&[h.len(), 4], DType::I64, &|i| h[i / 4][i % 4] as f64));
+        let theta =
+            case.theta.as_ref().map(|t| plain(&[t.len(), 2, 3], DType::F64, &|i| t[i / 6][i % 6]));
+        let hole = case
+            .hole
+            .as_ref()
+            .map(|h| plain(&[h.len(), 4], DType::I64, &|i| h[i / 4][i % 4] as f64));
         let sigma = case.sigma.as_ref().map(|s| plain(&[s.len()], DType::F64, &|i| s[i]));
-        let perm = case.perm.as_ref().map(|p| plain(&[p.len(), c], DType::I32, &|i| p[i / c][i % c] as f64));
-        let keep =
-            case.keep.as_ref().map(|k| plain(&[k.len(), c], DType::Bool, &|i| f64::from(k[i / c][i % c])));
+        let perm = case
+            .perm
+            .as_ref()
+            .map(|p| plain(&[p.len(), c], DType::I32, &|i| p[i / c][i % c] as f64));
+        let keep = case
+            .keep
+            .as_ref()
+            .map(|k| plain(&[k.len(), c], DType::Bool, &|i| f64::from(k[i / c][i % c])));
         Self([theta, hole, sigma, perm, keep])
     }
 
     fn parts(&self) -> Parts<'_> {
-        let [theta, hole, sigma, perm, keep] = self.0.each_ref().map(|o| o.as_ref().map(|o| &o.view));
+        let [theta, hole, sigma, perm, keep] =
+            self.0.each_ref().map(|o| o.as_ref().map(|o| &o.view));
         Parts { theta, hole, sigma, perm, keep }
     }
 }
@@ -214,7 +234,8 @@ impl Tensors {
 fn shuffled(count: usize, mut state: u64) -> Vec<i64> {
     let mut order: Vec<i64> = (0..count as i64).collect();
     for i in (1..count).rev() {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        state =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         order.swap(i, (state >> 33) as usize % (i + 1));
     }
     order
@@ -361,18 +382,32 @@ fn identity_copies_bits_and_bad_values_are_refused() {
         }
     });
     let refined = Owned::new(&shape, DType::F32, Lay::ChannelsLast, |_| f64::NAN);
-    let theta = Owned::new(&[1, 2, 3], DType::F32, Lay::Contiguous, |i| [1.0, 0.0, 0.0, 0.0, 1.0, 0.0][i]);
-    forward(&refined.view, &features.view, Parts { theta: Some(&theta.view), ..Parts::default() }, 0, 2)
-        .unwrap();
+    let theta =
+        Owned::new(&[1, 2, 3], DType::F32, Lay::Contiguous, |i| [1.0, 0.0, 0.0, 0.0, 1.0, 0.0][i]);
+    forward(
+        &refined.view,
+        &features.view,
+        Parts { theta: Some(&theta.view), ..Parts::default() },
+        0,
+        2,
+    )
+    .unwrap();
     assert_eq!(refined.values(), features.values());
-    let bad = |theta: Option<&TensorView>, sigma: Option<&TensorView>, perm: Option<&TensorView>| {
-        let parts = Parts { theta, sigma, perm, ..Parts::default() };
-        forward(&refined.view, &features.view, parts, 0, 1).unwrap_err().to_string()
-    };
+    let bad =
+        |theta: Option<&TensorView>, sigma: Option<&TensorView>, perm: Option<&TensorView>| {
+            let parts = Parts { theta, sigma, perm, ..Parts::default() };
+            forward(&refined.view, &features.view, parts, 0, 1).unwrap_err().to_string()
+        };
     let nan = Owned::new(&[1, 2, 3], DType::F32, Lay::Contiguous, |_| f64::NAN);
-    assert_eq!(bad(Some(&nan.view), None, None), "refine: theta must be finite, got NaN at [0, 0, 0]");
+    assert_eq!(
+        bad(Some(&nan.view), None, None),
+        "refine: theta must be finite, got NaN at [0, 0, 0]"
+    );
     let infinite = Owned::new(&[2], DType::F32, Lay::Contiguous, |i| [0.0, f64::INFINITY][i]);
-    assert_eq!(bad(None, Some(&infinite.view), None), "refine: sigma must be finite, got inf at [1]");
+    assert_eq!(
+        bad(None, Some(&infinite.view), None),
+        "refine: sigma must be finite, got inf at [1]"
+    );
     for (values, text) in [
         ([0.0, 0.0, 1.0], "0 at [0, 1]"),
         ([0.0, 1.0, 3.0], "3 at [0, 2]"),

@@ -45,7 +45,9 @@ pub(crate) struct Group<'a> {
 impl Plan {
     /// Reads parts that [`Parts::check`] has judged; values are judged here.
     pub fn read(check: Check, parts: &Parts, features: &TensorView, seed: u64) -> Result<Self> {
-        for view in [parts.theta, parts.hole, parts.sigma, parts.perm, parts.keep].into_iter().flatten() {
+        for view in
+            [parts.theta, parts.hole, parts.sigma, parts.perm, parts.keep].into_iter().flatten()
+        {
             check.on_cpu("a plan's part", view)?;
         }
         let shape = super::shape_of(features);
@@ -93,8 +95,14 @@ fn of_sample<T>(groups: &[T], n: usize) -> Option<&T> {
     groups.get(if groups.len() == 1 { 0 } else { n })
 }
 
-fn groups<T>(part: Option<&TensorView>, read: impl Fn(&TensorView, usize) -> Result<T>) -> Result<Vec<T>> {
-    part.map_or_else(|| Ok(Vec::new()), |view| (0..view.sizes()[0]).map(|g| read(view, g)).collect())
+fn groups<T>(
+    part: Option<&TensorView>,
+    read: impl Fn(&TensorView, usize) -> Result<T>,
+) -> Result<Vec<T>> {
+    part.map_or_else(
+        || Ok(Vec::new()),
+        |view| (0..view.sizes()[0]).map(|g| read(view, g)).collect(),
+    )
 }
 
 fn read_theta(check: Check, view: &TensorView, g: usize) -> Result<Option<[f64; 6]>> {
@@ -103,7 +111,11 @@ fn read_theta(check: Check, view: &TensorView, g: usize) -> Result<Option<[f64; 
         // SAFETY: the shape is [G, 2, 3], in host memory.
         *value = unsafe { view.read_f64(&[g, i / 3, i % 3]) };
         if !value.is_finite() {
-            return Err(check.value("theta", "be finite", format!("{value} at [{g}, {}, {}]", i / 3, i % 3)));
+            return Err(check.value(
+                "theta",
+                "be finite",
+                format!("{value} at [{g}, {}, {}]", i / 3, i % 3),
+            ));
         }
     }
     Ok((theta != IDENTITY).then_some(theta))
@@ -111,7 +123,8 @@ fn read_theta(check: Check, view: &TensorView, g: usize) -> Result<Option<[f64; 
 
 fn read_hole(view: &TensorView, g: usize, shape: Shape) -> Option<Hole> {
     // SAFETY: the shape is [G, 4], in host memory.
-    let clip = |i: usize, side: usize| unsafe { view.read_i64(&[g, i]) }.clamp(0, side as i64) as usize;
+    let clip =
+        |i: usize, side: usize| unsafe { view.read_i64(&[g, i]) }.clamp(0, side as i64) as usize;
     let (y0, x0) = (clip(0, shape.height), clip(1, shape.width));
     let (y1, x1) = (clip(2, shape.height), clip(3, shape.width));
     (y0 < y1 && x0 < x1).then_some(Hole { y0, x0, y1, x1 })
@@ -149,7 +162,8 @@ fn read_perm(check: Check, view: &TensorView, g: usize) -> Result<Option<Vec<usi
 
 fn read_keep(view: &TensorView, g: usize) -> Option<Vec<bool>> {
     // SAFETY: the shape is [G, C], in host memory.
-    let keep: Vec<bool> = (0..view.sizes()[1]).map(|c| unsafe { view.read_i64(&[g, c]) } != 0).collect();
+    let keep: Vec<bool> =
+        (0..view.sizes()[1]).map(|c| unsafe { view.read_i64(&[g, c]) } != 0).collect();
     keep.contains(&false).then_some(keep)
 }
 
@@ -229,9 +243,14 @@ impl<A: Real> Corners<A> {
                 shape.positions() as u32
             }
         };
-        let at =
-            [place(left, top), place(left + 1.0, top), place(left, top + 1.0), place(left + 1.0, top + 1.0)];
-        let weight = [(1.0 - fx) * (1.0 - fy), fx * (1.0 - fy), (1.0 - fx) * fy, fx * fy].map(A::of);
+        let at = [
+            place(left, top),
+            place(left + 1.0, top),
+            place(left, top + 1.0),
+            place(left + 1.0, top + 1.0),
+        ];
+        let weight =
+            [(1.0 - fx) * (1.0 - fy), fx * (1.0 - fy), (1.0 - fx) * fy, fx * fy].map(A::of);
         Self { at, weight }
     }
 }
