@@ -12,8 +12,8 @@ import torch
 
 import sokd
 from sokd import _core
-from sokd.config import PROVEN
-from sokd.policy import policy
+from sokd.kd.policy import policy
+from sokd.ops.config import PROVEN
 
 THREADS = 2
 
@@ -27,7 +27,7 @@ else:
 
 
 def pytest_report_header() -> list[str]:
-    return [f"sokd: {line}" for line in sokd.config.describe().splitlines()]
+    return [f"sokd: {line}" for line in sokd.ops.config.describe().splitlines()]
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,8 @@ import pytest
 import torch
 from mock_driver.control import environment, library
 
-from sokd import _core, config
+from sokd import _core
+from sokd.ops import config
 
 HERE = Path(__file__).parent / "mock_driver"
 
@@ -94,7 +95,7 @@ import importlib.util, sys, types, torch
 package = types.ModuleType("sokd")
 package.__path__ = importlib.util.find_spec("sokd").submodule_search_locations
 sys.modules["sokd"] = package
-from sokd import config
+from sokd.ops import config
 config.nvrtc_names = lambda release: {names!r}
 del sys.modules["sokd"]
 import sokd
@@ -121,7 +122,7 @@ def test_a_driver_that_lacks_a_function_is_no_driver(tmp_path: Path) -> None:
     source = tmp_path / "driver.cpp"
     source.write_text('extern "C" int cuInit(unsigned flags) { return (int)flags; }\n')
     library(source, tmp_path / "libcuda.so.1")
-    code = "import sokd; print(sokd.config.why_no_cuda(), sorted(sokd.ops.common.KERNELS)); sokd.warmup()"
+    code = "import sokd; print(sokd.ops.config.why_no_cuda(), sorted(sokd.ops.common.KERNELS)); sokd.warmup()"
     printed = _fresh(code, LD_LIBRARY_PATH=str(tmp_path))
     assert printed == "the CUDA driver lacks cuDriverGetVersion ['cpu']"
 

@@ -19,7 +19,8 @@ from fake import HostCuda
 from work import draw, error_of, loaded, masked_mse
 
 import sokd
-from sokd import _core, config
+from sokd import _core
+from sokd.ops import config
 
 
 def _capture() -> tuple[str, int, list[str]]:

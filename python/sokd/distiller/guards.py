@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sokd import watch
 from sokd.distiller.maps import batch_size
-from sokd.loss import mixed_dtypes_allowed
-from sokd.ranks import agreed, is_sharded, place
-from sokd.virtual import unwrapped
+from sokd.kd import sanity
+from sokd.kd.loss import mixed_dtypes_allowed
+from sokd.kd.virtual import unwrapped
+from sokd.ops.distributed import agreed, is_sharded, place
 
 if TYPE_CHECKING:
     from sokd.distiller import Distiller
@@ -67,7 +67,7 @@ SHARDED_INSIDE = (
 )
 
 # Beside the module, not in it: copies and pickles start afresh.
-_memories: weakref.WeakKeyDictionary[nn.Module, watch._Memory] = weakref.WeakKeyDictionary()
+_memories: weakref.WeakKeyDictionary[nn.Module, sanity._Memory] = weakref.WeakKeyDictionary()
 
 
 def check_models(teacher: Any, student: Any) -> None:
@@ -140,7 +140,7 @@ def check_teacher(distiller: Distiller) -> None:
     """Put a teacher in train mode back into eval, and say so once."""
     if any(part.training for part in distiller._teacher_parts):
         distiller.teacher.eval()
-        watch._say(_memories.setdefault(distiller, watch._Memory()), TEACHER_TRAINS)
+        sanity._say(_memories.setdefault(distiller, sanity._Memory()), TEACHER_TRAINS)
 
 
 # --------------------------------------------------------------------------------------- errors in our words
@@ -234,10 +234,10 @@ def check_finite(losses: Mapping[str, Tensor], maps: Mapping[str, Tensor]) -> No
 
 def look(distiller: Distiller) -> None:
     """Look at one training step: whether an optimiser moves the student, and never a part with gradients."""
-    memory = _memories.setdefault(distiller, watch._Memory())
+    memory = _memories.setdefault(distiller, sanity._Memory())
     if memory.student is not None:
-        watch.look_for_updates(memory, UNHELD)
+        sanity.look_for_updates(memory, UNHELD)
         return
     first = next((p for p in distiller.student.parameters() if p.requires_grad), None)
     own = {f"distiller.{name}": module for name, module in distiller.own_modules()}
-    watch.remember(memory, first, own)
+    sanity.remember(memory, first, own)

@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sokd.kd.policy import fresh_seed
 from sokd.methods.checks import layer_pairs
 from sokd.methods.common import Method, Shapes, Step, given, root, unmixed, wide
 from sokd.methods.contrast import noise_contrast
 from sokd.methods.negatives import Negatives
 from sokd.ops.common import is_eager
-from sokd.policy import fresh_seed
-from sokd.ranks import everyones, place
+from sokd.ops.distributed import everyones, place
 
 __all__ = ["CRD", "CRDLoss", "crd", "pooled"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sokd import _core
-from sokd.config import why_no_cuda
+from sokd.ops.config import why_no_cuda
 
 LIBRARY = torch.library.Library("sokd", "DEF")  # type: ignore[no-untyped-call]
 
