@@ -1,4 +1,6 @@
-"""sokd.loss in the machinery of a training run: compilers, autocast, DDP, fake tensors; and its memory."""
+"""sokd.loss in the machinery of a training run: compilers, autocast, DDP, fake tensors; and its
+memory.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from sokd.kd.dam import Attention
-from sokd.kd.loss import loss
-from sokd.kd.sokd import SoKD
+from sokd.kd.sokd import SoKD, loss
 
 
 def pair(dtype: torch.dtype = torch.float32, batch: int = 2) -> tuple[Tensor, Tensor]:
@@ -37,7 +38,7 @@ def value_and_gradients(
     return value.detach(), list(torch.autograd.grad(value, [features[0], *kd.parameters()]))
 
 
-# ----------------------------------------------------------------------------------------------- compilers
+# ---------------------------------------------------------------------------------------- compilers
 
 
 @compiles
@@ -145,7 +146,7 @@ def test_no_value_is_read_on_the_host(device):
     assert all(value.device.type == device for value in found.values())
 
 
-# ------------------------------------------------------------------------------------------------- autocast
+# ----------------------------------------------------------------------------------------- autocast
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -164,7 +165,8 @@ def test_under_autocast_the_loss_is_float32_and_near(dtype, sides):
     with torch.autocast("cpu", dtype):
         value, gradients = value_and_gradients(loss, kd, *half)
     assert value.dtype == torch.float32
-    # which cells are covered may differ, by a peak that rounding moves: the terms stay of the same size
+    # which cells are covered may differ, by a peak that rounding moves: the terms stay of the same
+    # size
     torch.testing.assert_close(value, want, rtol=0.1, atol=0)
     assert gradients[0].dtype == half[0].dtype
     assert all(gradient.isfinite().all() for gradient in gradients)
@@ -180,11 +182,13 @@ def test_a_module_of_another_dtype(dtype):
     assert all(gradient.dtype == dtype and gradient.isfinite().all() for gradient in gradients)
 
 
-# ------------------------------------------------------------------------------------------------------ DDP
+# ---------------------------------------------------------------------------------------------- DDP
 
 
 def free_of_the_batch() -> SoKD:
-    """Nothing in it depends on a sample's place in the batch (noise) or on its company (BatchNorm)."""
+    """Nothing in it depends on a sample's place in the batch (noise) or on its company
+    (BatchNorm).
+    """
     return SoKD(
         3, 4, heat_channels=5, k=2, policies=[("rotate", "cutout"), ("shear_x", "channel_drop")]
     ).eval()
@@ -227,7 +231,7 @@ def test_two_ranks_draw_alike_and_give_the_gradients_of_the_whole_batch(tmp_path
         assert torch.equal(rank["state"]["policy.counter"], kd.policy.counter)
 
 
-# --------------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 
 
 class Stored(nn.Module):
@@ -244,7 +248,9 @@ class Stored(nn.Module):
 
 
 def peak(call: Callable[[], object]) -> int:
-    """The most bytes held at once beyond those held at the start, as PyTorch's allocator reports them."""
+    """The most bytes held at once beyond those held at the start, as PyTorch's allocator reports
+    them.
+    """
     call()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         call()

@@ -1,4 +1,6 @@
-"""The policy: every operation's plan against values worked out by hand, its draws, its life as a module."""
+"""The policy: every operation's plan against values worked out by hand, its draws, its life as a
+module.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sokd
 from sokd.kd.policy import Draw, Policy, manual_seed
-from sokd.kd.policy.plan import OPERATIONS, PAIRS, Plan
+from sokd.kd.policy.plan import OPERATIONS, PAIRS
 
 stats = pytest.importorskip("scipy.stats", reason="needs scipy")
 
@@ -43,11 +45,11 @@ def draw_of(policy: Policy, *centre: float, seed: int = 3, groups: int = 1) -> D
     return Draw(uniforms, torch.tensor([seed]))
 
 
-def plan_of(policy: Policy, *centre: float) -> Plan:
+def plan_of(policy: Policy, *centre: float) -> sokd.ops.Plan:
     return policy.plan(draw_of(policy, *centre), SHAPE)
 
 
-# ------------------------------------------------------------------------------------------------ operations
+# --------------------------------------------------------------------------------------- operations
 
 ROTATION = [
     [math.cos(math.pi / 6), 0.5 * 0.5, 0],
@@ -160,7 +162,7 @@ def test_layers_share_the_choice_but_not_noise_or_channels() -> None:
     assert not torch.equal(first.perm, second.perm) and not torch.equal(first.seed, second.seed)
 
 
-# ----------------------------------------------------------------------------------------------------- draws
+# -------------------------------------------------------------------------------------------- draws
 
 
 def test_choices_follow_their_probabilities() -> None:
@@ -229,7 +231,7 @@ def test_seeds() -> None:
     assert own[0] == own[1] not in first
 
 
-# ---------------------------------------------------------------------------------------------------- passes
+# ------------------------------------------------------------------------------------------- passes
 
 
 @pytest.mark.parametrize("granularity", ["batch", "sample"])
@@ -299,7 +301,7 @@ def test_compiles_in_one_graph() -> None:
     assert policy.counter.tolist() == [6]
 
 
-# ----------------------------------------------------------------------------------------------- as a module
+# -------------------------------------------------------------------------------------- as a module
 
 
 def test_checkpoint_copies_and_pickles_go_on_alike() -> None:

@@ -49,7 +49,9 @@ def exact_gradients(policy: Policy) -> list[Tensor]:
 
 
 def estimates(policy: Policy, control: ControlVariate, count: int) -> tuple[Tensor, Tensor]:
-    """`count` independent estimates, [count, 3] and [count, 3, 2], each from a draw of one group."""
+    """`count` independent estimates, [count, 3] and [count, 3, 2], each from a draw of one
+    group.
+    """
     draws, others = policy.draw(count), policy.draw(count)
     alphas, betas = [], []
     for row in range(count):
@@ -82,7 +84,9 @@ def test_the_estimate_is_unbiased(policy: Policy) -> None:
 
 
 def test_training_the_control_variate_lowers_the_spread(policy: Policy) -> None:
-    """What the search does after each estimate, here on 30 draws at once, so that the noise cannot decide."""
+    """What the search does after each estimate, here on 30 draws at once, so that the noise cannot
+    decide.
+    """
     control = control_variate()
     adam = torch.optim.Adam(control.parameters(), lr=1e-2)
     start = policy.counter.clone()

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sokd.kd.dam import Attention
-from sokd.kd.loss import loss
-from sokd.kd.sokd import SoKD
+from sokd.kd.sokd import SoKD, loss
 
 UNHELD = (
     "sokd: {} had gradients but did not change in 10 steps of the student's optimiser; "

@@ -75,7 +75,7 @@ def hypergradient(search: PolicySearch) -> list[Tensor]:
     return [state["exp_avg"] * 2 for state in search.state_dict()["adam"]["state"].values()]
 
 
-# --------------------------------------------------------------------------------------------- its gradients
+# ------------------------------------------------------------------------------------ its gradients
 
 
 def planted_linear(**options: Any) -> tuple[Linear, SoKD, PolicySearch]:
@@ -103,7 +103,8 @@ def test_second_order_against_autograd_through_the_step(objective: str, held_out
     ]
     policy = copy.deepcopy(kd.policy)
     upper = search.step(linear_step, *batches)
-    # the same, differentiated twice: choices through the sum over all plans, magnitudes through the plan
+    # the same, differentiated twice: choices through the sum over all plans, magnitudes through the
+    # plan
     draw = policy.draw_at(search.seed, torch.zeros(1, dtype=torch.int64), 3)
     through_magnitude = copy.copy(policy)
     through_magnitude.estimator = "relax"
@@ -168,7 +169,9 @@ def test_float16_loses_no_gradient_of_a_large_map(order: int) -> None:
 
 @pytest.mark.parametrize("order", [1, 2])
 def test_relax_learns_by_its_estimate(order: int) -> None:
-    """With Q = 0 the estimate is f * score, f the value with the unrolled step's first-order change."""
+    """With Q = 0 the estimate is f * score, f the value with the unrolled step's first-order
+    change.
+    """
     student, kd, search = planted_linear(estimator="relax", order=order)
     for parameter in search._control.parameters():
         nn.init.zeros_(parameter)
@@ -201,7 +204,7 @@ def test_relax_learns_by_its_estimate(order: int) -> None:
     )  # Q has learned
 
 
-# -------------------------------------------------------------------------------------------------- no trace
+# ----------------------------------------------------------------------------------------- no trace
 
 
 def everything(student: nn.Module, kd: SoKD, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from sokd.kd.policy import Policy
 from sokd.kd.search import PolicySearch
 from sokd.kd.sokd import SoKD
 
-# ------------------------------------------------------------------------------------------ life of a search
+# --------------------------------------------------------------------------------- life of a search
 
 
 @pytest.mark.parametrize("estimator", ["gumbel", "relax"])
@@ -222,14 +222,16 @@ def test_inside_no_grad_and_with_wrapped_modules() -> None:
         assert search.step(step, batch_of()).isfinite()
 
 
-# --------------------------------------------------------------------------------------------------- planted
+# ------------------------------------------------------------------------------------------ planted
 
 
 @pytest.mark.parametrize(
     ("estimator", "steps", "lr"), [("gumbel", 120, 0.05), ("relax", 250, 0.015)]
 )
 def test_finds_the_planted_operation(estimator: str, steps: int, lr: float) -> None:
-    """The student sees what the teacher sees, shifted by a quarter of the width: translate_x must win."""
+    """The student sees what the teacher sees, shifted by a quarter of the width: translate_x must
+    win.
+    """
     torch.set_num_threads(1)  # hundreds of steps too small for a second thread
     torch.manual_seed(1)
     policies = [
@@ -285,7 +287,7 @@ def test_finds_the_planted_magnitude() -> None:
     assert beta_x > 0.8
 
 
-# --------------------------------------------------------------------------------------------- two processes
+# ------------------------------------------------------------------------------------ two processes
 
 
 def one_rank(rank: int, folder: str) -> None:

@@ -15,8 +15,8 @@ from support.cases import compiles
 from support.kd_cases import features, make, pair, rewound
 from torch import nn
 
-from sokd.kd.loss import loss
 from sokd.kd.plugin import wrap
+from sokd.kd.sokd import loss
 
 
 def test_a_squared_error_is_sokd_loss():
@@ -264,13 +264,13 @@ WRONG = {
     ),
     "no tensor": (
         lambda: wrap(lambda f_s, f_t: {"loss": f_s.sum()}, make())(*pair()),
-        "wrap: any_loss must return a scalar tensor to add the agreement to (agreement=False leaves it in "
-        ".agreement), got dict",
+        "wrap: any_loss must return a scalar tensor to add the agreement to (agreement=False "
+        "leaves it in .agreement), got dict",
     ),
     "no scalar": (
         lambda: wrap(lambda f_s, f_t: f_s.sum((1, 2, 3)), make())(*pair()),
-        "wrap: any_loss must return a scalar tensor to add the agreement to (agreement=False leaves it in "
-        f".agreement), got shape [{len(pair()[0])}]",
+        "wrap: any_loss must return a scalar tensor to add the agreement to (agreement=False "
+        f"leaves it in .agreement), got shape [{len(pair()[0])}]",
     ),
 }
 

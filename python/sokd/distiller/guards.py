@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sokd.distiller.maps import batch_size
 from sokd.kd import sanity
-from sokd.kd.loss import mixed_dtypes_allowed
+from sokd.kd.features import mixed_dtypes_allowed
 from sokd.kd.virtual import unwrapped
 from sokd.ops.distributed import agreed, is_sharded, place
 

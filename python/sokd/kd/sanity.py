@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sokd.ops.common import is_eager
 
 if TYPE_CHECKING:
-    from sokd.kd.loss import Features
+    from sokd.kd.features import Features
     from sokd.kd.sokd import SoKD
 
 __all__ = ["look", "look_at_mask", "look_for_updates", "remember", "transformed"]

@@ -27,9 +27,9 @@ from sokd.ops.common import (
     second_derivative,
     split_seed,
 )
-from sokd.reference import Plan, layout_of
+from sokd.reference import Plan, Plans, layout_of
 
-__all__ = ["Plan", "refine", "refine_dots"]
+__all__ = ["Plan", "Plans", "refine", "refine_dots"]
 
 _Part = Tensor | None
 _PARTS = "Tensor? theta, Tensor? hole, Tensor? sigma, Tensor? perm, Tensor? keep, Tensor? seed_tensor, int seed"
@@ -238,12 +238,14 @@ def refine(
     return refined
 
 
-def refine_dots(features: Tensor, upstream: Tensor, plans: Plan | Mapping[str, Any]) -> Tensor:
+def refine_dots(
+    features: Tensor, upstream: Tensor, plans: Plans | Plan | Mapping[str, Any]
+) -> Tensor:
     """<upstream, refine(features; plan_v)> for V plans, in one pass over memory.
 
     Args:
         features, upstream: [B, C, H, W], one shape and dtype.
-        plans: a `Plan`, or a mapping of its names: theta [V, G, 2, 3], hole [V, G, 4], sigma [V, G], perm and
+        plans: `Plans`, or a mapping of its names: theta [V, G, 2, 3], hole [V, G, 4], sigma [V, G], perm and
             keep [V, G, C], each optional but not all of them; seed one int or int64 tensor [1] for all plans.
 
     Returns:
@@ -252,7 +254,7 @@ def refine_dots(features: Tensor, upstream: Tensor, plans: Plan | Mapping[str, A
     These are gradients already (of the gates and the choice of a sub-policy), so no gradient flows through:
     inputs that require grad are refused while grad mode is on. Source: method 2.4.
     """
-    plan = Plan.of(plans)
+    plan = Plans.of(plans)
     parts = plan.parts()
     number, seed_tensor = split_seed("refine_dots", plan.seed, features)
     if is_eager(features, upstream, *plan):
