@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sokd.kd.adapter import Adapter
-from sokd.kd.features import resize, tokens_to_map
+from sokd.kd.adapter import Adapter, resize
+from sokd.kd.features import tokens_to_map
 
 # student size, teacher size, kind of the size-matching convolution, its kernel and stride
 MATCHING = [

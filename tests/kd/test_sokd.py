@@ -334,8 +334,9 @@ def test_one_value_a_channel_is_refused_in_training():
     with pytest.raises(ValueError) as caught:
         loss(student, teacher, kd)
     want = (
-        "loss: student_features must give the BatchNorm of kd.adapter more than 1 value per channel "
-        "in train mode, got 1 sample of 1 cell (drop_last=True in the DataLoader, or larger batches)"
+        "loss: student_features must give the BatchNorm of kd.adapter more than 1 value per "
+        "channel in train mode, got 1 sample of 1 cell (drop_last=True in the DataLoader, or "
+        "larger batches)"
     )
     assert str(caught.value) == want
     kd.adapter.eval()

@@ -14,9 +14,9 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sokd.kd.features import Size, positive, resize
+from sokd.kd.features import Size, positive
 
-__all__ = ["Adapter"]
+__all__ = ["Adapter", "apply_adapter", "resize"]
 
 
 class Adapter(nn.Module):
@@ -79,6 +79,51 @@ class Adapter(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.student_channels} -> {self.teacher_channels}"
+
+
+def resize(features: Tensor, size: Size) -> Tensor:
+    """features [B, C, H, W] -> [B, C, *size]; equal sizes: the tensor itself.
+
+    Settled here: where neither axis grows, the mean of the cells each new cell covers
+    (`adaptive_avg_pool2d`, no aliasing), otherwise bilinear with align_corners=False.
+    """
+    height, width = features.shape[-2:]
+    if (height, width) == tuple(size):
+        return features
+    if size[0] <= height and size[1] <= width:
+        return F.adaptive_avg_pool2d(features, size)
+    return F.interpolate(features, size=size, mode="bilinear", align_corners=False)
+
+
+def apply_adapter(adapter: nn.Module | None, student: Tensor, teacher: Tensor) -> Tensor:
+    """The student's map through `adapter`, in the shape of the teacher's.
+
+    Args:
+        adapter: an `Adapter`, any module called with the student's map alone, or None.
+
+    Raises:
+        ValueError: `loss: student_features must {rule}, got {value}`: the shapes differ, or a
+            BatchNorm has one value a channel.
+    """
+    if isinstance(adapter, Adapter):
+        _check_values(adapter, teacher)
+        student = adapter(student, (teacher.shape[2], teacher.shape[3]))
+    elif adapter is not None:
+        student = adapter(student)
+    if student.shape != teacher.shape:
+        when = "(kd.adapter is None)" if adapter is None else "after kd.adapter"
+        rule = f"have the teacher's shape {list(teacher.shape)} {when}"
+        raise ValueError(f"loss: student_features must {rule}, got {list(student.shape)}")
+    return student
+
+
+def _check_values(adapter: Adapter, teacher: Tensor) -> None:
+    """Refuse one value a channel as BatchNorm does; SyncBatchNorm counts those of all ranks."""
+    one = teacher.shape[0] * teacher.shape[2] * teacher.shape[3] == 1
+    if one and adapter.norm.training and isinstance(adapter.norm, nn.BatchNorm2d):
+        rule = "give the BatchNorm of kd.adapter more than 1 value per channel in train mode"
+        got = "got 1 sample of 1 cell (drop_last=True in the DataLoader, or larger batches)"
+        raise ValueError(f"loss: student_features must {rule}, {got}")
 
 
 def _as_size(name: str, size: int | Size | None) -> Size | None:

@@ -18,13 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sokd.kd.features import positive, resize
+from sokd.kd.adapter import resize
+from sokd.kd.features import positive
 from sokd.ops import Areas
 from sokd.ops import areas as find_areas
 from sokd.ops.common import accumulator
 from sokd.ops.masked_mse import scaled_mse
 
-__all__ = ["DAM", "Attention", "Heads", "masked", "resized", "root"]
+__all__ = ["DAM", "Attention", "Heads", "apply_dam", "masked", "resized", "root"]
 
 _HEADS = ("bounded", "paper")
 _AREAS = ("mutual", "student", "teacher")
@@ -158,6 +159,20 @@ class DAM(nn.Module):
         if self.overlap == "square":
             return coverage.square()
         return coverage.clamp(max=1) if self.overlap == "union" else coverage
+
+
+def apply_dam(
+    dam: nn.Module | None, student: Tensor, refined: Tensor, scale: float
+) -> Attention | None:
+    """The output of `dam`, a `DAM` or a module called as one is; None without one.
+
+    Raises:
+        TypeError: the module returns something else than an `Attention`.
+    """
+    found = None if dam is None else dam(student, refined, scale=scale)
+    if found is None or isinstance(found, Attention):
+        return found
+    raise TypeError(f"loss: kd.dam must return an Attention, got {type(found).__name__}")
 
 
 # ------------------------------------------------------------------------------ omega as a mask

@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
     "Features", "Layout", "Size", "checked_maps", "described", "layouts", "mixed_dtypes_allowed",
-    "per_layer", "positive", "resize", "tokens_to_map",
+    "per_layer", "positive", "tokens_to_map",
 ]  # fmt: skip
 
 Features = Tensor | Sequence[Tensor]
@@ -152,20 +151,6 @@ def tokens_to_map(
     prefix, (height, width) = _token_layout(count, tokens, grid, op, name)
     maps: Tensor = features[:, prefix:].transpose(1, 2).unflatten(2, (height, width))  # type: ignore[no-untyped-call]
     return maps
-
-
-def resize(features: Tensor, size: Size) -> Tensor:
-    """features [B, C, H, W] -> [B, C, *size]; equal sizes: the tensor itself.
-
-    Settled here: where neither axis grows, the mean of the cells each new cell covers
-    (`adaptive_avg_pool2d`, no aliasing), otherwise bilinear with align_corners=False.
-    """
-    height, width = features.shape[-2:]
-    if (height, width) == tuple(size):
-        return features
-    if size[0] <= height and size[1] <= width:
-        return F.adaptive_avg_pool2d(features, size)
-    return F.interpolate(features, size=size, mode="bilinear", align_corners=False)
 
 
 def _as_list(name: str, features: Features, layers: int) -> list[Tensor]:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from sokd.kd import sanity
-from sokd.kd.adapter import Adapter
-from sokd.kd.dam import DAM, Attention
+from sokd.kd.adapter import Adapter, apply_adapter
+from sokd.kd.dam import DAM, Attention, apply_dam
 from sokd.kd.features import Features, Size, checked_maps, layouts, per_layer
 from sokd.kd.policy import Draw, Policy
 from sokd.kd.virtual import unwrapped
@@ -228,17 +228,24 @@ class SoKD(nn.Module):
         Raises:
             TypeError, ValueError: as `sokd.loss`.
         """
-        compared = adapt or (attend and self.dam is not None)
-        first = [self._first_parameter(i) if compared else None for i in range(len(self._layouts))]
         channels = list(zip(self.student_channels, self.teacher_channels, strict=True))
+        adapters = [part_of(self.adapter, index) for index in range(len(channels))]
+        dams = [part_of(self.dam, index) if attend else None for index in range(len(channels))]
+        compared = adapt or (attend and self.dam is not None)
+        first = [
+            _first_parameter(*parts) if compared else None
+            for parts in zip(adapters, dams, strict=True)
+        ]
         maps = checked_maps(student_features, teacher_features, channels, self._layouts, first)
         policy = self.policy if refine else None
         if policy is not None and draw is None:
             draw = policy.draw(maps[0][1].shape[0])
         matches = []
         for index, (student, refined) in enumerate(maps):
-            adapted = self._adapted(index, student, refined) if compared else student
-            if differentiable or policy is None:  # otherwise the refined features are new tensors
+            adapted = student
+            if compared:
+                adapted = apply_adapter(adapters[index], student, refined)
+            if policy is None or differentiable:  # otherwise the refined features are new tensors
                 refined = _savable(refined)
             if policy is not None:
                 with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
@@ -246,36 +253,9 @@ class SoKD(nn.Module):
             if compared and adapted.dtype != refined.dtype:  # only under autocast
                 dtype = torch.promote_types(adapted.dtype, refined.dtype)
                 adapted, refined = adapted.to(dtype), refined.to(dtype)
-            attention = self._attention(index, adapted, refined) if attend else None
+            attention = apply_dam(dams[index], adapted, refined, self.lambda_agreement)
             matches.append(Match(adapted if adapt else student, refined, attention))
         return matches
-
-    def _first_parameter(self, index: int) -> Tensor | None:
-        """The weight of the first convolution that the student's map enters, where it is known."""
-        adapter, dam = part_of(self.adapter, index), part_of(self.dam, index)
-        if isinstance(adapter, Adapter):
-            return adapter.match.weight
-        return dam.first.weight if isinstance(dam, DAM) else None
-
-    def _adapted(self, index: int, student: Tensor, teacher: Tensor) -> Tensor:
-        adapter = part_of(self.adapter, index)
-        if isinstance(adapter, Adapter):
-            _check_values(adapter, teacher)
-            student = adapter(student, (teacher.shape[2], teacher.shape[3]))
-        elif adapter is not None:
-            student = adapter(student)
-        if student.shape != teacher.shape:
-            when = "(kd.adapter is None)" if adapter is None else "after kd.adapter"
-            rule = f"have the teacher's shape {list(teacher.shape)} {when}"
-            raise ValueError(f"loss: student_features must {rule}, got {list(student.shape)}")
-        return student
-
-    def _attention(self, index: int, student: Tensor, refined: Tensor) -> Attention | None:
-        dam = part_of(self.dam, index)
-        found = None if dam is None else dam(student, refined, scale=self.lambda_agreement)
-        if found is None or isinstance(found, Attention):
-            return found
-        raise TypeError(f"loss: kd.dam must return an Attention, got {type(found).__name__}")
 
     # ------------------------------------------------------------------------------------ the terms
 
@@ -422,6 +402,13 @@ class SoKD(nn.Module):
         return f"lambda_agreement={self.lambda_agreement:g}, lambda_areas={self.lambda_areas:g}"
 
 
+def _first_parameter(adapter: nn.Module | None, dam: nn.Module | None) -> Tensor | None:
+    """The weight of the first convolution that the student's map enters, where it is known."""
+    if isinstance(adapter, Adapter):
+        return adapter.match.weight
+    return dam.first.weight if isinstance(dam, DAM) else None
+
+
 class _BuffersOf(nn.Module):
     """A module's buffers without its parameters: DistributedDataParallel broadcasts the draws."""
 
@@ -443,15 +430,6 @@ def _variance_and_share(attention: Attention | None, nothing: Tensor) -> list[Te
     heat = attention.heat.to(torch.float32)
     variance = (heat - heat.mean((0, 2, 3), keepdim=True)).square_().mean()
     return [variance, (attention.coverage > 0).to(torch.float32).mean()]
-
-
-def _check_values(adapter: Adapter, teacher: Tensor) -> None:
-    """Refuse one value a channel as BatchNorm does; SyncBatchNorm counts those of all ranks."""
-    one = teacher.shape[0] * teacher.shape[2] * teacher.shape[3] == 1
-    if one and adapter.norm.training and isinstance(adapter.norm, nn.BatchNorm2d):
-        rule = "give the BatchNorm of kd.adapter more than 1 value per channel in train mode"
-        got = "got 1 sample of 1 cell (drop_last=True in the DataLoader, or larger batches)"
-        raise ValueError(f"loss: student_features must {rule}, {got}")
 
 
 def _savable(teacher: Tensor) -> Tensor:

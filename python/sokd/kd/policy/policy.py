@@ -274,7 +274,7 @@ class Policy(nn.Module):
             sample = self.sample(draw)
             channels, seed = self._channel_uniforms(draw, shape, layer)
             strong = self._strengths(sample.chosen, _rows(sample.gates, sample.chosen))
-            made = self._arguments(strong, draw, channels, shape)
+            made = arguments(strong, self.present, draw.uniforms[:, -2:], channels, *shape[2:])
             carried = straight(strong, self._ranges.carrying) if differentiable else None
             if self.magnitude_gradient == "straight_through":
                 made = {name: None if x is None else x.detach() for name, x in made.items()}
@@ -299,11 +299,6 @@ class Policy(nn.Module):
         magnitude = self.magnitude.to(torch.promote_types(self.magnitude.dtype, torch.float32))
         return strengths(self.operations[rows], gates, magnitude[rows], self._ranges)
 
-    def _arguments(
-        self, strong: Strengths, draw: Draw, channels: Tensor, shape: Sequence[int]
-    ) -> dict[str, Tensor | None]:
-        return arguments(strong, self.present, draw.uniforms[:, -2:], channels, shape[2], shape[3])
-
     def _flips(self, sample: Sample, draw: Draw, shape: Sequence[int], layer: int) -> Plans:
         """K + 2 plans: each sub-policy at its gates, then the chosen one with a gate flipped."""
         with torch.no_grad():
@@ -318,7 +313,8 @@ class Policy(nn.Module):
                 rows, torch.cat([sample.gates.transpose(0, 1), torch.stack(flipped)])
             )
             channels, seed = self._channel_uniforms(draw, shape, layer)
-            return Plans(**self._arguments(strong, draw, channels, shape), seed=seed)
+            made = arguments(strong, self.present, draw.uniforms[:, -2:], channels, *shape[2:])
+            return Plans(**made, seed=seed)
 
     # --------------------------------------------------------------------------------------- passes
 
