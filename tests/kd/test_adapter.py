@@ -1,4 +1,4 @@
-"""The adapter: sizes, channels, tokens, and the exact words of its errors."""
+"""The adapter: sizes, channels, tokens, and the texts of its errors."""
 
 from __future__ import annotations
 

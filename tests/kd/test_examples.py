@@ -1,4 +1,4 @@
-"""The examples in the docstrings of what `sokd.kd` exports run as they stand."""
+"""Runs the docstring examples of the public names of `sokd.kd`."""
 
 from __future__ import annotations
 

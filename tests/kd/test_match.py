@@ -1,4 +1,4 @@
-"""SoKD.match: what each option turns off, and that all its callers agree with it."""
+"""SoKD.match: the effect of each option, and its agreement with all its callers."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The policy: every operation's plan against values worked out by hand, its draws, its life as a
-module.
-"""
+"""The policy: plans of each operation against values by hand, draws, state as a module."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ from sokd.kd.policy.plan import OPERATIONS, PAIRS
 stats = pytest.importorskip("scipy.stats", reason="needs scipy")
 
 NAMES = [op.name for op in OPERATIONS]
-SHAPE = (2, 4, 10, 20)  # H/W = 1/2: an aspect that is forgotten shows
+SHAPE = (2, 4, 10, 20)  # H/W = 1/2: shows errors in the aspect ratio
 
 
 def policy_of(
@@ -279,7 +277,7 @@ def test_samples_have_their_own_plans() -> None:
 @pytest.mark.filterwarnings("ignore:sokd. no kernels for cuda")
 @pytest.mark.parametrize("granularity", ["batch", "sample"])
 def test_reads_no_value_and_mixes_no_devices(granularity: str) -> None:
-    """Fake tensors have no values to read and refuse to meet those of another device."""
+    """Fake tensors have no values to read and cannot be mixed with those of another device."""
     with FakeTensorMode(), torch.device("cuda"):
         policy = Policy(granularity=granularity)
         features = torch.randn(3, 4, 6, 6)

@@ -1,6 +1,4 @@
-"""What a policy search refuses, in its words: options, what a step returns and runs, states of
-others.
-"""
+"""Errors of a policy search: options, the step function, states of other searches."""
 
 from __future__ import annotations
 
@@ -148,9 +146,7 @@ def test_a_step_that_runs_another_student_is_refused() -> None:
 
 
 def test_a_student_without_anything_to_train() -> None:
-    """The adapter's virtual step is enough; where there is none either, order 2 has nothing to
-    unroll.
-    """
+    """The adapter's virtual step is enough; without an adapter there is nothing to unroll."""
     student, kd, search = made()
     student.requires_grad_(False)
     assert search.step(step, batch_of()).isfinite()
@@ -210,7 +206,7 @@ def test_a_state_of_another_policy_is_refused_and_changes_nothing(
 
 
 def test_a_state_of_another_policy_is_refused_before_its_first_step() -> None:
-    """When Adam has no moments yet whose shapes could tell."""
+    """Before the first step, when Adam has no moments whose shapes could differ."""
     kd = SoKD(3, 4, policy=Policy(policies=[(0, 1), (2, 3)], estimator="relax"))
     state = PolicySearch(kd, Student()).state_dict()
     search = made(estimator="relax")[2]

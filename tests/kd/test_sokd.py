@@ -1,6 +1,4 @@
-"""sokd.SoKD: parameters, state, a run taken up again, diagnostics, and the words of every
-refusal.
-"""
+"""sokd.SoKD: parameters, state, resumption, diagnostics, and the texts of its errors."""
 
 from __future__ import annotations
 
@@ -119,7 +117,7 @@ def test_the_default_weights_train_with_the_usual_optimiser():
 
 
 class Run:
-    """A small training run that can be written down and taken up again."""
+    """A small training run that can be saved and resumed."""
 
     def __init__(self, seed: int) -> None:
         torch.manual_seed(seed)
@@ -387,7 +385,7 @@ def test_a_part_put_in_later_must_give_what_the_loss_needs():
 
 @compiles
 def test_parts_of_ones_own_are_taken():
-    """Wrapped ones too, whose signatures say nothing."""
+    """Wrapped ones too, whose signatures are generic."""
     kd = make(policy=torch.compile(Policy(), backend="eager"), adapter=nn.Conv2d(3, 4, 1))
     kd.dam = nn.DataParallel(kd.dam)
     made = SoKD(3, 4, adapter=kd.adapter, policy=kd.policy, dam=kd.dam)

@@ -75,16 +75,9 @@ class DAM(nn.Module):
     """
 
     def __init__(
-        self,
-        channels: int,
-        *,
-        heat_channels: int = 100,
-        heads: str = "bounded",
-        areas: str = "mutual",
-        overlap: str = "sum",
-        k: int = 8,
-        kernel: int = 3,
-    ) -> None:
+        self, channels: int, *, heat_channels: int = 100, heads: str = "bounded",
+        areas: str = "mutual", overlap: str = "sum", k: int = 8, kernel: int = 3,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.channels = positive("DAM", "channels", channels)
         self.heat_channels = positive("DAM", "heat_channels", heat_channels)
@@ -111,9 +104,8 @@ class DAM(nn.Module):
         detached = _sides(points.detach(), size.detach(), batch)
         of_student, of_teacher = (self._named(*side) for side in detached)
         found = self._areas(of_student, of_teacher)
-        return Attention(
-            agreement, self._weight(found.coverage), found.coverage, found.boxes, of_student.heat
-        )
+        weight = self._weight(found.coverage)
+        return Attention(agreement, weight, found.coverage, found.boxes, of_student.heat)
 
     def maps(self, features: Tensor) -> Heads:
         """The outputs of the heads for features [B, C, H, W]."""
@@ -231,7 +223,6 @@ def _in_cells(share: Tensor) -> Tensor:
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
-        raise ValueError(
-            f"DAM: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}"
-        )
+        rule = f"be one of {', '.join(map(repr, choices))}"
+        raise ValueError(f"DAM: {name} must {rule}, got {value!r}")
     return value

@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = [
     "Features", "Layout", "Size", "checked_maps", "described", "layouts", "mixed_dtypes_allowed",
-    "per_layer", "positive", "tokens_to_map",
+    "one_of", "per_layer", "positive", "tensors_of", "tokens_to_map",
 ]  # fmt: skip
 
 Features = Tensor | Sequence[Tensor]
@@ -64,6 +64,14 @@ def per_layer(
         rule = f"have one entry for each of the {count} {layers}"
         raise ValueError(f"{op}: {name} must {rule}, got {len(value)}")
     return list(value)
+
+
+def one_of(op: str, name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Refuse an option that is none of `choices`, which have one type."""
+    fits = isinstance(value, type(choices[0])) and not isinstance(value, bool)
+    if not fits or value not in choices:
+        rule = " or ".join(map(repr, choices))
+        raise ValueError(f"{op}: {name} must be {rule}, got {value!r}")
 
 
 def positive(op: str, name: str, value: int) -> int:
@@ -119,6 +127,11 @@ def checked_maps(
     return maps
 
 
+def tensors_of(features: Features) -> list[Tensor]:
+    """The features of all layers: a tensor is that of the only one."""
+    return [features] if isinstance(features, Tensor) else list(features)
+
+
 def mixed_dtypes_allowed(tensor: Tensor) -> bool:
     """Whether autocast is on for the tensor's device: both sides are then promoted to one dtype."""
     return torch.is_autocast_enabled(tensor.device.type)
@@ -154,15 +167,14 @@ def tokens_to_map(
 
 
 def _as_list(name: str, features: Features, layers: int) -> list[Tensor]:
-    if isinstance(features, Tensor):
-        features = [features]
-    elif not isinstance(features, (list, tuple)):
+    if not isinstance(features, (Tensor, list, tuple)):
         rule = "be a tensor or a list of tensors"
         raise TypeError(f"loss: {name} must {rule}, got {type(features).__name__}")
-    if len(features) != layers:
+    found = tensors_of(features)
+    if len(found) != layers:
         rule = f"have one tensor for each of kd's layers ({layers})"
-        raise ValueError(f"loss: {name} must {rule}, got {len(features)}")
-    return list(features)
+        raise ValueError(f"loss: {name} must {rule}, got {len(found)}")
+    return found
 
 
 def _as_map(name: str, features: Tensor, layout: Layout) -> Tensor:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sokd.kd.features import Features
+from sokd.kd.features import Features, one_of, tensors_of
 from sokd.kd.policy import Draw, Policy, fresh_seed
 from sokd.kd.policy.relax import ControlVariate, estimate, score
 from sokd.kd.virtual import Together, Weights, replayed, unwrapped
@@ -111,9 +111,8 @@ class PolicySearch:
         self.policy = _policy_of(self.kd)
         estimator = self.policy.estimator if estimator is None else estimator
         if not isinstance(self.student, nn.Module):
-            raise TypeError(
-                f"PolicySearch: student must be an nn.Module, got {type(student).__name__}"
-            )
+            got = type(student).__name__
+            raise TypeError(f"PolicySearch: student must be an nn.Module, got {got}")
         _check_options(objective, estimator, order, unroll, lr, epochs)
         self.policy.estimator = estimator
         self.objective, self.estimator, self.order = objective, estimator, order
@@ -174,9 +173,8 @@ class PolicySearch:
             raise ValueError(f"PolicySearch: kd.policy must {rule}, got a different one")
         for name in _CHI:
             if not getattr(self.policy, name).requires_grad:
-                raise ValueError(
-                    f"PolicySearch: kd.policy.{name} must require grad, got one that is frozen"
-                )
+                subject = f"PolicySearch: kd.policy.{name}"
+                raise ValueError(f"{subject} must require grad, got one that is frozen")
         if is_sharded(self.student.parameters()):
             why = "virtual weights are not sharded; DistributedDataParallel serves"
             got = "parameters of fully_shard"
@@ -223,7 +221,7 @@ class PolicySearch:
 
     def _run(self, step: Step, batch: Any, objective: str) -> Run:
         task, f_s, f_t = _checked(step(self.student, batch))
-        draw = self.policy.draw_at(self.seed, self.counter, _tensors(f_t)[0].shape[0])
+        draw = self.policy.draw_at(self.seed, self.counter, tensors_of(f_t)[0].shape[0])
         loss = task
         # differentiable also where chi's gradient is not needed: such a call records nothing in kd
         if objective == "consistency":
@@ -275,12 +273,9 @@ class PolicySearch:
         return _filled(found, origin.values())
 
     def _with_estimates(
-        self,
-        found: list[Tensor],
-        upper: Run,
-        train: Run | None = None,
+        self, found: list[Tensor], upper: Run, train: Run | None = None,
         correction: Tensor | None = None,
-    ) -> list[Tensor]:
+    ) -> list[Tensor]:  # fmt: skip
         """With RELAX: alpha's and beta's gradients by its estimate, then the control variate's.
 
         Of the second-order term only the score remains: Q is the same in both evaluations and
@@ -303,19 +298,12 @@ class PolicySearch:
 
     def state_dict(self) -> dict[str, Any]:
         """The state to resume bit for bit, beside those of kd, the student and its optimiser."""
-        state = {
-            **{name: getattr(self, name) for name in _AGREEING},
-            "unroll": self.unroll,
-            "epoch": self.epoch,
-            "seed": self.seed.clone(),
-            "counter": self.counter.clone(),
-            "adam": self._adam.state_dict(),
-        }
+        state = {name: getattr(self, name) for name in (*_AGREEING, "unroll", "epoch")}
+        state |= {"seed": self.seed.clone(), "counter": self.counter.clone()}
+        state["adam"] = self._adam.state_dict()
         if self._control is not None:
-            state |= {
-                "control": self._control.state_dict(),
-                "control_adam": self._control_adam.state_dict(),
-            }
+            state["control"] = self._control.state_dict()
+            state["control_adam"] = self._control_adam.state_dict()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -379,7 +367,7 @@ def _lift(features: Features) -> float:
 
     1024 leaves room for a gradient of 60; a power of two rounds nothing.
     """
-    first = _tensors(features)[0]
+    first = tensors_of(features)[0]
     kind = first.device.type
     cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
     return 1024.0 if cast or first.dtype == torch.float16 else 1.0
@@ -444,11 +432,9 @@ def _load(adam: torch.optim.Adam, state: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def _apply(
-    adam: torch.optim.Adam,
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
+    adam: torch.optim.Adam, parameters: Sequence[Tensor], gradients: Sequence[Tensor],
     finite: Tensor,
-) -> None:
+) -> None:  # fmt: skip
     """One step with these gradients, undone unless `finite`; `.grad` stays as it was."""
     grads = [parameter.grad for parameter in parameters]
     before = [value.clone() for value in _values(adam, parameters)]
@@ -456,9 +442,8 @@ def _apply(
         parameter.grad = gradient.to(parameter.dtype)
     adam.step()
     after = _values(adam, parameters)
-    before += [
-        torch.zeros_like(value) for value in after[len(before) :]
-    ]  # the first step makes the state
+    # the first step creates the state
+    before += [torch.zeros_like(value) for value in after[len(before) :]]
     for value, old in zip(after, before, strict=True):
         value.copy_(torch.where(finite.to(value.device), value, old))
     for parameter, grad in zip(parameters, grads, strict=True):
@@ -477,11 +462,8 @@ def _values(adam: torch.optim.Adam, parameters: Sequence[Tensor]) -> list[Tensor
 def _checked(returned: Any) -> tuple[Tensor, Features, Features]:
     """The value that `step` returned, checked to be (loss, student features, teacher features)."""
     if not isinstance(returned, (tuple, list)) or len(returned) != 3:
-        got = (
-            f"{len(returned)} values"
-            if isinstance(returned, (tuple, list))
-            else type(returned).__name__
-        )
+        several = isinstance(returned, (tuple, list))
+        got = f"{len(returned)} values" if several else type(returned).__name__
         what = "(loss, student features, teacher features)"
         raise TypeError(f"PolicySearch: step must return {what}, got {got}")
     task, f_s, f_t = returned
@@ -490,27 +472,22 @@ def _checked(returned: Any) -> tuple[Tensor, Features, Features]:
         raise TypeError(f"PolicySearch: loss must be a scalar tensor, got {got}")
     for name, features in (("student features", f_s), ("teacher features", f_t)):
         _check_features(name, features)
-    if any(tensor.requires_grad for tensor in _tensors(f_t)):
+    if any(tensor.requires_grad for tensor in tensors_of(f_t)):
         got = "a tensor that requires grad"
         raise ValueError(f"PolicySearch: teacher features must not require grad, got {got}")
     return task.squeeze() if task.dim() else task, f_s, f_t
 
 
-def _tensors(features: Features) -> list[Tensor]:
-    return [features] if isinstance(features, Tensor) else list(features)
-
-
 def _check_features(name: str, features: Any) -> None:
     if isinstance(features, Tensor):
         return
-    if not isinstance(features, (list, tuple)) or not features:
-        got = type(features).__name__
-        raise TypeError(f"PolicySearch: {name} must be a tensor or a list of tensors, got {got}")
-    for entry in features:
-        if not isinstance(entry, Tensor):
-            got = type(entry).__name__
-            rule = "be a tensor or a list of tensors"
-            raise TypeError(f"PolicySearch: {name} must {rule}, got a list with {got}")
+    got = type(features).__name__
+    if isinstance(features, (list, tuple)) and features:
+        others = [entry for entry in features if not isinstance(entry, Tensor)]
+        if not others:
+            return
+        got = f"a list with {type(others[0]).__name__}"
+    raise TypeError(f"PolicySearch: {name} must be a tensor or a list of tensors, got {got}")
 
 
 def _policy_of(kd: Any) -> Policy:
@@ -524,24 +501,14 @@ def _policy_of(kd: Any) -> Policy:
 def _check_options(
     objective: str, estimator: str, order: int, unroll: float, lr: float, epochs: int
 ) -> None:  # fmt: skip
-    chosen: dict[str, tuple[Any, Sequence[Any]]] = {
-        "objective": (objective, ("consistency", "task", "total")),
-        "estimator": (estimator, ("gumbel", "relax")),
-        "order": (order, (1, 2)),
-    }
-    for name, (value, allowed) in chosen.items():
-        if value not in allowed or type(value) is not type(allowed[0]):
-            raise ValueError(
-                f"PolicySearch: {name} must be {' or '.join(map(repr, allowed))}, got {value!r}"
-            )
-    if objective == "task" and order == 1:
-        raise ValueError(
-            "PolicySearch: order must be 2 for objective 'task', got 1"
-        )  # no direct gradient
+    one_of("PolicySearch", "objective", objective, ("consistency", "task", "total"))
+    one_of("PolicySearch", "estimator", estimator, ("gumbel", "relax"))
+    one_of("PolicySearch", "order", order, (1, 2))
+    if objective == "task" and order == 1:  # no direct gradient
+        raise ValueError("PolicySearch: order must be 2 for objective 'task', got 1")
     for name, number in (("unroll", unroll), ("lr", lr)):
         if not isinstance(number, numbers.Real) or not 0 <= number < math.inf:
-            raise ValueError(
-                f"PolicySearch: {name} must be a finite number, 0 or more, got {number!r}"
-            )
+            rule = "be a finite number, 0 or more"
+            raise ValueError(f"PolicySearch: {name} must {rule}, got {number!r}")
     if not isinstance(epochs, numbers.Integral) or epochs < 0:
         raise ValueError(f"PolicySearch: epochs must be a whole number, 0 or more, got {epochs!r}")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from sokd.kd import sanity
 from sokd.kd.adapter import Adapter, apply_adapter
 from sokd.kd.dam import DAM, Attention, apply_dam
-from sokd.kd.features import Features, Size, checked_maps, layouts, per_layer
+from sokd.kd.features import Features, Size, checked_maps, layouts, one_of, per_layer
 from sokd.kd.policy import Draw, Policy
 from sokd.kd.virtual import unwrapped
 from sokd.ops.masked_mse import scaled_mse
@@ -160,8 +160,7 @@ class SoKD(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        if normalise not in ("elements", "area"):
-            raise ValueError(f"SoKD: normalise must be 'elements' or 'area', got {normalise!r}")
+        one_of("SoKD", "normalise", normalise, ("elements", "area"))
         self.student_channels, self.teacher_channels = _channels(student_channels, teacher_channels)
         count = len(self.student_channels)
         self._layouts = list(zip(

@@ -67,9 +67,8 @@ def ranges(*, pathwise: bool) -> Ranges:
     carrying = [
         op in (_CUTOUT, _DROP) if pathwise else op != _SHUFFLE for op in range(len(OPERATIONS))
     ]
-    return Ranges(
-        low, span, torch.tensor(carrying).long()
-    )  # bool has no mean, as averaged buffers need
+    # bool has no mean, as averaged buffers need
+    return Ranges(low, span, torch.tensor(carrying).long())
 
 
 def pair_of(entry: Sequence[int | str]) -> tuple[int, int]:
@@ -144,9 +143,8 @@ def shuffled(fired: Tensor, uniforms: Tensor) -> Tensor:
     """[..., C]: sort order of the uniforms [..., C] where the shuffle fired, else the identity."""
     channels = uniforms.shape[-1]
     drawn = uniforms.argsort(dim=-1, stable=True)
-    return torch.where(
-        fired[..., _SHUFFLE, None], drawn, torch.arange(channels, device=uniforms.device)
-    )
+    same = torch.arange(channels, device=uniforms.device)
+    return torch.where(fired[..., _SHUFFLE, None], drawn, same)
 
 
 def kept(value: Tensor, uniforms: Tensor) -> Tensor:
@@ -166,13 +164,8 @@ class Present(NamedTuple):
     @classmethod
     def of(cls, pairs: Sequence[tuple[int, int]]) -> Present:
         used = {op for pair in pairs for op in pair}
-        return cls(
-            bool(used & _GEOMETRIC),
-            _CUTOUT in used,
-            _NOISE in used,
-            _SHUFFLE in used,
-            _DROP in used,
-        )
+        single = (op in used for op in (_CUTOUT, _NOISE, _SHUFFLE, _DROP))
+        return cls(bool(used & _GEOMETRIC), *single)
 
 
 def arguments(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sokd.kd import sanity
+from sokd.kd.features import one_of
 from sokd.kd.policy.gumbel import with_choices
 from sokd.kd.policy.plan import (
     OPERATIONS,
@@ -141,36 +142,27 @@ class Policy(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        _check_options(
-            estimator=estimator, magnitude_gradient=magnitude_gradient, granularity=granularity
-        )
+        self.estimator, self.granularity = estimator, granularity
+        self.magnitude_gradient, self.temperature = magnitude_gradient, temperature
+        for name, choices in _OPTIONS.items():
+            one_of("Policy", name, getattr(self, name), choices)
         if not 0 < temperature < math.inf:
             raise ValueError(f"Policy: temperature must be positive and finite, got {temperature}")
         if not (generator is None or isinstance(generator, torch.Generator)):
             got = type(generator).__name__
             raise TypeError(f"Policy: generator must be a torch.Generator or None, got {got}")
         if not (policies is None or isinstance(policies, Iterable)):
-            raise ValueError(
-                f"Policy: policies must be a list of pairs of operations, got {policies!r}"
-            )
+            rule = "be a list of pairs of operations"
+            raise ValueError(f"Policy: policies must {rule}, got {policies!r}")
         self.policies = PAIRS if policies is None else tuple(pair_of(entry) for entry in policies)
         if not self.policies:
             raise ValueError("Policy: policies must hold at least one pair, got none")
         if len(set(self.policies)) < len(self.policies):
-            raise ValueError(
-                f"Policy: policies must hold each pair once, got {_named(self.policies)}"
-            )
-        self.estimator, self.magnitude_gradient, self.granularity = (
-            estimator,
-            magnitude_gradient,
-            granularity,
-        )
-        self.temperature = temperature
+            got = _named(self.policies)
+            raise ValueError(f"Policy: policies must hold each pair once, got {got}")
         self.present = Present.of(self.policies)
-        count, dtype = (
-            len(self.policies),
-            torch.promote_types(torch.get_default_dtype(), torch.float32),
-        )
+        count = len(self.policies)
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.alpha = nn.Parameter(torch.zeros(count, dtype=dtype))
         self.beta = nn.Parameter(torch.full((count, 2), 0.5, dtype=dtype))
         self.magnitude = nn.Parameter(torch.full((count, 2), 0.5, dtype=dtype))
@@ -191,10 +183,8 @@ class Policy(nn.Module):
         """
         pairs = state_dict.get(f"{prefix}operations")
         if pairs is not None and pairs.tolist() != [list(pair) for pair in self.policies]:
-            rule = f"those of the state, {_named(pairs.tolist())}"
-            rest[-1].append(
-                f"Policy: policies must be {rule}, got {_named(self.policies)}"
-            )  # error_msgs
+            rule, got = f"those of the state, {_named(pairs.tolist())}", _named(self.policies)
+            rest[-1].append(f"Policy: policies must be {rule}, got {got}")  # error_msgs
             return
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self._tabulate()
@@ -208,11 +198,8 @@ class Policy(nn.Module):
 
         def kept(tensor: Tensor) -> Tensor:
             applied = fn(tensor)
-            return (
-                tensor.to(applied.device)
-                if applied.dtype in (torch.float16, torch.bfloat16)
-                else applied
-            )
+            half = applied.dtype in (torch.float16, torch.bfloat16)
+            return tensor.to(applied.device) if half else applied
 
         return cast(Policy, super()._apply(kept, recurse))  # type: ignore[no-untyped-call]
 
@@ -303,15 +290,12 @@ class Policy(nn.Module):
         """K + 2 plans: each sub-policy at its gates, then the chosen one with a gate flipped."""
         with torch.no_grad():
             count, groups = len(self.policies), draw.uniforms.shape[0]
-            every = (
-                torch.arange(count, device=sample.chosen.device).unsqueeze(1).expand(count, groups)
-            )
+            every = torch.arange(count, device=sample.chosen.device).unsqueeze(1)
+            rows = torch.cat([every.expand(count, groups), sample.chosen.expand(2, groups)])
             gates = _rows(sample.gates, sample.chosen)
             flipped = [gates ^ torch.arange(2, device=gates.device).eq(index) for index in range(2)]
-            rows = torch.cat([every, sample.chosen.expand(2, groups)])
-            strong = self._strengths(
-                rows, torch.cat([sample.gates.transpose(0, 1), torch.stack(flipped)])
-            )
+            gates = torch.cat([sample.gates.transpose(0, 1), torch.stack(flipped)])
+            strong = self._strengths(rows, gates)
             channels, seed = self._channel_uniforms(draw, shape, layer)
             made = arguments(strong, self.present, draw.uniforms[:, -2:], channels, *shape[2:])
             return Plans(**made, seed=seed)
@@ -319,13 +303,9 @@ class Policy(nn.Module):
     # --------------------------------------------------------------------------------------- passes
 
     def forward(
-        self,
-        features: Tensor,
-        draw: Draw | None = None,
-        *,
-        layer: int = 0,
+        self, features: Tensor, draw: Draw | None = None, *, layer: int = 0,
         differentiable: bool = False,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Refine the teacher's features [B, C, H, W], which get no gradient; same shape and dtype.
 
         Args:
@@ -367,42 +347,27 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def table(self) -> list[dict[str, Any]]:
-        """One row for each sub-policy: names, probabilities, magnitudes and the values they
-        mean.
-        """
-        chances, betas, magnitudes = (
-            part.double().cpu().tolist()
-            for part in (self.alpha.softmax(0), self.beta, self.magnitude)
-        )
-        return [
-            {
-                "operations": tuple(OPERATIONS[op].name for op in pair),
+        """One row for each sub-policy: names, probabilities, magnitudes and their values."""
+        columns = (self.alpha.softmax(0), self.beta, self.magnitude)
+        values = (column.double().cpu().tolist() for column in columns)
+        table = []
+        for pair, chance, beta, magnitude in zip(self.policies, *values, strict=True):
+            operations = [OPERATIONS[op] for op in pair]
+            strengths = (op.strength(m) for op, m in zip(operations, magnitude, strict=True))
+            table.append({
+                "operations": tuple(op.name for op in operations),
                 "probability": chance,
                 "beta": tuple(beta),
                 "magnitude": tuple(magnitude),
-                "value": tuple(
-                    OPERATIONS[op].strength(m) for op, m in zip(pair, magnitude, strict=True)
-                ),
-                "unit": tuple(OPERATIONS[op].unit for op in pair),
-            }
-            for pair, chance, beta, magnitude in zip(
-                self.policies, chances, betas, magnitudes, strict=True
-            )
-        ]
+                "value": tuple(strengths),
+                "unit": tuple(op.unit for op in operations),
+            })  # fmt: skip
+        return table
 
 
 def _rows(gates: Tensor, chosen: Tensor) -> Tensor:
     """[G, K, 2] at the chosen sub-policies [G]: [G, 2]."""
     return gates.gather(1, chosen[:, None, None].expand(-1, 1, 2)).squeeze(1)
-
-
-def _check_options(**options: str) -> None:
-    for name, value in options.items():
-        allowed = _OPTIONS[name]
-        if value not in allowed:
-            raise ValueError(
-                f"Policy: {name} must be {' or '.join(map(repr, allowed))}, got {value!r}"
-            )
 
 
 def _named(pairs: Sequence[Sequence[int]]) -> str:

@@ -34,18 +34,16 @@ class ControlVariate(nn.Module):
         # nn.Linear's own distribution, uniform in -+1/sqrt(inputs), but from the search's seed
         signed = 2 * draw_uniforms(seed, torch.full_like(seed, _STREAM), count)[0] - 1
         hidden, out = signed[: _HIDDEN * (inputs + 1)], signed[_HIDDEN * (inputs + 1) :]
-        self.hidden = nn.Parameter(
-            hidden.reshape(_HIDDEN, inputs + 1) * inputs**-0.5
-        )  # weight | bias
-        self.out = nn.Parameter(out.reshape(1, _HIDDEN + 1) * _HIDDEN**-0.5)  # weight | bias
+        # weight | bias
+        self.hidden = nn.Parameter(hidden.reshape(_HIDDEN, inputs + 1) * inputs**-0.5)
+        self.out = nn.Parameter(out.reshape(1, _HIDDEN + 1) * _HIDDEN**-0.5)
 
     def forward(self, z_choice: Tensor, z_gates: Tensor) -> Tensor:
         """z_choice [G, K], z_gates [G, K, 2] -> scalar: the mean over the groups, 0 without any."""
         choice = (z_choice / self.temperature).softmax(1)
         gates = (z_gates / self.temperature).sigmoid().flatten(1)
-        values = _linear(
-            torch.tanh(_linear(torch.cat([gates, choice], dim=1), self.hidden)), self.out
-        )
+        hidden = torch.tanh(_linear(torch.cat([gates, choice], dim=1), self.hidden))
+        values = _linear(hidden, self.out)
         return values.sum() / max(len(values), 1)
 
 
