@@ -1,6 +1,6 @@
 //! Elements as they lie in memory: what they are computed in, and how they come and go, alone, in rows and in squares.
 
-use crate::simd::{Real, LANES};
+use crate::simd::{Real, Simd, LANES};
 use crate::transpose::{self, Square};
 
 /// An element as it lies in memory.
@@ -25,7 +25,12 @@ pub trait Elem: Copy + Send + Sync + 'static {
     /// # Safety
     /// They must be readable.
     #[inline(always)]
-    unsafe fn load_square(planes: &[*const Self; LANES], at: isize, to: &mut Square<Self::Acc>) {
+    unsafe fn load_square<S: Simd>(
+        simd: S,
+        planes: &[*const Self; LANES],
+        at: isize,
+        to: &mut Square<Self::Acc>,
+    ) {
         let mut square = [[Self::Acc::default(); LANES]; LANES];
         for (row, plane) in square.iter_mut().zip(planes) {
             // SAFETY: the caller's promise.
@@ -33,21 +38,22 @@ pub trait Elem: Copy + Send + Sync + 'static {
                 unsafe { plane.wrapping_offset(at).cast::<[Self; LANES]>().read_unaligned() };
             Self::load_row(lanes, row);
         }
-        Self::Acc::transpose(&square, to);
+        Self::Acc::transpose(simd, &square, to);
     }
     /// A square to 16 elements of each of the first `used` planes, from `at` on.
     ///
     /// # Safety
     /// They must be writable.
     #[inline(always)]
-    unsafe fn store_square(
+    unsafe fn store_square<S: Simd>(
+        simd: S,
         from: &Square<Self::Acc>,
         planes: &[*mut Self; LANES],
         used: usize,
         at: isize,
     ) {
         let mut square = [[Self::Acc::default(); LANES]; LANES];
-        Self::Acc::transpose(from, &mut square);
+        Self::Acc::transpose(simd, from, &mut square);
         for (row, plane) in square.iter().zip(&planes[..used]) {
             let lanes = Self::store_row(row);
             // SAFETY: the caller's promise.
@@ -67,14 +73,25 @@ pub trait Elem: Copy + Send + Sync + 'static {
 
 impl Elem for f32 {
     #[inline(always)]
-    unsafe fn load_square(planes: &[*const f32; LANES], at: isize, to: &mut Square<f32>) {
+    unsafe fn load_square<S: Simd>(
+        simd: S,
+        planes: &[*const f32; LANES],
+        at: isize,
+        to: &mut Square<f32>,
+    ) {
         // SAFETY: the caller's promise.
-        unsafe { transpose::load_f32(planes, at, to) }
+        unsafe { transpose::load_f32(simd, planes, at, to) }
     }
     #[inline(always)]
-    unsafe fn store_square(from: &Square<f32>, planes: &[*mut f32; LANES], used: usize, at: isize) {
+    unsafe fn store_square<S: Simd>(
+        simd: S,
+        from: &Square<f32>,
+        planes: &[*mut f32; LANES],
+        used: usize,
+        at: isize,
+    ) {
         // SAFETY: the caller's promise.
-        unsafe { transpose::store_f32(from, planes, used, at) }
+        unsafe { transpose::store_f32(simd, from, planes, used, at) }
     }
     type Acc = f32;
     const IS_ACC: bool = true;

@@ -6,7 +6,7 @@
 //! serve the positions `p % 4`. Policy draws: `(block, 0xFFFFFFFF, counter)`. Both have the seed as key, and never meet: a plane has fewer
 //! than 2^32 blocks of four, so the second word of noise stays 0.
 
-use crate::simd::{Level, LANES};
+use crate::simd::{Level, Simd, LANES};
 
 const MULTIPLIERS: [u64; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
@@ -121,8 +121,6 @@ fn sin_cos_turn(turn: i32) -> (f32, f32) {
 /// Even lanes come first, odd lanes after them, so that two registers of 64-bit lanes merge into one of 32-bit words.
 pub struct Planes<'a> {
     keys: &'a Keys,
-    /// Looked up once: it is asked for every four positions.
-    level: Level,
     /// Third counter word after the first round, but for the position's part.
     third: [u64; LANES],
     /// After the second round: first word without the product of `third`, third word without the position's part, fourth word.
@@ -138,7 +136,6 @@ impl<'a> Planes<'a> {
         let even = odd.map(|odd| ((odd >> 32) ^ first[0]) * MULTIPLIERS[0]);
         Self {
             keys,
-            level: crate::simd::level(),
             third: halves.map(|plane| (plane >> 32) ^ first[1]),
             second_round: [
                 odd.map(|odd| (odd & LOW) ^ second[0]),
@@ -150,14 +147,18 @@ impl<'a> Planes<'a> {
 
     /// The normals of positions `4*quad ..`, as many rows of lanes as there are, four at a time.
     #[inline(always)]
-    pub fn normals(&self, quad: u32, out: &mut [[f32; LANES]]) {
+    pub fn normals<S: Simd>(&self, simd: S, quad: u32, out: &mut [[f32; LANES]]) {
         let fours = out.as_chunks_mut::<4>().0;
         #[cfg(target_arch = "x86_64")]
-        match self.level {
-            // SAFETY: the CPU has the features of its level.
-            Level::Avx512 => return unsafe { avx512::normals_avx512(self, quad, fours) },
-            // SAFETY: as above.
-            Level::Avx2 => return unsafe { avx2::normals_avx2(self, quad, fours) },
+        match simd.level() {
+            Level::Avx512(simd) => {
+                // SAFETY: the token proves the features.
+                return unsafe { avx512::normals_avx512(simd, self, quad, fours) };
+            }
+            Level::Avx2(simd) => {
+                // SAFETY: as above.
+                return unsafe { avx2::normals_avx2(simd, self, quad, fours) };
+            }
             Level::Scalar => {}
         }
         for (i, four) in fours.iter_mut().enumerate() {
@@ -224,7 +225,7 @@ pub fn draw(seed: u64, counter: u64, uniforms: &mut [f32]) -> i64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::simd::{run_at, Job};
+    use crate::simd::{run_at, WithSimd};
 
     #[test]
     fn known_answers_of_random123() {
@@ -255,12 +256,12 @@ mod tests {
     }
 
     struct Lanes(Keys, u32, [u64; LANES]);
-    impl Job for Lanes {
+    impl WithSimd for Lanes {
         type Out = [[f32; LANES]; 4];
         #[inline(always)]
-        fn run(self) -> Self::Out {
+        fn with_simd<S: Simd>(self, simd: S) -> Self::Out {
             let mut out = [[0.0; LANES]; 4];
-            Planes::new(&self.0, &self.2).normals(self.1, &mut out);
+            Planes::new(&self.0, &self.2).normals(simd, self.1, &mut out);
             out
         }
     }
@@ -290,13 +291,13 @@ mod tests {
             let keys = Keys::new(seed);
             let lanes = Planes::new(&keys, &planes);
             let words = match level {
-                // SAFETY: the CPU has it.
+                // SAFETY: the token proves the features.
                 #[cfg(target_arch = "x86_64")]
-                Level::Avx512 => unsafe { avx512::words_avx512(&lanes, quad) },
-                // SAFETY: the CPU has it.
+                Level::Avx512(simd) => unsafe { avx512::words_avx512(simd, &lanes, quad) },
+                // SAFETY: the token proves the features.
                 #[cfg(target_arch = "x86_64")]
-                Level::Avx2 => unsafe { avx2::words_avx2(&lanes, quad) },
-                _ => lanes.words_any(quad),
+                Level::Avx2(simd) => unsafe { avx2::words_avx2(simd, &lanes, quad) },
+                Level::Scalar => lanes.words_any(quad),
             };
             for (l, plane) in planes.iter().enumerate() {
                 let alone = block(seed, [quad, 0, *plane as u32, (*plane >> 32) as u32]);

@@ -2,23 +2,26 @@
 //! picked at run time.
 //!
 //! Every level runs the same operations in the same order (fused multiply-adds are written out), so the bits do not depend on the CPU.
+//! Code for a level takes its token ([`Scalar`], `Avx2`, `Avx512`), which only detection makes.
 
 pub use crate::elem::{Bf16, Elem, F16};
-use crate::row::Row;
+use crate::row::Vector;
 use std::sync::OnceLock;
 
 /// Elements that the kernels work on side by side (channels, in nearly all of them): one AVX-512 register of f32.
 pub const LANES: usize = 16;
 
-/// An instruction set.
+/// An instruction set that this CPU has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Level {
     /// Whatever the target has by default.
     Scalar,
     /// AVX2 with FMA.
-    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx2(Avx2),
     /// AVX-512 F, BW, DQ, VL.
-    Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Avx512),
 }
 
 impl Level {
@@ -26,8 +29,10 @@ impl Level {
     pub fn name(self) -> &'static str {
         match self {
             Self::Scalar => "scalar",
-            Self::Avx2 => "avx2",
-            Self::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(_) => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(_) => "avx512",
         }
     }
 
@@ -36,17 +41,8 @@ impl Level {
         let mut levels = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
-            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
-            let avx512 = is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512dq")
-                && is_x86_feature_detected!("avx512vl");
-            if avx2 && avx512 {
-                levels.push(Self::Avx512);
-            }
-            if avx2 {
-                levels.push(Self::Avx2);
-            }
+            levels.extend(Avx512::detect().map(Self::Avx512));
+            levels.extend(Avx2::detect().map(Self::Avx2));
         }
         levels.push(Self::Scalar);
         levels
@@ -64,61 +60,120 @@ pub fn level() -> Level {
     })
 }
 
-/// A piece of work whose `run` is compiled once for every level. `run` and all that it calls must be `#[inline(always)]`.
-pub trait Job {
+/// A level's token. It takes no memory; that a value exists proves that the CPU has the features of the level.
+pub trait Simd: Copy {
+    /// [`LANES`] numbers of f32 in the registers of this level.
+    type F32: Vector<f32, Self>;
+    /// The same of f64.
+    type F64: Vector<f64, Self>;
+    /// The level, known when compiling.
+    fn level(self) -> Level;
+    /// From memory.
+    #[inline(always)]
+    fn load<A: Real>(self, from: &[A; LANES]) -> A::Vector<Self> {
+        A::Vector::<Self>::load(self, from)
+    }
+    /// From memory, widened if need be.
+    #[inline(always)]
+    fn load_f32<A: Real>(self, from: &[f32; LANES]) -> A::Vector<Self> {
+        A::Vector::<Self>::load_f32(self, from)
+    }
+    /// One number in all lanes.
+    #[inline(always)]
+    fn splat<A: Real>(self, value: A) -> A::Vector<Self> {
+        A::Vector::<Self>::splat(self, value)
+    }
+}
+
+/// The token of [`Level::Scalar`], which every CPU has.
+#[derive(Clone, Copy)]
+pub struct Scalar;
+
+impl Simd for Scalar {
+    type F32 = crate::row::Plain<f32>;
+    type F64 = crate::row::Plain<f64>;
+    #[inline(always)]
+    fn level(self) -> Level {
+        Level::Scalar
+    }
+}
+
+/// Work that is compiled once for every level. `with_simd` and all that it calls must be `#[inline(always)]`.
+pub trait WithSimd {
     /// What it returns.
     type Out;
     /// Does the work.
-    fn run(self) -> Self::Out;
-    /// The same with rows in the registers of AVX2.
-    #[inline(always)]
-    fn run_avx2(self) -> Self::Out
-    where
-        Self: Sized,
-    {
-        self.run()
-    }
-    /// The same with rows in the registers of AVX-512.
-    #[inline(always)]
-    fn run_avx512(self) -> Self::Out
-    where
-        Self: Sized,
-    {
-        self.run()
-    }
+    fn with_simd<S: Simd>(self, simd: S) -> Self::Out;
 }
 
-/// Runs a job at the level in use.
+/// Runs work at the level in use.
 #[inline]
-pub fn run<J: Job>(job: J) -> J::Out {
-    run_at(level(), job)
+pub fn run<W: WithSimd>(work: W) -> W::Out {
+    run_at(level(), work)
 }
 
-/// Runs a job at a given level, which the CPU must have (tests compare the levels).
+/// Runs work at a given level (tests compare the levels).
 #[inline]
-pub fn run_at<J: Job>(level: Level, job: J) -> J::Out {
+pub fn run_at<W: WithSimd>(level: Level, work: W) -> W::Out {
     match level {
-        // SAFETY: `Level::available` found these features on this CPU.
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 => unsafe { run_avx512(job) },
-        // SAFETY: as above.
+        Level::Avx512(simd) => simd.run(work),
         #[cfg(target_arch = "x86_64")]
-        Level::Avx2 => unsafe { run_avx2(job) },
-        _ => job.run(),
+        Level::Avx2(simd) => simd.run(work),
+        Level::Scalar => work.with_simd(Scalar),
     }
 }
 
+/// A level of x86: its features are listed once, for the detection and for the code that is compiled for it.
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2")]
-fn run_avx512<J: Job>(job: J) -> J::Out {
-    job.run_avx512()
+macro_rules! level {
+    ($(#[$about:meta])* $name:ident, $f32:ident, $f64:ident, [$($feature:tt),*]) => {
+        $(#[$about])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub struct $name(());
+
+        impl $name {
+            /// All features that code for this level may use.
+            #[cfg(test)]
+            const FEATURES: &'static [&'static str] = &[$($feature),*];
+
+            /// The token, where the CPU has every feature of the level.
+            fn detect() -> Option<Self> {
+                ($(is_x86_feature_detected!($feature))&&*).then_some(Self(()))
+            }
+
+            #[inline]
+            fn run<W: WithSimd>(self, work: W) -> W::Out {
+                #[target_feature($(enable = $feature),*)]
+                fn compiled<W: WithSimd>(simd: $name, work: W) -> W::Out {
+                    work.with_simd(simd)
+                }
+                // SAFETY: `detect`, which alone makes tokens, found all of these features.
+                unsafe { compiled(self, work) }
+            }
+        }
+
+        impl Simd for $name {
+            type F32 = crate::row::x86::$f32;
+            type F64 = crate::row::x86::$f64;
+            #[inline(always)]
+            fn level(self) -> Level {
+                Level::$name(self)
+            }
+        }
+    };
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,bmi2")]
-fn run_avx2<J: Job>(job: J) -> J::Out {
-    job.run_avx2()
-}
+level!(
+    /// The token of [`Level::Avx2`].
+    Avx2, Half32, Half64, ["avx2", "fma", "bmi2"]
+);
+#[cfg(target_arch = "x86_64")]
+level!(
+    /// The token of [`Level::Avx512`].
+    Avx512, Wide32, Wide64, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "bmi2"]
+);
 
 /// What the kernels compute in: f32, or f64 for f64 tensors.
 pub trait Real:
@@ -133,10 +188,8 @@ pub trait Real:
     + std::ops::AddAssign
     + 'static
 {
-    /// A row in the registers of AVX-512.
-    type Rows512: Row<Self>;
-    /// A row in the registers of AVX2.
-    type Rows256: Row<Self>;
+    /// [`LANES`] of them in the registers of a level.
+    type Vector<S: Simd>: Vector<Self, S>;
     /// Rounds from f64.
     fn of(value: f64) -> Self;
     /// Widens (or keeps) an f32.
@@ -152,20 +205,13 @@ pub trait Real:
     /// The bits that both have.
     fn and(self, other: Self) -> Self;
     /// Turns 16 rows about their diagonal.
-    fn transpose(from: &[[Self; LANES]; LANES], to: &mut [[Self; LANES]; LANES]);
+    fn transpose<S: Simd>(simd: S, from: &[[Self; LANES]; LANES], to: &mut [[Self; LANES]; LANES]);
 }
 
 macro_rules! real {
-    ($t:ty, $transpose:path, $rows512:ident, $rows256:ident) => {
+    ($t:ty, $vector:ident, $transpose:path) => {
         impl Real for $t {
-            #[cfg(target_arch = "x86_64")]
-            type Rows512 = crate::row::x86::$rows512;
-            #[cfg(target_arch = "x86_64")]
-            type Rows256 = crate::row::x86::$rows256;
-            #[cfg(not(target_arch = "x86_64"))]
-            type Rows512 = crate::row::Plain<$t>;
-            #[cfg(not(target_arch = "x86_64"))]
-            type Rows256 = crate::row::Plain<$t>;
+            type Vector<S: Simd> = S::$vector;
             #[inline(always)]
             fn of(value: f64) -> Self {
                 value as Self
@@ -195,30 +241,62 @@ macro_rules! real {
                 Self::from_bits(self.to_bits() & other.to_bits())
             }
             #[inline(always)]
-            fn transpose(from: &[[Self; LANES]; LANES], to: &mut [[Self; LANES]; LANES]) {
-                $transpose(from, to)
+            fn transpose<S: Simd>(
+                simd: S,
+                from: &[[Self; LANES]; LANES],
+                to: &mut [[Self; LANES]; LANES],
+            ) {
+                $transpose(simd, from, to)
             }
         }
     };
 }
-real!(f32, crate::transpose::transpose_f32, Wide32, Half32);
-real!(f64, crate::transpose::transpose_any, Wide64, Half64);
+real!(f32, F32, crate::transpose::transpose_f32);
+real!(f64, F64, crate::transpose::transpose_any);
 
-/// The three ways of a job that works on rows: `self.rows::<R>()` does it with rows of the kind `R`.
-macro_rules! by_rows {
-    ($a:ty) => {
-        #[inline(always)]
-        fn run(self) -> Self::Out {
-            self.rows::<crate::row::Plain<$a>>()
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    /// Every list of features in a `target_feature` attribute below a folder, with its file.
+    fn enabled(folder: &Path, lists: &mut Vec<(String, String)>) {
+        for entry in folder.read_dir().unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                enabled(&path, lists);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let text = std::fs::read_to_string(&path).unwrap();
+                for attribute in text.split(concat!("#[target_feature", "(")).skip(1) {
+                    let quoted = attribute.split(")]").next().unwrap().split('"').skip(1);
+                    let file = path.display().to_string();
+                    lists.extend(quoted.step_by(2).map(|list| (file.clone(), list.to_owned())));
+                }
+            }
         }
-        #[inline(always)]
-        fn run_avx2(self) -> Self::Out {
-            self.rows::<<$a as Real>::Rows256>()
+    }
+
+    #[test]
+    fn a_level_is_detected_by_every_feature_that_its_code_enables() {
+        let mut lists = Vec::new();
+        enabled(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut lists);
+        assert!(lists.len() > 20, "{lists:?}");
+        for (file, list) in lists {
+            let table = if list.contains("avx512") { Avx512::FEATURES } else { Avx2::FEATURES };
+            for feature in list.split(',') {
+                assert!(table.contains(&feature), "{feature} of {list:?} in {file}");
+            }
         }
-        #[inline(always)]
-        fn run_avx512(self) -> Self::Out {
-            self.rows::<<$a as Real>::Rows512>()
-        }
-    };
+    }
+
+    #[test]
+    fn a_higher_level_has_what_a_lower_one_has() {
+        assert!(Avx2::FEATURES.iter().all(|feature| Avx512::FEATURES.contains(feature)));
+        assert!(["avx2", "fma", "bmi2"].iter().all(|feature| Avx2::FEATURES.contains(feature)));
+    }
+
+    #[test]
+    fn tokens_take_no_memory() {
+        assert_eq!(size_of::<Avx2>() + size_of::<Avx512>() + size_of::<Scalar>(), 0);
+    }
 }
-pub(crate) use by_rows;

@@ -3,7 +3,7 @@
 //! All kernels work on tiles, so contiguous, channels_last, sliced and expanded tensors run the same arithmetic; only loading and
 //! storing differ. Planes that are rows of consecutive elements are turned 16 x 16 at a time.
 
-use crate::simd::{self, Elem, Job, Real, LANES};
+use crate::simd::{self, Elem, Real, Simd, WithSimd, LANES};
 use crate::view::TensorView;
 
 /// How `[B, C, H, W]` lies in memory, without its dtype.
@@ -154,19 +154,20 @@ struct Load<'a, T: Elem> {
     from: usize,
 }
 
-impl<T: Elem> Job for Load<'_, T> {
+impl<T: Elem> WithSimd for Load<'_, T> {
     type Out = ();
 
     #[inline(always)]
-    fn run(self) {
+    fn with_simd<S: Simd>(self, simd: S) {
         let Self { tile, base, layout, n, channels, from } = self;
         // SAFETY: `load`'s caller vouches for all of it.
-        unsafe { load_runs(tile, base, layout, n, channels, from) }
+        unsafe { load_runs(simd, tile, base, layout, n, channels, from) }
     }
 }
 
 #[inline(always)]
-unsafe fn load_runs<T: Elem>(
+unsafe fn load_runs<T: Elem, S: Simd>(
+    simd: S,
     tile: &mut [[T::Acc; LANES]],
     base: *const T,
     layout: &Layout,
@@ -186,7 +187,7 @@ unsafe fn load_runs<T: Elem>(
         // SAFETY: the caller's promise covers every position of this run.
         unsafe {
             if layout.w == 1 && length > 1 {
-                load_rows(part, &planes, start);
+                load_rows(simd, part, &planes, start);
             } else if layout.c == 1 && channels.consecutive() {
                 load_lanes(part, planes[0].wrapping_offset(start), layout.w);
             } else {
@@ -198,7 +199,8 @@ unsafe fn load_runs<T: Elem>(
 }
 
 #[inline(always)]
-unsafe fn load_rows<T: Elem>(
+unsafe fn load_rows<T: Elem, S: Simd>(
+    simd: S,
     tile: &mut [[T::Acc; LANES]],
     planes: &[*const T; LANES],
     start: isize,
@@ -207,7 +209,7 @@ unsafe fn load_rows<T: Elem>(
     let (squares, rest) = tile.split_at_mut(whole);
     for (k, block) in squares.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
         // SAFETY: positions at .. at + LANES of these planes are within the run.
-        unsafe { T::load_square(planes, start + (k * LANES) as isize, block) };
+        unsafe { T::load_square(simd, planes, start + (k * LANES) as isize, block) };
     }
     // SAFETY: the rest of the run.
     unsafe { load_any(rest, planes, start + whole as isize, 1) }
@@ -264,19 +266,20 @@ struct Store<'a, T: Elem> {
     from: usize,
 }
 
-impl<T: Elem> Job for Store<'_, T> {
+impl<T: Elem> WithSimd for Store<'_, T> {
     type Out = ();
 
     #[inline(always)]
-    fn run(self) {
+    fn with_simd<S: Simd>(self, simd: S) {
         let Self { tile, base, layout, n, channels, from } = self;
         // SAFETY: `store`'s caller vouches for all of it.
-        unsafe { store_runs(tile, base, layout, n, channels, from) }
+        unsafe { store_runs(simd, tile, base, layout, n, channels, from) }
     }
 }
 
 #[inline(always)]
-unsafe fn store_runs<T: Elem>(
+unsafe fn store_runs<T: Elem, S: Simd>(
+    simd: S,
     tile: &[[T::Acc; LANES]],
     base: *mut T,
     layout: &Layout,
@@ -296,7 +299,7 @@ unsafe fn store_runs<T: Elem>(
         // SAFETY: the caller's promise covers every position of this run.
         unsafe {
             if layout.w == 1 && length > 1 {
-                store_rows(part, &planes, channels.used, start);
+                store_rows(simd, part, &planes, channels.used, start);
             } else if layout.c == 1 && channels.consecutive() {
                 store_lanes(part, planes[0].wrapping_offset(start), layout.w);
             } else {
@@ -308,7 +311,8 @@ unsafe fn store_runs<T: Elem>(
 }
 
 #[inline(always)]
-unsafe fn store_rows<T: Elem>(
+unsafe fn store_rows<T: Elem, S: Simd>(
+    simd: S,
     tile: &[[T::Acc; LANES]],
     planes: &[*mut T; LANES],
     used: usize,
@@ -318,7 +322,7 @@ unsafe fn store_rows<T: Elem>(
     let (squares, rest) = tile.split_at(whole);
     for (k, block) in squares.as_chunks::<LANES>().0.iter().enumerate() {
         // SAFETY: positions at .. at + LANES of these planes are within the run.
-        unsafe { T::store_square(block, planes, used, start + (k * LANES) as isize) };
+        unsafe { T::store_square(simd, block, planes, used, start + (k * LANES) as isize) };
     }
     // SAFETY: the rest of the run.
     unsafe { store_any(rest, planes, used, start + whole as isize, 1) }

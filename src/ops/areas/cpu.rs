@@ -5,8 +5,7 @@ use super::heat::{Heat, Image};
 use super::peaks::Peak;
 use super::Args;
 use crate::parallel;
-use crate::row::Row;
-use crate::simd::{self, by_rows, Elem, Job, Real};
+use crate::simd::{self, Elem, Simd, WithSimd};
 use std::ops::Range;
 
 /// Cells that one thread reads at a time.
@@ -45,17 +44,14 @@ struct Bounds<'a, T> {
     blocks: Range<usize>,
 }
 
-impl<T: Elem> Job for Bounds<'_, T> {
+impl<T: Elem> WithSimd for Bounds<'_, T> {
     type Out = Vec<T::Acc>;
-    by_rows!(T::Acc);
-}
 
-impl<T: Elem> Bounds<'_, T> {
     #[inline(always)]
-    fn rows<R: Row<T::Acc>>(self) -> Vec<T::Acc> {
+    fn with_simd<S: Simd>(self, simd: S) -> Vec<T::Acc> {
         let mut bounds = Vec::with_capacity(self.blocks.len());
         for block in self.blocks {
-            bounds.push(self.image.bound::<R>(block));
+            bounds.push(self.image.bound(simd, block));
         }
         bounds
     }
@@ -68,14 +64,11 @@ struct Best<'a, T: Elem> {
     k: usize,
 }
 
-impl<T: Elem> Job for Best<'_, T> {
+impl<T: Elem> WithSimd for Best<'_, T> {
     type Out = Vec<Peak<T::Acc>>;
-    by_rows!(T::Acc);
-}
 
-impl<T: Elem> Best<'_, T> {
     #[inline(always)]
-    fn rows<R: Row<T::Acc>>(self) -> Vec<Peak<T::Acc>> {
-        self.image.best::<R>(self.bounds, self.k)
+    fn with_simd<S: Simd>(self, simd: S) -> Vec<Peak<T::Acc>> {
+        self.image.best(simd, self.bounds, self.k)
     }
 }

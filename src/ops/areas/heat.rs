@@ -1,8 +1,8 @@
 //! The heat of an image as its cells lie in memory, whatever the strides: rows of equal steps, cut into blocks.
 
 use super::larger;
-use crate::row::Row;
-use crate::simd::{Elem, Real, LANES};
+use crate::row::Vector;
+use crate::simd::{Elem, Real, Simd, LANES};
 use crate::tile;
 use crate::view::TensorView;
 use std::cmp::Reverse;
@@ -137,19 +137,21 @@ impl<T: Elem> Image<'_, T> {
 
     /// The maximum over a block, NaN left out. Of products it is taken before the root, which keeps the order.
     #[inline(always)]
-    pub fn bound<R: Row<T::Acc>>(&self, index: usize) -> T::Acc {
+    pub fn bound<S: Simd>(&self, simd: S, index: usize) -> T::Acc {
         let block = self.block(index);
         let lowest = T::Acc::of(f64::NEG_INFINITY);
         let cells = |t: usize, i: usize| {
             let at = self.at(&block, t, i);
             tile::hint(at.wrapping_offset(AHEAD));
             // SAFETY: asked for below only where LANES consecutive cells of the block begin at i.
-            unsafe { consecutive::<T, R>(at) }
+            unsafe { consecutive::<T, S>(simd, at) }
         };
         let most = match (self.dense() && block.length >= LANES, self.heat.mutual) {
-            (true, true) => most(block.length, |i| cells(0, i).times(cells(1, i))),
-            (true, false) => most(block.length, |i| cells(0, i)),
-            (false, _) => most(block.length, |i| self.row::<R>(&block, i)),
+            (true, true) => {
+                most::<T::Acc, S>(simd, block.length, |i| cells(0, i).times(cells(1, i)))
+            }
+            (true, false) => most::<T::Acc, S>(simd, block.length, |i| cells(0, i)),
+            (false, _) => most::<T::Acc, S>(simd, block.length, |i| self.row(simd, &block, i)),
         };
         let mut lanes = [lowest; LANES];
         most.store(&mut lanes);
@@ -164,9 +166,9 @@ impl<T: Elem> Image<'_, T> {
 
     /// The scores of LANES cells of a block; NaN past its end.
     #[inline(always)]
-    pub fn scores<R: Row<T::Acc>>(&self, block: &Block, from: usize) -> [T::Acc; LANES] {
+    pub fn scores<S: Simd>(&self, simd: S, block: &Block, from: usize) -> [T::Acc; LANES] {
         let mut lanes = [T::Acc::default(); LANES];
-        self.row::<R>(block, from).store(&mut lanes);
+        self.row(simd, block, from).store(&mut lanes);
         lanes.map(|value| self.score(value))
     }
 
@@ -203,14 +205,14 @@ impl<T: Elem> Image<'_, T> {
 
     /// LANES cells of a block, before the root; NaN past its end.
     #[inline(always)]
-    fn row<R: Row<T::Acc>>(&self, block: &Block, from: usize) -> R {
+    fn row<S: Simd>(&self, simd: S, block: &Block, from: usize) -> <T::Acc as Real>::Vector<S> {
         let at = |t: usize, i: usize| self.at(block, t, from + i);
         if self.dense() && from + LANES <= block.length {
             // SAFETY: LANES consecutive cells of the block, in both maps.
-            let [own, other] = [0, 1].map(|t| unsafe { consecutive::<T, R>(at(t, 0)) });
+            let [own, other] = [0, 1].map(|t| unsafe { consecutive::<T, S>(simd, at(t, 0)) });
             return if self.heat.mutual { own.times(other) } else { own };
         }
-        R::load(&std::array::from_fn(|i| match from + i < block.length {
+        simd.load(&std::array::from_fn(|i| match from + i < block.length {
             // SAFETY: a cell of the block.
             true => unsafe { self.value(at(0, i), at(1, i)) },
             false => T::Acc::of(f64::NAN),
@@ -253,8 +255,12 @@ impl<T: Elem> Image<'_, T> {
 
 /// The greatest of all rows of `length` cells, lane by lane.
 #[inline(always)]
-fn most<A: Real, R: Row<A>>(length: usize, row: impl Fn(usize) -> R) -> R {
-    let mut most = R::splat(A::of(f64::NEG_INFINITY));
+fn most<A: Real, S: Simd>(
+    simd: S,
+    length: usize,
+    row: impl Fn(usize) -> A::Vector<S>,
+) -> A::Vector<S> {
+    let mut most = simd.splat(A::of(f64::NEG_INFINITY));
     // A cell counted twice changes no maximum: the last row ends where the block does.
     let last = length.saturating_sub(LANES);
     for i in (0..length).step_by(LANES) {
@@ -265,9 +271,9 @@ fn most<A: Real, R: Row<A>>(length: usize, row: impl Fn(usize) -> R) -> R {
 
 /// [`LANES`] cells from `at` on.
 #[inline(always)]
-unsafe fn consecutive<T: Elem, R: Row<T::Acc>>(at: *const T) -> R {
+unsafe fn consecutive<T: Elem, S: Simd>(simd: S, at: *const T) -> <T::Acc as Real>::Vector<S> {
     let mut lanes = [T::Acc::default(); LANES];
     // SAFETY: the caller's promise.
     T::load_row(unsafe { at.cast::<[T; LANES]>().read_unaligned() }, &mut lanes);
-    R::load(&lanes)
+    simd.load(&lanes)
 }

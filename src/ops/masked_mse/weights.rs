@@ -3,7 +3,7 @@
 use super::CHECK;
 use crate::error::Result;
 use crate::parallel;
-use crate::simd::{self, Bf16, Elem, Job, Real, F16, LANES};
+use crate::simd::{self, Bf16, Elem, Real, Simd, WithSimd, F16, LANES};
 use crate::view::{DType, TensorView};
 use std::slice;
 
@@ -88,10 +88,10 @@ fn total<A: Real>(all: &[A], dtype: DType, threads: usize) -> Result<f64> {
 /// The sum of some weights, and whether none is negative (a NaN is not).
 struct Total<'a, A>(&'a [A]);
 
-impl<A: Real> Job for Total<'_, A> {
+impl<A: Real> WithSimd for Total<'_, A> {
     type Out = (f64, bool);
     #[inline(always)]
-    fn run(self) -> Self::Out {
+    fn with_simd<S: Simd>(self, _: S) -> Self::Out {
         let (mut sums, mut least) = ([0.0; LANES], [A::default(); LANES]);
         let mut rows = self.0.chunks_exact(LANES);
         let mut add = |l: usize, w: A| {

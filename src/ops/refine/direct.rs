@@ -2,8 +2,8 @@
 
 use super::plan::{Corners, Group, Hole};
 use super::Shape;
-use crate::row::Row;
-use crate::simd::{by_rows, Elem, Job, Real, LANES};
+use crate::row::Vector;
+use crate::simd::{Elem, Real, Simd, WithSimd, LANES};
 use crate::tile::Layout;
 use std::ops::Range;
 
@@ -28,14 +28,11 @@ pub(super) struct Direct<'a, T: Elem> {
     pub shape: Shape,
 }
 
-impl<T: Elem> Job for Direct<'_, T> {
+impl<T: Elem> WithSimd for Direct<'_, T> {
     type Out = ();
-    by_rows!(T::Acc);
-}
 
-impl<T: Elem> Direct<'_, T> {
     #[inline(always)]
-    fn rows<R: Row<T::Acc>>(self) {
+    fn with_simd<S: Simd>(self, simd: S) {
         let channels = self.shape.channels;
         let zeros = vec![T::Acc::default(); if self.table.is_some() { channels } else { 0 }];
         for p in self.positions.clone() {
@@ -47,7 +44,7 @@ impl<T: Elem> Direct<'_, T> {
                 Some(table) => {
                     let corners = &table[p];
                     let at = corners.at.map(|at| self.corner(at as usize, &zeros));
-                    blend::<T::Acc, R>(target, at, &corners.weight);
+                    blend(simd, target, at, &corners.weight);
                 }
             }
         }
@@ -55,7 +52,9 @@ impl<T: Elem> Direct<'_, T> {
             self.clear(&hole);
         }
     }
+}
 
+impl<T: Elem> Direct<'_, T> {
     /// All channels of a position; of one outside the map, zeros.
     #[inline(always)]
     fn corner<'b>(&self, at: usize, zeros: &'b [T::Acc]) -> &'b [T::Acc] {
@@ -83,13 +82,14 @@ impl<T: Elem> Direct<'_, T> {
 
 /// The weighted sum of four corners, as for tiles.
 #[inline(always)]
-fn blend<A: Real, R: Row<A>>(target: &mut [A], corners: [&[A]; 4], weight: &[A; 4]) {
+fn blend<A: Real, S: Simd>(simd: S, target: &mut [A], corners: [&[A]; 4], weight: &[A; 4]) {
     let (rows, rest) = target.as_chunks_mut::<LANES>();
     let [a, b, c, d] = corners.map(|corner| &corner.as_chunks::<LANES>().0[..rows.len()]);
-    let [wa, wb, wc, wd] = weight.map(R::splat);
+    let [wa, wb, wc, wd] = weight.map(|weight| simd.splat(weight));
     for (i, row) in rows.iter_mut().enumerate() {
-        let last = wd.times(R::load(&d[i]));
-        wa.fma(R::load(&a[i]), wb.fma(R::load(&b[i]), wc.fma(R::load(&c[i]), last))).store(row);
+        let last = wd.times(simd.load(&d[i]));
+        wa.fma(simd.load(&a[i]), wb.fma(simd.load(&b[i]), wc.fma(simd.load(&c[i]), last)))
+            .store(row);
     }
     let done = rows.len() * LANES;
     let [a, b, c, d] = corners.map(|corner| &corner[done..]);

@@ -4,7 +4,7 @@ use super::{Parts, Shape};
 use crate::check::Check;
 use crate::error::Result;
 use crate::philox::Keys;
-use crate::simd::{self, Job, Real};
+use crate::simd::{self, Real, Simd, WithSimd};
 use crate::view::TensorView;
 use std::marker::PhantomData;
 
@@ -193,19 +193,19 @@ impl<A: Real> Table<A> {
     }
 }
 
-/// Makes a table: a job for the sake of `floor`, which is a call without the newer instructions.
+/// Makes a table: compiled for every level for the sake of `floor`, which is a call without the newer instructions.
 struct MakeTable<'a, A> {
     theta: &'a [f64; 6],
     shape: Shape,
     of: PhantomData<A>,
 }
 
-impl<A: Real> Job for MakeTable<'_, A> {
+impl<A: Real> WithSimd for MakeTable<'_, A> {
     type Out = Table<A>;
 
     /// In float64 throughout: the coordinate's error would otherwise grow with the map.
     #[inline(always)]
-    fn run(self) -> Table<A> {
+    fn with_simd<S: Simd>(self, _: S) -> Table<A> {
         let (theta, shape) = (self.theta, self.shape);
         let (height, width) = (shape.height as f64, shape.width as f64);
         let (cx, cy) = ((width - 1.0) / 2.0, (height - 1.0) / 2.0);
