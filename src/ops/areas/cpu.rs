@@ -5,7 +5,7 @@ use super::heat::{Heat, Image};
 use super::peaks::Peak;
 use super::Args;
 use crate::parallel;
-use crate::simd::{self, Elem, Simd, WithSimd};
+use crate::simd::{self, Element, Simd, WithSimd};
 use std::ops::Range;
 
 /// Cells that one thread reads at a time.
@@ -15,7 +15,7 @@ const CHUNK: usize = 1 << 16;
 ///
 /// # Safety
 /// The maps have the dtype `T`, the shapes agree, the outputs are contiguous and of their dtypes, and all are in host memory.
-pub unsafe fn forward<T: Elem>(args: &Args, threads: usize) {
+pub(crate) unsafe fn forward<T: Element>(args: &Args, threads: usize) {
     let heat =
         Heat::<T>::new(args.heat, args.teacher.map(|teacher| teacher[0]), args.kernel as usize);
     let outputs = Outputs::<T>::new(args);
@@ -44,7 +44,7 @@ struct Bounds<'a, T> {
     blocks: Range<usize>,
 }
 
-impl<T: Elem> WithSimd for Bounds<'_, T> {
+impl<T: Element> WithSimd for Bounds<'_, T> {
     type Out = Vec<T::Acc>;
 
     #[inline(always)]
@@ -58,13 +58,13 @@ impl<T: Elem> WithSimd for Bounds<'_, T> {
 }
 
 /// The k best peaks, from the maxima of all blocks.
-struct Best<'a, T: Elem> {
+struct Best<'a, T: Element> {
     image: &'a Image<'a, T>,
     bounds: &'a [T::Acc],
     k: usize,
 }
 
-impl<T: Elem> WithSimd for Best<'_, T> {
+impl<T: Element> WithSimd for Best<'_, T> {
     type Out = Vec<Peak<T::Acc>>;
 
     #[inline(always)]

@@ -5,13 +5,13 @@
 
 use super::heat::{Block, Image};
 use super::larger;
-use crate::simd::{Elem, Real, Simd, LANES};
+use crate::simd::{Element, Real, Simd, LANES};
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
 
 /// A local maximum; the better of two is the lesser one.
 #[derive(Clone, Copy, PartialEq)]
-pub struct Peak<A> {
+pub(crate) struct Peak<A> {
     /// Its heat; never NaN.
     pub score: A,
     /// (a * H + y) * W + x
@@ -35,10 +35,10 @@ impl<A: Real> PartialOrd for Peak<A> {
     }
 }
 
-impl<T: Elem> Image<'_, T> {
+impl<T: Element> Image<'_, T> {
     /// The k best peaks, best first, by the maxima of all blocks.
     #[inline(always)]
-    pub fn best<S: Simd>(&self, simd: S, bounds: &[T::Acc], k: usize) -> Vec<Peak<T::Acc>> {
+    pub(crate) fn best<S: Simd>(&self, simd: S, bounds: &[T::Acc], k: usize) -> Vec<Peak<T::Acc>> {
         let (mut cutoff, mut rank) = (guess(bounds, k), 4 * k);
         loop {
             let best = self.above(simd, cutoff, bounds, k);

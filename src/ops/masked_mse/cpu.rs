@@ -3,12 +3,10 @@
 use super::grid::{Grid, Order, Piece};
 use super::weights::Weights;
 use super::Args;
-use crate::error::Result;
 use crate::parallel;
-use crate::row::Vector;
-use crate::simd::{self, Elem, Real, Simd, WithSimd, LANES};
-use crate::tile::{self, Channels, Layout};
-use crate::view::TensorView;
+use crate::simd::tile::{self, Channels, Layout};
+use crate::simd::{self, Element, Real, Simd, Vector, WithSimd, LANES};
+use crate::tensor::{Result, TensorView};
 
 /// Elements that are summed in f32 before the sums go to f64.
 const BLOCK: usize = 2048;
@@ -19,7 +17,7 @@ const TILE: usize = BLOCK / LANES;
 ///
 /// # Safety
 /// The maps have the dtype `T`, the shapes agree, and all are in host memory.
-pub unsafe fn forward<T: Elem>(args: &Args, threads: usize) -> Result<f64> {
+pub(crate) unsafe fn forward<T: Element>(args: &Args, threads: usize) -> Result<f64> {
     // SAFETY: the caller's promise.
     let (weights, total) = unsafe { Weights::<T::Acc>::read(args.weight, threads) }?;
     let numel = args.student.numel();
@@ -41,7 +39,7 @@ pub unsafe fn forward<T: Elem>(args: &Args, threads: usize) -> Result<f64> {
     Ok(sum * (args.scale / divisor))
 }
 
-struct Maps<'a, T: Elem> {
+struct Maps<'a, T: Element> {
     student: *const T,
     teacher: *const T,
     d_student: Option<*mut T>,
@@ -56,9 +54,9 @@ struct Maps<'a, T: Elem> {
 }
 
 // SAFETY: the inputs are only read; every element of the gradient belongs to one unit, and every unit to one thread.
-unsafe impl<T: Elem> Sync for Maps<'_, T> {}
+unsafe impl<T: Element> Sync for Maps<'_, T> {}
 
-impl<'a, T: Elem> Maps<'a, T> {
+impl<'a, T: Element> Maps<'a, T> {
     fn new(args: &Args, weights: Option<&'a [T::Acc]>, factor: T::Acc) -> Self {
         let views = [args.student, args.teacher, args.d_student.unwrap_or(args.student)];
         let order = if views.iter().all(|view| view.is_contiguous()) {
@@ -83,12 +81,12 @@ impl<'a, T: Elem> Maps<'a, T> {
 }
 
 /// The work on one piece; returns its sum of weighted squares.
-struct Unit<'a, T: Elem> {
+struct Unit<'a, T: Element> {
     maps: &'a Maps<'a, T>,
     at: Piece,
 }
 
-impl<T: Elem> WithSimd for Unit<'_, T> {
+impl<T: Element> WithSimd for Unit<'_, T> {
     type Out = f64;
 
     #[inline(always)]
@@ -104,7 +102,7 @@ impl<T: Elem> WithSimd for Unit<'_, T> {
     }
 }
 
-impl<T: Elem> Unit<'_, T> {
+impl<T: Element> Unit<'_, T> {
     /// The rows of the channels follow one another: the weights of one plane, repeated, run along.
     #[inline(always)]
     unsafe fn planes<S: Simd>(&self, simd: S) -> f64 {
@@ -238,7 +236,7 @@ fn spread<A: Real>(weights: &[A], tile: &mut [[A; LANES]; TILE]) {
     tile.iter_mut().zip(weights).for_each(|(row, weight)| *row = [*weight; LANES]);
 }
 
-impl<T: Elem> Maps<'_, T> {
+impl<T: Element> Maps<'_, T> {
     /// Consecutive elements, one for each weight.
     ///
     /// # Safety

@@ -2,20 +2,24 @@
 
 use super::plan::{Corners, Group, Hole};
 use super::Shape;
-use crate::row::Vector;
-use crate::simd::{Elem, Real, Simd, WithSimd, LANES};
-use crate::tile::Layout;
+use crate::simd::tile::Layout;
+use crate::simd::{Element, Real, Simd, Vector, WithSimd, LANES};
 use std::ops::Range;
 
 /// Whether a sample can be done so: what is computed in lies in memory, and nothing mixes, changes or drops single channels.
-pub(super) fn fits<T: Elem>(group: &Group, source: &Layout, target: &Layout, shape: Shape) -> bool {
+pub(super) fn fits<T: Element>(
+    group: &Group,
+    source: &Layout,
+    target: &Layout,
+    shape: Shape,
+) -> bool {
     let runs = |l: &Layout| l.interleaves() && l.run == shape.positions();
     let single = group.sigma.is_some() || group.perm.is_some() || group.keep.is_some();
     T::IS_ACC && !single && runs(source) && runs(target)
 }
 
 /// Fills some positions of one sample.
-pub(super) struct Direct<'a, T: Elem> {
+pub(super) struct Direct<'a, T: Element> {
     /// First elements of the sample.
     pub source: *const T,
     pub target: *mut T,
@@ -28,7 +32,7 @@ pub(super) struct Direct<'a, T: Elem> {
     pub shape: Shape,
 }
 
-impl<T: Elem> WithSimd for Direct<'_, T> {
+impl<T: Element> WithSimd for Direct<'_, T> {
     type Out = ();
 
     #[inline(always)]
@@ -54,7 +58,7 @@ impl<T: Elem> WithSimd for Direct<'_, T> {
     }
 }
 
-impl<T: Elem> Direct<'_, T> {
+impl<T: Element> Direct<'_, T> {
     /// All channels of a position; of one outside the map, zeros.
     #[inline(always)]
     fn corner<'b>(&self, at: usize, zeros: &'b [T::Acc]) -> &'b [T::Acc] {

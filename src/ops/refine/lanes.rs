@@ -2,10 +2,9 @@
 
 use super::plan::{Corners, Table};
 use super::Shape;
-use crate::philox::Planes;
-use crate::row::Vector;
-use crate::simd::{Real, Simd, WithSimd, LANES};
-use crate::tile::Scratch;
+use crate::random::philox::Planes;
+use crate::simd::tile::Scratch;
+use crate::simd::{Real, Simd, Vector, WithSimd, LANES};
 
 type Tile<A> = [[A; LANES]];
 

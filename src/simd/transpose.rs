@@ -1,13 +1,13 @@
 //! Squares of 16 x 16 lanes turned about their diagonal: rows of consecutive elements become lanes side by side, and back.
 
-use crate::simd::{Level, Simd, LANES};
+use super::{Level, Simd, LANES};
 
 /// A square of lanes.
-pub type Square<A> = [[A; LANES]; LANES];
+pub(crate) type Square<A> = [[A; LANES]; LANES];
 
 /// Turns a square about its diagonal, whatever the type.
 #[inline(always)]
-pub fn transpose_any<A: Copy, S: Simd>(_: S, from: &Square<A>, to: &mut Square<A>) {
+pub(crate) fn transpose_any<A: Copy, S: Simd>(_: S, from: &Square<A>, to: &mut Square<A>) {
     for i in 0..LANES {
         for j in 0..LANES {
             to[i][j] = from[j][i];
@@ -17,7 +17,7 @@ pub fn transpose_any<A: Copy, S: Simd>(_: S, from: &Square<A>, to: &mut Square<A
 
 /// Turns a square of f32 in registers, where the instruction set allows.
 #[inline(always)]
-pub fn transpose_f32<S: Simd>(simd: S, from: &Square<f32>, to: &mut Square<f32>) {
+pub(crate) fn transpose_f32<S: Simd>(simd: S, from: &Square<f32>, to: &mut Square<f32>) {
     match simd.level() {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the token proves the features.
@@ -34,7 +34,7 @@ pub fn transpose_f32<S: Simd>(simd: S, from: &Square<f32>, to: &mut Square<f32>)
 /// # Safety
 /// They must be readable.
 #[inline(always)]
-pub unsafe fn load_f32<S: Simd>(
+pub(crate) unsafe fn load_f32<S: Simd>(
     simd: S,
     planes: &[*const f32; LANES],
     at: isize,
@@ -62,7 +62,7 @@ pub unsafe fn load_f32<S: Simd>(
 /// # Safety
 /// They must be writable.
 #[inline(always)]
-pub unsafe fn store_f32<S: Simd>(
+pub(crate) unsafe fn store_f32<S: Simd>(
     simd: S,
     from: &Square<f32>,
     planes: &[*mut f32; LANES],
@@ -89,13 +89,13 @@ pub unsafe fn store_f32<S: Simd>(
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
+    use super::super::{Avx2, Avx512};
     use super::{Square, LANES};
-    use crate::simd::{Avx2, Avx512};
     use std::arch::x86_64::*;
 
     #[inline]
     #[target_feature(enable = "avx512f")]
-    pub fn transpose_avx512(_: Avx512, from: &Square<f32>, to: &mut Square<f32>) {
+    pub(crate) fn transpose_avx512(_: Avx512, from: &Square<f32>, to: &mut Square<f32>) {
         for quarter in 0..4 {
             // SAFETY: four floats of each row from 4*quarter, below LANES.
             let part = |row: usize| unsafe { _mm_loadu_ps(from[row].as_ptr().add(4 * quarter)) };
@@ -108,7 +108,7 @@ mod x86 {
 
     #[inline]
     #[target_feature(enable = "avx512f")]
-    pub unsafe fn load_avx512(
+    pub(crate) unsafe fn load_avx512(
         _: Avx512,
         planes: &[*const f32; LANES],
         at: isize,
@@ -127,7 +127,7 @@ mod x86 {
 
     #[inline]
     #[target_feature(enable = "avx512f")]
-    pub unsafe fn store_avx512(
+    pub(crate) unsafe fn store_avx512(
         _: Avx512,
         from: &Square<f32>,
         planes: &[*mut f32; LANES],
@@ -170,7 +170,7 @@ mod x86 {
 
     #[inline]
     #[target_feature(enable = "avx2")]
-    pub fn transpose_avx2(_: Avx2, from: &Square<f32>, to: &mut Square<f32>) {
+    pub(crate) fn transpose_avx2(_: Avx2, from: &Square<f32>, to: &mut Square<f32>) {
         // SAFETY: four floats of a row of 16, from 0, 4, 8 or 12.
         let part = |row: usize, from_column: usize| unsafe {
             _mm_loadu_ps(from[row][from_column..].as_ptr())
@@ -183,7 +183,7 @@ mod x86 {
 
     #[inline]
     #[target_feature(enable = "avx2")]
-    pub unsafe fn load_avx2(
+    pub(crate) unsafe fn load_avx2(
         _: Avx2,
         planes: &[*const f32; LANES],
         at: isize,
@@ -201,7 +201,7 @@ mod x86 {
 
     #[inline]
     #[target_feature(enable = "avx2")]
-    pub unsafe fn store_avx2(
+    pub(crate) unsafe fn store_avx2(
         _: Avx2,
         from: &Square<f32>,
         planes: &[*mut f32; LANES],
@@ -250,7 +250,8 @@ mod x86 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::simd::{run_at, Scalar, WithSimd};
+    use crate::simd::level::{run_at, Scalar};
+    use crate::simd::WithSimd;
 
     struct Transposed<'a>(&'a Square<f32>);
     impl WithSimd for Transposed<'_> {

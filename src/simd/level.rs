@@ -1,19 +1,13 @@
-//! Vector code on stable Rust: loops over `[T; LANES]` that the compiler vectorises, compiled once for every instruction set and
-//! picked at run time.
-//!
-//! Every level runs the same operations in the same order (fused multiply-adds are written out), so the bits do not depend on the CPU.
-//! Code for a level takes its token ([`Scalar`], `Avx2`, `Avx512`), which only detection makes.
+//! Instruction sets, found at run time. Code for a level takes its token ([`Scalar`], `Avx2`, `Avx512`), which only detection makes.
 
-pub use crate::elem::{Bf16, Elem, F16};
-use crate::row::Vector;
+use super::element::Real;
+use super::vector::{self, Vector};
+use super::LANES;
 use std::sync::OnceLock;
-
-/// Elements that the kernels work on side by side (channels, in nearly all of them): one AVX-512 register of f32.
-pub const LANES: usize = 16;
 
 /// An instruction set that this CPU has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Level {
+pub(crate) enum Level {
     /// Whatever the target has by default.
     Scalar,
     /// AVX2 with FMA.
@@ -26,7 +20,7 @@ pub enum Level {
 
 impl Level {
     /// The name that `show_config` prints and `SOKD_SIMD` takes.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Scalar => "scalar",
             #[cfg(target_arch = "x86_64")]
@@ -37,7 +31,7 @@ impl Level {
     }
 
     /// Every level that this CPU has, best first.
-    pub fn available() -> Vec<Self> {
+    pub(crate) fn available() -> Vec<Self> {
         let mut levels = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
@@ -50,7 +44,7 @@ impl Level {
 }
 
 /// The level in use: the best one, or the one that the environment variable `SOKD_SIMD` names, if the CPU has it.
-pub fn level() -> Level {
+pub(crate) fn level() -> Level {
     static LEVEL: OnceLock<Level> = OnceLock::new();
     *LEVEL.get_or_init(|| {
         let levels = Level::available();
@@ -61,7 +55,7 @@ pub fn level() -> Level {
 }
 
 /// A level's token. It takes no memory; that a value exists proves that the CPU has the features of the level.
-pub trait Simd: Copy {
+pub(crate) trait Simd: Copy {
     /// [`LANES`] numbers of f32 in the registers of this level.
     type F32: Vector<f32, Self>;
     /// The same of f64.
@@ -87,11 +81,11 @@ pub trait Simd: Copy {
 
 /// The token of [`Level::Scalar`], which every CPU has.
 #[derive(Clone, Copy)]
-pub struct Scalar;
+pub(crate) struct Scalar;
 
 impl Simd for Scalar {
-    type F32 = crate::row::Plain<f32>;
-    type F64 = crate::row::Plain<f64>;
+    type F32 = vector::Plain<f32>;
+    type F64 = vector::Plain<f64>;
     #[inline(always)]
     fn level(self) -> Level {
         Level::Scalar
@@ -99,7 +93,7 @@ impl Simd for Scalar {
 }
 
 /// Work that is compiled once for every level. `with_simd` and all that it calls must be `#[inline(always)]`.
-pub trait WithSimd {
+pub(crate) trait WithSimd {
     /// What it returns.
     type Out;
     /// Does the work.
@@ -108,13 +102,13 @@ pub trait WithSimd {
 
 /// Runs work at the level in use.
 #[inline]
-pub fn run<W: WithSimd>(work: W) -> W::Out {
+pub(crate) fn run<W: WithSimd>(work: W) -> W::Out {
     run_at(level(), work)
 }
 
 /// Runs work at a given level (tests compare the levels).
 #[inline]
-pub fn run_at<W: WithSimd>(level: Level, work: W) -> W::Out {
+pub(crate) fn run_at<W: WithSimd>(level: Level, work: W) -> W::Out {
     match level {
         #[cfg(target_arch = "x86_64")]
         Level::Avx512(simd) => simd.run(work),
@@ -130,7 +124,7 @@ macro_rules! level {
     ($(#[$about:meta])* $name:ident, $f32:ident, $f64:ident, [$($feature:tt),*]) => {
         $(#[$about])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub struct $name(());
+        pub(crate) struct $name(());
 
         impl $name {
             /// All features that code for this level may use.
@@ -154,8 +148,8 @@ macro_rules! level {
         }
 
         impl Simd for $name {
-            type F32 = crate::row::x86::$f32;
-            type F64 = crate::row::x86::$f64;
+            type F32 = vector::x86::$f32;
+            type F64 = vector::x86::$f64;
             #[inline(always)]
             fn level(self) -> Level {
                 Level::$name(self)
@@ -174,85 +168,6 @@ level!(
     /// The token of [`Level::Avx512`].
     Avx512, Wide32, Wide64, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "bmi2"]
 );
-
-/// What the kernels compute in: f32, or f64 for f64 tensors.
-pub trait Real:
-    Copy
-    + Default
-    + PartialOrd
-    + Send
-    + Sync
-    + std::ops::Add<Output = Self>
-    + std::ops::Sub<Output = Self>
-    + std::ops::Mul<Output = Self>
-    + std::ops::AddAssign
-    + 'static
-{
-    /// [`LANES`] of them in the registers of a level.
-    type Vector<S: Simd>: Vector<Self, S>;
-    /// Rounds from f64.
-    fn of(value: f64) -> Self;
-    /// Widens (or keeps) an f32.
-    fn of_f32(value: f32) -> Self;
-    /// Widens to f64.
-    fn to_f64(self) -> f64;
-    /// self * b + c, rounded once.
-    fn fma(self, b: Self, c: Self) -> Self;
-    /// Square root.
-    fn root(self) -> Self;
-    /// All bits set, or none.
-    fn mask(set: bool) -> Self;
-    /// The bits that both have.
-    fn and(self, other: Self) -> Self;
-    /// Turns 16 rows about their diagonal.
-    fn transpose<S: Simd>(simd: S, from: &[[Self; LANES]; LANES], to: &mut [[Self; LANES]; LANES]);
-}
-
-macro_rules! real {
-    ($t:ty, $vector:ident, $transpose:path) => {
-        impl Real for $t {
-            type Vector<S: Simd> = S::$vector;
-            #[inline(always)]
-            fn of(value: f64) -> Self {
-                value as Self
-            }
-            #[inline(always)]
-            fn of_f32(value: f32) -> Self {
-                value as Self
-            }
-            #[inline(always)]
-            fn to_f64(self) -> f64 {
-                self as f64
-            }
-            #[inline(always)]
-            fn fma(self, b: Self, c: Self) -> Self {
-                self.mul_add(b, c)
-            }
-            #[inline(always)]
-            fn root(self) -> Self {
-                self.sqrt()
-            }
-            #[inline(always)]
-            fn mask(set: bool) -> Self {
-                Self::from_bits(if set { !0 } else { 0 })
-            }
-            #[inline(always)]
-            fn and(self, other: Self) -> Self {
-                Self::from_bits(self.to_bits() & other.to_bits())
-            }
-            #[inline(always)]
-            fn transpose<S: Simd>(
-                simd: S,
-                from: &[[Self; LANES]; LANES],
-                to: &mut [[Self; LANES]; LANES],
-            ) {
-                $transpose(simd, from, to)
-            }
-        }
-    };
-}
-real!(f32, F32, crate::transpose::transpose_f32);
-real!(f64, F64, crate::transpose::transpose_any);
 
 #[cfg(all(test, target_arch = "x86_64"))]
 mod tests {

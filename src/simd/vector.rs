@@ -3,10 +3,10 @@
 //! Arrays are left to the compiler, which now and then makes scalar code of them, or works on several rows at once by gathers and
 //! scatters. Every implementation rounds alike.
 
-use crate::simd::{Real, Simd, LANES};
+use super::{Real, Simd, LANES};
 
 /// [`LANES`] numbers side by side. The first ones take the token of the level `S`; what exists needs none.
-pub trait Vector<A: Real, S>: Copy {
+pub(crate) trait Vector<A: Real, S>: Copy {
     /// From memory.
     fn load(simd: S, from: &[A; LANES]) -> Self;
     /// From memory, widened if need be.
@@ -39,7 +39,7 @@ pub trait Vector<A: Real, S>: Copy {
 
 /// An array: whatever the compiler makes of it.
 #[derive(Clone, Copy)]
-pub struct Plain<A>([A; LANES]);
+pub(crate) struct Plain<A>([A; LANES]);
 
 impl<A: Real> Plain<A> {
     #[inline(always)]
@@ -97,7 +97,7 @@ impl<A: Real, S: Simd> Vector<A, S> for Plain<A> {
 
 /// The registers of AVX2 and AVX-512. Only a level's token makes a vector, so the CPU has the instructions.
 #[cfg(target_arch = "x86_64")]
-pub mod x86 {
+pub(crate) mod x86 {
     use super::{Vector, LANES};
     use crate::simd::{Avx2, Avx512};
     use std::arch::x86_64::*;
@@ -106,7 +106,7 @@ pub mod x86 {
         ($name:ident, $level:ident, $a:ty, $register:ty, $parts:expr, $load:ident, $widen:expr, $store:ident, $splat:ident, $fma:ident, $mul:ident, $add:ident, $sub:ident, $max:ident, $and:ident) => {
             /// A vector in registers.
             #[derive(Clone, Copy)]
-            pub struct $name([$register; $parts]);
+            pub(crate) struct $name([$register; $parts]);
 
             impl $name {
                 #[inline(always)]
