@@ -1,13 +1,13 @@
 //! Squares of 16 x 16 lanes turned about their diagonal: rows of consecutive elements become lanes side by side, and back.
 
-use crate::simd::LANES;
+use super::{Level, Simd, LANES};
 
 /// A square of lanes.
-pub type Square<A> = [[A; LANES]; LANES];
+pub(crate) type Square<A> = [[A; LANES]; LANES];
 
 /// Turns a square about its diagonal, whatever the type.
 #[inline(always)]
-pub fn transpose_any<A: Copy>(from: &Square<A>, to: &mut Square<A>) {
+pub(crate) fn transpose_any<A: Copy, S: Simd>(_: S, from: &Square<A>, to: &mut Square<A>) {
     for i in 0..LANES {
         for j in 0..LANES {
             to[i][j] = from[j][i];
@@ -17,16 +17,16 @@ pub fn transpose_any<A: Copy>(from: &Square<A>, to: &mut Square<A>) {
 
 /// Turns a square of f32 in registers, where the instruction set allows.
 #[inline(always)]
-pub fn transpose_f32(from: &Square<f32>, to: &mut Square<f32>) {
-    #[cfg(target_arch = "x86_64")]
-    match crate::simd::level() {
-        // SAFETY: the CPU has the features of its level.
-        crate::simd::Level::Avx512 => return unsafe { x86::transpose_avx512(from, to) },
+pub(crate) fn transpose_f32<S: Simd>(simd: S, from: &Square<f32>, to: &mut Square<f32>) {
+    match simd.level() {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the token proves the features.
+        Level::Avx512(simd) => unsafe { x86::transpose_avx512(simd, from, to) },
+        #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
-        crate::simd::Level::Avx2 => return unsafe { x86::transpose_avx2(from, to) },
-        crate::simd::Level::Scalar => {}
+        Level::Avx2(simd) => unsafe { x86::transpose_avx2(simd, from, to) },
+        Level::Scalar => transpose_any(simd, from, to),
     }
-    transpose_any(from, to);
 }
 
 /// Turns 16 elements of each plane, from `at` on, into a square.
@@ -34,20 +34,27 @@ pub fn transpose_f32(from: &Square<f32>, to: &mut Square<f32>) {
 /// # Safety
 /// They must be readable.
 #[inline(always)]
-pub unsafe fn load_f32(planes: &[*const f32; LANES], at: isize, to: &mut Square<f32>) {
-    #[cfg(target_arch = "x86_64")]
-    match crate::simd::level() {
-        // SAFETY: the CPU has the features of its level; the caller's promise.
-        crate::simd::Level::Avx512 => return unsafe { x86::load_avx512(planes, at, to) },
+pub(crate) unsafe fn load_f32<S: Simd>(
+    simd: S,
+    planes: &[*const f32; LANES],
+    at: isize,
+    to: &mut Square<f32>,
+) {
+    match simd.level() {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the token proves the features; the caller's promise.
+        Level::Avx512(simd) => unsafe { x86::load_avx512(simd, planes, at, to) },
+        #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
-        crate::simd::Level::Avx2 => return unsafe { x86::load_avx2(planes, at, to) },
-        crate::simd::Level::Scalar => {}
+        Level::Avx2(simd) => unsafe { x86::load_avx2(simd, planes, at, to) },
+        Level::Scalar => {
+            // SAFETY: the caller's promise.
+            let row = |plane: *const f32| unsafe {
+                plane.wrapping_offset(at).cast::<[f32; LANES]>().read_unaligned()
+            };
+            transpose_any(simd, &planes.map(row), to);
+        }
     }
-    // SAFETY: the caller's promise.
-    let row = |plane: *const f32| unsafe {
-        plane.wrapping_offset(at).cast::<[f32; LANES]>().read_unaligned()
-    };
-    transpose_any(&planes.map(row), to);
 }
 
 /// Turns a square into 16 elements of each of the first `used` planes, from `at` on.
@@ -55,31 +62,40 @@ pub unsafe fn load_f32(planes: &[*const f32; LANES], at: isize, to: &mut Square<
 /// # Safety
 /// They must be writable.
 #[inline(always)]
-pub unsafe fn store_f32(from: &Square<f32>, planes: &[*mut f32; LANES], used: usize, at: isize) {
-    #[cfg(target_arch = "x86_64")]
-    match crate::simd::level() {
-        // SAFETY: the CPU has the features of its level; the caller's promise.
-        crate::simd::Level::Avx512 => return unsafe { x86::store_avx512(from, planes, used, at) },
+pub(crate) unsafe fn store_f32<S: Simd>(
+    simd: S,
+    from: &Square<f32>,
+    planes: &[*mut f32; LANES],
+    used: usize,
+    at: isize,
+) {
+    match simd.level() {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the token proves the features; the caller's promise.
+        Level::Avx512(simd) => unsafe { x86::store_avx512(simd, from, planes, used, at) },
+        #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
-        crate::simd::Level::Avx2 => return unsafe { x86::store_avx2(from, planes, used, at) },
-        crate::simd::Level::Scalar => {}
-    }
-    let mut square = [[0.0; LANES]; LANES];
-    transpose_any(from, &mut square);
-    for (row, plane) in square.iter().zip(&planes[..used]) {
-        // SAFETY: the caller's promise.
-        unsafe { plane.wrapping_offset(at).cast::<[f32; LANES]>().write_unaligned(*row) };
+        Level::Avx2(simd) => unsafe { x86::store_avx2(simd, from, planes, used, at) },
+        Level::Scalar => {
+            let mut square = [[0.0; LANES]; LANES];
+            transpose_any(simd, from, &mut square);
+            for (row, plane) in square.iter().zip(&planes[..used]) {
+                // SAFETY: the caller's promise.
+                unsafe { plane.wrapping_offset(at).cast::<[f32; LANES]>().write_unaligned(*row) };
+            }
+        }
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
+    use super::super::{Avx2, Avx512};
     use super::{Square, LANES};
     use std::arch::x86_64::*;
 
     #[inline]
     #[target_feature(enable = "avx512f")]
-    pub fn transpose_avx512(from: &Square<f32>, to: &mut Square<f32>) {
+    pub(crate) fn transpose_avx512(_: Avx512, from: &Square<f32>, to: &mut Square<f32>) {
         for quarter in 0..4 {
             // SAFETY: four floats of each row from 4*quarter, below LANES.
             let part = |row: usize| unsafe { _mm_loadu_ps(from[row].as_ptr().add(4 * quarter)) };
@@ -92,7 +108,12 @@ mod x86 {
 
     #[inline]
     #[target_feature(enable = "avx512f")]
-    pub unsafe fn load_avx512(planes: &[*const f32; LANES], at: isize, to: &mut Square<f32>) {
+    pub(crate) unsafe fn load_avx512(
+        _: Avx512,
+        planes: &[*const f32; LANES],
+        at: isize,
+        to: &mut Square<f32>,
+    ) {
         for quarter in 0..4 {
             let from = at + 4 * quarter as isize;
             // SAFETY: four of the sixteen floats of each plane that the caller vouches for.
@@ -106,7 +127,8 @@ mod x86 {
 
     #[inline]
     #[target_feature(enable = "avx512f")]
-    pub unsafe fn store_avx512(
+    pub(crate) unsafe fn store_avx512(
+        _: Avx512,
         from: &Square<f32>,
         planes: &[*mut f32; LANES],
         used: usize,
@@ -148,7 +170,7 @@ mod x86 {
 
     #[inline]
     #[target_feature(enable = "avx2")]
-    pub fn transpose_avx2(from: &Square<f32>, to: &mut Square<f32>) {
+    pub(crate) fn transpose_avx2(_: Avx2, from: &Square<f32>, to: &mut Square<f32>) {
         // SAFETY: four floats of a row of 16, from 0, 4, 8 or 12.
         let part = |row: usize, from_column: usize| unsafe {
             _mm_loadu_ps(from[row][from_column..].as_ptr())
@@ -161,7 +183,12 @@ mod x86 {
 
     #[inline]
     #[target_feature(enable = "avx2")]
-    pub unsafe fn load_avx2(planes: &[*const f32; LANES], at: isize, to: &mut Square<f32>) {
+    pub(crate) unsafe fn load_avx2(
+        _: Avx2,
+        planes: &[*const f32; LANES],
+        at: isize,
+        to: &mut Square<f32>,
+    ) {
         // SAFETY: four of the sixteen floats of each plane that the caller vouches for.
         let part = |row: usize, from: usize| unsafe {
             _mm_loadu_ps(planes[row].wrapping_offset(at + from as isize))
@@ -174,7 +201,8 @@ mod x86 {
 
     #[inline]
     #[target_feature(enable = "avx2")]
-    pub unsafe fn store_avx2(
+    pub(crate) unsafe fn store_avx2(
+        _: Avx2,
         from: &Square<f32>,
         planes: &[*mut f32; LANES],
         used: usize,
@@ -222,26 +250,29 @@ mod x86 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::simd::Level;
+    use crate::simd::level::{run_at, Scalar};
+    use crate::simd::WithSimd;
+
+    struct Transposed<'a>(&'a Square<f32>);
+    impl WithSimd for Transposed<'_> {
+        type Out = Square<f32>;
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) -> Self::Out {
+            let mut to = *self.0;
+            transpose_f32(simd, self.0, &mut to);
+            to
+        }
+    }
 
     #[test]
     fn transposes_agree_at_every_level() {
         let tile: Square<f32> =
             std::array::from_fn(|i| std::array::from_fn(|j| (i * LANES + j) as f32));
         let mut expected = tile;
-        transpose_any(&tile, &mut expected);
+        transpose_any(Scalar, &tile, &mut expected);
         assert_eq!(expected[3][5], tile[5][3]);
         for level in Level::available() {
-            let mut turned = tile;
-            match level {
-                // SAFETY: the CPU has it.
-                #[cfg(target_arch = "x86_64")]
-                Level::Avx512 => unsafe { x86::transpose_avx512(&tile, &mut turned) },
-                // SAFETY: the CPU has it.
-                #[cfg(target_arch = "x86_64")]
-                Level::Avx2 => unsafe { x86::transpose_avx2(&tile, &mut turned) },
-                _ => transpose_any(&tile, &mut turned),
-            }
+            let turned = run_at(level, Transposed(&tile));
             assert_eq!(turned, expected, "{level:?}");
         }
     }

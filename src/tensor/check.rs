@@ -1,16 +1,15 @@
 //! The only code that judges shape, dtype, device and stride. Metadata alone: it may be called for tensors on any device.
 
-use crate::error::{Error, Result};
-use crate::view::{DType, Device, TensorView};
+use crate::tensor::{DType, Device, Error, Result, TensorView};
 use std::fmt::Display;
 
 /// Collects the name of the operator that the sentences begin with.
 #[derive(Clone, Copy)]
-pub struct Check(pub &'static str);
+pub(crate) struct Check(pub &'static str);
 
 impl Check {
     /// A feature map `[B, C, H, W]` of a floating-point dtype.
-    pub fn map(self, argument: &str, view: &TensorView) -> Result<[usize; 4]> {
+    pub(crate) fn map(self, argument: &str, view: &TensorView) -> Result<[usize; 4]> {
         self.float(argument, view)?;
         self.rank(argument, view, "[B, C, H, W]", &[4])?;
         let s = view.sizes();
@@ -22,7 +21,7 @@ impl Check {
     }
 
     /// A floating-point dtype.
-    pub fn float(self, argument: &str, view: &TensorView) -> Result<()> {
+    pub(crate) fn float(self, argument: &str, view: &TensorView) -> Result<()> {
         if view.dtype.is_float() {
             return Ok(());
         }
@@ -31,7 +30,7 @@ impl Check {
     }
 
     /// An integer dtype.
-    pub fn int(self, argument: &str, view: &TensorView) -> Result<()> {
+    pub(crate) fn int(self, argument: &str, view: &TensorView) -> Result<()> {
         if view.dtype.is_int() {
             return Ok(());
         }
@@ -39,7 +38,7 @@ impl Check {
     }
 
     /// The same dtype as another argument.
-    pub fn same_dtype(
+    pub(crate) fn same_dtype(
         self,
         argument: &str,
         view: &TensorView,
@@ -54,7 +53,7 @@ impl Check {
     }
 
     /// Exactly this dtype.
-    pub fn of_dtype(self, argument: &str, view: &TensorView, dtype: DType) -> Result<()> {
+    pub(crate) fn of_dtype(self, argument: &str, view: &TensorView, dtype: DType) -> Result<()> {
         if view.dtype == dtype {
             return Ok(());
         }
@@ -62,7 +61,7 @@ impl Check {
     }
 
     /// An output: shape, dtype and device of `like`, dense.
-    pub fn output(self, argument: &str, view: &TensorView, like: &TensorView) -> Result<()> {
+    pub(crate) fn output(self, argument: &str, view: &TensorView, like: &TensorView) -> Result<()> {
         self.sizes(argument, view, "of its input", like.sizes())?;
         self.same_dtype(argument, view, "its input", like)?;
         self.same_device(argument, view, "its input", like)?;
@@ -74,7 +73,7 @@ impl Check {
     }
 
     /// Row-major without gaps.
-    pub fn contiguous(self, argument: &str, view: &TensorView) -> Result<()> {
+    pub(crate) fn contiguous(self, argument: &str, view: &TensorView) -> Result<()> {
         if view.is_contiguous() {
             return Ok(());
         }
@@ -82,7 +81,7 @@ impl Check {
     }
 
     /// The same device as another argument.
-    pub fn same_device(
+    pub(crate) fn same_device(
         self,
         argument: &str,
         view: &TensorView,
@@ -97,7 +96,7 @@ impl Check {
     }
 
     /// One of these ranks; `layout` says what the dimensions mean.
-    pub fn rank(
+    pub(crate) fn rank(
         self,
         argument: &str,
         view: &TensorView,
@@ -111,7 +110,7 @@ impl Check {
     }
 
     /// Exactly this shape.
-    pub fn sizes(
+    pub(crate) fn sizes(
         self,
         argument: &str,
         view: &TensorView,
@@ -125,7 +124,7 @@ impl Check {
     }
 
     /// `[G, rest..]` with G one of 1 and the batch; returns G.
-    pub fn groups(
+    pub(crate) fn groups(
         self,
         argument: &str,
         view: &TensorView,
@@ -143,7 +142,7 @@ impl Check {
     }
 
     /// Host memory, for the CPU kernels.
-    pub fn on_cpu(self, argument: &str, view: &TensorView) -> Result<()> {
+    pub(crate) fn on_cpu(self, argument: &str, view: &TensorView) -> Result<()> {
         if view.device == Device::Cpu {
             return Ok(());
         }
@@ -152,7 +151,7 @@ impl Check {
     }
 
     /// A failed rule about a value.
-    pub fn value(self, argument: &str, rule: impl Display, value: impl Display) -> Error {
+    pub(crate) fn value(self, argument: &str, rule: impl Display, value: impl Display) -> Error {
         Error::of_value(self.0, argument, rule, value)
     }
 

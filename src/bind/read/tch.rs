@@ -1,7 +1,7 @@
 //! The reader for the torch that this build is proven on: straight from the C++ tensor, by tch.
 
 use super::{build, require_strided, unknown_dtype};
-use crate::view::{DType, Device, TensorView};
+use crate::tensor::{DType, Device, TensorView};
 use pyo3::prelude::*;
 use pyo3_tch::tch::{Device as TchDevice, Kind};
 use pyo3_tch::PyTensor;

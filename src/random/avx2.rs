@@ -1,6 +1,7 @@
 //! The noise of [`LANES`] planes in the registers of AVX2: eight lanes at a time, from the counters to the normals.
 
-use super::{Planes, COS, LANES, LN, LN_TWO, LOW, MULTIPLIERS, ROOT_HALF, SIN, TURN};
+use super::philox::{Planes, COS, LN, LN_TWO, LOW, MULTIPLIERS, ROOT_HALF, SIN, TURN};
+use crate::simd::{Avx2, LANES};
 use std::arch::x86_64::*;
 
 /// Lanes of one register.
@@ -9,7 +10,7 @@ const HALF: usize = LANES / 2;
 /// The words alone.
 #[cfg(test)]
 #[target_feature(enable = "avx2")]
-pub fn words_avx2(planes: &Planes, quad: u32) -> [[u32; LANES]; 4] {
+pub(crate) fn words_avx2(_: Avx2, planes: &Planes, quad: u32) -> [[u32; LANES]; 4] {
     let mut words = [[0; LANES]; 4];
     for from in [0, HALF] {
         for (word, lanes) in words.iter_mut().zip(registers(planes, quad, from)) {
@@ -24,7 +25,7 @@ pub fn words_avx2(planes: &Planes, quad: u32) -> [[u32; LANES]; 4] {
 ///
 /// All words come first, and become normals then: each is a long chain of operations, and many short ones overlap better.
 #[target_feature(enable = "avx2,fma")]
-pub fn normals_avx2(planes: &Planes, quad: u32, out: &mut [[[f32; LANES]; 4]]) {
+pub(crate) fn normals_avx2(_: Avx2, planes: &Planes, quad: u32, out: &mut [[[f32; LANES]; 4]]) {
     for (i, four) in out.iter_mut().enumerate() {
         for from in [0, HALF] {
             let words = registers(planes, quad.wrapping_add(i as u32), from);

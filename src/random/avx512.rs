@@ -1,12 +1,13 @@
 //! The noise of [`LANES`] planes in the registers of AVX-512: the multiplier that the generator needs is out of the compiler's reach.
 
-use super::{Planes, COS, LANES, LN, LN_TWO, LOW, MULTIPLIERS, ROOT_HALF, SIN, TURN};
+use super::philox::{Planes, COS, LN, LN_TWO, LOW, MULTIPLIERS, ROOT_HALF, SIN, TURN};
+use crate::simd::{Avx512, LANES};
 use std::arch::x86_64::*;
 
 /// The words alone.
 #[cfg(test)]
 #[target_feature(enable = "avx512f")]
-pub fn words_avx512(planes: &Planes, quad: u32) -> [[u32; LANES]; 4] {
+pub(crate) fn words_avx512(_: Avx512, planes: &Planes, quad: u32) -> [[u32; LANES]; 4] {
     let [words] = registers::<1>(planes, quad);
     // SAFETY: both are 64 bytes without padding.
     words.map(|word| unsafe { std::mem::transmute::<__m512i, [u32; LANES]>(word) })
@@ -16,7 +17,7 @@ pub fn words_avx512(planes: &Planes, quad: u32) -> [[u32; LANES]; 4] {
 ///
 /// All words come first, and become normals then: each is a long chain of operations, and many short ones overlap better.
 #[target_feature(enable = "avx512f")]
-pub fn normals_avx512(planes: &Planes, quad: u32, out: &mut [[[f32; LANES]; 4]]) {
+pub(crate) fn normals_avx512(_: Avx512, planes: &Planes, quad: u32, out: &mut [[[f32; LANES]; 4]]) {
     let mut quad = quad;
     let (pairs, rest) = out.as_chunks_mut::<2>();
     for pair in pairs {

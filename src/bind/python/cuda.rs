@@ -1,17 +1,16 @@
 //! What Python asks of CUDA: open it, describe it, warm it up. Builds without the feature `cuda` answer that they have none.
 
 use super::{released, Object};
-use crate::error::Error;
+use crate::bind::read::{self, raise};
 use crate::ops::masked_mse;
-use crate::read::{self, raise};
+use crate::tensor::Error;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 #[cfg(feature = "cuda")]
 use crate::{
     cuda::{self, args::Order, cache},
-    error::CudaFailure,
-    run::Run,
+    tensor::{CudaFailure, Run},
 };
 
 #[cfg(feature = "cuda")]
@@ -90,7 +89,7 @@ pub fn cuda_warmup(
     #[cfg(feature = "cuda")]
     {
         let dtypes: Vec<_> =
-            dtypes.iter().filter_map(|name| crate::read::from_name(name)).collect();
+            dtypes.iter().filter_map(|name| crate::bind::read::from_name(name)).collect();
         let order =
             |name: &String| if name == "channels_last" { Order::Lanes } else { Order::Planes };
         let orders: Vec<_> = layouts.iter().map(order).collect();

@@ -6,18 +6,20 @@
 //! serve the positions `p % 4`. Policy draws: `(block, 0xFFFFFFFF, counter)`. Both have the seed as key, and never meet: a plane has fewer
 //! than 2^32 blocks of four, so the second word of noise stays 0.
 
-use crate::simd::{Level, LANES};
+#[cfg(target_arch = "x86_64")]
+use super::{avx2, avx512};
+use crate::simd::{Level, Simd, LANES};
 
-const MULTIPLIERS: [u64; 2] = [0xD251_1F53, 0xCD9E_8D57];
+pub(super) const MULTIPLIERS: [u64; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 const ROUNDS: usize = 10;
-const LOW: u64 = 0xffff_ffff;
+pub(super) const LOW: u64 = 0xffff_ffff;
 const DRAW_TAG: u32 = u32::MAX;
 
 /// The root of one half, as bits: fractions between it and its double are close to 1.
-const ROOT_HALF: i32 = 0x3f35_04f3;
+pub(super) const ROOT_HALF: i32 = 0x3f35_04f3;
 /// (ln(1 + f) - f + f^2 / 2) / f^3, highest power first.
-const LN: [f32; 9] = [
+pub(super) const LN: [f32; 9] = [
     7.037_683_6e-2,
     -1.151_461e-1,
     1.167_699_87e-1,
@@ -29,20 +31,20 @@ const LN: [f32; 9] = [
     3.333_333e-1,
 ];
 /// ln 2 in two parts.
-const LN_TWO: [f32; 2] = [355.0 / 512.0, -2.121_944_4e-4];
+pub(super) const LN_TWO: [f32; 2] = [355.0 / 512.0, -2.121_944_4e-4];
 /// (sin x - x) / x^3 and (cos x - 1 + x^2 / 2) / x^4 in x^2, highest power first.
-const SIN: [f32; 3] = [-1.951_529_6e-4, 8.332_161e-3, -1.666_665_5e-1];
-const COS: [f32; 3] = [2.443_315_7e-5, -1.388_731_6e-3, 4.166_664_6e-2];
+pub(super) const SIN: [f32; 3] = [-1.951_529_6e-4, 8.332_161e-3, -1.666_665_5e-1];
+pub(super) const COS: [f32; 3] = [2.443_315_7e-5, -1.388_731_6e-3, 4.166_664_6e-2];
 /// Radians in 2^-32 of a turn.
-const TURN: f32 = std::f32::consts::TAU / 4_294_967_296.0;
+pub(super) const TURN: f32 = std::f32::consts::TAU / 4_294_967_296.0;
 
 /// The keys of all rounds, from a seed.
 #[derive(Clone, Copy)]
-pub struct Keys([[u64; 2]; ROUNDS]);
+pub(crate) struct Keys(pub(super) [[u64; 2]; ROUNDS]);
 
 impl Keys {
     /// Expands a seed.
-    pub fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         let mut key = [seed as u32, (seed >> 32) as u32];
         let mut keys = [[0; 2]; ROUNDS];
         for round in &mut keys {
@@ -71,7 +73,7 @@ fn rounds<const N: usize>(keys: &[[u64; 2]], mut c: [[u64; N]; 4]) -> [[u32; N];
 }
 
 /// One block of four words.
-pub fn block(seed: u64, counter: [u32; 4]) -> [u32; 4] {
+pub(crate) fn block(seed: u64, counter: [u32; 4]) -> [u32; 4] {
     rounds::<1>(&Keys::new(seed).0, counter.map(|w| [u64::from(w)])).map(|[w]| w)
 }
 
@@ -119,26 +121,23 @@ fn sin_cos_turn(turn: i32) -> (f32, f32) {
 /// [`LANES`] planes, and what the first two rounds make of a plane alone: they are never done again.
 ///
 /// Even lanes come first, odd lanes after them, so that two registers of 64-bit lanes merge into one of 32-bit words.
-pub struct Planes<'a> {
-    keys: &'a Keys,
-    /// Looked up once: it is asked for every four positions.
-    level: Level,
+pub(crate) struct Planes<'a> {
+    pub(super) keys: &'a Keys,
     /// Third counter word after the first round, but for the position's part.
-    third: [u64; LANES],
+    pub(super) third: [u64; LANES],
     /// After the second round: first word without the product of `third`, third word without the position's part, fourth word.
-    second_round: [[u64; LANES]; 3],
+    pub(super) second_round: [[u64; LANES]; 3],
 }
 
 impl<'a> Planes<'a> {
     /// For one plane number in each lane.
-    pub fn new(keys: &'a Keys, planes: &[u64; LANES]) -> Self {
+    pub(crate) fn new(keys: &'a Keys, planes: &[u64; LANES]) -> Self {
         let halves: [u64; LANES] = std::array::from_fn(|i| planes[lane_at(i)]);
         let [first, second] = [keys.0[0], keys.0[1]];
         let odd = halves.map(|plane| (plane & LOW) * MULTIPLIERS[1]);
         let even = odd.map(|odd| ((odd >> 32) ^ first[0]) * MULTIPLIERS[0]);
         Self {
             keys,
-            level: crate::simd::level(),
             third: halves.map(|plane| (plane >> 32) ^ first[1]),
             second_round: [
                 odd.map(|odd| (odd & LOW) ^ second[0]),
@@ -150,14 +149,18 @@ impl<'a> Planes<'a> {
 
     /// The normals of positions `4*quad ..`, as many rows of lanes as there are, four at a time.
     #[inline(always)]
-    pub fn normals(&self, quad: u32, out: &mut [[f32; LANES]]) {
+    pub(crate) fn normals<S: Simd>(&self, simd: S, quad: u32, out: &mut [[f32; LANES]]) {
         let fours = out.as_chunks_mut::<4>().0;
         #[cfg(target_arch = "x86_64")]
-        match self.level {
-            // SAFETY: the CPU has the features of its level.
-            Level::Avx512 => return unsafe { avx512::normals_avx512(self, quad, fours) },
-            // SAFETY: as above.
-            Level::Avx2 => return unsafe { avx2::normals_avx2(self, quad, fours) },
+        match simd.level() {
+            Level::Avx512(simd) => {
+                // SAFETY: the token proves the features.
+                return unsafe { avx512::normals_avx512(simd, self, quad, fours) };
+            }
+            Level::Avx2(simd) => {
+                // SAFETY: as above.
+                return unsafe { avx2::normals_avx2(simd, self, quad, fours) };
+            }
             Level::Scalar => {}
         }
         for (i, four) in fours.iter_mut().enumerate() {
@@ -190,13 +193,9 @@ fn lane_at(i: usize) -> usize {
     2 * (i % (LANES / 2)) + i / (LANES / 2)
 }
 
-#[cfg(target_arch = "x86_64")]
-mod avx2;
-#[cfg(target_arch = "x86_64")]
-mod avx512;
-
 /// The noise of one element (the naive loops and the tests use it).
-pub fn normal(seed: u64, plane: u64, position: u64) -> f32 {
+#[cfg(test)]
+pub(crate) fn normal(seed: u64, plane: u64, position: u64) -> f32 {
     let counter =
         [(position >> 2) as u32, (position >> 34) as u32, plane as u32, (plane >> 32) as u32];
     let words = block(seed, counter);
@@ -210,7 +209,7 @@ pub fn normal(seed: u64, plane: u64, position: u64) -> f32 {
 }
 
 /// What a policy draws in one step: uniforms in (0, 1), and the seed of the noise.
-pub fn draw(seed: u64, counter: u64, uniforms: &mut [f32]) -> i64 {
+pub(crate) fn draw(seed: u64, counter: u64, uniforms: &mut [f32]) -> i64 {
     let words = |i: u32| block(seed, [i, DRAW_TAG, counter as u32, (counter >> 32) as u32]);
     for (i, four) in uniforms.chunks_mut(4).enumerate() {
         for (u, word) in four.iter_mut().zip(words(1 + i as u32)) {
@@ -224,7 +223,7 @@ pub fn draw(seed: u64, counter: u64, uniforms: &mut [f32]) -> i64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::simd::{run_at, Job};
+    use crate::simd::{run_at, WithSimd};
 
     #[test]
     fn known_answers_of_random123() {
@@ -255,12 +254,12 @@ mod tests {
     }
 
     struct Lanes(Keys, u32, [u64; LANES]);
-    impl Job for Lanes {
+    impl WithSimd for Lanes {
         type Out = [[f32; LANES]; 4];
         #[inline(always)]
-        fn run(self) -> Self::Out {
+        fn with_simd<S: Simd>(self, simd: S) -> Self::Out {
             let mut out = [[0.0; LANES]; 4];
-            Planes::new(&self.0, &self.2).normals(self.1, &mut out);
+            Planes::new(&self.0, &self.2).normals(simd, self.1, &mut out);
             out
         }
     }
@@ -290,13 +289,13 @@ mod tests {
             let keys = Keys::new(seed);
             let lanes = Planes::new(&keys, &planes);
             let words = match level {
-                // SAFETY: the CPU has it.
+                // SAFETY: the token proves the features.
                 #[cfg(target_arch = "x86_64")]
-                Level::Avx512 => unsafe { avx512::words_avx512(&lanes, quad) },
-                // SAFETY: the CPU has it.
+                Level::Avx512(simd) => unsafe { avx512::words_avx512(simd, &lanes, quad) },
+                // SAFETY: the token proves the features.
                 #[cfg(target_arch = "x86_64")]
-                Level::Avx2 => unsafe { avx2::words_avx2(&lanes, quad) },
-                _ => lanes.words_any(quad),
+                Level::Avx2(simd) => unsafe { avx2::words_avx2(simd, &lanes, quad) },
+                Level::Scalar => lanes.words_any(quad),
             };
             for (l, plane) in planes.iter().enumerate() {
                 let alone = block(seed, [quad, 0, *plane as u32, (*plane >> 32) as u32]);

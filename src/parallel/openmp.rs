@@ -16,7 +16,7 @@ const NAME: &CStr = c"GOMP_parallel";
 /// Runs `work` on `threads` threads at a time, the calling one included; returns when all are through. False: not done, no OpenMP here.
 ///
 /// `work` must not panic.
-pub fn run(threads: usize, work: &(dyn Fn() + Sync)) -> bool {
+pub(crate) fn run(threads: usize, work: &(dyn Fn() + Sync)) -> bool {
     let Some(parallel) = parallel() else { return false };
     let mut work = work;
     // SAFETY: `region` gets a pointer to `work`, which outlives the call: it returns when all threads are through.
@@ -32,7 +32,7 @@ extern "C" fn region(work: *mut c_void) {
 
 /// Notes that this process loaded the library: threads do not survive a fork, and OpenMP would wait for them in the child for ever.
 #[cfg(feature = "python")]
-pub fn remember_process() {
+pub(crate) fn remember_process() {
     OWNER.get_or_init(process::id);
 }
 

@@ -1,13 +1,13 @@
 //! What a call may use beside its arguments: threads on the CPU; a stream and scratch memory on CUDA.
 
-use crate::error::{Error, Result};
+use crate::tensor::{Error, Result};
 
 /// Gives the address of so many bytes of device memory, which stay for the length of the call; torch's allocator stands behind it.
-pub type Allocate<'a> = &'a (dyn Fn(usize) -> Result<u64> + Sync);
+pub(crate) type Allocate<'a> = &'a (dyn Fn(usize) -> Result<u64> + Sync);
 
 /// The resources of one call.
 #[derive(Clone, Copy)]
-pub struct Run<'a> {
+pub(crate) struct Run<'a> {
     /// At most so many, on the CPU.
     pub threads: usize,
     /// torch's current stream of the device, as the driver's handle.
@@ -25,7 +25,7 @@ impl From<usize> for Run<'_> {
 
 impl Run<'_> {
     /// Scratch memory, aligned to 8 bytes at least; 0 bytes need none.
-    pub fn scratch(&self, op: &'static str, bytes: usize) -> Result<u64> {
+    pub(crate) fn scratch(&self, op: &'static str, bytes: usize) -> Result<u64> {
         match self.allocate {
             _ if bytes == 0 => Ok(0),
             Some(allocate) => allocate(bytes),

@@ -1,12 +1,10 @@
 //! 64 bits for a generator: a number, or a tensor of the device that draws.
 
-use crate::check::Check;
-use crate::error::Result;
-use crate::view::{DType, TensorView};
+use crate::tensor::{Check, DType, Result, TensorView};
 
 /// 64 bits that a kernel is to be told.
 #[derive(Clone, Debug)]
-pub enum Seed {
+pub(crate) enum Seed {
     /// A number.
     Value(u64),
     /// int64 `[1]`, on the device of the work.
@@ -21,14 +19,14 @@ impl From<u64> for Seed {
 
 impl Seed {
     /// A tensor's dtype and shape.
-    pub fn check(&self, check: Check, name: &str) -> Result<()> {
+    pub(crate) fn check(&self, check: Check, name: &str) -> Result<()> {
         let Self::Tensor(view) = self else { return Ok(()) };
         check.of_dtype(name, view, DType::I64)?;
         check.sizes(name, view, "[1]", &[1])
     }
 
     /// A tensor's device: that of another argument.
-    pub fn check_beside(
+    pub(crate) fn check_beside(
         &self,
         check: Check,
         name: &str,
@@ -41,7 +39,7 @@ impl Seed {
     }
 
     /// The number; host memory alone is looked at.
-    pub fn value(&self, check: Check, name: &str) -> Result<u64> {
+    pub(crate) fn value(&self, check: Check, name: &str) -> Result<u64> {
         let view = match self {
             Self::Value(value) => return Ok(*value),
             Self::Tensor(view) => view,

@@ -3,12 +3,12 @@
 //! All kernels work on tiles, so contiguous, channels_last, sliced and expanded tensors run the same arithmetic; only loading and
 //! storing differ. Planes that are rows of consecutive elements are turned 16 x 16 at a time.
 
-use crate::simd::{self, Elem, Job, Real, LANES};
-use crate::view::TensorView;
+use crate::simd::{self, Element, Real, Simd, WithSimd, LANES};
+use crate::tensor::TensorView;
 
 /// How `[B, C, H, W]` lies in memory, without its dtype.
 #[derive(Clone, Copy, Debug)]
-pub struct Layout {
+pub(crate) struct Layout {
     /// Strides of C, H, W in elements.
     pub c: isize,
     /// Rows.
@@ -23,7 +23,7 @@ pub struct Layout {
 
 impl Layout {
     /// Of a 4-d view.
-    pub fn of(view: &TensorView) -> Self {
+    pub(crate) fn of(view: &TensorView) -> Self {
         let (sizes, strides) = (view.sizes(), view.strides());
         let (height, width) = (sizes[2], sizes[3]);
         let (h, w) = (strides[2], strides[3]);
@@ -38,7 +38,7 @@ impl Layout {
     }
 
     /// Channels lie side by side, and planes are not rows of consecutive elements as well (as they are when C is 1).
-    pub fn interleaves(&self) -> bool {
+    pub(crate) fn interleaves(&self) -> bool {
         self.c == 1 && self.w != 1
     }
 
@@ -50,7 +50,7 @@ impl Layout {
 
 /// The channels of one tile; lanes past `used` repeat a valid channel and are never stored.
 #[derive(Clone, Copy, Debug)]
-pub struct Channels {
+pub(crate) struct Channels {
     /// Channel of every lane.
     pub at: [usize; LANES],
     /// How many lanes count.
@@ -59,7 +59,7 @@ pub struct Channels {
 
 impl Channels {
     /// From a list of 1 to [`LANES`] channels.
-    pub fn new(list: impl ExactSizeIterator<Item = usize>) -> Self {
+    pub(crate) fn new(list: impl ExactSizeIterator<Item = usize>) -> Self {
         let used = list.len();
         let mut at = [0; LANES];
         for (slot, channel) in at.iter_mut().zip(list) {
@@ -71,7 +71,7 @@ impl Channels {
     }
 
     /// `from ..` up to `LANES` of `total` channels.
-    pub fn block(from: usize, total: usize) -> Self {
+    pub(crate) fn block(from: usize, total: usize) -> Self {
         Self::new(from..total.min(from + LANES))
     }
 
@@ -84,7 +84,7 @@ impl Channels {
 ///
 /// # Safety
 /// `base` and `layout` must describe readable memory for sample `n`, these channels and positions.
-pub unsafe fn load<T: Elem>(
+pub(crate) unsafe fn load<T: Element>(
     tile: &mut [[T::Acc; LANES]],
     base: *const T,
     layout: &Layout,
@@ -105,7 +105,7 @@ const ASKED: usize = 256;
 /// Asks for the cache lines of positions `from .. from + count`, which are needed soon: sixteen planes at a time are too many for the
 /// processor to foresee.
 #[inline(always)]
-pub fn ask<T>(
+pub(crate) fn ask<T>(
     base: *const T,
     layout: &Layout,
     n: usize,
@@ -134,7 +134,7 @@ pub fn ask<T>(
 
 /// Asks for one cache line; any address may be asked for.
 #[inline(always)]
-pub fn hint<T>(at: *const T) {
+pub(crate) fn hint<T>(at: *const T) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a hint reads and writes nothing, whatever the address.
     unsafe {
@@ -145,7 +145,7 @@ pub fn hint<T>(at: *const T) {
     let _ = at;
 }
 
-struct Load<'a, T: Elem> {
+struct Load<'a, T: Element> {
     tile: &'a mut [[T::Acc; LANES]],
     base: *const T,
     layout: &'a Layout,
@@ -154,19 +154,20 @@ struct Load<'a, T: Elem> {
     from: usize,
 }
 
-impl<T: Elem> Job for Load<'_, T> {
+impl<T: Element> WithSimd for Load<'_, T> {
     type Out = ();
 
     #[inline(always)]
-    fn run(self) {
+    fn with_simd<S: Simd>(self, simd: S) {
         let Self { tile, base, layout, n, channels, from } = self;
         // SAFETY: `load`'s caller vouches for all of it.
-        unsafe { load_runs(tile, base, layout, n, channels, from) }
+        unsafe { load_runs(simd, tile, base, layout, n, channels, from) }
     }
 }
 
 #[inline(always)]
-unsafe fn load_runs<T: Elem>(
+unsafe fn load_runs<T: Element, S: Simd>(
+    simd: S,
     tile: &mut [[T::Acc; LANES]],
     base: *const T,
     layout: &Layout,
@@ -186,7 +187,7 @@ unsafe fn load_runs<T: Elem>(
         // SAFETY: the caller's promise covers every position of this run.
         unsafe {
             if layout.w == 1 && length > 1 {
-                load_rows(part, &planes, start);
+                load_rows(simd, part, &planes, start);
             } else if layout.c == 1 && channels.consecutive() {
                 load_lanes(part, planes[0].wrapping_offset(start), layout.w);
             } else {
@@ -198,7 +199,8 @@ unsafe fn load_runs<T: Elem>(
 }
 
 #[inline(always)]
-unsafe fn load_rows<T: Elem>(
+unsafe fn load_rows<T: Element, S: Simd>(
+    simd: S,
     tile: &mut [[T::Acc; LANES]],
     planes: &[*const T; LANES],
     start: isize,
@@ -207,14 +209,14 @@ unsafe fn load_rows<T: Elem>(
     let (squares, rest) = tile.split_at_mut(whole);
     for (k, block) in squares.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
         // SAFETY: positions at .. at + LANES of these planes are within the run.
-        unsafe { T::load_square(planes, start + (k * LANES) as isize, block) };
+        unsafe { T::load_square(simd, planes, start + (k * LANES) as isize, block) };
     }
     // SAFETY: the rest of the run.
     unsafe { load_any(rest, planes, start + whole as isize, 1) }
 }
 
 #[inline(always)]
-unsafe fn load_lanes<T: Elem>(tile: &mut [[T::Acc; LANES]], first: *const T, step: isize) {
+unsafe fn load_lanes<T: Element>(tile: &mut [[T::Acc; LANES]], first: *const T, step: isize) {
     for (i, row) in tile.iter_mut().enumerate() {
         // SAFETY: LANES consecutive channels at every position of the run.
         let lanes = unsafe {
@@ -225,7 +227,7 @@ unsafe fn load_lanes<T: Elem>(tile: &mut [[T::Acc; LANES]], first: *const T, ste
 }
 
 #[inline(always)]
-unsafe fn load_any<T: Elem>(
+unsafe fn load_any<T: Element>(
     tile: &mut [[T::Acc; LANES]],
     planes: &[*const T; LANES],
     start: isize,
@@ -244,7 +246,7 @@ unsafe fn load_any<T: Elem>(
 ///
 /// # Safety
 /// As for [`load`], for writing, and no other thread may touch these elements.
-pub unsafe fn store<T: Elem>(
+pub(crate) unsafe fn store<T: Element>(
     tile: &[[T::Acc; LANES]],
     base: *mut T,
     layout: &Layout,
@@ -255,7 +257,7 @@ pub unsafe fn store<T: Elem>(
     simd::run(Store { tile, base, layout, n, channels, from });
 }
 
-struct Store<'a, T: Elem> {
+struct Store<'a, T: Element> {
     tile: &'a [[T::Acc; LANES]],
     base: *mut T,
     layout: &'a Layout,
@@ -264,19 +266,20 @@ struct Store<'a, T: Elem> {
     from: usize,
 }
 
-impl<T: Elem> Job for Store<'_, T> {
+impl<T: Element> WithSimd for Store<'_, T> {
     type Out = ();
 
     #[inline(always)]
-    fn run(self) {
+    fn with_simd<S: Simd>(self, simd: S) {
         let Self { tile, base, layout, n, channels, from } = self;
         // SAFETY: `store`'s caller vouches for all of it.
-        unsafe { store_runs(tile, base, layout, n, channels, from) }
+        unsafe { store_runs(simd, tile, base, layout, n, channels, from) }
     }
 }
 
 #[inline(always)]
-unsafe fn store_runs<T: Elem>(
+unsafe fn store_runs<T: Element, S: Simd>(
+    simd: S,
     tile: &[[T::Acc; LANES]],
     base: *mut T,
     layout: &Layout,
@@ -296,7 +299,7 @@ unsafe fn store_runs<T: Elem>(
         // SAFETY: the caller's promise covers every position of this run.
         unsafe {
             if layout.w == 1 && length > 1 {
-                store_rows(part, &planes, channels.used, start);
+                store_rows(simd, part, &planes, channels.used, start);
             } else if layout.c == 1 && channels.consecutive() {
                 store_lanes(part, planes[0].wrapping_offset(start), layout.w);
             } else {
@@ -308,7 +311,8 @@ unsafe fn store_runs<T: Elem>(
 }
 
 #[inline(always)]
-unsafe fn store_rows<T: Elem>(
+unsafe fn store_rows<T: Element, S: Simd>(
+    simd: S,
     tile: &[[T::Acc; LANES]],
     planes: &[*mut T; LANES],
     used: usize,
@@ -318,14 +322,14 @@ unsafe fn store_rows<T: Elem>(
     let (squares, rest) = tile.split_at(whole);
     for (k, block) in squares.as_chunks::<LANES>().0.iter().enumerate() {
         // SAFETY: positions at .. at + LANES of these planes are within the run.
-        unsafe { T::store_square(block, planes, used, start + (k * LANES) as isize) };
+        unsafe { T::store_square(simd, block, planes, used, start + (k * LANES) as isize) };
     }
     // SAFETY: the rest of the run.
     unsafe { store_any(rest, planes, used, start + whole as isize, 1) }
 }
 
 #[inline(always)]
-unsafe fn store_lanes<T: Elem>(tile: &[[T::Acc; LANES]], first: *mut T, step: isize) {
+unsafe fn store_lanes<T: Element>(tile: &[[T::Acc; LANES]], first: *mut T, step: isize) {
     for (i, row) in tile.iter().enumerate() {
         let lanes = T::store_row(row);
         // SAFETY: LANES consecutive channels at every position of the run.
@@ -336,7 +340,7 @@ unsafe fn store_lanes<T: Elem>(tile: &[[T::Acc; LANES]], first: *mut T, step: is
 }
 
 #[inline(always)]
-unsafe fn store_any<T: Elem>(
+unsafe fn store_any<T: Element>(
     tile: &[[T::Acc; LANES]],
     planes: &[*mut T; LANES],
     used: usize,
@@ -355,7 +359,7 @@ unsafe fn store_any<T: Elem>(
 /// A tile from this thread's own store: planes are too large for the stack, and fresh pages cost more than the work done on them.
 ///
 /// Taken from a stack of such stores and handed back when dropped: nested ones have memory of their own.
-pub struct Scratch<A> {
+pub(crate) struct Scratch<A> {
     store: Vec<Line>,
     positions: usize,
     element: std::marker::PhantomData<A>,
@@ -363,7 +367,7 @@ pub struct Scratch<A> {
 
 impl<A: Real> Scratch<A> {
     /// Room for `positions` rows of lanes; their content is arbitrary.
-    pub fn new(positions: usize) -> Self {
+    pub(crate) fn new(positions: usize) -> Self {
         let lines = positions * size_of::<[A; LANES]>() / size_of::<Line>();
         let mut store = SCRATCH.with_borrow_mut(Vec::pop).unwrap_or_default();
         if store.len() < lines {
@@ -373,7 +377,7 @@ impl<A: Real> Scratch<A> {
     }
 
     /// The rows.
-    pub fn tile(&mut self) -> &mut [[A; LANES]] {
+    pub(crate) fn tile(&mut self) -> &mut [[A; LANES]] {
         // SAFETY: `new` made room for these rows; any bits are valid floats; 64-byte alignment is enough for f32 and f64.
         unsafe { std::slice::from_raw_parts_mut(self.store.as_mut_ptr().cast(), self.positions) }
     }

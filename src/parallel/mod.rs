@@ -4,19 +4,21 @@
 //! output, and whatever is reduced is reduced afterwards in the order of the chunks. The threads are OpenMP's where PyTorch has brought
 //! them, a rayon pool's otherwise.
 
-use crate::openmp;
-use rayon::{ThreadPool, ThreadPoolBuilder};
+mod openmp;
+mod pool;
+
+#[cfg(feature = "python")]
+pub(crate) use openmp::remember_process;
 use std::any::Any;
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
-use std::process;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Runs `work(i)` for every `i` below `chunks` on at most `threads` threads, the calling one included.
 ///
 /// The calling thread begins at once and returns when every chunk is done, not when every helper has woken up: for a small job that
 /// takes longer than the job.
-pub fn for_each(threads: usize, chunks: usize, work: impl Fn(usize) + Sync) {
+pub(crate) fn for_each(threads: usize, chunks: usize, work: impl Fn(usize) + Sync) {
     let helpers = threads.min(chunks).saturating_sub(1);
     if helpers == 0 {
         return (0..chunks).for_each(work);
@@ -29,7 +31,7 @@ pub fn for_each(threads: usize, chunks: usize, work: impl Fn(usize) + Sync) {
     // function does not return before every chunk has been claimed and finished.
     let work: &'static (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(work) };
     let job = Arc::new(Job::new(threads, chunks, work));
-    if let Some(pool) = pool(helpers) {
+    if let Some(pool) = pool::of(helpers) {
         for _ in 0..helpers {
             let job = Arc::clone(&job);
             pool.spawn(move || job.drain());
@@ -107,7 +109,11 @@ impl<'a> Job<'a> {
 }
 
 /// Like [`for_each`], with a result for every chunk, in the order of the chunks.
-pub fn map<T: Send>(threads: usize, chunks: usize, work: impl Fn(usize) -> T + Sync) -> Vec<T> {
+pub(crate) fn map<T: Send>(
+    threads: usize,
+    chunks: usize,
+    work: impl Fn(usize) -> T + Sync,
+) -> Vec<T> {
     let mut results: Vec<Option<T>> = Vec::new();
     results.resize_with(chunks, || None);
     let slots = Slots(results.as_mut_ptr());
@@ -119,41 +125,16 @@ pub fn map<T: Send>(threads: usize, chunks: usize, work: impl Fn(usize) -> T + S
 }
 
 /// A base pointer to slots that threads fill, each its own.
-pub struct Slots<T>(pub *mut T);
+pub(crate) struct Slots<T>(pub *mut T);
 
 // SAFETY: users write disjoint slots (stated where they do).
 unsafe impl<T: Send> Sync for Slots<T> {}
 
 impl<T> Slots<T> {
     /// The address of slot `i`.
-    pub fn get(&self, i: usize) -> *mut T {
+    pub(crate) fn get(&self, i: usize) -> *mut T {
         self.0.wrapping_add(i)
     }
-}
-
-/// The pool of `helpers` threads of this process; none where another thread is making one just now.
-///
-/// A forked child inherits the pools but not their threads and would wait for ever, so pools are keyed by the process; the child's
-/// copies of the parent's are forgotten, never joined. Nor does anybody wait for the lock: if a thread of the parent held it during
-/// the fork, the child's copy is never unlocked.
-fn pool(helpers: usize) -> Option<Arc<ThreadPool>> {
-    type Pools = Vec<((u32, usize), Arc<ThreadPool>)>;
-    static POOLS: Mutex<Pools> = Mutex::new(Vec::new());
-    let mut pools = match POOLS.try_lock() {
-        Ok(pools) => pools,
-        Err(TryLockError::Poisoned(pools)) => pools.into_inner(),
-        Err(TryLockError::WouldBlock) => return None,
-    };
-    let key = (process::id(), helpers);
-    if let Some((_, pool)) = pools.iter().find(|(of, _)| *of == key) {
-        return Some(Arc::clone(pool));
-    }
-    let name = |i| format!("sokd-{i}");
-    // A process that may start no more threads does the work itself.
-    let pool =
-        Arc::new(ThreadPoolBuilder::new().num_threads(helpers).thread_name(name).build().ok()?);
-    pools.push((key, Arc::clone(&pool)));
-    Some(pool)
 }
 
 #[cfg(test)]

@@ -5,8 +5,8 @@ mod portable;
 #[cfg(feature = "tch")]
 mod tch;
 
-use crate::error::Error;
-use crate::view::{DType, TensorView};
+use crate::tensor::Error;
+use crate::tensor::{DType, TensorView};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::GILOnceCell;
@@ -62,7 +62,7 @@ pub fn view(op: &'static str, argument: &str, object: &Bound<'_, PyAny>) -> PyRe
 
 /// The Python exception for a failed check.
 pub fn raise(error: Error) -> PyErr {
-    use crate::error::Class;
+    use crate::tensor::Class;
     use pyo3::exceptions::{PyNotImplementedError, PyRuntimeError, PyTypeError, PyValueError};
     let text = error.to_string();
     match error.class() {
@@ -117,7 +117,7 @@ fn build(
     argument: &str,
     pointer: usize,
     dtype: DType,
-    device: crate::view::Device,
+    device: crate::tensor::Device,
     sizes: &[usize],
     strides: &[isize],
 ) -> PyResult<TensorView> {
@@ -125,7 +125,7 @@ fn build(
     // holds the object.
     let view = unsafe { TensorView::new(pointer as *mut u8, dtype, device, sizes, strides) };
     view.ok_or_else(|| {
-        let rule = format!("have at most {} dimensions", crate::view::MAX_RANK);
+        let rule = format!("have at most {} dimensions", crate::tensor::MAX_RANK);
         raise(Error::of_value(op, argument, rule, sizes.len()))
     })
 }

@@ -1,10 +1,89 @@
 //! Elements as they lie in memory: what they are computed in, and how they come and go, alone, in rows and in squares.
 
-use crate::simd::{Real, LANES};
-use crate::transpose::{self, Square};
+use super::transpose::{self, Square};
+use super::{Simd, Vector, LANES};
+
+/// What the kernels compute in: f32, or f64 for f64 tensors.
+pub(crate) trait Real:
+    Copy
+    + Default
+    + PartialOrd
+    + Send
+    + Sync
+    + std::ops::Add<Output = Self>
+    + std::ops::Sub<Output = Self>
+    + std::ops::Mul<Output = Self>
+    + std::ops::AddAssign
+    + 'static
+{
+    /// [`LANES`] of them in the registers of a level.
+    type Vector<S: Simd>: Vector<Self, S>;
+    /// Rounds from f64.
+    fn of(value: f64) -> Self;
+    /// Widens (or keeps) an f32.
+    fn of_f32(value: f32) -> Self;
+    /// Widens to f64.
+    fn to_f64(self) -> f64;
+    /// self * b + c, rounded once.
+    fn fma(self, b: Self, c: Self) -> Self;
+    /// Square root.
+    fn root(self) -> Self;
+    /// All bits set, or none.
+    fn mask(set: bool) -> Self;
+    /// The bits that both have.
+    fn and(self, other: Self) -> Self;
+    /// Turns 16 rows about their diagonal.
+    fn transpose<S: Simd>(simd: S, from: &[[Self; LANES]; LANES], to: &mut [[Self; LANES]; LANES]);
+}
+
+macro_rules! real {
+    ($t:ty, $vector:ident, $transpose:path) => {
+        impl Real for $t {
+            type Vector<S: Simd> = S::$vector;
+            #[inline(always)]
+            fn of(value: f64) -> Self {
+                value as Self
+            }
+            #[inline(always)]
+            fn of_f32(value: f32) -> Self {
+                value as Self
+            }
+            #[inline(always)]
+            fn to_f64(self) -> f64 {
+                self as f64
+            }
+            #[inline(always)]
+            fn fma(self, b: Self, c: Self) -> Self {
+                self.mul_add(b, c)
+            }
+            #[inline(always)]
+            fn root(self) -> Self {
+                self.sqrt()
+            }
+            #[inline(always)]
+            fn mask(set: bool) -> Self {
+                Self::from_bits(if set { !0 } else { 0 })
+            }
+            #[inline(always)]
+            fn and(self, other: Self) -> Self {
+                Self::from_bits(self.to_bits() & other.to_bits())
+            }
+            #[inline(always)]
+            fn transpose<S: Simd>(
+                simd: S,
+                from: &[[Self; LANES]; LANES],
+                to: &mut [[Self; LANES]; LANES],
+            ) {
+                $transpose(simd, from, to)
+            }
+        }
+    };
+}
+real!(f32, F32, transpose::transpose_f32);
+real!(f64, F64, transpose::transpose_any);
 
 /// An element as it lies in memory.
-pub trait Elem: Copy + Send + Sync + 'static {
+pub(crate) trait Element: Copy + Send + Sync + 'static {
     /// What it is computed in.
     type Acc: Real;
     /// Whether it is computed in as it is.
@@ -25,7 +104,12 @@ pub trait Elem: Copy + Send + Sync + 'static {
     /// # Safety
     /// They must be readable.
     #[inline(always)]
-    unsafe fn load_square(planes: &[*const Self; LANES], at: isize, to: &mut Square<Self::Acc>) {
+    unsafe fn load_square<S: Simd>(
+        simd: S,
+        planes: &[*const Self; LANES],
+        at: isize,
+        to: &mut Square<Self::Acc>,
+    ) {
         let mut square = [[Self::Acc::default(); LANES]; LANES];
         for (row, plane) in square.iter_mut().zip(planes) {
             // SAFETY: the caller's promise.
@@ -33,21 +117,22 @@ pub trait Elem: Copy + Send + Sync + 'static {
                 unsafe { plane.wrapping_offset(at).cast::<[Self; LANES]>().read_unaligned() };
             Self::load_row(lanes, row);
         }
-        Self::Acc::transpose(&square, to);
+        Self::Acc::transpose(simd, &square, to);
     }
     /// A square to 16 elements of each of the first `used` planes, from `at` on.
     ///
     /// # Safety
     /// They must be writable.
     #[inline(always)]
-    unsafe fn store_square(
+    unsafe fn store_square<S: Simd>(
+        simd: S,
         from: &Square<Self::Acc>,
         planes: &[*mut Self; LANES],
         used: usize,
         at: isize,
     ) {
         let mut square = [[Self::Acc::default(); LANES]; LANES];
-        Self::Acc::transpose(from, &mut square);
+        Self::Acc::transpose(simd, from, &mut square);
         for (row, plane) in square.iter().zip(&planes[..used]) {
             let lanes = Self::store_row(row);
             // SAFETY: the caller's promise.
@@ -65,16 +150,27 @@ pub trait Elem: Copy + Send + Sync + 'static {
     }
 }
 
-impl Elem for f32 {
+impl Element for f32 {
     #[inline(always)]
-    unsafe fn load_square(planes: &[*const f32; LANES], at: isize, to: &mut Square<f32>) {
+    unsafe fn load_square<S: Simd>(
+        simd: S,
+        planes: &[*const f32; LANES],
+        at: isize,
+        to: &mut Square<f32>,
+    ) {
         // SAFETY: the caller's promise.
-        unsafe { transpose::load_f32(planes, at, to) }
+        unsafe { transpose::load_f32(simd, planes, at, to) }
     }
     #[inline(always)]
-    unsafe fn store_square(from: &Square<f32>, planes: &[*mut f32; LANES], used: usize, at: isize) {
+    unsafe fn store_square<S: Simd>(
+        simd: S,
+        from: &Square<f32>,
+        planes: &[*mut f32; LANES],
+        used: usize,
+        at: isize,
+    ) {
         // SAFETY: the caller's promise.
-        unsafe { transpose::store_f32(from, planes, used, at) }
+        unsafe { transpose::store_f32(simd, from, planes, used, at) }
     }
     type Acc = f32;
     const IS_ACC: bool = true;
@@ -96,7 +192,7 @@ impl Elem for f32 {
     }
 }
 
-impl Elem for f64 {
+impl Element for f64 {
     type Acc = f64;
     const IS_ACC: bool = true;
     #[inline(always)]
@@ -120,9 +216,9 @@ impl Elem for f64 {
 /// bfloat16, converted by integer arithmetic so that loops over it vectorise.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
-pub struct Bf16(u16);
+pub(crate) struct Bf16(u16);
 
-impl Elem for Bf16 {
+impl Element for Bf16 {
     type Acc = f32;
     #[inline(always)]
     fn load(self) -> f32 {
@@ -140,9 +236,9 @@ impl Elem for Bf16 {
 /// IEEE half, converted by integer arithmetic so that loops over it vectorise.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
-pub struct F16(u16);
+pub(crate) struct F16(u16);
 
-impl Elem for F16 {
+impl Element for F16 {
     type Acc = f32;
     #[inline(always)]
     fn load(self) -> f32 {

@@ -3,13 +3,13 @@
 //! Every output is allocated by the caller. `threads` is torch's thread count; `stream` and `allocate` are torch's stream and
 //! allocator of the device, for CUDA.
 
-use crate::check::Check;
-use crate::error::{Error, Result as Checked};
+use crate::bind::read::{self, raise};
 use crate::ops::{areas, draw, masked_mse, refine};
-use crate::read::{self, raise};
-use crate::run::Run;
-use crate::seed::Seed;
-use crate::view::TensorView;
+use crate::random::Seed;
+use crate::tensor::Check;
+use crate::tensor::Run;
+use crate::tensor::TensorView;
+use crate::tensor::{Error, Result as Checked};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -380,7 +380,7 @@ fn select_reader(name: &str) -> PyResult<()> {
     } else {
         "be 'portable' in this build"
     };
-    Err(raise(crate::error::Error::of_value(
+    Err(raise(crate::tensor::Error::of_value(
         "select_reader",
         "name",
         rule,
@@ -403,7 +403,7 @@ fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
 /// The extension module.
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
-    crate::openmp::remember_process();
+    crate::parallel::remember_process();
     module.add_function(wrap_pyfunction!(refine_forward, module)?)?;
     module.add_function(wrap_pyfunction!(refine_backward, module)?)?;
     module.add_function(wrap_pyfunction!(refine_dots, module)?)?;

@@ -1,83 +1,11 @@
 //! `TensorView`: all that a kernel ever knows of a tensor.
 
+use super::DType;
 use std::fmt;
-
-/// Element types that sokd reads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum DType {
-    /// IEEE double.
-    F64,
-    /// IEEE single.
-    F32,
-    /// IEEE half.
-    F16,
-    /// Upper half of a single.
-    BF16,
-    /// 64-bit integer.
-    I64,
-    /// 32-bit integer.
-    I32,
-    /// 16-bit integer.
-    I16,
-    /// Signed byte.
-    I8,
-    /// Byte.
-    U8,
-    /// One byte, 0 or 1.
-    Bool,
-}
-
-impl DType {
-    /// Bytes of one element.
-    pub fn size(self) -> usize {
-        match self {
-            Self::F64 | Self::I64 => 8,
-            Self::F32 | Self::I32 => 4,
-            Self::F16 | Self::BF16 | Self::I16 => 2,
-            Self::I8 | Self::U8 | Self::Bool => 1,
-        }
-    }
-
-    /// A floating-point type.
-    pub fn is_float(self) -> bool {
-        matches!(self, Self::F64 | Self::F32 | Self::F16 | Self::BF16)
-    }
-
-    /// What sums and scores over values of this type are kept in.
-    pub fn accumulator(self) -> Self {
-        match self {
-            Self::F64 => Self::F64,
-            _ => Self::F32,
-        }
-    }
-
-    /// An integer type (bool is none).
-    pub fn is_int(self) -> bool {
-        matches!(self, Self::I64 | Self::I32 | Self::I16 | Self::I8 | Self::U8)
-    }
-}
-
-/// The name that PyTorch and NumPy users know.
-impl fmt::Display for DType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::F64 => "float64",
-            Self::F32 => "float32",
-            Self::F16 => "float16",
-            Self::BF16 => "bfloat16",
-            Self::I64 => "int64",
-            Self::I32 => "int32",
-            Self::I16 => "int16",
-            Self::I8 => "int8",
-            Self::U8 => "uint8",
-            Self::Bool => "bool",
-        })
-    }
-}
 
 /// Where the memory lies.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Device {
+pub(crate) enum Device {
     /// Host memory.
     Cpu,
     /// An NVIDIA device, by ordinal.
@@ -97,13 +25,13 @@ impl fmt::Display for Device {
 }
 
 /// The largest rank of a tensor that sokd takes.
-pub const MAX_RANK: usize = 8;
+pub(crate) const MAX_RANK: usize = 8;
 
 /// Pointer, dtype, sizes, strides (in elements) and device of a tensor that somebody else owns.
 ///
 /// A view promises nothing about lifetimes: whoever makes one keeps the tensor alive until the call that uses it returns.
 #[derive(Clone, Debug)]
-pub struct TensorView {
+pub(crate) struct TensorView {
     ptr: *mut u8,
     /// Element type.
     pub dtype: DType,
@@ -125,7 +53,7 @@ impl TensorView {
     /// # Safety
     /// Every element that `sizes` and `strides` reach from `ptr` must be readable (writable, if the view is an output) for as long as
     /// the view is used.
-    pub unsafe fn new(
+    pub(crate) unsafe fn new(
         ptr: *mut u8,
         dtype: DType,
         device: Device,
@@ -149,37 +77,37 @@ impl TensorView {
     }
 
     /// Number of dimensions.
-    pub fn rank(&self) -> usize {
+    pub(crate) fn rank(&self) -> usize {
         self.rank
     }
 
     /// Sizes, outermost first.
-    pub fn sizes(&self) -> &[usize] {
+    pub(crate) fn sizes(&self) -> &[usize] {
         &self.sizes[..self.rank]
     }
 
     /// Strides in elements, outermost first.
-    pub fn strides(&self) -> &[isize] {
+    pub(crate) fn strides(&self) -> &[isize] {
         &self.strides[..self.rank]
     }
 
     /// Number of elements.
-    pub fn numel(&self) -> usize {
+    pub(crate) fn numel(&self) -> usize {
         self.sizes().iter().product()
     }
 
     /// The address of the first element.
-    pub fn ptr(&self) -> *mut u8 {
+    pub(crate) fn ptr(&self) -> *mut u8 {
         self.ptr
     }
 
     /// The first element as `T`.
-    pub fn as_ptr<T>(&self) -> *mut T {
+    pub(crate) fn as_ptr<T>(&self) -> *mut T {
         self.ptr.cast()
     }
 
     /// The view without its first dimension, at `index` of it.
-    pub fn select(&self, index: usize) -> Self {
+    pub(crate) fn select(&self, index: usize) -> Self {
         debug_assert!(self.rank > 0 && index < self.sizes[0]);
         let offset = self.strides[0] * index as isize * self.dtype.size() as isize;
         let mut view = self.clone();
@@ -191,12 +119,12 @@ impl TensorView {
     }
 
     /// Row-major without gaps.
-    pub fn is_contiguous(&self) -> bool {
+    pub(crate) fn is_contiguous(&self) -> bool {
         self.is_dense_in((0..self.rank).rev())
     }
 
     /// `[B, C, H, W]` stored as `[B, H, W, C]` without gaps.
-    pub fn is_channels_last(&self) -> bool {
+    pub(crate) fn is_channels_last(&self) -> bool {
         self.rank == 4 && self.is_dense_in([1, 3, 2, 0].into_iter())
     }
 
@@ -212,7 +140,7 @@ impl TensorView {
     }
 
     /// The shape as users write it: `[2, 3, 4]`.
-    pub fn shape_text(&self) -> String {
+    pub(crate) fn shape_text(&self) -> String {
         format!("{:?}", self.sizes())
     }
 
@@ -220,7 +148,7 @@ impl TensorView {
     ///
     /// # Safety
     /// The view must be in host memory and `index` within its sizes.
-    pub unsafe fn read_f64(&self, index: &[usize]) -> f64 {
+    pub(crate) unsafe fn read_f64(&self, index: &[usize]) -> f64 {
         let offset: isize = index.iter().zip(self.strides()).map(|(&i, &s)| i as isize * s).sum();
         // SAFETY: the caller keeps `index` within the sizes; `new` promised that memory.
         unsafe {
@@ -238,7 +166,7 @@ impl TensorView {
     ///
     /// # Safety
     /// As for [`TensorView::read_f64`].
-    pub unsafe fn read_i64(&self, index: &[usize]) -> i64 {
+    pub(crate) unsafe fn read_i64(&self, index: &[usize]) -> i64 {
         let offset: isize = index.iter().zip(self.strides()).map(|(&i, &s)| i as isize * s).sum();
         // SAFETY: the caller keeps `index` within the sizes; `new` promised that memory.
         unsafe {
@@ -257,7 +185,7 @@ impl TensorView {
     ///
     /// # Safety
     /// As for [`TensorView::read_f64`], and nobody else may use that element meanwhile.
-    pub unsafe fn write_f64(&self, index: &[usize], value: f64) {
+    pub(crate) unsafe fn write_f64(&self, index: &[usize], value: f64) {
         let offset: isize = index.iter().zip(self.strides()).map(|(&i, &s)| i as isize * s).sum();
         // SAFETY: the caller keeps `index` within the sizes; `new` promised that memory.
         unsafe {

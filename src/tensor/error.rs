@@ -4,7 +4,7 @@ use std::fmt;
 
 /// The Python class that a failure becomes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Class {
+pub(crate) enum Class {
     /// Wrong type, or a mix of dtypes.
     Type,
     /// Bad shape or value.
@@ -16,9 +16,8 @@ pub enum Class {
 }
 
 /// A failed check. `Display` is the sentence that a user reads.
-#[allow(missing_docs)] // The fields are the sentence's own words.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// An argument has the wrong type or dtype.
     #[error("{op}: {argument} must {rule}, got {value}")]
     Type { op: &'static str, argument: String, rule: String, value: String },
@@ -34,9 +33,8 @@ pub enum Error {
 }
 
 /// How CUDA can fail.
-#[allow(missing_docs)] // As above.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum CudaFailure {
+pub(crate) enum CudaFailure {
     /// Nothing to open.
     #[error("no {library} here: {reason}")]
     NoLibrary { library: &'static str, reason: String },
@@ -76,11 +74,11 @@ fn warmup(ordinal: usize, float64: bool) -> String {
 }
 
 /// What a checked operation returns.
-pub type Result<T> = std::result::Result<T, Error>;
+pub(crate) type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
     /// A wrong type or dtype.
-    pub fn of_type(
+    pub(crate) fn of_type(
         op: &'static str,
         argument: &str,
         rule: impl fmt::Display,
@@ -95,7 +93,7 @@ impl Error {
     }
 
     /// A bad shape or value.
-    pub fn of_value(
+    pub(crate) fn of_value(
         op: &'static str,
         argument: &str,
         rule: impl fmt::Display,
@@ -110,7 +108,7 @@ impl Error {
     }
 
     /// The Python class for this failure.
-    pub fn class(&self) -> Class {
+    pub(crate) fn class(&self) -> Class {
         match self {
             Self::Type { .. } => Class::Type,
             Self::Value { .. } => Class::Value,

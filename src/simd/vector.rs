@@ -1,20 +1,20 @@
-//! A row of [`LANES`] numbers and what is done with rows, in the registers of an instruction set.
+//! A vector of [`LANES`] numbers and what is done with vectors, in the registers of a level.
 //!
 //! Arrays are left to the compiler, which now and then makes scalar code of them, or works on several rows at once by gathers and
 //! scatters. Every implementation rounds alike.
 
-use crate::simd::{Real, LANES};
+use super::{Real, Simd, LANES};
 
-/// [`LANES`] numbers side by side.
-pub trait Row<A: Real>: Copy {
+/// [`LANES`] numbers side by side. The first ones take the token of the level `S`; what exists needs none.
+pub(crate) trait Vector<A: Real, S>: Copy {
     /// From memory.
-    fn load(from: &[A; LANES]) -> Self;
+    fn load(simd: S, from: &[A; LANES]) -> Self;
     /// From memory, widened if need be.
-    fn load_f32(from: &[f32; LANES]) -> Self;
+    fn load_f32(simd: S, from: &[f32; LANES]) -> Self;
+    /// One number in all lanes.
+    fn splat(simd: S, value: A) -> Self;
     /// To memory.
     fn store(self, to: &mut [A; LANES]);
-    /// One number in all lanes.
-    fn splat(value: A) -> Self;
     /// self * b + c, rounded once.
     fn fma(self, b: Self, c: Self) -> Self;
     /// self * other
@@ -39,7 +39,7 @@ pub trait Row<A: Real>: Copy {
 
 /// An array: whatever the compiler makes of it.
 #[derive(Clone, Copy)]
-pub struct Plain<A>([A; LANES]);
+pub(crate) struct Plain<A>([A; LANES]);
 
 impl<A: Real> Plain<A> {
     #[inline(always)]
@@ -52,13 +52,13 @@ impl<A: Real> Plain<A> {
     }
 }
 
-impl<A: Real> Row<A> for Plain<A> {
+impl<A: Real, S: Simd> Vector<A, S> for Plain<A> {
     #[inline(always)]
-    fn load(from: &[A; LANES]) -> Self {
+    fn load(_: S, from: &[A; LANES]) -> Self {
         Self(*from)
     }
     #[inline(always)]
-    fn load_f32(from: &[f32; LANES]) -> Self {
+    fn load_f32(_: S, from: &[f32; LANES]) -> Self {
         Self::each(|l| A::of_f32(from[l]))
     }
     #[inline(always)]
@@ -66,7 +66,7 @@ impl<A: Real> Row<A> for Plain<A> {
         *to = self.0;
     }
     #[inline(always)]
-    fn splat(value: A) -> Self {
+    fn splat(_: S, value: A) -> Self {
         Self([value; LANES])
     }
     #[inline(always)]
@@ -95,17 +95,18 @@ impl<A: Real> Row<A> for Plain<A> {
     }
 }
 
-/// The registers of AVX2 and AVX-512. A job uses those of the level that it is compiled for, and of no other.
+/// The registers of AVX2 and AVX-512. Only a level's token makes a vector, so the CPU has the instructions.
 #[cfg(target_arch = "x86_64")]
-pub mod x86 {
-    use super::{Row, LANES};
+pub(crate) mod x86 {
+    use super::{Vector, LANES};
+    use crate::simd::{Avx2, Avx512};
     use std::arch::x86_64::*;
 
-    macro_rules! row {
-        ($name:ident, $a:ty, $register:ty, $parts:expr, $load:ident, $widen:expr, $store:ident, $splat:ident, $fma:ident, $mul:ident, $add:ident, $sub:ident, $max:ident, $and:ident) => {
-            /// A row in registers.
+    macro_rules! vector {
+        ($name:ident, $level:ident, $a:ty, $register:ty, $parts:expr, $load:ident, $widen:expr, $store:ident, $splat:ident, $fma:ident, $mul:ident, $add:ident, $sub:ident, $max:ident, $and:ident) => {
+            /// A vector in registers.
             #[derive(Clone, Copy)]
-            pub struct $name([$register; $parts]);
+            pub(crate) struct $name([$register; $parts]);
 
             impl $name {
                 #[inline(always)]
@@ -120,14 +121,15 @@ pub mod x86 {
                 }
             }
 
-            impl Row<$a> for $name {
+            impl Vector<$a, $level> for $name {
                 #[inline(always)]
-                fn load(from: &[$a; LANES]) -> Self {
-                    // SAFETY: within the row; the CPU has these instructions, as for all that follows.
+                fn load(_: $level, from: &[$a; LANES]) -> Self {
+                    // SAFETY: within the row; the token proves that the CPU has these instructions, a vector
+                    // in all that follows.
                     Self::each(|i| unsafe { $load(from.as_ptr().add(i * LANES / $parts)) })
                 }
                 #[inline(always)]
-                fn load_f32(from: &[f32; LANES]) -> Self {
+                fn load_f32(_: $level, from: &[f32; LANES]) -> Self {
                     // SAFETY: within the row.
                     Self::each(|i| unsafe { $widen(from.as_ptr().add(i * LANES / $parts)) })
                 }
@@ -139,7 +141,7 @@ pub mod x86 {
                     }
                 }
                 #[inline(always)]
-                fn splat(value: $a) -> Self {
+                fn splat(_: $level, value: $a) -> Self {
                     // SAFETY: see `load`.
                     Self([unsafe { $splat(value) }; $parts])
                 }
@@ -176,8 +178,9 @@ pub mod x86 {
             }
         };
     }
-    row!(
+    vector!(
         Wide32,
+        Avx512,
         f32,
         __m512,
         1,
@@ -192,8 +195,9 @@ pub mod x86 {
         _mm512_max_ps,
         _mm512_and_ps
     );
-    row!(
+    vector!(
         Wide64,
+        Avx512,
         f64,
         __m512d,
         2,
@@ -208,8 +212,9 @@ pub mod x86 {
         _mm512_max_pd,
         _mm512_and_pd
     );
-    row!(
+    vector!(
         Half32,
+        Avx2,
         f32,
         __m256,
         2,
@@ -224,8 +229,9 @@ pub mod x86 {
         _mm256_max_ps,
         _mm256_and_ps
     );
-    row!(
+    vector!(
         Half64,
+        Avx2,
         f64,
         __m256d,
         4,

@@ -1,11 +1,11 @@
 //! Tensors for tests: any shape, dtype and strides, with memory of their own and a watch on the bytes around them.
 
-use crate::view::{DType, Device, TensorView};
+use crate::tensor::{DType, Device, TensorView};
 use proptest::prelude::*;
 
 /// How a tensor lies in memory.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Lay {
+pub(crate) enum Lay {
     /// Row-major.
     Contiguous,
     /// The second dimension innermost.
@@ -23,7 +23,7 @@ pub enum Lay {
 }
 
 /// All layouts that an input may have.
-pub fn any_lay() -> impl Strategy<Value = Lay> {
+pub(crate) fn any_lay() -> impl Strategy<Value = Lay> {
     use Lay::*;
     prop::sample::select(vec![
         Contiguous,
@@ -37,7 +37,7 @@ pub fn any_lay() -> impl Strategy<Value = Lay> {
 }
 
 /// All dtypes that are computed with.
-pub fn any_float() -> impl Strategy<Value = DType> {
+pub(crate) fn any_float() -> impl Strategy<Value = DType> {
     prop::sample::select(vec![DType::F64, DType::F32, DType::F16, DType::BF16])
 }
 
@@ -66,7 +66,7 @@ fn strides(shape: &[usize], lay: Lay) -> Vec<isize> {
 const CANARY: u8 = 0xa5;
 
 /// A tensor that owns its memory.
-pub struct Owned {
+pub(crate) struct Owned {
     store: Vec<u8>,
     /// What kernels see.
     pub view: TensorView,
@@ -74,7 +74,7 @@ pub struct Owned {
 
 impl Owned {
     /// An output: every byte is a canary.
-    pub fn empty(shape: &[usize], dtype: DType, lay: Lay) -> Self {
+    pub(crate) fn empty(shape: &[usize], dtype: DType, lay: Lay) -> Self {
         let strides = strides(shape, lay);
         let reach: isize =
             shape.iter().zip(&strides).map(|(&d, &s)| (d.max(1) as isize - 1) * s).sum::<isize>()
@@ -90,7 +90,12 @@ impl Owned {
     }
 
     /// An input: value `i` in row-major order, rounded to the dtype.
-    pub fn new(shape: &[usize], dtype: DType, lay: Lay, values: impl Fn(usize) -> f64) -> Self {
+    pub(crate) fn new(
+        shape: &[usize],
+        dtype: DType,
+        lay: Lay,
+        values: impl Fn(usize) -> f64,
+    ) -> Self {
         let owned = Self::empty(shape, dtype, lay);
         for (i, index) in indices(shape).into_iter().enumerate() {
             // SAFETY: the index is within the sizes.
@@ -100,7 +105,7 @@ impl Owned {
     }
 
     /// All values in row-major order, as they were rounded.
-    pub fn values(&self) -> Vec<f64> {
+    pub(crate) fn values(&self) -> Vec<f64> {
         // SAFETY: the index is within the sizes.
         indices(self.view.sizes())
             .iter()
@@ -109,7 +114,7 @@ impl Owned {
     }
 
     /// Every byte that belongs to no element is as it was.
-    pub fn is_intact_around(&self) -> bool {
+    pub(crate) fn is_intact_around(&self) -> bool {
         let mut mine = vec![false; self.store.len()];
         let first = self.view.ptr() as usize - self.store.as_ptr() as usize;
         for index in indices(self.view.sizes()) {
@@ -123,7 +128,7 @@ impl Owned {
 }
 
 /// All indices of a shape in row-major order.
-pub fn indices(shape: &[usize]) -> Vec<Vec<usize>> {
+pub(crate) fn indices(shape: &[usize]) -> Vec<Vec<usize>> {
     let index = |mut i: usize| {
         let mut index = vec![0; shape.len()];
         for d in (0..shape.len()).rev() {
@@ -135,18 +140,18 @@ pub fn indices(shape: &[usize]) -> Vec<Vec<usize>> {
 }
 
 /// Uniform numbers in [0, 1), the same for the same seed.
-pub struct Uniform(pub u64);
+pub(crate) struct Uniform(pub u64);
 
 impl Uniform {
     /// The next one, with 24 bits.
-    pub fn next(&mut self) -> f64 {
+    pub(crate) fn next(&mut self) -> f64 {
         self.0 =
             self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 40) as f64 / (1u64 << 24) as f64
     }
 
     /// The next `count`.
-    pub fn take(&mut self, count: usize) -> Vec<f64> {
+    pub(crate) fn take(&mut self, count: usize) -> Vec<f64> {
         (0..count).map(|_| self.next()).collect()
     }
 }

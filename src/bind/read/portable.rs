@@ -1,7 +1,7 @@
 //! The reader for every other torch: the tensor's own Python attributes.
 
 use super::{build, from_name, require_strided, unknown_dtype};
-use crate::view::{Device, TensorView};
+use crate::tensor::{Device, TensorView};
 use pyo3::intern;
 use pyo3::prelude::*;
 
