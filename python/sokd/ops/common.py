@@ -186,14 +186,14 @@ def stream_of(device: torch.device) -> int:
     )  # what current_stream().cuda_stream ends in
 
 
-def resources(tensor: Tensor) -> tuple[int, int, Callable[[int], Tensor] | None]:
-    """What a call on this tensor's device may use: threads, a stream, an allocator of scratch memory.
+def resources(tensor: Any) -> tuple[int, int, Callable[[int], Tensor] | None]:
+    """The resources of a call on this tensor's device: threads, a stream, an allocator of scratch memory.
 
     Scratch is torch's own memory: freed on return, it goes to nobody but later work of the same stream.
     """
-    device = tensor.device
-    if device.type != "cuda":
+    if isinstance(tensor, np.ndarray) or tensor.device.type != "cuda":
         return torch.get_num_threads(), 0, None
+    device = tensor.device
     return 1, stream_of(device), partial(torch.empty, dtype=torch.uint8, device=device)
 
 

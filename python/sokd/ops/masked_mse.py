@@ -24,7 +24,6 @@ from sokd.ops.common import (
     register,
     resources,
     second_derivative,
-    stream_of,
 )
 from sokd.reference import layout_of
 
@@ -39,7 +38,7 @@ def _kernel(
 ) -> tuple[Tensor, Tensor]:
     loss, d_student = _fake(student, teacher, weight, normalise, scale, gradient)
     wanted = d_student if gradient else None
-    _core.masked_mse(loss, wanted, student, teacher, weight, normalise, scale, *resources(student))
+    _core.masked_mse(loss, wanted, student, teacher, weight, normalise, scale, resources(student))
     return loss, d_student
 
 
@@ -67,7 +66,7 @@ _forward = register(
 
 def _scale_kernel(gradient: Tensor, upstream: Tensor) -> None:
     if gradient.device.type != "cpu":
-        _core.masked_mse_scale(gradient, upstream, stream_of(gradient.device))
+        _core.masked_mse_scale(gradient, upstream, resources(gradient))
         # A backward that fails after this and is repeated would scale twice: autograd refuses instead.
         torch.autograd.graph.increment_version(gradient)
     elif (factor := upstream.item()) != 1.0:
@@ -274,7 +273,5 @@ def _refuse_gradients(**constants: Tensor | None) -> None:
 
 def _masked_mse_numpy(student: Any, teacher: Any, weight: Any, normalise: str, scale: float) -> Any:
     loss = np.empty((), accumulator(student.dtype))
-    _core.masked_mse(
-        loss, None, student, teacher, weight, normalise, scale, torch.get_num_threads()
-    )
+    _core.masked_mse(loss, None, student, teacher, weight, normalise, scale, resources(student))
     return loss
