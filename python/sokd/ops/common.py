@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache, partial
-from typing import Any
+from functools import cache, partial, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from sokd import _core
 from sokd.ops.config import why_no_cuda
+
+_P, _R = ParamSpec("_P"), TypeVar("_R")
 
 LIBRARY = torch.library.Library("sokd", "DEF")  # type: ignore[no-untyped-call]
 
@@ -126,6 +129,19 @@ def is_eager(*subjects: object) -> bool:
         elif isinstance(subject, Tensor) and type(subject) is not torch.nn.Parameter:
             return False
     return True
+
+
+def eager_only(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """`torch.compiler.disable`, without its import of the compiler (a second) when it decorates."""
+
+    @wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if torch.compiler.is_compiling() or "torch._dynamo" in sys.modules:
+            disabled = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+            return disabled(*args, **kwargs)  # type: ignore[no-any-return]
+        return function(*args, **kwargs)
+
+    return run
 
 
 def second_derivative(
