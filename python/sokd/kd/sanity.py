@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sokd.ops.common import is_eager
+from sokd.ops.runtime import is_eager
 
 if TYPE_CHECKING:
     from sokd.kd.loss import Features

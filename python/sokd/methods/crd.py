@@ -24,7 +24,7 @@ from sokd.methods.checks import layer_pairs
 from sokd.methods.common import Method, Shapes, Step, given, root, unmixed, wide
 from sokd.methods.contrast import noise_contrast
 from sokd.methods.negatives import Negatives
-from sokd.ops.common import eager_only, is_eager
+from sokd.ops.runtime import eager_only, is_eager
 from sokd.ops.distributed import everyones, place
 
 __all__ = ["CRD", "CRDLoss", "crd", "pooled"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sokd import _core, reference
-from sokd.ops.common import (
+from sokd.ops.runtime import (
     accumulator,
     apply,
     check_kind,

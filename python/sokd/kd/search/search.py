@@ -25,7 +25,7 @@ from sokd.kd.policy import Policy, fresh_seed
 from sokd.kd.policy.relax import ControlVariate, estimate, score
 from sokd.kd.search.levels import Level, Run, Step, gradients, leaves, moved
 from sokd.kd.virtual import Together, replayed, unwrapped
-from sokd.ops.common import is_eager
+from sokd.ops.runtime import is_eager
 from sokd.ops.distributed import agreed, averaged, is_sharded
 
 __all__ = ["PolicySearch", "Step"]
