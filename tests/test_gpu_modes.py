@@ -57,7 +57,7 @@ def same(one: list[Tensor], two: list[Tensor]) -> bool:
 
 def test_the_kernels_serve(device: torch.device) -> None:
     everything_on(DEVICE, SHAPE)()
-    assert "cuda" in runtime.KERNELS and "cuda" not in common._warned
+    assert "cuda" in runtime.KERNELS and "cuda" not in runtime._warned
     (line,) = [line for line in sokd.ops.config.describe().splitlines() if line.startswith("cuda")]
     assert "no kernels" not in line and "NVRTC" in line
     info = _core.cuda_info()

@@ -24,8 +24,8 @@ from sokd.methods.checks import layer_pairs
 from sokd.methods.common import Method, Shapes, Step, given, root, unmixed, wide
 from sokd.methods.contrast import noise_contrast
 from sokd.methods.negatives import Negatives
-from sokd.ops.runtime import eager_only, is_eager
 from sokd.ops.distributed import everyones, place
+from sokd.ops.runtime import eager_only, is_eager
 
 __all__ = ["CRD", "CRDLoss", "crd", "pooled"]
 
