@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sokd.ops.common import is_eager
+from sokd.ops import torch_internals
+from sokd.ops.runtime import is_eager
 
 if TYPE_CHECKING:
     from sokd.kd.loss import Features
@@ -83,10 +84,7 @@ _memories: weakref.WeakKeyDictionary[nn.Module, _Memory] = weakref.WeakKeyDictio
 
 def transformed() -> bool:
     """Whether a functorch transform runs eagerly: nothing may be kept from inside it."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    return not torch.compiler.is_compiling() and torch_internals.is_transforming()
 
 
 def look(kd: SoKD, student_features: Features, teacher_features: Features) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sokd import _core, reference
-from sokd.ops.common import accumulator, check_kind, has_kernel, is_eager, register, resources
+from sokd.ops.runtime import accumulator, check_kind, has_kernel, is_eager, register, resources
 from sokd.reference import Areas
 
 _Maps = tuple[Tensor, Tensor, Tensor]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sokd import _core, reference
-from sokd.ops.common import check_device, check_word, has_kernel, register, resources
+from sokd.ops.runtime import check_device, check_word, has_kernel, register, resources
 
 
 def _kernel(seed: Tensor, counter: Tensor, n: int) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from sokd import _core, reference
-from sokd.ops.common import (
+from sokd.ops import torch_internals
+from sokd.ops.runtime import (
     accumulator,
     apply,
     check_kind,
@@ -115,7 +116,7 @@ class _Refine(torch.autograd.Function):
         # The map behind a view with its sign set (see `masked_mse`) spares a pass; the results are small.
         negated = is_eager(upstream) and not (wanted[0] or twice) and upstream.is_neg()
         if negated:
-            upstream = torch._neg_view(upstream)
+            upstream = torch_internals.negative_view(upstream)
         inputs = (upstream, *ctx.saved_tensors, ctx.seed, wanted)
         gradients = apply(_RefineBackward, *inputs) if twice else _RefineBackward.forward(*inputs)
         if negated:

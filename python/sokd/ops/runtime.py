@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache, partial
-from typing import Any
+from functools import cache, partial, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sokd import _core
+from sokd.ops import torch_internals
 from sokd.ops.config import why_no_cuda
+
+_P, _R = ParamSpec("_P"), TypeVar("_R")
 
 LIBRARY = torch.library.Library("sokd", "DEF")  # type: ignore[no-untyped-call]
 
@@ -35,24 +39,7 @@ def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) 
     op = getattr(torch.ops.sokd, name).default
     if not schema.endswith("-> ()"):
         torch.library.register_vmap(f"sokd::{name}", _looped(op), lib=LIBRARY)
-
-    def call(*args: Any) -> Any:
-        """The kernel itself where the dispatcher would only lead to it.
-
-        Between operators that stream maps through the caches, each of its steps costs many times more.
-        """
-        return kernel(*args) if is_eager(*args) and _leads_to_kernel(args) else op(*args)
-
-    return call
-
-
-def _leads_to_kernel(args: Sequence[Any]) -> bool:
-    """Whether the dispatcher has nothing to do: no device to choose, no profile, no sign or zeros to make."""
-    if args[0].device.type != "cpu" or torch._C._autograd._profiler_enabled():
-        return False
-    return not any(
-        isinstance(arg, Tensor) and (arg.is_neg() or arg._is_zerotensor()) for arg in args
-    )
+    return op
 
 
 def _looped(op: Any) -> Callable[..., Any]:
@@ -76,32 +63,10 @@ def _looped(op: Any) -> Callable[..., Any]:
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """`function.apply(*args)`, and outside transforms what that ends in.
-
-    `Function.apply` derives the signature of `forward` in every call, to bind defaults that ours do not have:
-    three times what the rest of a call on a small map takes. Where nothing is differentiated, `forward` does.
-    """
+    """`function.apply(*args)`; a compiler finds plain numbers among the arguments."""
     if torch.compiler.is_compiling():
-        # With `dynamic=True` a number may be a symbol, and one that two functions share breaks the graph.
-        from torch.fx.experimental.symbolic_shapes import guard_scalar  # takes a third of a second
-
-        args = tuple(guard_scalar(arg) if isinstance(arg, (int, float)) else arg for arg in args)
-        return function.apply(*args)  # type: ignore[no-untyped-call]
-    if torch._C._are_functorch_transforms_active():
-        return function.apply(*args)  # type: ignore[no-untyped-call]
-    if not _is_differentiated(args):
-        return function.forward(*args)
-    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
-
-
-def _is_differentiated(args: Sequence[Any]) -> bool:
-    if (
-        torch.autograd.forward_ad._current_level >= 0
-    ):  # tangents, which a function without a jvp refuses
-        return True
-    return torch.is_grad_enabled() and any(
-        isinstance(arg, Tensor) and arg.requires_grad for arg in args
-    )
+        args = tuple(torch_internals.without_symbols(args))
+    return function.apply(*args)  # type: ignore[no-untyped-call]
 
 
 def is_eager(*subjects: object) -> bool:
@@ -111,21 +76,29 @@ def is_eager(*subjects: object) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+    if torch_internals.is_transforming() or torch_internals.count_dispatch_modes():
         return False
-    for subject in subjects:
-        if type(subject) is Tensor:
-            if torch._C._functorch.is_functorch_wrapped_tensor(
-                subject
-            ):  # leaked out of its transform
-                return False
-            if torch._C._functorch.is_legacy_batchedtensor(
-                subject
-            ):  # of `is_grads_batched`, another vmap
-                return False
-        elif isinstance(subject, Tensor) and type(subject) is not torch.nn.Parameter:
-            return False
-    return True
+    return all(_has_memory(subject) for subject in subjects)
+
+
+def _has_memory(subject: object) -> bool:
+    if type(subject) is Tensor:
+        is_wrapper = torch_internals.is_functorch_wrapper(subject)
+        return not (is_wrapper or torch_internals.is_legacy_batched(subject))
+    return not isinstance(subject, Tensor) or type(subject) is torch.nn.Parameter
+
+
+def eager_only(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """`torch.compiler.disable`, without its import of the compiler (a second) when it decorates."""
+
+    @wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if torch.compiler.is_compiling() or "torch._dynamo" in sys.modules:
+            disabled = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+            return disabled(*args, **kwargs)  # type: ignore[no-any-return]
+        return function(*args, **kwargs)
+
+    return run
 
 
 def second_derivative(
@@ -181,9 +154,7 @@ def _why_too_old(index: int) -> str | None:
 
 def stream_of(device: torch.device) -> int:
     """torch's current stream of a CUDA device, as the driver's handle."""
-    return torch._C._cuda_getCurrentRawStream(
-        device.index
-    )  # what current_stream().cuda_stream ends in
+    return torch_internals.raw_stream(device.index)
 
 
 def resources(tensor: Any) -> tuple[int, int, Callable[[int], Tensor] | None]:
