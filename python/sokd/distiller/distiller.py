@@ -33,7 +33,7 @@ from sokd.kd import sanity
 from sokd.kd.sokd import Match, SoKD
 from sokd.kd.virtual import replayed, unwrapped
 from sokd.methods.common import Method, Step
-from sokd.ops.common import is_eager
+from sokd.ops.runtime import is_eager
 
 __all__ = ["Distiller"]
 

@@ -28,8 +28,9 @@ from sokd.kd.features import Features, one_of, tensors_of
 from sokd.kd.policy import Draw, Policy, fresh_seed
 from sokd.kd.policy.relax import ControlVariate, estimate, score
 from sokd.kd.virtual import Together, Weights, replayed, unwrapped
-from sokd.ops.common import is_eager
 from sokd.ops.distributed import agreed, averaged, is_sharded
+from sokd.ops.runtime import is_eager
+from sokd.ops.torch_internals import total_norm
 
 __all__ = ["PolicySearch", "Step"]
 
@@ -243,7 +244,7 @@ class PolicySearch:
         upper = evaluate(virtual, held_out, self.objective)
         everything = _gradients(upper, [*self._chi, *virtual.values()])
         direct, v = everything[:3], everything[3:]
-        norm = torch.nn.utils.get_total_norm(v)
+        norm = total_norm(v)
         ahead, behind = (
             evaluate(_moved(weights, v, sign * _RADIUS / norm.clamp_min(1e-30)), batch, "total")
             for sign in (1, -1)

@@ -288,8 +288,8 @@ class SoKD(nn.Module):
             self.record(matches, areas)
             sanity.look(self, student_features, teacher_features)
         agreement = [match.attention.agreement for match in matches if match.attention is not None]
-        total = {"agreement": _sum(agreement or [torch.zeros_like(areas[0])]), "areas": _sum(areas)}
-        return total | {"total": total["agreement"] + total["areas"]}
+        terms = {"agreement": _sum(agreement or [torch.zeros_like(areas[0])]), "areas": _sum(areas)}
+        return {**terms, "total": terms["agreement"] + terms["areas"]}
 
     def consistency(
         self, student_features: Features, teacher_features: Features, *,

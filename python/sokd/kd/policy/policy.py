@@ -34,7 +34,7 @@ from sokd.kd.policy.plan import (
     straight,
     strengths,
 )
-from sokd.ops import Plan, Plans, refine
+from sokd.ops import Plan, Plans, refine, torch_internals
 from sokd.ops import draw as draw_uniforms
 
 __all__ = ["Draw", "Policy", "Sample", "fresh_seed", "manual_seed"]
@@ -216,7 +216,7 @@ class Policy(nn.Module):
                 again: another draw would give gradients of another value. Inside transforms of
                 torch.func.
         """
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        if not torch.compiler.is_compiling() and torch_internals.running_backward() != -1:
             raise RuntimeError(_DRAWN_AGAIN)
         if sanity.transformed():
             raise RuntimeError(_TRANSFORMED)
