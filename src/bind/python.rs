@@ -55,21 +55,18 @@ where
 }
 
 /// The five parts of a plan, owned for the length of a call.
-struct Parts([Option<TensorView>; 5]);
+type Parts = [Option<TensorView>; 5];
 
-impl Parts {
-    fn read(op: &'static str, parts: [(&str, &Maybe); 5]) -> PyResult<Self> {
-        let mut views = [const { None }; 5];
-        for (view, (name, object)) in views.iter_mut().zip(parts) {
-            *view = optional(op, name, object)?;
-        }
-        Ok(Self(views))
+fn read_parts(op: &'static str, parts: [(&str, &Maybe); 5]) -> PyResult<Parts> {
+    let mut views = [const { None }; 5];
+    for (view, (name, object)) in views.iter_mut().zip(parts) {
+        *view = optional(op, name, object)?;
     }
+    Ok(views)
+}
 
-    fn get(&self) -> refine::Parts<'_> {
-        let [theta, hole, sigma, perm, keep] = self.0.each_ref().map(Option::as_ref);
-        refine::Parts { theta, hole, sigma, perm, keep }
-    }
+fn plan_of([theta, hole, sigma, perm, keep]: Parts, seed: Seed) -> refine::Plan {
+    refine::Plan { theta, hole, sigma, perm, keep, seed }
 }
 
 /// A seed is an int, or an int64 tensor [1]. A tensor is never read as an int: one of CUDA, asked for its value, would wait for it.
@@ -105,10 +102,11 @@ fn refine_forward(
     let op = "refine";
     let parts =
         [("theta", &theta), ("hole", &hole), ("sigma", &sigma), ("perm", &perm), ("keep", &keep)];
-    let (features, parts) = (read::view(op, "features", features)?, Parts::read(op, parts)?);
+    let (features, parts) = (read::view(op, "features", features)?, read_parts(op, parts)?);
     let (refined, seed) = (read::view(op, "refined", refined)?, read_seed(op, "seed", seed)?);
+    let plan = plan_of(parts, seed);
     released(py, (threads, stream, allocate), |run| {
-        refine::forward(&refined, &features, parts.get(), seed, run)
+        refine::Args { features: &features, plan: &plan }.forward(&refined, &run)
     })
 }
 
@@ -136,20 +134,21 @@ fn refine_backward(
     let op = "refine";
     let parts =
         [("theta", &theta), ("hole", &hole), ("sigma", &sigma), ("perm", &perm), ("keep", &keep)];
-    let (features, parts) = (read::view(op, "features", features)?, Parts::read(op, parts)?);
+    let (features, parts) = (read::view(op, "features", features)?, read_parts(op, parts)?);
     let (upstream, seed) = (read::view(op, "upstream", upstream)?, read_seed(op, "seed", seed)?);
     let d_features = optional(op, "d_features", &d_features)?;
     let d_theta = optional(op, "d_theta", &d_theta)?;
     let d_sigma = optional(op, "d_sigma", &d_sigma)?;
     let d_straight = optional(op, "d_straight", &d_straight)?;
-    let wanted = refine::Wanted {
-        features: d_features.as_ref(),
-        theta: d_theta.as_ref(),
-        sigma: d_sigma.as_ref(),
-        straight: d_straight.as_ref(),
+    let gradients = refine::Gradients {
+        d_features: d_features.as_ref(),
+        d_theta: d_theta.as_ref(),
+        d_sigma: d_sigma.as_ref(),
+        d_straight: d_straight.as_ref(),
     };
+    let plan = plan_of(parts, seed);
     released(py, (threads, stream, allocate), |run| {
-        refine::backward(wanted, &upstream, &features, parts.get(), seed, run)
+        refine::Args { features: &features, plan: &plan }.backward(&gradients, &upstream, &run)
     })
 }
 
@@ -174,11 +173,12 @@ fn refine_dots(
     let op = "refine_dots";
     let parts =
         [("theta", &theta), ("hole", &hole), ("sigma", &sigma), ("perm", &perm), ("keep", &keep)];
-    let (features, parts) = (read::view(op, "features", features)?, Parts::read(op, parts)?);
+    let (features, parts) = (read::view(op, "features", features)?, read_parts(op, parts)?);
     let (dots, upstream) = (read::view(op, "dots", dots)?, read::view(op, "upstream", upstream)?);
     let seed = read_seed(op, "seed", seed)?;
+    let plan = plan_of(parts, seed);
     released(py, (threads, stream, allocate), |run| {
-        refine::dots(&dots, &features, &upstream, parts.get(), seed, run)
+        refine::Args { features: &features, plan: &plan }.dots(&dots, &upstream, &run)
     })
 }
 
@@ -198,10 +198,12 @@ fn check_refine(
     let op = "refine";
     let parts =
         [("theta", &theta), ("hole", &hole), ("sigma", &sigma), ("perm", &perm), ("keep", &keep)];
-    let (features, parts) = (read::view(op, "features", features)?, Parts::read(op, parts)?);
+    let (features, parts) = (read::view(op, "features", features)?, read_parts(op, parts)?);
     let straight = optional(op, "straight", &straight)?;
-    read_seed(op, "seed", seed)?;
-    refine::check(&features, &parts.get(), straight.as_ref()).map_err(raise)
+    let plan = plan_of(parts, read_seed(op, "seed", seed)?);
+    let args = refine::Args { features: &features, plan: &plan };
+    args.check().map_err(raise)?;
+    straight.map_or(Ok(()), |straight| args.check_straight(&straight)).map_err(raise)
 }
 
 #[pyfunction]
@@ -220,10 +222,11 @@ fn check_refine_dots(
     let op = "refine_dots";
     let parts =
         [("theta", &theta), ("hole", &hole), ("sigma", &sigma), ("perm", &perm), ("keep", &keep)];
-    let (features, parts) = (read::view(op, "features", features)?, Parts::read(op, parts)?);
+    let (features, parts) = (read::view(op, "features", features)?, read_parts(op, parts)?);
     let upstream = optional(op, "upstream", &upstream)?;
-    read_seed(op, "seed", seed)?;
-    refine::check_dots(&features, upstream.as_ref(), &parts.get()).map(|_| ()).map_err(raise)
+    let plan = plan_of(parts, read_seed(op, "seed", seed)?);
+    let args = refine::Args { features: &features, plan: &plan };
+    args.check_dots(upstream.as_ref()).map(|_| ()).map_err(raise)
 }
 
 type Triple<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>);
@@ -263,9 +266,6 @@ fn areas_forward(
     let teacher = read_teacher(op, teacher)?;
     released(py, (threads, stream, allocate), |run| {
         areas::Args {
-            coverage: &coverage,
-            boxes: &boxes,
-            scores: &scores,
             heat: &heat,
             size: &size,
             offset: &offset,
@@ -273,7 +273,7 @@ fn areas_forward(
             k,
             kernel,
         }
-        .forward(run)
+        .forward(&areas::Outputs { coverage: &coverage, boxes: &boxes, scores: &scores }, &run)
     })
 }
 
@@ -296,7 +296,9 @@ fn check_areas(
     let [heat, size, offset] = read_all(op, [("heat", heat), ("size", size), ("offset", offset)])?;
     let teacher = read_teacher(op, teacher)?;
     let teacher = teacher.as_ref().map(|t| t.each_ref());
-    areas::check(&heat, &size, &offset, teacher, k, kernel).map(|_| ()).map_err(raise)
+    areas::Args { heat: &heat, size: &size, offset: &offset, teacher, k, kernel }
+        .check()
+        .map_err(raise)
 }
 
 #[pyfunction]
@@ -322,15 +324,13 @@ fn masked_mse_forward(
         (optional(op, "d_student", &d_student)?, optional(op, "weight", &weight)?);
     released(py, (threads, stream, allocate), |run| {
         masked_mse::Args {
-            loss: &loss,
-            d_student: d_student.as_ref(),
             student: &student,
             teacher: &teacher,
             weight: weight.as_ref(),
             normalise,
             scale,
         }
-        .forward(run)
+        .forward(&loss, d_student.as_ref(), &run)
     })
 }
 
@@ -346,7 +346,10 @@ fn check_masked_mse(
     let (student, teacher) =
         (read::view(op, "student", student)?, read::view(op, "teacher", teacher)?);
     let weight = optional(op, "weight", &weight)?;
-    masked_mse::check(&student, &teacher, weight.as_ref(), normalise).map(|_| ()).map_err(raise)
+    let weight = weight.as_ref();
+    masked_mse::Args { student: &student, teacher: &teacher, weight, normalise, scale: 1.0 }
+        .check()
+        .map_err(raise)
 }
 
 /// Uniforms f32 [n] and the seed of the noise, int64 [1], from the seed and the counter of a policy.
@@ -365,7 +368,7 @@ fn draw_once(
         (read::view(op, "uniforms", uniforms)?, read::view(op, "noise_seed", noise_seed)?);
     let (seed, counter) = (read_seed(op, "seed", seed)?, read_seed(op, "counter", counter)?);
     released(py, (1, stream, None), |run| {
-        draw::draw(&uniforms, &noise_seed, [&seed, &counter], &run)
+        draw::Args { seed: &seed, counter: &counter }.forward(&uniforms, &noise_seed, &run)
     })
 }
 

@@ -10,12 +10,11 @@ mod driver;
 pub(crate) mod launch;
 mod nvrtc;
 
-use crate::ops::{areas, draw, masked_mse, refine};
 use crate::parallel;
 use crate::tensor::{CudaFailure as Failure, DType, Error, Result as Checked, Run};
 use args::Order;
 use driver::Driver;
-use launch::{Modules, Variant};
+use launch::{Kernel, Modules, Variant};
 use libloading::Library;
 use nvrtc::Nvrtc;
 use std::error::Error as _;
@@ -106,16 +105,16 @@ fn opened() -> Result<&'static Cuda, Failure> {
     CUDA.get().ok_or(Failure::NotOpen)
 }
 
-/// Compiles and loads the kernels of all operators for these dtypes and orders on one device, several at a time.
+/// Compiles and loads kernels, given by operator, for these dtypes and orders on one device, several at a time.
 pub(crate) fn warmup(
     op: &'static str,
     ordinal: usize,
+    kernels: &'static [&[&Kernel]],
     dtypes: &[DType],
     orders: &[Order],
     run: Run,
 ) -> Checked<()> {
-    let kernels = refine::cuda::KERNELS.iter().chain(&areas::cuda::KERNELS);
-    let kernels = kernels.chain(&masked_mse::cuda::KERNELS).chain(&draw::cuda::KERNELS);
+    let kernels = kernels.iter().copied().flatten();
     let mut variants: Vec<Variant> =
         kernels.flat_map(|kernel| kernel.variants(dtypes, orders)).collect();
     // Those of one unit beside one another would wait for one another: the few that share one come last.

@@ -265,6 +265,26 @@ impl Element for F16 {
     }
 }
 
+/// Evaluates `$body` with `$t` as the element type of a floating-point dtype, which the checks require.
+macro_rules! by_dtype {
+    ($dtype:expr, $t:ident => $body:expr) => {
+        by_dtype!(@arms $dtype, $t, $body, F64 f64, F16 $crate::simd::F16, BF16 $crate::simd::Bf16)
+    };
+    (@arms $dtype:expr, $t:ident, $body:expr, $($name:ident $type:ty),*) => {
+        match $dtype {
+            $($crate::tensor::DType::$name => {
+                type $t = $type;
+                $body
+            })*
+            _ => {
+                type $t = f32;
+                $body
+            }
+        }
+    };
+}
+pub(crate) use by_dtype;
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -2,7 +2,7 @@
 
 use super::{released, Object};
 use crate::bind::read::{self, raise};
-use crate::ops::masked_mse;
+use crate::ops::{self, masked_mse};
 use crate::tensor::Error;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -94,7 +94,8 @@ pub fn cuda_warmup(
             |name: &String| if name == "channels_last" { Order::Lanes } else { Order::Planes };
         let orders: Vec<_> = layouts.iter().map(order).collect();
         let run = Run { threads, stream, allocate: None };
-        py.allow_threads(|| cuda::warmup("warmup", device, &dtypes, &orders, run)).map_err(raise)
+        py.allow_threads(|| cuda::warmup("warmup", device, &ops::KERNELS, &dtypes, &orders, run))
+            .map_err(raise)
     }
     #[cfg(not(feature = "cuda"))]
     absent("warmup")

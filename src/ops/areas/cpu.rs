@@ -1,9 +1,9 @@
 //! The CPU kernel: the maxima of all blocks, from them each image's best peaks, then its boxes.
 
-use super::boxes::Outputs;
+use super::boxes::BoxWriter;
 use super::heat::{Heat, Image};
 use super::peaks::Peak;
-use super::Args;
+use super::{Args, Outputs};
 use crate::parallel;
 use crate::simd::{self, Element, Simd, WithSimd};
 use std::ops::Range;
@@ -15,16 +15,16 @@ const CHUNK: usize = 1 << 16;
 ///
 /// # Safety
 /// The maps have the dtype `T`, the shapes agree, the outputs are contiguous and of their dtypes, and all are in host memory.
-pub(crate) unsafe fn forward<T: Element>(args: &Args, threads: usize) {
+pub(crate) unsafe fn forward<T: Element>(args: &Args, outputs: &Outputs, threads: usize) {
     let heat =
         Heat::<T>::new(args.heat, args.teacher.map(|teacher| teacher[0]), args.kernel as usize);
-    let outputs = Outputs::<T>::new(args);
+    let writer = BoxWriter::<T>::new(args, outputs);
     let (batch, blocks, k) = (args.heat.sizes()[0], heat.blocks(), args.k as usize);
     let bounds = |n, blocks| simd::run(Bounds { image: &heat.image(n), blocks });
     let finish = |n, bounds: &[T::Acc]| {
         let peaks = simd::run(Best { image: &heat.image(n), bounds, k });
         // SAFETY: the caller's promise; this image's outputs are this thread's alone.
-        unsafe { outputs.write(n, &peaks) }
+        unsafe { writer.write(n, &peaks) }
     };
     let parts = heat.cells().div_ceil(CHUNK).min(blocks);
     if parts == 1 {

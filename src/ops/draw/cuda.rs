@@ -7,7 +7,7 @@ use crate::tensor::{DType, Result, Run, TensorView};
 
 const SOURCE: &Source = &Source { name: "draw", text: include_str!("kernel.cu"), parts: &[] };
 static DRAW: Kernel = Kernel::new(SOURCE, 1, "draw", (false, false));
-/// For `sokd.warmup()`.
+/// All of them, for `sokd.warmup()`.
 pub(crate) static KERNELS: [&Kernel; 1] = [&DRAW];
 
 mirror! {
@@ -19,10 +19,10 @@ mirror! {
 ///
 /// # Safety
 /// The arguments are checked, and all of them lie on the CUDA device `ordinal`.
-pub(crate) unsafe fn draw(
+pub(crate) unsafe fn forward(
+    [seed, counter]: [&TensorView; 2],
     uniforms: &TensorView,
     noise_seed: &TensorView,
-    [seed, counter]: [&TensorView; 2],
     ordinal: usize,
     run: &Run,
 ) -> Result<()> {

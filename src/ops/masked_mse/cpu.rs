@@ -17,20 +17,25 @@ const TILE: usize = BLOCK / LANES;
 ///
 /// # Safety
 /// The maps have the dtype `T`, the shapes agree, and all are in host memory.
-pub(crate) unsafe fn forward<T: Element>(args: &Args, threads: usize) -> Result<f64> {
+pub(crate) unsafe fn forward<T: Element>(
+    args: &Args,
+    d_student: Option<&TensorView>,
+    threads: usize,
+) -> Result<f64> {
     // SAFETY: the caller's promise.
     let (weights, total) = unsafe { Weights::<T::Acc>::read(args.weight, threads) }?;
     let numel = args.student.numel();
     let area = args.weight.is_some() && args.normalise == "area";
     let divisor = if area { total * args.student.sizes()[1] as f64 } else { numel as f64 };
     if numel == 0 || divisor == 0.0 {
-        if let Some(d_student) = args.d_student {
+        if let Some(d_student) = d_student {
             // SAFETY: the gradient is dense, so numel elements lie here; zero bits are 0.0 in every float dtype.
             unsafe { d_student.ptr().write_bytes(0, numel * d_student.dtype.size()) };
         }
         return Ok(0.0);
     }
-    let maps = Maps::<T>::new(args, weights.slice(), T::Acc::of(2.0 * args.scale / divisor));
+    let maps =
+        Maps::<T>::new(args, d_student, weights.slice(), T::Acc::of(2.0 * args.scale / divisor));
     let grid = Grid::new(maps.order, maps.sizes);
     let partial = |chunk| {
         grid.units(chunk).map(|i| simd::run(Unit { maps: &maps, at: grid.at(i) })).sum::<f64>()
@@ -57,8 +62,13 @@ struct Maps<'a, T: Element> {
 unsafe impl<T: Element> Sync for Maps<'_, T> {}
 
 impl<'a, T: Element> Maps<'a, T> {
-    fn new(args: &Args, weights: Option<&'a [T::Acc]>, factor: T::Acc) -> Self {
-        let views = [args.student, args.teacher, args.d_student.unwrap_or(args.student)];
+    fn new(
+        args: &Args,
+        d_student: Option<&TensorView>,
+        weights: Option<&'a [T::Acc]>,
+        factor: T::Acc,
+    ) -> Self {
+        let views = [args.student, args.teacher, d_student.unwrap_or(args.student)];
         let order = if views.iter().all(|view| view.is_contiguous()) {
             Order::Planes
         } else if views.iter().all(|view| view.is_channels_last()) {
@@ -70,7 +80,7 @@ impl<'a, T: Element> Maps<'a, T> {
         Self {
             student: args.student.as_ptr(),
             teacher: args.teacher.as_ptr(),
-            d_student: args.d_student.map(TensorView::as_ptr),
+            d_student: d_student.map(TensorView::as_ptr),
             layouts: views.map(Layout::of),
             order,
             sizes: [s[0], s[1], s[2] * s[3]],

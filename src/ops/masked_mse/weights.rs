@@ -2,7 +2,7 @@
 
 use super::CHECK;
 use crate::parallel;
-use crate::simd::{self, Bf16, Element, Real, Simd, WithSimd, F16, LANES};
+use crate::simd::{self, by_dtype, Element, Real, Simd, WithSimd, LANES};
 use crate::tensor::{DType, Result, TensorView};
 use std::slice;
 
@@ -34,15 +34,8 @@ impl<'a, A: Real> Weights<'a, A> {
             // SAFETY: contiguous, of the dtype A, not empty.
             Self::Borrowed(unsafe { slice::from_raw_parts(view.as_ptr::<A>(), view.numel()) })
         } else {
-            // SAFETY: the caller's promise; each arm has the view's dtype.
-            Self::Copied(unsafe {
-                match view.dtype {
-                    DType::F64 => copied::<f64, A>(view),
-                    DType::F16 => copied::<F16, A>(view),
-                    DType::BF16 => copied::<Bf16, A>(view),
-                    _ => copied::<f32, A>(view),
-                }
-            })
+            // SAFETY: the caller's promise; T is the view's dtype.
+            Self::Copied(by_dtype!(view.dtype, T => unsafe { copied::<T, A>(view) }))
         };
         let sum = total(weights.slice().unwrap_or(&[]), view.dtype, threads)?;
         Ok((weights, sum))

@@ -2,8 +2,8 @@
 
 use super::forward::{clear_hole, clear_lanes, planes, sources, Cover, Source, CHUNK};
 use super::lanes::{DotNoise, Places, Slopes, Spread, Sum};
-use super::plan::{Plan, Tables};
-use super::{Shape, Wanted};
+use super::plan::{SamplePlans, Shape, Tables};
+use super::Gradients;
 use crate::parallel;
 use crate::simd::tile::{self, Channels, Scratch};
 use crate::simd::{self, Element, LANES};
@@ -12,19 +12,20 @@ use crate::tensor::TensorView;
 /// Sums over one task: d_theta (6) and d_sigma. In f64, and added task by task in their order: the same bits on every run.
 type Sums = [f64; 7];
 
-/// Writes every gradient that is wanted.
+/// Computes the gradients.
 pub(super) fn backward<T: Element>(
-    wanted: &Wanted,
+    gradients: &Gradients,
     upstream: &TensorView,
     features: &TensorView,
-    plan: &Plan,
+    plan: &SamplePlans,
     threads: usize,
 ) {
-    if let Some(straight) = wanted.straight {
+    if let Some(straight) = gradients.d_straight {
         let sums = sums_of_upstream::<T>(upstream, plan, threads);
         write_groups(straight, 1, plan, |n, _| sums[n]);
     }
-    if wanted.features.is_none() && wanted.theta.is_none() && wanted.sigma.is_none() {
+    if gradients.d_features.is_none() && gradients.d_theta.is_none() && gradients.d_sigma.is_none()
+    {
         return;
     }
     let blocks = plan.shape.channels.div_ceil(LANES);
@@ -32,9 +33,9 @@ pub(super) fn backward<T: Element>(
     let call = Call {
         upstream: Source::<T>::new(upstream),
         features: Source::<T>::new(features),
-        d_features: wanted.features.map(Source::<T>::new),
-        wants_theta: wanted.theta.is_some(),
-        wants_sigma: wanted.sigma.is_some(),
+        d_features: gradients.d_features.map(Source::<T>::new),
+        wants_theta: gradients.d_theta.is_some(),
+        wants_sigma: gradients.d_sigma.is_some(),
         plan,
         tables: &tables,
     };
@@ -46,16 +47,21 @@ pub(super) fn backward<T: Element>(
         let range = (n * blocks).min(tasks)..((n + 1) * blocks).min(tasks);
         sums[range].iter().map(|s| s[i]).sum::<f64>()
     };
-    if let Some(theta) = wanted.theta {
+    if let Some(theta) = gradients.d_theta {
         write_groups(theta, 6, plan, of_sample);
     }
-    if let Some(sigma) = wanted.sigma {
+    if let Some(sigma) = gradients.d_sigma {
         write_groups(sigma, 1, plan, |n, _| of_sample(n, 6));
     }
 }
 
 /// Writes `[G, ..]` with `count` entries a group: the entry of each sample, or their sum in order when there is one group.
-fn write_groups(view: &TensorView, count: usize, plan: &Plan, entry: impl Fn(usize, usize) -> f64) {
+fn write_groups(
+    view: &TensorView,
+    count: usize,
+    plan: &SamplePlans,
+    entry: impl Fn(usize, usize) -> f64,
+) {
     let groups = view.sizes()[0];
     for g in 0..groups {
         for i in 0..count {
@@ -70,7 +76,11 @@ fn write_groups(view: &TensorView, count: usize, plan: &Plan, entry: impl Fn(usi
 }
 
 /// The sum of upstream over each sample.
-fn sums_of_upstream<T: Element>(upstream: &TensorView, plan: &Plan, threads: usize) -> Vec<f64> {
+fn sums_of_upstream<T: Element>(
+    upstream: &TensorView,
+    plan: &SamplePlans,
+    threads: usize,
+) -> Vec<f64> {
     let blocks = plan.shape.channels.div_ceil(LANES);
     let source = Source::<T>::new(upstream);
     let tasks = if plan.shape.positions() == 0 { 0 } else { plan.shape.batch * blocks };
@@ -80,7 +90,7 @@ fn sums_of_upstream<T: Element>(upstream: &TensorView, plan: &Plan, threads: usi
     (0..plan.shape.batch).map(|n| sums[range(n)].iter().sum()).collect()
 }
 
-fn sum_of_block<T: Element>(source: Source<T>, plan: &Plan, n: usize, block: usize) -> f64 {
+fn sum_of_block<T: Element>(source: Source<T>, plan: &SamplePlans, n: usize, block: usize) -> f64 {
     let channels = Channels::block(block * LANES, plan.shape.channels);
     let positions = plan.shape.positions();
     let mut buffer = Scratch::<T::Acc>::new(CHUNK);
@@ -100,7 +110,7 @@ struct Call<'a, T: Element> {
     d_features: Option<Source<T>>,
     wants_theta: bool,
     wants_sigma: bool,
-    plan: &'a Plan,
+    plan: &'a SamplePlans,
     tables: &'a Tables<T::Acc>,
 }
 

@@ -1,14 +1,13 @@
 //! Sampling without tiles, where all channels of a position lie side by side: each corner is a run of memory, read where it is.
 
-use super::plan::{Corners, Group, Hole};
-use super::Shape;
+use super::plan::{Corners, Hole, SamplePlan, Shape};
 use crate::simd::tile::Layout;
 use crate::simd::{Element, Real, Simd, Vector, WithSimd, LANES};
 use std::ops::Range;
 
 /// Whether a sample can be done so: what is computed in lies in memory, and nothing mixes, changes or drops single channels.
 pub(super) fn fits<T: Element>(
-    group: &Group,
+    group: &SamplePlan,
     source: &Layout,
     target: &Layout,
     shape: Shape,

@@ -5,7 +5,7 @@
 
 use super::forward::{clear_hole, planes, Source, CHUNK};
 use super::lanes::{Dot, DotNoise};
-use super::plan::{Group, Plan, Table, Tables};
+use super::plan::{SamplePlan, SamplePlans, Table, Tables};
 use crate::parallel;
 use crate::random::philox::Planes;
 use crate::simd::tile::{self, Channels, Scratch};
@@ -16,13 +16,13 @@ use crate::tensor::TensorView;
 pub(super) fn dots<T: Element>(
     features: &TensorView,
     upstream: &TensorView,
-    plans: &[Plan],
+    plans: &[SamplePlans],
     threads: usize,
 ) -> Vec<f64> {
     let Some(first) = plans.first().filter(|_| features.numel() > 0) else {
         return vec![0.0; plans.len()];
     };
-    let shared = |plan: &Plan| plan.shares_theta().then(|| plan.tables::<T::Acc>(threads));
+    let shared = |plan: &SamplePlans| plan.shares_theta().then(|| plan.tables::<T::Acc>(threads));
     let call = Call {
         features: Source::<T>::new(features),
         upstream: Source::<T>::new(upstream),
@@ -46,7 +46,7 @@ pub(super) fn dots<T: Element>(
 struct Call<'a, T: Element> {
     features: Source<T>,
     upstream: Source<T>,
-    plans: &'a [Plan],
+    plans: &'a [SamplePlans],
     tables: Vec<Option<Tables<T::Acc>>>,
 }
 
@@ -122,7 +122,7 @@ fn through_sampling<A: Real>(
     upstream: &[[A; LANES]],
     source: &[[A; LANES]],
     table: Option<&Table<A>>,
-    group: &Group,
+    group: &SamplePlan,
     width: usize,
 ) -> [f64; LANES] {
     let mut totals = [0.0; LANES];

@@ -5,7 +5,7 @@
 
 use super::direct::{self, Direct};
 use super::lanes::{AddNoise, ClearLanes, Sample};
-use super::plan::{Corners, Group, Hole, Plan, Tables};
+use super::plan::{Corners, Hole, SamplePlan, SamplePlans, Tables};
 use crate::parallel;
 use crate::random::philox::{Keys, Planes};
 use crate::simd::tile::{self, Channels, Layout, Scratch};
@@ -19,7 +19,7 @@ pub(super) const CHUNK: usize = 64;
 pub(super) fn forward<T: Element>(
     refined: &TensorView,
     features: &TensorView,
-    plan: &Plan,
+    plan: &SamplePlans,
     threads: usize,
 ) {
     let blocks = plan.shape.channels.div_ceil(LANES);
@@ -56,7 +56,7 @@ impl<T> Source<T> {
 struct Task<'a, T: Element> {
     source: Source<T>,
     target: Source<T>,
-    plan: &'a Plan,
+    plan: &'a SamplePlans,
     tables: &'a Tables<T::Acc>,
     n: usize,
     block: usize,
@@ -98,7 +98,7 @@ impl Cover {
 }
 
 /// The source channel of every lane.
-pub(super) fn sources(channels: &Channels, group: &Group) -> Channels {
+pub(super) fn sources(channels: &Channels, group: &SamplePlan) -> Channels {
     group.perm.map_or(*channels, |perm| Channels {
         at: channels.at.map(|c| perm[c]),
         used: channels.used,
@@ -160,7 +160,7 @@ impl<T: Element> Task<'_, T> {
     }
 
     /// All channels of this task's share of the positions.
-    fn direct(&self, group: &Group) {
+    fn direct(&self, group: &SamplePlan) {
         let shape = self.plan.shape;
         let (blocks, positions) = (shape.channels.div_ceil(LANES), shape.positions());
         let first = |side: &Source<T>| side.base.wrapping_offset(self.n as isize * side.layout.n);
@@ -195,7 +195,7 @@ impl<T: Element> Task<'_, T> {
     }
 
     /// Nothing but a permutation and a hole: planes are copied as they are, bit for bit.
-    fn copy(&self, live: &Channels, group: &Group) {
+    fn copy(&self, live: &Channels, group: &SamplePlan) {
         let (from, positions) = (sources(live, group), self.plan.shape.positions());
         for l in 0..live.used {
             let target = self.plane(&self.target, live.at[l]);
@@ -217,7 +217,7 @@ impl<T: Element> Task<'_, T> {
         }
     }
 
-    fn sampled(&self, live: &Channels, group: &Group, table: &[Corners<T::Acc>]) {
+    fn sampled(&self, live: &Channels, group: &SamplePlan, table: &[Corners<T::Acc>]) {
         let positions = self.plan.shape.positions();
         let mut scratch = Scratch::<T::Acc>::new(positions + 1);
         let source = scratch.tile();
@@ -239,7 +239,7 @@ impl<T: Element> Task<'_, T> {
     }
 
     /// Fills chunk after chunk, adds the hole, the noise and the dropped lanes, and stores it.
-    fn chunks(&self, live: &Channels, group: &Group, fill: Fill<T::Acc>) {
+    fn chunks(&self, live: &Channels, group: &SamplePlan, fill: Fill<T::Acc>) {
         let shape = self.plan.shape;
         let noise = (group.sigma)
             .map(|sigma| (sigma, planes(&self.plan.keys, live, self.n, shape.channels)));

@@ -1,7 +1,6 @@
 //! The arithmetic on tiles: the only code of this operator that is compiled for each instruction set.
 
-use super::plan::{Corners, Table};
-use super::Shape;
+use super::plan::{Corners, Shape, Table};
 use crate::random::philox::Planes;
 use crate::simd::tile::Scratch;
 use crate::simd::{Real, Simd, Vector, WithSimd, LANES};
