@@ -7,7 +7,10 @@
 //! `bind`: the Python module, the only code that knows pyo3.
 
 // Python and CUDA are what calls the operators and fails: without one of them, some code has no caller.
-#![cfg_attr(not(all(feature = "python", feature = "cuda")), allow(dead_code, unused_imports))]
+#![cfg_attr(
+    not(all(feature = "python", feature = "cuda")),
+    allow(dead_code, unused_imports, unused_variables)
+)]
 
 #[cfg(feature = "python")]
 mod bind;

@@ -1,16 +1,12 @@
 //! The only file that speaks to Python: read the arguments, release the GIL, call the operator, map the error.
 //!
-//! Every output is allocated by the caller. `threads` is torch's thread count; `stream` and `allocate` are torch's stream and
-//! allocator of the device, for CUDA.
+//! Every output is allocated by the caller. The resources of a call are torch's thread count, and for CUDA torch's stream and
+//! allocator of the device.
 
 use crate::bind::read::{self, raise};
-use crate::ops::{areas, draw, masked_mse, refine};
+use crate::ops::{self, areas, masked_mse, refine};
 use crate::random::Seed;
-use crate::tensor::Check;
-use crate::tensor::Run;
-use crate::tensor::TensorView;
-use crate::tensor::{Error, Result as Checked};
-use pyo3::intern;
+use crate::tensor::{Error, Result as Checked, Run, TensorView};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -19,13 +15,25 @@ mod cuda;
 
 type Object<'a, 'py> = &'a Bound<'py, PyAny>;
 type Maybe<'py> = Option<Bound<'py, PyAny>>;
+/// threads, stream, allocate.
+type Resources<'py> = (usize, usize, Maybe<'py>);
+/// theta, hole, sigma, perm, keep, seed tensor, seed.
+type RawPlan<'py> = (Maybe<'py>, Maybe<'py>, Maybe<'py>, Maybe<'py>, Maybe<'py>, Maybe<'py>, i64);
 
 fn optional(op: &'static str, argument: &str, object: &Maybe) -> PyResult<Option<TensorView>> {
     object.as_ref().map(|object| read::view(op, argument, object)).transpose()
 }
 
-/// threads, stream, allocate.
-type Resources<'py> = (usize, usize, Maybe<'py>);
+fn read_all<const N: usize>(
+    op: &'static str,
+    named: [(&str, Object); N],
+) -> PyResult<[TensorView; N]> {
+    let mut views = [const { None }; N];
+    for (view, (name, object)) in views.iter_mut().zip(named) {
+        *view = Some(read::view(op, name, object)?);
+    }
+    Ok(views.map(|view| view.expect("the loop fills every entry")))
+}
 
 /// Runs an operator without the GIL. The arguments stay alive: Python's caller holds them; scratch memory lives until the return,
 /// and torch's allocator gives it to nobody but later work of the same stream.
@@ -34,11 +42,11 @@ where
     F: FnOnce(Run) -> Checked<()> + Send,
 {
     let Some(allocate) = allocate.map(Bound::unbind) else {
-        return py.allow_threads(|| work(Run { threads, stream, allocate: None })).map_err(raise);
+        return py.detach(|| work(Run { threads, stream, allocate: None })).map_err(raise);
     };
     let (kept, failed) = (Mutex::new(Vec::new()), OnceLock::new());
     let scratch = |bytes: usize| {
-        Python::with_gil(|py| {
+        Python::attach(|py| {
             let memory = allocate.bind(py).call1((bytes,))?;
             let address = memory.call_method0("data_ptr")?.extract::<u64>()?;
             kept.lock().unwrap_or_else(PoisonError::into_inner).push(memory.unbind());
@@ -50,199 +58,118 @@ where
             Error::of_value("scratch", "allocate", "give memory", "an exception")
         })
     };
-    let done = py.allow_threads(|| work(Run { threads, stream, allocate: Some(&scratch) }));
+    let done = py.detach(|| work(Run { threads, stream, allocate: Some(&scratch) }));
     failed.into_inner().map_or(done.map_err(raise), Err)
 }
 
-/// The five parts of a plan, owned for the length of a call.
-type Parts = [Option<TensorView>; 5];
-
-fn read_parts(op: &'static str, parts: [(&str, &Maybe); 5]) -> PyResult<Parts> {
-    let mut views = [const { None }; 5];
-    for (view, (name, object)) in views.iter_mut().zip(parts) {
-        *view = optional(op, name, object)?;
-    }
-    Ok(views)
-}
-
-fn plan_of([theta, hole, sigma, perm, keep]: Parts, seed: Seed) -> refine::Plan {
-    refine::Plan { theta, hole, sigma, perm, keep, seed }
-}
-
-/// A seed is an int, or an int64 tensor [1]. A tensor is never read as an int: one of CUDA, asked for its value, would wait for it.
-fn read_seed(op: &'static str, name: &str, seed: Object) -> PyResult<Seed> {
-    if !seed.hasattr(intern!(seed.py(), "data_ptr"))? {
-        let bits = seed.extract::<i64>().map(|value| value as u64).or_else(|_| seed.extract());
-        if let Ok(bits) = bits {
-            return Ok(Seed::Value(bits));
-        }
-    }
-    let seed = Seed::Tensor(read::view(op, name, seed)?);
-    seed.check(Check(op), name).map_err(raise)?;
-    Ok(seed)
-}
-
-#[pyfunction]
-#[pyo3(signature = (refined, features, theta, hole, sigma, perm, keep, seed, threads, stream=0, allocate=None))]
-#[allow(clippy::too_many_arguments)]
-fn refine_forward(
-    py: Python<'_>,
-    refined: Object,
-    features: Object,
-    theta: Maybe,
-    hole: Maybe,
-    sigma: Maybe,
-    perm: Maybe,
-    keep: Maybe,
-    seed: Object,
-    threads: usize,
-    stream: usize,
-    allocate: Maybe,
-) -> PyResult<()> {
-    let op = "refine";
-    let parts =
-        [("theta", &theta), ("hole", &hole), ("sigma", &sigma), ("perm", &perm), ("keep", &keep)];
-    let (features, parts) = (read::view(op, "features", features)?, read_parts(op, parts)?);
-    let (refined, seed) = (read::view(op, "refined", refined)?, read_seed(op, "seed", seed)?);
-    let plan = plan_of(parts, seed);
-    released(py, (threads, stream, allocate), |run| {
-        refine::Args { features: &features, plan: &plan }.forward(&refined, &run)
+fn read_plan(op: &'static str, plan: &RawPlan) -> PyResult<refine::Plan> {
+    let (theta, hole, sigma, perm, keep, seed_tensor, seed) = plan;
+    Ok(refine::Plan {
+        theta: optional(op, "theta", theta)?,
+        hole: optional(op, "hole", hole)?,
+        sigma: optional(op, "sigma", sigma)?,
+        perm: optional(op, "perm", perm)?,
+        keep: optional(op, "keep", keep)?,
+        seed: optional(op, "seed", seed_tensor)?.map_or(Seed::Value(*seed as u64), Seed::Tensor),
     })
 }
 
 #[pyfunction]
-#[pyo3(signature = (d_features, d_theta, d_sigma, d_straight, upstream, features, theta, hole, sigma, perm, keep, seed, threads, stream=0, allocate=None))]
-#[allow(clippy::too_many_arguments)]
-fn refine_backward(
+fn refine_forward(
     py: Python<'_>,
-    d_features: Maybe,
-    d_theta: Maybe,
-    d_sigma: Maybe,
-    d_straight: Maybe,
-    upstream: Object,
+    refined: Object,
     features: Object,
-    theta: Maybe,
-    hole: Maybe,
-    sigma: Maybe,
-    perm: Maybe,
-    keep: Maybe,
-    seed: Object,
-    threads: usize,
-    stream: usize,
-    allocate: Maybe,
+    plan: RawPlan,
+    resources: Resources,
 ) -> PyResult<()> {
     let op = "refine";
-    let parts =
-        [("theta", &theta), ("hole", &hole), ("sigma", &sigma), ("perm", &perm), ("keep", &keep)];
-    let (features, parts) = (read::view(op, "features", features)?, read_parts(op, parts)?);
-    let (upstream, seed) = (read::view(op, "upstream", upstream)?, read_seed(op, "seed", seed)?);
-    let d_features = optional(op, "d_features", &d_features)?;
-    let d_theta = optional(op, "d_theta", &d_theta)?;
-    let d_sigma = optional(op, "d_sigma", &d_sigma)?;
-    let d_straight = optional(op, "d_straight", &d_straight)?;
+    let features = read::view(op, "features", features)?;
+    let plan = read_plan(op, &plan)?;
+    let refined = read::view(op, "refined", refined)?;
+    released(py, resources, |run| {
+        refine::Args { features: &features, plan: &plan }.forward(&refined, &run)
+    })
+}
+
+/// `wanted`: d_features, d_theta, d_sigma, d_straight.
+#[pyfunction]
+fn refine_backward(
+    py: Python<'_>,
+    wanted: (Maybe, Maybe, Maybe, Maybe),
+    upstream: Object,
+    features: Object,
+    plan: RawPlan,
+    resources: Resources,
+) -> PyResult<()> {
+    let op = "refine";
+    let features = read::view(op, "features", features)?;
+    let plan = read_plan(op, &plan)?;
+    let upstream = read::view(op, "upstream", upstream)?;
+    let d_features = optional(op, "d_features", &wanted.0)?;
+    let d_theta = optional(op, "d_theta", &wanted.1)?;
+    let d_sigma = optional(op, "d_sigma", &wanted.2)?;
+    let d_straight = optional(op, "d_straight", &wanted.3)?;
     let gradients = refine::Gradients {
         d_features: d_features.as_ref(),
         d_theta: d_theta.as_ref(),
         d_sigma: d_sigma.as_ref(),
         d_straight: d_straight.as_ref(),
     };
-    let plan = plan_of(parts, seed);
-    released(py, (threads, stream, allocate), |run| {
+    released(py, resources, |run| {
         refine::Args { features: &features, plan: &plan }.backward(&gradients, &upstream, &run)
     })
 }
 
 #[pyfunction]
-#[pyo3(signature = (dots, features, upstream, theta, hole, sigma, perm, keep, seed, threads, stream=0, allocate=None))]
-#[allow(clippy::too_many_arguments)]
 fn refine_dots(
     py: Python<'_>,
     dots: Object,
     features: Object,
     upstream: Object,
-    theta: Maybe,
-    hole: Maybe,
-    sigma: Maybe,
-    perm: Maybe,
-    keep: Maybe,
-    seed: Object,
-    threads: usize,
-    stream: usize,
-    allocate: Maybe,
+    plans: RawPlan,
+    resources: Resources,
 ) -> PyResult<()> {
     let op = "refine_dots";
-    let parts =
-        [("theta", &theta), ("hole", &hole), ("sigma", &sigma), ("perm", &perm), ("keep", &keep)];
-    let (features, parts) = (read::view(op, "features", features)?, read_parts(op, parts)?);
-    let (dots, upstream) = (read::view(op, "dots", dots)?, read::view(op, "upstream", upstream)?);
-    let seed = read_seed(op, "seed", seed)?;
-    let plan = plan_of(parts, seed);
-    released(py, (threads, stream, allocate), |run| {
-        refine::Args { features: &features, plan: &plan }.dots(&dots, &upstream, &run)
+    let features = read::view(op, "features", features)?;
+    let plans = read_plan(op, &plans)?;
+    let [dots, upstream] = read_all(op, [("dots", dots), ("upstream", upstream)])?;
+    released(py, resources, |run| {
+        refine::Args { features: &features, plan: &plans }.dots(&dots, &upstream, &run)
     })
 }
 
 #[pyfunction]
-#[pyo3(signature = (features, theta, hole, sigma, perm, keep, straight, seed))]
-#[allow(clippy::too_many_arguments)]
-fn check_refine(
-    features: Object,
-    theta: Maybe,
-    hole: Maybe,
-    sigma: Maybe,
-    perm: Maybe,
-    keep: Maybe,
-    straight: Maybe,
-    seed: Object,
-) -> PyResult<()> {
+#[pyo3(signature = (features, plan, straight))]
+fn check_refine(features: Object, plan: RawPlan, straight: Maybe) -> PyResult<()> {
     let op = "refine";
-    let parts =
-        [("theta", &theta), ("hole", &hole), ("sigma", &sigma), ("perm", &perm), ("keep", &keep)];
-    let (features, parts) = (read::view(op, "features", features)?, read_parts(op, parts)?);
+    let features = read::view(op, "features", features)?;
+    let plan = read_plan(op, &plan)?;
     let straight = optional(op, "straight", &straight)?;
-    let plan = plan_of(parts, read_seed(op, "seed", seed)?);
     let args = refine::Args { features: &features, plan: &plan };
     args.check().map_err(raise)?;
     straight.map_or(Ok(()), |straight| args.check_straight(&straight)).map_err(raise)
 }
 
 #[pyfunction]
-#[pyo3(signature = (features, upstream, theta, hole, sigma, perm, keep, seed))]
-#[allow(clippy::too_many_arguments)]
-fn check_refine_dots(
-    features: Object,
-    upstream: Maybe,
-    theta: Maybe,
-    hole: Maybe,
-    sigma: Maybe,
-    perm: Maybe,
-    keep: Maybe,
-    seed: Object,
-) -> PyResult<()> {
+fn check_refine_dots(features: Object, upstream: Object, plans: RawPlan) -> PyResult<()> {
     let op = "refine_dots";
-    let parts =
-        [("theta", &theta), ("hole", &hole), ("sigma", &sigma), ("perm", &perm), ("keep", &keep)];
-    let (features, parts) = (read::view(op, "features", features)?, read_parts(op, parts)?);
-    let upstream = optional(op, "upstream", &upstream)?;
-    let plan = plan_of(parts, read_seed(op, "seed", seed)?);
-    let args = refine::Args { features: &features, plan: &plan };
-    args.check_dots(upstream.as_ref()).map(|_| ()).map_err(raise)
+    let features = read::view(op, "features", features)?;
+    let plans = read_plan(op, &plans)?;
+    let upstream = read::view(op, "upstream", upstream)?;
+    let args = refine::Args { features: &features, plan: &plans };
+    args.check_dots(&upstream).map(|_| ()).map_err(raise)
 }
 
 type Triple<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>);
 
 fn read_teacher(op: &'static str, teacher: Option<Triple>) -> PyResult<Option<[TensorView; 3]>> {
     let Some((heat, size, offset)) = teacher else { return Ok(None) };
-    let read = |name, object| read::view(op, name, object);
-    Ok(Some([
-        read("teacher heat", &heat)?,
-        read("teacher size", &size)?,
-        read("teacher offset", &offset)?,
-    ]))
+    let named = [("teacher heat", &heat), ("teacher size", &size), ("teacher offset", &offset)];
+    read_all(op, named).map(Some)
 }
 
 #[pyfunction]
-#[pyo3(name = "areas", signature = (coverage, boxes, scores, heat, size, offset, teacher, k, kernel, threads, stream=0, allocate=None))]
+#[pyo3(name = "areas")]
 #[allow(clippy::too_many_arguments)]
 fn areas_forward(
     py: Python<'_>,
@@ -255,16 +182,14 @@ fn areas_forward(
     teacher: Option<Triple>,
     k: i64,
     kernel: i64,
-    threads: usize,
-    stream: usize,
-    allocate: Maybe,
+    resources: Resources,
 ) -> PyResult<()> {
     let op = "areas";
     let named = [("coverage", coverage), ("boxes", boxes), ("scores", scores)];
     let [coverage, boxes, scores] = read_all(op, named)?;
     let [heat, size, offset] = read_all(op, [("heat", heat), ("size", size), ("offset", offset)])?;
     let teacher = read_teacher(op, teacher)?;
-    released(py, (threads, stream, allocate), |run| {
+    released(py, resources, |run| {
         areas::Args {
             heat: &heat,
             size: &size,
@@ -275,11 +200,6 @@ fn areas_forward(
         }
         .forward(&areas::Outputs { coverage: &coverage, boxes: &boxes, scores: &scores }, &run)
     })
-}
-
-fn read_all(op: &'static str, named: [(&str, Object); 3]) -> PyResult<[TensorView; 3]> {
-    let [a, b, c] = named.map(|(name, object)| read::view(op, name, object));
-    Ok([a?, b?, c?])
 }
 
 #[pyfunction]
@@ -302,7 +222,7 @@ fn check_areas(
 }
 
 #[pyfunction]
-#[pyo3(name = "masked_mse", signature = (loss, d_student, student, teacher, weight, normalise, scale, threads, stream=0, allocate=None))]
+#[pyo3(name = "masked_mse", signature = (loss, d_student, student, teacher, weight, normalise, scale, resources))]
 #[allow(clippy::too_many_arguments)]
 fn masked_mse_forward(
     py: Python<'_>,
@@ -313,16 +233,14 @@ fn masked_mse_forward(
     weight: Maybe,
     normalise: &str,
     scale: f64,
-    threads: usize,
-    stream: usize,
-    allocate: Maybe,
+    resources: Resources,
 ) -> PyResult<()> {
     let op = "masked_mse";
     let [loss, student, teacher] =
         read_all(op, [("loss", loss), ("student", student), ("teacher", teacher)])?;
     let (d_student, weight) =
         (optional(op, "d_student", &d_student)?, optional(op, "weight", &weight)?);
-    released(py, (threads, stream, allocate), |run| {
+    released(py, resources, |run| {
         masked_mse::Args {
             student: &student,
             teacher: &teacher,
@@ -343,8 +261,7 @@ fn check_masked_mse(
     normalise: &str,
 ) -> PyResult<()> {
     let op = "masked_mse";
-    let (student, teacher) =
-        (read::view(op, "student", student)?, read::view(op, "teacher", teacher)?);
+    let [student, teacher] = read_all(op, [("student", student), ("teacher", teacher)])?;
     let weight = optional(op, "weight", &weight)?;
     let weight = weight.as_ref();
     masked_mse::Args { student: &student, teacher: &teacher, weight, normalise, scale: 1.0 }
@@ -354,41 +271,40 @@ fn check_masked_mse(
 
 /// Uniforms f32 [n] and the seed of the noise, int64 [1], from the seed and the counter of a policy.
 #[pyfunction]
-#[pyo3(name = "draw", signature = (uniforms, noise_seed, seed, counter, stream=0))]
-fn draw_once(
+fn draw(
     py: Python,
     uniforms: Object,
     noise_seed: Object,
     seed: Object,
     counter: Object,
-    stream: usize,
+    resources: Resources,
 ) -> PyResult<()> {
     let op = "draw";
-    let (uniforms, noise_seed) =
-        (read::view(op, "uniforms", uniforms)?, read::view(op, "noise_seed", noise_seed)?);
-    let (seed, counter) = (read_seed(op, "seed", seed)?, read_seed(op, "counter", counter)?);
-    released(py, (1, stream, None), |run| {
-        draw::Args { seed: &seed, counter: &counter }.forward(&uniforms, &noise_seed, &run)
-    })
+    let [uniforms, noise_seed, seed, counter] = read_all(
+        op,
+        [("uniforms", uniforms), ("noise_seed", noise_seed), ("seed", seed), ("counter", counter)],
+    )?;
+    let [seed, counter] = [seed, counter].map(Seed::Tensor);
+    let args = ops::draw::Args { seed: &seed, counter: &counter };
+    released(py, resources, |run| args.forward(&uniforms, &noise_seed, &run))
 }
 
-/// Chooses the reader for torch tensors.
+/// Chooses the reader for torch tensors: "portable", or "tch" once `use_tch_reader` has one.
 #[pyfunction]
 fn select_reader(name: &str) -> PyResult<()> {
     if read::select(name) {
         return Ok(());
     }
-    let rule = if read::TCH_BUILT_FOR.is_some() {
-        "be 'tch' or 'portable'"
-    } else {
-        "be 'portable' in this build"
-    };
-    Err(raise(crate::tensor::Error::of_value(
-        "select_reader",
-        "name",
-        rule,
-        format_args!("'{name}'"),
-    )))
+    let rule =
+        if read::has_tch() { "be 'tch' or 'portable'" } else { "be 'portable' without sokd_tch" };
+    let name = format_args!("'{name}'");
+    Err(raise(Error::of_value("select_reader", "name", rule, name)))
+}
+
+/// Takes the reader of libtorch's tensors from `sokd_tch.reader`, and selects it.
+#[pyfunction]
+fn use_tch_reader(reader: Object) -> PyResult<()> {
+    read::use_tch(reader)
 }
 
 /// What this build has and uses.
@@ -397,7 +313,6 @@ fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     let info = PyDict::new(py);
     info.set_item("version", env!("CARGO_PKG_VERSION"))?;
     info.set_item("reader", read::selected())?;
-    info.set_item("tch_built_for", read::TCH_BUILT_FOR)?;
     info.set_item("simd", crate::simd::level().name())?;
     info.set_item("cuda", cfg!(feature = "cuda"))?;
     Ok(info)
@@ -413,12 +328,13 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(areas_forward, module)?)?;
     module.add_function(wrap_pyfunction!(masked_mse_forward, module)?)?;
     module.add_function(wrap_pyfunction!(cuda::masked_mse_scale, module)?)?;
-    module.add_function(wrap_pyfunction!(draw_once, module)?)?;
+    module.add_function(wrap_pyfunction!(draw, module)?)?;
     module.add_function(wrap_pyfunction!(check_refine, module)?)?;
     module.add_function(wrap_pyfunction!(check_refine_dots, module)?)?;
     module.add_function(wrap_pyfunction!(check_areas, module)?)?;
     module.add_function(wrap_pyfunction!(check_masked_mse, module)?)?;
     module.add_function(wrap_pyfunction!(select_reader, module)?)?;
+    module.add_function(wrap_pyfunction!(use_tch_reader, module)?)?;
     module.add_function(wrap_pyfunction!(cuda::cuda_open, module)?)?;
     module.add_function(wrap_pyfunction!(cuda::cuda_info, module)?)?;
     module.add_function(wrap_pyfunction!(cuda::cuda_warmup, module)?)?;

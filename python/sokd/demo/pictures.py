@@ -11,7 +11,7 @@ import sokd
 from sokd.demo.methods import METHODS
 from sokd.demo.train import Run, Task, predict, restore
 from sokd.inspect.pictures import policy_over_time as draw_policy
-from sokd.policy.plan import PAIRS
+from sokd.kd.policy.plan import PAIRS
 
 __all__ = ["areas", "policy_over_time"]
 

@@ -1,7 +1,7 @@
 //! What Python asks of CUDA: open it, describe it, warm it up. Builds without the feature `cuda` answer that they have none.
 
-use super::{released, Object};
-use crate::bind::read::{self, raise};
+use super::{read_all, released, Object, Resources};
+use crate::bind::read::raise;
 use crate::ops::{self, masked_mse};
 use crate::tensor::Error;
 use pyo3::prelude::*;
@@ -30,7 +30,7 @@ fn absent<T>(op: &'static str) -> PyResult<T> {
 /// Opens the driver and the first NVRTC of these names or paths; an exception says what is missing.
 #[pyfunction]
 #[allow(unused_variables)]
-pub fn cuda_open(nvrtc: Vec<String>) -> PyResult<()> {
+pub(crate) fn cuda_open(nvrtc: Vec<String>) -> PyResult<()> {
     #[cfg(feature = "cuda")]
     return cuda::open(&nvrtc, empty_cache).map(|_| ()).map_err(failed("cuda_open"));
     #[cfg(not(feature = "cuda"))]
@@ -40,22 +40,22 @@ pub fn cuda_open(nvrtc: Vec<String>) -> PyResult<()> {
 /// Torch's own. What it raises is of no use here: the second try will say what is wrong.
 #[cfg(feature = "cuda")]
 fn empty_cache() {
-    let _ = Python::with_gil(|py| py.import("torch.cuda")?.call_method0("empty_cache").map(|_| ()));
+    let _ = Python::attach(|py| py.import("torch.cuda")?.call_method0("empty_cache").map(|_| ()));
 }
 
 /// Why no kernel can run on this device; None: they do.
 #[pyfunction]
 #[allow(unused_variables)]
-pub fn cuda_why_not(py: Python<'_>, device: usize) -> PyResult<Option<String>> {
+pub(crate) fn cuda_why_not(py: Python<'_>, device: usize) -> PyResult<Option<String>> {
     #[cfg(feature = "cuda")]
-    return py.allow_threads(|| cuda::why_not("cuda_why_not", device)).map_err(raise);
+    return py.detach(|| cuda::why_not("cuda_why_not", device)).map_err(raise);
     #[cfg(not(feature = "cuda"))]
     absent("cuda_why_not")
 }
 
 /// Versions, the cache's folder, and how many translation units were compiled or came from there.
 #[pyfunction]
-pub fn cuda_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+pub(crate) fn cuda_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     #[cfg(feature = "cuda")]
     {
         let (found, info) = (cuda::info("cuda_info").map_err(raise)?, PyDict::new(py));
@@ -78,7 +78,7 @@ pub fn cuda_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
 #[pyfunction]
 #[pyo3(signature = (device, dtypes, layouts, threads, stream=0))]
 #[allow(unused_variables)]
-pub fn cuda_warmup(
+pub(crate) fn cuda_warmup(
     py: Python<'_>,
     device: usize,
     dtypes: Vec<String>,
@@ -94,7 +94,7 @@ pub fn cuda_warmup(
             |name: &String| if name == "channels_last" { Order::Lanes } else { Order::Planes };
         let orders: Vec<_> = layouts.iter().map(order).collect();
         let run = Run { threads, stream, allocate: None };
-        py.allow_threads(|| cuda::warmup("warmup", device, &ops::KERNELS, &dtypes, &orders, run))
+        py.detach(|| cuda::warmup("warmup", device, &ops::KERNELS, &dtypes, &orders, run))
             .map_err(raise)
     }
     #[cfg(not(feature = "cuda"))]
@@ -103,15 +103,13 @@ pub fn cuda_warmup(
 
 /// gradient *= upstream, in place, on a CUDA device.
 #[pyfunction]
-#[pyo3(signature = (gradient, upstream, stream))]
-pub fn masked_mse_scale(
+pub(crate) fn masked_mse_scale(
     py: Python,
     gradient: Object,
     upstream: Object,
-    stream: usize,
+    resources: Resources,
 ) -> PyResult<()> {
-    let op = "masked_mse";
-    let (gradient, upstream) =
-        (read::view(op, "gradient", gradient)?, read::view(op, "upstream", upstream)?);
-    released(py, (1, stream, None), |run| masked_mse::scale(&gradient, &upstream, &run))
+    let named = [("gradient", gradient), ("upstream", upstream)];
+    let [gradient, upstream] = read_all("masked_mse", named)?;
+    released(py, resources, |run| masked_mse::scale(&gradient, &upstream, &run))
 }

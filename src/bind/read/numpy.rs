@@ -7,12 +7,12 @@ use numpy::{PyArrayDescrMethods, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 
 /// `None` when the object is no NumPy array.
-pub fn read(
+pub(crate) fn read(
     op: &'static str,
     argument: &str,
     object: &Bound<'_, PyAny>,
 ) -> PyResult<Option<TensorView>> {
-    let Ok(array) = object.downcast::<PyUntypedArray>() else { return Ok(None) };
+    let Ok(array) = object.cast::<PyUntypedArray>() else { return Ok(None) };
     let descr = array.dtype();
     let native = descr.is_native_byteorder() != Some(false);
     let Some(dtype) = from_kind(descr.kind(), descr.itemsize()).filter(|_| native) else {
@@ -30,7 +30,7 @@ pub fn read(
     }
     let strides: Vec<isize> = array.strides().iter().map(|s| s / size).collect();
     // SAFETY: a live array's header.
-    let address = unsafe { (*array.as_array_ptr()).data } as usize;
+    let address = unsafe { (*array.as_array_ptr()).fields.data } as usize;
     if !address.is_multiple_of(dtype.size()) && !array.is_empty() {
         let rule = "be aligned to its elements";
         let got = format!("an address {} bytes off", address % dtype.size());

@@ -193,9 +193,9 @@ impl Args<'_> {
     }
 
     /// Checks the metadata of [`Args::dots`] on any device; returns V.
-    pub(crate) fn check_dots(&self, upstream: Option<&TensorView>) -> Result<usize> {
+    pub(crate) fn check_dots(&self, upstream: &TensorView) -> Result<usize> {
         DOTS.map("features", self.features)?;
-        upstream.map_or(Ok(()), |upstream| like_features(DOTS, upstream, self.features))?;
+        like_features(DOTS, upstream, self.features)?;
         let mut count = None;
         for (name, part) in self.plan.parts() {
             let Some(part) = part else { continue };
@@ -219,7 +219,7 @@ impl Args<'_> {
     /// dots[v] = <upstream, refine(features; plan v)> for a stack of plans, all of them in one pass over memory.
     pub(crate) fn dots(&self, dots: &TensorView, upstream: &TensorView, run: &Run) -> Result<()> {
         let features = self.features;
-        let count = self.check_dots(Some(upstream))?;
+        let count = self.check_dots(upstream)?;
         self.check_seed(DOTS)?;
         DOTS.sizes("dots", dots, "[V]", &[count])?;
         DOTS.float("dots", dots)?;
