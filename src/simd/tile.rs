@@ -1,12 +1,12 @@
 //! Tiles: `LANES` channels side by side at every position, `[positions][LANES]`, whatever the tensor's strides.
 //!
 //! All kernels work on tiles, so contiguous, channels_last, sliced and expanded tensors run the same arithmetic; only loading and
-//! storing differ. Planes that are rows of consecutive elements are turned 16 x 16 at a time.
+//! storing differ. Planes that are rows of consecutive elements are transposed 16 x 16 at a time.
 
 use crate::simd::{self, Element, Real, Simd, WithSimd, LANES};
 use crate::tensor::TensorView;
 
-/// How `[B, C, H, W]` lies in memory, without its dtype.
+/// The memory layout of `[B, C, H, W]`, without its dtype.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Layout {
     /// Strides of C, H, W in elements.
@@ -53,7 +53,7 @@ impl Layout {
 pub(crate) struct Channels {
     /// Channel of every lane.
     pub at: [usize; LANES],
-    /// How many lanes count.
+    /// How many lanes are in use.
     pub used: usize,
 }
 
@@ -71,7 +71,7 @@ impl Channels {
     }
 
     /// `from ..` up to `LANES` of `total` channels.
-    pub(crate) fn block(from: usize, total: usize) -> Self {
+    pub(crate) fn starting_at(from: usize, total: usize) -> Self {
         Self::new(from..total.min(from + LANES))
     }
 
@@ -92,20 +92,19 @@ pub(crate) unsafe fn load<T: Element>(
     channels: &Channels,
     from: usize,
 ) {
-    for (i, tile) in tile.chunks_mut(ASKED).enumerate() {
-        let from = from + i * ASKED;
-        ask(base, layout, n, channels, from, tile.len());
+    for (i, tile) in tile.chunks_mut(PREFETCHED).enumerate() {
+        let from = from + i * PREFETCHED;
+        prefetch(base, layout, n, channels, from, tile.len());
         simd::run(Load { tile, base, layout, n, channels, from });
     }
 }
 
-/// Positions that are asked for at a time: with 16 lanes of f32 they fill half of a first-level cache.
-const ASKED: usize = 256;
+/// Positions prefetched at a time: with 16 lanes of f32 they fill half of a first-level cache.
+const PREFETCHED: usize = 256;
 
-/// Asks for the cache lines of positions `from .. from + count`, which are needed soon: sixteen planes at a time are too many for the
-/// processor to foresee.
+/// Prefetches positions `from .. from + count`: sixteen planes at a time are too many for the hardware prefetcher.
 #[inline(always)]
-pub(crate) fn ask<T>(
+pub(crate) fn prefetch<T>(
     base: *const T,
     layout: &Layout,
     n: usize,
@@ -122,21 +121,23 @@ pub(crate) fn ask<T>(
         if layout.w == 1 {
             for c in &channels.at[..channels.used] {
                 let plane = first.wrapping_offset(*c as isize * layout.c);
-                (0..length).step_by(64 / size_of::<T>()).for_each(|i| hint(plane.wrapping_add(i)));
+                (0..length)
+                    .step_by(64 / size_of::<T>())
+                    .for_each(|i| prefetch_line(plane.wrapping_add(i)));
             }
         } else if layout.c == 1 {
             let lanes = first.wrapping_add(channels.at[0]);
-            (0..length as isize).for_each(|i| hint(lanes.wrapping_offset(i * layout.w)));
+            (0..length as isize).for_each(|i| prefetch_line(lanes.wrapping_offset(i * layout.w)));
         }
         done += length;
     }
 }
 
-/// Asks for one cache line; any address may be asked for.
+/// Prefetches one cache line; any address is allowed.
 #[inline(always)]
-pub(crate) fn hint<T>(at: *const T) {
+pub(crate) fn prefetch_line<T>(at: *const T) {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: a hint reads and writes nothing, whatever the address.
+    // SAFETY: a prefetch reads and writes nothing, whatever the address.
     unsafe {
         use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
         _mm_prefetch::<_MM_HINT_T0>(at.cast());
@@ -160,7 +161,7 @@ impl<T: Element> WithSimd for Load<'_, T> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { tile, base, layout, n, channels, from } = self;
-        // SAFETY: `load`'s caller vouches for all of it.
+        // SAFETY: the caller of `load` promises all of it.
         unsafe { load_runs(simd, tile, base, layout, n, channels, from) }
     }
 }
@@ -242,7 +243,7 @@ unsafe fn load_any<T: Element>(
     }
 }
 
-/// Stores a tile to positions `from ..` of sample `n`; lanes past `used` are left out.
+/// Stores a tile to positions `from ..` of sample `n`, without the lanes past `used`.
 ///
 /// # Safety
 /// As for [`load`], for writing, and no other thread may touch these elements.
@@ -272,7 +273,7 @@ impl<T: Element> WithSimd for Store<'_, T> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { tile, base, layout, n, channels, from } = self;
-        // SAFETY: `store`'s caller vouches for all of it.
+        // SAFETY: the caller of `store` promises all of it.
         unsafe { store_runs(simd, tile, base, layout, n, channels, from) }
     }
 }
@@ -356,9 +357,9 @@ unsafe fn store_any<T: Element>(
     }
 }
 
-/// A tile from this thread's own store: planes are too large for the stack, and fresh pages cost more than the work done on them.
+/// A tile in memory that this thread reuses: planes are too large for the stack, and fresh pages cost more than the work on them.
 ///
-/// Taken from a stack of such stores and handed back when dropped: nested ones have memory of their own.
+/// Taken from a stack of buffers and returned when dropped, so nested tiles do not overlap.
 pub(crate) struct Scratch<A> {
     store: Vec<Line>,
     positions: usize,

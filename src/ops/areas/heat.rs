@@ -140,7 +140,7 @@ impl<T: Element> Image<'_, T> {
         let lowest = T::Acc::of(f64::NEG_INFINITY);
         let cells = |t: usize, i: usize| {
             let at = self.at(&block, t, i);
-            tile::hint(at.wrapping_offset(AHEAD));
+            tile::prefetch_line(at.wrapping_offset(AHEAD));
             // SAFETY: asked for below only where LANES consecutive cells of the block begin at i.
             unsafe { consecutive::<T, S>(simd, at) }
         };

@@ -91,7 +91,7 @@ fn sums_of_upstream<T: Element>(
 }
 
 fn sum_of_block<T: Element>(source: Source<T>, plan: &SamplePlans, n: usize, block: usize) -> f64 {
-    let channels = Channels::block(block * LANES, plan.shape.channels);
+    let channels = Channels::starting_at(block * LANES, plan.shape.channels);
     let positions = plan.shape.positions();
     let mut buffer = Scratch::<T::Acc>::new(CHUNK);
     let mut total = 0.0;

@@ -64,7 +64,7 @@ impl<T: Element> Task<'_, T> {
             .collect();
         let mut sums = vec![0.0; call.plans.len()];
         for block in self.blocks.clone() {
-            let channels = Channels::block(block * LANES, call.plans[0].shape.channels);
+            let channels = Channels::starting_at(block * LANES, call.plans[0].shape.channels);
             self.add_block(&mut sums, &own, &channels);
         }
         sums

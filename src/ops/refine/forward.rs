@@ -74,7 +74,7 @@ pub(super) struct Cover {
 impl Cover {
     pub(crate) fn new(keep: Option<&[bool]>, block: usize, total: usize, whole: bool) -> Self {
         let Some(keep) = keep.filter(|_| !whole) else {
-            return Self { live: Some(Channels::block(block * LANES, total)), dropped: None };
+            return Self { live: Some(Channels::starting_at(block * LANES, total)), dropped: None };
         };
         Self { live: Self::pick(keep, true, block), dropped: Self::pick(keep, false, block) }
     }
@@ -246,7 +246,7 @@ impl<T: Element> Task<'_, T> {
         let mut buffer = Scratch::<T::Acc>::new(CHUNK);
         for from in (0..shape.positions()).step_by(CHUNK) {
             let tile = &mut buffer.tile()[..CHUNK.min(shape.positions() - from)];
-            tile::ask(self.target.base, &self.target.layout, self.n, live, from, tile.len());
+            tile::prefetch(self.target.base, &self.target.layout, self.n, live, from, tile.len());
             match &fill {
                 // SAFETY: the checked features, channels below C, positions below H*W.
                 Fill::Load(channels) => unsafe {
