@@ -11,7 +11,7 @@ static DRAW: Kernel = Kernel::new(SOURCE, 1, "draw", (false, false));
 pub(crate) static KERNELS: [&Kernel; 1] = [&DRAW];
 
 mirror! {
-    /// What the kernel takes.
+    /// The argument of the kernel.
     Draw { uniforms: u64, noise_seed: u64, seed: u64, counter: u64, count: i64 }
 }
 
@@ -36,7 +36,7 @@ pub(crate) unsafe fn forward(
     };
     let blocks = (count as usize).div_ceil(4) + 1;
     on_device(CHECK.0, ordinal, run, |queue| {
-        // SAFETY: `Draw` is what this kernel takes, filled as kernel.cu says; the caller vouches for the memory.
+        // SAFETY: `Draw` is what this kernel takes, filled as kernel.cu defines it; the memory is the caller's promise.
         unsafe {
             queue.launch(
                 &DRAW,

@@ -1,6 +1,6 @@
-//! The CPU kernel: pieces of a sample in the order of memory; student, teacher and weight are read once, the gradient is written once.
+//! The CPU kernel: regions of a sample in the order of memory; student, teacher and weight are read once, the gradient is written once.
 
-use super::grid::{Grid, Order, Piece};
+use super::grid::{Grid, Order, Region};
 use super::weights::Weights;
 use super::Args;
 use crate::parallel;
@@ -8,10 +8,10 @@ use crate::simd::tile::{self, Channels, Layout};
 use crate::simd::{self, Element, Real, Simd, Vector, WithSimd, LANES};
 use crate::tensor::{Result, TensorView};
 
-/// Elements that are summed in f32 before the sums go to f64.
-const BLOCK: usize = 2048;
+/// Elements of a tile, which are summed in f32 before the sums go to f64.
+const TILE: usize = 2048;
 /// Positions of a tile, on the path for any strides.
-const TILE: usize = BLOCK / LANES;
+const POSITIONS: usize = TILE / LANES;
 
 /// Returns the loss and writes the gradient.
 ///
@@ -38,7 +38,9 @@ pub(crate) unsafe fn forward<T: Element>(
         Maps::<T>::new(args, d_student, weights.slice(), T::Acc::of(2.0 * args.scale / divisor));
     let grid = Grid::new(maps.order, maps.sizes);
     let partial = |chunk| {
-        grid.units(chunk).map(|i| simd::run(Unit { maps: &maps, at: grid.at(i) })).sum::<f64>()
+        grid.regions(chunk)
+            .map(|i| simd::run(SumRegion { maps: &maps, at: grid.at(i) }))
+            .sum::<f64>()
     };
     let sum: f64 = parallel::map(threads, grid.chunks(), partial).iter().sum();
     Ok(sum * (args.scale / divisor))
@@ -58,7 +60,7 @@ struct Maps<'a, T: Element> {
     factor: T::Acc,
 }
 
-// SAFETY: the inputs are only read; every element of the gradient belongs to one unit, and every unit to one thread.
+// SAFETY: the inputs are only read; every element of the gradient belongs to one region, and every region to one thread.
 unsafe impl<T: Element> Sync for Maps<'_, T> {}
 
 impl<'a, T: Element> Maps<'a, T> {
@@ -90,18 +92,18 @@ impl<'a, T: Element> Maps<'a, T> {
     }
 }
 
-/// The work on one piece; returns its sum of weighted squares.
-struct Unit<'a, T: Element> {
+/// The sum of weighted squares over one region, and its gradient.
+struct SumRegion<'a, T: Element> {
     maps: &'a Maps<'a, T>,
-    at: Piece,
+    at: Region,
 }
 
-impl<T: Element> WithSimd for Unit<'_, T> {
+impl<T: Element> WithSimd for SumRegion<'_, T> {
     type Out = f64;
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> f64 {
-        // SAFETY: the piece lies within the sizes, and `forward`'s caller promised that memory.
+        // SAFETY: the region lies within the sizes, and `forward`'s caller promised that memory.
         unsafe {
             match self.maps.order {
                 Order::Planes => self.planes(simd),
@@ -112,19 +114,19 @@ impl<T: Element> WithSimd for Unit<'_, T> {
     }
 }
 
-impl<T: Element> Unit<'_, T> {
-    /// The rows of the channels follow one another: the weights of one plane, repeated, run along.
+impl<T: Element> SumRegion<'_, T> {
+    /// Planes follow one another: the weights of one plane repeat.
     #[inline(always)]
     unsafe fn planes<S: Simd>(&self, simd: S) -> f64 {
         let (maps, at) = (self.maps, &self.at);
         let [_, channels, positions] = maps.sizes;
         let first = (at.n * channels + at.channels.start) * positions + at.positions.start;
         let (rows, width) = (at.channels.len(), at.positions.len());
-        let mut weights = [T::Acc::of(1.0); BLOCK];
-        let period = if width < BLOCK { rows.min(BLOCK / width) * width } else { width };
+        let mut weights = [T::Acc::of(1.0); TILE];
+        let period = if width < TILE { rows.min(TILE / width) * width } else { width };
         let mut sum = 0.0;
-        for from in (0..period).step_by(BLOCK) {
-            let weights = &mut weights[..BLOCK.min(period - from)];
+        for from in (0..period).step_by(TILE) {
+            let weights = &mut weights[..TILE.min(period - from)];
             if let Some(own) = self.weights() {
                 weights
                     .chunks_mut(width)
@@ -132,8 +134,8 @@ impl<T: Element> Unit<'_, T> {
             }
             for at in (from..rows * width).step_by(period) {
                 let weights = &weights[..weights.len().min(rows * width - at)];
-                // SAFETY: within the piece.
-                sum += unsafe { maps.block(simd, first + at, weights) };
+                // SAFETY: within the region.
+                sum += unsafe { maps.tile(simd, first + at, weights) };
             }
         }
         sum
@@ -145,11 +147,11 @@ impl<T: Element> Unit<'_, T> {
         let (maps, at) = (self.maps, &self.at);
         let [_, channels, positions] = maps.sizes;
         let own = self.weights();
-        let mut weights = [T::Acc::of(1.0); BLOCK];
+        let mut weights = [T::Acc::of(1.0); TILE];
         let mut sum = 0.0;
-        for part in at.channels.clone().step_by(BLOCK) {
-            let width = BLOCK.min(at.channels.end - part);
-            let times = (BLOCK / width).min(if width == channels { BLOCK } else { 1 });
+        for part in at.channels.clone().step_by(TILE) {
+            let width = TILE.min(at.channels.end - part);
+            let times = (TILE / width).min(if width == channels { TILE } else { 1 });
             for from in (0..at.positions.len()).step_by(times) {
                 let times = times.min(at.positions.len() - from);
                 let weights = &mut weights[..times * width];
@@ -160,8 +162,8 @@ impl<T: Element> Unit<'_, T> {
                         .for_each(|(row, weight)| row.fill(*weight));
                 }
                 let first = (at.n * positions + at.positions.start + from) * channels + part;
-                // SAFETY: whole positions of the piece, or a part of one.
-                sum += unsafe { maps.block(simd, first, weights) };
+                // SAFETY: whole positions of the region, or a part of one.
+                sum += unsafe { maps.tile(simd, first, weights) };
             }
         }
         sum
@@ -172,16 +174,16 @@ impl<T: Element> Unit<'_, T> {
     unsafe fn tiles<S: Simd>(&self, simd: S) -> f64 {
         let (maps, at) = (self.maps, &self.at);
         let channels = Channels::new(at.channels.clone());
-        let mut student = [[T::Acc::default(); LANES]; TILE];
-        let mut teacher = [[T::Acc::default(); LANES]; TILE];
-        let mut gradient = [[T::Acc::default(); LANES]; TILE];
-        let mut weights = [[T::Acc::of(1.0); LANES]; TILE];
+        let mut student = [[T::Acc::default(); LANES]; POSITIONS];
+        let mut teacher = [[T::Acc::default(); LANES]; POSITIONS];
+        let mut gradient = [[T::Acc::default(); LANES]; POSITIONS];
+        let mut weights = [[T::Acc::of(1.0); LANES]; POSITIONS];
         let factor = simd.splat(maps.factor);
         let mut sum = 0.0;
-        for from in (0..at.positions.len()).step_by(TILE) {
-            let used = TILE.min(at.positions.len() - from);
+        for from in (0..at.positions.len()).step_by(POSITIONS) {
+            let used = POSITIONS.min(at.positions.len() - from);
             let position = at.positions.start + from;
-            // SAFETY: channels and positions of the piece.
+            // SAFETY: channels and positions of the region.
             unsafe {
                 tile::load(
                     &mut student[..used],
@@ -213,7 +215,7 @@ impl<T: Element> Unit<'_, T> {
             sum += total::<T::Acc, S>(sums);
             if let Some(d_student) = maps.d_student {
                 let layout = &maps.layouts[2];
-                // SAFETY: as for loading; this piece is this thread's alone.
+                // SAFETY: as for loading; no other thread has this region.
                 unsafe {
                     tile::store(&gradient[..used], d_student, layout, at.n, &channels, position)
                 };
@@ -222,7 +224,7 @@ impl<T: Element> Unit<'_, T> {
         sum
     }
 
-    /// The weights of this piece's positions.
+    /// The weights of this region's positions.
     #[inline(always)]
     fn weights(&self) -> Option<&[T::Acc]> {
         let plane = self.at.n * self.maps.sizes[2];
@@ -232,17 +234,17 @@ impl<T: Element> Unit<'_, T> {
     }
 }
 
-/// A lane past the last channel repeats another: zeros in its place add nothing, whatever was there.
+/// Lanes past the last channel repeat another one; zeros in their place add nothing to the sums.
 #[inline(always)]
-fn clear_from<A: Real>(lane: usize, tile: &mut [[A; LANES]; TILE]) {
+fn clear_from<A: Real>(lane: usize, tile: &mut [[A; LANES]; POSITIONS]) {
     if lane < LANES {
         tile.iter_mut().for_each(|row| row[lane..].fill(A::default()));
     }
 }
 
-/// Each weight in all lanes. Not inlined: for AVX-512 the compiler would turn it into scatters, which are slower by far.
+/// Each weight in all lanes. Not inlined: for AVX-512 the compiler would emit scatters, which are far slower.
 #[inline(never)]
-fn spread<A: Real>(weights: &[A], tile: &mut [[A; LANES]; TILE]) {
+fn spread<A: Real>(weights: &[A], tile: &mut [[A; LANES]; POSITIONS]) {
     tile.iter_mut().zip(weights).for_each(|(row, weight)| *row = [*weight; LANES]);
 }
 
@@ -252,7 +254,7 @@ impl<T: Element> Maps<'_, T> {
     /// # Safety
     /// From the element `from` on, they must lie within the maps, which all run in the same order, and belong to this thread.
     #[inline(always)]
-    unsafe fn block<S: Simd>(&self, simd: S, from: usize, weights: &[T::Acc]) -> f64 {
+    unsafe fn tile<S: Simd>(&self, simd: S, from: usize, weights: &[T::Acc]) -> f64 {
         let (mut sums, factor) = (simd.splat(T::Acc::default()), simd.splat(self.factor));
         let (rows, rest) = weights.as_chunks::<LANES>();
         for (i, weights) in rows.iter().enumerate() {
@@ -261,7 +263,7 @@ impl<T: Element> Maps<'_, T> {
         }
         if !rest.is_empty() {
             // SAFETY: the caller's last elements.
-            unsafe { self.part(simd, from + rows.len() * LANES, rest, factor, &mut sums) };
+            unsafe { self.tail(simd, from + rows.len() * LANES, rest, factor, &mut sums) };
         }
         total::<T::Acc, S>(sums)
     }
@@ -299,7 +301,7 @@ impl<T: Element> Maps<'_, T> {
 
     /// The same for fewer: the lanes past them are zeros.
     #[inline(always)]
-    unsafe fn part<S: Simd>(
+    unsafe fn tail<S: Simd>(
         &self,
         simd: S,
         at: usize,

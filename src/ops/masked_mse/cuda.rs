@@ -15,7 +15,7 @@ static FINISH: Kernel = Kernel::new(SOURCE, 2, "masked_mse_finish", (false, fals
 pub(crate) static KERNELS: [&Kernel; 5] = [&LOSS, &AREA, &NORM, &FINISH, &SCALE];
 
 mirror! {
-    /// What the forward's four kernels take.
+    /// The argument of the forward's four kernels.
     MaskedMse {
         student: Map,
         teacher: Map,
@@ -39,7 +39,7 @@ mirror! {
 }
 
 mirror! {
-    /// What the backward's kernel takes.
+    /// The argument of the backward's kernel.
     Scale { gradient: u64, count: i64, upstream: u64, upstream_dtype: i64, blocks: i64, wide: i64 }
 }
 
@@ -62,7 +62,7 @@ pub(crate) unsafe fn forward(
     call.norm = call.areas + 8 * call.area_blocks as u64;
     let variant = (args.student.dtype, order);
     on_device(CHECK.0, ordinal, run, |queue| {
-        // SAFETY: `MaskedMse` is what these kernels take, filled as kernel.cu says; the caller vouches for the memory.
+        // SAFETY: `MaskedMse` is what these kernels take, filled as kernel.cu defines it; the memory is the caller's promise.
         unsafe {
             if call.area != 0 {
                 queue.launch(&AREA, variant, [call.area_blocks, 1], &call)?;
@@ -94,7 +94,7 @@ pub(crate) unsafe fn scale(
         wide: i64::from((gradient.ptr() as usize).is_multiple_of(16)),
     };
     on_device(CHECK.0, ordinal, run, |queue| {
-        // SAFETY: `Scale` is what this kernel takes, filled as kernel.cu says; the caller vouches for the memory.
+        // SAFETY: `Scale` is what this kernel takes, filled as kernel.cu defines it; the memory is the caller's promise.
         unsafe { queue.launch(&SCALE, (gradient.dtype, Order::Planes), [call.blocks, 1], &call) }
     })
 }

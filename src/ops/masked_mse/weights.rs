@@ -1,4 +1,4 @@
-//! The weights `[B, H, W]` as the kernel wants them: one after the other, in what is computed in, summed and checked.
+//! The weights `[B, H, W]` for the kernel: contiguous, in the accumulator dtype, summed and checked.
 
 use super::CHECK;
 use crate::parallel;
@@ -6,16 +6,16 @@ use crate::simd::{self, by_dtype, Element, Real, Simd, WithSimd, LANES};
 use crate::tensor::{DType, Result, TensorView};
 use std::slice;
 
-/// Weights that one thread sums at a time.
+/// Weights of a chunk.
 const CHUNK: usize = 1 << 16;
 
-/// The weights `[B * H * W]`: where they lie, if they lie so already, else copied.
+/// The weights `[B * H * W]`: a view where possible, else a copy.
 pub(crate) enum Weights<'a, A> {
     /// 1 everywhere.
     Ones,
     /// The caller's memory.
     Borrowed(&'a [A]),
-    /// Converted, or brought together.
+    /// Converted or gathered.
     Copied(Vec<A>),
 }
 
@@ -70,8 +70,8 @@ unsafe fn copied<W: Element, A: Real>(view: &TensorView) -> Vec<A> {
 
 /// The sum, in an order that depends on the number alone; refuses the first weight below zero.
 fn total<A: Real>(all: &[A], dtype: DType, threads: usize) -> Result<f64> {
-    let piece = |i: usize| simd::run(Total(&all[i * CHUNK..all.len().min((i + 1) * CHUNK)]));
-    let sums = parallel::map(threads, all.len().div_ceil(CHUNK), piece);
+    let chunk = |i: usize| simd::run(Total(&all[i * CHUNK..all.len().min((i + 1) * CHUNK)]));
+    let sums = parallel::map(threads, all.len().div_ceil(CHUNK), chunk);
     if sums.iter().all(|(_, fine)| *fine) {
         return Ok(sums.iter().map(|(sum, _)| sum).sum());
     }

@@ -25,7 +25,7 @@ static DOTS_FINISH: Kernel = Kernel::new(SOURCE, 8, "refine_dots_finish", (false
 pub(crate) static KERNELS: [&Kernel; 6] =
     [&FORWARD, &BACKWARD, &ADJOINT, &FINISH, &ALL_DOTS, &DOTS_FINISH];
 
-/// Numbers that a block leaves for the second stage: six of d_theta, d_sigma, d_straight.
+/// Numbers that a block writes for the second stage: six of d_theta, d_sigma, d_straight.
 const SUMS: i64 = 8;
 
 mirror! {
@@ -44,12 +44,12 @@ mirror! {
 }
 
 mirror! {
-    /// What the forward kernel takes.
+    /// The argument of the forward kernel.
     Refine { refined: Map, features: Map, grid: Grid, plan: Plan, wide: i64 }
 }
 
 mirror! {
-    /// What the three backward kernels take.
+    /// The argument of the three backward kernels.
     RefineBackward {
         upstream: Map,
         features: Map,
@@ -127,12 +127,12 @@ pub(crate) unsafe fn forward(
         wide: i64::from(wide),
     };
     on_device(REFINE.0, ordinal, run, |queue| {
-        // SAFETY: `Refine` is what this kernel takes, filled as kernel.cu says; the caller vouches for the memory.
+        // SAFETY: `Refine` is what this kernel takes, filled as kernel.cu defines it; the memory is the caller's promise.
         unsafe { queue.launch(&FORWARD, (features.dtype, order), [grid.blocks(), 1], &call) }
     })
 }
 
-/// Every gradient that is wanted: the features' by one kernel, the plan's by two.
+/// The gradients: the features' by one kernel, the plan's by two.
 ///
 /// # Safety
 /// As for [`forward`].
@@ -169,7 +169,7 @@ pub(crate) unsafe fn backward(
     });
     let adjoint = adjoint.transpose()?;
     on_device(REFINE.0, ordinal, run, |queue| {
-        // SAFETY: `RefineBackward` is what these kernels take, filled as kernel.cu says; the caller vouches for the memory.
+        // SAFETY: `RefineBackward` is what these kernels take, filled as kernel.cu defines it; the memory is the caller's promise.
         unsafe {
             if groups > 0 {
                 queue.launch(&BACKWARD, (features.dtype, order), [sums.blocks, 1], &sums)?;
@@ -218,7 +218,7 @@ pub(crate) unsafe fn dots(
     };
     on_device(DOTS.0, ordinal, run, |queue| {
         let variant = (features.dtype, order);
-        // SAFETY: `RefineDots` is what these kernels take, filled as kernel.cu says; the caller vouches for the memory.
+        // SAFETY: `RefineDots` is what these kernels take, filled as kernel.cu defines it; the memory is the caller's promise.
         unsafe {
             if plans > 0 {
                 queue.launch(&ALL_DOTS, variant, [blocks, 1], &call)?;

@@ -1,9 +1,9 @@
 //! <upstream, refine(features; plan)> for many plans at once: the gradient of a discrete choice.
 //!
-//! A task is one sample. Its tiles of features and upstream are loaded once and every plan is applied to them in the cache; the noise is
-//! the same for all plans, so it is drawn once.
+//! A chunk is up to 16 channels of one sample, or all of them. Features and upstream are loaded once and every plan is applied to them
+//! in the cache; the noise is the same for all plans and drawn once.
 
-use super::forward::{clear_hole, planes, Source, CHUNK};
+use super::forward::{clear_hole, planes, Source, TILE};
 use super::lanes::{Dot, DotNoise};
 use super::plan::{SamplePlan, SamplePlans, Table, Tables};
 use crate::parallel;
@@ -29,16 +29,16 @@ pub(super) fn dots<T: Element>(
         plans,
         tables: plans.iter().map(shared).collect(),
     };
-    let blocks = first.shape.channels.div_ceil(LANES);
-    // A table that belongs to one sample is made once for all its channels; otherwise channels are tasks of their own.
-    let (tasks, each) = if call.tables.iter().all(Option::is_some) {
-        (first.shape.batch * blocks, 1)
+    let per_sample = first.shape.channels.div_ceil(LANES);
+    // The table of one sample alone is made once for all its channels; with shared tables, 16 channels are a chunk.
+    let (chunks, each) = if call.tables.iter().all(Option::is_some) {
+        (first.shape.batch * per_sample, 1)
     } else {
-        (first.shape.batch, blocks)
+        (first.shape.batch, per_sample)
     };
-    let parts = parallel::map(threads, tasks, |i| {
-        let (n, block) = (i * each / blocks, i * each % blocks);
-        Task { call: &call, n, blocks: block..block + each }.run()
+    let parts = parallel::map(threads, chunks, |i| {
+        let (n, index) = (i * each / per_sample, i * each % per_sample);
+        Chunk { call: &call, n, indices: index..index + each }.run()
     });
     (0..plans.len()).map(|v| parts.iter().map(|part| part[v]).sum()).collect()
 }
@@ -50,29 +50,30 @@ struct Call<'a, T: Element> {
     tables: Vec<Option<Tables<T::Acc>>>,
 }
 
-struct Task<'a, T: Element> {
+struct Chunk<'a, T: Element> {
     call: &'a Call<'a, T>,
     n: usize,
-    blocks: std::ops::Range<usize>,
+    /// Of 16 channels each.
+    indices: std::ops::Range<usize>,
 }
 
-impl<T: Element> Task<'_, T> {
+impl<T: Element> Chunk<'_, T> {
     fn run(&self) -> Vec<f64> {
         let call = self.call;
         let own: Vec<Option<Table<T::Acc>>> = (call.plans.iter().zip(&call.tables))
             .map(|(plan, shared)| if shared.is_some() { None } else { plan.table(self.n) })
             .collect();
         let mut sums = vec![0.0; call.plans.len()];
-        for block in self.blocks.clone() {
-            let channels = Channels::starting_at(block * LANES, call.plans[0].shape.channels);
-            self.add_block(&mut sums, &own, &channels);
+        for index in self.indices.clone() {
+            let channels = Channels::starting_at(index * LANES, call.plans[0].shape.channels);
+            self.add_channels(&mut sums, &own, &channels);
         }
         sums
     }
 }
 
-impl<T: Element> Task<'_, T> {
-    fn add_block(&self, sums: &mut [f64], own: &[Option<Table<T::Acc>>], channels: &Channels) {
+impl<T: Element> Chunk<'_, T> {
+    fn add_channels(&self, sums: &mut [f64], own: &[Option<Table<T::Acc>>], channels: &Channels) {
         let call = self.call;
         let positions = call.plans[0].shape.positions();
         let mut scratch = Scratch::<T::Acc>::new(3 * positions + 2);
@@ -126,9 +127,9 @@ fn through_sampling<A: Real>(
     width: usize,
 ) -> [f64; LANES] {
     let mut totals = [0.0; LANES];
-    let mut buffer = [[A::default(); LANES]; CHUNK];
-    for (i, part) in upstream.chunks(CHUNK).enumerate() {
-        let from = i * CHUNK;
+    let mut buffer = [[A::default(); LANES]; TILE];
+    for (i, part) in upstream.chunks(TILE).enumerate() {
+        let from = i * TILE;
         let mut part = part;
         if let Some(hole) = group.hole {
             let holed = &mut buffer[..part.len()];
@@ -151,8 +152,8 @@ fn through_sampling<A: Real>(
 
 fn dot_noise<A: Real>(upstream: &[[A; LANES]], planes: &Planes) -> [f64; LANES] {
     let mut totals = [0.0; LANES];
-    for (i, tile) in upstream.chunks(CHUNK).enumerate() {
-        let lanes = simd::run(DotNoise { tile, quad: (i * CHUNK / 4) as u32, planes });
+    for (i, tile) in upstream.chunks(TILE).enumerate() {
+        let lanes = simd::run(DotNoise { tile, quad: (i * TILE / 4) as u32, planes });
         for l in 0..LANES {
             totals[l] += lanes[l];
         }

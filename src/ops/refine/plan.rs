@@ -1,4 +1,4 @@
-//! A plan read from its tensors: what each sample needs, decided once.
+//! A plan read from its tensors, one for each sample.
 
 use super::Plan;
 use crate::random::philox::Keys;
@@ -212,7 +212,7 @@ impl<A: Real> Table<A> {
     }
 }
 
-/// Makes a table: compiled for every level for the sake of `floor`, which is a call without the newer instructions.
+/// Makes a table. Compiled for every level because `floor` is a function call without the newer instructions.
 struct MakeTable<'a, A> {
     theta: &'a [f64; 6],
     shape: Shape,
