@@ -1,4 +1,4 @@
-//! The only file that speaks to Python: read the arguments, release the GIL, call the operator, map the error.
+//! The functions of `_core`: read the arguments, release the GIL, call the operator, raise the error.
 //!
 //! Every output is allocated by the caller. The resources of a call are torch's thread count, and for CUDA torch's stream and
 //! allocator of the device.
@@ -53,7 +53,7 @@ where
             Ok(address)
         })
         .map_err(|error: PyErr| {
-            // The caller of Python's allocator wants its own exception back, not our words for it.
+            // The allocator's own exception is raised, in place of this error.
             let _ = failed.set(error);
             Error::of_value("scratch", "allocate", "give memory", "an exception")
         })

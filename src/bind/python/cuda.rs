@@ -1,4 +1,4 @@
-//! What Python asks of CUDA: open it, describe it, warm it up. Builds without the feature `cuda` answer that they have none.
+//! The CUDA functions of `_core`: open, describe, warm up. Builds without the feature `cuda` raise NotImplementedError.
 
 use super::{read_all, released, Object, Resources};
 use crate::bind::read::raise;

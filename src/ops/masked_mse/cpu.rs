@@ -4,7 +4,7 @@ use super::grid::{Grid, Order, Region};
 use super::weights::Weights;
 use super::Args;
 use crate::parallel;
-use crate::simd::tile::{self, Channels, Layout};
+use crate::simd::tile::{Channels, Map};
 use crate::simd::{self, Element, Real, Simd, Vector, WithSimd, LANES};
 use crate::tensor::{Result, TensorView};
 
@@ -47,10 +47,9 @@ pub(crate) unsafe fn forward<T: Element>(
 }
 
 struct Maps<'a, T: Element> {
-    student: *const T,
-    teacher: *const T,
-    d_student: Option<*mut T>,
-    layouts: [Layout; 3],
+    student: Map<T>,
+    teacher: Map<T>,
+    d_student: Option<Map<T>>,
     order: Order,
     /// B, C, H * W.
     sizes: [usize; 3],
@@ -59,9 +58,6 @@ struct Maps<'a, T: Element> {
     /// 2 * scale / N
     factor: T::Acc,
 }
-
-// SAFETY: the inputs are only read; every element of the gradient belongs to one region, and every region to one thread.
-unsafe impl<T: Element> Sync for Maps<'_, T> {}
 
 impl<'a, T: Element> Maps<'a, T> {
     fn new(
@@ -80,10 +76,9 @@ impl<'a, T: Element> Maps<'a, T> {
         };
         let s = args.student.sizes();
         Self {
-            student: args.student.as_ptr(),
-            teacher: args.teacher.as_ptr(),
-            d_student: d_student.map(TensorView::as_ptr),
-            layouts: views.map(Layout::of),
+            student: Map::of(args.student),
+            teacher: Map::of(args.teacher),
+            d_student: d_student.map(Map::of),
             order,
             sizes: [s[0], s[1], s[2] * s[3]],
             weights,
@@ -185,22 +180,8 @@ impl<T: Element> SumRegion<'_, T> {
             let position = at.positions.start + from;
             // SAFETY: channels and positions of the region.
             unsafe {
-                tile::load(
-                    &mut student[..used],
-                    maps.student,
-                    &maps.layouts[0],
-                    at.n,
-                    &channels,
-                    position,
-                );
-                tile::load(
-                    &mut teacher[..used],
-                    maps.teacher,
-                    &maps.layouts[1],
-                    at.n,
-                    &channels,
-                    position,
-                );
+                maps.student.load(&mut student[..used], at.n, &channels, position);
+                maps.teacher.load(&mut teacher[..used], at.n, &channels, position);
             }
             clear_from(channels.used, &mut student);
             clear_from(channels.used, &mut teacher);
@@ -214,11 +195,8 @@ impl<T: Element> SumRegion<'_, T> {
             }
             sum += total::<T::Acc, S>(sums);
             if let Some(d_student) = maps.d_student {
-                let layout = &maps.layouts[2];
                 // SAFETY: as for loading; no other thread has this region.
-                unsafe {
-                    tile::store(&gradient[..used], d_student, layout, at.n, &channels, position)
-                };
+                unsafe { d_student.store(&gradient[..used], at.n, &channels, position) };
             }
         }
         sum
@@ -282,18 +260,18 @@ impl<T: Element> Maps<'_, T> {
         // SAFETY: the caller has these elements.
         unsafe {
             T::load_row(
-                self.student.wrapping_add(at).cast::<[T; LANES]>().read_unaligned(),
+                self.student.base.wrapping_add(at).cast::<[T; LANES]>().read_unaligned(),
                 &mut student,
             );
             T::load_row(
-                self.teacher.wrapping_add(at).cast::<[T; LANES]>().read_unaligned(),
+                self.teacher.base.wrapping_add(at).cast::<[T; LANES]>().read_unaligned(),
                 &mut teacher,
             );
         }
         let weighted = add_squares(simd, &student, &teacher, weights, sums);
         if let Some(d_student) = self.d_student {
             factor.times(weighted).store(&mut gradient);
-            let place = d_student.wrapping_add(at).cast::<[T; LANES]>();
+            let place = d_student.base.wrapping_add(at).cast::<[T; LANES]>();
             // SAFETY: as above; they belong to this thread.
             unsafe { place.write_unaligned(T::store_row(&gradient)) };
         }
@@ -314,15 +292,15 @@ impl<T: Element> Maps<'_, T> {
         for l in 0..weights.len() {
             // SAFETY: the caller has these elements.
             unsafe {
-                student[l] = self.student.wrapping_add(at + l).read().load();
-                teacher[l] = self.teacher.wrapping_add(at + l).read().load();
+                student[l] = self.student.base.wrapping_add(at + l).read().load();
+                teacher[l] = self.teacher.base.wrapping_add(at + l).read().load();
             }
         }
         factor.times(add_squares(simd, &student, &teacher, &all, sums)).store(&mut gradient);
         let Some(d_student) = self.d_student else { return };
         for (l, gradient) in gradient[..weights.len()].iter().enumerate() {
             // SAFETY: as above; they belong to this thread.
-            unsafe { d_student.wrapping_add(at + l).write(T::store(*gradient)) };
+            unsafe { d_student.base.wrapping_add(at + l).write(T::store(*gradient)) };
         }
     }
 }

@@ -1,11 +1,11 @@
 //! The backward pass on the CPU: theta, sigma and features from one reading of upstream; the straight-through sum from another.
 
-use super::forward::{clear_hole, clear_lanes, planes, sources, Cover, Source, TILE};
+use super::forward::{clear_hole, clear_lanes, planes, sources, Cover, TILE};
 use super::lanes::{DotNoise, Places, Slopes, Spread, Sum};
 use super::plan::{SamplePlans, Shape, Tables};
 use super::Gradients;
 use crate::parallel;
-use crate::simd::tile::{self, Channels, Scratch};
+use crate::simd::tile::{Channels, Map, Scratch};
 use crate::simd::{self, Element, LANES};
 use crate::tensor::TensorView;
 
@@ -31,9 +31,9 @@ pub(super) fn backward<T: Element>(
     let per_sample = plan.shape.channels.div_ceil(LANES);
     let tables = plan.tables::<T::Acc>(threads);
     let call = Call {
-        upstream: Source::<T>::new(upstream),
-        features: Source::<T>::new(features),
-        d_features: gradients.d_features.map(Source::<T>::new),
+        upstream: Map::<T>::of(upstream),
+        features: Map::<T>::of(features),
+        d_features: gradients.d_features.map(Map::<T>::of),
         theta: gradients.d_theta.is_some(),
         sigma: gradients.d_sigma.is_some(),
         plan,
@@ -82,7 +82,7 @@ fn sums_of_upstream<T: Element>(
     threads: usize,
 ) -> Vec<f64> {
     let per_sample = plan.shape.channels.div_ceil(LANES);
-    let source = Source::<T>::new(upstream);
+    let source = Map::<T>::of(upstream);
     let chunks = if plan.shape.positions() == 0 { 0 } else { plan.shape.batch * per_sample };
     let sums = parallel::map(threads, chunks, |i| {
         sum_of_chunk(source, plan, i / per_sample, i % per_sample)
@@ -91,7 +91,7 @@ fn sums_of_upstream<T: Element>(
     (0..plan.shape.batch).map(|n| sums[range(n)].iter().sum()).collect()
 }
 
-fn sum_of_chunk<T: Element>(source: Source<T>, plan: &SamplePlans, n: usize, index: usize) -> f64 {
+fn sum_of_chunk<T: Element>(source: Map<T>, plan: &SamplePlans, n: usize, index: usize) -> f64 {
     let channels = Channels::starting_at(index * LANES, plan.shape.channels);
     let positions = plan.shape.positions();
     let mut buffer = Scratch::<T::Acc>::new(TILE);
@@ -99,16 +99,16 @@ fn sum_of_chunk<T: Element>(source: Source<T>, plan: &SamplePlans, n: usize, ind
     for from in (0..positions).step_by(TILE) {
         let tile = &mut buffer.tile()[..TILE.min(positions - from)];
         // SAFETY: the checked upstream, channels below C, positions below H*W.
-        unsafe { tile::load(tile, source.base, &source.layout, n, &channels, from) };
+        unsafe { source.load(tile, n, &channels, from) };
         total += simd::run(Sum(tile))[..channels.used].iter().sum::<f64>();
     }
     total
 }
 
 struct Call<'a, T: Element> {
-    upstream: Source<T>,
-    features: Source<T>,
-    d_features: Option<Source<T>>,
+    upstream: Map<T>,
+    features: Map<T>,
+    d_features: Option<Map<T>>,
     theta: bool,
     sigma: bool,
     plan: &'a SamplePlans,
@@ -135,13 +135,13 @@ impl<T: Element> Chunk<'_, T> {
 }
 
 impl<T: Element> Chunk<'_, T> {
-    fn clear(&self, channels: &Channels, target: Source<T>) {
+    fn clear(&self, channels: &Channels, target: Map<T>) {
         let positions = self.call.plan.shape.positions();
         let zeros = [[T::Acc::default(); LANES]; TILE];
         for from in (0..positions).step_by(TILE) {
             let tile = &zeros[..TILE.min(positions - from)];
             // SAFETY: perm is a permutation, so no other chunk has the source planes of these channels.
-            unsafe { tile::store(tile, target.base, &target.layout, self.n, channels, from) };
+            unsafe { target.store(tile, self.n, channels, from) };
         }
     }
 
@@ -155,20 +155,15 @@ impl<T: Element> Chunk<'_, T> {
         let (source, scatter) = scratch.tile().split_at_mut(source_rows);
         let from = sources(live, &call.plan.at(self.n));
         if call.theta {
-            let layout = &call.features.layout;
             // SAFETY: the checked features, channels below C, positions below H*W.
-            unsafe {
-                tile::load(&mut source[..positions], call.features.base, layout, self.n, &from, 0)
-            };
+            unsafe { call.features.load(&mut source[..positions], self.n, &from, 0) };
             source[positions] = [T::Acc::default(); LANES];
         }
         scatter.fill([T::Acc::default(); LANES]);
         let sums = self.walk(live, source, scatter);
         if let Some(target) = call.d_features {
             // SAFETY: as in `clear`.
-            unsafe {
-                tile::store(&scatter[..positions], target.base, &target.layout, self.n, &from, 0)
-            };
+            unsafe { target.store(&scatter[..positions], self.n, &from, 0) };
         }
         sums
     }
@@ -193,9 +188,7 @@ impl<T: Element> Chunk<'_, T> {
         for from in (0..shape.positions()).step_by(TILE) {
             let tile = &mut buffer.tile()[..TILE.min(shape.positions() - from)];
             // SAFETY: the checked upstream, channels below C, positions below H*W.
-            unsafe {
-                tile::load(tile, call.upstream.base, &call.upstream.layout, self.n, live, from)
-            };
+            unsafe { call.upstream.load(tile, self.n, live, from) };
             clear_lanes(tile, &kept);
             if let Some(planes) = &noise {
                 sums[6] += simd::run(DotNoise { tile, quad: (from / 4) as u32, planes })

@@ -3,12 +3,12 @@
 //! A chunk is up to 16 channels of one sample, or all of them. Features and upstream are loaded once and every plan is applied to them
 //! in the cache; the noise is the same for all plans and drawn once.
 
-use super::forward::{clear_hole, planes, Source, TILE};
+use super::forward::{clear_hole, planes, TILE};
 use super::lanes::{Dot, DotNoise};
 use super::plan::{SamplePlan, SamplePlans, Table, Tables};
 use crate::parallel;
 use crate::random::philox::Planes;
-use crate::simd::tile::{self, Channels, Scratch};
+use crate::simd::tile::{Channels, Map, Scratch};
 use crate::simd::{self, Element, Real, LANES};
 use crate::tensor::TensorView;
 
@@ -24,8 +24,8 @@ pub(super) fn dots<T: Element>(
     };
     let shared = |plan: &SamplePlans| plan.shares_theta().then(|| plan.tables::<T::Acc>(threads));
     let call = Call {
-        features: Source::<T>::new(features),
-        upstream: Source::<T>::new(upstream),
+        features: Map::<T>::of(features),
+        upstream: Map::<T>::of(upstream),
         plans,
         tables: plans.iter().map(shared).collect(),
     };
@@ -44,8 +44,8 @@ pub(super) fn dots<T: Element>(
 }
 
 struct Call<'a, T: Element> {
-    features: Source<T>,
-    upstream: Source<T>,
+    features: Map<T>,
+    upstream: Map<T>,
     plans: &'a [SamplePlans],
     tables: Vec<Option<Tables<T::Acc>>>,
 }
@@ -112,9 +112,9 @@ impl<T: Element> Chunk<'_, T> {
         }
     }
 
-    fn load(&self, tile: &mut [[T::Acc; LANES]], side: &Source<T>, channels: &Channels) {
+    fn load(&self, tile: &mut [[T::Acc; LANES]], side: &Map<T>, channels: &Channels) {
         // SAFETY: a checked map, channels below C, all positions of the plane.
-        unsafe { tile::load(tile, side.base, &side.layout, self.n, channels, 0) };
+        unsafe { side.load(tile, self.n, channels, 0) };
     }
 }
 

@@ -8,7 +8,7 @@ use super::lanes::{AddNoise, ClearLanes, Sample};
 use super::plan::{Corners, Hole, SamplePlan, SamplePlans, Tables};
 use crate::parallel;
 use crate::random::philox::{Keys, Planes};
-use crate::simd::tile::{self, Channels, Layout, Scratch};
+use crate::simd::tile::{Channels, Layout, Map, Scratch};
 use crate::simd::{self, Element, Real, LANES};
 use crate::tensor::TensorView;
 
@@ -27,35 +27,17 @@ pub(super) fn forward<T: Element>(
         return;
     }
     let tables = plan.tables::<T::Acc>(threads);
-    let source = Source::<T>::new(features);
-    let target = Source::<T>::new(refined);
+    let source = Map::<T>::of(features);
+    let target = Map::<T>::of(refined);
     parallel::for_each(threads, plan.shape.batch * per_sample, |i| {
         let (n, index) = (i / per_sample, i % per_sample);
         Chunk { source, target, plan, tables: &tables, n, index }.run();
     });
 }
 
-/// A feature map's memory.
-#[derive(Clone, Copy)]
-pub(super) struct Source<T> {
-    pub base: *mut T,
-    pub layout: Layout,
-}
-
-// SAFETY: chunks read memory that nothing writes, and write disjoint channels.
-unsafe impl<T: Send> Send for Source<T> {}
-// SAFETY: as above.
-unsafe impl<T: Sync> Sync for Source<T> {}
-
-impl<T> Source<T> {
-    pub(crate) fn new(view: &TensorView) -> Self {
-        Self { base: view.as_ptr(), layout: Layout::of(view) }
-    }
-}
-
 struct Chunk<'a, T: Element> {
-    source: Source<T>,
-    target: Source<T>,
+    source: Map<T>,
+    target: Map<T>,
     plan: &'a SamplePlans,
     tables: &'a Tables<T::Acc>,
     n: usize,
@@ -154,19 +136,13 @@ impl<T: Element> Chunk<'_, T> {
         layout.w == 1 && layout.run == self.plan.shape.positions()
     }
 
-    fn plane(&self, side: &Source<T>, channel: usize) -> *mut T {
-        side.base
-            .wrapping_offset(self.n as isize * side.layout.n + channel as isize * side.layout.c)
-    }
-
     /// All channels of this chunk's share of the positions.
     fn direct(&self, group: &SamplePlan) {
         let shape = self.plan.shape;
         let (per_sample, positions) = (shape.channels.div_ceil(LANES), shape.positions());
-        let first = |side: &Source<T>| side.base.wrapping_offset(self.n as isize * side.layout.n);
         simd::run(Direct {
-            source: first(&self.source),
-            target: first(&self.target),
+            source: self.source.plane(self.n, 0),
+            target: self.target.plane(self.n, 0),
             steps: [self.source.layout.w, self.target.layout.w],
             table: self.tables.at(self.n).map(|table| &table.0[..]),
             hole: group.hole,
@@ -180,7 +156,9 @@ impl<T: Element> Chunk<'_, T> {
         if self.gapless(&self.target.layout) {
             for c in &channels.at[..channels.used] {
                 // SAFETY: a whole plane of the target, which belongs to this chunk; zero bits are 0.0.
-                unsafe { self.plane(&self.target, *c).write_bytes(0, self.plan.shape.positions()) };
+                unsafe {
+                    self.target.plane(self.n, *c).write_bytes(0, self.plan.shape.positions())
+                };
             }
             return;
         }
@@ -189,9 +167,7 @@ impl<T: Element> Chunk<'_, T> {
         for from in (0..positions).step_by(TILE) {
             let tile = &zeros[..TILE.min(positions - from)];
             // SAFETY: these channels of this sample belong to this chunk.
-            unsafe {
-                tile::store(tile, self.target.base, &self.target.layout, self.n, channels, from)
-            };
+            unsafe { self.target.store(tile, self.n, channels, from) };
         }
     }
 
@@ -199,11 +175,11 @@ impl<T: Element> Chunk<'_, T> {
     fn copy(&self, live: &Channels, group: &SamplePlan) {
         let (from, positions) = (sources(live, group), self.plan.shape.positions());
         for l in 0..live.used {
-            let target = self.plane(&self.target, live.at[l]);
+            let target = self.target.plane(self.n, live.at[l]);
             // SAFETY: both planes are gapless (`copies_planes`), and the target's belongs to this chunk.
             unsafe {
                 std::ptr::copy_nonoverlapping(
-                    self.plane(&self.source, from.at[l]).cast_const(),
+                    self.source.plane(self.n, from.at[l]).cast_const(),
                     target,
                     positions,
                 );
@@ -225,14 +201,7 @@ impl<T: Element> Chunk<'_, T> {
         // SAFETY: the checked features, channels below C, positions below H*W.
         unsafe {
             let channels = sources(live, group);
-            tile::load(
-                &mut source[..positions],
-                self.source.base,
-                &self.source.layout,
-                self.n,
-                &channels,
-                0,
-            );
+            self.source.load(&mut source[..positions], self.n, &channels, 0);
         }
         // Corners outside the map point here: they contribute 0 whatever the features hold.
         source[positions] = [T::Acc::default(); LANES];
@@ -247,11 +216,11 @@ impl<T: Element> Chunk<'_, T> {
         let mut buffer = Scratch::<T::Acc>::new(TILE);
         for from in (0..shape.positions()).step_by(TILE) {
             let tile = &mut buffer.tile()[..TILE.min(shape.positions() - from)];
-            tile::prefetch(self.target.base, &self.target.layout, self.n, live, from, tile.len());
+            self.target.prefetch(self.n, live, from, tile.len());
             match &fill {
                 // SAFETY: the checked features, channels below C, positions below H*W.
                 Fill::Load(channels) => unsafe {
-                    tile::load(tile, self.source.base, &self.source.layout, self.n, channels, from);
+                    self.source.load(tile, self.n, channels, from);
                 },
                 Fill::Sample(source, table) => {
                     simd::run(Sample { tile, source, table: &table[from..] })
@@ -272,7 +241,7 @@ impl<T: Element> Chunk<'_, T> {
                 clear_lanes(tile, &live.at.map(|c| keep[c]));
             }
             // SAFETY: these channels of this sample belong to this chunk.
-            unsafe { tile::store(tile, self.target.base, &self.target.layout, self.n, live, from) };
+            unsafe { self.target.store(tile, self.n, live, from) };
         }
     }
 }
