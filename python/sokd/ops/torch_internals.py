@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 RELEASE = tuple(int(part) for part in torch.__version__.split(".")[:2])
 TRACES_GUARDS = RELEASE >= (2, 8)
 
