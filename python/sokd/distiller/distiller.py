@@ -166,7 +166,7 @@ class Distiller(nn.Module):
         losses = task_losses(self.task, student.output, student.logits, target)
         if eager:
             guards.check_maps(self, student.maps, teacher.maps, self._labels)
-        losses |= self._distil(student, teacher, target, index)
+        losses.update(self._distil(student, teacher, target, index))
         if eager:
             self._look(losses, student, teacher)
         return student.output if student.logits is None else student.logits, losses
@@ -317,7 +317,7 @@ class Distiller(nn.Module):
         for name, method in self.methods.items():
             check_needs(name, cast(Method, method).needs, step, target)
             losses[f"loss_{name}"] = self.weights[name] * method(step)
-        return losses if self.kd is None else losses | self._plugged(self.kd, made, losses)
+        return losses if self.kd is None else {**losses, **self._plugged(self.kd, made, losses)}
 
     def _plugged(self, kd: SoKD, made: Plugged, losses: Losses) -> Losses:
         """SoKD's terms beside the methods'; leaves the step's figures in `kd.diagnostics()`."""

@@ -27,7 +27,7 @@ Maps = Tensor | Sequence[Tensor]
 Weights = Tensor | Sequence[Tensor | None] | None
 
 
-@dataclass(slots=True)
+@dataclass
 class Step:
     """What one training step offers a method."""
 

@@ -63,10 +63,20 @@ def _looped(op: Any) -> Callable[..., Any]:
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """`function.apply(*args)`; a compiler finds plain numbers among the arguments."""
+    """`function.apply(*args)`, in the form that every compiler traces.
+
+    A compiler finds plain numbers among the arguments; and where no gradient is wanted `forward` itself,
+    because that of torch 2.5 to 2.7 passes a context to it.
+    """
     if torch.compiler.is_compiling():
         args = tuple(torch_internals.without_symbols(args))
+        if not (torch.is_grad_enabled() and any(map(_requires_grad, args))):
+            return function.forward(*args)
     return function.apply(*args)  # type: ignore[no-untyped-call]
+
+
+def _requires_grad(arg: object) -> bool:
+    return isinstance(arg, Tensor) and arg.requires_grad
 
 
 def is_eager(*subjects: object) -> bool:
