@@ -1,9 +1,10 @@
-"""Runs the tests of host/ and kernels/ in child processes whose libcuda.so.1 is the mock driver.
+"""Runs the tests of three folders in child processes whose libcuda.so.1 is the mock driver.
 
 `import sokd` opens the driver, and a process keeps the one that it has opened. So pytest collects
 and reports these tests like any others, but a child process for each folder runs them:
-  host/      the Rust host with PyTorch's NVRTC
-  kernels/   the emulated kernels, launched by the Rust host; a mock NVRTC saves compiling for a GPU
+  host/       the Rust host with PyTorch's NVRTC, each test in a fork that has loaded nothing yet
+  dispatch/   the operators from their public functions, with PyTorch's NVRTC
+  kernels/    the emulated kernels, launched by the Rust host; a mock NVRTC saves compile time
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from support.cuda.mock import environment, library
 
 from sokd import _core
 
-FOLDERS = {"host": False, "kernels": True}  # whether NVRTC is mocked
+FOLDERS = {"host": False, "dispatch": False, "kernels": True}  # whether NVRTC is mocked
 CHILDREN = pytest.StashKey[dict[str, "Child"]]()
 
 

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 class Faulty(TorchDevice):
-    """Answers with one number changed in the `which`-th tensor that comes back."""
+    """Changes one number in the `which`-th tensor that comes back."""
 
     def __init__(self, which: int) -> None:
         super().__init__(CPU)
@@ -28,9 +28,7 @@ class Faulty(TorchDevice):
         here = super().back(tensor)
         self.left -= 1
         if self.left == -1:
-            last = here.view(-1)[
-                -1:
-            ]  # one element of many, the last: what a skipped tail would leave
+            last = here.view(-1)[-1:]  # what a skipped tail would leave
             last += 1 if not here.is_floating_point() else 0.01 + 0.1 * last.abs()
         return here
 

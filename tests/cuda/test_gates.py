@@ -1,4 +1,4 @@
-"""What NVRTC makes of every kernel on every architecture: no spills, occupancy, 128-bit access."""
+"""Every kernel compiled by NVRTC for every architecture: no spills, occupancy, 128-bit access."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support.cuda.cubins import (
 from support.cuda.emulator import OPERATORS, kernel_names
 
 NEEDED = (75, 80, 86, 89, 90, 100, 120)
-READ = (75, 90, 120)  # whose instructions are read: the oldest, and two that differ most from it
+READ = (75, 90, 120)  # whose instructions are read: the oldest, and the two that differ most
 Kernels = dict[str, Resources]
 
 # 128-bit access that each fast path must have: (kernel, order if it has any) -> loads and stores.
@@ -66,9 +66,8 @@ def test_every_needed_architecture_is_compiled_for(compiled: dict[int, Kernels])
 
 def test_every_kernel_is_there_that_the_emulator_runs(compiled: dict[int, Kernels]) -> None:
     names = {name for operator in OPERATORS for name in kernel_names(operator)}
-    assert (
-        len(names) == 6 * 8 + 4 + 4 + 5 + 1
-    )  # dtypes times orders; areas_pick; scale; second stages; draw
+    # dtypes times orders; areas_pick; scale; second stages; draw
+    assert len(names) == 6 * 8 + 4 + 4 + 5 + 1
     for architecture, kernels in compiled.items():
         assert set(kernels) == names, architecture
 
@@ -84,7 +83,7 @@ def test_nothing_is_spilled(compiled: dict[int, Kernels]) -> None:
 
 
 def test_registers_leave_room_for_half_of_the_warps(compiled: dict[int, Kernels]) -> None:
-    """A quarter for float64, which is there to check gradients."""
+    """A quarter for float64, which is for gradient checks."""
     low = {
         (architecture, name): kernel.registers
         for architecture, kernels in compiled.items()

@@ -30,7 +30,7 @@ SHAPE, LARGE = (2, 16, 8, 8), (8, 96, 57, 61)
 
 pytestmark = pytest.mark.gpu
 two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-# PyTorch's own, about streams and about the mode that looks for synchronisations
+# PyTorch's own warnings, about streams and about its mode that detects synchronisations
 prototypes = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
@@ -52,10 +52,10 @@ def same(one: list[Tensor], two: list[Tensor]) -> bool:
     return all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(one, two, strict=True))
 
 
-# --- the kernels serve, and nothing waits for them
+# --- the kernels are used, and the host never synchronises
 
 
-def test_the_kernels_serve(device: torch.device) -> None:
+def test_the_kernels_are_used(device: torch.device) -> None:
     everything_on(DEVICE, SHAPE)()
     assert "cuda" in common.KERNELS and "cuda" not in common._warned
     (line,) = [line for line in sokd.ops.config.describe().splitlines() if line.startswith("cuda")]
@@ -79,7 +79,7 @@ def test_nothing_waits(device: torch.device) -> None:
 
 
 def test_values_are_not_looked_at(device: torch.device) -> None:
-    """On the CPU a perm that is no permutation is an error; here it is NaN."""
+    """A perm that is no permutation is an error on the CPU; here it gives NaN."""
     perm = torch.tensor([[0, 5, -1]], device=device)
     refined = ops.refine(torch.ones(1, 3, 2, 2, device=device), perm=perm)
     assert refined.isnan().flatten(2).all(2).tolist() == [[False, True, True]]
@@ -89,7 +89,7 @@ def test_values_are_not_looked_at(device: torch.device) -> None:
 
 
 def test_torchs_current_stream_is_used(device: torch.device) -> None:
-    """A wait on a side stream holds up the operators on it, and on no other."""
+    """A wait on a side stream delays the operators on it, and on no other."""
     run, side = everything_on(DEVICE, SHAPE), torch.cuda.Stream(device)
     expected = run()
     side.wait_stream(torch.cuda.current_stream())
@@ -154,7 +154,7 @@ def test_more_than_2_31_elements(device: torch.device) -> None:
 
 
 def captured(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    """After a run on a side stream, as PyTorch asks for."""
+    """After a run on a side stream, as PyTorch requires."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -216,7 +216,7 @@ def test_a_kernel_that_is_not_loaded_cannot_be_captured() -> None:
 
 
 def test_from_the_cache_a_process_compiles_nothing(tmp_path: Path) -> None:
-    """And how long loading takes then, to be read with `pytest -rP`."""
+    """`pytest -rP` shows how long loading takes."""
     code = """
         import time, torch, sokd
         torch.zeros(1, device="cuda")

@@ -53,7 +53,7 @@ CLOSE = {
 
 @pytest.fixture(scope="module")
 def device() -> TorchDevice:
-    """With kernels of its own: everything below would pass on the reference path, too."""
+    """A device with kernels: the tests below would pass on the reference path, too."""
     assert has_kernel(torch.empty(0, device=DEVICE.device)), sokd.ops.config.why_no_cuda()
     return DEVICE
 

@@ -10,7 +10,7 @@ import pytest
 from support.cuda.cubins import ROOT, headers
 from support.cuda.emulator import COMPILER
 
-# header, source, what its functions return, how many of them the source binds
+# header, source, the return type of its functions, the number of functions that the source binds
 LIBRARIES = [("cuda.h", "driver.rs", "CUresult", 16), ("nvrtc.h", "nvrtc.rs", "nvrtcResult", 13)]
 NUMBERS = {
     "COMPUTE_CAPABILITY_MAJOR": ["CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR"],
@@ -77,14 +77,14 @@ def in_c(rust: str) -> str:
 
 
 def program(header: str, source: str, result: str) -> str:
-    """What compiles if the header says the same as the source."""
+    """A program that compiles if the header declares the same as the source."""
     lines = [f"#include <{header}>", JUDGE]
     for name, (arguments, out) in functions(source).items():
         types = ", ".join(map(in_c, arguments))
         returned = in_c(out) if out else result
         lines += [
             f"static_assert(Takes<{types}>::of<{returned}>(static_cast<decltype(&{name})>(nullptr)));",
-            # the version of the function that the header's readers get
+            # the version of the function that the header gives by default
             f'static_assert(TEXT({re.sub(r"_v[0-9]+$", "", name)}) == "{name}");',
         ]
     for name, (number, several) in numbers(source).items():
@@ -102,7 +102,7 @@ def numbers(source: str) -> dict[str, tuple[str, str]]:
 
 
 def compiles(text: str, folder: Path) -> str:
-    """The compiler's complaints."""
+    """The compiler's messages."""
     path = folder / "judge.cpp"
     path.write_text(text)
     command = [COMPILER, "-std=c++17", "-fsyntax-only", *(f"-I{each}" for each in headers()), path]
@@ -127,7 +127,7 @@ def test_functions_and_numbers_are_those_of_the_header(
     assert compiles(program(header, text_of(source), result), tmp_path) == ""
 
 
-def test_every_number_of_the_driver_is_judged() -> None:
+def test_every_number_of_the_driver_is_compared() -> None:
     assert numbers(text_of("driver.rs")).keys() == NUMBERS.keys()
 
 

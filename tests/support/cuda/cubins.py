@@ -1,4 +1,4 @@
-"""The CUDA kernels compiled by NVRTC, and what the result says: registers, memory, instructions."""
+"""Compiles the CUDA kernels with NVRTC; reads registers, memory and instructions of the result."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def headers() -> list[Path]:
 
 
 def architectures() -> list[int]:
-    """All that this NVRTC compiles for: 75, 80, .. ."""
+    """The architectures that this NVRTC supports: 75, 80, .. ."""
     count = ctypes.c_int()
     nvrtc().nvrtcGetNumSupportedArchs(ctypes.byref(count))
     found = (ctypes.c_int * count.value)()
@@ -101,7 +101,7 @@ def _fetch(program: ctypes.c_void_p, what: str) -> bytes:
     return buffer.raw
 
 
-# Of a multiprocessor; 2048 where nothing is said.
+# Threads of a multiprocessor; 2048 where not listed.
 MOST_THREADS = {75: 1024, 86: 1536, 87: 1536, 88: 1536, 89: 1536, 110: 1536, 120: 1536, 121: 1536}
 
 
@@ -112,9 +112,8 @@ class Resources:
     registers: int = 0
     stack: int = 0
     shared: int = 0
-    loads: Counter[str] = field(
-        default_factory=Counter
-    )  # instructions by name and width, where disassembled
+    # instructions by name and width, where disassembled
+    loads: Counter[str] = field(default_factory=Counter)
 
     def occupancy(self, architecture: int, threads: int = 256) -> float:
         """Share of a multiprocessor's warps that the registers leave room for."""

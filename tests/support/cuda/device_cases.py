@@ -30,7 +30,7 @@ class Device(Protocol):
 
 
 class TorchDevice:
-    """A device of PyTorch's own: values, strides and place in memory are the same there."""
+    """A device of PyTorch: copies keep values, strides and the offset in memory."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -51,7 +51,7 @@ class TorchDevice:
 
 
 def chosen_device() -> TorchDevice:
-    """What SOKD_TEST_DEVICE names, else the first CUDA device; skips a test file that has none."""
+    """The device of SOKD_TEST_DEVICE, else the first CUDA device; skips the file without one."""
     device = torch.device(os.environ.get("SOKD_TEST_DEVICE", "cuda"))
     if device.type == "cuda" and not torch.cuda.is_available():
         pytest.skip(
@@ -234,9 +234,7 @@ def loss_steps(
     """The loss and its gradients at each call: of the next draw, or of that at `counter`."""
     kd = kd_cases.make(lambda_agreement=1.0, lambda_areas=1.0).to(device, dtype).eval()
     with torch.no_grad():
-        kd.policy.magnitude.fill_(
-            0.9
-        )  # half way, where it starts, nothing is sheared, moved or turned
+        kd.policy.magnitude.fill_(0.9)  # at its initial 0.5 nothing is sheared, shifted or rotated
     student, teacher = (side.detach().to(device) for side in kd_cases.pair(dtype=dtype))
     student.requires_grad_()
 

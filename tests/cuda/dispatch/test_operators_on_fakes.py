@@ -12,7 +12,7 @@ from support.cuda.fake import FakeCuda, HostCuda
 from support.cuda.mock import Driver
 from torch import Tensor
 
-from sokd import ops, reference
+from sokd import _core, ops, reference
 
 ODD, ALIGNED, DEEP = (2, 3, 5, 7), (2, 16, 8, 8), (1, 130, 3, 4)
 SOME = [
@@ -42,6 +42,8 @@ class Fake:
 
 @pytest.fixture(autouse=True)
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
+    _core.select_reader("portable")  # the other one does not read fakes
+    torch.set_num_threads(1)
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
     driver = Driver()
