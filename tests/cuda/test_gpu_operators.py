@@ -26,7 +26,7 @@ from torch import Tensor
 
 import sokd
 from sokd import ops, reference
-from sokd.ops.common import has_kernel
+from sokd.ops.runtime import has_kernel
 
 DEVICE = device_cases.chosen_device()
 pytestmark = pytest.mark.gpu

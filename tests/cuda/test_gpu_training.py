@@ -15,7 +15,7 @@ from torch import nn
 
 import sokd
 from sokd import _core
-from sokd.ops.common import has_kernel
+from sokd.ops.runtime import has_kernel
 
 DEVICE = device_cases.chosen_device()
 pytestmark = pytest.mark.gpu

@@ -43,7 +43,7 @@ def with_nvrtc(*names: str) -> str:
 from support.cuda import nvrtc_names
 nvrtc_names.replace({list(names)!r})
 import sokd
-print(sorted(sokd.ops.common.KERNELS), sokd.ops.config.why_no_cuda())
+print(sorted(sokd.ops.runtime.KERNELS), sokd.ops.config.why_no_cuda())
 """
 
 
@@ -51,7 +51,7 @@ def test_without_a_driver_the_reference_serves(tmp_path: Path) -> None:
     """A file that is no library hides the machine's own driver."""
     for name in ("libcuda.so.1", "libcuda.so"):
         (tmp_path / name).write_text("no library")
-    code = "import sokd; sokd.warmup(); print(sorted(sokd.ops.common.KERNELS)); sokd.show_config()"
+    code = "import sokd; sokd.warmup(); print(sorted(sokd.ops.runtime.KERNELS)); sokd.show_config()"
     kernels, *lines = _fresh(code, LD_LIBRARY_PATH=str(tmp_path)).splitlines()
     assert kernels == "['cpu']"
     # PyTorch takes the number of devices from NVML, which may be there all the same
@@ -66,8 +66,8 @@ def test_a_driver_that_lacks_a_function_is_no_driver(tmp_path: Path) -> None:
     source = tmp_path / "driver.cpp"
     source.write_text('extern "C" int cuInit(unsigned flags) { return (int)flags; }\n')
     library(source, tmp_path / "libcuda.so.1")
-    code = "import sokd; from sokd.ops import common, config; sokd.warmup(); "
-    code += "print(config.why_no_cuda(), sorted(common.KERNELS))"
+    code = "import sokd; from sokd.ops import config, runtime; sokd.warmup(); "
+    code += "print(config.why_no_cuda(), sorted(runtime.KERNELS))"
     printed = _fresh(code, LD_LIBRARY_PATH=str(tmp_path))
     assert printed == "the CUDA driver lacks cuDriverGetVersion ['cpu']"
 

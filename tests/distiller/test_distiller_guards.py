@@ -24,8 +24,8 @@ import sokd
 from sokd.distiller import Distiller
 
 UNHELD = (
-    "sokd: {} had gradients but did not change in 10 steps of the student's optimiser; "
-    "give it the distiller's parameters, e.g. SGD(distiller.parameters(), lr=...)"
+    "sokd: {} had gradients in 10 steps of the student's optimiser, but no optimiser holds them; "
+    "pass it the distiller's parameters, e.g. SGD(distiller.parameters(), lr=...)"
 )
 TEACHER_TRAINS = "sokd: the teacher was in train mode; it is set back to eval, call teacher.eval() after teacher.train()"
 

@@ -1,26 +1,34 @@
-"""The silent mistakes of a training script: each warned of once, in these words; a right script never is."""
+"""Common mistakes of a training script: each is warned of once; a right script never is."""
 
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import warnings
+import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import (
+    _global_optimizer_post_hooks,
+    register_optimizer_step_post_hook,
+)
 
+from sokd.kd import sanity
 from sokd.kd.dam import Attention
 from sokd.kd.loss import loss
 from sokd.kd.sokd import SoKD
 
 UNHELD = (
-    "sokd: {} had gradients but did not change in 10 steps of the student's optimiser; "
-    "give it kd's parameters too, e.g. SGD([*student.parameters(), *kd.parameters()], lr=...)"
+    "sokd: {} had gradients in 10 steps of the student's optimiser, but no optimiser holds them; "
+    "pass it kd's parameters too, e.g. SGD([*student.parameters(), *kd.parameters()], lr=...)"
 )
 TEACHER_GRAPH = (
-    "sokd: teacher_features require grad, but no gradient flows to the teacher; call the teacher under "
-    "torch.no_grad()"
+    "sokd: teacher_features require grad, but no gradient flows to the teacher; call the teacher "
+    "under torch.no_grad()"
 )
 TEACHER_TRAINS = (
     "sokd: the teacher ran in train mode; call teacher.eval() before the student's training"
@@ -37,7 +45,7 @@ MASK_EMPTY = (
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    """Many small steps: nothing in them is worth a second thread, and conftest restores the count."""
+    """Many small steps gain nothing from a second thread; conftest restores the count."""
     torch.set_num_threads(1)
 
 
@@ -93,30 +101,138 @@ def test_parameters_that_no_optimiser_holds(held, parts):
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
-def test_fused_optimisers_which_make_no_versions(kind):
+@pytest.mark.parametrize("to_none", [True, False])
+def test_fused_optimisers(kind, to_none):
     def fused(*held: nn.Module) -> torch.optim.Optimizer:
         return kind([p for module in held for p in module.parameters()], lr=1e-4, fused=True)
 
     student, kd = small()
-    assert said_with(student, kd, fused(student)) == [UNHELD.format("kd.adapter and kd.dam")]
-    for to_none in (True, False):
-        student, kd = small()
-        assert said_with(student, kd, fused(student, kd), to_none=to_none) == []
-        student, kd = small()
-        assert said_with(student, kd, sgd(student), fused(kd), to_none=to_none) == []
+    text = UNHELD.format("kd.adapter and kd.dam")
+    assert said_with(student, kd, fused(student), to_none=to_none) == [text]
+    student, kd = small()
+    assert said_with(student, kd, fused(student, kd), to_none=to_none) == []
+    student, kd = small()
+    assert said_with(student, kd, sgd(student), fused(kd), to_none=to_none) == []
 
 
-def test_gradients_that_stay_between_fused_steps():
-    """`zero_grad` just before `backward`: the loss sees the gradients of the step before."""
+def step(student: nn.Module, kd: SoKD, *optimisers) -> None:
+    """One step in which `zero_grad` runs just before `backward`."""
+    distilled = loss(student(torch.randn(2, 1, 6, 6)), torch.randn(2, 4, 6, 6), kd)
+    for optimiser in optimisers:
+        optimiser.zero_grad()
+    distilled.backward()
+    for optimiser in optimisers:
+        optimiser.step()
+
+
+def test_an_optimiser_that_is_made_anew_in_every_step():
     student, kd = small()
     of_kd = torch.optim.SGD(kd.parameters(), lr=1e-4, fused=True)
     for _ in range(15):
-        distilled = loss(student(torch.randn(2, 1, 6, 6)), torch.randn(2, 4, 6, 6), kd)
-        for optimiser in (sgd(student), of_kd):
-            optimiser.zero_grad()
-        distilled.backward()
-        for optimiser in (sgd(student), of_kd):
-            optimiser.step()
+        step(student, kd, sgd(student), of_kd)
+
+
+def test_an_optimiser_of_kd_that_steps_less_often():
+    student, kd = small()
+    of_student, of_kd = sgd(student), sgd(kd)
+    for index in range(15):
+        step(student, kd, of_student, *([of_kd] if index % 6 == 5 else []))
+
+
+@pytest.fixture
+def hooks() -> Callable[[], int]:
+    """Counts the hooks on optimisers, where no module of another test waits."""
+    sanity._watches.clear()
+    sanity._let_go()
+    before = len(_global_optimizer_post_hooks)
+    return lambda: len(_global_optimizer_post_hooks) - before
+
+
+def test_the_hook_is_there_until_the_first_step_of_the_student(hooks):
+    student, kd = small()
+    optimiser, other = sgd(student, kd), sgd(nn.Linear(2, 2))
+    maps = student(torch.randn(2, 1, 6, 6))
+    loss(maps, torch.randn(2, 4, 6, 6), kd).backward()
+    other.step()
+    assert hooks() == 1, "an optimiser of something else"
+    optimiser.step()
+    step(student, kd, optimiser)
+    assert hooks() == 0
+
+
+def test_hooks_of_others_all_run():
+    student, kd = small()
+    seen: list[str] = []
+    register = register_optimizer_step_post_hook
+    before = register(lambda *_: seen.append("before"))
+    loss(student(torch.randn(2, 1, 6, 6)), torch.randn(2, 4, 6, 6), kd).backward()
+    after = register(lambda *_: seen.append("after"))
+    try:
+        sgd(student, kd).step()
+        assert seen == ["before", "after"]
+    finally:
+        before.remove()
+        after.remove()
+
+
+def test_neither_kd_nor_student_is_kept_alive(hooks):
+    student, kd = small()
+    loss(student(torch.randn(2, 1, 6, 6)), torch.randn(2, 4, 6, 6), kd)
+    alive = [weakref.ref(kd), weakref.ref(student), weakref.ref(student.weight)]
+    del student, kd
+    gc.collect()
+    assert [ref() for ref in alive] == [None, None, None]
+    for _ in range(2):
+        student, kd = small()
+        optimiser = sgd(student, kd)
+        step(student, kd, optimiser)
+        step(student, kd, optimiser)
+    assert hooks() == 0, "the next module takes the hook of one that is gone away"
+
+
+def test_several_in_turn_and_at_once():
+    pairs = [small(), small(), small()]
+    held = [[*student.parameters(), *kd.parameters()] for student, kd in pairs[:2]]
+    one = torch.optim.SGD([*held[0], *held[1], *pairs[2][0].parameters()], lr=1e-6)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(12):
+            for student, kd in pairs:
+                loss(student(torch.randn(2, 1, 6, 6)), torch.randn(2, 4, 6, 6), kd).backward()
+            one.step()
+    assert [str(each.message) for each in caught] == [UNHELD.format("kd.adapter and kd.dam")]
+
+
+def test_steps_that_a_grad_scaler_leaves_out_do_not_count():
+    student, kd = small()
+    optimiser, scaler = sgd(student), torch.amp.GradScaler("cpu")
+
+    def scaled(factor: float) -> None:
+        optimiser.zero_grad()
+        term = loss(student(torch.randn(2, 1, 6, 6)), torch.randn(2, 4, 6, 6), kd)
+        scaler.scale(term * factor).backward()
+        scaler.step(optimiser)
+        scaler.update()
+
+    for _ in range(12):
+        scaled(float("inf"))
+    for _ in range(9):
+        scaled(1.0)
+    with pytest.warns(UserWarning, match="no optimiser holds them"):
+        scaled(1.0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch, in its own compiler
+def test_a_compiled_step_of_the_optimiser():
+    student, kd = small()
+    optimiser = sgd(student, kd)
+    compiled = torch.compile(optimiser.step, backend="eager")
+    before = student.weight.detach().clone()
+    for _ in range(3):
+        optimiser.zero_grad()
+        loss(student(torch.randn(2, 1, 6, 6)), torch.randn(2, 4, 6, 6), kd).backward()
+        compiled()
+    assert not torch.equal(before, student.weight)
 
 
 def test_a_part_held_in_part():
@@ -131,8 +247,7 @@ def test_a_part_held_in_part():
 def test_a_loss_that_does_not_depend_on_a_part_is_meant_so():
     student, kd = small()
     kd.lambda_agreement = 0.0
-    fused = torch.optim.SGD([*student.parameters(), *kd.parameters()], lr=1e-4, fused=True)
-    assert said_with(student, kd, fused) == []
+    assert said(student, kd, student, kd.adapter) == []
 
 
 def test_parameters_of_several_layers_are_one_part():
@@ -159,7 +274,7 @@ def test_a_frozen_student_says_nothing_about_the_optimiser():
     assert said(student, kd, kd) == []
 
 
-def test_an_optimiser_that_writes_past_the_version_counter_is_not_accused():
+def test_a_script_without_optimisers_is_left_alone():
     student, kd = small()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

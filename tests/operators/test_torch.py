@@ -11,7 +11,7 @@ from support.cases import compiles, everything
 from torch.library import opcheck
 
 from sokd import ops, reference
-from sokd.ops import common
+from sokd.ops import runtime
 from sokd.ops.masked_mse import _masked_mse
 
 SHAPE = (2, 3, 5, 6)
@@ -347,8 +347,8 @@ def test_meta_tensors_get_shapes():
 
 
 def test_a_device_without_kernels_uses_the_twin_and_says_so_once(monkeypatch):
-    monkeypatch.setattr(common, "KERNELS", {})
-    monkeypatch.setattr(common, "_warned", set())
+    monkeypatch.setattr(runtime, "KERNELS", {})
+    monkeypatch.setattr(runtime, "_warned", set())
     inputs, plan = leaves()
     heads = maps()
     sentence = (

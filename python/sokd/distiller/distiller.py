@@ -34,7 +34,7 @@ from sokd.kd.plug import Plugged, own_distance, plug, record, unplugged
 from sokd.kd.sokd import SoKD
 from sokd.kd.virtual import replayed, unwrapped
 from sokd.methods.common import Method, Step
-from sokd.ops.common import is_eager
+from sokd.ops.runtime import is_eager
 
 __all__ = ["Distiller"]
 

@@ -1,42 +1,46 @@
-"""The silent mistakes of a training script, said aloud: a warning once for each SoKD, naming the fix.
+"""Warnings about common mistakes of a training script, each given once for one module.
 
-Everything here reads metadata (version counters, graph nodes), or values where they lie in the CPU's memory.
-Nothing is looked at under `torch.compile`, `torch.no_grad()`, a functorch transform or a dispatch mode.
+Everything here reads metadata (graph nodes, modes, what an optimiser holds), except the mask's
+share of covered cells, which is read on the CPU alone. Under `torch.compile`, `torch.no_grad()`, a
+functorch transform or a dispatch mode nothing is looked at.
 """
 
 from __future__ import annotations
 
-import itertools
 import sys
 import warnings
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
-from sokd.ops.common import is_eager
+from sokd.ops import torch_internals
+from sokd.ops.runtime import is_eager
 
 if TYPE_CHECKING:
     from sokd.kd.loss import Features
     from sokd.kd.sokd import SoKD
 
-__all__ = ["look", "look_at_mask", "look_for_updates", "remember", "transformed"]
+__all__ = ["Watch", "look", "look_at_mask", "transformed"]
 
-PATIENCE = 10  # steps in a row before a mistake is taken for one
+PATIENCE = 10  # steps in a row before a mistake is warned of
 
 UNHELD = (
-    "sokd: {parts} had gradients but did not change in {steps} steps of the student's optimiser; "
-    "give it kd's parameters too, e.g. SGD([*student.parameters(), *kd.parameters()], lr=...)"
+    "sokd: {parts} had gradients in {steps} steps of the student's optimiser, but no optimiser "
+    "holds them; {fix}"
 )
+PASS_KD = "pass it kd's parameters too, e.g. SGD([*student.parameters(), *kd.parameters()], lr=...)"
 TEACHER_GRAPH = (
-    "sokd: teacher_features require grad, but no gradient flows to the teacher; call the teacher under "
-    "torch.no_grad()"
+    "sokd: teacher_features require grad, but no gradient flows to the teacher; call the teacher "
+    "under torch.no_grad()"
 )
-# Seen in the teacher's graph alone; under torch.no_grad() train mode leaves no sign in the features.
+# Seen in the teacher's graph alone: under torch.no_grad() train mode leaves no trace.
 TEACHER_TRAINS = (
     "sokd: the teacher ran in train mode; call teacher.eval() before the student's training"
 )
@@ -50,86 +54,174 @@ MASK_EMPTY = (
 )
 
 
-@dataclass
-class _Seen:
-    """A parameter as it was when it was looked at."""
+class Watch:
+    """What has been seen of one module's training, and which warnings have been given.
 
-    name: str  # of the part of kd that it belongs to
-    parameter: weakref.ref[Tensor]
-    version: int
-    values: list[float]
-    steps: int = 0  # the student's optimiser steps that left the parameter as it was
+    `Watch.of(module)` is the module's own; copies and pickles of the module start with a new one.
+    """
+
+    def __init__(self) -> None:
+        self._given: set[str] = set()
+        self._settled = False  # whether every optimiser that matters has been seen
+        self._student: list[weakref.ref[Tensor]] = []
+        self._parts: Mapping[str, nn.Module | None] = {}
+        self._fix = PASS_KD
+        self._held: set[int] = set()  # ids of the parts' parameters that an optimiser holds
+        self._steps = 0
+        self._full = self._empty = 0
 
     @classmethod
-    def of(cls, name: str, parameter: Tensor) -> _Seen:
-        return cls(name, weakref.ref(parameter), parameter._version, _some_values(parameter))
+    def of(cls, module: nn.Module) -> Watch:
+        """The module's own."""
+        return _watches.setdefault(module, cls())
+
+    def warn(self, text: str, **values: Any) -> None:
+        """Give a warning once, at the line of the user's code that led here."""
+        if text in self._given:
+            return
+        self._given.add(text)
+        level, frame = 1, sys._getframe()
+        while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in _INSIDE:
+            level, frame = level + 1, frame.f_back
+        warnings.warn(text.format(**values), stacklevel=level)
+
+    def teacher(self, features: Iterable[Tensor]) -> None:
+        """Warn of a teacher with gradients, and of one whose graph shows train mode."""
+        outputs = [each for each in features if each.requires_grad]
+        if not outputs or TEACHER_GRAPH in self._given:
+            return
+        self.warn(TEACHER_GRAPH)
+        if any(_trains(node) for node in _nodes(outputs)):
+            self.warn(TEACHER_TRAINS)
+
+    def optimiser(
+        self, student: Iterable[Tensor], parts: Mapping[str, nn.Module | None], fix: str = PASS_KD
+    ) -> None:
+        """Wait for the student's optimiser, to warn of parts that no optimiser holds.
+
+        Args:
+            student: its trained parameters; read until there is one.
+            parts: what is trained beside the student, by name.
+            fix: the end of the warning.
+        """
+        if self._settled:
+            _let_go()
+            return
+        if not self._student:
+            self._student = [weakref.ref(parameter) for parameter in student]
+        self._parts, self._fix = parts, fix
+        if self._student:
+            _listen()
+
+    @property
+    def waits(self) -> bool:
+        """Whether the next step of an optimiser matters."""
+        return bool(self._student) and not self._settled
+
+    def stepped(self, parameters: Mapping[int, Tensor]) -> None:
+        """Take note of a step of an optimiser that holds these parameters, by id.
+
+        A part may have an optimiser of its own, which steps after the student's or less often.
+        """
+        trained = [
+            (name, parameter)
+            for name, part in self._parts.items()
+            if part is not None
+            for parameter in part.parameters()
+            if parameter.requires_grad
+        ]
+        self._held |= parameters.keys() & {id(parameter) for _, parameter in trained}
+        if not any(id(parameter()) in parameters for parameter in self._student):
+            return
+        self._steps += 1
+        unheld = [(name, each) for name, each in trained if id(each) not in self._held]
+        if unheld and self._steps < PATIENCE:
+            return
+        late = dict.fromkeys(name for name, parameter in unheld if parameter.grad is not None)
+        if late:
+            held = {name for name, parameter in trained if id(parameter) in self._held}
+            parts = " and ".join(f"parts of {name}" if name in held else name for name in late)
+            self.warn(UNHELD, parts=parts, steps=PATIENCE, fix=self._fix)
+        self._settled, self._student, self._parts, self._held = True, [], {}, set()
+
+    def mask(self, shares: Tensor) -> None:
+        """Count the steps in a row in which the areas of every sample cover all cells, or none.
+
+        Args:
+            shares: [layers], the share of cells that the areas cover; on other devices than the CPU
+                nothing is read.
+        """
+        if shares.device.type != "cpu":
+            return
+        values: list[float] = shares.tolist()
+        self._full = self._full + 1 if max(values) >= 1 else 0
+        self._empty = self._empty + 1 if min(values) <= 0 else 0
+        if self._full == PATIENCE:
+            self.warn(MASK_FULL, steps=PATIENCE)
+        if self._empty == PATIENCE:
+            self.warn(MASK_EMPTY, steps=PATIENCE)
 
 
-@dataclass
-class _Memory:
-    """What is remembered of one SoKD between two of its steps."""
+_INSIDE = ("sokd", "torch")  # packages whose lines a warning does not point at
+_watches: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()
 
-    said: set[str] = field(default_factory=set)
-    student: _Seen | None = None
-    watched: list[_Seen] = field(default_factory=list)  # of kd, one parameter of each submodule
-    held: set[str] = field(default_factory=set)  # parts of kd of which something was updated
-    full: int = 0
-    empty: int = 0
+# One hook for all modules, there while one of them waits.
+_handle: RemovableHandle | None = None
 
 
-# Beside the module, not in it: copies and pickles start afresh.
-_memories: weakref.WeakKeyDictionary[nn.Module, _Memory] = weakref.WeakKeyDictionary()
+def _listen() -> None:
+    global _handle
+    if _handle is None:
+        _handle = register_optimizer_step_post_hook(_after_step)
 
 
-def transformed() -> bool:
-    """Whether a functorch transform runs eagerly: nothing may be kept from inside it."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is not None
-    )
+def _let_go() -> None:
+    """Remove the hook if no module waits. Never from inside it: torch iterates over the hooks."""
+    global _handle
+    if _handle is not None and not any(watch.waits for watch in list(_watches.values())):
+        _handle.remove()
+        _handle = None
+
+
+def _after_step(optimiser: Optimizer, args: Any, kwargs: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    waiting = [watch for watch in list(_watches.values()) if watch.waits]
+    if waiting:
+        groups = optimiser.param_groups
+        parameters = {id(parameter): parameter for group in groups for parameter in group["params"]}
+        for watch in waiting:
+            watch.stepped(parameters)
+
+
+# -------------------------------------------------------------------------------------- SoKD's own
 
 
 def look(kd: SoKD, student_features: Features, teacher_features: Features) -> None:
     """Look at one training step of `kd`, whose statistics are just recorded."""
     if not is_eager(kd.statistics) or not torch.is_grad_enabled():
         return
-    memory = _memories.setdefault(kd, _Memory())
-    _look_at_teacher(memory, _tensors(teacher_features))
-    _look_at_optimiser(kd, memory, _tensors(student_features))
-    _look_at_mask(kd, memory)
+    watch = Watch.of(kd)
+    watch.teacher(_tensors(teacher_features))
+    # at a weight of 0 the heads have no gradient to train on
+    parts = {"kd.adapter": kd.adapter, "kd.dam": kd.dam if kd.lambda_agreement else None}
+    watch.optimiser(_leaves(_tensors(student_features)), parts)
+    look_at_mask(kd)
 
 
 def look_at_mask(kd: SoKD) -> None:
     """Look at the mask alone, of a step whose statistics are just recorded."""
-    if is_eager(kd.statistics):
-        _look_at_mask(kd, _memories.setdefault(kd, _Memory()))
+    if kd.dam is not None and is_eager(kd.statistics):
+        Watch.of(kd).mask(kd.statistics[:, -1])
+
+
+def transformed() -> bool:
+    """Whether a functorch transform runs eagerly: nothing may be kept from inside it."""
+    return not torch.compiler.is_compiling() and torch_internals.is_transforming()
 
 
 def _tensors(features: Features) -> list[Tensor]:
     return [features] if isinstance(features, Tensor) else list(features)
-
-
-def _say(memory: _Memory, text: str, **values: Any) -> None:
-    """Warn once, at the user's own line."""
-    if text in memory.said:
-        return
-    memory.said.add(text)
-    level, frame = 1, sys._getframe()
-    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("sokd", "torch"):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(text.format(**values), stacklevel=level)
-
-
-# ------------------------------------------------------------------------------------------------ the teacher
-
-
-def _look_at_teacher(memory: _Memory, teachers: list[Tensor]) -> None:
-    """Features alone show a teacher's mode only through its graph; without one, nothing can be said."""
-    if not any(teacher.requires_grad for teacher in teachers) or TEACHER_GRAPH in memory.said:
-        return
-    _say(memory, TEACHER_GRAPH)
-    if any(_trains(node) for node in _nodes(teachers)):
-        _say(memory, TEACHER_TRAINS)
 
 
 def _trains(node: Any) -> bool:
@@ -137,6 +229,14 @@ def _trains(node: Any) -> bool:
     return "NativeDropout" in name or (
         "BatchNorm" in name and bool(getattr(node, "_saved_training", False))
     )
+
+
+def _leaves(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The leaves of the graph behind the outputs: the parameters that their gradients reach."""
+    for node in _nodes(outputs):
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            yield leaf
 
 
 def _nodes(outputs: Iterable[Tensor]) -> Iterator[Any]:
@@ -153,100 +253,3 @@ def _nodes(outputs: Iterable[Tensor]) -> Iterator[Any]:
         ]
         seen.update(fresh)
         waiting.extend(fresh)
-
-
-# ---------------------------------------------------------------------------------------------- the optimiser
-
-
-def _look_at_optimiser(kd: SoKD, memory: _Memory, students: list[Tensor]) -> None:
-    if memory.student is not None:
-        look_for_updates(memory, UNHELD)
-        return
-    leaves = (getattr(node, "variable", None) for node in _nodes(students))
-    student = next((leaf for leaf in leaves if leaf is not None), None)
-    remember(memory, student, {f"kd.{name}": getattr(kd, name) for name in ("adapter", "dam")})
-
-
-def remember(
-    memory: _Memory, student: Tensor | None, parts: Mapping[str, nn.Module | None]
-) -> None:
-    """Start to watch a parameter of the student, and one of each submodule of the parts."""
-    if student is None:
-        return
-    memory.student = _Seen.of("student", student)
-    for name, part in parts.items():
-        for module in [] if part is None else part.modules():
-            trained = (p for p in module.parameters(recurse=False) if p.requires_grad and p.is_leaf)
-            memory.watched += [
-                _Seen.of(name, parameter) for parameter in itertools.islice(trained, 1)
-            ]
-
-
-def look_for_updates(memory: _Memory, text: str) -> None:
-    """Say of a student that is updated while a part with gradients never is: no optimiser holds that part.
-
-    An update is a new version of the parameter, or new values: a fused optimiser makes no version. On other
-    devices than the CPU, where values are not looked at, a student under a fused optimiser seems to rest.
-    """
-    student = None if memory.student is None else memory.student.parameter()
-    if memory.student is None or student is None or not memory.watched:
-        return
-    if not _is_updated(memory.student, student):
-        return
-    memory.student = _Seen.of("student", student)
-    memory.watched = [seen for seen in memory.watched if _is_left_behind(memory, seen)]
-    late = [seen for seen in memory.watched if seen.steps >= PATIENCE]
-    if late:
-        parts = dict.fromkeys(
-            f"parts of {s.name}" if s.name in memory.held else s.name for s in late
-        )
-        _say(memory, text, parts=" and ".join(parts), steps=PATIENCE)
-        memory.watched = []
-
-
-def _is_updated(seen: _Seen, parameter: Tensor) -> bool:
-    return parameter._version != seen.version or _some_values(parameter) != seen.values
-
-
-def _is_left_behind(memory: _Memory, seen: _Seen) -> bool:
-    """Whether no optimiser may hold the parameter still, after another step of the student's."""
-    parameter = seen.parameter()
-    if parameter is None or parameter._version != seen.version:
-        memory.held.add(seen.name)
-        return False
-    seen.steps += (
-        parameter.grad is not None
-    )  # `zero_grad` of an optimiser that holds it leaves None
-    if seen.steps < PATIENCE or parameter.grad is None:
-        return True
-    if _some_values(parameter) != seen.values:  # not sooner: once is cheap
-        memory.held.add(seen.name)
-        return False
-    # zeros: an optimiser's `zero_grad(set_to_none=False)`, or a loss that does not depend on it
-    return parameter.device.type != "cpu" or bool(parameter.grad.any())
-
-
-def _some_values(parameter: Tensor) -> list[float]:
-    """At most 64 values from all over the parameter's memory; none on other devices than the CPU."""
-    if parameter.device.type != "cpu" or not is_eager(parameter):
-        return []
-    own = parameter.untyped_storage().nbytes() // parameter.itemsize - parameter.storage_offset()
-    count = min(parameter.numel(), own)
-    step = count // 64 | 1  # odd, so as not to meet the same input channel in every row
-    return parameter.detach().as_strided((-(-count // step),), (step,)).tolist()
-
-
-# --------------------------------------------------------------------------------------------------- the mask
-
-
-def _look_at_mask(kd: SoKD, memory: _Memory) -> None:
-    """Count steps in a row in which the areas of every sample cover all, or nothing. On the CPU alone."""
-    if kd.dam is None or kd.statistics.device.type != "cpu":
-        return
-    shares: list[float] = kd.statistics[:, -1].tolist()
-    memory.full = memory.full + 1 if max(shares) >= 1 else 0
-    memory.empty = memory.empty + 1 if min(shares) <= 0 else 0
-    if memory.full == PATIENCE:
-        _say(memory, MASK_FULL, steps=PATIENCE)
-    if memory.empty == PATIENCE:
-        _say(memory, MASK_EMPTY, steps=PATIENCE)

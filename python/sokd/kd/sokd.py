@@ -163,7 +163,7 @@ class SoKD(nn.Module):
             self._record(rows)
             sanity.look(self, student_features, teacher_features)
         terms = {"agreement": _sum(agreement), "areas": _sum(areas)}
-        return terms | {"total": terms["agreement"] + terms["areas"]}
+        return {**terms, "total": terms["agreement"] + terms["areas"]}
 
     def consistency(
         self, student_features: Features, teacher_features: Features, *,

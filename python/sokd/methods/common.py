@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sokd.kd.adapter import resize
-from sokd.ops.common import accumulator, apply
+from sokd.ops.runtime import accumulator, apply
 
 __all__ = ["Maps", "Method", "Shape", "Shapes", "Step", "Weights"]
 

@@ -209,13 +209,14 @@ def _refused(call: Callable[[], Any]) -> tuple[str, str]:
 def _mixed() -> Any:
     here, there = HostCuda(torch.zeros(SHAPE)), HostCuda(torch.zeros(SHAPE), 1)
     loss, on_cpu = HostCuda(torch.zeros(())), torch.zeros(())
-    rest = (None, "elements", 1.0, 1)
-    seed, none = HostCuda(torch.zeros(1, dtype=torch.int64), 1), [None] * 5
+    resources = (1, 0, None)
+    rest = (None, "elements", 1.0, resources)
+    plan = (*[None] * 5, HostCuda(torch.zeros(1, dtype=torch.int64), 1), 0)
     calls = (
         lambda: _core.masked_mse(loss, None, here, there, *rest),
         lambda: _core.masked_mse(on_cpu, None, here, here, *rest),
         lambda: _core.masked_mse(loss, None, here, here, *rest),
-        lambda: _core.refine_forward(here, here, *none, seed, 1),
+        lambda: _core.refine_forward(here, here, plan, resources),
     )
     return [_refused(call) for call in calls], Driver().calls("cuLaunchKernel")
 

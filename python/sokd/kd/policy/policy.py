@@ -35,7 +35,7 @@ from sokd.kd.policy.plan import (
     strengths,
 )
 from sokd.ops import draw as draw_uniforms
-from sokd.ops import refine
+from sokd.ops import refine, torch_internals
 
 __all__ = ["Draw", "Policy", "Sample", "fresh_seed", "manual_seed"]
 
@@ -212,7 +212,7 @@ class Policy(nn.Module):
             RuntimeError: inside a backward pass, where `torch.utils.checkpoint` computes a loss again: with
                 another draw the gradients would not be those of its value. Inside torch.func's transforms.
         """
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        if not torch.compiler.is_compiling() and torch_internals.running_backward() != -1:
             raise RuntimeError(_DRAWN_AGAIN)
         if sanity.transformed():
             raise RuntimeError(_TRANSFORMED)

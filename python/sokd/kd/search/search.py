@@ -25,8 +25,9 @@ from sokd.kd.policy import Policy, fresh_seed
 from sokd.kd.policy.relax import ControlVariate, estimate, score
 from sokd.kd.search.levels import Level, Run, Step, gradients, leaves, moved
 from sokd.kd.virtual import Together, replayed, unwrapped
-from sokd.ops.common import is_eager
 from sokd.ops.distributed import agreed, averaged, is_sharded
+from sokd.ops.runtime import is_eager
+from sokd.ops.torch_internals import total_norm
 
 __all__ = ["PolicySearch", "Step"]
 
@@ -199,7 +200,7 @@ class PolicySearch:
         upper = level.upper(virtual, held_out)
         everything = gradients(upper, [*self._chi, *virtual.values()])
         direct, v = everything[:3], everything[3:]
-        norm = torch.nn.utils.get_total_norm(v)
+        norm = total_norm(v)
         ahead, behind = (
             level.train(moved(weights, v, sign * _RADIUS / norm.clamp_min(1e-30)), batch)
             for sign in (1, -1)
