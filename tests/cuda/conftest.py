@@ -60,7 +60,7 @@ class Child:
         self.reports, self.finished = os.fdopen(read), dict[str, list[dict[str, str]]]()
 
     def reports_of(self, test: str) -> list[dict[str, str]]:
-        """The reports of a test's setup, call and teardown, as soon as there are all."""
+        """What failed or was skipped of a test, and its teardown, as soon as it has ended."""
         while True:
             known = self.finished.get(test, [])
             if known and known[-1]["when"] == "teardown":

@@ -28,6 +28,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.passed and report.when != "teardown":
+        return
     text = report.longrepr[2] if report.skipped else report.longreprtext
     line = {"test": report.nodeid, "when": report.when, "outcome": report.outcome, "text": text}
     os.write(_given()["pipe"], (json.dumps(line) + "\n").encode())
