@@ -19,8 +19,7 @@ from torch.optim.optimizer import (
 
 from sokd.kd import sanity
 from sokd.kd.dam import Attention
-from sokd.kd.loss import loss
-from sokd.kd.sokd import SoKD
+from sokd.kd.sokd import SoKD, loss
 
 UNHELD = (
     "sokd: {} had gradients in 10 steps of the student's optimiser, but no optimiser holds them; "

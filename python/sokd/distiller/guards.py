@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sokd.distiller.maps import batch_size
-from sokd.kd.loss import mixed_dtypes_allowed
+from sokd.kd.features import mixed_dtypes_allowed
 from sokd.kd.sanity import Watch
 from sokd.kd.virtual import unwrapped
 from sokd.ops.distributed import agreed, is_sharded, place

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sokd.kd.adapter import Size, tokens_to_map
+from sokd.kd.features import Size, per_layer, tokens_to_map
 
 __all__ = ["Grid", "Layout", "as_map", "batch_size", "check_pair", "same_aspect"]
 
@@ -20,7 +20,7 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True)
 class Layout:
-    """How one layer's features lie: see `sokd.kd.adapter.tokens_to_map`, and the order of four dimensions."""
+    """How one layer's features lie: see `sokd.kd.features.tokens_to_map`, and the order of four dimensions."""
 
     tokens: int | None = None
     grid: Size | None = None
@@ -95,7 +95,10 @@ def batch_size(x: Any) -> int | None:
 def layouts(side: str, pairs: int, tokens: Any, grid: Any, order: Any) -> list[Layout]:
     """The pairs' layouts from the user's options: a list has one entry for each pair."""
     given = {"tokens": tokens, "grid": grid, "order": order}
-    columns = {name: _for_pairs(f"{side}_{name}", value, pairs) for name, value in given.items()}
+    columns = {
+        name: per_layer(f"{side}_{name}", value, pairs, op="Distiller", layers="pairs of layers")
+        for name, value in given.items()
+    }
     for value in columns["order"]:
         if value not in ORDERS:
             raise ValueError(
@@ -103,15 +106,6 @@ def layouts(side: str, pairs: int, tokens: Any, grid: Any, order: Any) -> list[L
             )
     rows: Sequence[tuple[Any, ...]] = list(zip(*columns.values(), strict=True))
     return [Layout(*row) for row in rows]
-
-
-def _for_pairs(name: str, value: Any, pairs: int) -> list[Any]:
-    if not isinstance(value, list):
-        return [value] * pairs
-    if len(value) != pairs:
-        rule = f"have one entry for each of the {pairs} pairs of layers"
-        raise ValueError(f"Distiller: {name} must {rule}, got {len(value)}")
-    return list(value)
 
 
 @contextmanager

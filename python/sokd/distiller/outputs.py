@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sokd.kd.arguments import described
+from sokd.kd.features import described
 from sokd.methods.common import Step
 
 __all__ = [

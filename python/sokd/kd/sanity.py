@@ -24,7 +24,7 @@ from sokd.ops import torch_internals
 from sokd.ops.runtime import is_eager
 
 if TYPE_CHECKING:
-    from sokd.kd.loss import Features
+    from sokd.kd.features import Features
     from sokd.kd.sokd import SoKD
 
 __all__ = ["Watch", "look", "look_at_mask", "transformed"]

@@ -5,6 +5,6 @@ from sokd.ops.areas import areas
 from sokd.ops.draw import draw
 from sokd.ops.masked_mse import masked_mse
 from sokd.ops.refine import refine, refine_dots
-from sokd.reference import Areas, Plan
+from sokd.reference import Areas, Plan, Plans
 
-__all__ = ["Areas", "Plan", "areas", "draw", "masked_mse", "refine", "refine_dots"]
+__all__ = ["Areas", "Plan", "Plans", "areas", "draw", "masked_mse", "refine", "refine_dots"]

@@ -9,7 +9,7 @@ import torch
 
 __all__ = ["VERSION", "check"]
 
-VERSION = "0.1.0"  # that of Cargo.toml
+VERSION = "0.2.0"  # that of Cargo.toml
 OLDEST_TORCH = (2, 5)
 
 

@@ -214,7 +214,7 @@ def masked_mse(
     requires grad is refused. NaN propagates. On the CPU a negative weight is a ValueError. NumPy arrays give
     a NumPy array []. Source: method 3 [A: "elements"; settled here: "area"].
     """
-    return _masked_mse(student, teacher, weight, normalise=normalise, scale=1.0)
+    return scaled_mse(student, teacher, weight, normalise=normalise, scale=1.0)
 
 
 def _check(student: Any, teacher: Any, weight: Any, *, normalise: Any, **_: Any) -> None:
@@ -228,7 +228,7 @@ def _check(student: Any, teacher: Any, weight: Any, *, normalise: Any, **_: Any)
 
 
 @checked_by(_check)
-def _masked_mse(
+def scaled_mse(
     student: Tensor, teacher: Tensor, weight: Tensor | None, *, normalise: str, scale: float,
     mutual: bool = False,
 ) -> Tensor:  # fmt: skip

@@ -29,9 +29,9 @@ from sokd.ops.runtime import (
     second_derivative,
     split_seed,
 )
-from sokd.reference import Plan, layout_of
+from sokd.reference import Plan, Plans, layout_of
 
-__all__ = ["Plan", "refine", "refine_dots"]
+__all__ = ["Plan", "Plans", "refine", "refine_dots"]
 
 _Part = Tensor | None
 _PARTS = "Tensor? theta, Tensor? hole, Tensor? sigma, Tensor? perm, Tensor? keep, Tensor? seed_tensor, int seed"
@@ -227,7 +227,7 @@ def refine(
 
 
 def _check_dots(features: Any, upstream: Any, plans: Any) -> None:
-    plan = Plan.of(plans)
+    plan = Plans.of(plans)
     number, seed_tensor = split_seed("refine_dots", plan.seed, features)
     raw = (*plan[:5], seed_tensor, number)
     if is_eager(features, upstream, *raw):
@@ -236,12 +236,14 @@ def _check_dots(features: Any, upstream: Any, plans: Any) -> None:
 
 
 @checked_by(_check_dots)
-def refine_dots(features: Tensor, upstream: Tensor, plans: Plan | Mapping[str, Any]) -> Tensor:
+def refine_dots(
+    features: Tensor, upstream: Tensor, plans: Plans | Plan | Mapping[str, Any]
+) -> Tensor:
     """<upstream, refine(features; plan_v)> for V plans, in one pass over memory.
 
     Args:
         features, upstream: [B, C, H, W], one shape and dtype.
-        plans: a `Plan`, or a mapping of its names: theta [V, G, 2, 3], hole [V, G, 4], sigma [V, G], perm and
+        plans: `Plans`, or a mapping of its names: theta [V, G, 2, 3], hole [V, G, 4], sigma [V, G], perm and
             keep [V, G, C], each optional but not all of them; seed one int or int64 tensor [1] for all plans.
 
     Returns:
@@ -250,7 +252,7 @@ def refine_dots(features: Tensor, upstream: Tensor, plans: Plan | Mapping[str, A
     These are gradients already (of the gates and the choice of a sub-policy), so no gradient flows through:
     inputs that require grad are refused while grad mode is on. Source: method 2.4.
     """
-    plan = Plan.of(plans)
+    plan = Plans.of(plans)
     parts = plan.parts()
     number, seed_tensor = split_seed("refine_dots", plan.seed, features)
     raw = (*plan[:5], seed_tensor, number)
