@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sokd.kd.loss import Features
     from sokd.kd.sokd import SoKD
 
-__all__ = ["Watch", "look", "look_at_mask", "transformed"]
+__all__ = ["Watch", "leaves", "look", "look_at_mask", "transformed"]
 
 PATIENCE = 10  # steps in a row before a mistake is warned of
 
@@ -73,6 +73,12 @@ class Watch:
     def of(cls, module: nn.Module) -> Watch:
         """The module's own."""
         return _watches.setdefault(module, cls())
+
+    def first(self, what: str) -> bool:
+        """Whether this is the first call with these words: a check that one step is enough for."""
+        is_first = what not in self._given
+        self._given.add(what)
+        return is_first
 
     def warn(self, text: str, **values: Any) -> None:
         """Give a warning once, at the line of the user's code that led here."""
@@ -204,7 +210,7 @@ def look(kd: SoKD, student_features: Features, teacher_features: Features) -> No
     watch.teacher(_tensors(teacher_features))
     # at a weight of 0 the heads have no gradient to train on
     parts = {"kd.adapter": kd.adapter, "kd.dam": kd.dam if kd.lambda_agreement else None}
-    watch.optimiser(_leaves(_tensors(student_features)), parts)
+    watch.optimiser(leaves(_tensors(student_features)), parts)
     look_at_mask(kd)
 
 
@@ -233,7 +239,7 @@ def _trains(node: Any) -> bool:
     )
 
 
-def _leaves(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
+def leaves(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
     """The leaves of the graph behind the outputs: the parameters that their gradients reach."""
     for node in _nodes(outputs):
         leaf = getattr(node, "variable", None)
