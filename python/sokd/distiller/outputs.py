@@ -74,13 +74,15 @@ def _loss_name(key: str) -> str:
 
 def entries(output: Any) -> dict[str, Any]:
     """What a dict, a tuple, a list or an object with attributes holds, by key, place or name."""
+    if isinstance(output, Tensor):
+        return {}
     if isinstance(output, Mapping):
         items: Any = output.items()
     elif isinstance(output, (tuple, list)):
         items = zip(getattr(output, "_fields", range(len(output))), output, strict=True)
     else:
         items = getattr(output, "__dict__", {}).items()
-    return {} if isinstance(output, Tensor) else {str(key): value for key, value in items}
+    return {str(key): value for key, value in items}
 
 
 def find_logits(

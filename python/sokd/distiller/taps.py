@@ -149,14 +149,14 @@ class Taps:
     def _chosen(self, layer: str, label: str, taken: Mapping[str, Any]) -> Tensor:
         name, key = _split(layer)
         value = taken[name]
+        if key is None and isinstance(value, Tensor):
+            return value
         named = {key: each for key, each in entries(value).items() if isinstance(each, Tensor)}
         names = ", ".join(map(repr, named)) or "its tensors"
         if key is not None and key not in named:
             raise TypeError(f"Distiller: {label} must give one of {names}, got no such entry")
         if key is not None:
             return named[key]
-        if isinstance(value, Tensor):
-            return value
         hint = f" with {names}: name one, as in '{name}:{next(iter(named))}'" if named else ""
         raise TypeError(f"Distiller: {label} must give a tensor, got {type(value).__name__}{hint}")
 
