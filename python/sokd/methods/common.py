@@ -75,6 +75,16 @@ class Method(nn.Module):
         )
 
 
+def constant(tensor: Tensor) -> Tensor:
+    """The tensor without its graph; a copy if it was made under `torch.inference_mode()`.
+
+    PyTorch refuses to save the latter for a backward.
+    """
+    if not torch.compiler.is_compiling() and tensor.is_inference():
+        return tensor.clone()
+    return tensor.detach()
+
+
 def wide(tensor: Tensor) -> Tensor:
     """As float32, or as it is where it is float64."""
     return tensor.to(accumulator(tensor.dtype))
