@@ -1,4 +1,4 @@
-"""`areas` against the loops over images and boxes that such code is usually written with.
+"""`areas` against the usual loops over images and boxes.
 
 Bytes: heat, size and offset of both sides read once, the coverage written once.
 """
@@ -53,7 +53,7 @@ def case(batch: int, height: int, width: int, *, target: float) -> Case:
         ours = sokd.ops.areas(*student, teacher=teacher)
         check_close(ours.boxes, truth.boxes)
         check_close(ours.coverage, truth.coverage)
-        # The loops work in Python's float64: a corner that lies on a cell's edge can fall to either side.
+        # The loops compute in float64: a corner on the edge of a cell can fall on either side.
         differs = (loop_areas(student, teacher) != truth.coverage).float().mean().item()
         if differs > 1e-3:
             raise AssertionError(

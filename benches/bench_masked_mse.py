@@ -1,4 +1,4 @@
-"""`masked_mse`, forward and backward, against the line people write and the same by torch.compile.
+"""`masked_mse`, forward and backward, against the usual line of PyTorch, eager and compiled.
 
 Bytes: student and teacher read once, the student's gradient written once (3 maps), and the weight.
 """
@@ -58,7 +58,7 @@ def case(
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """The targets hold at the main shape in float32; everywhere else no case may be slower than eager."""
+    """Targets at the main shape in float32; elsewhere no case may be slower than eager."""
     yield case(
         MAIN, torch.float32, "contiguous", compile_too=True, targets={"eager": 6, "compile": 1.3}
     )

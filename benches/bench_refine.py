@@ -1,7 +1,8 @@
-"""`refine` against the fast eager code a PyTorch user writes, and the same by torch.compile.
+"""`refine` against fast PyTorch code, eager and compiled.
 
-Bytes: forward reads the features and writes the refined map (2 maps). With `masked_mse` and backward: 2
-for the forward, 3 for the loss (two maps read, a gradient written), 2 for the backward (features, gradient).
+Bytes: the forward reads the features and writes the refined map (2 maps). With `masked_mse` and
+backward: 2 for the forward, 3 for the loss (two maps read, a gradient written), 2 for the backward
+(features, gradient).
 """
 
 from __future__ import annotations
@@ -61,9 +62,9 @@ def eager_refine(
 
 
 def eager_affine(features: Tensor, theta: Tensor) -> Tensor:
-    """One grid for each group, expanded over the batch; in the features' dtype, as grid_sample asks.
+    """One grid for each group, expanded over the batch, in the features' dtype for grid_sample.
 
-    In bfloat16 that grid misses by up to a cell (8 bits for a coordinate): fast, and not compared with.
+    In bfloat16 (8 bits for a coordinate) the grid is off by up to a cell: not compared with sokd.
     """
     batch, channels, height, width = features.shape
     grid = F.affine_grid(theta, [len(theta), channels, height, width], align_corners=False)
@@ -72,7 +73,7 @@ def eager_affine(features: Tensor, theta: Tensor) -> Tensor:
 
 
 def eager_masked_mse(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
-    """The line people write."""
+    """The usual line."""
     return (F.mse_loss(student, teacher, reduction="none") * weight.unsqueeze(1)).mean()
 
 
@@ -102,7 +103,7 @@ def forward_case(
     target: float,
 ) -> Case:
     plan = make(shape, dtype, layout, groups)
-    still = plan | {"sigma": torch.zeros(groups)}  # the two sides draw different noise
+    still = plan | {"sigma": torch.zeros(groups)}  # the noise of the two sides differs
     loose = 1e-5 if dtype == torch.float32 else 4e-2
 
     def check() -> None:
@@ -199,7 +200,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """The targets hold at the main shape in float32; everywhere else no case may be slower than eager."""
+    """Targets at the main shape in float32; elsewhere no case may be slower than eager."""
     f32, bf16 = torch.float32, torch.bfloat16
     yield forward_case(MAIN, f32, "contiguous", 1, compile_too=True, target=10)
     yield loss_case(MAIN, f32, "contiguous", compile_too=True, target=10)

@@ -1,6 +1,6 @@
-"""The pieces of work that bench_gpu.py times: each operator's passes, with the bytes of docs/gpu.md's floors.
+"""The cases of bench_gpu.py: the passes of each operator, with the bytes of docs/gpu.md's floors.
 
-Everything is made on torch's default device.
+Everything is created on torch's default device.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from benches.harness import LAYOUTS, Case, Side, check_close, compiled
 from sokd import reference
 
 PLANS = 4  # of refine_dots
-# The floors are no goal for these: float64 trials, many plans for one reading.
+# The floors are not a goal for these: trials in float64, many plans for one read.
 NO_GOAL = ("refine backward, features", "refine_dots")
 Shape = tuple[int, ...]
 
 
 def has_goal(case: Case) -> bool:
-    """Nor for a gradient in float16, which has a range of its own until it is scaled, in another pass."""
+    """Nor for a gradient in float16, which has a range of its own until another pass scales it."""
     scaled = case.work == "masked_mse, forward + backward" and case.dtype == "float16"
     return not (scaled or case.work.startswith(NO_GOAL))
 
 
 def works(shape: Shape, dtype: torch.dtype, layout: str, *, compile_too: bool) -> Iterator[Case]:
-    """Every operator at one shape; torch.compile where its sides are asked for."""
+    """Every operator at one shape, also compiled if `compile_too`."""
     compiler = compiled if compile_too else None
     plan = make(shape, dtype, layout, 1)
     yield from _refine_forward(plan, layout, compiler)
@@ -89,7 +89,7 @@ def _call(function: Callable[..., Any], arguments: dict[str, Any]) -> Side:
 
 
 def _refine_backward(plan: dict[str, Tensor], layout: str) -> Iterator[Case]:
-    """Of a graph that stands. Bytes: two maps read for the plan; one read, one written for the features."""
+    """Of an existing graph. Bytes: two maps read for the plan; one read, one written for maps."""
     upstream = torch.randn_like(plan["features"])
     for kind, names in {"theta and sigma": ("theta", "sigma"), "features": ("features",)}.items():
         leaves = {name: plan[name].detach().clone().requires_grad_() for name in names}
@@ -152,7 +152,7 @@ def _refine_dots(plan: dict[str, Tensor], layout: str) -> Case:
 def _masked_mse(
     shape: Shape, dtype: torch.dtype, layout: str, compiler: Callable[..., Any] | None
 ) -> Iterator[Case]:
-    """Bytes: two maps and the weight read, a gradient written: the kernel alone, then with autograd."""
+    """The kernel, then with autograd. Bytes: two maps and the weight read, a gradient written."""
     student, teacher = (
         torch.randn(shape).to(dtype).to(memory_format=LAYOUTS[layout]) for _ in range(2)
     )
@@ -200,7 +200,7 @@ def _masked_mse(
 
 
 def _areas(shape: Shape, dtype: torch.dtype, layout: str) -> Case:
-    """Bytes: the heat read, the coverage written; of size and offset only the boxes' cells are needed."""
+    """Bytes: the heat read, the coverage written; of size and offset only the cells of boxes."""
     batch, _, height, width = shape
     heat = torch.rand(shape).to(dtype).to(memory_format=LAYOUTS[layout])
     size = (torch.rand(batch, 2, height, width) * min(height, width) / 2).to(dtype)

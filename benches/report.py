@@ -1,6 +1,6 @@
 """The tables of README.md and docs/*.md from CSV files; no number without its row.
 
-`make bench` writes them after a full run, `python -m benches.report` at any time; the tests fail where
+`make bench` writes them after a full run, `python -m benches.report` at any time; the tests fail if
 a page has other numbers.
 """
 
@@ -77,10 +77,12 @@ def report(cases: list[list[Row]]) -> str:
     named = [rows for rows in cases if any(_is_target(row) for row in rows)]
     rest = [rows for rows in cases if rows not in named]
     where = cases[0][0]
-    measured = f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}, commit {where['commit']}."
+    where = cases[0][0]
+    measured = f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}"
     title = f"<summary>{len(rest)} further cases (none may be slower than eager)</summary>"
     more = f"<details>{title}\n\n{table(rest)}\n\n</details>"
-    return f"{table(named)}\n\nMeasured on: {measured}\n\n{more}"
+    commit = f"commit {where['commit']}"
+    return f"{table(named)}\n\nMeasured on: {measured}, {commit}.\n\n{more}"
 
 
 def _is_target(row: Row) -> bool:
