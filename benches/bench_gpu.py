@@ -123,7 +123,7 @@ def why_not(device: torch.device) -> str | None:
         return f"no CUDA device that torch {torch.__version__} can use"
     if (device.index or 0) >= torch.cuda.device_count():
         return f"no device {device}, there are {torch.cuda.device_count()}"
-    why = sokd.config.why_no_cuda()
+    why = sokd.ops.config.why_no_cuda()
     return f"a CUDA device, but no CUDA kernels ({why})" if why else None
 
 

@@ -9,10 +9,10 @@ import os
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import kd_cases
 import pytest
 import torch
-from cases import everything, laid_out
+from support import kd_cases
+from support.cases import everything, laid_out
 from torch import Tensor
 
 import sokd

@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from cases import everything, laid_out
 from emulated import Library
 from emulated_areas import areas
 from emulated_draw import draw
 from emulated_mse import masked_mse, scale
 from emulated_refine import refine, refine_backward, refine_dots
+from support.cases import everything, laid_out
 from torch import Tensor
 
 from sokd import ops

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, laid_out
 from emulated import COMPILER, SCHEDULES, EmulatorError, Grid, build, library
 from emulated_areas import areas
 from emulated_checks import (
@@ -24,6 +23,7 @@ from emulated_checks import (
 )
 from emulated_mse import masked_mse
 from emulated_refine import refine, refine_backward
+from support.cases import DTYPES, LAYOUTS, laid_out
 
 from sokd import ops, reference
 

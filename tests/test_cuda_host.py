@@ -20,7 +20,8 @@ import pytest
 import torch
 from mock_driver.control import environment, library
 
-from sokd import _core, config
+from sokd import _core
+from sokd.ops import config
 
 HERE = Path(__file__).parent / "mock_driver"
 
@@ -94,11 +95,11 @@ import importlib.util, sys, types, torch
 package = types.ModuleType("sokd")
 package.__path__ = importlib.util.find_spec("sokd").submodule_search_locations
 sys.modules["sokd"] = package
-from sokd import config
+from sokd.ops import config
 config.nvrtc_names = lambda release: {names!r}
 del sys.modules["sokd"]
 import sokd
-print(sorted(sokd.ops.common.KERNELS), config.why_no_cuda())
+print(sorted(sokd.ops.runtime.KERNELS), config.why_no_cuda())
 """
 
 
@@ -106,7 +107,7 @@ def test_without_a_driver_the_reference_serves(tmp_path: Path) -> None:
     """The machine's own is hidden behind something that is none."""
     for name in ("libcuda.so.1", "libcuda.so"):
         (tmp_path / name).write_text("no library")
-    code = "import sokd; sokd.warmup(); print(sorted(sokd.ops.common.KERNELS)); sokd.show_config()"
+    code = "import sokd; sokd.warmup(); print(sorted(sokd.ops.runtime.KERNELS)); sokd.show_config()"
     kernels, *lines = _fresh(code, LD_LIBRARY_PATH=str(tmp_path)).splitlines()
     assert kernels == "['cpu']"
     # NVML, which PyTorch asks for the number, may be there all the same
@@ -121,7 +122,7 @@ def test_a_driver_that_lacks_a_function_is_no_driver(tmp_path: Path) -> None:
     source = tmp_path / "driver.cpp"
     source.write_text('extern "C" int cuInit(unsigned flags) { return (int)flags; }\n')
     library(source, tmp_path / "libcuda.so.1")
-    code = "import sokd; print(sokd.config.why_no_cuda(), sorted(sokd.ops.common.KERNELS)); sokd.warmup()"
+    code = "import sokd; print(sokd.ops.config.why_no_cuda(), sorted(sokd.ops.runtime.KERNELS)); sokd.warmup()"
     printed = _fresh(code, LD_LIBRARY_PATH=str(tmp_path))
     assert printed == "the CUDA driver lacks cuDriverGetVersion ['cpu']"
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import sokd
 from sokd import _core, ops
-from sokd.ops import common
+from sokd.ops import runtime
 
 DEVICE = device_cases.chosen_device()
 if DEVICE.device.type != "cuda":
@@ -36,7 +36,7 @@ prototypes = pytest.mark.filterwarnings("ignore::UserWarning")
 
 @pytest.fixture(scope="module")
 def device() -> torch.device:
-    assert common.has_kernel(torch.empty(0, device=DEVICE.device)), sokd.config.why_no_cuda()
+    assert runtime.has_kernel(torch.empty(0, device=DEVICE.device)), sokd.ops.config.why_no_cuda()
     return DEVICE.device
 
 
@@ -57,8 +57,8 @@ def same(one: list[Tensor], two: list[Tensor]) -> bool:
 
 def test_the_kernels_serve(device: torch.device) -> None:
     everything_on(DEVICE, SHAPE)()
-    assert "cuda" in common.KERNELS and "cuda" not in common._warned
-    (line,) = [line for line in sokd.config.describe().splitlines() if line.startswith("cuda")]
+    assert "cuda" in runtime.KERNELS and "cuda" not in runtime._warned
+    (line,) = [line for line in sokd.ops.config.describe().splitlines() if line.startswith("cuda")]
     assert "no kernels" not in line and "NVRTC" in line
     info = _core.cuda_info()
     assert info["compiled"] + info["cached"] > 0

@@ -13,7 +13,6 @@ from typing import Any
 import device_cases
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, SHAPES, everything, laid_out, same_bits
 from device_cases import (
     TorchDevice,
     everything_on,
@@ -22,11 +21,12 @@ from device_cases import (
     moved,
     refine_and_gradients,
 )
+from support.cases import DTYPES, LAYOUTS, SHAPES, everything, laid_out, same_bits
 from torch import Tensor
 
 import sokd
 from sokd import ops, reference
-from sokd.ops.common import has_kernel
+from sokd.ops.runtime import has_kernel
 
 DEVICE = device_cases.chosen_device()
 pytestmark = pytest.mark.gpu
@@ -54,7 +54,7 @@ CLOSE = {
 @pytest.fixture(scope="module")
 def device() -> TorchDevice:
     """With kernels of its own: everything below would pass on the reference path, too."""
-    assert has_kernel(torch.empty(0, device=DEVICE.device)), sokd.config.why_no_cuda()
+    assert has_kernel(torch.empty(0, device=DEVICE.device)), sokd.ops.config.why_no_cuda()
     return DEVICE
 
 

@@ -6,16 +6,16 @@ Run by `pytest -m gpu tests/test_gpu_*.py`; SOKD_TEST_DEVICE=cpu runs the same o
 from __future__ import annotations
 
 import device_cases
-import distiller_cases
 import pytest
 import torch
-from cases import compiles
 from device_cases import everything_on, loss_steps
+from support import distiller_cases
+from support.cases import compiles
 from torch import nn
 
 import sokd
 from sokd import _core
-from sokd.ops.common import has_kernel
+from sokd.ops.runtime import has_kernel
 
 DEVICE = device_cases.chosen_device()
 pytestmark = pytest.mark.gpu
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(scope="module")
 def device() -> torch.device:
-    assert has_kernel(torch.empty(0, device=DEVICE.device)), sokd.config.why_no_cuda()
+    assert has_kernel(torch.empty(0, device=DEVICE.device)), sokd.ops.config.why_no_cuda()
     return DEVICE.device
 
 

@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 _LOW32 = 0xFFFFFFFF
+_PARTS = ("theta", "hole", "sigma", "perm", "keep")  # a plan without its seed
 
 
 class Areas(NamedTuple):
@@ -63,11 +64,7 @@ class Plan(NamedTuple):
 
     def parts(self) -> dict[str, Tensor]:
         """The stacked parts that are present, by name."""
-        return {
-            name: part
-            for name, part in zip(self._fields[:5], self[:5], strict=True)
-            if part is not None
-        }
+        return {name: part for name, part in zip(_PARTS, self[:5], strict=True) if part is not None}
 
 
 # ------------------------------------------------------------------------------------------ random numbers
@@ -235,8 +232,9 @@ def _in_hole(hole: Tensor, height: int, width: int) -> Tensor:
 
 
 def _refined(
-    features: Tensor, theta: Tensor | None, hole: Tensor | None, sigma: Tensor | None, perm: Tensor | None,
-    keep: Tensor | None, seed: int | Tensor,
+    features: Tensor, theta: Tensor | None = None, hole: Tensor | None = None,
+    sigma: Tensor | None = None, perm: Tensor | None = None, keep: Tensor | None = None,
+    seed: int | Tensor = 0,
 ) -> Tensor:  # fmt: skip
     """`refine` without `straight`, in the dtype that is computed in."""
     out = features.to(_wide(features.dtype))
@@ -283,7 +281,7 @@ def refine_dots(features: Tensor, upstream: Tensor, plans: Plan | Mapping[str, A
 def _each(plan: Plan) -> Iterator[dict[str, Any]]:
     parts = plan.parts()
     for index in range(next(iter(parts.values())).shape[0]):
-        yield dict.fromkeys(plan._fields[:5]) | {name: part[index] for name, part in parts.items()}
+        yield {name: part[index] for name, part in parts.items()}
 
 
 # --------------------------------------------------------------------------------------------------- areas

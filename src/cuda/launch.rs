@@ -4,9 +4,7 @@ use super::args::{code, Order};
 use super::driver::{is_bad_image, is_out_of_memory, Handle};
 use super::nvrtc::{Program, Target};
 use super::{cache, opened, Cuda};
-use crate::error::{CudaFailure as Failure, Error, Result as Checked};
-use crate::run::Run;
-use crate::view::DType;
+use crate::tensor::{CudaFailure as Failure, DType, Error, Result as Checked, Run};
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -51,7 +49,7 @@ pub(crate) struct Kernel {
 }
 
 impl Kernel {
-    pub const fn new(
+    pub(crate) const fn new(
         source: &'static Source,
         bit: u32,
         name: &'static str,
@@ -76,7 +74,7 @@ impl Kernel {
     }
 
     /// Every variant for these dtypes and orders, each once.
-    pub fn variants(&'static self, dtypes: &[DType], orders: &[Order]) -> Vec<Variant> {
+    pub(crate) fn variants(&'static self, dtypes: &[DType], orders: &[Order]) -> Vec<Variant> {
         let mut variants: Vec<Variant> = Vec::new();
         for (dtype, order) in
             dtypes.iter().flat_map(|dtype| orders.iter().map(|order| (*dtype, *order)))
@@ -102,7 +100,7 @@ impl Variant {
     }
 
     /// Whether other kernels lie in its unit too.
-    pub fn shares_unit(&self) -> bool {
+    pub(crate) fn shares_unit(&self) -> bool {
         self.dtype.is_none()
     }
 
@@ -163,7 +161,7 @@ pub(super) struct Modules {
 
 impl Modules {
     /// Units compiled, and units from the disk.
-    pub fn counts(&self) -> (usize, usize) {
+    pub(crate) fn counts(&self) -> (usize, usize) {
         (self.compiled.load(Ordering::Relaxed), self.cached.load(Ordering::Relaxed))
     }
 }
@@ -209,7 +207,7 @@ impl Queue {
     /// # Safety
     /// `args` is the structure that this kernel takes, filled as its contract says, and names memory of this device that torch keeps
     /// for this stream.
-    pub unsafe fn launch<A: Copy>(
+    pub(crate) unsafe fn launch<A: Copy>(
         &self,
         kernel: &'static Kernel,
         (dtype, order): (DType, Order),
@@ -241,7 +239,7 @@ impl Queue {
     }
 
     /// Compiles and loads one variant, without a launch.
-    pub fn prepare(&self, variant: &Variant) -> Checked<()> {
+    pub(crate) fn prepare(&self, variant: &Variant) -> Checked<()> {
         self.function(variant).map(|_| ()).map_err(|failure| Error::Cuda { op: self.op, failure })
     }
 

@@ -4,17 +4,15 @@
 //! Nothing here synchronises, allocates device memory or unloads a module (which a graph capture would forbid). Without a driver
 //! or NVRTC, [`open`] says why, and the Python package keeps to its reference path.
 
-pub mod args;
-pub mod cache;
+pub(crate) mod args;
+pub(crate) mod cache;
 mod driver;
 pub(crate) mod launch;
 mod nvrtc;
 
-use crate::error::{CudaFailure as Failure, Error, Result as Checked};
 use crate::ops::{areas, draw, masked_mse, refine};
 use crate::parallel;
-use crate::run::Run;
-use crate::view::DType;
+use crate::tensor::{CudaFailure as Failure, DType, Error, Result as Checked, Run};
 use args::Order;
 use driver::Driver;
 use launch::{Modules, Variant};
@@ -81,7 +79,7 @@ unsafe fn symbol<T: Copy>(
 }
 
 /// The libraries, and what is loaded on each device.
-pub struct Cuda {
+pub(crate) struct Cuda {
     driver: Driver,
     nvrtc: Nvrtc,
     modules: Modules,
@@ -94,7 +92,7 @@ static CUDA: OnceLock<Cuda> = OnceLock::new();
 /// Opens the driver and the first NVRTC of these names or paths. It initialises nothing, costs little, and later calls are free.
 ///
 /// `release` is called where the driver is out of memory for a kernel's code, before a second try.
-pub fn open(nvrtc: &[String], release: fn()) -> Result<&'static Cuda, Failure> {
+pub(crate) fn open(nvrtc: &[String], release: fn()) -> Result<&'static Cuda, Failure> {
     if let Some(cuda) = CUDA.get() {
         return Ok(cuda);
     }
@@ -109,7 +107,7 @@ fn opened() -> Result<&'static Cuda, Failure> {
 }
 
 /// Compiles and loads the kernels of all operators for these dtypes and orders on one device, several at a time.
-pub fn warmup(
+pub(crate) fn warmup(
     op: &'static str,
     ordinal: usize,
     dtypes: &[DType],
@@ -133,7 +131,7 @@ pub fn warmup(
 }
 
 /// Why no kernel can run on this device, if that is so: it is too old, for the kernels or for the compiler.
-pub fn why_not(op: &'static str, ordinal: usize) -> Checked<Option<String>> {
+pub(crate) fn why_not(op: &'static str, ordinal: usize) -> Checked<Option<String>> {
     let why = |failure: Failure| match failure {
         Failure::OldDevice { .. } | Failure::UnknownArch { .. } => Ok(Some(failure.to_string())),
         failure => Err(Error::Cuda { op, failure }),
@@ -143,7 +141,7 @@ pub fn why_not(op: &'static str, ordinal: usize) -> Checked<Option<String>> {
 
 /// What the page about the installation says.
 #[derive(Clone, Debug)]
-pub struct Info {
+pub(crate) struct Info {
     /// The newest CUDA that the driver serves.
     pub driver: (i32, i32),
     /// The compiler's version.
@@ -155,7 +153,7 @@ pub struct Info {
 }
 
 /// Versions and counts.
-pub fn info(op: &'static str) -> Checked<Info> {
+pub(crate) fn info(op: &'static str) -> Checked<Info> {
     let info = || {
         let cuda = opened()?;
         let (compiled, cached) = cuda.modules.counts();

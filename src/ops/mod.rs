@@ -1,7 +1,7 @@
 //! The operators; each folder holds the formula (mod.rs), the CPU kernel (cpu.rs), the CUDA kernel and its launch (kernel.cu, cuda.rs) and the
 //! naive truth (naive.rs, tests only).
 
-pub mod areas;
-pub mod draw;
-pub mod masked_mse;
-pub mod refine;
+pub(crate) mod areas;
+pub(crate) mod draw;
+pub(crate) mod masked_mse;
+pub(crate) mod refine;

@@ -14,8 +14,8 @@ from typing import Any
 import device_cases
 import pytest
 import torch
-from cases import everything, laid_out
 from control import Driver
+from support.cases import everything, laid_out
 from torch import Tensor
 
 from sokd import ops

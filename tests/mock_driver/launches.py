@@ -212,18 +212,24 @@ def _mixed() -> Any:
     here, there = HostCuda(torch.zeros(SHAPE)), HostCuda(torch.zeros(SHAPE), 1)
     loss = HostCuda(torch.zeros(()))
     answers = [
-        _refused(lambda: _core.masked_mse(loss, None, here, there, None, "elements", 1.0, 1))
+        _refused(
+            lambda: _core.masked_mse(loss, None, here, there, None, "elements", 1.0, (1, 0, None))
+        )
     ]
     on_cpu = torch.zeros(())
     answers.append(
-        _refused(lambda: _core.masked_mse(on_cpu, None, here, here, None, "elements", 1.0, 1))
+        _refused(
+            lambda: _core.masked_mse(on_cpu, None, here, here, None, "elements", 1.0, (1, 0, None))
+        )
     )
     answers.append(
-        _refused(lambda: _core.masked_mse(loss, None, here, here, None, "elements", 1.0, 1))
+        _refused(
+            lambda: _core.masked_mse(loss, None, here, here, None, "elements", 1.0, (1, 0, None))
+        )
     )
     seed = HostCuda(torch.zeros(1, dtype=torch.int64), 1)
-    none = [None] * 5
-    answers.append(_refused(lambda: _core.refine_forward(here, here, *none, seed, 1)))
+    plan, resources = (None, None, None, None, None, seed, 0), (1, 0, None)
+    answers.append(_refused(lambda: _core.refine_forward(here, here, plan, resources)))
     return answers, Driver().calls("cuLaunchKernel")
 
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import device_cases
 import pytest
 import torch
-from cases import LAYOUTS, SHAPES
 from control import Driver
 from fake import FakeCuda, HostCuda
+from support.cases import LAYOUTS, SHAPES
 from torch import Tensor
 
 from sokd import _core, ops, reference

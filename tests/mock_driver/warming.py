@@ -19,7 +19,8 @@ from fake import HostCuda
 from work import draw, error_of, loaded, masked_mse
 
 import sokd
-from sokd import _core, config
+from sokd import _core
+from sokd.ops import config
 
 
 def _capture() -> tuple[str, int, list[str]]:
@@ -61,7 +62,7 @@ def _capture_beside_a_loaded_kernel() -> str:
     loss, weight = HostCuda(torch.zeros(())), HostCuda(torch.ones(1, 2, 2))
     room = partial(torch.empty, dtype=torch.uint8)
     return error_of(
-        lambda: _core.masked_mse(loss, None, here, here, weight, "area", 1.0, 1, stream, room)
+        lambda: _core.masked_mse(loss, None, here, here, weight, "area", 1.0, (1, stream, room))
     )
 
 
@@ -81,7 +82,7 @@ def _capture_of_doubles() -> str:
     loss = HostCuda(torch.zeros((), dtype=torch.float64), 1)
     room = partial(torch.empty, dtype=torch.uint8)
     return error_of(
-        lambda: _core.masked_mse(loss, None, *maps, None, "elements", 1.0, 1, stream, room)
+        lambda: _core.masked_mse(loss, None, *maps, None, "elements", 1.0, (1, stream, room))
     )
 
 

@@ -54,7 +54,7 @@ def masked_mse(
     loss, gradient = torch.full((), torch.nan), torch.full(shape, torch.nan)
     views = [HostCuda(tensor, device) for tensor in (loss, gradient, student, teacher)]
     room = allocate or (lambda size: torch.full((size,), 255, dtype=torch.uint8))
-    _core.masked_mse(*views, None, "elements", 1.0, 1, stream, room)
+    _core.masked_mse(*views, None, "elements", 1.0, (1, stream, room))
     torch.testing.assert_close(loss, reference.masked_mse(student, teacher))
     torch.testing.assert_close(gradient, 2 * (student - teacher) / student.numel())
     return loss.item(), gradient
@@ -64,7 +64,7 @@ def draw(device: int = 0, stream: int = 0) -> None:
     """One call of the operator with the smallest kernel."""
     words = [torch.tensor([value]) for value in (3, 4)]
     outputs = torch.empty(9), torch.empty(1, dtype=torch.int64)
-    _core.draw(*(HostCuda(tensor, device) for tensor in (*outputs, *words)), stream)
+    _core.draw(*(HostCuda(tensor, device) for tensor in (*outputs, *words)), (1, stream, None))
     assert all(map(torch.equal, outputs, reference.draw(*words, 9)))
 
 

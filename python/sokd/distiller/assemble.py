@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from sokd.adapters import Adapter
 from sokd.distiller.recipe import Recipe
-from sokd.kd import SoKD
+from sokd.kd.adapter import Adapter
+from sokd.kd.sokd import SoKD
 from sokd.methods.common import Shape
 from sokd.methods.registry import nearest, options_of
 

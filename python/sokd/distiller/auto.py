@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from sokd.adapters import tokens_to_map
 from sokd.distiller.maps import Grid, batch_size, same_aspect
 from sokd.distiller.taps import Pair
-from sokd.virtual import unwrapped
+from sokd.kd.adapter import tokens_to_map
+from sokd.kd.virtual import unwrapped
 
 __all__ = ["auto_layers"]
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from sokd import watch
 from sokd.distiller import guards
 from sokd.distiller.assemble import Needs, Plug, checked_plug, find_heads, make_adapters, make_kd
 from sokd.distiller.auto import auto_layers
@@ -30,11 +29,12 @@ from sokd.distiller.outputs import (
 )
 from sokd.distiller.recipe import Chosen, chosen
 from sokd.distiller.taps import Layers, Pair, Taps, layer_pairs, untapped
-from sokd.kd import SoKD
+from sokd.kd import sanity
+from sokd.kd.plug import Plugged, own_distance, plug, record, unplugged
+from sokd.kd.sokd import SoKD
+from sokd.kd.virtual import replayed, unwrapped
 from sokd.methods.common import Method, Step
-from sokd.ops.common import is_eager
-from sokd.plug import Plugged, own_distance, plug, record, unplugged
-from sokd.virtual import replayed, unwrapped
+from sokd.ops.runtime import is_eager
 
 __all__ = ["Distiller"]
 
@@ -345,7 +345,7 @@ class Distiller(nn.Module):
         if torch.is_grad_enabled():
             guards.look(self)
             if self.kd is not None:
-                watch.look_at_mask(self.kd)
+                sanity.look_at_mask(self.kd)
 
     # ------------------------------------------------------------------------------------------- as a module
 

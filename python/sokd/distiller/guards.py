@@ -4,7 +4,6 @@ words."""
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sokd import watch
 from sokd.distiller.maps import batch_size
-from sokd.loss import mixed_dtypes_allowed
-from sokd.ranks import agreed, is_sharded, place
-from sokd.virtual import unwrapped
+from sokd.kd.loss import mixed_dtypes_allowed
+from sokd.kd.sanity import Watch
+from sokd.kd.virtual import unwrapped
+from sokd.ops.distributed import agreed, is_sharded, place
 
 if TYPE_CHECKING:
     from sokd.distiller import Distiller
@@ -32,10 +31,7 @@ __all__ = [
     "look",
 ]
 
-UNHELD = (
-    "sokd: {parts} had gradients but did not change in {steps} steps of the student's optimiser; "
-    "give it the distiller's parameters, e.g. SGD(distiller.parameters(), lr=...)"
-)
+PASS_ALL = "pass it the distiller's parameters, e.g. SGD(distiller.parameters(), lr=...)"
 TEACHER_TRAINS = "sokd: the teacher was in train mode; it is set back to eval, call teacher.eval() after teacher.train()"
 NO_GRADIENT = (
     "Distiller: {which} must give a map with a gradient, got one without: it is frozen, runs under no_grad, "
@@ -65,9 +61,6 @@ SHARDED_INSIDE = (
     "not be averaged over the ranks: fully_shard(distiller, "
     "ignored_params=set(distiller.kd.policy.parameters())), got a student sharded alone"
 )
-
-# Beside the module, not in it: copies and pickles start afresh.
-_memories: weakref.WeakKeyDictionary[nn.Module, watch._Memory] = weakref.WeakKeyDictionary()
 
 
 def check_models(teacher: Any, student: Any) -> None:
@@ -140,7 +133,7 @@ def check_teacher(distiller: Distiller) -> None:
     """Put a teacher in train mode back into eval, and say so once."""
     if any(part.training for part in distiller._teacher_parts):
         distiller.teacher.eval()
-        watch._say(_memories.setdefault(distiller, watch._Memory()), TEACHER_TRAINS)
+        Watch.of(distiller).warn(TEACHER_TRAINS)
 
 
 # --------------------------------------------------------------------------------------- errors in our words
@@ -233,11 +226,7 @@ def check_finite(losses: Mapping[str, Tensor], maps: Mapping[str, Tensor]) -> No
 
 
 def look(distiller: Distiller) -> None:
-    """Look at one training step: whether an optimiser moves the student, and never a part with gradients."""
-    memory = _memories.setdefault(distiller, watch._Memory())
-    if memory.student is not None:
-        watch.look_for_updates(memory, UNHELD)
-        return
-    first = next((p for p in distiller.student.parameters() if p.requires_grad), None)
+    """Look at one training step, for parts that no optimiser holds."""
+    trained = (p for p in distiller.student.parameters() if p.requires_grad)
     own = {f"distiller.{name}": module for name, module in distiller.own_modules()}
-    watch.remember(memory, first, own)
+    Watch.of(distiller).optimiser(trained, own, PASS_ALL)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sokd.adapters import Size, tokens_to_map
+from sokd.kd.adapter import Size, tokens_to_map
 
 __all__ = ["Grid", "Layout", "as_map", "batch_size", "check_pair", "same_aspect"]
 
@@ -20,7 +20,7 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True)
 class Layout:
-    """How one layer's features lie: see `sokd.adapters.tokens_to_map`, and the order of four dimensions."""
+    """How one layer's features lie: see `sokd.kd.adapter.tokens_to_map`, and the order of four dimensions."""
 
     tokens: int | None = None
     grid: Size | None = None

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sokd.kd.arguments import described
 from sokd.methods.common import Step
 
 __all__ = [
@@ -198,13 +199,6 @@ def _check_target(logits: Tensor, target: Any, rule: str) -> None:
         raise ValueError(
             f"Distiller: target must be on the logits' device, {logits.device}, got {target.device}"
         )
-
-
-def described(value: Any) -> str:
-    """A value as an error names it."""
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    return "none" if value is None else type(value).__name__
 
 
 def labels_of(target: Any) -> Tensor | None:

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from sokd.kd.plug import masked_pair
 from sokd.methods.common import Method, Shape, Step
 from sokd.methods.registry import METHODS, build, one_of_names, options_of
-from sokd.plug import masked_pair
 
 __all__ = ["Called", "Chosen", "Recipe", "chosen"]
 

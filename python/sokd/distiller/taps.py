@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sokd.kd.virtual import unwrapped
 from sokd.methods.registry import nearest
-from sokd.virtual import unwrapped
 
 __all__ = ["Layers", "Pair", "Taps", "layer_pairs", "untapped"]
 

@@ -26,13 +26,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from sokd.dam import DAM
-from sokd.kd import SoKD, _at
+from sokd.kd.dam import DAM
+from sokd.kd.policy import Policy
+from sokd.kd.policy.plan import OPERATIONS
+from sokd.kd.sokd import SoKD, _at
+from sokd.kd.virtual import unwrapped
 from sokd.ops import Areas
 from sokd.ops import areas as find_areas
-from sokd.policy import Policy
-from sokd.policy.plan import OPERATIONS
-from sokd.virtual import unwrapped
 
 __all__ = [
     "Snapshot",

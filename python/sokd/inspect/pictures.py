@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from sokd.kd.policy.plan import OPERATIONS
 from sokd.ops import Areas
-from sokd.policy.plan import OPERATIONS
 
 __all__ = ["areas_on_images", "of_operation", "policy_over_time"]
 

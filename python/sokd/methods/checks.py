@@ -46,7 +46,9 @@ def layer_pairs(
         same: "shape" or "channels", what the two sides have to have in common beside the batch.
     """
     students, teachers = _as_list(student), _as_list(teacher)
-    weights = [weight] * len(students) if isinstance(weight, Tensor | None) else list(weight)
+    weights = (
+        [weight] * len(students) if weight is None or isinstance(weight, Tensor) else list(weight)
+    )
     for name, given in (("teacher", teachers), ("weight", weights)):
         if len(given) != len(students):
             rule = f"have one entry for each of the {len(students)} student maps"

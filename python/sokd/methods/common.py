@@ -16,8 +16,8 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from sokd.adapters import resize
-from sokd.ops.common import accumulator, apply
+from sokd.kd.adapter import resize
+from sokd.ops.runtime import accumulator, apply
 
 __all__ = ["Maps", "Method", "Shape", "Shapes", "Step", "Weights"]
 
@@ -92,7 +92,7 @@ def masked(features: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def root(features: Tensor, weight: Tensor) -> Tensor:
-    """sqrt(omega) [B, H, W] in the size and dtype of the features [B, C, H, W] (`sokd.adapters.resize`)."""
+    """sqrt(omega) [B, H, W] in the size and dtype of the features [B, C, H, W] (`sokd.kd.adapter.resize`)."""
     return resized(weight, features).sqrt()
 
 

@@ -15,11 +15,11 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from sokd.kd.policy import fresh_seed
 from sokd.methods.checks import layer_pairs
 from sokd.methods.common import Method, Shapes, Step, total
 from sokd.methods.fitnet import hint
 from sokd.ops import draw
-from sokd.policy import fresh_seed
 
 __all__ = ["MGD", "MGDLoss", "mgd"]
 

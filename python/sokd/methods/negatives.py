@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sokd.ops import draw
-from sokd.ranks import place
+from sokd.ops.distributed import place
 
 __all__ = ["Negatives"]
 

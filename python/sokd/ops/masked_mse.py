@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from sokd import _core, reference
-from sokd.ops.common import (
+from sokd.ops import torch_internals
+from sokd.ops.runtime import (
     accumulator,
     apply,
     check_kind,
@@ -24,7 +25,6 @@ from sokd.ops.common import (
     register,
     resources,
     second_derivative,
-    stream_of,
 )
 from sokd.reference import layout_of
 
@@ -39,7 +39,7 @@ def _kernel(
 ) -> tuple[Tensor, Tensor]:
     loss, d_student = _fake(student, teacher, weight, normalise, scale, gradient)
     wanted = d_student if gradient else None
-    _core.masked_mse(loss, wanted, student, teacher, weight, normalise, scale, *resources(student))
+    _core.masked_mse(loss, wanted, student, teacher, weight, normalise, scale, resources(student))
     return loss, d_student
 
 
@@ -67,7 +67,7 @@ _forward = register(
 
 def _scale_kernel(gradient: Tensor, upstream: Tensor) -> None:
     if gradient.device.type != "cpu":
-        _core.masked_mse_scale(gradient, upstream, stream_of(gradient.device))
+        _core.masked_mse_scale(gradient, upstream, resources(gradient))
         # A backward that fails after this and is repeated would scale twice: autograd refuses instead.
         torch.autograd.graph.increment_version(gradient)
     elif (factor := upstream.item()) != 1.0:
@@ -106,9 +106,7 @@ class _MaskedMse(torch.autograd.Function):
         ctx.save_for_backward(output[1], *inputs[:3])
         ctx.options = inputs[3:5]
         ctx.to_refine = _is_refined(inputs[1])
-        ctx.is_hooked = (
-            is_eager() and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-        )
+        ctx.is_hooked = is_eager() and torch_internals.saved_tensor_hooks(False) is not None
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
@@ -165,7 +163,11 @@ def _negated(d_student: Tensor, ctx: Any) -> Tensor:
 
     Nobody else may: whoever kept the view as a gradient would share its memory with the student's.
     """
-    return torch._neg_view(d_student) if ctx.to_refine and is_eager(d_student) else -d_student
+    return (
+        torch_internals.negative_view(d_student)
+        if ctx.to_refine and is_eager(d_student)
+        else -d_student
+    )
 
 
 def _multiplied(gradient: Tensor, upstream: Tensor) -> Tensor:
@@ -181,7 +183,7 @@ def _scaled(gradient: Tensor, upstream: Tensor, is_hooked: bool) -> Tensor:
 
     The graph may be kept, and what a hook for saved tensors gave back may be the hook's.
     """
-    if is_hooked or not _is_last_walk() or torch._C._functorch.is_legacy_batchedtensor(upstream):
+    if is_hooked or not _is_last_walk() or torch_internals.is_legacy_batched(upstream):
         return _multiplied(gradient, upstream)
     _scale(gradient, upstream)
     return gradient
@@ -189,9 +191,9 @@ def _scaled(gradient: Tensor, upstream: Tensor, is_hooked: bool) -> Tensor:
 
 def _is_last_walk() -> bool:
     """Whether the running backward frees what the graph saved: not for `retain_graph`, nor when traced."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch_internals.is_transforming():
         return False
-    return not torch._C._autograd._get_current_graph_task_keep_graph()
+    return not torch_internals.is_graph_retained()
 
 
 def masked_mse(
@@ -274,7 +276,5 @@ def _refuse_gradients(**constants: Tensor | None) -> None:
 
 def _masked_mse_numpy(student: Any, teacher: Any, weight: Any, normalise: str, scale: float) -> Any:
     loss = np.empty((), accumulator(student.dtype))
-    _core.masked_mse(
-        loss, None, student, teacher, weight, normalise, scale, torch.get_num_threads()
-    )
+    _core.masked_mse(loss, None, student, teacher, weight, normalise, scale, resources(student))
     return loss

@@ -5,8 +5,7 @@ use super::heat::{Heat, Image};
 use super::peaks::Peak;
 use super::Args;
 use crate::parallel;
-use crate::row::Row;
-use crate::simd::{self, by_rows, Elem, Job, Real};
+use crate::simd::{self, Element, Simd, WithSimd};
 use std::ops::Range;
 
 /// Cells that one thread reads at a time.
@@ -16,7 +15,7 @@ const CHUNK: usize = 1 << 16;
 ///
 /// # Safety
 /// The maps have the dtype `T`, the shapes agree, the outputs are contiguous and of their dtypes, and all are in host memory.
-pub unsafe fn forward<T: Elem>(args: &Args, threads: usize) {
+pub(crate) unsafe fn forward<T: Element>(args: &Args, threads: usize) {
     let heat =
         Heat::<T>::new(args.heat, args.teacher.map(|teacher| teacher[0]), args.kernel as usize);
     let outputs = Outputs::<T>::new(args);
@@ -45,37 +44,31 @@ struct Bounds<'a, T> {
     blocks: Range<usize>,
 }
 
-impl<T: Elem> Job for Bounds<'_, T> {
+impl<T: Element> WithSimd for Bounds<'_, T> {
     type Out = Vec<T::Acc>;
-    by_rows!(T::Acc);
-}
 
-impl<T: Elem> Bounds<'_, T> {
     #[inline(always)]
-    fn rows<R: Row<T::Acc>>(self) -> Vec<T::Acc> {
+    fn with_simd<S: Simd>(self, simd: S) -> Vec<T::Acc> {
         let mut bounds = Vec::with_capacity(self.blocks.len());
         for block in self.blocks {
-            bounds.push(self.image.bound::<R>(block));
+            bounds.push(self.image.bound(simd, block));
         }
         bounds
     }
 }
 
 /// The k best peaks, from the maxima of all blocks.
-struct Best<'a, T: Elem> {
+struct Best<'a, T: Element> {
     image: &'a Image<'a, T>,
     bounds: &'a [T::Acc],
     k: usize,
 }
 
-impl<T: Elem> Job for Best<'_, T> {
+impl<T: Element> WithSimd for Best<'_, T> {
     type Out = Vec<Peak<T::Acc>>;
-    by_rows!(T::Acc);
-}
 
-impl<T: Elem> Best<'_, T> {
     #[inline(always)]
-    fn rows<R: Row<T::Acc>>(self) -> Vec<Peak<T::Acc>> {
-        self.image.best::<R>(self.bounds, self.k)
+    fn with_simd<S: Simd>(self, simd: S) -> Vec<Peak<T::Acc>> {
+        self.image.best(simd, self.bounds, self.k)
     }
 }

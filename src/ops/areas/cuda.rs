@@ -3,8 +3,7 @@
 use super::{Args, CHECK};
 use crate::cuda::args::{address, mirror, Map, Order};
 use crate::cuda::launch::{on_device, Kernel, Source};
-use crate::error::{Error, Result};
-use crate::run::Run;
+use crate::tensor::{Error, Result, Run};
 
 const SOURCE: &Source = &Source { name: "areas", text: include_str!("kernel.cu"), parts: &[] };
 static SCAN: Kernel = Kernel::new(SOURCE, 1, "areas_scan", (true, true));
@@ -45,7 +44,7 @@ mirror! {
 ///
 /// # Safety
 /// The arguments are checked, and all of them lie on the CUDA device `ordinal`.
-pub unsafe fn forward(args: &Args, ordinal: usize, run: &Run) -> Result<()> {
+pub(crate) unsafe fn forward(args: &Args, ordinal: usize, run: &Run) -> Result<()> {
     let order = Order::of(args.heat);
     let mut call = describe(args, order)?;
     let candidates = (call.batch * call.chunks * call.kept) as u64;

@@ -18,19 +18,16 @@ mod heat;
 mod naive;
 mod peaks;
 
-use crate::check::Check;
-use crate::error::Result;
-use crate::run::Run;
 use crate::simd::{Bf16, Real, F16};
 #[cfg(feature = "cuda")]
-use crate::view::Device;
-use crate::view::{DType, TensorView};
+use crate::tensor::Device;
+use crate::tensor::{Check, DType, Result, Run, TensorView};
 
 const CHECK: Check = Check("areas");
 
 /// What one call reads and writes.
 #[derive(Clone, Copy)]
-pub struct Args<'a> {
+pub(crate) struct Args<'a> {
     /// `[B, H, W]` f32, contiguous.
     pub coverage: &'a TensorView,
     /// `[B, k, 4]` i64, contiguous: y0 x0 y1 x1, inclusive.
@@ -52,7 +49,7 @@ pub struct Args<'a> {
 }
 
 /// Judges the arguments by their metadata, on any device.
-pub fn check(
+pub(crate) fn check(
     heat: &TensorView,
     size: &TensorView,
     offset: &TensorView,
@@ -93,7 +90,7 @@ fn like_heat(
 
 impl Args<'_> {
     /// Finds the areas and writes all three outputs.
-    pub fn forward<'r>(&self, run: impl Into<Run<'r>>) -> Result<()> {
+    pub(crate) fn forward<'r>(&self, run: impl Into<Run<'r>>) -> Result<()> {
         let run = run.into();
         check(self.heat, self.size, self.offset, self.teacher, self.k, self.kernel)?;
         self.check_outputs()?;

@@ -1,7 +1,7 @@
 //! The truth: the definition as plain f64 loops over all cells, and tests of the kernel against it.
 
 use super::*;
-use crate::testing::{any_float, any_lay, indices, Lay, Owned, Uniform};
+use crate::tensor::testing::{any_float, any_lay, indices, Lay, Owned, Uniform};
 use proptest::prelude::*;
 
 /// What is computed in is f32 but for f64 maps; each step is rounded to it.

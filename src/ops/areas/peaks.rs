@@ -5,14 +5,13 @@
 
 use super::heat::{Block, Image};
 use super::larger;
-use crate::row::Row;
-use crate::simd::{Elem, Real, LANES};
+use crate::simd::{Element, Real, Simd, LANES};
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
 
 /// A local maximum; the better of two is the lesser one.
 #[derive(Clone, Copy, PartialEq)]
-pub struct Peak<A> {
+pub(crate) struct Peak<A> {
     /// Its heat; never NaN.
     pub score: A,
     /// (a * H + y) * W + x
@@ -36,13 +35,13 @@ impl<A: Real> PartialOrd for Peak<A> {
     }
 }
 
-impl<T: Elem> Image<'_, T> {
+impl<T: Element> Image<'_, T> {
     /// The k best peaks, best first, by the maxima of all blocks.
     #[inline(always)]
-    pub fn best<R: Row<T::Acc>>(&self, bounds: &[T::Acc], k: usize) -> Vec<Peak<T::Acc>> {
+    pub(crate) fn best<S: Simd>(&self, simd: S, bounds: &[T::Acc], k: usize) -> Vec<Peak<T::Acc>> {
         let (mut cutoff, mut rank) = (guess(bounds, k), 4 * k);
         loop {
-            let best = self.above::<R>(cutoff, bounds, k);
+            let best = self.above(simd, cutoff, bounds, k);
             if best.len() == k || cutoff == lowest() {
                 return best.into_sorted_vec();
             }
@@ -53,8 +52,9 @@ impl<T: Elem> Image<'_, T> {
 
     /// The k best peaks among the cells that are not below a cutoff.
     #[inline(always)]
-    fn above<R: Row<T::Acc>>(
+    fn above<S: Simd>(
         &self,
+        simd: S,
         cutoff: T::Acc,
         bounds: &[T::Acc],
         k: usize,
@@ -62,15 +62,16 @@ impl<T: Elem> Image<'_, T> {
         let mut best = BinaryHeap::with_capacity(k + 1);
         for (i, bound) in bounds.iter().enumerate() {
             if *bound >= cutoff {
-                self.gather::<R>(&self.block(i), *bound, cutoff, k, &mut best);
+                self.gather(simd, &self.block(i), *bound, cutoff, k, &mut best);
             }
         }
         best
     }
 
     #[inline(always)]
-    fn gather<R: Row<T::Acc>>(
+    fn gather<S: Simd>(
         &self,
+        simd: S,
         block: &Block,
         bound: T::Acc,
         cutoff: T::Acc,
@@ -84,7 +85,7 @@ impl<T: Elem> Image<'_, T> {
             return;
         }
         for i in (0..block.length).step_by(LANES) {
-            let scores = self.scores::<R>(block, i);
+            let scores = self.scores(simd, block, i);
             let least = best.peek().filter(|_| best.len() == k).map_or(cutoff, |worst| worst.score);
             if !scores.iter().fold(false, |any, score| any | (*score >= least)) {
                 continue;

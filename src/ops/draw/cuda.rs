@@ -3,9 +3,7 @@
 use super::CHECK;
 use crate::cuda::args::{address, mirror, Order};
 use crate::cuda::launch::{on_device, Kernel, Source};
-use crate::error::Result;
-use crate::run::Run;
-use crate::view::{DType, TensorView};
+use crate::tensor::{DType, Result, Run, TensorView};
 
 const SOURCE: &Source = &Source { name: "draw", text: include_str!("kernel.cu"), parts: &[] };
 static DRAW: Kernel = Kernel::new(SOURCE, 1, "draw", (false, false));
@@ -21,7 +19,7 @@ mirror! {
 ///
 /// # Safety
 /// The arguments are checked, and all of them lie on the CUDA device `ordinal`.
-pub unsafe fn draw(
+pub(crate) unsafe fn draw(
     uniforms: &TensorView,
     noise_seed: &TensorView,
     [seed, counter]: [&TensorView; 2],

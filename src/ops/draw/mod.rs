@@ -7,21 +7,17 @@
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
 
-use crate::check::Check;
-use crate::error::Result;
-use crate::philox;
-use crate::run::Run;
-use crate::seed::Seed;
+use crate::random::{philox, Seed};
 #[cfg(feature = "cuda")]
-use crate::view::Device;
-use crate::view::{DType, TensorView};
+use crate::tensor::Device;
+use crate::tensor::{Check, DType, Result, Run, TensorView};
 
 const CHECK: Check = Check("draw");
 
 /// What a policy draws in one step ([`philox::draw`]): uniforms f32 `[n]`, noise_seed int64 `[1]`.
 ///
 /// `from`: the seed and the counter, numbers or int64 `[1]`.
-pub fn draw(
+pub(crate) fn draw(
     uniforms: &TensorView,
     noise_seed: &TensorView,
     from: [&Seed; 2],

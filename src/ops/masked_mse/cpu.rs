@@ -3,12 +3,10 @@
 use super::grid::{Grid, Order, Piece};
 use super::weights::Weights;
 use super::Args;
-use crate::error::Result;
 use crate::parallel;
-use crate::row::Row;
-use crate::simd::{self, by_rows, Elem, Job, Real, LANES};
-use crate::tile::{self, Channels, Layout};
-use crate::view::TensorView;
+use crate::simd::tile::{self, Channels, Layout};
+use crate::simd::{self, Element, Real, Simd, Vector, WithSimd, LANES};
+use crate::tensor::{Result, TensorView};
 
 /// Elements that are summed in f32 before the sums go to f64.
 const BLOCK: usize = 2048;
@@ -19,7 +17,7 @@ const TILE: usize = BLOCK / LANES;
 ///
 /// # Safety
 /// The maps have the dtype `T`, the shapes agree, and all are in host memory.
-pub unsafe fn forward<T: Elem>(args: &Args, threads: usize) -> Result<f64> {
+pub(crate) unsafe fn forward<T: Element>(args: &Args, threads: usize) -> Result<f64> {
     // SAFETY: the caller's promise.
     let (weights, total) = unsafe { Weights::<T::Acc>::read(args.weight, threads) }?;
     let numel = args.student.numel();
@@ -41,7 +39,7 @@ pub unsafe fn forward<T: Elem>(args: &Args, threads: usize) -> Result<f64> {
     Ok(sum * (args.scale / divisor))
 }
 
-struct Maps<'a, T: Elem> {
+struct Maps<'a, T: Element> {
     student: *const T,
     teacher: *const T,
     d_student: Option<*mut T>,
@@ -56,9 +54,9 @@ struct Maps<'a, T: Elem> {
 }
 
 // SAFETY: the inputs are only read; every element of the gradient belongs to one unit, and every unit to one thread.
-unsafe impl<T: Elem> Sync for Maps<'_, T> {}
+unsafe impl<T: Element> Sync for Maps<'_, T> {}
 
-impl<'a, T: Elem> Maps<'a, T> {
+impl<'a, T: Element> Maps<'a, T> {
     fn new(args: &Args, weights: Option<&'a [T::Acc]>, factor: T::Acc) -> Self {
         let views = [args.student, args.teacher, args.d_student.unwrap_or(args.student)];
         let order = if views.iter().all(|view| view.is_contiguous()) {
@@ -83,32 +81,31 @@ impl<'a, T: Elem> Maps<'a, T> {
 }
 
 /// The work on one piece; returns its sum of weighted squares.
-struct Unit<'a, T: Elem> {
+struct Unit<'a, T: Element> {
     maps: &'a Maps<'a, T>,
     at: Piece,
 }
 
-impl<T: Elem> Job for Unit<'_, T> {
+impl<T: Element> WithSimd for Unit<'_, T> {
     type Out = f64;
-    by_rows!(T::Acc);
-}
 
-impl<T: Elem> Unit<'_, T> {
     #[inline(always)]
-    fn rows<R: Row<T::Acc>>(self) -> f64 {
+    fn with_simd<S: Simd>(self, simd: S) -> f64 {
         // SAFETY: the piece lies within the sizes, and `forward`'s caller promised that memory.
         unsafe {
             match self.maps.order {
-                Order::Planes => self.planes::<R>(),
-                Order::Lanes => self.lanes::<R>(),
-                Order::Any => self.tiles::<R>(),
+                Order::Planes => self.planes(simd),
+                Order::Lanes => self.lanes(simd),
+                Order::Any => self.tiles(simd),
             }
         }
     }
+}
 
+impl<T: Element> Unit<'_, T> {
     /// The rows of the channels follow one another: the weights of one plane, repeated, run along.
     #[inline(always)]
-    unsafe fn planes<R: Row<T::Acc>>(&self) -> f64 {
+    unsafe fn planes<S: Simd>(&self, simd: S) -> f64 {
         let (maps, at) = (self.maps, &self.at);
         let [_, channels, positions] = maps.sizes;
         let first = (at.n * channels + at.channels.start) * positions + at.positions.start;
@@ -126,7 +123,7 @@ impl<T: Elem> Unit<'_, T> {
             for at in (from..rows * width).step_by(period) {
                 let weights = &weights[..weights.len().min(rows * width - at)];
                 // SAFETY: within the piece.
-                sum += unsafe { maps.block::<R>(first + at, weights) };
+                sum += unsafe { maps.block(simd, first + at, weights) };
             }
         }
         sum
@@ -134,7 +131,7 @@ impl<T: Elem> Unit<'_, T> {
 
     /// The channels of one position follow one another and share a weight.
     #[inline(always)]
-    unsafe fn lanes<R: Row<T::Acc>>(&self) -> f64 {
+    unsafe fn lanes<S: Simd>(&self, simd: S) -> f64 {
         let (maps, at) = (self.maps, &self.at);
         let [_, channels, positions] = maps.sizes;
         let own = self.weights();
@@ -154,7 +151,7 @@ impl<T: Elem> Unit<'_, T> {
                 }
                 let first = (at.n * positions + at.positions.start + from) * channels + part;
                 // SAFETY: whole positions of the piece, or a part of one.
-                sum += unsafe { maps.block::<R>(first, weights) };
+                sum += unsafe { maps.block(simd, first, weights) };
             }
         }
         sum
@@ -162,14 +159,14 @@ impl<T: Elem> Unit<'_, T> {
 
     /// Any strides, by tiles of LANES channels.
     #[inline(always)]
-    unsafe fn tiles<R: Row<T::Acc>>(&self) -> f64 {
+    unsafe fn tiles<S: Simd>(&self, simd: S) -> f64 {
         let (maps, at) = (self.maps, &self.at);
         let channels = Channels::new(at.channels.clone());
         let mut student = [[T::Acc::default(); LANES]; TILE];
         let mut teacher = [[T::Acc::default(); LANES]; TILE];
         let mut gradient = [[T::Acc::default(); LANES]; TILE];
         let mut weights = [[T::Acc::of(1.0); LANES]; TILE];
-        let factor = R::splat(maps.factor);
+        let factor = simd.splat(maps.factor);
         let mut sum = 0.0;
         for from in (0..at.positions.len()).step_by(TILE) {
             let used = TILE.min(at.positions.len() - from);
@@ -198,12 +195,12 @@ impl<T: Elem> Unit<'_, T> {
             if let Some(own) = self.weights() {
                 spread(&own[from..], &mut weights);
             }
-            let mut sums = R::splat(T::Acc::default());
+            let mut sums = simd.splat(T::Acc::default());
             for i in 0..used {
-                let weighted = add_squares(&student[i], &teacher[i], &weights[i], &mut sums);
+                let weighted = add_squares(simd, &student[i], &teacher[i], &weights[i], &mut sums);
                 factor.times(weighted).store(&mut gradient[i]);
             }
-            sum += total(sums);
+            sum += total::<T::Acc, S>(sums);
             if let Some(d_student) = maps.d_student {
                 let layout = &maps.layouts[2];
                 // SAFETY: as for loading; this piece is this thread's alone.
@@ -239,34 +236,35 @@ fn spread<A: Real>(weights: &[A], tile: &mut [[A; LANES]; TILE]) {
     tile.iter_mut().zip(weights).for_each(|(row, weight)| *row = [*weight; LANES]);
 }
 
-impl<T: Elem> Maps<'_, T> {
+impl<T: Element> Maps<'_, T> {
     /// Consecutive elements, one for each weight.
     ///
     /// # Safety
     /// From the element `from` on, they must lie within the maps, which all run in the same order, and belong to this thread.
     #[inline(always)]
-    unsafe fn block<R: Row<T::Acc>>(&self, from: usize, weights: &[T::Acc]) -> f64 {
-        let (mut sums, factor) = (R::splat(T::Acc::default()), R::splat(self.factor));
+    unsafe fn block<S: Simd>(&self, simd: S, from: usize, weights: &[T::Acc]) -> f64 {
+        let (mut sums, factor) = (simd.splat(T::Acc::default()), simd.splat(self.factor));
         let (rows, rest) = weights.as_chunks::<LANES>();
         for (i, weights) in rows.iter().enumerate() {
             // SAFETY: a whole row of the caller's elements.
-            unsafe { self.row(from + i * LANES, weights, factor, &mut sums) };
+            unsafe { self.row(simd, from + i * LANES, weights, factor, &mut sums) };
         }
         if !rest.is_empty() {
             // SAFETY: the caller's last elements.
-            unsafe { self.part(from + rows.len() * LANES, rest, factor, &mut sums) };
+            unsafe { self.part(simd, from + rows.len() * LANES, rest, factor, &mut sums) };
         }
-        total(sums)
+        total::<T::Acc, S>(sums)
     }
 
     /// [`LANES`] elements from `at` on.
     #[inline(always)]
-    unsafe fn row<R: Row<T::Acc>>(
+    unsafe fn row<S: Simd>(
         &self,
+        simd: S,
         at: usize,
         weights: &[T::Acc; LANES],
-        factor: R,
-        sums: &mut R,
+        factor: <T::Acc as Real>::Vector<S>,
+        sums: &mut <T::Acc as Real>::Vector<S>,
     ) {
         let [mut student, mut teacher, mut gradient] = [[T::Acc::default(); LANES]; 3];
         // SAFETY: the caller has these elements.
@@ -280,7 +278,7 @@ impl<T: Elem> Maps<'_, T> {
                 &mut teacher,
             );
         }
-        let weighted = add_squares(&student, &teacher, weights, sums);
+        let weighted = add_squares(simd, &student, &teacher, weights, sums);
         if let Some(d_student) = self.d_student {
             factor.times(weighted).store(&mut gradient);
             let place = d_student.wrapping_add(at).cast::<[T; LANES]>();
@@ -291,7 +289,14 @@ impl<T: Elem> Maps<'_, T> {
 
     /// The same for fewer: the lanes past them are zeros.
     #[inline(always)]
-    unsafe fn part<R: Row<T::Acc>>(&self, at: usize, weights: &[T::Acc], factor: R, sums: &mut R) {
+    unsafe fn part<S: Simd>(
+        &self,
+        simd: S,
+        at: usize,
+        weights: &[T::Acc],
+        factor: <T::Acc as Real>::Vector<S>,
+        sums: &mut <T::Acc as Real>::Vector<S>,
+    ) {
         let [mut student, mut teacher, mut all, mut gradient] = [[T::Acc::default(); LANES]; 4];
         all[..weights.len()].copy_from_slice(weights);
         for l in 0..weights.len() {
@@ -301,7 +306,7 @@ impl<T: Elem> Maps<'_, T> {
                 teacher[l] = self.teacher.wrapping_add(at + l).read().load();
             }
         }
-        factor.times(add_squares(&student, &teacher, &all, sums)).store(&mut gradient);
+        factor.times(add_squares(simd, &student, &teacher, &all, sums)).store(&mut gradient);
         let Some(d_student) = self.d_student else { return };
         for (l, gradient) in gradient[..weights.len()].iter().enumerate() {
             // SAFETY: as above; they belong to this thread.
@@ -312,21 +317,22 @@ impl<T: Elem> Maps<'_, T> {
 
 /// Adds the weighted squares of a row to the running sums; returns the weighted differences.
 #[inline(always)]
-fn add_squares<A: Real, R: Row<A>>(
+fn add_squares<A: Real, S: Simd>(
+    simd: S,
     student: &[A; LANES],
     teacher: &[A; LANES],
     weights: &[A; LANES],
-    sums: &mut R,
-) -> R {
-    let difference = R::load(student).minus(R::load(teacher));
-    let weighted = R::load(weights).times(difference);
+    sums: &mut A::Vector<S>,
+) -> A::Vector<S> {
+    let difference = simd.load(student).minus(simd.load(teacher));
+    let weighted = simd.load(weights).times(difference);
     *sums = sums.plus(weighted.times(difference));
     weighted
 }
 
 /// The sum of the lanes in f64, pairwise.
 #[inline(always)]
-fn total<A: Real, R: Row<A>>(sums: R) -> f64 {
+fn total<A: Real, S: Simd>(sums: A::Vector<S>) -> f64 {
     let mut wide = sums.wide();
     for half in [8, 4, 2, 1] {
         for l in 0..half {

@@ -3,9 +3,7 @@
 use super::{Args, CHECK};
 use crate::cuda::args::{address, code, elements, mirror, Grid, Map, Order};
 use crate::cuda::launch::{on_device, Kernel, Source};
-use crate::error::Result;
-use crate::run::Run;
-use crate::view::{DType, TensorView};
+use crate::tensor::{DType, Result, Run, TensorView};
 
 const SOURCE: &Source = &Source { name: "masked_mse", text: include_str!("kernel.cu"), parts: &[] };
 static LOSS: Kernel = Kernel::new(SOURCE, 1, "masked_mse", (true, true));
@@ -49,7 +47,7 @@ mirror! {
 ///
 /// # Safety
 /// The arguments are checked, and all of them lie on the CUDA device `ordinal`.
-pub unsafe fn forward(args: &Args, ordinal: usize, run: &Run) -> Result<()> {
+pub(crate) unsafe fn forward(args: &Args, ordinal: usize, run: &Run) -> Result<()> {
     let order = Order::of(args.d_student.unwrap_or(args.student));
     let mut call = describe(args, order)?;
     let words = [call.blocks, call.area_blocks, 3];
@@ -74,7 +72,7 @@ pub unsafe fn forward(args: &Args, ordinal: usize, run: &Run) -> Result<()> {
 ///
 /// # Safety
 /// The arguments are checked, and both lie on the CUDA device `ordinal`.
-pub unsafe fn scale(
+pub(crate) unsafe fn scale(
     gradient: &TensorView,
     upstream: &TensorView,
     ordinal: usize,

@@ -8,7 +8,7 @@ const CHUNK: usize = 1 << 15;
 
 /// How memory runs.
 #[derive(Clone, Copy, PartialEq)]
-pub enum Order {
+pub(crate) enum Order {
     /// `[B, C, H, W]` without gaps.
     Planes,
     /// `[B, H, W, C]` without gaps.
@@ -18,14 +18,14 @@ pub enum Order {
 }
 
 /// One sample's channels and positions that are done in one go.
-pub struct Piece {
+pub(crate) struct Piece {
     pub n: usize,
     pub channels: Range<usize>,
     pub positions: Range<usize>,
 }
 
 /// The cut into units of about [`CHUNK`] elements, and small units into chunks; it depends on the shapes and the order alone.
-pub struct Grid {
+pub(crate) struct Grid {
     sizes: [usize; 3],
     /// Channels and positions of a unit.
     steps: [usize; 2],
@@ -34,7 +34,7 @@ pub struct Grid {
 
 impl Grid {
     /// For `[B, C, H * W]`.
-    pub fn new(order: Order, sizes: [usize; 3]) -> Self {
+    pub(crate) fn new(order: Order, sizes: [usize; 3]) -> Self {
         let [_, channels, positions] = sizes;
         let share = |one: usize, all: usize| (CHUNK / one).clamp(1, all);
         let steps = match order {
@@ -54,18 +54,18 @@ impl Grid {
     }
 
     /// What the threads take.
-    pub fn chunks(&self) -> usize {
+    pub(crate) fn chunks(&self) -> usize {
         self.all_units().div_ceil(self.units_per_chunk)
     }
 
     /// The units of a chunk.
-    pub fn units(&self, chunk: usize) -> Range<usize> {
+    pub(crate) fn units(&self, chunk: usize) -> Range<usize> {
         let first = chunk * self.units_per_chunk;
         first..self.all_units().min(first + self.units_per_chunk)
     }
 
     /// Where a unit lies.
-    pub fn at(&self, unit: usize) -> Piece {
+    pub(crate) fn at(&self, unit: usize) -> Piece {
         let [by_channels, by_positions] = self.cuts();
         let (n, rest) = (unit / (by_channels * by_positions), unit % (by_channels * by_positions));
         let (c, p) = (rest / by_positions * self.steps[0], rest % by_positions * self.steps[1]);

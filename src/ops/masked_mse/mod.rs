@@ -15,19 +15,16 @@ mod grid;
 mod naive;
 mod weights;
 
-use crate::check::Check;
-use crate::error::Result;
-use crate::run::Run;
-use crate::simd::{Bf16, Elem, F16};
+use crate::simd::{Bf16, Element, F16};
 #[cfg(feature = "cuda")]
-use crate::view::Device;
-use crate::view::{DType, TensorView};
+use crate::tensor::Device;
+use crate::tensor::{Check, DType, Result, Run, TensorView};
 
 const CHECK: Check = Check("masked_mse");
 
 /// What one call reads and writes.
 #[derive(Clone, Copy)]
-pub struct Args<'a> {
+pub(crate) struct Args<'a> {
     /// One element: f32, or f64 for f64 features.
     pub loss: &'a TensorView,
     /// Like student, contiguous or channels_last; None: not wanted.
@@ -45,7 +42,7 @@ pub struct Args<'a> {
 }
 
 /// Judges the arguments by their metadata, on any device.
-pub fn check(
+pub(crate) fn check(
     student: &TensorView,
     teacher: &TensorView,
     weight: Option<&TensorView>,
@@ -72,7 +69,7 @@ pub fn check(
 /// gradient *= upstream, in place, on a CUDA device: upstream is looked at there, and where it is one nothing is moved.
 ///
 /// `gradient`: a `d_student`; `upstream`: one element of the loss's dtype.
-pub fn scale(gradient: &TensorView, upstream: &TensorView, run: &Run) -> Result<()> {
+pub(crate) fn scale(gradient: &TensorView, upstream: &TensorView, run: &Run) -> Result<()> {
     CHECK.map("gradient", gradient)?;
     CHECK.output("gradient", gradient, gradient)?;
     CHECK.of_dtype("upstream", upstream, gradient.dtype.accumulator())?;
@@ -89,7 +86,7 @@ pub fn scale(gradient: &TensorView, upstream: &TensorView, run: &Run) -> Result<
 
 impl Args<'_> {
     /// Computes the loss, and the gradient where it is wanted.
-    pub fn forward<'r>(&self, run: impl Into<Run<'r>>) -> Result<()> {
+    pub(crate) fn forward<'r>(&self, run: impl Into<Run<'r>>) -> Result<()> {
         let run = run.into();
         check(self.student, self.teacher, self.weight, self.normalise)?;
         self.check_outputs()?;
@@ -115,7 +112,7 @@ impl Args<'_> {
             .map_or(Ok(()), |d_student| CHECK.output("d_student", d_student, self.student))
     }
 
-    fn typed<T: Elem>(&self, threads: usize) -> Result<()> {
+    fn typed<T: Element>(&self, threads: usize) -> Result<()> {
         // SAFETY: checked above: T is the maps' dtype, all shapes agree, everything is in host memory.
         let loss = unsafe { cpu::forward::<T>(self, threads) }?;
         // SAFETY: loss has no dimensions, and is in host memory.

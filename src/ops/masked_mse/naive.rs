@@ -1,7 +1,7 @@
 //! The truth: the formula of the module as plain f64 loops, one element at a time, and tests of the kernel against it.
 
 use super::*;
-use crate::testing::{any_float, any_lay, indices, Lay, Owned, Uniform};
+use crate::tensor::testing::{any_float, any_lay, indices, Lay, Owned, Uniform};
 use proptest::prelude::*;
 
 /// loss and d_student, in f64, of row-major values.

@@ -5,15 +5,15 @@ use super::lanes::{DotNoise, Places, Slopes, Spread, Sum};
 use super::plan::{Plan, Tables};
 use super::{Shape, Wanted};
 use crate::parallel;
-use crate::simd::{self, Elem, LANES};
-use crate::tile::{self, Channels, Scratch};
-use crate::view::TensorView;
+use crate::simd::tile::{self, Channels, Scratch};
+use crate::simd::{self, Element, LANES};
+use crate::tensor::TensorView;
 
 /// Sums over one task: d_theta (6) and d_sigma. In f64, and added task by task in their order: the same bits on every run.
 type Sums = [f64; 7];
 
 /// Writes every gradient that is wanted.
-pub(super) fn backward<T: Elem>(
+pub(super) fn backward<T: Element>(
     wanted: &Wanted,
     upstream: &TensorView,
     features: &TensorView,
@@ -70,7 +70,7 @@ fn write_groups(view: &TensorView, count: usize, plan: &Plan, entry: impl Fn(usi
 }
 
 /// The sum of upstream over each sample.
-fn sums_of_upstream<T: Elem>(upstream: &TensorView, plan: &Plan, threads: usize) -> Vec<f64> {
+fn sums_of_upstream<T: Element>(upstream: &TensorView, plan: &Plan, threads: usize) -> Vec<f64> {
     let blocks = plan.shape.channels.div_ceil(LANES);
     let source = Source::<T>::new(upstream);
     let tasks = if plan.shape.positions() == 0 { 0 } else { plan.shape.batch * blocks };
@@ -80,7 +80,7 @@ fn sums_of_upstream<T: Elem>(upstream: &TensorView, plan: &Plan, threads: usize)
     (0..plan.shape.batch).map(|n| sums[range(n)].iter().sum()).collect()
 }
 
-fn sum_of_block<T: Elem>(source: Source<T>, plan: &Plan, n: usize, block: usize) -> f64 {
+fn sum_of_block<T: Element>(source: Source<T>, plan: &Plan, n: usize, block: usize) -> f64 {
     let channels = Channels::block(block * LANES, plan.shape.channels);
     let positions = plan.shape.positions();
     let mut buffer = Scratch::<T::Acc>::new(CHUNK);
@@ -94,7 +94,7 @@ fn sum_of_block<T: Elem>(source: Source<T>, plan: &Plan, n: usize, block: usize)
     total
 }
 
-struct Call<'a, T: Elem> {
+struct Call<'a, T: Element> {
     upstream: Source<T>,
     features: Source<T>,
     d_features: Option<Source<T>>,
@@ -104,13 +104,13 @@ struct Call<'a, T: Elem> {
     tables: &'a Tables<T::Acc>,
 }
 
-struct Task<'a, T: Elem> {
+struct Task<'a, T: Element> {
     call: &'a Call<'a, T>,
     n: usize,
     block: usize,
 }
 
-impl<T: Elem> Task<'_, T> {
+impl<T: Element> Task<'_, T> {
     fn run(&self) -> Sums {
         let call = self.call;
         let group = call.plan.at(self.n);
@@ -123,7 +123,7 @@ impl<T: Elem> Task<'_, T> {
     }
 }
 
-impl<T: Elem> Task<'_, T> {
+impl<T: Element> Task<'_, T> {
     fn clear(&self, channels: &Channels, target: Source<T>) {
         let positions = self.call.plan.shape.positions();
         let zeros = [[T::Acc::default(); LANES]; CHUNK];

@@ -3,10 +3,8 @@
 use super::{Parts, Wanted, DOTS, REFINE};
 use crate::cuda::args::{address, code, mirror, Grid, Map, Order, Out, Part};
 use crate::cuda::launch::{on_device, Kernel, Source};
-use crate::error::Result;
-use crate::run::Run;
-use crate::seed::Seed;
-use crate::view::TensorView;
+use crate::random::Seed;
+use crate::tensor::{Result, Run, TensorView};
 
 const SOURCE: &Source = &Source {
     name: "refine",
@@ -110,7 +108,7 @@ impl Plan {
 ///
 /// # Safety
 /// The arguments are checked, and all of them lie on the CUDA device `ordinal`; so in the other functions.
-pub unsafe fn forward(
+pub(crate) unsafe fn forward(
     refined: &TensorView,
     features: &TensorView,
     parts: &Parts,
@@ -138,7 +136,7 @@ pub unsafe fn forward(
 ///
 /// # Safety
 /// As for [`forward`].
-pub unsafe fn backward(
+pub(crate) unsafe fn backward(
     wanted: &Wanted,
     upstream: &TensorView,
     features: &TensorView,
@@ -194,7 +192,7 @@ impl RefineBackward {
 ///
 /// # Safety
 /// As for [`forward`].
-pub unsafe fn dots(
+pub(crate) unsafe fn dots(
     dots: &TensorView,
     features: &TensorView,
     upstream: &TensorView,

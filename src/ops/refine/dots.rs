@@ -7,13 +7,13 @@ use super::forward::{clear_hole, planes, Source, CHUNK};
 use super::lanes::{Dot, DotNoise};
 use super::plan::{Group, Plan, Table, Tables};
 use crate::parallel;
-use crate::philox::Planes;
-use crate::simd::{self, Elem, Real, LANES};
-use crate::tile::{self, Channels, Scratch};
-use crate::view::TensorView;
+use crate::random::philox::Planes;
+use crate::simd::tile::{self, Channels, Scratch};
+use crate::simd::{self, Element, Real, LANES};
+use crate::tensor::TensorView;
 
 /// One number for each plan.
-pub(super) fn dots<T: Elem>(
+pub(super) fn dots<T: Element>(
     features: &TensorView,
     upstream: &TensorView,
     plans: &[Plan],
@@ -43,20 +43,20 @@ pub(super) fn dots<T: Elem>(
     (0..plans.len()).map(|v| parts.iter().map(|part| part[v]).sum()).collect()
 }
 
-struct Call<'a, T: Elem> {
+struct Call<'a, T: Element> {
     features: Source<T>,
     upstream: Source<T>,
     plans: &'a [Plan],
     tables: Vec<Option<Tables<T::Acc>>>,
 }
 
-struct Task<'a, T: Elem> {
+struct Task<'a, T: Element> {
     call: &'a Call<'a, T>,
     n: usize,
     blocks: std::ops::Range<usize>,
 }
 
-impl<T: Elem> Task<'_, T> {
+impl<T: Element> Task<'_, T> {
     fn run(&self) -> Vec<f64> {
         let call = self.call;
         let own: Vec<Option<Table<T::Acc>>> = (call.plans.iter().zip(&call.tables))
@@ -71,7 +71,7 @@ impl<T: Elem> Task<'_, T> {
     }
 }
 
-impl<T: Elem> Task<'_, T> {
+impl<T: Element> Task<'_, T> {
     fn add_block(&self, sums: &mut [f64], own: &[Option<Table<T::Acc>>], channels: &Channels) {
         let call = self.call;
         let positions = call.plans[0].shape.positions();

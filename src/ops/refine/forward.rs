@@ -7,16 +7,16 @@ use super::direct::{self, Direct};
 use super::lanes::{AddNoise, ClearLanes, Sample};
 use super::plan::{Corners, Group, Hole, Plan, Tables};
 use crate::parallel;
-use crate::philox::{Keys, Planes};
-use crate::simd::{self, Elem, Real, LANES};
-use crate::tile::{self, Channels, Layout, Scratch};
-use crate::view::TensorView;
+use crate::random::philox::{Keys, Planes};
+use crate::simd::tile::{self, Channels, Layout, Scratch};
+use crate::simd::{self, Element, Real, LANES};
+use crate::tensor::TensorView;
 
 /// Positions that are worked on at a time: with 16 lanes of f32 they leave room for the source's tile in a first-level cache.
 pub(super) const CHUNK: usize = 64;
 
 /// refined = the formula of the module.
-pub(super) fn forward<T: Elem>(
+pub(super) fn forward<T: Element>(
     refined: &TensorView,
     features: &TensorView,
     plan: &Plan,
@@ -48,12 +48,12 @@ unsafe impl<T: Send> Send for Source<T> {}
 unsafe impl<T: Sync> Sync for Source<T> {}
 
 impl<T> Source<T> {
-    pub fn new(view: &TensorView) -> Self {
+    pub(crate) fn new(view: &TensorView) -> Self {
         Self { base: view.as_ptr(), layout: Layout::of(view) }
     }
 }
 
-struct Task<'a, T: Elem> {
+struct Task<'a, T: Element> {
     source: Source<T>,
     target: Source<T>,
     plan: &'a Plan,
@@ -72,7 +72,7 @@ pub(super) struct Cover {
 }
 
 impl Cover {
-    pub fn new(keep: Option<&[bool]>, block: usize, total: usize, whole: bool) -> Self {
+    pub(crate) fn new(keep: Option<&[bool]>, block: usize, total: usize, whole: bool) -> Self {
         let Some(keep) = keep.filter(|_| !whole) else {
             return Self { live: Some(Channels::block(block * LANES, total)), dropped: None };
         };
@@ -115,7 +115,7 @@ pub(super) fn planes<'a>(
     Planes::new(keys, &channels.at.map(|c| n as u64 * total as u64 + c as u64))
 }
 
-impl<T: Elem> Task<'_, T> {
+impl<T: Element> Task<'_, T> {
     fn run(&self) {
         let group = self.plan.at(self.n);
         if direct::fits::<T>(&group, &self.source.layout, &self.target.layout, self.plan.shape) {
@@ -143,7 +143,7 @@ enum Fill<'a, A> {
     Sample(&'a [[A; LANES]], &'a [Corners<A>]),
 }
 
-impl<T: Elem> Task<'_, T> {
+impl<T: Element> Task<'_, T> {
     /// Both sides have whole planes of consecutive elements.
     fn copies_planes(&self) -> bool {
         self.gapless(&self.source.layout) && self.gapless(&self.target.layout)

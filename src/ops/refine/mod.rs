@@ -21,14 +21,11 @@ mod lanes;
 mod naive;
 mod plan;
 
-use crate::check::Check;
-use crate::error::Result;
-use crate::run::Run;
-use crate::seed::Seed;
+use crate::random::Seed;
 use crate::simd::{Bf16, F16};
 #[cfg(feature = "cuda")]
-use crate::view::Device;
-use crate::view::{DType, TensorView};
+use crate::tensor::Device;
+use crate::tensor::{Check, DType, Result, Run, TensorView};
 pub(crate) use plan::Plan;
 
 const REFINE: Check = Check("refine");
@@ -36,7 +33,7 @@ const DOTS: Check = Check("refine_dots");
 
 /// The parts of a plan as they come from the caller; each has its own number of groups, 1 or B.
 #[derive(Clone, Copy, Default)]
-pub struct Parts<'a> {
+pub(crate) struct Parts<'a> {
     /// `[G, 2, 3]`, normalised coordinates.
     pub theta: Option<&'a TensorView>,
     /// `[G, 4]` y0 x0 y1 x1, half open.
@@ -51,7 +48,7 @@ pub struct Parts<'a> {
 
 impl Parts<'_> {
     /// Judges shapes, dtypes and devices.
-    pub fn check(&self, check: Check, features: &TensorView) -> Result<()> {
+    pub(crate) fn check(&self, check: Check, features: &TensorView) -> Result<()> {
         let [batch, channels, _, _] = check.map("features", features)?;
         let on_device = |argument, view| check.same_device(argument, view, "features", features);
         if let Some(theta) = self.theta {
@@ -106,7 +103,7 @@ macro_rules! by_dtype {
 }
 
 /// refined, of the shape and dtype of features (contiguous or channels_last).
-pub fn forward<'r>(
+pub(crate) fn forward<'r>(
     refined: &TensorView,
     features: &TensorView,
     parts: Parts,
@@ -132,7 +129,7 @@ pub fn forward<'r>(
 
 /// The gradients that are wanted.
 #[derive(Clone, Copy, Default)]
-pub struct Wanted<'a> {
+pub(crate) struct Wanted<'a> {
     /// Like features (contiguous or channels_last).
     pub features: Option<&'a TensorView>,
     /// Like theta.
@@ -144,7 +141,7 @@ pub struct Wanted<'a> {
 }
 
 /// Every gradient that is wanted, from one reading of upstream.
-pub fn backward<'r>(
+pub(crate) fn backward<'r>(
     wanted: Wanted,
     upstream: &TensorView,
     features: &TensorView,
@@ -189,7 +186,7 @@ pub fn backward<'r>(
 }
 
 /// dots[v] = <upstream, refine(features; plan v)>, all of them in one pass over memory. `stacked` parts have a leading V.
-pub fn dots<'r>(
+pub(crate) fn dots<'r>(
     dots: &TensorView,
     features: &TensorView,
     upstream: &TensorView,
@@ -225,7 +222,7 @@ pub fn dots<'r>(
 }
 
 /// Judges the arguments of [`dots`]; returns V.
-pub fn check_dots(
+pub(crate) fn check_dots(
     features: &TensorView,
     upstream: Option<&TensorView>,
     stacked: &Parts,
@@ -264,7 +261,11 @@ pub fn check_dots(
 }
 
 /// Judges the arguments of [`forward`], on any device.
-pub fn check(features: &TensorView, parts: &Parts, straight: Option<&TensorView>) -> Result<()> {
+pub(crate) fn check(
+    features: &TensorView,
+    parts: &Parts,
+    straight: Option<&TensorView>,
+) -> Result<()> {
     parts.check(REFINE, features)?;
     if let Some(straight) = straight {
         REFINE.float("straight", straight)?;
@@ -291,7 +292,7 @@ pub(crate) struct Shape {
 
 impl Shape {
     /// H * W.
-    pub fn positions(&self) -> usize {
+    pub(crate) fn positions(&self) -> usize {
         self.height * self.width
     }
 }

@@ -1,8 +1,8 @@
 //! The truth: the formula of the module as plain f64 loops, one element at a time, and tests of the kernels against it.
 
 use super::*;
-use crate::philox::normal;
-use crate::view::Device;
+use crate::random::philox::normal;
+use crate::tensor::Device;
 use proptest::prelude::*;
 
 /// Everything that one call needs, in f64.

@@ -1,11 +1,9 @@
 //! A plan read from its tensors: what each sample needs, decided once.
 
 use super::{Parts, Shape};
-use crate::check::Check;
-use crate::error::Result;
-use crate::philox::Keys;
-use crate::simd::{self, Job, Real};
-use crate::view::TensorView;
+use crate::random::philox::Keys;
+use crate::simd::{self, Real, Simd, WithSimd};
+use crate::tensor::{Check, Result, TensorView};
 use std::marker::PhantomData;
 
 const IDENTITY: [f64; 6] = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0];
@@ -44,7 +42,12 @@ pub(crate) struct Group<'a> {
 
 impl Plan {
     /// Reads parts that [`Parts::check`] has judged; values are judged here.
-    pub fn read(check: Check, parts: &Parts, features: &TensorView, seed: u64) -> Result<Self> {
+    pub(crate) fn read(
+        check: Check,
+        parts: &Parts,
+        features: &TensorView,
+        seed: u64,
+    ) -> Result<Self> {
         for view in
             [parts.theta, parts.hole, parts.sigma, parts.perm, parts.keep].into_iter().flatten()
         {
@@ -63,7 +66,7 @@ impl Plan {
     }
 
     /// What sample `n` needs.
-    pub fn at(&self, n: usize) -> Group<'_> {
+    pub(crate) fn at(&self, n: usize) -> Group<'_> {
         Group {
             theta: of_sample(&self.theta, n).and_then(Option::as_ref),
             hole: of_sample(&self.hole, n).copied().flatten(),
@@ -74,18 +77,18 @@ impl Plan {
     }
 
     /// One sampling table for each theta.
-    pub fn tables<A: Real>(&self, threads: usize) -> Tables<A> {
+    pub(crate) fn tables<A: Real>(&self, threads: usize) -> Tables<A> {
         let table = |g: usize| self.theta[g].as_ref().map(|theta| Table::new(theta, self.shape));
         Tables(crate::parallel::map(threads, self.theta.len(), table))
     }
 
     /// Whether all samples share one theta, so that its table is worth keeping.
-    pub fn shares_theta(&self) -> bool {
+    pub(crate) fn shares_theta(&self) -> bool {
         self.theta.len() <= 1
     }
 
     /// The table of sample `n` alone.
-    pub fn table<A: Real>(&self, n: usize) -> Option<Table<A>> {
+    pub(crate) fn table<A: Real>(&self, n: usize) -> Option<Table<A>> {
         self.at(n).theta.map(|theta| Table::new(theta, self.shape))
     }
 }
@@ -182,7 +185,7 @@ pub(crate) struct Tables<A>(Vec<Option<Table<A>>>);
 
 impl<A: Real> Tables<A> {
     /// The table for sample `n`; `None` for the identity.
-    pub fn at(&self, n: usize) -> Option<&Table<A>> {
+    pub(crate) fn at(&self, n: usize) -> Option<&Table<A>> {
         of_sample(&self.0, n).and_then(Option::as_ref)
     }
 }
@@ -193,19 +196,19 @@ impl<A: Real> Table<A> {
     }
 }
 
-/// Makes a table: a job for the sake of `floor`, which is a call without the newer instructions.
+/// Makes a table: compiled for every level for the sake of `floor`, which is a call without the newer instructions.
 struct MakeTable<'a, A> {
     theta: &'a [f64; 6],
     shape: Shape,
     of: PhantomData<A>,
 }
 
-impl<A: Real> Job for MakeTable<'_, A> {
+impl<A: Real> WithSimd for MakeTable<'_, A> {
     type Out = Table<A>;
 
     /// In float64 throughout: the coordinate's error would otherwise grow with the map.
     #[inline(always)]
-    fn run(self) -> Table<A> {
+    fn with_simd<S: Simd>(self, _: S) -> Table<A> {
         let (theta, shape) = (self.theta, self.shape);
         let (height, width) = (shape.height as f64, shape.width as f64);
         let (cx, cy) = ((width - 1.0) / 2.0, (height - 1.0) / 2.0);

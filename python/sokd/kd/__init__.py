@@ -1,0 +1,11 @@
+"""SoKD: features, adapter, policy and DAM, the loss they make, and the policy's search."""
+
+from sokd.kd.adapter import Adapter
+from sokd.kd.dam import DAM
+from sokd.kd.loss import loss
+from sokd.kd.plugin import wrap
+from sokd.kd.policy import Policy, manual_seed
+from sokd.kd.search import PolicySearch
+from sokd.kd.sokd import SoKD
+
+__all__ = ["DAM", "Adapter", "Policy", "PolicySearch", "SoKD", "loss", "manual_seed", "wrap"]

@@ -1,0 +1,391 @@
+"""The policy: how the teacher's features are augmented; drawn on the device, with gradients for the search.
+
+    k ~ Categorical(softmax(alpha));  b_i ~ Bernoulli(beta[k, i]);  v_i = low + magnitude[k, i] * (high - low)
+    refined = refine(features; plan(k, b, v))
+
+Source: docs/method.md 2.1 - 2.4 [P: paper, A: authors' prototype, S: settled here]. All randomness is of
+two int64 buffers, `seed` and `counter`: a checkpoint resumes bit for bit, and PyTorch's generators stay
+untouched.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from sokd.kd import sanity
+from sokd.kd.policy.gumbel import with_choices
+from sokd.kd.policy.plan import (
+    OPERATIONS,
+    PAIRS,
+    Parts,
+    Plan,
+    Present,
+    Ranges,
+    Strengths,
+    pair_of,
+    parts,
+    ranges,
+    straight,
+    strengths,
+)
+from sokd.ops import draw as draw_uniforms
+from sokd.ops import refine, torch_internals
+
+__all__ = ["Draw", "Policy", "Sample", "fresh_seed", "manual_seed"]
+
+_OPTIONS = {
+    "estimator": ("gumbel", "relax"),
+    "magnitude_gradient": ("straight_through", "pathwise"),
+    "granularity": ("batch", "sample"),
+}
+
+_DRAWN_AGAIN = (
+    "Policy: draw must be called outside the backward pass, got a call inside; checkpoint the student alone, "
+    "or kd.terms(..., draw=kd.policy.draw(batch)) with a draw made before"
+)
+
+_TRANSFORMED = (
+    "Policy: draw must be called outside torch.func's transforms, which forbid it to count its draws, got a "
+    "call inside; kd.terms(..., draw=kd.policy.draw(batch)) with a draw made before"
+)
+
+_source: torch.Generator | None = None
+
+
+def manual_seed(seed: int) -> None:
+    """Restart the source from which each `Policy` made afterwards takes its own seed.
+
+    Without it they take it from PyTorch's default generator, so that `torch.manual_seed` alone also makes
+    runs reproducible. Source: settled here.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+        raise TypeError(f"manual_seed: seed must be a whole number, got {seed!r}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"manual_seed: seed must fit in 64 bits, got {seed}")
+    global _source
+    _source = torch.Generator("cpu").manual_seed(int(seed))
+
+
+def fresh_seed(generator: torch.Generator | None = None) -> Tensor:
+    """[1] int64 from `generator`, else from `manual_seed`'s source, else from PyTorch's default generator."""
+    generator = generator if generator is not None else _source
+    device = "cpu" if generator is None else generator.device
+    return torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, device=device).cpu()
+
+
+class Draw(NamedTuple):
+    """One draw of a policy; the same draw makes the same plan. G is 1, or B with granularity="sample"."""
+
+    uniforms: Tensor  # [G, 3K + 2] float32 in (0, 1): choice K, gates 2K, centre of the hole (y, x)
+    seed: Tensor  # int64 [1]: of the noise, the shuffle and the dropped channels
+
+
+class Sample(NamedTuple):
+    """What a draw chooses, and the perturbed logits behind it: chosen = argmax, gates = [z > 0]."""
+
+    z_choice: Tensor  # [G, K]: log softmax(alpha) + Gumbel noise
+    z_gates: Tensor  # [G, K, 2]: logit(beta) + logistic noise
+    chosen: Tensor  # [G] int64
+    gates: Tensor  # [G, K, 2] bool: of all sub-policies, as if each had been chosen
+
+
+class Policy(nn.Module):
+    """A learned augmentation of the teacher's features.
+
+    Options, all keyword-only:
+        policies: sub-policies, pairs of operations by name or index (`sokd.kd.policy.plan.OPERATIONS`);
+            None: all 36.
+        estimator: "gumbel" [P] or "relax" [A]: how the search gets the gradient of the discrete choices.
+        magnitude_gradient: "straight_through" [P] or "pathwise" [S]: exact through theta and sigma.
+        granularity: "batch" [A]: one draw for the batch; "sample" [S]: one for each sample.
+        temperature: of the relaxed choices.
+        generator: where the seed is taken from (see `manual_seed`).
+
+    Parameters, trained by `sokd.PolicySearch` alone: `alpha` [K] logits of the choice (0 at first), `beta`
+    [K, 2] probability that an operation of the pair fires (0.5 at first; kept in [0.01, 0.99] by the
+    search, where its logit is finite: settled here), `magnitude` [K, 2] (0.5 at first, kept in [0, 1]).
+    They stay float32 (or float64) when the module is cast to half precision.
+    Buffers: `seed` and `counter`, int64 [1]; `operations` [K, 2] int64, the sub-policies: a state of others
+    is refused (RuntimeError). The other options are no part of the state: the parameters mean the same under
+    all of them, so that what was learned with one granularity may be drawn with the other. To the bit a run
+    goes on only with the options it had.
+    """
+
+    seed: Tensor
+    counter: Tensor
+    operations: Tensor
+    _low: Tensor
+    _span: Tensor
+    _carrying: Tensor
+
+    def __init__(
+        self, *, policies: Sequence[Sequence[int | str]] | None = None, estimator: str = "gumbel",
+        magnitude_gradient: str = "straight_through", granularity: str = "batch", temperature: float = 0.5,
+        generator: torch.Generator | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        _check_options(
+            estimator=estimator, magnitude_gradient=magnitude_gradient, granularity=granularity
+        )
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"Policy: temperature must be positive and finite, got {temperature}")
+        if not (generator is None or isinstance(generator, torch.Generator)):
+            got = type(generator).__name__
+            raise TypeError(f"Policy: generator must be a torch.Generator or None, got {got}")
+        if not (policies is None or isinstance(policies, Iterable)):
+            raise ValueError(
+                f"Policy: policies must be a list of pairs of operations, got {policies!r}"
+            )
+        self.policies = PAIRS if policies is None else tuple(pair_of(entry) for entry in policies)
+        if not self.policies:
+            raise ValueError("Policy: policies must hold at least one pair, got none")
+        if len(set(self.policies)) < len(self.policies):
+            raise ValueError(
+                f"Policy: policies must hold each pair once, got {_named(self.policies)}"
+            )
+        self.estimator, self.magnitude_gradient, self.granularity = (
+            estimator,
+            magnitude_gradient,
+            granularity,
+        )
+        self.temperature = temperature
+        self.present = Present.of(self.policies)
+        count, dtype = (
+            len(self.policies),
+            torch.promote_types(torch.get_default_dtype(), torch.float32),
+        )
+        self.alpha = nn.Parameter(torch.zeros(count, dtype=dtype))
+        self.beta = nn.Parameter(torch.full((count, 2), 0.5, dtype=dtype))
+        self.magnitude = nn.Parameter(torch.full((count, 2), 0.5, dtype=dtype))
+        self.register_buffer("seed", fresh_seed(generator).to(self.alpha.device))
+        self.register_buffer("counter", torch.zeros(1, dtype=torch.int64))
+        self.register_buffer("operations", torch.tensor(self.policies))
+        self._tabulate()
+
+    def _tabulate(self) -> None:
+        """The constants of the operations, where the parameters are."""
+        for name, table in ranges(pathwise=self.magnitude_gradient == "pathwise")._asdict().items():
+            self.register_buffer(f"_{name}", table.to(self.alpha.device), persistent=False)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        """As `nn.Module`'s, but no policy of other operations; the constants are made anew, for a module that
+        was on the meta device."""
+        pairs = state_dict.get(f"{prefix}operations")
+        if pairs is not None and pairs.tolist() != [list(pair) for pair in self.policies]:
+            rule = f"those of the state, {_named(pairs.tolist())}"
+            rest[-1].append(
+                f"Policy: policies must be {rule}, got {_named(self.policies)}"
+            )  # error_msgs
+            return
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._tabulate()
+
+    def extra_repr(self) -> str:
+        options = ", ".join(f"{name}={getattr(self, name)!r}" for name in _OPTIONS)
+        return f"{len(self.policies)} sub-policies, {options}, temperature={self.temperature}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Policy:
+        """As `nn.Module._apply`, but half precision: a step of 3e-4 is lost beside 0.5 in bfloat16."""
+
+        def kept(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            return (
+                tensor.to(applied.device)
+                if applied.dtype in (torch.float16, torch.bfloat16)
+                else applied
+            )
+
+        return cast(Policy, super()._apply(kept, recurse))  # type: ignore[no-untyped-call]
+
+    # ------------------------------------------------------------------------------------------------ draws
+
+    def draw(self, batch: int) -> Draw:
+        """The next draw for `batch` samples; advances the counter in place, on the device.
+
+        Raises:
+            RuntimeError: inside a backward pass, where `torch.utils.checkpoint` computes a loss again: with
+                another draw the gradients would not be those of its value. Inside torch.func's transforms.
+        """
+        if not torch.compiler.is_compiling() and torch_internals.running_backward() != -1:
+            raise RuntimeError(_DRAWN_AGAIN)
+        if sanity.transformed():
+            raise RuntimeError(_TRANSFORMED)
+        drawn = self.draw_at(self.seed, self.counter, batch)
+        self.counter.add_(1)
+        return drawn
+
+    def draw_at(self, seed: Tensor, counter: Tensor, batch: int) -> Draw:
+        """The draw of any seed and counter (int64 [1]); for fewer samples, the start of that for more."""
+        groups = batch if self.granularity == "sample" else 1
+        width = 3 * len(self.policies) + 2
+        uniforms, noise_seed = draw_uniforms(seed, counter, groups * width)
+        return Draw(uniforms.reshape(groups, width), noise_seed)
+
+    def sample(self, draw: Draw) -> Sample:
+        """What the draw chooses. Differentiable in alpha and beta through `z_choice` and `z_gates`."""
+        count = len(self.policies)
+        uniforms = draw.uniforms.to(torch.promote_types(self.alpha.dtype, torch.float32))
+        choice, gates = uniforms[:, :count], uniforms[:, count : 3 * count].reshape(-1, count, 2)
+        alpha, beta = self.alpha.to(uniforms.dtype), self.beta.to(uniforms.dtype)
+        z_choice = alpha.log_softmax(0) - (-choice.log()).log()
+        z_gates = beta.logit() + gates.logit()
+        return Sample(z_choice, z_gates, z_choice.detach().argmax(1), z_gates.detach() > 0)
+
+    # ------------------------------------------------------------------------------------------------ plans
+
+    def plan(
+        self, draw: Draw, shape: Sequence[int], *, layer: int = 0, differentiable: bool = False
+    ) -> Plan:
+        """The arguments of `sokd.ops.refine` for features of `shape` [B, C, H, W].
+
+        `layer` tells apart several features that share a draw: each has its own noise, shuffle and drop.
+        With `differentiable` the plan carries the magnitudes' gradient: pathwise in theta and sigma, else
+        `straight`.
+        """
+        with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+            sample = self.sample(draw)
+            channels, seed = self._channel_uniforms(draw, shape, layer)
+            strong = self._strengths(sample.chosen, _rows(sample.gates, sample.chosen))
+            made = self._parts(strong, draw, channels, shape)
+            carried = straight(strong, self._ranges.carrying) if differentiable else None
+            if self.magnitude_gradient == "straight_through":
+                made = Parts(*(None if part is None else part.detach() for part in made))
+        return Plan(*made, straight=carried, seed=seed)
+
+    @property
+    def _ranges(self) -> Ranges:
+        return Ranges(self._low, self._span, self._carrying)
+
+    def _channel_uniforms(
+        self, draw: Draw, shape: Sequence[int], layer: int
+    ) -> tuple[Tensor, Tensor]:
+        """Uniforms [2, G, C] for the shuffle and the drop, and the noise seed [1], of one layer."""
+        groups, channels = draw.uniforms.shape[0], shape[1]
+        wanted = 2 * groups * channels if self.present.perm or self.present.keep else 0
+        uniforms, seed = draw_uniforms(draw.seed, torch.full_like(draw.seed, layer), wanted)
+        # sample-major, so that the draw for fewer samples is the start of that for more
+        return uniforms.reshape(-1 if wanted else 0, 2, channels).transpose(0, 1), seed
+
+    def _strengths(self, rows: Tensor, gates: Tensor) -> Strengths:
+        """rows [...] int64, gates [..., 2] bool."""
+        magnitude = self.magnitude.to(torch.promote_types(self.magnitude.dtype, torch.float32))
+        return strengths(self.operations[rows], gates, magnitude[rows], self._ranges)
+
+    def _parts(
+        self, strong: Strengths, draw: Draw, channels: Tensor, shape: Sequence[int]
+    ) -> Parts:
+        return parts(strong, self.present, draw.uniforms[:, -2:], channels, shape[2], shape[3])
+
+    def _flips(self, sample: Sample, draw: Draw, shape: Sequence[int], layer: int) -> Parts:
+        """K + 2 plans [V, G, ...]: all sub-policies at their gates, then the chosen one, a gate flipped."""
+        with torch.no_grad():
+            count, groups = len(self.policies), draw.uniforms.shape[0]
+            every = (
+                torch.arange(count, device=sample.chosen.device).unsqueeze(1).expand(count, groups)
+            )
+            gates = _rows(sample.gates, sample.chosen)
+            flipped = [gates ^ torch.arange(2, device=gates.device).eq(index) for index in range(2)]
+            rows = torch.cat([every, sample.chosen.expand(2, groups)])
+            strong = self._strengths(
+                rows, torch.cat([sample.gates.transpose(0, 1), torch.stack(flipped)])
+            )
+            channels, _ = self._channel_uniforms(draw, shape, layer)
+            return self._parts(strong, draw, channels, shape)
+
+    # ----------------------------------------------------------------------------------------------- passes
+
+    def forward(
+        self,
+        features: Tensor,
+        draw: Draw | None = None,
+        *,
+        layer: int = 0,
+        differentiable: bool = False,
+    ) -> Tensor:
+        """Refine the teacher's features [B, C, H, W], which get no gradient; same shape and dtype.
+
+        An ordinary training pass has no gradient at all. With `differentiable` (the search) the result
+        carries those of alpha and beta (estimator "gumbel") and of the magnitudes. Without `draw` the next
+        one is taken.
+        """
+        features = features.detach()
+        draw = self.draw(features.shape[0]) if draw is None else draw
+        plan = self.plan(draw, features.shape, layer=layer, differentiable=differentiable)
+        refined = refine(
+            features, plan.theta, hole=plan.hole, sigma=plan.sigma, perm=plan.perm, keep=plan.keep,
+            seed=plan.seed, straight=plan.straight,
+        )  # fmt: skip
+        if not differentiable or self.estimator != "gumbel":
+            return refined
+        sample = self.sample(draw)
+        choice = (sample.z_choice / self.temperature).softmax(1)
+        gates = (_rows(sample.z_gates, sample.chosen) / self.temperature).sigmoid()
+        fired = _rows(sample.gates, sample.chosen)
+        flips = self._flips(sample, draw, features.shape, layer)
+        return with_choices(
+            refined, features, choice, gates, sample.chosen, fired, flips, plan.seed
+        )
+
+    # --------------------------------------------------------------------------------------------- the search
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Bring beta back to [0.01, 0.99] and the magnitudes to [0, 1], before and after each search step."""
+        self.beta.clamp_(0.01, 0.99)
+        self.magnitude.clamp_(0, 1)
+
+    @torch.no_grad()
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Scalars to log, on the device: entropy of the choice, mean beta, mean magnitude."""
+        log_p = self.alpha.log_softmax(0)
+        entropy = -(log_p.exp() * log_p).sum()
+        return {"entropy": entropy, "beta": self.beta.mean(), "magnitude": self.magnitude.mean()}
+
+    @torch.no_grad()
+    def table(self) -> list[dict[str, Any]]:
+        """One row for each sub-policy, for people: names, probabilities, magnitudes and what they mean."""
+        chances, betas, magnitudes = (
+            part.double().cpu().tolist()
+            for part in (self.alpha.softmax(0), self.beta, self.magnitude)
+        )
+        return [
+            {
+                "operations": tuple(OPERATIONS[op].name for op in pair),
+                "probability": chance,
+                "beta": tuple(beta),
+                "magnitude": tuple(magnitude),
+                "value": tuple(
+                    OPERATIONS[op].strength(m) for op, m in zip(pair, magnitude, strict=True)
+                ),
+                "unit": tuple(OPERATIONS[op].unit for op in pair),
+            }
+            for pair, chance, beta, magnitude in zip(
+                self.policies, chances, betas, magnitudes, strict=True
+            )
+        ]
+
+
+def _rows(gates: Tensor, chosen: Tensor) -> Tensor:
+    """[G, K, 2] at the chosen sub-policies [G]: [G, 2]."""
+    return gates.gather(1, chosen[:, None, None].expand(-1, 1, 2)).squeeze(1)
+
+
+def _check_options(**options: str) -> None:
+    for name, value in options.items():
+        allowed = _OPTIONS[name]
+        if value not in allowed:
+            raise ValueError(
+                f"Policy: {name} must be {' or '.join(map(repr, allowed))}, got {value!r}"
+            )
+
+
+def _named(pairs: Sequence[Sequence[int]]) -> str:
+    """Sub-policies as an error names them: the first three."""
+    names = [" + ".join(OPERATIONS[index].name for index in pair) for pair in pairs[:3]]
+    return ", ".join(names) + (f", ... ({len(pairs)})" if len(pairs) > 3 else "")

@@ -1,0 +1,255 @@
+"""Warnings about common mistakes of a training script, each given once for one module.
+
+Everything here reads metadata (graph nodes, modes, what an optimiser holds), except the mask's
+share of covered cells, which is read on the CPU alone. Under `torch.compile`, `torch.no_grad()`, a
+functorch transform or a dispatch mode nothing is looked at.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
+
+from sokd.ops import torch_internals
+from sokd.ops.runtime import is_eager
+
+if TYPE_CHECKING:
+    from sokd.kd.loss import Features
+    from sokd.kd.sokd import SoKD
+
+__all__ = ["Watch", "look", "look_at_mask", "transformed"]
+
+PATIENCE = 10  # steps in a row before a mistake is warned of
+
+UNHELD = (
+    "sokd: {parts} had gradients in {steps} steps of the student's optimiser, but no optimiser "
+    "holds them; {fix}"
+)
+PASS_KD = "pass it kd's parameters too, e.g. SGD([*student.parameters(), *kd.parameters()], lr=...)"
+TEACHER_GRAPH = (
+    "sokd: teacher_features require grad, but no gradient flows to the teacher; call the teacher "
+    "under torch.no_grad()"
+)
+# Seen in the teacher's graph alone: under torch.no_grad() train mode leaves no trace.
+TEACHER_TRAINS = (
+    "sokd: the teacher ran in train mode; call teacher.eval() before the student's training"
+)
+MASK_FULL = (
+    "sokd: the areas covered every cell for {steps} steps, so the mask selects nothing; "
+    "use larger maps, a lower k or dam=None"
+)
+MASK_EMPTY = (
+    "sokd: the areas covered no cell for {steps} steps, so no feature is distilled; "
+    "look for NaN in the features or in kd.dam, and lower the learning rate"
+)
+
+
+class Watch:
+    """What has been seen of one module's training, and which warnings have been given.
+
+    `Watch.of(module)` is the module's own; copies and pickles of the module start with a new one.
+    """
+
+    def __init__(self) -> None:
+        self._given: set[str] = set()
+        self._settled = False  # whether every optimiser that matters has been seen
+        self._student: list[weakref.ref[Tensor]] = []
+        self._parts: Mapping[str, nn.Module | None] = {}
+        self._fix = PASS_KD
+        self._held: set[int] = set()  # ids of the parts' parameters that an optimiser holds
+        self._steps = 0
+        self._full = self._empty = 0
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Watch:
+        """The module's own."""
+        return _watches.setdefault(module, cls())
+
+    def warn(self, text: str, **values: Any) -> None:
+        """Give a warning once, at the line of the user's code that led here."""
+        if text in self._given:
+            return
+        self._given.add(text)
+        level, frame = 1, sys._getframe()
+        while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in _INSIDE:
+            level, frame = level + 1, frame.f_back
+        warnings.warn(text.format(**values), stacklevel=level)
+
+    def teacher(self, features: Iterable[Tensor]) -> None:
+        """Warn of a teacher with gradients, and of one whose graph shows train mode."""
+        outputs = [each for each in features if each.requires_grad]
+        if not outputs or TEACHER_GRAPH in self._given:
+            return
+        self.warn(TEACHER_GRAPH)
+        if any(_trains(node) for node in _nodes(outputs)):
+            self.warn(TEACHER_TRAINS)
+
+    def optimiser(
+        self, student: Iterable[Tensor], parts: Mapping[str, nn.Module | None], fix: str = PASS_KD
+    ) -> None:
+        """Wait for the student's optimiser, to warn of parts that no optimiser holds.
+
+        Args:
+            student: its trained parameters; read until there is one.
+            parts: what is trained beside the student, by name.
+            fix: the end of the warning.
+        """
+        if self._settled:
+            _let_go()
+            return
+        if not self._student:
+            self._student = [weakref.ref(parameter) for parameter in student]
+        self._parts, self._fix = parts, fix
+        if self._student:
+            _listen()
+
+    @property
+    def waits(self) -> bool:
+        """Whether the next step of an optimiser matters."""
+        return bool(self._student) and not self._settled
+
+    def stepped(self, parameters: Mapping[int, Tensor]) -> None:
+        """Take note of a step of an optimiser that holds these parameters, by id.
+
+        A part may have an optimiser of its own, which steps after the student's or less often.
+        """
+        trained = [
+            (name, parameter)
+            for name, part in self._parts.items()
+            if part is not None
+            for parameter in part.parameters()
+            if parameter.requires_grad
+        ]
+        self._held |= parameters.keys() & {id(parameter) for _, parameter in trained}
+        if not any(id(parameter()) in parameters for parameter in self._student):
+            return
+        self._steps += 1
+        unheld = [(name, each) for name, each in trained if id(each) not in self._held]
+        if unheld and self._steps < PATIENCE:
+            return
+        late = dict.fromkeys(name for name, parameter in unheld if parameter.grad is not None)
+        if late:
+            held = {name for name, parameter in trained if id(parameter) in self._held}
+            parts = " and ".join(f"parts of {name}" if name in held else name for name in late)
+            self.warn(UNHELD, parts=parts, steps=PATIENCE, fix=self._fix)
+        self._settled, self._student, self._parts, self._held = True, [], {}, set()
+
+    def mask(self, shares: Tensor) -> None:
+        """Count the steps in a row in which the areas of every sample cover all cells, or none.
+
+        Args:
+            shares: [layers], the share of cells that the areas cover; on other devices than the CPU
+                nothing is read.
+        """
+        if shares.device.type != "cpu":
+            return
+        values: list[float] = shares.tolist()
+        self._full = self._full + 1 if max(values) >= 1 else 0
+        self._empty = self._empty + 1 if min(values) <= 0 else 0
+        if self._full == PATIENCE:
+            self.warn(MASK_FULL, steps=PATIENCE)
+        if self._empty == PATIENCE:
+            self.warn(MASK_EMPTY, steps=PATIENCE)
+
+
+_INSIDE = ("sokd", "torch")  # packages whose lines a warning does not point at
+_watches: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()
+
+# One hook for all modules, there while one of them waits.
+_handle: RemovableHandle | None = None
+
+
+def _listen() -> None:
+    global _handle
+    if _handle is None:
+        _handle = register_optimizer_step_post_hook(_after_step)
+
+
+def _let_go() -> None:
+    """Remove the hook if no module waits. Never from inside it: torch iterates over the hooks."""
+    global _handle
+    if _handle is not None and not any(watch.waits for watch in list(_watches.values())):
+        _handle.remove()
+        _handle = None
+
+
+def _after_step(optimiser: Optimizer, args: Any, kwargs: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    waiting = [watch for watch in list(_watches.values()) if watch.waits]
+    if waiting:
+        groups = optimiser.param_groups
+        parameters = {id(parameter): parameter for group in groups for parameter in group["params"]}
+        for watch in waiting:
+            watch.stepped(parameters)
+
+
+# -------------------------------------------------------------------------------------- SoKD's own
+
+
+def look(kd: SoKD, student_features: Features, teacher_features: Features) -> None:
+    """Look at one training step of `kd`, whose statistics are just recorded."""
+    if not is_eager(kd.statistics) or not torch.is_grad_enabled():
+        return
+    watch = Watch.of(kd)
+    watch.teacher(_tensors(teacher_features))
+    # at a weight of 0 the heads have no gradient to train on
+    parts = {"kd.adapter": kd.adapter, "kd.dam": kd.dam if kd.lambda_agreement else None}
+    watch.optimiser(_leaves(_tensors(student_features)), parts)
+    look_at_mask(kd)
+
+
+def look_at_mask(kd: SoKD) -> None:
+    """Look at the mask alone, of a step whose statistics are just recorded."""
+    if kd.dam is not None and is_eager(kd.statistics):
+        Watch.of(kd).mask(kd.statistics[:, -1])
+
+
+def transformed() -> bool:
+    """Whether a functorch transform runs eagerly: nothing may be kept from inside it."""
+    return not torch.compiler.is_compiling() and torch_internals.is_transforming()
+
+
+def _tensors(features: Features) -> list[Tensor]:
+    return [features] if isinstance(features, Tensor) else list(features)
+
+
+def _trains(node: Any) -> bool:
+    name = node.name()
+    return "NativeDropout" in name or (
+        "BatchNorm" in name and bool(getattr(node, "_saved_training", False))
+    )
+
+
+def _leaves(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The leaves of the graph behind the outputs: the parameters that their gradients reach."""
+    for node in _nodes(outputs):
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            yield leaf
+
+
+def _nodes(outputs: Iterable[Tensor]) -> Iterator[Any]:
+    """The nodes of the autograd graph behind the outputs, nearest first."""
+    waiting = deque(output.grad_fn for output in outputs if output.grad_fn is not None)
+    seen: set[Any] = set(waiting)
+    while waiting:
+        node = waiting.popleft()
+        yield node
+        fresh = [
+            following
+            for following, _ in node.next_functions
+            if following is not None and following not in seen
+        ]
+        seen.update(fresh)
+        waiting.extend(fresh)

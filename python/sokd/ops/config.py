@@ -1,0 +1,100 @@
+"""Which reader of tensors is in use, and a page that says what this installation can do."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from sokd import _core
+
+# torch releases on which sokd_tch is proven. Elsewhere the layout of a tensor in libtorch may differ, and
+# reading it would abort the process: the release is compared before the import.
+PROVEN = ("2.13", "2.14", "2.15")
+
+_why_portable: str | None = None
+
+
+def choose_reader() -> None:
+    """Select the reader "tch" where it is installed and proven on the running torch, else "portable"."""
+    global _why_portable
+    _core.select_reader("portable")
+    _why_portable = None
+    if ".".join(torch.__version__.split(".")[:2]) not in PROVEN:
+        _why_portable = f"sokd_tch is proven on torch {', '.join(PROVEN)}"
+        return
+    try:
+        _core.use_tch_reader(import_module("sokd_tch").reader)
+    except ModuleNotFoundError:
+        _why_portable = "sokd_tch is not installed"
+    except Exception as error:  # built for another Python or torch, or broken
+        _why_portable = f"sokd_tch does not load: {error}"
+
+
+@cache
+def why_no_cuda() -> str | None:
+    """Why there are no CUDA kernels here; None: there are.
+
+    Opens the driver and NVRTC. Neither is initialised, so a later fork is as free as without sokd.
+    """
+    if not _core.build_info()["cuda"]:
+        return "this build has none"
+    if torch.version.cuda is None:
+        return "this torch is not built for CUDA"
+    try:
+        _core.cuda_open(nvrtc_names(torch.version.cuda))
+    except RuntimeError as error:
+        return str(error).removeprefix("cuda_open: ")
+    return None
+
+
+def nvrtc_names(release: str) -> list[str]:
+    """Where NVRTC of this CUDA release can be: what torch has loaded, NVIDIA's wheels, torch itself."""
+    major = release.split(".")[0]
+    name = f"libnvrtc.so.{major}"
+    wheels = find_spec("nvidia")
+    roots = [Path(root) for root in (wheels and wheels.submodule_search_locations) or ()]
+    paths = [root / part / "lib" / name for root in roots for part in (f"cu{major}", "cuda_nvrtc")]
+    # some builds carry it under a name of their own; its second half and its variant beside it are not it
+    bundled = sorted((Path(torch.__file__).parent / "lib").glob("libnvrtc*.so*"))
+    paths += [path for path in bundled if "builtins" not in path.name and ".alt." not in path.name]
+    return [name, *(str(path) for path in paths if path.is_file())]
+
+
+def describe() -> str:
+    """The lines that `show_config` prints."""
+    build = _core.build_info()
+    why = f" ({_why_portable})" if build["reader"] == "portable" and _why_portable else ""
+    rows = {
+        "sokd": build["version"],
+        "torch": torch.__version__,
+        "reader": f"{build['reader']}{why}; NumPy arrays by numpy",
+        "simd": build["simd"],
+        "threads": f"{torch.get_num_threads()}, as torch.set_num_threads says",
+        "cuda": f"{_cuda()}; {torch.cuda.device_count()} devices visible",
+    }
+    return "\n".join(f"{name:8} {text}" for name, text in rows.items())
+
+
+def _cuda() -> str:
+    why = why_no_cuda()
+    if why is not None:
+        return f"no kernels ({why}): the reference path serves"
+    try:
+        info = _core.cuda_info()
+    except RuntimeError as error:
+        return str(error).removeprefix("cuda_info: ")
+    kept = (
+        f"compiled kernels kept in {info['cache']}"
+        if info["cache"]
+        else "compiled kernels are not kept"
+    )
+    return f"driver for {info['driver']}, NVRTC {info['nvrtc']}, {kept}"
+
+
+def show_config() -> None:
+    """Print the versions, the reader in use, the SIMD level, the threads and the state of CUDA."""
+    print(describe())

@@ -1,0 +1,301 @@
+"""sokd.loss in the machinery of a training run: compilers, autocast, DDP, fake tensors; and its memory."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from support import kd_cases
+from support.cases import compiles
+from support.kd_cases import make
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
+
+from sokd.kd.dam import Attention
+from sokd.kd.loss import loss
+from sokd.kd.sokd import SoKD
+
+
+def pair(dtype: torch.dtype = torch.float32, batch: int = 2) -> tuple[Tensor, Tensor]:
+    return kd_cases.pair((batch, 3, 6, 6), (batch, 4, 6, 6), dtype)
+
+
+def value_and_gradients(
+    call: Callable[..., Tensor], kd: SoKD, *features: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    kd.policy.counter.fill_(3)
+    value = call(*features, kd)
+    return value.detach(), list(torch.autograd.grad(value, [features[0], *kd.parameters()]))
+
+
+# ----------------------------------------------------------------------------------------------- compilers
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("backend", "batches"),
+    [
+        ("aot_eager", (2, 3)),
+        ("inductor", (2,)),
+    ],  # the second batch size makes the dimension dynamic
+)
+def test_compiled_whole_it_gives_the_same_value_gradients_and_statistics(backend, batches):
+    torch._dynamo.reset()
+    kd, twin = make(), make()
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    for batch in batches:
+        features = pair(batch=batch)
+        want, d_want = value_and_gradients(loss, kd, *features)
+        got, d_got = value_and_gradients(compiled, twin, *features)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(d_got, d_want, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(twin.diagnostics(), kd.diagnostics())
+        for name, tensor in kd.state_dict().items():
+            torch.testing.assert_close(
+                twin.state_dict()[name], tensor, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+@compiles
+def test_a_compiled_training_step_draws_anew_each_time():
+    torch._dynamo.reset()
+    kd = make(dam=None).eval()
+    student, teacher = pair()
+    step = torch.compile(
+        lambda student, teacher: loss(student, teacher, kd), fullgraph=True, backend="aot_eager"
+    )
+    values = [step(student, teacher).item() for _ in range(6)]
+    kd.policy.counter.zero_()
+    assert values == pytest.approx([loss(student, teacher, kd).item() for _ in range(6)])
+    assert len(set(values)) > 1
+
+
+@compiles
+def test_a_compiled_kd_is_taken_by_the_loss():
+    torch._dynamo.reset()
+    kd = make(dam=None).eval()
+    features = pair()
+    compiled = torch.compile(kd, fullgraph=True, backend="aot_eager")
+    got = loss(*features, compiled)
+    kd.policy.counter.zero_()
+    torch.testing.assert_close(got, loss(*features, kd))
+
+
+@compiles
+def test_it_exports():
+    kd = make().eval()
+    features = [side.detach() for side in pair()]
+    exported = torch.export.export(kd, tuple(features))
+    kd.policy.counter.zero_()
+    want = kd(*features)
+    kd.policy.counter.zero_()
+    torch.testing.assert_close(exported.module()(*features), want)
+
+
+@compiles
+@pytest.mark.parametrize(
+    "which", [{0: "batch"}, {0: "batch", 2: "height", 3: "width"}], ids=["batch", "all"]
+)
+def test_it_exports_for_any_size(which):
+    kd, twin = make(), make()
+    dims = {index: torch.export.Dim(name, min=2) for index, name in which.items()}
+    program = torch.export.export(kd, pair(), dynamic_shapes=(dims, dims)).module()
+    sizes = (6, 6) if len(which) == 1 else (5, 7)
+    features = [part.detach() for part in kd_cases.pair((3, 3, *sizes), (3, 4, *sizes))]
+    torch.testing.assert_close(program(*features).detach(), loss(*features, twin).detach())
+
+
+def remake_on(device: str, module: nn.Module) -> None:
+    """What `.to(device)` does, for fake tensors, which it cannot swap."""
+    for child in module.children():
+        remake_on(device, child)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device=device))
+    for name, buffer in module._buffers.items():
+        module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_no_value_is_read_on_the_host(device):
+    """Fake tensors have no values: `.item()`, a branch on a tensor or a copy to the host raises."""
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "sokd: no kernels for cuda"
+        )  # the plain path; its kernels, if any, likewise
+        kd = make([3, 3], [4, 4])
+        remake_on(device, kd)
+        students = [torch.randn(2, 3, 6, 6, device=device, requires_grad=True) for _ in range(2)]
+        teachers = [torch.randn(2, 4, 5, 6, device=device) for _ in range(2)]
+        terms = loss(students, teachers, kd, return_terms=True)
+        if device == "cpu":  # the autograd engine itself asks for a device, even a fake one's
+            terms["total"].backward()
+            assert students[0].grad.shape == students[0].shape
+        found = kd.diagnostics()
+    assert terms["total"].device.type == device
+    assert all(value.device.type == device for value in found.values())
+
+
+# ------------------------------------------------------------------------------------------------- autocast
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "sides", [(True, True), (False, True), (True, False), (False, False)], ids=str
+)
+def test_under_autocast_the_loss_is_float32_and_near(dtype, sides):
+    kd = make(lambda_agreement=1.0, lambda_areas=1.0).eval()
+    student, teacher = pair()
+    want, d_want = value_and_gradients(loss, kd, student, teacher)
+    half = [
+        side.detach().to(dtype) if low else side.detach()
+        for side, low in zip((student, teacher), sides, strict=True)
+    ]
+    half[0].requires_grad_()
+    with torch.autocast("cpu", dtype):
+        value, gradients = value_and_gradients(loss, kd, *half)
+    assert value.dtype == torch.float32
+    # which cells are covered may differ, by a peak that rounding moves: the terms stay of the same size
+    torch.testing.assert_close(value, want, rtol=0.1, atol=0)
+    assert gradients[0].dtype == half[0].dtype
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    similarity = torch.cosine_similarity(gradients[0].float().flatten(), d_want[0].flatten(), dim=0)
+    assert similarity > 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_module_of_another_dtype(dtype):
+    kd = make(lambda_agreement=1.0, lambda_areas=1.0).to(dtype).eval()
+    value, gradients = value_and_gradients(loss, kd, *pair(dtype))
+    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert all(gradient.dtype == dtype and gradient.isfinite().all() for gradient in gradients)
+
+
+# ------------------------------------------------------------------------------------------------------ DDP
+
+
+def free_of_the_batch() -> SoKD:
+    """Nothing in it depends on a sample's place in the batch (noise) or on its company (BatchNorm)."""
+    return SoKD(
+        3, 4, heat_channels=5, k=2, policies=[("rotate", "cutout"), ("shear_x", "channel_drop")]
+    ).eval()
+
+
+def _rank(rank: int, folder: str) -> None:
+    """One of two processes: half of the batch, its own seed; writes what it got."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.manual_seed(100 + rank)
+    kd = free_of_the_batch()
+    wrapped = DistributedDataParallel(kd)
+    steps = []
+    for step in range(2):
+        student, teacher = (side.detach()[2 * rank : 2 * rank + 2] for side in pair(batch=4))
+        kd.zero_grad()
+        loss(student + step, teacher, wrapped).backward()
+        steps.append({name: parameter.grad.clone() for name, parameter in kd.named_parameters()})
+    torch.save({"state": kd.state_dict(), "gradients": steps}, f"{folder}/{rank}")
+    dist.destroy_process_group()
+    os._exit(
+        0
+    )  # DDP's destructor holds the GIL and may wait for ever for gloo's thread, which wants it
+
+
+def test_two_ranks_draw_alike_and_give_the_gradients_of_the_whole_batch(tmp_path: Path):
+    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / str(rank)) for rank in range(2)]
+    torch.manual_seed(100)
+    kd = free_of_the_batch()
+    for step in range(2):
+        student, teacher = pair(batch=4)
+        kd.zero_grad()
+        loss(student.detach() + step, teacher, kd).backward()
+        for rank in ranks:
+            want = {name: parameter.grad for name, parameter in kd.named_parameters()}
+            torch.testing.assert_close(rank["gradients"][step], want, rtol=1e-4, atol=1e-4)
+    for rank in ranks:
+        assert torch.equal(rank["state"]["policy.seed"], kd.policy.seed)
+        assert torch.equal(rank["state"]["policy.counter"], kd.policy.counter)
+
+
+# --------------------------------------------------------------------------------------------------- memory
+
+
+class Stored(nn.Module):
+    """In DAM's place, at no cost: a mask made before."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, student: Tensor, teacher: Tensor, *, scale: float) -> Attention:
+        return Attention(
+            self.weight.new_zeros(()), self.weight, self.weight, self.weight, student.detach()[:0]
+        )
+
+
+def peak(call: Callable[[], object]) -> int:
+    """The most bytes held at once beyond those held at the start, as PyTorch's allocator reports them."""
+    call()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        call()
+    events = [
+        event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def step(kd: SoKD, student: Tensor, teacher: Tensor) -> None:
+    torch.autograd.grad(loss(student, teacher, kd), student)
+
+
+@pytest.mark.parametrize(
+    "layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"]
+)
+@pytest.mark.parametrize("mask", [True, False])
+def test_the_loss_holds_two_maps_at_most(mask, layout):
+    shape = (8, 32, 32, 32)
+    student, teacher = (torch.randn(shape).to(memory_format=layout) for _ in range(2))
+    weight = torch.rand(shape[0], *shape[2:])
+    kd = SoKD(
+        32,
+        32,
+        adapter=None,
+        dam=Stored(weight) if mask else None,
+        policies=[("rotate", "channel_shuffle")],
+    )
+    map_bytes = student.numel() * student.element_size()
+    most = peak(functools.partial(step, kd, student.requires_grad_(), teacher))
+    assert most <= 2.05 * map_bytes, f"{most / map_bytes:.2f} maps"
+    assert most >= 1.5 * map_bytes, "the count is blind"
+
+
+def test_beyond_its_convolutions_dam_adds_no_map():
+    """The whole loss with DAM, against DAM's convolutions forward and backward."""
+    torch.manual_seed(0)
+    shape = (4, 32, 32, 32)
+    student, teacher = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    kd = SoKD(32, 32, adapter=None, heat_channels=8, policies=[("rotate", "channel_shuffle")])
+
+    def convolutions() -> None:
+        points, size = kd.dam._heads(torch.cat((student, teacher)))
+        torch.autograd.grad(
+            (points, size), student, (torch.ones_like(points), torch.ones_like(size))
+        )
+
+    map_bytes = student.numel() * student.element_size()
+    most = peak(functools.partial(step, kd, student, teacher)) - peak(convolutions)
+    assert most <= 2.05 * map_bytes, f"{most / map_bytes:.2f} maps"

@@ -1,0 +1,179 @@
+"""What holds for the whole source tree: one operator, one name; one version; imports go down."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Set
+from importlib.metadata import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import sokd
+from sokd import _core, reference
+
+ROOT = Path(__file__).parents[2]
+OPERATORS = ("refine", "areas", "masked_mse")
+VERSION = sokd.__version__
+
+
+def sources() -> list[Path]:
+    """The files that are, or would be, in git; all files of the source folders where there is no git."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode == 0:
+        return [ROOT / line for line in listed.stdout.splitlines() if (ROOT / line).is_file()]
+    folders = (ROOT / name for name in ("src", "python", "tests", "benches", "docs"))
+    return [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+
+
+CODE = {".py", ".rs", ".cu", ".cuh", ".h", ".cpp"}
+TEXTS = [path for path in sources() if path.suffix in {*CODE, ".pyi", ".md", ".toml", ".csv", ""}]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_operator_has_its_place_in_every_layer(operator: str) -> None:
+    places = (
+        f"src/ops/{operator}/mod.rs",
+        f"src/ops/{operator}/naive.rs",
+        f"python/sokd/ops/{operator}.py",
+        f"tests/operators/test_{operator}.py",
+        f"benches/bench_{operator}.py",
+    )
+    assert [place for place in places if not (ROOT / place).is_file()] == []
+
+
+@pytest.mark.parametrize("operator", [*OPERATORS, "refine_dots"])
+def test_twin_has_the_same_signature(operator: str) -> None:
+    def shape_of(function: Callable[..., object]) -> list[tuple[object, ...]]:
+        return [
+            (p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()
+        ]
+
+    assert shape_of(getattr(sokd.ops, operator)) == shape_of(getattr(reference, operator))
+
+
+def test_one_version_everywhere() -> None:
+    """Cargo.toml states it; the changelog has its section."""
+    released = re.search(r"^## \[(\d.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    stating = [
+        path for path in TEXTS if path.suffix in {*CODE, ".toml"} and VERSION in path.read_text()
+    ]
+    assert released is not None and released[1] == VERSION == metadata("sokd")["Version"]
+    assert stating == [ROOT / "Cargo.toml"]
+
+
+def test_the_compiled_module_keeps_to_the_stable_abi() -> None:
+    pytest.importorskip("abi3audit", reason="abi3audit is not installed")
+    command = [sys.executable, "-m", "abi3audit", "--strict", "--assume-minimum-abi3", "3.10"]
+    audit = subprocess.run([*command, _core.__file__], capture_output=True, text=True)
+    assert audit.returncode == 0, audit.stdout + audit.stderr
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="this system has no readelf")
+def test_the_compiled_module_needs_the_c_library_alone() -> None:
+    """Above all nothing of torch: a torch that lacks one symbol would refuse to load it."""
+    printed = subprocess.run(
+        ["readelf", "-d", _core.__file__], capture_output=True, text=True, check=True
+    )
+    needed = set(re.findall(r"NEEDED.*\[(.+?)\.so", printed.stdout))
+    c_library = {"libc", "libm", "libdl", "libpthread", "librt", "libgcc_s"}
+    assert "libc" in needed
+    assert {name for name in needed - c_library if not name.startswith("ld-linux")} == set()
+
+
+@pytest.mark.skipif(
+    shutil.which("cargo") is None or find_spec("maturin") is None,
+    reason="a source distribution is made by cargo and maturin",
+)
+def test_the_source_distribution_is_whole(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "maturin", "sdist", "--out", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    archive = f"sokd-{VERSION}"
+    with tarfile.open(tmp_path / f"{archive}.tar.gz") as opened:
+        names = {name.removeprefix(f"{archive}/") for name in opened.getnames()}
+    tch = ("Cargo.toml", "Cargo.lock", "pyproject.toml", "backend.py", "build.rs")
+    wanted = {f"tch/{name}" for name in (*tch, "src/lib.rs", ".cargo/config.toml")}
+    wanted |= {"Cargo.lock", "LICENSE-MIT", "LICENSE-APACHE", "python/sokd/_core.pyi", "README.md"}
+    assert wanted - names == set()
+    built = {name for name in names if "target/" in name or name.endswith((".so", ".pyc"))}
+    assert built == set()
+
+
+def test_sokd_tch_is_built_with_the_torch_of_the_python_that_builds() -> None:
+    """Without an active venv, or in another one, as `path/to/venv/bin/pip install ./tch` is."""
+    pytest.importorskip("maturin", reason="maturin is not installed")
+    script = (
+        "import backend, os, shutil; print(shutil.which('python'), 'VIRTUAL_ENV' in os.environ)"
+    )
+    other = {"PATH": os.defpath, "VIRTUAL_ENV": "elsewhere"}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT / "tch",
+        env=other,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == [str(Path(sys.executable).parent / "python"), "False"]
+
+
+def test_license_is_declared_and_present() -> None:
+    assert metadata("sokd")["License-Expression"] == "MIT OR Apache-2.0"
+    assert "Permission is hereby granted" in (ROOT / "LICENSE-MIT").read_text()
+    assert "END OF TERMS AND CONDITIONS" in (ROOT / "LICENSE-APACHE").read_text()
+
+
+def test_no_text_names_a_folder_of_one_machine() -> None:
+    folder = re.compile(r"(?<![\w./-])/(?:home|root|Users|work)/\w+")
+    found = {path.name: folder.findall(path.read_text()) for path in TEXTS}
+    assert {name: folders for name, folders in found.items() if folders} == {}
+
+
+def test_imports_go_down() -> None:
+    """Operators below the method, the method below what users make of it."""
+    up = [
+        f"{module} imports {imported}"
+        for module, imports in import_graph().items()
+        for imported in imports
+        if storey(imported) > storey(module)
+    ]
+    assert up == []
+
+
+def storey(module: str) -> int:
+    floors = ({"ops", "reference", "_core"}, {"kd"}, {"methods", "distiller", "inspect"})
+    room = f"{module}.".split(".")[1]
+    return next((floor for floor, rooms in enumerate(floors) if room in rooms), len(floors))
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Each module of the package with the package's modules that it imports."""
+    package = ROOT / "python"
+    paths = {
+        ".".join(path.relative_to(package).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in sorted((package / "sokd").rglob("*.py"))
+    }
+    return {
+        module: imports_of(path, paths.keys() - {module} | {"sokd._core"})
+        for module, path in paths.items()
+    }
+
+
+def imports_of(path: Path, known: Set[str]) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names & known or {node.module}
+    return found & known
