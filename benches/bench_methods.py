@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from support import eager_methods as eager
 from torch import Tensor, nn
 
-from benches import eager_methods as eager
 from benches.harness import Case, Options, check_close
 from sokd import methods
 

@@ -20,7 +20,6 @@ from typing import Any
 
 from benches.harness import Options
 
-TESTS = Path(__file__).parent.parent / "tests"
 ARCHITECTURE = 90
 # operator, bit of SOKD_KERNELS, kernel, whether it differs by dtype and layout
 UNITS = (
@@ -50,7 +49,6 @@ print((time.process_time() - start) * 1e3 / sum(units), *units)
 
 def cases(options: Options) -> Iterator[dict[str, Any]]:
     """One row for each kernel's compilation, then the whole host side, cold and from the cache."""
-    sys.path.insert(0, str(TESTS))
     times = 1 if options.quick else 3
     for operator, bit, name, varies in UNITS:
         for dtype, layout in product(BITS, ORDERS) if varies else [("float32", "contiguous")]:

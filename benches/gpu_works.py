@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from support import eager
 from torch import Tensor
 
 import sokd
 from benches.bench_areas import HEATS
-from benches.bench_refine import SEED, eager_affine, eager_masked_mse, eager_refine, gradients, make
+from benches.bench_refine import SEED, gradients, make
 from benches.harness import LAYOUTS, Case, Side, check_close, compiled
 from sokd import reference
 
@@ -61,13 +62,13 @@ def _refine_forward(
     plan: dict[str, Tensor], layout: str, compiler: Callable[..., Any] | None
 ) -> Iterator[Case]:
     """Bytes: the features read, the refined map written."""
-    eager: dict[str, tuple[tuple[str, ...], Callable[..., Tensor] | None]] = {
+    kinds: dict[str, tuple[tuple[str, ...], Callable[..., Tensor] | None]] = {
         "nothing resampled": (("hole", "perm", "keep"), None),
-        "affine only": (("theta",), eager_affine),
-        "five parts": (("theta", "hole", "sigma", "perm", "keep"), eager_refine),
+        "affine only": (("theta",), eager.affine),
+        "five parts": (("theta", "hole", "sigma", "perm", "keep"), eager.refine),
     }
     features = plan["features"]
-    for kind, (names, baseline) in eager.items():
+    for kind, (names, baseline) in kinds.items():
         part = {name: plan[name] for name in ("features", *names)}
         sides: dict[str, Side] = {"sokd": _call(sokd.ops.refine, part | {"seed": SEED})}
         if baseline is not None:
@@ -96,7 +97,7 @@ def _refine_backward(plan: dict[str, Tensor], layout: str) -> Iterator[Case]:
         arguments = plan | leaves
         refined = sokd.ops.refine(**arguments, seed=SEED)
         sides = {"sokd": _backward(refined, [*leaves.values()], upstream)}
-        sides["eager"] = _backward(eager_refine(**arguments), [*leaves.values()], upstream)
+        sides["eager"] = _backward(eager.refine(**arguments), [*leaves.values()], upstream)
 
         def check(
             ours: Side = sides["sokd"], arguments: Any = arguments, leaves: Any = leaves
@@ -130,9 +131,9 @@ def _refine_dots(plan: dict[str, Tensor], layout: str) -> Case:
         if name not in ("features", "sigma")
     }
 
-    def eager() -> Tensor:
+    def one_by_one() -> Tensor:
         one = plan | {"sigma": torch.zeros_like(plan["sigma"])}
-        return torch.stack([(upstream * eager_refine(**one)).sum() for _ in range(PLANS)])
+        return torch.stack([(upstream * eager.refine(**one)).sum() for _ in range(PLANS)])
 
     def check() -> None:
         scale = features.numel() ** 0.5
@@ -144,7 +145,7 @@ def _refine_dots(plan: dict[str, Tensor], layout: str) -> Case:
 
     sides: dict[str, Side] = {
         "sokd": lambda: sokd.ops.refine_dots(features, upstream, stacked),
-        "eager": eager,
+        "eager": one_by_one,
     }
     return _case("refine_dots, 4 plans", features, layout, sides, 2 * features.nbytes, check)
 
@@ -189,9 +190,9 @@ def _masked_mse(
         for one, other in zip(ours, truth(), strict=True):
             check_close(one, other, **bound)
 
-    sides = {"sokd": both(sokd.ops.masked_mse), "eager": both(eager_masked_mse)}
+    sides = {"sokd": both(sokd.ops.masked_mse), "eager": both(eager.masked_mse)}
     if compiler is not None:
-        sides["compile"] = both(compiler(eager_masked_mse))
+        sides["compile"] = both(compiler(eager.masked_mse))
     moved = 3 * student.nbytes + weight.nbytes
     yield _case(
         "masked_mse, loss and gradient", student, layout, {"sokd": kernel}, moved, check_kernel
