@@ -150,7 +150,7 @@ def test_a_pretrained_pair_is_fitted_and_drawn(pretrained, tmp_path):
 
 
 def test_a_pretrained_pair_by_itself(pretrained):
-    """`layers="auto"`: strides 2 to 32, no padding module; a step of two methods gives gradients."""
+    """`layers="auto"`: strides 2 to 32, no padding module; a step of two methods trains."""
     teacher, student = pretrained.pair()
     x = pretrained.normalised(pretrained.photographs(64))
     distiller = sokd.Distiller(
