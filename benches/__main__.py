@@ -1,4 +1,4 @@
-"""`python -m benches [--quick] [name ...]`: all benches, or those named; tables, CSV files, README.md."""
+"""`python -m benches [--quick] [name ...]`: all benches or those named; tables, CSV files, docs."""
 
 from __future__ import annotations
 

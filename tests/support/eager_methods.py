@@ -1,6 +1,6 @@
-"""The other side of `bench_methods`: the losses as a user writes them from the formulas, in plain PyTorch.
+"""The losses of `sokd.methods` in plain PyTorch, written directly from the formulas: baselines.
 
-Each is the direct transcription, teachers without a graph; no operation is there to be slow.
+Teachers have no graph, and no operation is there to be slow.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _hcl(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class CRD:
-    """Gather the picked rows, multiply, exponentiate; index_select and index_copy_ for the banks."""
+    """Gather the rows, multiply, exponentiate; index_select and index_copy_ for the banks."""
 
     def __init__(self, like: Any) -> None:
         self.like, self.z = like, [-1.0, -1.0]
