@@ -15,7 +15,9 @@ PAGES = sorted(DOCS.rglob("*.md"))
 WITH_CODE = [page for page in PAGES if "```python" in page.read_text()]
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own
+@pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning"
+)  # dynamo's own
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
 def test_page_runs(page: Path, tmp_path: Path) -> None:
     assert run_blocks(page, {**prelude(), "out": tmp_path}) > 0
@@ -37,4 +39,6 @@ def test_site_needs_no_other_host() -> None:
     )
     pages = [*SITE.rglob("*.html"), *SITE.rglob("*.css")]
     assert len(pages) > len(PAGES)
-    assert {str(page.relative_to(SITE)) for page in pages if loaded.search(page.read_text())} == set()
+    assert {
+        str(page.relative_to(SITE)) for page in pages if loaded.search(page.read_text())
+    } == set()
