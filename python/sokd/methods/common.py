@@ -29,7 +29,7 @@ Maps = Tensor | Sequence[Tensor]
 Weights = Tensor | Sequence[Tensor | None] | None
 
 
-@dataclass(slots=True)
+@dataclass
 class Step:
     """What one training step offers a method."""
 
@@ -73,6 +73,16 @@ class Method(nn.Module):
             given(cls.name, "student_logits", step.student_logits, what),
             given(cls.name, "teacher_logits", step.teacher_logits, what),
         )
+
+
+def constant(tensor: Tensor) -> Tensor:
+    """The tensor without its graph; a copy if it was made under `torch.inference_mode()`.
+
+    PyTorch refuses to save the latter for a backward.
+    """
+    if not torch.compiler.is_compiling() and tensor.is_inference():
+        return tensor.clone()
+    return tensor.detach()
 
 
 def wide(tensor: Tensor) -> Tensor:

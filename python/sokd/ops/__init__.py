@@ -1,5 +1,6 @@
 """The fused operators. Each has a twin of the same signature in `sokd.reference`."""
 
+from sokd.ops import installation as _installation  # noqa: F401  (first: it may refuse)
 from sokd.ops.areas import areas
 from sokd.ops.draw import draw
 from sokd.ops.masked_mse import masked_mse
