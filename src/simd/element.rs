@@ -182,14 +182,6 @@ impl Element for f32 {
     fn store(value: f32) -> Self {
         value
     }
-    #[inline(always)]
-    fn load_row(from: [Self; LANES], to: &mut [Self; LANES]) {
-        *to = from;
-    }
-    #[inline(always)]
-    fn store_row(from: &[Self; LANES]) -> [Self; LANES] {
-        *from
-    }
 }
 
 impl Element for f64 {
@@ -202,14 +194,6 @@ impl Element for f64 {
     #[inline(always)]
     fn store(value: f64) -> Self {
         value
-    }
-    #[inline(always)]
-    fn load_row(from: [Self; LANES], to: &mut [Self; LANES]) {
-        *to = from;
-    }
-    #[inline(always)]
-    fn store_row(from: &[Self; LANES]) -> [Self; LANES] {
-        *from
     }
 }
 

@@ -177,72 +177,24 @@ pub(crate) mod x86 {
             }
         };
     }
-    vector!(
-        Avx512F32,
-        Avx512,
-        f32,
-        __m512,
-        1,
-        _mm512_loadu_ps,
-        _mm512_loadu_ps,
-        _mm512_storeu_ps,
-        _mm512_set1_ps,
-        _mm512_fmadd_ps,
-        _mm512_mul_ps,
-        _mm512_add_ps,
-        _mm512_sub_ps,
-        _mm512_max_ps,
-        _mm512_and_ps
-    );
-    vector!(
-        Avx512F64,
-        Avx512,
-        f64,
-        __m512d,
-        2,
-        _mm512_loadu_pd,
-        |from| _mm512_cvtps_pd(_mm256_loadu_ps(from)),
-        _mm512_storeu_pd,
-        _mm512_set1_pd,
-        _mm512_fmadd_pd,
-        _mm512_mul_pd,
-        _mm512_add_pd,
-        _mm512_sub_pd,
-        _mm512_max_pd,
-        _mm512_and_pd
-    );
-    vector!(
-        Avx2F32,
-        Avx2,
-        f32,
-        __m256,
-        2,
-        _mm256_loadu_ps,
-        _mm256_loadu_ps,
-        _mm256_storeu_ps,
-        _mm256_set1_ps,
-        _mm256_fmadd_ps,
-        _mm256_mul_ps,
-        _mm256_add_ps,
-        _mm256_sub_ps,
-        _mm256_max_ps,
-        _mm256_and_ps
-    );
-    vector!(
-        Avx2F64,
-        Avx2,
-        f64,
-        __m256d,
-        4,
-        _mm256_loadu_pd,
-        |from| _mm256_cvtps_pd(_mm_loadu_ps(from)),
-        _mm256_storeu_pd,
-        _mm256_set1_pd,
-        _mm256_fmadd_pd,
-        _mm256_mul_pd,
-        _mm256_add_pd,
-        _mm256_sub_pd,
-        _mm256_max_pd,
-        _mm256_and_pd
-    );
+    vector! {
+        Avx512F32, Avx512, f32, __m512, 1, _mm512_loadu_ps, _mm512_loadu_ps, _mm512_storeu_ps,
+        _mm512_set1_ps, _mm512_fmadd_ps, _mm512_mul_ps, _mm512_add_ps, _mm512_sub_ps,
+        _mm512_max_ps, _mm512_and_ps
+    }
+    vector! {
+        Avx512F64, Avx512, f64, __m512d, 2, _mm512_loadu_pd,
+        |from| _mm512_cvtps_pd(_mm256_loadu_ps(from)), _mm512_storeu_pd, _mm512_set1_pd,
+        _mm512_fmadd_pd, _mm512_mul_pd, _mm512_add_pd, _mm512_sub_pd, _mm512_max_pd, _mm512_and_pd
+    }
+    vector! {
+        Avx2F32, Avx2, f32, __m256, 2, _mm256_loadu_ps, _mm256_loadu_ps, _mm256_storeu_ps,
+        _mm256_set1_ps, _mm256_fmadd_ps, _mm256_mul_ps, _mm256_add_ps, _mm256_sub_ps,
+        _mm256_max_ps, _mm256_and_ps
+    }
+    vector! {
+        Avx2F64, Avx2, f64, __m256d, 4, _mm256_loadu_pd,
+        |from| _mm256_cvtps_pd(_mm_loadu_ps(from)), _mm256_storeu_pd, _mm256_set1_pd,
+        _mm256_fmadd_pd, _mm256_mul_pd, _mm256_add_pd, _mm256_sub_pd, _mm256_max_pd, _mm256_and_pd
+    }
 }
