@@ -1,39 +1,56 @@
-// What all kernels share: the structures that the host fills, dtypes, vector memory access, sums.
+// What all kernels share: the argument structures, dtypes, vector memory access, sums.
 //
-// How a kernel.cu is compiled (by NVRTC at run time, and by a C++ compiler for the emulator in tests/cuda):
-//   headers   common.cuh, philox.cuh and sampling.cuh, handed over by these names; nothing else is included
+// How a kernel.cu is compiled (by NVRTC at run time, and by a C++ compiler for the emulator in
+// tests/cuda):
+//   headers   common.cuh, philox.cuh and sampling.cuh, under these names; nothing else is included
 //   options   --std=c++17 --fmad=false --gpu-architecture=sm_XX -default-device
-//             (fused multiply-adds are written out, so that no compiler decides about bits)
-//   choice    -DSOKD_DTYPES=.. (1 f32, 2 f16, 4 bf16, 8 f64), -DSOKD_ORDERS=.. (1 planes, 2 lanes), -DSOKD_KERNELS=.. (see each kernel.cu):
-//             one bit each gives the shortest compilation; all bits are the default
-//   entries   {kernel}_{f32|f16|bf16|f64}_{planes|lanes}, extern "C", one structure by value, no static launch attributes
-// Launch: 256 threads a block, one dimension; no dynamic shared memory; blocks in x unless said otherwise; a grid of 0 blocks is not launched.
-// Every field of every structure is 8 bytes wide: pointers as unsigned long long, numbers as long long or double. Strides count elements.
+//             (fused multiply-adds are written out, so the bits do not depend on the compiler)
+//   choice    -DSOKD_DTYPES=.. (1 f32, 2 f16, 4 bf16, 8 f64), -DSOKD_ORDERS=.. (1 planes, 2 lanes),
+//             -DSOKD_KERNELS=.. (see each kernel.cu): one bit each gives the shortest compilation;
+//             all bits are the default
+//   entries   {kernel}_{f32|f16|bf16|f64}_{planes|lanes}, extern "C", one structure by value,
+//             no static launch attributes
+// Launch: 256 threads a block, one dimension; no dynamic shared memory; blocks in x unless stated
+// otherwise; a grid of 0 blocks is not launched.
+// Every field of every structure is 8 bytes wide: pointers as unsigned long long, numbers as
+// long long or double. Strides count elements.
 //
-// Orders of work, chosen by the output's memory (where there is none, by the first input's):
+// Orders of work, by the output's memory (by the first input's where there is no output map):
 //   planes    threads follow the positions of a plane: the output is contiguous [B, C, H, W]
-//   lanes     threads follow the channels of a position: the output is channels_last (and not contiguous, too)
-// Both take inputs of any strides. `wide` = 1 allows 128-bit access on every map of the call; it must only be set if
-//   planes    every map is contiguous, and P = H*W is a multiple of E = max(4, 16 / size) (f32 4, f16 and bf16 8, f64 4)
+//   lanes     threads follow the channels of a position: the output is channels_last (and not
+//             contiguous, too)
+// Both take inputs of any strides. `wide` = 1 allows 128-bit access on every map of the call; it is
+// set only if
+//   planes    every map is contiguous, and P = H*W is a multiple of E = max(4, 16 / size)
+//             (f32 4, f16 and bf16 8, f64 4)
 //   lanes     every map is channels_last, and C is a multiple of E
 //   and every map's pointer is a multiple of 16.
 // Geometry, the same for all kernels that take a Grid (size = bytes of an element):
-//   planes    positions_per_block = clamp(next_power_of_two(P), 32, 256);   lane_bits = log2(positions_per_block)
-//             channels_per_block  = 4096 / positions_per_block, or 8192 / positions_per_block if B*C*P >= 2^23 (never so for refine_dots)
-//   lanes     channels_per_block  = min(C, 128);   lanes = max(4, next_power_of_two(ceil(channels_per_block / E)));   lane_bits = log2(lanes)
+//   planes    positions_per_block = clamp(next_power_of_two(P), 32, 256)
+//             lane_bits = log2(positions_per_block)
+//             channels_per_block = 4096 / positions_per_block, or 8192 / positions_per_block if
+//             B*C*P >= 2^23 (never so for refine_dots)
+//   lanes     channels_per_block = min(C, 128)
+//             lanes = max(4, next_power_of_two(ceil(channels_per_block / E)))
+//             lane_bits = log2(lanes)
 //             positions_per_block = 1024 / lanes
-//   tiles = ceil(P / positions_per_block);   chunks = ceil(C / channels_per_block);   blocks = B * chunks * tiles
-// Block i works on tile i % tiles, chunk i / tiles % chunks, sample i / tiles / chunks. blocks, C and P are below 2^31.
+//   tiles = ceil(P / positions_per_block)
+//   chunks = ceil(C / channels_per_block)
+//   blocks = B * chunks * tiles
+// Block i works on tile i % tiles, chunk i / tiles % chunks, sample i / tiles / chunks. blocks, C
+// and P are below 2^31.
 #pragma once
 
-// A map [B, C, H, W]: where it lies (0: there is none) and its strides.
+// A map [B, C, H, W]: its address (0: absent) and its strides.
 struct Map {
     unsigned long long pointer;
     long long n, c, y, x;
 };
 
-// A part of a plan, of any dtype that the checks let through. `group` is 0 if the part has one group for all samples.
-//   theta: a = stride of the rows, b = of the columns;  hole: a = of the four numbers;  perm, keep: a = of the channels;  sigma: none
+// A part of a plan, of any dtype that the checks accept. `group` is 0 if the part has one
+// group for all samples.
+//   theta: a = stride of the rows, b = of the columns;  hole: a = of the four numbers
+//   perm, keep: a = of the channels;  sigma: no further stride
 struct Part {
     unsigned long long pointer;  // 0: absent
     long long dtype;             // a DType below
@@ -42,15 +59,15 @@ struct Part {
     long long a, b;
 };
 
-// A gradient [G, ..] that goes out.
+// A gradient [G, ..].
 struct Out {
-    unsigned long long pointer;  // 0: not wanted
+    unsigned long long pointer;  // 0: absent
     long long dtype;             // of the float dtypes
     long long groups;            // G: 1, or the batch
     long long group, a, b;       // strides as in Part
 };
 
-// Sizes, and how the work is cut (see above).
+// Sizes of a map, and its tiles and chunks (see above).
 struct Grid {
     long long batch, channels, height, width;
     long long positions_per_block, channels_per_block, lane_bits, tiles, chunks;
@@ -58,7 +75,7 @@ struct Grid {
 
 enum DType { F32 = 0, F16 = 1, BF16 = 2, F64 = 3, I64 = 4, I32 = 5, I16 = 6, I8 = 7, U8 = 8, BOOL = 9 };
 
-// ------------------------------------------------------------------------------------------------------------------ compilation
+// ------------------------------------------------------------------------------------- compilation
 #ifndef SOKD_DTYPES
 #define SOKD_DTYPES 15
 #endif
@@ -79,8 +96,8 @@ constexpr int PLANES = 0, LANES = 1;
 #endif
 #define SOKD_DEVICE __device__ __forceinline__
 
-// Four blocks of 256 threads on a multiprocessor: 64 registers each, which is half of the occupancy of the largest ones. Of doubles, which
-// are there to check gradients, two blocks: 128 registers.
+// Four blocks of 256 threads on a multiprocessor: 64 registers each, which is half of the occupancy
+// of the largest ones. Of doubles, which are there to check gradients, two blocks: 128 registers.
 #define SOKD_ENTRY_OF(name, Args, BLOCKS, ...)                                                               \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) name(const __grid_constant__ Args args) {  \
         __VA_ARGS__(args);                                                                                   \
@@ -119,14 +136,14 @@ constexpr int PLANES = 0, LANES = 1;
 #else
 #define SOKD_IF_F64(...)
 #endif
-// One entry for each dtype and order that is asked for.
+// One entry for each selected dtype and order.
 #define SOKD_ENTRIES(name, Args, function)                        \
     SOKD_IF_F32(SOKD_IN_ORDERS(name##_f32, Args, function, float))   \
     SOKD_IF_F16(SOKD_IN_ORDERS(name##_f16, Args, function, Half))    \
     SOKD_IF_BF16(SOKD_IN_ORDERS(name##_bf16, Args, function, BFloat)) \
     SOKD_IF_F64(SOKD_IN_ORDERS(name##_f64, Args, function, double))
 
-// ------------------------------------------------------------------------------------------------------------------- dtypes
+// ------------------------------------------------------------------------------------------ dtypes
 struct Half {
     unsigned short bits;
 };
@@ -134,7 +151,7 @@ struct BFloat {
     unsigned short bits;
 };
 
-// What a dtype is computed in.
+// The accumulator dtype.
 template <class T>
 struct Real {
     using type = float;
@@ -161,7 +178,7 @@ SOKD_DEVICE float to_acc(Half value) {
 
 SOKD_DEVICE void from_acc(float value, float& out) { out = value; }
 SOKD_DEVICE void from_acc(double value, double& out) { out = value; }
-// By integers: the instruction is there from sm_80 on alone.
+// By integers: the instruction exists from sm_80 on.
 SOKD_DEVICE void from_acc(float value, BFloat& out) {
     const unsigned bits = __float_as_uint(value);
     const unsigned rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -180,7 +197,7 @@ SOKD_DEVICE double fused(double a, double b, double c) { return fma(a, b, c); }
 SOKD_DEVICE float root(float value) { return sqrtf(value); }
 SOKD_DEVICE double root(double value) { return sqrt(value); }
 
-// A number of any dtype at an element's offset.
+// A number of any dtype at an offset in elements.
 template <class T>
 SOKD_DEVICE T load(unsigned long long pointer, long long offset) {
     return ((const T*)pointer)[offset];
@@ -205,14 +222,15 @@ SOKD_DEVICE void store_real(unsigned long long pointer, long long dtype, long lo
     else from_acc((float)value, ((BFloat*)pointer)[offset]);
 }
 
-// -------------------------------------------------------------------------------------------------------------- 128-bit access
+// ---------------------------------------------------------------------------------- 128-bit access
 struct Pack {
     unsigned w[4];
 };
 template <class T>
 constexpr int WIDTH = 16 / sizeof(T);
 
-// Inputs are never written by the kernel that reads them, so the read-only path holds; the compiler may move these loads freely.
+// Inputs are never written by the kernel that reads them, so the read-only path holds; the compiler
+// may move these loads freely.
 SOKD_DEVICE Pack load_pack(const void* from) {
     Pack pack;
 #ifdef SOKD_EMULATOR
@@ -225,7 +243,7 @@ SOKD_DEVICE Pack load_pack(const void* from) {
 #endif
     return pack;
 }
-// Of memory that the same kernel writes.
+// From memory that the same kernel writes.
 SOKD_DEVICE Pack load_own_pack(const void* from) {
     Pack pack;
 #ifdef SOKD_EMULATOR
@@ -274,7 +292,8 @@ SOKD_DEVICE void set_element(Pack& pack, int i, Acc<T> value) {
     }
 }
 
-// What a thread has at a time: E elements that follow one another (four at least, because noise comes by fours).
+// What a thread has at a time: E elements that follow one another (four at least, because noise
+// comes by fours).
 template <class T>
 constexpr int RUN = WIDTH<T> < 4 ? 4 : WIDTH<T>;
 template <class T>
@@ -297,7 +316,7 @@ struct Run {
     }
 };
 
-// -------------------------------------------------------------------------------------------------------------- which work is mine
+// -------------------------------------------------------------------------------- tiles of a block
 // The piece of the map that a block has.
 struct Piece {
     long long n;
@@ -317,8 +336,8 @@ SOKD_DEVICE Piece piece_of(const Grid& grid) {
     return piece;
 }
 
-// Lanes: four threads side by side have the four positions of a quad, then come the runs of channels, then further quads. A thread goes on
-// by `step` positions, four times in all.
+// Lanes: four threads side by side have the four positions of a quad, then come the runs of
+// channels, then further quads. A thread goes on by `step` positions, four times in all.
 struct Spot {
     int channel;        // of its run's first element; past the piece's end for idle threads
     unsigned position;  // the first of its four
@@ -339,7 +358,7 @@ SOKD_DEVICE long long place(const Map& map, unsigned position, unsigned width) {
     return (long long)(position / width) * map.y + (long long)(position % width) * map.x;
 }
 
-// --------------------------------------------------------------------------------------------------------------------- sums
+// -------------------------------------------------------------------------------------------- sums
 // Always the same tree, so the same bits on every run.
 template <class A>
 SOKD_DEVICE A warp_sum(A value) {
@@ -347,7 +366,8 @@ SOKD_DEVICE A warp_sum(A value) {
     return value;
 }
 
-// The block's sum, in thread 0, of what the first lane of every warp brings. `room` is shared; a barrier must lie between two uses.
+// The block's sum, in thread 0, of what the first lane of every warp brings. `room` is shared; a
+// barrier must lie between two uses.
 SOKD_DEVICE double block_total(double of_warp, double (&room)[WARPS]) {
     if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = of_warp;
     __syncthreads();
@@ -365,7 +385,8 @@ SOKD_DEVICE double sum_of(const double* values, long long count, double (&room)[
     return block_total(warp_sum(sum), room);
 }
 
-// Eight sums of a warp by nine exchanges: halves of the lanes go on with halves of the numbers. Every lane gets that of number (lane / 4).
+// Eight sums of a warp by nine exchanges: halves of the lanes go on with halves of the numbers.
+// Every lane gets that of number (lane / 4).
 template <class A>
 SOKD_DEVICE A warp_sums(A (&values)[8]) {
 #pragma unroll

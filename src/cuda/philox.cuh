@@ -1,8 +1,10 @@
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) and normals from it: the bits of src/philox.rs.
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) and normals
+// from it: the bits of src/random/philox.rs.
 //
-// Counter words: (position / 4, 0, plane low, plane high) with plane = n*C + c, position = y*W + x; the key is the seed. The four words
-// make the normals of the positions 4*q .. 4*q+3. Every operation rounds as on the CPU (multiply-adds are written out), so the normals have
-// the same bits, too.
+// Counter words: (position / 4, 0, plane low, plane high) with plane = n*C + c, position = y*W + x;
+// the key is the seed. The four words make the normals of the positions 4*q .. 4*q+3. Every
+// operation rounds as on the CPU (multiply-adds are written out), so the normals have the same
+// bits, too.
 #pragma once
 #include "common.cuh"
 
@@ -15,8 +17,8 @@ struct Normals {
 
 SOKD_DEVICE Words philox(unsigned key0, unsigned key1, unsigned c0, unsigned c1, unsigned c2, unsigned c3) {
 #ifndef SOKD_EMULATOR
-    // The keys of the rounds are two additions each; known to be the same in every turn of a loop, all twenty would be kept in registers,
-    // and what the plane makes of the first rounds, too.
+    // The keys of the rounds are two additions each; known to be the same in every turn of a loop,
+    // all twenty would be kept in registers, and what the plane makes of the first rounds, too.
     asm volatile("" : "+r"(key0), "+r"(key1), "+r"(c2));
 #endif
 #pragma unroll
@@ -50,7 +52,8 @@ SOKD_DEVICE float natural_log(float x) {
     return fmaf(exponent, 355.0f / 512.0f, fmaf(-0.5f, square, tail) + f);
 }
 
-// The square root of 0 or of 1e-7 .. 46, correctly rounded: what the compiler makes of sqrtf, without the call for numbers out of that range.
+// The square root of 0 or of 1e-7 .. 46, correctly rounded: what the compiler makes of sqrtf,
+// without the call for numbers out of that range.
 SOKD_DEVICE float radius_of(float square) {
 #ifdef SOKD_EMULATOR
     return sqrtf(square);

@@ -1,4 +1,5 @@
-// What a plan does to one sample: its parts read once by the block, the noise, and where a position samples.
+// What a plan does to one sample: its parts read once by the block, the noise, and where a position
+// samples.
 #pragma once
 #include "common.cuh"
 #include "philox.cuh"
@@ -12,10 +13,12 @@ struct Plan {
     double height_by_width;
 };
 
-// ------------------------------------------------------------------------------------------------------ one sample's plan
-// Shared by the block. Every part is neutral where it is absent, so that later code looks at values alone.
+// ------------------------------------------------------------------------------- one sample's plan
+// Shared by the block. Every part is neutral where it is absent, so that later code looks at values
+// alone.
 constexpr int MOST_CHANNELS = 256;  // of a block, in any Grid
-// A channel that shows nothing: of a perm outside the map, or dropped (-1 less the channel that it would show).
+// A channel that shows nothing: of a perm outside the map, or dropped (-1 less the channel that it
+// would show).
 constexpr int INVALID = -2147483647 - 1, DROPPED = -1;
 struct Affine {
     double m[6];    // of x - cx, of y - cy, constant: for ix, then for iy, in pixels
@@ -31,7 +34,8 @@ struct SamplePlan {
 
 SOKD_DEVICE long long clipped(long long value, long long side) { return value < 0 ? 0 : value > side ? side : value; }
 
-// Reads plan v of sample n for the channels of the piece; a barrier is inside. Returns whether theta is anything but the identity.
+// Reads plan v of sample n for the channels of the piece; a barrier is inside. Returns whether
+// theta is anything but the identity.
 SOKD_DEVICE bool read_plan(SamplePlan& shared, const Plan& plan, const Grid& grid, const Piece& piece, long long v) {
     const int i = (int)threadIdx.x;
     bool moves = false;
@@ -86,9 +90,10 @@ SOKD_DEVICE Normals noise_of(const SamplePlan& plan, const Grid& grid, long long
     return normals(plan.key[0], plan.key[1], (unsigned long long)(n * grid.channels + c), position >> 2);
 }
 
-// -------------------------------------------------------------------------------------------------------------- sampling
-// Where one position samples: the cell above and to the left, which of the four corners lie within the map, and their weights.
-// In f64 up to the fractions: the coordinate's error would otherwise grow with the map.
+// ---------------------------------------------------------------------------------------- sampling
+// Where one position samples: the cell above and to the left, which of the four corners lie within
+// the map, and their weights. In f64 up to the fractions: the coordinate's error would otherwise
+// grow with the map.
 template <class A>
 struct Corners {
     int x, y;
@@ -138,7 +143,8 @@ SOKD_DEVICE long long corner_place(const Map& map, const Corners<A>& at, int cor
     return (long long)(at.y + (corner >> 1)) * map.y + (long long)(at.x + (corner & 1)) * map.x;
 }
 
-// One channel, sampled; a corner outside the map counts as 0 whatever lies there. `weights` are those of `at`.
+// One channel, sampled; a corner outside the map counts as 0 whatever lies there. `weights` are
+// those of `at`.
 template <class T>
 SOKD_DEVICE Acc<T> bilinear(const T* plane, const Map& map, const Corners<Acc<T>>& at, const Acc<T> (&weights)[4]) {
     Acc<T> value[4];
@@ -147,7 +153,8 @@ SOKD_DEVICE Acc<T> bilinear(const T* plane, const Map& map, const Corners<Acc<T>
     return fused(weights[0], value[0], fused(weights[1], value[1], fused(weights[2], value[2], weights[3] * value[3])));
 }
 
-// Lane j of four has the normals of channel j at four positions; afterwards it has those of four channels at position j.
+// Lane j of four has the normals of channel j at four positions; afterwards it has those of four
+// channels at position j.
 SOKD_DEVICE void transpose(Normals& noise) {
 #pragma unroll
     for (int step = 1; step < 4; step *= 2) {
@@ -167,7 +174,8 @@ SOKD_DEVICE A not_a_number() {
     return (A)__uint_as_float(0x7fc00000u);
 }
 
-// The corners of all positions of the block, each made once. A barrier must follow: all_in_place has one.
+// The corners of all positions of the block, each made once. A barrier must follow: all_in_place
+// has one.
 template <class A>
 SOKD_DEVICE void fill_table(Corners<A> (&table)[THREADS], const SamplePlan& plan, const Grid& grid, const Piece& piece) {
     const unsigned position = piece.position + threadIdx.x;
@@ -185,8 +193,9 @@ SOKD_DEVICE unsigned shown_of(const SamplePlan& plan, const Piece& piece, int fi
     return shown;
 }
 
-// Whether all channels of the block are shown in their own places, but for dropped ones: then runs of them are vectors. A barrier is inside,
-// so that the whole block goes one way: threads exchange their noise on it. It is also the one that fill_table needs.
+// Whether all channels of the block are shown in their own places, but for dropped ones: then runs
+// of them are vectors. A barrier is inside, so that the whole block goes one way: threads exchange
+// their noise on it. It is also the one that fill_table needs.
 SOKD_DEVICE bool all_in_place(const SamplePlan& plan, const Piece& piece, long long wide) {
     const int c = piece.channel + (int)threadIdx.x;
     const int source = c < piece.channels ? plan.source[threadIdx.x] : DROPPED;

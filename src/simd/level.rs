@@ -1,4 +1,5 @@
-//! Instruction sets, found at run time. Code for a level takes its token ([`Scalar`], `Avx2`, `Avx512`), which only detection makes.
+//! Instruction sets, found at run time. Code for a level takes its token ([`Scalar`], `Avx2`,
+//! `Avx512`), which only detection makes.
 
 use super::element::Real;
 use super::vector::{self, Vector};
@@ -43,7 +44,8 @@ impl Level {
     }
 }
 
-/// The level in use: the best one, or the one that the environment variable `SOKD_SIMD` names, if the CPU has it.
+/// The level in use: the best one, or the one that the environment variable `SOKD_SIMD` names, if
+/// the CPU has it.
 pub(crate) fn level() -> Level {
     static LEVEL: OnceLock<Level> = OnceLock::new();
     *LEVEL.get_or_init(|| {
@@ -54,7 +56,8 @@ pub(crate) fn level() -> Level {
     })
 }
 
-/// A level's token. It takes no memory; that a value exists proves that the CPU has the features of the level.
+/// A level's token. It takes no memory; that a value exists proves that the CPU has the features of
+/// the level.
 pub(crate) trait Simd: Copy {
     /// [`LANES`] numbers of f32 in the registers of this level.
     type F32: Vector<f32, Self>;
@@ -92,7 +95,8 @@ impl Simd for Scalar {
     }
 }
 
-/// Work that is compiled once for every level. `with_simd` and all that it calls must be `#[inline(always)]`.
+/// Work that is compiled once for every level. `with_simd` and all that it calls must be
+/// `#[inline(always)]`.
 pub(crate) trait WithSimd {
     /// What it returns.
     type Out;
@@ -118,7 +122,8 @@ pub(crate) fn run_at<W: WithSimd>(level: Level, work: W) -> W::Out {
     }
 }
 
-/// A level of x86: its features are listed once, for the detection and for the code that is compiled for it.
+/// A level of x86: its features are listed once, for the detection and for the code that is
+/// compiled for it.
 #[cfg(target_arch = "x86_64")]
 macro_rules! level {
     ($(#[$about:meta])* $name:ident, $f32:ident, $f64:ident, [$($feature:tt),*]) => {
@@ -166,7 +171,8 @@ level!(
 #[cfg(target_arch = "x86_64")]
 level!(
     /// The token of [`Level::Avx512`].
-    Avx512, Avx512F32, Avx512F64, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "bmi2"]
+    Avx512, Avx512F32, Avx512F64,
+    ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "bmi2"]
 );
 
 #[cfg(all(test, target_arch = "x86_64"))]

@@ -1,10 +1,12 @@
 //! A vector of [`LANES`] numbers and what is done with vectors, in the registers of a level.
 //!
-//! For plain arrays the compiler sometimes emits scalar code, or gathers and scatters over several rows. Every implementation rounds alike.
+//! For plain arrays the compiler sometimes emits scalar code, or gathers and scatters over several
+//! rows. Every implementation rounds alike.
 
 use super::{Real, Simd, LANES};
 
-/// [`LANES`] numbers side by side. Constructors take the token of the level `S`; a vector that exists proves the level.
+/// [`LANES`] numbers side by side. Constructors take the token of the level `S`; a vector that
+/// exists proves the level.
 pub(crate) trait Vector<A: Real, S>: Copy {
     /// From memory.
     fn load(simd: S, from: &[A; LANES]) -> Self;
@@ -94,7 +96,8 @@ impl<A: Real, S: Simd> Vector<A, S> for Plain<A> {
     }
 }
 
-/// The registers of AVX2 and AVX-512. Only a level's token makes a vector, so the CPU has the instructions.
+/// The registers of AVX2 and AVX-512. Only a level's token makes a vector, so the CPU has the
+/// instructions.
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod x86 {
     use super::{Vector, LANES};
@@ -102,7 +105,11 @@ pub(crate) mod x86 {
     use std::arch::x86_64::*;
 
     macro_rules! vector {
-        ($name:ident, $level:ident, $a:ty, $register:ty, $parts:expr, $load:ident, $widen:expr, $store:ident, $splat:ident, $fma:ident, $mul:ident, $add:ident, $sub:ident, $max:ident, $and:ident) => {
+        (
+            $name:ident, $level:ident, $a:ty, $register:ty, $parts:expr, $load:ident, $widen:expr,
+            $store:ident, $splat:ident, $fma:ident, $mul:ident, $add:ident, $sub:ident, $max:ident,
+            $and:ident
+        ) => {
             /// A vector in registers.
             #[derive(Clone, Copy)]
             pub(crate) struct $name([$register; $parts]);
@@ -123,8 +130,8 @@ pub(crate) mod x86 {
             impl Vector<$a, $level> for $name {
                 #[inline(always)]
                 fn load(_: $level, from: &[$a; LANES]) -> Self {
-                    // SAFETY: within the row; the token proves that the CPU has these instructions, a vector
-                    // in all that follows.
+                    // SAFETY: within the row; the token proves that the CPU has these instructions,
+                    // a vector in all that follows.
                     Self::each(|i| unsafe { $load(from.as_ptr().add(i * LANES / $parts)) })
                 }
                 #[inline(always)]

@@ -1,4 +1,5 @@
-//! All checks of shape, dtype, device and strides. They read metadata alone, so tensors may be on any device.
+//! All checks of shape, dtype, device and strides. They read metadata alone, so tensors may be on
+//! any device.
 
 use crate::tensor::{DType, Device, Error, Result, TensorView};
 use std::fmt::Display;

@@ -54,16 +54,34 @@ pub(crate) enum CudaFailure {
     #[error("NVRTC failed in {call}: {reason}")]
     Nvrtc { call: &'static str, reason: String },
     /// A kernel that the compiler refuses.
-    #[error("NVRTC {}.{} could not compile {name} for {arch}: {reason}\n{log}", version.0, version.1)]
+    #[error(
+        "NVRTC {}.{} could not compile {name} for {arch}: {reason}\n{log}",
+        version.0,
+        version.1
+    )]
     Compile { version: (i32, i32), name: String, arch: String, reason: String, log: String },
     /// A device older than the oldest architecture of the compiler.
-    #[error("NVRTC {}.{} compiles for no device of compute capability {}.{}", version.0, version.1, capability / 10, capability % 10)]
+    #[error(
+        "NVRTC {}.{} compiles for no device of compute capability {}.{}",
+        version.0,
+        version.1,
+        capability / 10,
+        capability % 10
+    )]
     UnknownArch { version: (i32, i32), capability: u32 },
     /// A device that lacks what the kernels use.
-    #[error("cuda:{ordinal} has compute capability {}.{}, and the kernels need 7.0", capability / 10, capability % 10)]
+    #[error(
+        "cuda:{ordinal} has compute capability {}.{}, and the kernels need 7.0",
+        capability / 10,
+        capability % 10
+    )]
     OldDevice { ordinal: usize, capability: u32 },
     /// A kernel is compiled and loaded when it is first used, which a capture forbids.
-    #[error("kernel {kernel} is not loaded on cuda:{ordinal}, and a CUDA graph is being captured; call sokd.warmup({}) before the capture", warmup(*ordinal, *float64))]
+    #[error(
+        "kernel {kernel} is not loaded on cuda:{ordinal}, and a CUDA graph is being captured; \
+         call sokd.warmup({}) before the capture",
+        warmup(*ordinal, *float64)
+    )]
     Capturing { kernel: String, ordinal: usize, float64: bool },
 }
 

@@ -42,7 +42,8 @@ pub(crate) struct TensorView {
     strides: [isize; MAX_RANK],
 }
 
-// SAFETY: a view is plain metadata; the kernels that follow its pointer from several threads write disjoint elements.
+// SAFETY: a view is plain metadata; the kernels that follow its pointer from several threads write
+// disjoint elements.
 unsafe impl Send for TensorView {}
 // SAFETY: as above.
 unsafe impl Sync for TensorView {}
@@ -51,8 +52,8 @@ impl TensorView {
     /// A view from its parts; `None` when the rank is above [`MAX_RANK`].
     ///
     /// # Safety
-    /// Every element that `sizes` and `strides` reach from `ptr` must be readable (writable, if the view is an output) for as long as
-    /// the view is used.
+    /// Every element that `sizes` and `strides` reach from `ptr` must be readable (writable, if the
+    /// view is an output) for as long as the view is used.
     pub(crate) unsafe fn new(
         ptr: *mut u8,
         dtype: DType,
@@ -150,7 +151,8 @@ impl TensorView {
     /// The view must be in host memory and `index` within its sizes.
     pub(crate) unsafe fn read_f64(&self, index: &[usize]) -> f64 {
         let offset: isize = index.iter().zip(self.strides()).map(|(&i, &s)| i as isize * s).sum();
-        // SAFETY: the caller keeps `index` within the sizes; the caller of `new` promised that memory.
+        // SAFETY: the caller keeps `index` within the sizes; the caller of `new` promised that
+        // memory.
         unsafe {
             match self.dtype {
                 DType::F64 => *self.as_ptr::<f64>().offset(offset),
@@ -168,7 +170,8 @@ impl TensorView {
     /// As for [`TensorView::read_f64`].
     pub(crate) unsafe fn read_i64(&self, index: &[usize]) -> i64 {
         let offset: isize = index.iter().zip(self.strides()).map(|(&i, &s)| i as isize * s).sum();
-        // SAFETY: the caller keeps `index` within the sizes; the caller of `new` promised that memory.
+        // SAFETY: the caller keeps `index` within the sizes; the caller of `new` promised that
+        // memory.
         unsafe {
             match self.dtype {
                 DType::I64 => *self.as_ptr::<i64>().offset(offset),
@@ -187,7 +190,8 @@ impl TensorView {
     /// As for [`TensorView::read_f64`], and no other thread may use that element meanwhile.
     pub(crate) unsafe fn write_f64(&self, index: &[usize], value: f64) {
         let offset: isize = index.iter().zip(self.strides()).map(|(&i, &s)| i as isize * s).sum();
-        // SAFETY: the caller keeps `index` within the sizes; the caller of `new` promised that memory.
+        // SAFETY: the caller keeps `index` within the sizes; the caller of `new` promised that
+        // memory.
         unsafe {
             match self.dtype {
                 DType::F64 => *self.as_ptr::<f64>().offset(offset) = value,

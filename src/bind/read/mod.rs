@@ -1,4 +1,5 @@
-//! A Python object -> `TensorView`. Three readers behind one function; the rest of the crate never sees a Python object.
+//! A Python object -> `TensorView`. Three readers behind one function; the rest of the crate never
+//! sees a Python object.
 
 mod numpy;
 mod portable;
@@ -72,8 +73,8 @@ fn build(
     sizes: &[usize],
     strides: &[isize],
 ) -> PyResult<TensorView> {
-    // SAFETY: torch or NumPy vouches that these sizes and strides lie within memory that the object keeps alive; the caller of `view`
-    // holds the object.
+    // SAFETY: torch or NumPy vouches that these sizes and strides lie within memory that the object
+    // keeps alive; the caller of `view` holds the object.
     let view = unsafe { TensorView::new(pointer as *mut u8, dtype, device, sizes, strides) };
     view.ok_or_else(|| {
         let rule = format!("have at most {} dimensions", crate::tensor::MAX_RANK);

@@ -1,6 +1,8 @@
-//! The reader for torch releases that sokd_tch is proven on: one call of a C function that reads libtorch's tensor.
+//! The reader for torch releases that sokd_tch is proven on: one call of a C function that reads
+//! libtorch's tensor.
 //!
-//! sokd_tch (in `tch/`) links libtorch and hands over the function's address in a capsule; this crate links nothing of torch.
+//! sokd_tch (in `tch/`) links libtorch and hands over the function's address in a capsule; this
+//! crate links nothing of torch.
 
 use super::{build, raise};
 use crate::tensor::Error;
@@ -71,7 +73,8 @@ pub(crate) fn use_tch(reader: &Bound<'_, PyAny>) -> PyResult<()> {
     // SAFETY: by its name, the capsule holds the address of such a function.
     let read = unsafe { std::mem::transmute::<*mut c_void, Read>(address.as_ptr()) };
     let mut view = View::empty();
-    // SAFETY: the GIL is held. None is not a tensor: of any version's view, only the first field is written.
+    // SAFETY: the GIL is held. None is not a tensor: of any version's view, only the first field is
+    // written.
     unsafe { read(reader.py().None().as_ptr(), &mut view) };
     if view.version != VERSION {
         let got = format!("version {}; install the sokd-tch of this sokd", view.version);
@@ -82,8 +85,9 @@ pub(crate) fn use_tch(reader: &Bound<'_, PyAny>) -> PyResult<()> {
     Ok(())
 }
 
-/// `None` where this reader is not in use, or the object is left to the next one: what is no tensor, not strided, on a device
-/// without kernels or of another dtype. The next one reads it or words the error.
+/// `None` where this reader is not in use, or the object is left to the next one: what is no
+/// tensor, not strided, on a device without kernels or of another dtype. The next one reads it or
+/// words the error.
 pub(crate) fn read(object: &Bound<'_, PyAny>) -> Option<TensorView> {
     if !USE_TCH.load(Ordering::Relaxed) {
         return None;

@@ -14,7 +14,8 @@ const CHUNK: usize = 1 << 16;
 /// Writes coverage, boxes and scores.
 ///
 /// # Safety
-/// The maps have the dtype `T`, the shapes agree, the outputs are contiguous and of their dtypes, and all are in host memory.
+/// The maps have the dtype `T`, the shapes agree, the outputs are contiguous and of their dtypes,
+/// and all are in host memory.
 pub(crate) unsafe fn forward<T: Element>(args: &Args, outputs: &Outputs, threads: usize) {
     let heat =
         Heat::<T>::new(args.heat, args.teacher.map(|teacher| teacher[0]), args.kernel as usize);

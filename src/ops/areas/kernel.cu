@@ -1,17 +1,22 @@
 // heat = sqrt(heat * heat_t), size and offset = (student + teacher) / 2, where a teacher is given
-// peak: heat[b,a,y,x] >= every cell of the kernel x kernel window around it (outside the map: ignored), none of them NaN
-// box = trunc(clamp(cell + offset -+ size / 2, 0, side - 1)), inclusive; coverage[b,y,x] = boxes over the cell
-// The k best peaks of a sample, by (heat descending, flat index (a*H + y)*W + x ascending). See common.cuh for options and orders.
+// peak: heat[b,a,y,x] >= every cell of the kernel x kernel window around it (outside the map:
+//   ignored), none of them NaN
+// box = trunc(clamp(cell + offset -+ size / 2, 0, side - 1)), inclusive;
+//   coverage[b,y,x] = boxes over the cell
+// The k best peaks of a sample, by (heat descending, flat index (a*H + y)*W + x ascending).
+// See common.cuh for options and orders.
 //
-// Launches, both with the one structure Areas, in this order (none if B = 0; k >= 1 rules out the other empty maps):
-//   bit 1 areas_scan_{dtype}_{order}   grid B * chunks, chunks = ceil(A*H*W / 2048): the `kept` best peaks of 2048 cells -> candidates
+// Launches, both with the structure Areas, in this order (none if B = 0; k >= 1 rules out the other
+// empty maps):
+//   bit 1 areas_scan_{dtype}_{order}   grid B * chunks, chunks = ceil(A*H*W / 2048):
+//                                      the `kept` best peaks of 2048 cells -> candidates
 //   bit 2 areas_pick_{dtype}           grid B: the k best of them, boxes, coverage
 // areas_pick has no order in its name; compile it with SOKD_KERNELS=2.
-// The order is lanes if heat is channels_last and not contiguous, else planes. `wide` looks at heat and heat_teacher alone: both pointers
-// multiples of 16, both contiguous and A*H*W a multiple of 16 / size (planes), or both channels_last and A a multiple of it (lanes).
-// A*H*W is below 2^31.
-// Scratch (no initial content, 8-byte aligned), kept = min(k, 2048): candidate_scores B * chunks * kept * (8 if f64, else 4) bytes;
-// candidate_cells B * chunks * kept * 8 bytes.
+// The order is lanes if heat is channels_last and not contiguous, else planes. `wide` depends on
+// heat and heat_teacher alone: both pointers multiples of 16, both contiguous and A*H*W a multiple
+// of 16 / size (planes), or both channels_last and A a multiple of it (lanes). A*H*W is below 2^31.
+// Scratch (no initial content, 8-byte aligned), kept = min(k, 2048): candidate_scores
+// B * chunks * kept * (8 if f64, else 4) bytes; candidate_cells B * chunks * kept * 8 bytes.
 #include "common.cuh"
 
 struct Areas {
@@ -31,9 +36,12 @@ struct Areas {
     unsigned long long scores;    // [B, k] f32 (f64 for f64), contiguous
 };
 
-// Bytes an element: the heads once from memory (1 map, 2 with a teacher; size and offset at the boxes alone); neighbours come through the
-// cache. Scan: a thread reads 8 cells; those that no neighbour in the same vector beats go on a list, whose windows are looked at; the least of
-// the warps' best peaks rules most of the others out (if k <= 8), and one warp sorts what is left. Pick: one block a sample; candidates are few. Every choice is by score and index, so no order of threads shows.
+// Bytes an element: the heads once from memory (1 map, 2 with a teacher; size and offset at the
+// boxes alone); neighbours come through the cache. Scan: a thread reads 8 cells; those that no
+// neighbour in the same vector beats go on a list, whose windows are looked at; the least of the
+// warps' best peaks rules most of the others out (if k <= 8), and one warp sorts what is left.
+// Pick: one block a sample; candidates are few. Every choice is by score and index, so no order of
+// threads shows.
 
 // A peak; `flat` < 0: none, which is worse than any.
 template <class A>
@@ -92,7 +100,8 @@ SOKD_DEVICE bool is_peak(const Areas& args, long long n, const Cell& at, Acc<T> 
     return peak;
 }
 
-// Puts on the list what may be a peak: no NaN, and no neighbour in the same vector is greater. `flat` is the number in the order of work.
+// Puts on the list what may be a peak: no NaN, and no neighbour in the same vector is greater.
+// `flat` is the number in the order of work.
 template <class T, int ORDER>
 SOKD_DEVICE void list_cells(Peak<Acc<T>> (&list)[CHUNK], int& listed, const Areas& args, long long n, unsigned chunk, unsigned all) {
     constexpr int V = WIDTH<T>;
@@ -156,7 +165,8 @@ SOKD_DEVICE void scan(const Areas& args) {
     best = best_of_warp(best);
     if (threadIdx.x % 32 == 0) bests[threadIdx.x / 32] = best;
     __syncthreads();
-    // Eight peaks of eight warps: with k <= 8, what is worse than all of them is none of the k best.
+    // Eight peaks of eight warps: with k <= 8, what is worse than all of them is none of the k
+    // best.
     Peak<A> bound = bests[0];
     for (int warp = 1; warp < WARPS; warp++) {
         if (bound.beats(bests[warp])) bound = bests[warp];

@@ -1,8 +1,10 @@
 // A policy's random draws.
 // word = philox4x32_10(counter = (block, 0xFFFFFFFF, counter), key = seed)
-// noise_seed = words 0 and 1 of block 0;   uniforms[i] = ((word i % 4 of block 1 + i / 4) >> 9) + 1/2) * 2^-23
+// noise_seed = words 0 and 1 of block 0
+// uniforms[i] = ((word i % 4 of block 1 + i / 4) >> 9) + 1/2) * 2^-23
 //
-// Launch: bit 1 draw, structure Draw; grid ceil((1 + ceil(count / 4)) / 256): a block of words for each thread. No dtype, no order in its name.
+// Launch: bit 1 draw, structure Draw; grid ceil((1 + ceil(count / 4)) / 256): a block of words for
+// each thread. No dtype, no order in its name.
 #include "common.cuh"
 #include "philox.cuh"
 

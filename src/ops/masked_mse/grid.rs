@@ -1,4 +1,5 @@
-//! The split of the maps into regions, and of small regions into chunks, by the shapes and the order of memory.
+//! The split of the maps into regions, and of small regions into chunks, by the shapes and the
+//! order of memory.
 
 use crate::simd::LANES;
 use std::ops::Range;
@@ -24,7 +25,8 @@ pub(crate) struct Region {
     pub positions: Range<usize>,
 }
 
-/// Regions of about [`CHUNK`] elements, and chunks of small regions; they depend on the shapes and the order alone.
+/// Regions of about [`CHUNK`] elements, and chunks of small regions; they depend on the shapes and
+/// the order alone.
 pub(crate) struct Grid {
     sizes: [usize; 3],
     /// Channels and positions of a region.

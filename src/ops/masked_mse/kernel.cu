@@ -1,19 +1,24 @@
 // loss = scale / N * sum over b, c, y, x of weight[b,y,x] * (student - teacher)[b,c,y,x]^2
 // d_student = 2 * scale / N * weight * (student - teacher)
-// N is B*C*H*W (elements) or C * sum of weight (area); N = 0: loss 0 and gradient 0. See common.cuh for options, orders, wide, Grid.
+// N is B*C*H*W (elements) or C * sum of weight (area); N = 0: loss 0 and gradient 0.
+// See common.cuh for options, orders, wide, Grid.
 //
 // gradient *= upstream, in the backward
 //
-// Launches of the forward, all with the one structure MaskedMse, in this order:
-//   bit 2 masked_mse_area                     only if area = 1: grid area_blocks = clamp(ceil(B*H*W / 4096), 1, 128); sums of weights -> areas
-//   bit 2 masked_mse_norm                     only if area = 1: grid 1; areas -> norm
-//   bit 1 masked_mse_{dtype}_{order}          grid blocks (none if the maps are empty)
-//   bit 2 masked_mse_finish                   grid 1; partials -> loss. With blocks = 0 it writes 0.
+// Launches of the forward, all with the structure MaskedMse, in this order:
+//   bit 2 masked_mse_area             only if area = 1: grid area_blocks =
+//                                     clamp(ceil(B*H*W / 4096), 1, 128); sums of weights -> areas
+//   bit 2 masked_mse_norm             only if area = 1: grid 1; areas -> norm
+//   bit 1 masked_mse_{dtype}_{order}  grid blocks (none if the maps are empty)
+//   bit 2 masked_mse_finish           grid 1; partials -> loss. With blocks = 0 it writes 0.
 // Launch of the backward, with the structure Scale:
-//   bit 4 masked_mse_scale_{dtype}            grid blocks = min(ceil(count / (1024 E)), 2048)
-// The kernels of bit 2 have neither dtype nor order in their names; compile them with SOKD_KERNELS=2.
-// Scratch (device memory, no initial content): partials blocks * 8 bytes; areas area_blocks * 8 bytes; norm 24 bytes; each 8-byte aligned.
-// `wide` looks at student, teacher and, where wanted, d_student; the order follows d_student, or student where no gradient is wanted.
+//   bit 4 masked_mse_scale_{dtype}    grid blocks = min(ceil(count / (1024 E)), 2048)
+// The kernels of bit 2 have neither dtype nor order in their names; compile them with
+// SOKD_KERNELS=2.
+// Scratch (device memory, no initial content): partials blocks * 8 bytes; areas area_blocks * 8
+// bytes; norm 24 bytes; each 8-byte aligned.
+// `wide` depends on student, teacher and d_student if present; the order is that of d_student, or
+// of student without a gradient.
 #include "common.cuh"
 
 struct MaskedMse {
@@ -43,9 +48,12 @@ struct Scale {
     long long wide;  // the gradient's pointer is a multiple of 16
 };
 
-// Bytes an element: student and teacher once in, the gradient once out (3 maps); the weight once for each chunk of channels (1/16 of a map
-// or less in f32). A thread keeps the weights of its positions in registers and runs over channels (planes), or takes one weight for
-// all channels of its vectors (lanes). Scaling: the gradient once in, once out, and nothing at all where upstream is one. A thread's sum is in the accumulator's dtype over 16 or 32 elements, then a tree of the warp; from there in f64.
+// Bytes an element: student and teacher once in, the gradient once out (3 maps); the weight once
+// for each chunk of channels (1/16 of a map or less in f32). A thread keeps the weights of its
+// positions in registers and runs over channels (planes), or takes one weight for all channels of
+// its vectors (lanes). Scaling: the gradient once in, once out, and nothing at all where upstream
+// is one. A thread's sum is in the accumulator's dtype over 16 or 32 elements, then a tree of the
+// warp; from there in f64.
 
 #if SOKD_KERNELS & 1
 template <class A>
@@ -220,7 +228,8 @@ SOKD_ENTRY(masked_mse_finish, MaskedMse, finish_loss)
 #endif
 
 #if SOKD_KERNELS & 4
-// Every block looks at upstream by itself: nobody waits for the device, and no map is moved for a factor of one.
+// Every block looks at upstream by itself: nobody waits for the device, and no map is moved for a
+// factor of one.
 template <class T>
 SOKD_DEVICE void scale_gradient(const Scale& args) {
     constexpr int E = RUN<T>, STEPS = 4;

@@ -1,4 +1,5 @@
-//! The weights `[B, H, W]` for the kernel: contiguous, in the accumulator dtype, summed and checked.
+//! The weights `[B, H, W]` for the kernel: contiguous, in the accumulator dtype, summed and
+//! checked.
 
 use super::CHECK;
 use crate::parallel;

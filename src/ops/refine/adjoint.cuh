@@ -1,9 +1,11 @@
 // The gradient of the features: a part of kernel.cu, where the structures are.
 //
-// d_features, gathered: a source cell sums, in a fixed order, over the positions whose samples touch it. These lie in the box around the
-// parallelogram that theta's inverse makes of the square of side 2 about the cell; each is tried with the forward's own arithmetic.
-// Bytes an element: d_features once out, upstream in through the cache about as often as the box has cells (2 maps from memory; 9 .. 16 tries
-// in f64 for each run or group of channels). A theta without an inverse makes every position a candidate: right, and slow.
+// d_features, gathered: a source cell sums, in a fixed order, over the positions whose samples
+// touch it. These lie in the box around the parallelogram that theta's inverse makes of the square
+// of side 2 about the cell; each is tried with the forward's own arithmetic.
+// Bytes an element: d_features once out, upstream in through the cache about as often as the box has
+// cells (2 maps from memory; 9 .. 16 tries in f64 for each run or group of channels). A theta without
+// an inverse makes every position a candidate: correct, and slow.
 
 #if SOKD_KERNELS & 4
 // Where a source cell is.
@@ -152,7 +154,8 @@ SOKD_DEVICE void gather_lanes(const RefineBackward& args, const Piece& piece, co
     }
 }
 
-// Writes zeros for those of the block's channels that no entry of perm names, which it does not have if it is a permutation.
+// Writes zeros for those of the block's channels that no entry of perm names, which it does not
+// have if it is a permutation.
 template <class T>
 SOKD_DEVICE void clear_unnamed(const RefineBackward& args, const Piece& piece, int* named) {
     const Part& perm = args.plan.perm;

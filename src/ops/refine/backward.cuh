@@ -1,8 +1,9 @@
 // The gradients of theta, sigma and straight: a part of kernel.cu, where the structures are.
 //
-// Bytes an element: upstream once and features once in (2 maps); without d_theta the features stay untouched (1 map).
-// One reading gives all sums: d_theta through the corners' slopes, d_sigma through the noise drawn again, d_straight.
-// Partial sums: f32 (f64) within a warp, f64 from there; [8][blocks] = d_theta 0 .. 5 but for their scales, d_sigma, d_straight.
+// Bytes an element: upstream once and features once in (2 maps); without d_theta the features stay
+// untouched (1 map). One reading gives all sums: d_theta through the corners' slopes, d_sigma
+// through the noise drawn again, d_straight. Partial sums: f32 (f64) within a warp, f64 from there;
+// [8][blocks] = d_theta 0 .. 5 but for their scales, d_sigma, d_straight.
 
 #if SOKD_KERNELS & 2
 // d bilinear / d ix and / d iy of one channel times v, added.
@@ -72,7 +73,8 @@ SOKD_DEVICE void sum_planes(Sums<Acc<T>>& sums, const RefineBackward& args, cons
     sums.add(slopes, args.grid, position);
 }
 
-// A run of channels in their own places. One pack after the other: all corners' runs of doubles do not fit into the registers.
+// A run of channels in their own places. One pack after the other: all corners' runs of doubles do
+// not fit into the registers.
 template <class T>
 SOKD_DEVICE void add_run(Slopes<Acc<T>>& slopes, const Run<T>& u, const T* features, const Map& map, const Corners<Acc<T>>& at) {
     const T* corner = features + corner_place(map, at, 0);

@@ -1,8 +1,10 @@
 // Inner products with many plans at once: a part of kernel.cu, where the structures are.
 //
-// Bytes an element: upstream and features once from memory (2 maps), whatever the number of plans: a block applies one plan after the other
-// to the same piece, which stays in the cache (a plan that permutes reads other planes, from the second-level cache). Bound by the
-// corner loads and the arithmetic from a handful of plans on. upstream * eps, the same for all plans, is kept in shared memory.
+// Bytes an element: upstream and features once from memory (2 maps), whatever the number of plans:
+// a block applies one plan after the other to the same piece, which stays in the cache (a plan that
+// permutes reads other planes, from the second-level cache). Bound by the corner loads and the
+// arithmetic from a handful of plans on. upstream * eps, the same for all plans, is kept in shared
+// memory.
 
 #if SOKD_KERNELS & 16
 constexpr int BATCH = 32;          // plans whose sums are written together
@@ -163,7 +165,8 @@ SOKD_DEVICE void noise_lanes(Acc<T> (*noise)[THREADS], const RefineDots& args, c
 template <class T, int ORDER>
 SOKD_DEVICE void refine_dots(const RefineDots& args) {
     using A = Acc<T>;
-    // Two of them: while slower threads are at plan v, faster ones read plan v + 1; the barrier within keeps them from v + 2.
+    // Two of them: while slower threads are at plan v, faster ones read plan v + 1; the barrier
+    // within keeps them from v + 2.
     SOKD_SHARED(SamplePlan, read, [2]);
     SOKD_SHARED(A, noise, [ORDER == PLANES ? CHANNELS_EACH : RUN<T>][THREADS]);
     SOKD_SHARED(double, sums, [BATCH][WARPS]);

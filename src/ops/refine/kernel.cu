@@ -1,27 +1,37 @@
-// refined[n,c,y,x] = keep[g,c] * ( hole_g(y,x) * bilinear(features[n, perm[g,c]], theta_g (x,y)) + sigma_g * eps(seed, n, c, y, x) )
+// refined[n,c,y,x] = keep[g,c] * ( hole_g(y,x) * bilinear(features[n, perm[g,c]], theta_g (x,y))
+//                                  + sigma_g * eps(seed, n, c, y, x) )
 // In pixels about the map's centre, cx = (W-1)/2, cy = (H-1)/2:
-//   ix = t00 (x-cx) + t01 (W/H) (y-cy) + t02 W/2 + cx        iy = t10 (H/W) (x-cx) + t11 (y-cy) + t12 H/2 + cy
-// Gradients for upstream u, with v = keep * u: d_theta = sum v * hole * (d bilinear / d ix * d ix / d theta + the same for iy);
-//   d_sigma = sum v * eps;   d_straight = sum u;   d_features = the adjoint of the sampling, brought back through perm
-// dots[v] = <u, refine(features; plan v)>. See common.cuh for options, orders, wide, Grid.
+//   ix = t00 (x-cx) + t01 (W/H) (y-cy) + t02 W/2 + cx
+//   iy = t10 (H/W) (x-cx) + t11 (y-cy) + t12 H/2 + cy
+// Gradients for upstream u, with v = keep * u:
+//   d_theta = sum v * hole * (d bilinear / d ix * d ix / d theta + the same for iy)
+//   d_sigma = sum v * eps
+//   d_straight = sum u
+//   d_features = the adjoint of the sampling, through the inverse of perm
+// dots[v] = <u, refine(features; plan v)>
+// See common.cuh for options, orders, wide, Grid.
 //
-// Launches:
-//   refine           bit 1  refine_forward_{dtype}_{order}    structure Refine; grid blocks. Order and wide by refined (wide: and features).
-//   refine_backward  bit 2  refine_backward_{dtype}_{order}   structure RefineBackward; grid blocks; only if d_theta, d_sigma or d_straight is
-//                                                             wanted. Order and wide by upstream (wide: and features).
-//                    bit 8  refine_finish                     same structure; grid (max of the wanted G, 8); partials -> d_theta, d_sigma,
-//                                                             d_straight. With blocks = 0 it writes zeros. No dtype, no order in its name.
-//                    bit 4  refine_adjoint_{dtype}_{order}    same structure, with its own Grid and wide; grid blocks; only if d_features is
-//                                                             wanted. Order and wide by d_features (wide: and upstream).
-//   refine_dots      bit 16 refine_dots_{dtype}_{order}       structure RefineDots; grid blocks (none if plans = 0). Order and wide by upstream
-//                                                             (wide: and features). The Grid never has the 8192 of large maps.
-//                    bit 8  refine_dots_finish                same structure; grid plans. With blocks = 0 it writes zeros.
+// Launches of the forward, with the structure Refine:
+//   bit 1  refine_forward_{dtype}_{order}   grid blocks
+//          order and wide by refined (wide: and features)
+// Launches of the backward, with the structure RefineBackward:
+//   bit 2  refine_backward_{dtype}_{order}  grid blocks; only for d_theta, d_sigma or d_straight
+//          order and wide by upstream (wide: and features)
+//   bit 8  refine_finish                    grid (max of their G, 8); partials -> d_theta, d_sigma,
+//          d_straight; with blocks = 0 it writes zeros; no dtype, no order in its name
+//   bit 4  refine_adjoint_{dtype}_{order}   grid blocks; only for d_features; its own Grid and wide
+//          order and wide by d_features (wide: and upstream)
+// Launches of refine_dots, with the structure RefineDots:
+//   bit 16 refine_dots_{dtype}_{order}      grid blocks (none if plans = 0)
+//          order and wide by upstream (wide: and features); the Grid never has the 8192 of large maps
+//   bit 8  refine_dots_finish               grid plans; with blocks = 0 it writes zeros
 // The kernels of bit 2 are in backward.cuh, of bit 4 in adjoint.cuh, of bit 16 in dots.cuh.
-// "Order by upstream": lanes if it is channels_last and not contiguous, else planes, whatever its strides.
-// Scratch (no initial content, 8-byte aligned): RefineBackward.partials 8 * blocks * 8 bytes; RefineDots.partials plans * blocks * 8 bytes.
+// "Order by upstream": lanes if it is channels_last and not contiguous, else planes.
+// Scratch (no initial content, 8-byte aligned): RefineBackward.partials 8 * blocks * 8 bytes;
+// RefineDots.partials plans * blocks * 8 bytes.
 // The seed: read from seed_pointer (int64) if that is not 0, else the number in `seed`.
-// A perm that names a channel below 0 or above C-1 makes NaN of its output channel: no memory outside a map is ever read. A channel that
-// no entry of perm names has gradient zero.
+// An entry of perm below 0 or above C-1 makes NaN of its output channel: no memory outside a map is
+// read. A channel that is not in perm has gradient zero.
 #include "common.cuh"
 #include "sampling.cuh"  // struct Plan is there
 
@@ -59,10 +69,12 @@ struct RefineDots {
     long long wide;
 };
 
-// ------------------------------------------------------------------------------------------------------------------- forward
-// Bytes an element: features once in, refined once out (2 maps). Planes: a theta that moves nothing streams 128-bit vectors; else a lane has
-// a position, whose coordinates serve all channels of the block, and gathers corners that neighbours share through the cache, with
-// 32 positions side by side in every load and store. Lanes: four positions by one vector of channels a thread, corners as 128-bit vectors.
+// ----------------------------------------------------------------------------------------- forward
+// Bytes an element: features once in, refined once out (2 maps). Planes: a theta that moves nothing
+// streams 128-bit vectors; else a lane has a position, whose coordinates serve all channels of the
+// block, and gathers corners that neighbours share through the cache, with 32 positions side by
+// side in every load and store. Lanes: four positions by one vector of channels a thread, corners
+// as 128-bit vectors.
 
 #if SOKD_KERNELS & 1
 // values += sigma * eps, a run along positions.
@@ -178,7 +190,8 @@ SOKD_DEVICE void sample_runs(const Refine& args, const Piece& piece, const Sampl
         if (sigma != 0) {
 #pragma unroll
             for (int i = 0; i < E; i += 4) {
-                // Its own channel of four, then its own position of four: all threads of the warp take part.
+                // Its own channel of four, then its own position of four: all threads of the warp
+                // take part.
                 Normals noise = noise_of(plan, args.grid, piece.n, spot.channel + i + (int)(threadIdx.x & 3), position);
                 transpose(noise);
 #pragma unroll
@@ -259,7 +272,7 @@ SOKD_ENTRIES(refine_forward, Refine, refine_forward)
 #include "adjoint.cuh"
 #include "dots.cuh"
 
-// ------------------------------------------------------------------------------------------------------------- second stages
+// ----------------------------------------------------------------------------------- second stages
 #if SOKD_KERNELS & 8
 // Block (g, i): sum i of group g, from its samples' blocks; all of them where there is one group.
 SOKD_DEVICE void finish_backward(const RefineBackward& args) {
