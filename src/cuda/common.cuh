@@ -73,7 +73,18 @@ struct Grid {
     long long positions_per_block, channels_per_block, lane_bits, tiles, chunks;
 };
 
-enum DType { F32 = 0, F16 = 1, BF16 = 2, F64 = 3, I64 = 4, I32 = 5, I16 = 6, I8 = 7, U8 = 8, BOOL = 9 };
+enum DType {
+    F32 = 0,
+    F16 = 1,
+    BF16 = 2,
+    F64 = 3,
+    I64 = 4,
+    I32 = 5,
+    I16 = 6,
+    I8 = 7,
+    U8 = 8,
+    BOOL = 9
+};
 
 // ------------------------------------------------------------------------------------- compilation
 #ifndef SOKD_DTYPES
@@ -98,24 +109,30 @@ constexpr int PLANES = 0, LANES = 1;
 
 // Four blocks of 256 threads on a multiprocessor: 64 registers each, which is half of the occupancy
 // of the largest ones. Of doubles, which are there to check gradients, two blocks: 128 registers.
-#define SOKD_ENTRY_OF(name, Args, BLOCKS, ...)                                                               \
-    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) name(const __grid_constant__ Args args) {  \
-        __VA_ARGS__(args);                                                                                   \
-    }                                                                                                        \
+#define SOKD_ENTRY_OF(name, Args, BLOCKS, ...)              \
+    extern "C" __global__ void                              \
+    __launch_bounds__(THREADS, BLOCKS)                      \
+    name(const __grid_constant__ Args args) {               \
+        __VA_ARGS__(args);                                  \
+    }                                                       \
     SOKD_REGISTER(name, Args)
 #define SOKD_ENTRY(name, Args, ...) SOKD_ENTRY_OF(name, Args, 4, __VA_ARGS__)
 
 #if SOKD_ORDERS & 1
-#define SOKD_IN_PLANES(name, Args, function, T) SOKD_ENTRY_OF(name##_planes, Args, sizeof(T) == 8 ? 2 : 4, function<T, PLANES>)
+#define SOKD_IN_PLANES(name, Args, function, T) \
+    SOKD_ENTRY_OF(name##_planes, Args, sizeof(T) == 8 ? 2 : 4, function<T, PLANES>)
 #else
 #define SOKD_IN_PLANES(...)
 #endif
 #if SOKD_ORDERS & 2
-#define SOKD_IN_LANES(name, Args, function, T) SOKD_ENTRY_OF(name##_lanes, Args, sizeof(T) == 8 ? 2 : 4, function<T, LANES>)
+#define SOKD_IN_LANES(name, Args, function, T) \
+    SOKD_ENTRY_OF(name##_lanes, Args, sizeof(T) == 8 ? 2 : 4, function<T, LANES>)
 #else
 #define SOKD_IN_LANES(...)
 #endif
-#define SOKD_IN_ORDERS(name, Args, function, T) SOKD_IN_PLANES(name, Args, function, T) SOKD_IN_LANES(name, Args, function, T)
+#define SOKD_IN_ORDERS(name, Args, function, T) \
+    SOKD_IN_PLANES(name, Args, function, T)     \
+    SOKD_IN_LANES(name, Args, function, T)
 #if SOKD_DTYPES & 1
 #define SOKD_IF_F32(...) __VA_ARGS__
 #else
@@ -215,7 +232,8 @@ SOKD_DEVICE long long load_int(unsigned long long pointer, long long dtype, long
     if (dtype == I8) return load<signed char>(pointer, offset);
     return load<unsigned char>(pointer, offset);
 }
-SOKD_DEVICE void store_real(unsigned long long pointer, long long dtype, long long offset, double value) {
+SOKD_DEVICE void store_real(
+    unsigned long long pointer, long long dtype, long long offset, double value) {
     if (dtype == F32) ((float*)pointer)[offset] = (float)value;
     else if (dtype == F64) ((double*)pointer)[offset] = value;
     else if (dtype == F16) from_acc((float)value, ((Half*)pointer)[offset]);
@@ -261,8 +279,9 @@ SOKD_DEVICE void store_pack(void* to, const Pack& pack) {
     emulator::check_aligned(to);
     *(Pack*)to = pack;
 #else
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(pack.w[0]), "r"(pack.w[1]), "r"(pack.w[2]), "r"(pack.w[3])
-                 : "memory");
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(pack.w[0]),
+        "r"(pack.w[1]), "r"(pack.w[2]), "r"(pack.w[3])
+        : "memory");
 #endif
 }
 
@@ -329,10 +348,13 @@ SOKD_DEVICE Piece piece_of(const Grid& grid) {
     Piece piece;
     piece.n = rest / chunks;
     piece.channel = (int)(chunk * grid.channels_per_block);
-    piece.channels = (int)(grid.channels - piece.channel < grid.channels_per_block ? grid.channels : piece.channel + grid.channels_per_block);
+    piece.channels = (int)(grid.channels - piece.channel < grid.channels_per_block
+                               ? grid.channels
+                               : piece.channel + grid.channels_per_block);
     const long long first = tile * grid.positions_per_block, all = grid.height * grid.width;
     piece.position = (unsigned)first;
-    piece.positions = (unsigned)(all - first < grid.positions_per_block ? all : first + grid.positions_per_block);
+    piece.positions =
+        (unsigned)(all - first < grid.positions_per_block ? all : first + grid.positions_per_block);
     return piece;
 }
 
@@ -345,8 +367,10 @@ struct Spot {
 };
 template <class T>
 SOKD_DEVICE Spot spot_of(const Grid& grid, const Piece& piece) {
-    const unsigned lane = (threadIdx.x >> 2) & ((1u << grid.lane_bits) - 1), slot = threadIdx.x >> (2 + grid.lane_bits);
-    return {piece.channel + (int)lane * RUN<T>, piece.position + slot * 4 + (threadIdx.x & 3), (unsigned)grid.positions_per_block / 4};
+    const unsigned lane = (threadIdx.x >> 2) & ((1u << grid.lane_bits) - 1),
+                   slot = threadIdx.x >> (2 + grid.lane_bits);
+    return {piece.channel + (int)lane * RUN<T>, piece.position + slot * 4 + (threadIdx.x & 3),
+        (unsigned)grid.positions_per_block / 4};
 }
 
 template <class T>
@@ -394,7 +418,8 @@ SOKD_DEVICE A warp_sums(A (&values)[8]) {
         const bool upper = threadIdx.x & step;
 #pragma unroll
         for (int i = 0; i < count; i++) {
-            const A other = __shfl_xor_sync(0xffffffffu, upper ? values[i] : values[i + count], step);
+            const A other = __shfl_xor_sync(
+                0xffffffffu, upper ? values[i] : values[i + count], step);
             values[i] = (upper ? values[i + count] : values[i]) + other;
         }
     }

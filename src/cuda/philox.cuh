@@ -15,7 +15,8 @@ struct Normals {
     float of[4];
 };
 
-SOKD_DEVICE Words philox(unsigned key0, unsigned key1, unsigned c0, unsigned c1, unsigned c2, unsigned c3) {
+SOKD_DEVICE Words philox(
+    unsigned key0, unsigned key1, unsigned c0, unsigned c1, unsigned c2, unsigned c3) {
 #ifndef SOKD_EMULATOR
     // The keys of the rounds are two additions each; known to be the same in every turn of a loop,
     // all twenty would be kept in registers, and what the plane makes of the first rounds, too.
@@ -76,8 +77,10 @@ SOKD_DEVICE Turn turn_of(unsigned turn) {
     const float s = fmaf(fmaf(-1.9515296e-4f, z, 8.332161e-3f), z, -1.6666655e-1f);
     const float c = fmaf(fmaf(2.4433157e-5f, z, -1.3887316e-3f), z, 4.1666646e-2f);
     const float sine = fmaf(s * z, x, x), cosine = fmaf(c * z, z, fmaf(-0.5f, z, 1.0f));
-    const unsigned swap = (unsigned)quadrant & 1u, flip_s = ((unsigned)quadrant & 2u) << 30, flip_c = ((unsigned)(quadrant + 1) & 2u) << 30;
-    return {__uint_as_float(__float_as_uint(swap ? cosine : sine) ^ flip_s), __uint_as_float(__float_as_uint(swap ? sine : cosine) ^ flip_c)};
+    const unsigned swap = (unsigned)quadrant & 1u, flip_s = ((unsigned)quadrant & 2u) << 30,
+                   flip_c = ((unsigned)(quadrant + 1) & 2u) << 30;
+    return {__uint_as_float(__float_as_uint(swap ? cosine : sine) ^ flip_s),
+        __uint_as_float(__float_as_uint(swap ? sine : cosine) ^ flip_c)};
 }
 
 // The four positions of block `quad` of a plane.
@@ -86,7 +89,8 @@ SOKD_DEVICE Normals normals(unsigned key0, unsigned key1, unsigned long long pla
     Normals out;
 #pragma unroll
     for (int pair = 0; pair < 4; pair += 2) {
-        const float uniform = fmaf((float)words.w[pair], 1.0f / 4294967296.0f, 0.5f / 4294967296.0f);
+        const float uniform = fmaf(
+            (float)words.w[pair], 1.0f / 4294967296.0f, 0.5f / 4294967296.0f);
         const float radius = radius_of(-2.0f * natural_log(uniform));
         const Turn turn = turn_of(words.w[pair + 1]);
         out.of[pair] = radius * turn.cosine;

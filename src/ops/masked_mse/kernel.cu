@@ -59,7 +59,8 @@ struct Scale {
 template <class A>
 SOKD_DEVICE A weight_at(const MaskedMse& args, long long n, unsigned position) {
     if (args.weight.pointer == 0) return A(1);
-    const long long offset = n * args.weight.n + place(args.weight, position, (unsigned)args.grid.width);
+    const long long offset = n * args.weight.n +
+                             place(args.weight, position, (unsigned)args.grid.width);
     return A(load_real(args.weight.pointer, args.weight_dtype, offset));
 }
 
@@ -76,13 +77,16 @@ SOKD_DEVICE Term<A> compare(A student, A teacher, A weight, A factor, bool empty
 
 // Threads along positions, a run each; STEPS channels are under way at a time.
 template <class T>
-SOKD_DEVICE Acc<T> planes_wide(const MaskedMse& args, const Piece& piece, Acc<T> factor, bool empty) {
+SOKD_DEVICE Acc<T> planes_wide(
+    const MaskedMse& args, const Piece& piece, Acc<T> factor, bool empty) {
     constexpr int E = RUN<T>, STEPS = sizeof(T) == 8 ? 1 : 2;
     const int row = (int)args.grid.positions_per_block / E, rows = THREADS / row;
     const unsigned position = piece.position + threadIdx.x % row * E;
     if (position >= piece.positions) return 0;
-    const T *student = sample_of<T>(args.student, piece.n) + position, *teacher = sample_of<T>(args.teacher, piece.n) + position;
-    T* d_student = args.d_student.pointer ? sample_of<T>(args.d_student, piece.n) + position : nullptr;
+    const T *student = sample_of<T>(args.student, piece.n) + position,
+            *teacher = sample_of<T>(args.teacher, piece.n) + position;
+    T* d_student = args.d_student.pointer ? sample_of<T>(args.d_student, piece.n) + position
+                                          : nullptr;
     const long long plane = args.grid.height * args.grid.width;
     Acc<T> weights[E], sum = 0;
 #pragma unroll
@@ -112,18 +116,22 @@ SOKD_DEVICE Acc<T> planes_wide(const MaskedMse& args, const Piece& piece, Acc<T>
 
 // Threads along positions, one each, any strides.
 template <class T>
-SOKD_DEVICE Acc<T> planes_narrow(const MaskedMse& args, const Piece& piece, Acc<T> factor, bool empty) {
+SOKD_DEVICE Acc<T> planes_narrow(
+    const MaskedMse& args, const Piece& piece, Acc<T> factor, bool empty) {
     const int row = (int)args.grid.positions_per_block, rows = THREADS / row;
     const unsigned position = piece.position + threadIdx.x % row, width = (unsigned)args.grid.width;
     if (position >= piece.positions) return 0;
     const T* student = sample_of<T>(args.student, piece.n) + place(args.student, position, width);
     const T* teacher = sample_of<T>(args.teacher, piece.n) + place(args.teacher, position, width);
-    T* d_student = args.d_student.pointer ? sample_of<T>(args.d_student, piece.n) + place(args.d_student, position, width) : nullptr;
+    T* d_student = args.d_student.pointer ? sample_of<T>(args.d_student, piece.n) +
+                                                place(args.d_student, position, width)
+                                          : nullptr;
     const Acc<T> weight = weight_at<Acc<T>>(args, piece.n, position);
     Acc<T> sum = 0;
 #pragma unroll 4
     for (int c = piece.channel + threadIdx.x / row; c < piece.channels; c += rows) {
-        const auto term = compare(to_acc(student[c * args.student.c]), to_acc(teacher[c * args.teacher.c]), weight, factor, empty);
+        const auto term = compare(to_acc(student[c * args.student.c]),
+            to_acc(teacher[c * args.teacher.c]), weight, factor, empty);
         sum += term.square;
         if (d_student) from_acc(term.gradient, d_student[c * args.d_student.c]);
     }
@@ -142,9 +150,12 @@ SOKD_DEVICE Acc<T> lanes(const MaskedMse& args, const Piece& piece, Acc<T> facto
     for (int i = 0; i < 4; i++) {
         const unsigned position = spot.position + i * spot.step;
         if (position >= piece.positions) continue;
-        const T* student = sample_of<T>(args.student, piece.n) + place(args.student, position, width) + spot.channel * args.student.c;
-        const T* teacher = sample_of<T>(args.teacher, piece.n) + place(args.teacher, position, width) + spot.channel * args.teacher.c;
-        T* d_student = sample_of<T>(args.d_student, piece.n) + place(args.d_student, position, width) + spot.channel * args.d_student.c;
+        const T* student = sample_of<T>(args.student, piece.n) +
+                           place(args.student, position, width) + spot.channel * args.student.c;
+        const T* teacher = sample_of<T>(args.teacher, piece.n) +
+                           place(args.teacher, position, width) + spot.channel * args.teacher.c;
+        T* d_student = sample_of<T>(args.d_student, piece.n) +
+                       place(args.d_student, position, width) + spot.channel * args.d_student.c;
         const Acc<T> weight = weight_at<Acc<T>>(args, piece.n, position);
         if (args.wide) {
             Run<T> s, t;
@@ -160,9 +171,11 @@ SOKD_DEVICE Acc<T> lanes(const MaskedMse& args, const Piece& piece, Acc<T> facto
         } else {
 #pragma unroll 4
             for (int j = 0; j < E && spot.channel + j < piece.channels; j++) {
-                const auto term = compare(to_acc(student[j * args.student.c]), to_acc(teacher[j * args.teacher.c]), weight, factor, empty);
+                const auto term = compare(to_acc(student[j * args.student.c]),
+                    to_acc(teacher[j * args.teacher.c]), weight, factor, empty);
                 sum += term.square;
-                if (args.d_student.pointer) from_acc(term.gradient, d_student[j * args.d_student.c]);
+                if (args.d_student.pointer)
+                    from_acc(term.gradient, d_student[j * args.d_student.c]);
             }
         }
     }
@@ -178,7 +191,8 @@ SOKD_DEVICE void loss_and_gradient(const MaskedMse& args) {
     const Acc<T> factor = Acc<T>(args.area ? norm[1] : args.factor);
     Acc<T> sum;
     if constexpr (ORDER == PLANES) {
-        sum = args.wide ? planes_wide<T>(args, piece, factor, empty) : planes_narrow<T>(args, piece, factor, empty);
+        sum = args.wide ? planes_wide<T>(args, piece, factor, empty)
+                        : planes_narrow<T>(args, piece, factor, empty);
     } else {
         sum = lanes<T>(args, piece, factor, empty);
     }
@@ -194,10 +208,14 @@ SOKD_ENTRIES(masked_mse, MaskedMse, loss_and_gradient)
 SOKD_DEVICE void sum_weights(const MaskedMse& args) {
     SOKD_SHARED(double, room, [WARPS]);
     const unsigned width = (unsigned)args.grid.width;
-    const long long positions = args.grid.height * args.grid.width, all = args.grid.batch * positions;
+    const long long positions = args.grid.height * args.grid.width,
+                    all = args.grid.batch * positions;
     double sum = 0;
-    for (long long i = blockIdx.x * (long long)THREADS + threadIdx.x; i < all; i += args.area_blocks * THREADS) {
-        const long long n = i / positions, offset = n * args.weight.n + place(args.weight, (unsigned)(i - n * positions), width);
+    for (long long i = blockIdx.x * (long long)THREADS + threadIdx.x;
+         i < all; i += args.area_blocks * THREADS) {
+        const long long n = i / positions,
+                        offset = n * args.weight.n +
+                                 place(args.weight, (unsigned)(i - n * positions), width);
         sum += load_real(args.weight.pointer, args.weight_dtype, offset);
     }
     sum = block_total(warp_sum(sum), room);
@@ -219,7 +237,8 @@ SOKD_DEVICE void finish_loss(const MaskedMse& args) {
     const double sum = sum_of((const double*)args.partials, args.blocks, room);
     if (threadIdx.x != 0) return;
     const double divisor = args.area ? *(const double*)args.norm : args.divisor;
-    store_real(args.loss, args.loss_dtype, 0, divisor == 0.0 || args.blocks == 0 ? 0.0 : sum * (args.scale / divisor));
+    store_real(args.loss, args.loss_dtype, 0,
+        divisor == 0.0 || args.blocks == 0 ? 0.0 : sum * (args.scale / divisor));
 }
 
 SOKD_ENTRY(masked_mse_area, MaskedMse, sum_weights)
@@ -236,7 +255,8 @@ SOKD_DEVICE void scale_gradient(const Scale& args) {
     const Acc<T> factor = Acc<T>(load_real(args.upstream, args.upstream_dtype, 0));
     if (factor == Acc<T>(1)) return;
     T* gradient = (T*)args.gradient;
-    const long long first = blockIdx.x * (long long)THREADS + threadIdx.x, step = args.blocks * THREADS;
+    const long long first = blockIdx.x * (long long)THREADS + threadIdx.x,
+                    step = args.blocks * THREADS;
     const long long runs = args.wide ? args.count / E : 0;
     for (long long i = first; i < runs; i += STEPS * step) {
         Run<T> run[STEPS];
@@ -252,7 +272,8 @@ SOKD_DEVICE void scale_gradient(const Scale& args) {
             run[k].write(gradient + (i + k * step) * E);
         }
     }
-    for (long long i = runs * E + first; i < args.count; i += step) from_acc(to_acc(gradient[i]) * factor, gradient[i]);
+    for (long long i = runs * E + first; i < args.count; i += step)
+        from_acc(to_acc(gradient[i]) * factor, gradient[i]);
 }
 
 SOKD_IF_F32(SOKD_ENTRY(masked_mse_scale_f32, Scale, scale_gradient<float>))

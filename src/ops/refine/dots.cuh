@@ -12,7 +12,8 @@ constexpr int CHANNELS_EACH = 16;  // of a thread, at most
 
 // This thread's part of plan v: sum of upstream * keep * (hole * bilinear + sigma * eps).
 template <class T>
-SOKD_DEVICE Acc<T> dot_planes(const RefineDots& args, const Piece& piece, const SamplePlan& plan, bool moves, const Acc<T> (*noise)[THREADS]) {
+SOKD_DEVICE Acc<T> dot_planes(const RefineDots& args, const Piece& piece, const SamplePlan& plan,
+    bool moves, const Acc<T> (*noise)[THREADS]) {
     using A = Acc<T>;
     const int row = (int)args.grid.positions_per_block;
     const unsigned position = piece.position + threadIdx.x % row, width = (unsigned)args.grid.width;
@@ -24,20 +25,24 @@ SOKD_DEVICE Acc<T> dot_planes(const RefineDots& args, const Piece& piece, const 
         at = corners_of<A>(plan, args.grid, position);
         for (int i = 0; i < 4; i++) weights[i] = at.weight(i);
     }
-    const T* upstream = sample_of<T>(args.upstream, piece.n) + place(args.upstream, position, width);
+    const T* upstream = sample_of<T>(args.upstream, piece.n) +
+                        place(args.upstream, position, width);
     const long long from = place(args.features, position, width);
     const A sigma = (A)plan.sigma;
     A sum = 0;
     int k = 0;
-    for (int first = piece.channel + threadIdx.x / row * 4; first < piece.channels; first += THREADS / row * 4, k += 4) {
+    for (int first = piece.channel + threadIdx.x / row * 4; first < piece.channels;
+        first += THREADS / row * 4, k += 4) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const int source = first + i < piece.channels ? plan.source[first + i - piece.channel] : DROPPED;
+            const int source = first + i < piece.channels ? plan.source[first + i - piece.channel]
+                                                          : DROPPED;
             if (source == INVALID) sum = not_a_number<A>();
             if (source < 0) continue;
             const T* plane = sample_of<T>(args.features, piece.n) + source * args.features.c;
             if (shown) {
-                const A value = moves ? bilinear<T>(plane, args.features, at, weights) : to_acc(plane[from]);
+                const A value = moves ? bilinear<T>(plane, args.features, at, weights)
+                                      : to_acc(plane[from]);
                 sum = fused(to_acc(upstream[(first + i) * args.upstream.c]), value, sum);
             }
             if (sigma != 0) sum = fused(sigma, noise[k + i][threadIdx.x], sum);
@@ -48,35 +53,45 @@ SOKD_DEVICE Acc<T> dot_planes(const RefineDots& args, const Piece& piece, const 
 
 // upstream * eps of each channel of this thread.
 template <class T>
-SOKD_DEVICE void noise_planes(Acc<T> (*noise)[THREADS], const RefineDots& args, const Piece& piece, const SamplePlan& plan) {
+SOKD_DEVICE void noise_planes(
+    Acc<T> (*noise)[THREADS], const RefineDots& args, const Piece& piece, const SamplePlan& plan) {
     const int row = (int)args.grid.positions_per_block;
     const unsigned position = piece.position + threadIdx.x % row, width = (unsigned)args.grid.width;
     const bool within = position < piece.positions;
-    const T* upstream = sample_of<T>(args.upstream, piece.n) + place(args.upstream, position, width);
+    const T* upstream = sample_of<T>(args.upstream, piece.n) +
+                        place(args.upstream, position, width);
     int k = 0;
-    for (int first = piece.channel + threadIdx.x / row * 4; first < piece.channels; first += THREADS / row * 4, k += 4) {
-        Normals drawn = noise_of(plan, args.grid, piece.n, first + (int)(threadIdx.x & 3), position);
+    for (int first = piece.channel + threadIdx.x / row * 4; first < piece.channels;
+        first += THREADS / row * 4, k += 4) {
+        Normals drawn = noise_of(
+            plan, args.grid, piece.n, first + (int)(threadIdx.x & 3), position);
         transpose(drawn);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const bool live = within && first + i < piece.channels;
-            noise[k + i][threadIdx.x] = live ? to_acc(upstream[(first + i) * args.upstream.c]) * (Acc<T>)drawn.of[i] : Acc<T>(0);
+            noise[k + i][threadIdx.x] = live ? to_acc(upstream[(first + i) * args.upstream.c]) *
+                                                   (Acc<T>)drawn.of[i]
+                                             : Acc<T>(0);
         }
     }
 }
 
 // Lanes, every channel in its own place.
 template <class T>
-SOKD_DEVICE Acc<T> dot_runs(const RefineDots& args, const Piece& piece, const SamplePlan& plan, const Corners<Acc<T>>* table) {
+SOKD_DEVICE Acc<T> dot_runs(const RefineDots& args, const Piece& piece, const SamplePlan& plan,
+    const Corners<Acc<T>>* table) {
     using A = Acc<T>;
     constexpr int E = RUN<T>;
     const Spot spot = spot_of<T>(args.grid, piece);
-    const unsigned width = (unsigned)args.grid.width, shown = shown_of<E>(plan, piece, spot.channel);
+    const unsigned width = (unsigned)args.grid.width,
+                   shown = shown_of<E>(plan, piece, spot.channel);
     A sum = 0;
 #pragma unroll 1
     for (int step = 0; step < 4; step++) {
         const unsigned position = spot.position + step * spot.step;
-        if (spot.channel >= piece.channels || position >= piece.positions || in_hole(plan, position, width)) continue;
+        if (spot.channel >= piece.channels || position >= piece.positions ||
+            in_hole(plan, position, width))
+            continue;
         const T* features = sample_of<T>(args.features, piece.n) + spot.channel;
         A values[E] = {};
         Run<T> own;
@@ -87,7 +102,8 @@ SOKD_DEVICE Acc<T> dot_runs(const RefineDots& args, const Piece& piece, const Sa
 #pragma unroll
             for (int i = 0; i < E; i++) values[i] = own.at(i);
         }
-        own.read(sample_of<T>(args.upstream, piece.n) + place(args.upstream, position, width) + spot.channel);
+        own.read(sample_of<T>(args.upstream, piece.n) + place(args.upstream, position, width) +
+                 spot.channel);
 #pragma unroll
         for (int i = 0; i < E; i++) {
             if (shown >> i & 1) sum = fused(own.at(i), values[i], sum);
@@ -98,7 +114,8 @@ SOKD_DEVICE Acc<T> dot_runs(const RefineDots& args, const Piece& piece, const Sa
 
 // Lanes, channels from wherever they are, and any strides.
 template <class T>
-SOKD_DEVICE Acc<T> dot_each(const RefineDots& args, const Piece& piece, const SamplePlan& plan, const Corners<Acc<T>>* table) {
+SOKD_DEVICE Acc<T> dot_each(const RefineDots& args, const Piece& piece, const SamplePlan& plan,
+    const Corners<Acc<T>>* table) {
     using A = Acc<T>;
     const Spot spot = spot_of<T>(args.grid, piece);
     const unsigned width = (unsigned)args.grid.width;
@@ -108,7 +125,8 @@ SOKD_DEVICE Acc<T> dot_each(const RefineDots& args, const Piece& piece, const Sa
         const unsigned position = spot.position + step * spot.step;
         if (position >= piece.positions) continue;
         const bool visible = !in_hole(plan, position, width);
-        const T* upstream = sample_of<T>(args.upstream, piece.n) + place(args.upstream, position, width);
+        const T* upstream = sample_of<T>(args.upstream, piece.n) +
+                            place(args.upstream, position, width);
         const long long from = place(args.features, position, width);
         Corners<A> at{};
         if (table) at = table[position - piece.position];
@@ -119,7 +137,8 @@ SOKD_DEVICE Acc<T> dot_each(const RefineDots& args, const Piece& piece, const Sa
             if (source == INVALID) sum = not_a_number<A>();
             if (source < 0 || !visible) continue;
             const T* plane = sample_of<T>(args.features, piece.n) + source * args.features.c;
-            const A value = table ? bilinear<T>(plane, args.features, at, weights) : to_acc(plane[from]);
+            const A value = table ? bilinear<T>(plane, args.features, at, weights)
+                                  : to_acc(plane[from]);
             sum = fused(to_acc(upstream[c * args.upstream.c]), value, sum);
         }
     }
@@ -128,7 +147,8 @@ SOKD_DEVICE Acc<T> dot_each(const RefineDots& args, const Piece& piece, const Sa
 
 // sigma times upstream * eps of the channels that are shown.
 template <class T>
-SOKD_DEVICE Acc<T> dot_noise(const RefineDots& args, const Piece& piece, const SamplePlan& plan, const Acc<T> (*noise)[THREADS]) {
+SOKD_DEVICE Acc<T> dot_noise(const RefineDots& args, const Piece& piece, const SamplePlan& plan,
+    const Acc<T> (*noise)[THREADS]) {
     const unsigned shown = shown_of<RUN<T>>(plan, piece, spot_of<T>(args.grid, piece).channel);
     Acc<T> sum = 0;
 #pragma unroll
@@ -140,7 +160,8 @@ SOKD_DEVICE Acc<T> dot_noise(const RefineDots& args, const Piece& piece, const S
 
 // upstream * eps of each channel of this thread, summed over its positions.
 template <class T>
-SOKD_DEVICE void noise_lanes(Acc<T> (*noise)[THREADS], const RefineDots& args, const Piece& piece, const SamplePlan& plan) {
+SOKD_DEVICE void noise_lanes(
+    Acc<T> (*noise)[THREADS], const RefineDots& args, const Piece& piece, const SamplePlan& plan) {
     const Spot spot = spot_of<T>(args.grid, piece);
 #pragma unroll 1
     for (int i = 0; i < RUN<T>; i += 4) {
@@ -148,13 +169,17 @@ SOKD_DEVICE void noise_lanes(Acc<T> (*noise)[THREADS], const RefineDots& args, c
 #pragma unroll 1
         for (int step = 0; step < 4; step++) {
             const unsigned position = spot.position + step * spot.step;
-            const T* upstream = sample_of<T>(args.upstream, piece.n) + place(args.upstream, position, (unsigned)args.grid.width);
-            Normals drawn = noise_of(plan, args.grid, piece.n, spot.channel + i + (int)(threadIdx.x & 3), position);
+            const T* upstream = sample_of<T>(args.upstream, piece.n) +
+                                place(args.upstream, position, (unsigned)args.grid.width);
+            Normals drawn = noise_of(
+                plan, args.grid, piece.n, spot.channel + i + (int)(threadIdx.x & 3), position);
             transpose(drawn);
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 const int c = spot.channel + i + j;
-                if (position < piece.positions && c < piece.channels) sums[j] = fused(to_acc(upstream[c * args.upstream.c]), (Acc<T>)drawn.of[j], sums[j]);
+                if (position < piece.positions && c < piece.channels)
+                    sums[j] = fused(
+                        to_acc(upstream[c * args.upstream.c]), (Acc<T>)drawn.of[j], sums[j]);
             }
         }
 #pragma unroll
@@ -184,7 +209,8 @@ SOKD_DEVICE void refine_dots(const RefineDots& args) {
             if (moves) fill_table(table, plan, args.grid, piece);
             const Corners<A>* corners = moves ? table : nullptr;
             const bool in_place = all_in_place(plan, piece, args.wide);
-            sum = in_place ? dot_runs<T>(args, piece, plan, corners) : dot_each<T>(args, piece, plan, corners);
+            sum = in_place ? dot_runs<T>(args, piece, plan, corners)
+                           : dot_each<T>(args, piece, plan, corners);
             if (plan.sigma != 0) sum += dot_noise<T>(args, piece, plan, noise);
         }
         const double of_warp = warp_sum(sum);

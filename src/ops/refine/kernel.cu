@@ -23,7 +23,7 @@
 //          order and wide by d_features (wide: and upstream)
 // Launches of refine_dots, with the structure RefineDots:
 //   bit 16 refine_dots_{dtype}_{order}      grid blocks (none if plans = 0)
-//          order and wide by upstream (wide: and features); the Grid never has the 8192 of large maps
+//          order and wide by upstream (wide: and features); its Grid has no 8192 for large maps
 //   bit 8  refine_dots_finish               grid plans; with blocks = 0 it writes zeros
 // The kernels of bit 2 are in backward.cuh, of bit 4 in adjoint.cuh, of bit 16 in dots.cuh.
 // "Order by upstream": lanes if it is channels_last and not contiguous, else planes.
@@ -79,12 +79,14 @@ struct RefineDots {
 #if SOKD_KERNELS & 1
 // values += sigma * eps, a run along positions.
 template <class T>
-SOKD_DEVICE void add_noise(Run<T>& values, Acc<T> sigma, const SamplePlan& plan, const Grid& grid, long long n, int c, unsigned position) {
+SOKD_DEVICE void add_noise(Run<T>& values, Acc<T> sigma, const SamplePlan& plan, const Grid& grid,
+    long long n, int c, unsigned position) {
 #pragma unroll
     for (int quad = 0; quad < RUN<T>; quad += 4) {
         const Normals noise = noise_of(plan, grid, n, c, position + quad);
 #pragma unroll
-        for (int i = 0; i < 4; i++) values.set(quad + i, fused(sigma, (Acc<T>)noise.of[i], values.at(quad + i)));
+        for (int i = 0; i < 4; i++)
+            values.set(quad + i, fused(sigma, (Acc<T>)noise.of[i], values.at(quad + i)));
     }
 }
 
@@ -98,26 +100,32 @@ SOKD_DEVICE void copy_planes(const Refine& args, const Piece& piece, const Sampl
     const T* features = sample_of<T>(args.features, piece.n) + position;
     T* refined = sample_of<T>(args.refined, piece.n) + position;
     unsigned holes = 0;
-    for (int i = 0; i < E; i++) holes |= (unsigned)in_hole(plan, position + i, (unsigned)args.grid.width) << i;
+    for (int i = 0; i < E; i++)
+        holes |= (unsigned)in_hole(plan, position + i, (unsigned)args.grid.width) << i;
     const Acc<T> sigma = (Acc<T>)plan.sigma;
-    for (int first = piece.channel + threadIdx.x / row; first < piece.channels; first += STEPS * rows) {
+    for (int first = piece.channel + threadIdx.x / row; first < piece.channels;
+        first += STEPS * rows) {
         Run<T> values[STEPS] = {};
 #pragma unroll
         for (int step = 0; step < STEPS; step++) {
-            const int c = first + step * rows, source = c < piece.channels ? plan.source[c - piece.channel] : DROPPED;
+            const int c = first + step * rows,
+                      source = c < piece.channels ? plan.source[c - piece.channel] : DROPPED;
             if (source >= 0) values[step].read(features + source * args.features.c);
         }
 #pragma unroll
         for (int step = 0; step < STEPS; step++) {
-            const int c = first + step * rows, source = c < piece.channels ? plan.source[c - piece.channel] : DROPPED;
+            const int c = first + step * rows,
+                      source = c < piece.channels ? plan.source[c - piece.channel] : DROPPED;
             if (c >= piece.channels) continue;
             if (holes || source == INVALID) {
 #pragma unroll
                 for (int i = 0; i < E; i++) {
-                    if (holes >> i & 1 || source == INVALID) values[step].set(i, source == INVALID ? not_a_number<Acc<T>>() : Acc<T>(0));
+                    if (holes >> i & 1 || source == INVALID)
+                        values[step].set(i, source == INVALID ? not_a_number<Acc<T>>() : Acc<T>(0));
                 }
             }
-            if (STEPS == 1 && source >= 0) add_noise(values[step], sigma, plan, args.grid, piece.n, c, position);
+            if (STEPS == 1 && source >= 0)
+                add_noise(values[step], sigma, plan, args.grid, piece.n, c, position);
             values[step].write(refined + c * args.refined.c);
         }
     }
@@ -125,30 +133,38 @@ SOKD_DEVICE void copy_planes(const Refine& args, const Piece& piece, const Sampl
 
 // Planes of any strides: a lane has a position, and four channels at a time.
 template <class T>
-SOKD_DEVICE void sample_planes(const Refine& args, const Piece& piece, const SamplePlan& plan, bool moves) {
+SOKD_DEVICE void sample_planes(
+    const Refine& args, const Piece& piece, const SamplePlan& plan, bool moves) {
     using A = Acc<T>;
     const int row = (int)args.grid.positions_per_block;
     const unsigned position = piece.position + threadIdx.x % row, width = (unsigned)args.grid.width;
-    const bool within = position < piece.positions, shown = within && !in_hole(plan, position, width);
+    const bool within = position < piece.positions,
+               shown = within && !in_hole(plan, position, width);
     Corners<A> at{};
     A weights[4] = {};
     if (moves) {
         at = corners_of<A>(plan, args.grid, position);
         for (int i = 0; i < 4; i++) weights[i] = at.weight(i);
     }
-    const long long from = place(args.features, position, width), to = place(args.refined, position, width);
+    const long long from = place(args.features, position, width),
+                    to = place(args.refined, position, width);
     const A sigma = (A)plan.sigma;
-    for (int first = piece.channel + threadIdx.x / row * 4; first < piece.channels; first += THREADS / row * 4) {
+    for (int first = piece.channel + threadIdx.x / row * 4; first < piece.channels;
+        first += THREADS / row * 4) {
         A values[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const int source = first + i < piece.channels ? plan.source[first + i - piece.channel] : DROPPED;
+            const int source = first + i < piece.channels ? plan.source[first + i - piece.channel]
+                                                          : DROPPED;
             const T* plane = sample_of<T>(args.features, piece.n) + source * args.features.c;
             values[i] = A(0);
-            if (source >= 0 && shown) values[i] = moves ? bilinear<T>(plane, args.features, at, weights) : to_acc(plane[from]);
+            if (source >= 0 && shown)
+                values[i] = moves ? bilinear<T>(plane, args.features, at, weights)
+                                  : to_acc(plane[from]);
         }
         if (sigma != 0) {
-            Normals noise = noise_of(plan, args.grid, piece.n, first + (int)(threadIdx.x & 3), position);
+            Normals noise = noise_of(
+                plan, args.grid, piece.n, first + (int)(threadIdx.x & 3), position);
             transpose(noise);
 #pragma unroll
             for (int i = 0; i < 4; i++) values[i] = fused(sigma, (A)noise.of[i], values[i]);
@@ -165,11 +181,13 @@ SOKD_DEVICE void sample_planes(const Refine& args, const Piece& piece, const Sam
 
 // Lanes, every channel in its own place: a position and a run of channels at a time, four times.
 template <class T>
-SOKD_DEVICE void sample_runs(const Refine& args, const Piece& piece, const SamplePlan& plan, const Corners<Acc<T>>* table) {
+SOKD_DEVICE void sample_runs(
+    const Refine& args, const Piece& piece, const SamplePlan& plan, const Corners<Acc<T>>* table) {
     using A = Acc<T>;
     constexpr int E = RUN<T>;
     const Spot spot = spot_of<T>(args.grid, piece);
-    const unsigned width = (unsigned)args.grid.width, shown = shown_of<E>(plan, piece, spot.channel);
+    const unsigned width = (unsigned)args.grid.width,
+                   shown = shown_of<E>(plan, piece, spot.channel);
     const A sigma = (A)plan.sigma;
 #pragma unroll 1
     for (int step = 0; step < 4; step++) {
@@ -192,23 +210,27 @@ SOKD_DEVICE void sample_runs(const Refine& args, const Piece& piece, const Sampl
             for (int i = 0; i < E; i += 4) {
                 // Its own channel of four, then its own position of four: all threads of the warp
                 // take part.
-                Normals noise = noise_of(plan, args.grid, piece.n, spot.channel + i + (int)(threadIdx.x & 3), position);
+                Normals noise = noise_of(
+                    plan, args.grid, piece.n, spot.channel + i + (int)(threadIdx.x & 3), position);
                 transpose(noise);
 #pragma unroll
-                for (int j = 0; j < 4; j++) values[i + j] = fused(sigma, (A)noise.of[j], values[i + j]);
+                for (int j = 0; j < 4; j++)
+                    values[i + j] = fused(sigma, (A)noise.of[j], values[i + j]);
             }
         }
         if (!within) continue;
         Run<T> out{};
 #pragma unroll
         for (int i = 0; i < E; i++) out.set(i, shown >> i & 1 ? values[i] : A(0));
-        out.write(sample_of<T>(args.refined, piece.n) + place(args.refined, position, width) + spot.channel);
+        out.write(sample_of<T>(args.refined, piece.n) + place(args.refined, position, width) +
+                  spot.channel);
     }
 }
 
 // Lanes, channels from wherever they are, and any strides: four of them at a time.
 template <class T>
-SOKD_DEVICE void sample_fours(const Refine& args, const Piece& piece, const SamplePlan& plan, const Corners<Acc<T>>* table) {
+SOKD_DEVICE void sample_fours(
+    const Refine& args, const Piece& piece, const SamplePlan& plan, const Corners<Acc<T>>* table) {
     using A = Acc<T>;
     const Spot spot = spot_of<T>(args.grid, piece);
     const unsigned width = (unsigned)args.grid.width;
@@ -217,7 +239,8 @@ SOKD_DEVICE void sample_fours(const Refine& args, const Piece& piece, const Samp
     for (int i = 0; i < 4 * RUN<T>; i += 4) {
         const int first = spot.channel + i % RUN<T>;
         const unsigned position = spot.position + i / RUN<T> * spot.step;
-        const bool within = position < piece.positions, visible = within && !in_hole(plan, position, width);
+        const bool within = position < piece.positions,
+                   visible = within && !in_hole(plan, position, width);
         A values[4] = {};
         if (visible) {
             const T* features = sample_of<T>(args.features, piece.n);
@@ -227,13 +250,18 @@ SOKD_DEVICE void sample_fours(const Refine& args, const Piece& piece, const Samp
             const A weights[4] = {at.weight(0), at.weight(1), at.weight(2), at.weight(3)};
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                const int source = first + j < piece.channels ? plan.source[first + j - piece.channel] : DROPPED;
+                const int source = first + j < piece.channels
+                                       ? plan.source[first + j - piece.channel]
+                                       : DROPPED;
                 const T* plane = features + source * args.features.c;
-                if (source >= 0) values[j] = table ? bilinear<T>(plane, args.features, at, weights) : to_acc(plane[from]);
+                if (source >= 0)
+                    values[j] = table ? bilinear<T>(plane, args.features, at, weights)
+                                      : to_acc(plane[from]);
             }
         }
         if (sigma != 0) {
-            Normals noise = noise_of(plan, args.grid, piece.n, first + (int)(threadIdx.x & 3), position);
+            Normals noise = noise_of(
+                plan, args.grid, piece.n, first + (int)(threadIdx.x & 3), position);
             transpose(noise);
 #pragma unroll
             for (int j = 0; j < 4; j++) values[j] = fused(sigma, (A)noise.of[j], values[j]);
@@ -243,7 +271,10 @@ SOKD_DEVICE void sample_fours(const Refine& args, const Piece& piece, const Samp
         for (int j = 0; j < 4; j++) {
             if (!within || first + j >= piece.channels) continue;
             const int source = plan.source[first + j - piece.channel];
-            from_acc(source >= 0 ? values[j] : source == INVALID ? not_a_number<A>() : A(0), refined[(first + j) * args.refined.c]);
+            from_acc(source >= 0         ? values[j]
+                     : source == INVALID ? not_a_number<A>()
+                                         : A(0),
+                refined[(first + j) * args.refined.c]);
         }
     }
 }
@@ -254,13 +285,15 @@ SOKD_DEVICE void refine_forward(const Refine& args) {
     const Piece piece = piece_of(args.grid);
     const bool moves = read_plan(plan, args.plan, args.grid, piece, 0);
     if constexpr (ORDER == PLANES) {
-        if (args.wide && !moves && plan.sigma == 0) copy_planes<T, sizeof(T) == 8 ? 2 : 4>(args, piece, plan);
+        if (args.wide && !moves && plan.sigma == 0)
+            copy_planes<T, sizeof(T) == 8 ? 2 : 4>(args, piece, plan);
         else if (args.wide && !moves) copy_planes<T, 1>(args, piece, plan);
         else sample_planes<T>(args, piece, plan, moves);
     } else {
         SOKD_SHARED(Corners<Acc<T>>, table, [THREADS]);
         if (moves) fill_table(table, plan, args.grid, piece);
-        if (all_in_place(plan, piece, args.wide)) sample_runs<T>(args, piece, plan, moves ? table : nullptr);
+        if (all_in_place(plan, piece, args.wide))
+            sample_runs<T>(args, piece, plan, moves ? table : nullptr);
         else sample_fours<T>(args, piece, plan, moves ? table : nullptr);
     }
 }
@@ -285,7 +318,8 @@ SOKD_DEVICE void finish_backward(const RefineBackward& args) {
     const double* first = (const double*)args.partials + i * args.blocks + (all ? 0 : g * each);
     const double sum = sum_of(first, args.blocks == 0 ? 0 : all ? args.blocks : each, room);
     if (threadIdx.x != 0) return;
-    const double scales[8] = {1.0, args.plan.width_by_height, (double)args.grid.width / 2, args.plan.height_by_width, 1.0, (double)args.grid.height / 2, 1.0, 1.0};
+    const double scales[8] = {1.0, args.plan.width_by_height, (double)args.grid.width / 2,
+        args.plan.height_by_width, 1.0, (double)args.grid.height / 2, 1.0, 1.0};
     double scale = 1.0;
 #pragma unroll
     for (int k = 0; k < 8; k++) scale = k == i ? scales[k] : scale;
@@ -295,8 +329,10 @@ SOKD_DEVICE void finish_backward(const RefineBackward& args) {
 
 SOKD_DEVICE void finish_dots(const RefineDots& args) {
     SOKD_SHARED(double, room, [WARPS]);
-    const double sum = sum_of((const double*)args.partials + blockIdx.x * args.blocks, args.blocks, room);
-    if (threadIdx.x == 0) store_real(args.dots, args.dots_dtype, blockIdx.x * args.dots_stride, sum);
+    const double sum = sum_of(
+        (const double*)args.partials + blockIdx.x * args.blocks, args.blocks, room);
+    if (threadIdx.x == 0)
+        store_real(args.dots, args.dots_dtype, blockIdx.x * args.dots_stride, sum);
 }
 
 SOKD_ENTRY(refine_finish, RefineBackward, finish_backward)

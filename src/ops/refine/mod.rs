@@ -1,11 +1,11 @@
 //! The refinement of teacher features: one affine resampling, one hole, noise, a channel
 //! permutation and dropped channels.
 //!
-//! refined[n,c,y,x] = keep[g,c] * ( hole_g(y,x) * bilinear(features[n, perm[g,c]], theta_g (x,y)) +
-//! sigma_g * eps(seed, n, c, y, x) )
+//! refined[n,c,y,x] = keep[g,c] * ( hole_g(y,x) * bilinear(features[n, perm[g,c]], theta_g (x,y))
+//!                                  + sigma_g * eps(seed, n, c, y, x) )
 //!
-//! with g = n, or 0 where a part has one group. In pixels about the map's centre, cx = (W-1)/2, cy
-//! = (H-1)/2:
+//! with g = n, or 0 where a part has one group. In pixels about the map's centre,
+//! cx = (W-1)/2, cy = (H-1)/2:
 //!
 //! ix = t00 (x-cx) + t01 (W/H) (y-cy) + t02 W/2 + cx
 //!
@@ -14,7 +14,8 @@
 //! Gradients for upstream u, with v = keep * u:
 //! d_theta = sum v * hole * (d bilinear / d ix * d ix / d theta + the same for iy);
 //! d_sigma = sum v * eps;
-//! d_straight = sum u;   d_features = the adjoint of the sampling, brought back through perm.
+//! d_straight = sum u;
+//! d_features = the adjoint of the sampling, through the inverse of perm.
 
 mod backward;
 #[cfg(feature = "cuda")]
