@@ -295,16 +295,11 @@ fn draw(
     released(py, resources, |run| args.forward(&uniforms, &noise_seed, &run))
 }
 
-/// Chooses the reader for torch tensors: "portable", or "tch" once `use_tch_reader` has one.
+/// Selects the reader of torch tensors: "portable"; "dlpack" from torch 2.10 on; "tch" after
+/// `use_tch_reader`.
 #[pyfunction]
-fn select_reader(name: &str) -> PyResult<()> {
-    if read::select(name) {
-        return Ok(());
-    }
-    let rule =
-        if read::has_tch() { "be 'tch' or 'portable'" } else { "be 'portable' without sokd_tch" };
-    let name = format_args!("'{name}'");
-    Err(raise(Error::of_value("select_reader", "name", rule, name)))
+fn select_reader(py: Python<'_>, name: &str) -> PyResult<()> {
+    read::select(py, name)
 }
 
 /// Takes the reader of libtorch's tensors from `sokd_tch.reader`, and selects it.

@@ -1,7 +1,7 @@
 // What all kernels share: the argument structures, dtypes, vector memory access, sums.
 //
 // How a kernel.cu is compiled (by NVRTC at run time, and by a C++ compiler for the emulator in
-// tests/cuda):
+// tests/support/emulator):
 //   headers   common.cuh, philox.cuh and sampling.cuh, under these names; nothing else is included
 //   options   --std=c++17 --fmad=false --gpu-architecture=sm_XX -default-device
 //             (fused multiply-adds are written out, so the bits do not depend on the compiler)
