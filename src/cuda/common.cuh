@@ -108,7 +108,7 @@ constexpr int PLANES = 0, LANES = 1;
 #define SOKD_DEVICE __device__ __forceinline__
 
 // Four blocks of 256 threads on a multiprocessor: 64 registers each, which is half of the occupancy
-// of the largest ones. Of doubles, which are there to check gradients, two blocks: 128 registers.
+// of the largest ones. For doubles, which serve to check gradients, two blocks: 128 registers.
 #define SOKD_ENTRY_OF(name, Args, BLOCKS, ...)              \
     extern "C" __global__ void                              \
     __launch_bounds__(THREADS, BLOCKS)                      \
@@ -311,8 +311,7 @@ SOKD_DEVICE void set_element(Pack& pack, int i, Acc<T> value) {
     }
 }
 
-// What a thread has at a time: E elements that follow one another (four at least, because noise
-// comes by fours).
+// What a thread holds at a time: E consecutive elements (at least four, as noise is drawn in fours).
 template <class T>
 constexpr int RUN = WIDTH<T> < 4 ? 4 : WIDTH<T>;
 template <class T>
@@ -336,40 +335,40 @@ struct Run {
 };
 
 // -------------------------------------------------------------------------------- tiles of a block
-// The piece of the map that a block has.
-struct Piece {
+// The tile of a map that a block works on: positions, and the channels of a chunk.
+struct Tile {
     long long n;
     int channel, channels;        // from, up to
     unsigned position, positions;  // from, up to
 };
-SOKD_DEVICE Piece piece_of(const Grid& grid) {
+SOKD_DEVICE Tile tile_of(const Grid& grid) {
     const unsigned tiles = (unsigned)grid.tiles, chunks = (unsigned)grid.chunks;
-    const unsigned tile = blockIdx.x % tiles, rest = blockIdx.x / tiles, chunk = rest % chunks;
-    Piece piece;
-    piece.n = rest / chunks;
-    piece.channel = (int)(chunk * grid.channels_per_block);
-    piece.channels = (int)(grid.channels - piece.channel < grid.channels_per_block
+    const unsigned index = blockIdx.x % tiles, rest = blockIdx.x / tiles, chunk = rest % chunks;
+    Tile tile;
+    tile.n = rest / chunks;
+    tile.channel = (int)(chunk * grid.channels_per_block);
+    tile.channels = (int)(grid.channels - tile.channel < grid.channels_per_block
                                ? grid.channels
-                               : piece.channel + grid.channels_per_block);
-    const long long first = tile * grid.positions_per_block, all = grid.height * grid.width;
-    piece.position = (unsigned)first;
-    piece.positions =
+                               : tile.channel + grid.channels_per_block);
+    const long long first = index * grid.positions_per_block, all = grid.height * grid.width;
+    tile.position = (unsigned)first;
+    tile.positions =
         (unsigned)(all - first < grid.positions_per_block ? all : first + grid.positions_per_block);
-    return piece;
+    return tile;
 }
 
-// Lanes: four threads side by side have the four positions of a quad, then come the runs of
-// channels, then further quads. A thread goes on by `step` positions, four times in all.
+// Lanes: four adjacent threads hold the four positions of a quad; runs of channels come next, then
+// further quads. A thread advances by `step` positions, four times in all.
 struct Spot {
-    int channel;        // of its run's first element; past the piece's end for idle threads
+    int channel;        // of its run's first element; past the tile's end for idle threads
     unsigned position;  // the first of its four
     unsigned step;
 };
 template <class T>
-SOKD_DEVICE Spot spot_of(const Grid& grid, const Piece& piece) {
+SOKD_DEVICE Spot spot_of(const Grid& grid, const Tile& tile) {
     const unsigned lane = (threadIdx.x >> 2) & ((1u << grid.lane_bits) - 1),
                    slot = threadIdx.x >> (2 + grid.lane_bits);
-    return {piece.channel + (int)lane * RUN<T>, piece.position + slot * 4 + (threadIdx.x & 3),
+    return {tile.channel + (int)lane * RUN<T>, tile.position + slot * 4 + (threadIdx.x & 3),
         (unsigned)grid.positions_per_block / 4};
 }
 
@@ -390,7 +389,7 @@ SOKD_DEVICE A warp_sum(A value) {
     return value;
 }
 
-// The block's sum, in thread 0, of what the first lane of every warp brings. `room` is shared; a
+// The block's sum, in thread 0, of the first lane of every warp. `room` is shared; a
 // barrier must lie between two uses.
 SOKD_DEVICE double block_total(double of_warp, double (&room)[WARPS]) {
     if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = of_warp;

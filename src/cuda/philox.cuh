@@ -18,8 +18,8 @@ struct Normals {
 SOKD_DEVICE Words philox(
     unsigned key0, unsigned key1, unsigned c0, unsigned c1, unsigned c2, unsigned c3) {
 #ifndef SOKD_EMULATOR
-    // The keys of the rounds are two additions each; known to be the same in every turn of a loop,
-    // all twenty would be kept in registers, and what the plane makes of the first rounds, too.
+    // The keys of a round are two additions. The compiler would hoist all twenty out of a loop into
+    // registers, and the part of the first rounds that depends on the plane, too.
     asm volatile("" : "+r"(key0), "+r"(key1), "+r"(c2));
 #endif
 #pragma unroll
@@ -53,8 +53,8 @@ SOKD_DEVICE float natural_log(float x) {
     return fmaf(exponent, 355.0f / 512.0f, fmaf(-0.5f, square, tail) + f);
 }
 
-// The square root of 0 or of 1e-7 .. 46, correctly rounded: what the compiler makes of sqrtf,
-// without the call for numbers out of that range.
+// The square root of 0 or of 1e-7 .. 46, correctly rounded: the compiler's code for
+// sqrtf, without its call for numbers out of that range.
 SOKD_DEVICE float radius_of(float square) {
 #ifdef SOKD_EMULATOR
     return sqrtf(square);

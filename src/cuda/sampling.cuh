@@ -14,11 +14,9 @@ struct Plan {
 };
 
 // ------------------------------------------------------------------------------- one sample's plan
-// Shared by the block. Every part is neutral where it is absent, so that later code looks at values
-// alone.
+// Shared by the block. An absent part has its neutral value, so later code reads values alone.
 constexpr int MOST_CHANNELS = 256;  // of a block, in any Grid
-// A channel that shows nothing: of a perm outside the map, or dropped (-1 less the channel that it
-// would show).
+// Negative sources: an entry of perm outside the map, or a dropped channel (-1 less its source).
 constexpr int INVALID = -2147483647 - 1, DROPPED = -1;
 struct Affine {
     double m[6];    // of x - cx, of y - cy, constant: for ix, then for iy, in pixels
@@ -37,16 +35,16 @@ SOKD_DEVICE long long clipped(long long value, long long side) {
     return value < 0 ? 0 : value > side ? side : value;
 }
 
-// Reads plan v of sample n for the channels of the piece; a barrier is inside. Returns whether
+// Reads plan v of sample n for the channels of the tile; a barrier is inside. Returns whether
 // theta is anything but the identity.
 SOKD_DEVICE bool read_plan(
-    SamplePlan& shared, const Plan& plan, const Grid& grid, const Piece& piece, long long v) {
+    SamplePlan& shared, const Plan& plan, const Grid& grid, const Tile& tile, long long v) {
     const int i = (int)threadIdx.x;
     bool moves = false;
     if (i < 6) {
         const double neutral = i == 0 || i == 4 ? 1.0 : 0.0;
         const Part& part = plan.theta;
-        const long long offset = v * part.plan + piece.n * part.group + i / 3 * part.a +
+        const long long offset = v * part.plan + tile.n * part.group + i / 3 * part.a +
                                  i % 3 * part.b;
         const double value = part.pointer ? load_real(part.pointer, part.dtype, offset) : neutral;
         // In the order of the CPU's own products, so that the coordinates have its bits.
@@ -58,13 +56,13 @@ SOKD_DEVICE bool read_plan(
         moves = !(value == neutral);
     } else if (i < 10) {
         const Part& part = plan.hole;
-        const long long offset = v * part.plan + piece.n * part.group + (i - 6) * part.a;
+        const long long offset = v * part.plan + tile.n * part.group + (i - 6) * part.a;
         const long long value = part.pointer ? load_int(part.pointer, part.dtype, offset) : 0;
         shared.hole[i - 6] = (int)clipped(value, i % 2 ? grid.width : grid.height);
     } else if (i == 10) {
         const Part& part = plan.sigma;
         shared.sigma = part.pointer ? load_real(part.pointer, part.dtype,
-                                          v * part.plan + piece.n * part.group)
+                                          v * part.plan + tile.n * part.group)
                                     : 0.0;
     } else if (i < 13) {
         const unsigned long long seed = plan.seed_pointer
@@ -75,17 +73,17 @@ SOKD_DEVICE bool read_plan(
         shared.affine.cx = (double)(grid.width - 1) * 0.5;
         shared.affine.cy = (double)(grid.height - 1) * 0.5;
     }
-    const int c = piece.channel + i;
-    if (c < piece.channels) {
+    const int c = tile.channel + i;
+    if (c < tile.channels) {
         long long source = c;
         if (plan.perm.pointer) {
             source = load_int(plan.perm.pointer, plan.perm.dtype,
-                v * plan.perm.plan + piece.n * plan.perm.group + c * plan.perm.a);
+                v * plan.perm.plan + tile.n * plan.perm.group + c * plan.perm.a);
             if (source < 0 || source >= grid.channels) source = INVALID;
         }
         const Part& keep = plan.keep;
         if (keep.pointer &&
-            !load<unsigned char>(keep.pointer, v * keep.plan + piece.n * keep.group + c * keep.a) &&
+            !load<unsigned char>(keep.pointer, v * keep.plan + tile.n * keep.group + c * keep.a) &&
             source != INVALID) {
             source = DROPPED - source;
         }
@@ -203,19 +201,19 @@ SOKD_DEVICE A not_a_number() {
 // has one.
 template <class A>
 SOKD_DEVICE void fill_table(
-    Corners<A> (&table)[THREADS], const SamplePlan& plan, const Grid& grid, const Piece& piece) {
-    const unsigned position = piece.position + threadIdx.x;
-    if (position < piece.positions) table[threadIdx.x] = corners_of<A>(plan, grid, position);
+    Corners<A> (&table)[THREADS], const SamplePlan& plan, const Grid& grid, const Tile& tile) {
+    const unsigned position = tile.position + threadIdx.x;
+    if (position < tile.positions) table[threadIdx.x] = corners_of<A>(plan, grid, position);
 }
 
 // Which of a thread's run of channels are shown: bit i is channel first + i.
 template <int E>
-SOKD_DEVICE unsigned shown_of(const SamplePlan& plan, const Piece& piece, int first) {
+SOKD_DEVICE unsigned shown_of(const SamplePlan& plan, const Tile& tile, int first) {
     unsigned shown = 0;
 #pragma unroll
     for (int i = 0; i < E; i++) {
-        if (first + i < piece.channels)
-            shown |= (unsigned)(plan.source[first + i - piece.channel] >= 0) << i;
+        if (first + i < tile.channels)
+            shown |= (unsigned)(plan.source[first + i - tile.channel] >= 0) << i;
     }
     return shown;
 }
@@ -223,9 +221,9 @@ SOKD_DEVICE unsigned shown_of(const SamplePlan& plan, const Piece& piece, int fi
 // Whether all channels of the block are shown in their own places, but for dropped ones: then runs
 // of them are vectors. A barrier is inside, so that the whole block goes one way: threads exchange
 // their noise on it. It is also the one that fill_table needs.
-SOKD_DEVICE bool all_in_place(const SamplePlan& plan, const Piece& piece, long long wide) {
-    const int c = piece.channel + (int)threadIdx.x;
-    const int source = c < piece.channels ? plan.source[threadIdx.x] : DROPPED;
+SOKD_DEVICE bool all_in_place(const SamplePlan& plan, const Tile& tile, long long wide) {
+    const int c = tile.channel + (int)threadIdx.x;
+    const int source = c < tile.channels ? plan.source[threadIdx.x] : DROPPED;
     return !__syncthreads_or(!wide || source == INVALID || (source >= 0 && source != c));
 }
 

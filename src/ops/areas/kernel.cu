@@ -37,11 +37,10 @@ struct Areas {
 };
 
 // Bytes an element: the heads once from memory (1 map, 2 with a teacher; size and offset at the
-// boxes alone); neighbours come through the cache. Scan: a thread reads 8 cells; those that no
-// neighbour in the same vector beats go on a list, whose windows are looked at; the least of the
-// warps' best peaks rules most of the others out (if k <= 8), and one warp sorts what is left.
-// Pick: one block a sample; candidates are few. Every choice is by score and index, so no order of
-// threads shows.
+// boxes alone); neighbours come through the cache. Scan: a thread reads 8 cells; those without a
+// greater neighbour in the same vector go on a list, whose windows are read; the least of the warps'
+// best peaks excludes most of the others (if k <= 8), and one warp sorts the rest. Pick: one block a
+// sample; candidates are few. Choices are by score and index, so the order of threads has no effect.
 
 // A peak; `flat` < 0: none, which is worse than any.
 template <class A>
@@ -181,7 +180,7 @@ SOKD_DEVICE void scan(const Areas& args) {
     best = best_of_warp(best);
     if (threadIdx.x % 32 == 0) bests[threadIdx.x / 32] = best;
     __syncthreads();
-    // Eight peaks of eight warps: with k <= 8, what is worse than all of them is none of the k
+    // Eight peaks of eight warps: with k <= 8, a peak worse than all of them is not one of the k
     // best.
     Peak<A> bound = bests[0];
     for (int warp = 1; warp < WARPS; warp++) {

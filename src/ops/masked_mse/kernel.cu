@@ -24,7 +24,7 @@
 struct MaskedMse {
     Map student;
     Map teacher;
-    Map d_student;      // pointer 0: not wanted
+    Map d_student;      // pointer 0: absent
     Map weight;         // [B, H, W]: c is not used; pointer 0: one everywhere (then area = 0)
     Grid grid;
     long long weight_dtype;
@@ -78,30 +78,30 @@ SOKD_DEVICE Term<A> compare(A student, A teacher, A weight, A factor, bool empty
 // Threads along positions, a run each; STEPS channels are under way at a time.
 template <class T>
 SOKD_DEVICE Acc<T> planes_wide(
-    const MaskedMse& args, const Piece& piece, Acc<T> factor, bool empty) {
+    const MaskedMse& args, const Tile& tile, Acc<T> factor, bool empty) {
     constexpr int E = RUN<T>, STEPS = sizeof(T) == 8 ? 1 : 2;
     const int row = (int)args.grid.positions_per_block / E, rows = THREADS / row;
-    const unsigned position = piece.position + threadIdx.x % row * E;
-    if (position >= piece.positions) return 0;
-    const T *student = sample_of<T>(args.student, piece.n) + position,
-            *teacher = sample_of<T>(args.teacher, piece.n) + position;
-    T* d_student = args.d_student.pointer ? sample_of<T>(args.d_student, piece.n) + position
+    const unsigned position = tile.position + threadIdx.x % row * E;
+    if (position >= tile.positions) return 0;
+    const T *student = sample_of<T>(args.student, tile.n) + position,
+            *teacher = sample_of<T>(args.teacher, tile.n) + position;
+    T* d_student = args.d_student.pointer ? sample_of<T>(args.d_student, tile.n) + position
                                           : nullptr;
     const long long plane = args.grid.height * args.grid.width;
     Acc<T> weights[E], sum = 0;
 #pragma unroll
-    for (int i = 0; i < E; i++) weights[i] = weight_at<Acc<T>>(args, piece.n, position + i);
-    for (int c = piece.channel + threadIdx.x / row; c < piece.channels; c += STEPS * rows) {
+    for (int i = 0; i < E; i++) weights[i] = weight_at<Acc<T>>(args, tile.n, position + i);
+    for (int c = tile.channel + threadIdx.x / row; c < tile.channels; c += STEPS * rows) {
         Run<T> s[STEPS], t[STEPS];
 #pragma unroll
         for (int i = 0; i < STEPS; i++) {
-            if (c + i * rows >= piece.channels) continue;
+            if (c + i * rows >= tile.channels) continue;
             s[i].read(student + (c + i * rows) * plane);
             t[i].read(teacher + (c + i * rows) * plane);
         }
 #pragma unroll
         for (int i = 0; i < STEPS; i++) {
-            if (c + i * rows >= piece.channels) continue;
+            if (c + i * rows >= tile.channels) continue;
 #pragma unroll
             for (int j = 0; j < E; j++) {
                 const auto term = compare(s[i].at(j), t[i].at(j), weights[j], factor, empty);
@@ -117,19 +117,19 @@ SOKD_DEVICE Acc<T> planes_wide(
 // Threads along positions, one each, any strides.
 template <class T>
 SOKD_DEVICE Acc<T> planes_narrow(
-    const MaskedMse& args, const Piece& piece, Acc<T> factor, bool empty) {
+    const MaskedMse& args, const Tile& tile, Acc<T> factor, bool empty) {
     const int row = (int)args.grid.positions_per_block, rows = THREADS / row;
-    const unsigned position = piece.position + threadIdx.x % row, width = (unsigned)args.grid.width;
-    if (position >= piece.positions) return 0;
-    const T* student = sample_of<T>(args.student, piece.n) + place(args.student, position, width);
-    const T* teacher = sample_of<T>(args.teacher, piece.n) + place(args.teacher, position, width);
-    T* d_student = args.d_student.pointer ? sample_of<T>(args.d_student, piece.n) +
+    const unsigned position = tile.position + threadIdx.x % row, width = (unsigned)args.grid.width;
+    if (position >= tile.positions) return 0;
+    const T* student = sample_of<T>(args.student, tile.n) + place(args.student, position, width);
+    const T* teacher = sample_of<T>(args.teacher, tile.n) + place(args.teacher, position, width);
+    T* d_student = args.d_student.pointer ? sample_of<T>(args.d_student, tile.n) +
                                                 place(args.d_student, position, width)
                                           : nullptr;
-    const Acc<T> weight = weight_at<Acc<T>>(args, piece.n, position);
+    const Acc<T> weight = weight_at<Acc<T>>(args, tile.n, position);
     Acc<T> sum = 0;
 #pragma unroll 4
-    for (int c = piece.channel + threadIdx.x / row; c < piece.channels; c += rows) {
+    for (int c = tile.channel + threadIdx.x / row; c < tile.channels; c += rows) {
         const auto term = compare(to_acc(student[c * args.student.c]),
             to_acc(teacher[c * args.teacher.c]), weight, factor, empty);
         sum += term.square;
@@ -140,23 +140,23 @@ SOKD_DEVICE Acc<T> planes_narrow(
 
 // Threads along channels, a run each, at four positions.
 template <class T>
-SOKD_DEVICE Acc<T> lanes(const MaskedMse& args, const Piece& piece, Acc<T> factor, bool empty) {
+SOKD_DEVICE Acc<T> lanes(const MaskedMse& args, const Tile& tile, Acc<T> factor, bool empty) {
     constexpr int E = RUN<T>;
-    const Spot spot = spot_of<T>(args.grid, piece);
+    const Spot spot = spot_of<T>(args.grid, tile);
     const unsigned width = (unsigned)args.grid.width;
-    if (spot.channel >= piece.channels) return 0;
+    if (spot.channel >= tile.channels) return 0;
     Acc<T> sum = 0;
 #pragma unroll 2
     for (int i = 0; i < 4; i++) {
         const unsigned position = spot.position + i * spot.step;
-        if (position >= piece.positions) continue;
-        const T* student = sample_of<T>(args.student, piece.n) +
+        if (position >= tile.positions) continue;
+        const T* student = sample_of<T>(args.student, tile.n) +
                            place(args.student, position, width) + spot.channel * args.student.c;
-        const T* teacher = sample_of<T>(args.teacher, piece.n) +
+        const T* teacher = sample_of<T>(args.teacher, tile.n) +
                            place(args.teacher, position, width) + spot.channel * args.teacher.c;
-        T* d_student = sample_of<T>(args.d_student, piece.n) +
+        T* d_student = sample_of<T>(args.d_student, tile.n) +
                        place(args.d_student, position, width) + spot.channel * args.d_student.c;
-        const Acc<T> weight = weight_at<Acc<T>>(args, piece.n, position);
+        const Acc<T> weight = weight_at<Acc<T>>(args, tile.n, position);
         if (args.wide) {
             Run<T> s, t;
             s.read(student);
@@ -170,7 +170,7 @@ SOKD_DEVICE Acc<T> lanes(const MaskedMse& args, const Piece& piece, Acc<T> facto
             if (args.d_student.pointer) s.write(d_student);
         } else {
 #pragma unroll 4
-            for (int j = 0; j < E && spot.channel + j < piece.channels; j++) {
+            for (int j = 0; j < E && spot.channel + j < tile.channels; j++) {
                 const auto term = compare(to_acc(student[j * args.student.c]),
                     to_acc(teacher[j * args.teacher.c]), weight, factor, empty);
                 sum += term.square;
@@ -185,16 +185,16 @@ SOKD_DEVICE Acc<T> lanes(const MaskedMse& args, const Piece& piece, Acc<T> facto
 template <class T, int ORDER>
 SOKD_DEVICE void loss_and_gradient(const MaskedMse& args) {
     SOKD_SHARED(double, room, [WARPS]);
-    const Piece piece = piece_of(args.grid);
+    const Tile tile = tile_of(args.grid);
     const double* norm = (const double*)args.norm;
     const bool empty = args.area && norm[0] == 0.0;
     const Acc<T> factor = Acc<T>(args.area ? norm[1] : args.factor);
     Acc<T> sum;
     if constexpr (ORDER == PLANES) {
-        sum = args.wide ? planes_wide<T>(args, piece, factor, empty)
-                        : planes_narrow<T>(args, piece, factor, empty);
+        sum = args.wide ? planes_wide<T>(args, tile, factor, empty)
+                        : planes_narrow<T>(args, tile, factor, empty);
     } else {
-        sum = lanes<T>(args, piece, factor, empty);
+        sum = lanes<T>(args, tile, factor, empty);
     }
     const double total = block_total(warp_sum(sum), room);
     if (threadIdx.x == 0) ((double*)args.partials)[blockIdx.x] = total;
@@ -247,8 +247,8 @@ SOKD_ENTRY(masked_mse_finish, MaskedMse, finish_loss)
 #endif
 
 #if SOKD_KERNELS & 4
-// Every block looks at upstream by itself: nobody waits for the device, and no map is moved for a
-// factor of one.
+// Every block reads upstream itself: the host does not synchronise, and a factor of one moves no
+// map.
 template <class T>
 SOKD_DEVICE void scale_gradient(const Scale& args) {
     constexpr int E = RUN<T>, STEPS = 4;

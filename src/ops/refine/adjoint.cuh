@@ -59,16 +59,16 @@ SOKD_DEVICE int origin(int source) { return source >= 0 ? source : DROPPED - sou
 
 template <class T>
 SOKD_DEVICE void gather_planes(
-    const RefineBackward& args, const Piece& piece, const SamplePlan& plan) {
+    const RefineBackward& args, const Tile& tile, const SamplePlan& plan) {
     using A = Acc<T>;
     constexpr int GROUP = 8;
     const int row = (int)args.grid.positions_per_block;
-    const unsigned position = piece.position + threadIdx.x % row;
-    if (position >= piece.positions) return;
+    const unsigned position = tile.position + threadIdx.x % row;
+    if (position >= tile.positions) return;
     const Cell cell = cell_of(args.grid, position);
     const Box box = box_of(plan.affine, args.grid, cell);
     const long long to = cell.y * args.d_features.y + cell.x * args.d_features.x;
-    for (int first = piece.channel + threadIdx.x / row * GROUP; first < piece.channels;
+    for (int first = tile.channel + threadIdx.x / row * GROUP; first < tile.channels;
         first += THREADS / row * GROUP) {
         A sums[GROUP] = {};
 #pragma unroll 1
@@ -78,12 +78,12 @@ SOKD_DEVICE void gather_planes(
                 bool touches;
                 const A weight = weight_of<A>(plan, args.grid, y, x, cell, touches);
                 if (!touches) continue;
-                const T* upstream = sample_of<T>(args.upstream, piece.n) + y * args.upstream.y +
+                const T* upstream = sample_of<T>(args.upstream, tile.n) + y * args.upstream.y +
                                     x * args.upstream.x;
 #pragma unroll
                 for (int i = 0; i < GROUP; i++) {
-                    const bool live = first + i < piece.channels &&
-                                      plan.source[first + i - piece.channel] >= 0;
+                    const bool live = first + i < tile.channels &&
+                                      plan.source[first + i - tile.channel] >= 0;
                     if (live)
                         sums[i] = fused(
                             weight, to_acc(upstream[(first + i) * args.upstream.c]), sums[i]);
@@ -92,17 +92,17 @@ SOKD_DEVICE void gather_planes(
         }
 #pragma unroll
         for (int i = 0; i < GROUP; i++) {
-            const int source = first + i < piece.channels ? plan.source[first + i - piece.channel]
+            const int source = first + i < tile.channels ? plan.source[first + i - tile.channel]
                                                           : INVALID;
             if (source != INVALID) from_acc(sums[i],
-                sample_of<T>(args.d_features, piece.n)[origin(source) * args.d_features.c + to]);
+                sample_of<T>(args.d_features, tile.n)[origin(source) * args.d_features.c + to]);
         }
     }
 }
 
 // A run of channels at a cell, read as vectors.
 template <class T>
-SOKD_DEVICE void gather_run(const RefineBackward& args, const Piece& piece, const SamplePlan& plan,
+SOKD_DEVICE void gather_run(const RefineBackward& args, const Tile& tile, const SamplePlan& plan,
     int c, const Cell& cell, const Box& box) {
     using A = Acc<T>;
     A sums[RUN<T>] = {};
@@ -114,15 +114,15 @@ SOKD_DEVICE void gather_run(const RefineBackward& args, const Piece& piece, cons
             const A weight = weight_of<A>(plan, args.grid, y, x, cell, touches);
             if (!touches) continue;
             Run<T> u;
-            u.read(sample_of<T>(args.upstream, piece.n) + y * args.upstream.y +
+            u.read(sample_of<T>(args.upstream, tile.n) + y * args.upstream.y +
                    x * args.upstream.x + c);
 #pragma unroll
             for (int i = 0; i < RUN<T>; i++) sums[i] = fused(weight, u.at(i), sums[i]);
         }
     }
-    T* d_features = sample_of<T>(args.d_features, piece.n) + cell.y * args.d_features.y +
+    T* d_features = sample_of<T>(args.d_features, tile.n) + cell.y * args.d_features.y +
                     cell.x * args.d_features.x;
-    const int* sources = plan.source + (c - piece.channel);
+    const int* sources = plan.source + (c - tile.channel);
     bool own = true;
     Run<T> out{};
 #pragma unroll
@@ -140,11 +140,11 @@ SOKD_DEVICE void gather_run(const RefineBackward& args, const Piece& piece, cons
 
 // One channel at a cell.
 template <class T>
-SOKD_DEVICE void gather_one(const RefineBackward& args, const Piece& piece, const SamplePlan& plan,
+SOKD_DEVICE void gather_one(const RefineBackward& args, const Tile& tile, const SamplePlan& plan,
     int c, const Cell& cell, const Box& box) {
     using A = Acc<T>;
-    const int source = plan.source[c - piece.channel];
-    const T* upstream = sample_of<T>(args.upstream, piece.n) + c * args.upstream.c;
+    const int source = plan.source[c - tile.channel];
+    const T* upstream = sample_of<T>(args.upstream, tile.n) + c * args.upstream.c;
     if (source == INVALID) return;
     A sum = 0;
 #pragma unroll 1
@@ -159,49 +159,49 @@ SOKD_DEVICE void gather_one(const RefineBackward& args, const Piece& piece, cons
         }
     }
     const long long to = cell.y * args.d_features.y + cell.x * args.d_features.x;
-    from_acc(sum, sample_of<T>(args.d_features, piece.n)[origin(source) * args.d_features.c + to]);
+    from_acc(sum, sample_of<T>(args.d_features, tile.n)[origin(source) * args.d_features.c + to]);
 }
 
 template <class T>
 SOKD_DEVICE void gather_lanes(
-    const RefineBackward& args, const Piece& piece, const SamplePlan& plan) {
-    const Spot spot = spot_of<T>(args.grid, piece);
-    if (spot.channel >= piece.channels) return;
+    const RefineBackward& args, const Tile& tile, const SamplePlan& plan) {
+    const Spot spot = spot_of<T>(args.grid, tile);
+    if (spot.channel >= tile.channels) return;
 #pragma unroll 1
     for (int step = 0; step < 4; step++) {
         const unsigned position = spot.position + step * spot.step;
-        if (position >= piece.positions) continue;
+        if (position >= tile.positions) continue;
         const Cell cell = cell_of(args.grid, position);
         const Box box = box_of(plan.affine, args.grid, cell);
         if (args.wide) {
-            gather_run<T>(args, piece, plan, spot.channel, cell, box);
+            gather_run<T>(args, tile, plan, spot.channel, cell, box);
             continue;
         }
 #pragma unroll 1
-        for (int i = 0; i < RUN<T> && spot.channel + i < piece.channels; i++)
-            gather_one<T>(args, piece, plan, spot.channel + i, cell, box);
+        for (int i = 0; i < RUN<T> && spot.channel + i < tile.channels; i++)
+            gather_one<T>(args, tile, plan, spot.channel + i, cell, box);
     }
 }
 
 // Writes zeros for those of the block's channels that no entry of perm names, which it does not
 // have if it is a permutation.
 template <class T>
-SOKD_DEVICE void clear_unnamed(const RefineBackward& args, const Piece& piece, int* named) {
+SOKD_DEVICE void clear_unnamed(const RefineBackward& args, const Tile& tile, int* named) {
     const Part& perm = args.plan.perm;
-    named[threadIdx.x] = piece.channel + (int)threadIdx.x >= piece.channels;
+    named[threadIdx.x] = tile.channel + (int)threadIdx.x >= tile.channels;
     __syncthreads();
     for (int c = (int)threadIdx.x; c < (int)args.grid.channels; c += THREADS) {
         const long long source = load_int(
-            perm.pointer, perm.dtype, piece.n * perm.group + c * perm.a);
-        if (source >= piece.channel && source < piece.channels) named[source - piece.channel] = 1;
+            perm.pointer, perm.dtype, tile.n * perm.group + c * perm.a);
+        if (source >= tile.channel && source < tile.channels) named[source - tile.channel] = 1;
     }
     __syncthreads();
     if (!__syncthreads_or(!named[threadIdx.x])) return;
-    for (int i = 0; piece.channel + i < piece.channels; i++) {
+    for (int i = 0; tile.channel + i < tile.channels; i++) {
         if (named[i]) continue;
-        T* target = sample_of<T>(args.d_features, piece.n) +
-                    (piece.channel + i) * args.d_features.c;
-        for (unsigned position = piece.position + threadIdx.x; position < piece.positions;
+        T* target = sample_of<T>(args.d_features, tile.n) +
+                    (tile.channel + i) * args.d_features.c;
+        for (unsigned position = tile.position + threadIdx.x; position < tile.positions;
             position += THREADS) {
             from_acc(
                 Acc<T>(0), target[place(args.d_features, position, (unsigned)args.grid.width)]);
@@ -213,11 +213,11 @@ template <class T, int ORDER>
 SOKD_DEVICE void refine_adjoint(const RefineBackward& args) {
     SOKD_SHARED(SamplePlan, plan, );
     SOKD_SHARED(int, named, [MOST_CHANNELS]);
-    const Piece piece = piece_of(args.grid);
-    if (args.plan.perm.pointer) clear_unnamed<T>(args, piece, named);
-    read_plan(plan, args.plan, args.grid, piece, 0);
-    if constexpr (ORDER == PLANES) gather_planes<T>(args, piece, plan);
-    else gather_lanes<T>(args, piece, plan);
+    const Tile tile = tile_of(args.grid);
+    if (args.plan.perm.pointer) clear_unnamed<T>(args, tile, named);
+    read_plan(plan, args.plan, args.grid, tile, 0);
+    if constexpr (ORDER == PLANES) gather_planes<T>(args, tile, plan);
+    else gather_lanes<T>(args, tile, plan);
 }
 
 SOKD_ENTRIES(refine_adjoint, RefineBackward, refine_adjoint)

@@ -46,38 +46,38 @@ SOKD_DEVICE void add_one(
 
 template <class T>
 SOKD_DEVICE void sum_planes(
-    Sums<Acc<T>>& sums, const RefineBackward& args, const Piece& piece, const SamplePlan& plan) {
+    Sums<Acc<T>>& sums, const RefineBackward& args, const Tile& tile, const SamplePlan& plan) {
     using A = Acc<T>;
     const int row = (int)args.grid.positions_per_block;
-    const unsigned position = piece.position + threadIdx.x % row, width = (unsigned)args.grid.width;
-    const bool within = position < piece.positions,
+    const unsigned position = tile.position + threadIdx.x % row, width = (unsigned)args.grid.width;
+    const bool within = position < tile.positions,
                sloped = within && args.d_theta.pointer && !in_hole(plan, position, width);
     const Corners<A> at = corners_of<A>(plan, args.grid, position);
-    const T* upstream = sample_of<T>(args.upstream, piece.n) +
+    const T* upstream = sample_of<T>(args.upstream, tile.n) +
                         place(args.upstream, position, width);
     Slopes<A> slopes{};
-    for (int first = piece.channel + threadIdx.x / row * 4; first < piece.channels;
+    for (int first = tile.channel + threadIdx.x / row * 4; first < tile.channels;
         first += THREADS / row * 4) {
         A u[4];
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            u[i] = within && first + i < piece.channels
+            u[i] = within && first + i < tile.channels
                        ? to_acc(upstream[(first + i) * args.upstream.c])
                        : A(0);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             sums.straight += u[i];
-            const int source = first + i < piece.channels ? plan.source[first + i - piece.channel]
+            const int source = first + i < tile.channels ? plan.source[first + i - tile.channel]
                                                           : DROPPED;
             if (source < 0) u[i] = source == INVALID ? not_a_number<A>() : A(0);
             if (source == INVALID) slopes.x = not_a_number<A>();
             if (source < 0 || !sloped) continue;
             add_one<T>(slopes, u[i],
-                sample_of<T>(args.features, piece.n) + source * args.features.c, args.features, at);
+                sample_of<T>(args.features, tile.n) + source * args.features.c, args.features, at);
         }
         if (args.d_sigma.pointer) {
             Normals noise = noise_of(
-                plan, args.grid, piece.n, first + (int)(threadIdx.x & 3), position);
+                plan, args.grid, tile.n, first + (int)(threadIdx.x & 3), position);
             transpose(noise);
 #pragma unroll
             for (int i = 0; i < 4; i++) sums.sigma = fused(u[i], (A)noise.of[i], sums.sigma);
@@ -109,20 +109,20 @@ SOKD_DEVICE void add_run(Slopes<Acc<T>>& slopes, const Run<T>& u, const T* featu
 
 // Lanes, every channel in its own place.
 template <class T>
-SOKD_DEVICE void sum_runs(Sums<Acc<T>>& sums, const RefineBackward& args, const Piece& piece,
+SOKD_DEVICE void sum_runs(Sums<Acc<T>>& sums, const RefineBackward& args, const Tile& tile,
     const SamplePlan& plan, const Corners<Acc<T>>* table) {
     using A = Acc<T>;
     constexpr int E = RUN<T>;
-    const Spot spot = spot_of<T>(args.grid, piece);
+    const Spot spot = spot_of<T>(args.grid, tile);
     const unsigned width = (unsigned)args.grid.width,
-                   shown = shown_of<E>(plan, piece, spot.channel);
+                   shown = shown_of<E>(plan, tile, spot.channel);
 #pragma unroll 1
     for (int step = 0; step < 4; step++) {
         const unsigned position = spot.position + step * spot.step;
-        const bool within = position < piece.positions && spot.channel < piece.channels;
+        const bool within = position < tile.positions && spot.channel < tile.channels;
         Run<T> u{};
         if (within)
-            u.read(sample_of<T>(args.upstream, piece.n) + place(args.upstream, position, width) +
+            u.read(sample_of<T>(args.upstream, tile.n) + place(args.upstream, position, width) +
                    spot.channel);
 #pragma unroll
         for (int i = 0; i < E; i++) sums.straight += u.at(i);
@@ -136,7 +136,7 @@ SOKD_DEVICE void sum_runs(Sums<Acc<T>>& sums, const RefineBackward& args, const 
 #pragma unroll
             for (int i = 0; i < E; i += 4) {
                 Normals noise = noise_of(
-                    plan, args.grid, piece.n, spot.channel + i + (int)(threadIdx.x & 3), position);
+                    plan, args.grid, tile.n, spot.channel + i + (int)(threadIdx.x & 3), position);
                 transpose(noise);
 #pragma unroll
                 for (int j = 0; j < 4; j++)
@@ -145,55 +145,55 @@ SOKD_DEVICE void sum_runs(Sums<Acc<T>>& sums, const RefineBackward& args, const 
         }
         if (within && args.d_theta.pointer && !in_hole(plan, position, width)) {
             Slopes<A> slopes{};
-            add_run<T>(slopes, u, sample_of<T>(args.features, piece.n) + spot.channel,
-                args.features, table[position - piece.position]);
+            add_run<T>(slopes, u, sample_of<T>(args.features, tile.n) + spot.channel,
+                args.features, table[position - tile.position]);
             sums.add(slopes, args.grid, position);
         }
     }
 }
 
-// Lanes, channels from wherever they are, and any strides: four of them at a time.
+// Lanes, any source channels and any strides: four of them at a time.
 template <class T>
-SOKD_DEVICE void sum_fours(Sums<Acc<T>>& sums, const RefineBackward& args, const Piece& piece,
+SOKD_DEVICE void sum_fours(Sums<Acc<T>>& sums, const RefineBackward& args, const Tile& tile,
     const SamplePlan& plan, const Corners<Acc<T>>* table) {
     using A = Acc<T>;
-    const Spot spot = spot_of<T>(args.grid, piece);
+    const Spot spot = spot_of<T>(args.grid, tile);
     const unsigned width = (unsigned)args.grid.width;
 #pragma unroll 1
     for (int i = 0; i < 4 * RUN<T>; i += 4) {
         const int first = spot.channel + i % RUN<T>;
         const unsigned position = spot.position + i / RUN<T> * spot.step;
-        const bool within = position < piece.positions,
+        const bool within = position < tile.positions,
                    sloped = within && args.d_theta.pointer && !in_hole(plan, position, width);
-        const T* upstream = sample_of<T>(args.upstream, piece.n) +
+        const T* upstream = sample_of<T>(args.upstream, tile.n) +
                             place(args.upstream, position, width);
         A u[4];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            u[j] = within && first + j < piece.channels
+            u[j] = within && first + j < tile.channels
                        ? to_acc(upstream[(first + j) * args.upstream.c])
                        : A(0);
             sums.straight += u[j];
-            const int source = first + j < piece.channels ? plan.source[first + j - piece.channel]
+            const int source = first + j < tile.channels ? plan.source[first + j - tile.channel]
                                                           : DROPPED;
             if (source < 0) u[j] = source == INVALID ? not_a_number<A>() : A(0);
         }
         if (sloped) {
-            const Corners<A> at = table[position - piece.position];
+            const Corners<A> at = table[position - tile.position];
             Slopes<A> slopes{};
 #pragma unroll 1
-            for (int c = first; c < first + 4 && c < piece.channels; c++) {
-                const int source = plan.source[c - piece.channel];
+            for (int c = first; c < first + 4 && c < tile.channels; c++) {
+                const int source = plan.source[c - tile.channel];
                 if (source == INVALID) slopes.x = not_a_number<A>();
                 if (source < 0) continue;
-                const T* plane = sample_of<T>(args.features, piece.n) + source * args.features.c;
+                const T* plane = sample_of<T>(args.features, tile.n) + source * args.features.c;
                 add_one<T>(slopes, to_acc(upstream[c * args.upstream.c]), plane, args.features, at);
             }
             sums.add(slopes, args.grid, position);
         }
         if (args.d_sigma.pointer) {
             Normals noise = noise_of(
-                plan, args.grid, piece.n, first + (int)(threadIdx.x & 3), position);
+                plan, args.grid, tile.n, first + (int)(threadIdx.x & 3), position);
             transpose(noise);
 #pragma unroll
             for (int j = 0; j < 4; j++) sums.sigma = fused(u[j], (A)noise.of[j], sums.sigma);
@@ -221,16 +221,16 @@ SOKD_DEVICE void refine_backward(const RefineBackward& args) {
     using A = Acc<T>;
     SOKD_SHARED(SamplePlan, plan, );
     SOKD_SHARED(double, room, [WARPS][8]);
-    const Piece piece = piece_of(args.grid);
-    read_plan(plan, args.plan, args.grid, piece, 0);
+    const Tile tile = tile_of(args.grid);
+    read_plan(plan, args.plan, args.grid, tile, 0);
     Sums<A> sums;
     if constexpr (ORDER == PLANES) {
-        sum_planes<T>(sums, args, piece, plan);
+        sum_planes<T>(sums, args, tile, plan);
     } else {
         SOKD_SHARED(Corners<A>, table, [THREADS]);
-        fill_table(table, plan, args.grid, piece);
-        if (all_in_place(plan, piece, args.wide)) sum_runs<T>(sums, args, piece, plan, table);
-        else sum_fours<T>(sums, args, piece, plan, table);
+        fill_table(table, plan, args.grid, tile);
+        if (all_in_place(plan, tile, args.wide)) sum_runs<T>(sums, args, tile, plan, table);
+        else sum_fours<T>(sums, args, tile, plan, table);
     }
     write_sums(sums, args, room);
 }

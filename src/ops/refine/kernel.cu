@@ -46,7 +46,7 @@ struct Refine {
 struct RefineBackward {
     Map upstream;
     Map features;
-    Map d_features;  // pointer 0: not wanted
+    Map d_features;  // pointer 0: absent
     Grid grid;
     Plan plan;
     Out d_theta, d_sigma, d_straight;
@@ -92,31 +92,31 @@ SOKD_DEVICE void add_noise(Run<T>& values, Acc<T> sigma, const SamplePlan& plan,
 
 // Planes, nothing moved: runs along positions, STEPS channels under way at a time.
 template <class T, int STEPS>
-SOKD_DEVICE void copy_planes(const Refine& args, const Piece& piece, const SamplePlan& plan) {
+SOKD_DEVICE void copy_planes(const Refine& args, const Tile& tile, const SamplePlan& plan) {
     constexpr int E = RUN<T>;
     const int row = (int)args.grid.positions_per_block / E, rows = THREADS / row;
-    const unsigned position = piece.position + threadIdx.x % row * E;
-    if (position >= piece.positions) return;
-    const T* features = sample_of<T>(args.features, piece.n) + position;
-    T* refined = sample_of<T>(args.refined, piece.n) + position;
+    const unsigned position = tile.position + threadIdx.x % row * E;
+    if (position >= tile.positions) return;
+    const T* features = sample_of<T>(args.features, tile.n) + position;
+    T* refined = sample_of<T>(args.refined, tile.n) + position;
     unsigned holes = 0;
     for (int i = 0; i < E; i++)
         holes |= (unsigned)in_hole(plan, position + i, (unsigned)args.grid.width) << i;
     const Acc<T> sigma = (Acc<T>)plan.sigma;
-    for (int first = piece.channel + threadIdx.x / row; first < piece.channels;
+    for (int first = tile.channel + threadIdx.x / row; first < tile.channels;
         first += STEPS * rows) {
         Run<T> values[STEPS] = {};
 #pragma unroll
         for (int step = 0; step < STEPS; step++) {
             const int c = first + step * rows,
-                      source = c < piece.channels ? plan.source[c - piece.channel] : DROPPED;
+                      source = c < tile.channels ? plan.source[c - tile.channel] : DROPPED;
             if (source >= 0) values[step].read(features + source * args.features.c);
         }
 #pragma unroll
         for (int step = 0; step < STEPS; step++) {
             const int c = first + step * rows,
-                      source = c < piece.channels ? plan.source[c - piece.channel] : DROPPED;
-            if (c >= piece.channels) continue;
+                      source = c < tile.channels ? plan.source[c - tile.channel] : DROPPED;
+            if (c >= tile.channels) continue;
             if (holes || source == INVALID) {
 #pragma unroll
                 for (int i = 0; i < E; i++) {
@@ -125,20 +125,20 @@ SOKD_DEVICE void copy_planes(const Refine& args, const Piece& piece, const Sampl
                 }
             }
             if (STEPS == 1 && source >= 0)
-                add_noise(values[step], sigma, plan, args.grid, piece.n, c, position);
+                add_noise(values[step], sigma, plan, args.grid, tile.n, c, position);
             values[step].write(refined + c * args.refined.c);
         }
     }
 }
 
-// Planes of any strides: a lane has a position, and four channels at a time.
+// Planes of any strides: a lane has a position and four channels at a time.
 template <class T>
 SOKD_DEVICE void sample_planes(
-    const Refine& args, const Piece& piece, const SamplePlan& plan, bool moves) {
+    const Refine& args, const Tile& tile, const SamplePlan& plan, bool moves) {
     using A = Acc<T>;
     const int row = (int)args.grid.positions_per_block;
-    const unsigned position = piece.position + threadIdx.x % row, width = (unsigned)args.grid.width;
-    const bool within = position < piece.positions,
+    const unsigned position = tile.position + threadIdx.x % row, width = (unsigned)args.grid.width;
+    const bool within = position < tile.positions,
                shown = within && !in_hole(plan, position, width);
     Corners<A> at{};
     A weights[4] = {};
@@ -149,14 +149,14 @@ SOKD_DEVICE void sample_planes(
     const long long from = place(args.features, position, width),
                     to = place(args.refined, position, width);
     const A sigma = (A)plan.sigma;
-    for (int first = piece.channel + threadIdx.x / row * 4; first < piece.channels;
+    for (int first = tile.channel + threadIdx.x / row * 4; first < tile.channels;
         first += THREADS / row * 4) {
         A values[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const int source = first + i < piece.channels ? plan.source[first + i - piece.channel]
+            const int source = first + i < tile.channels ? plan.source[first + i - tile.channel]
                                                           : DROPPED;
-            const T* plane = sample_of<T>(args.features, piece.n) + source * args.features.c;
+            const T* plane = sample_of<T>(args.features, tile.n) + source * args.features.c;
             values[i] = A(0);
             if (source >= 0 && shown)
                 values[i] = moves ? bilinear<T>(plane, args.features, at, weights)
@@ -164,17 +164,17 @@ SOKD_DEVICE void sample_planes(
         }
         if (sigma != 0) {
             Normals noise = noise_of(
-                plan, args.grid, piece.n, first + (int)(threadIdx.x & 3), position);
+                plan, args.grid, tile.n, first + (int)(threadIdx.x & 3), position);
             transpose(noise);
 #pragma unroll
             for (int i = 0; i < 4; i++) values[i] = fused(sigma, (A)noise.of[i], values[i]);
         }
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            if (!within || first + i >= piece.channels) continue;
-            const int source = plan.source[first + i - piece.channel];
+            if (!within || first + i >= tile.channels) continue;
+            const int source = plan.source[first + i - tile.channel];
             const A value = source >= 0 ? values[i] : source == INVALID ? not_a_number<A>() : A(0);
-            from_acc(value, sample_of<T>(args.refined, piece.n)[(first + i) * args.refined.c + to]);
+            from_acc(value, sample_of<T>(args.refined, tile.n)[(first + i) * args.refined.c + to]);
         }
     }
 }
@@ -182,22 +182,22 @@ SOKD_DEVICE void sample_planes(
 // Lanes, every channel in its own place: a position and a run of channels at a time, four times.
 template <class T>
 SOKD_DEVICE void sample_runs(
-    const Refine& args, const Piece& piece, const SamplePlan& plan, const Corners<Acc<T>>* table) {
+    const Refine& args, const Tile& tile, const SamplePlan& plan, const Corners<Acc<T>>* table) {
     using A = Acc<T>;
     constexpr int E = RUN<T>;
-    const Spot spot = spot_of<T>(args.grid, piece);
+    const Spot spot = spot_of<T>(args.grid, tile);
     const unsigned width = (unsigned)args.grid.width,
-                   shown = shown_of<E>(plan, piece, spot.channel);
+                   shown = shown_of<E>(plan, tile, spot.channel);
     const A sigma = (A)plan.sigma;
 #pragma unroll 1
     for (int step = 0; step < 4; step++) {
         const unsigned position = spot.position + step * spot.step;
-        const bool within = position < piece.positions && spot.channel < piece.channels;
+        const bool within = position < tile.positions && spot.channel < tile.channels;
         A values[E] = {};
         if (within && !in_hole(plan, position, width)) {
-            const T* features = sample_of<T>(args.features, piece.n) + spot.channel;
+            const T* features = sample_of<T>(args.features, tile.n) + spot.channel;
             if (table) {
-                sample_run<T>(values, features, args.features, table[position - piece.position]);
+                sample_run<T>(values, features, args.features, table[position - tile.position]);
             } else {
                 Run<T> own;
                 own.read(features + place(args.features, position, width));
@@ -211,7 +211,7 @@ SOKD_DEVICE void sample_runs(
                 // Its own channel of four, then its own position of four: all threads of the warp
                 // take part.
                 Normals noise = noise_of(
-                    plan, args.grid, piece.n, spot.channel + i + (int)(threadIdx.x & 3), position);
+                    plan, args.grid, tile.n, spot.channel + i + (int)(threadIdx.x & 3), position);
                 transpose(noise);
 #pragma unroll
                 for (int j = 0; j < 4; j++)
@@ -222,36 +222,36 @@ SOKD_DEVICE void sample_runs(
         Run<T> out{};
 #pragma unroll
         for (int i = 0; i < E; i++) out.set(i, shown >> i & 1 ? values[i] : A(0));
-        out.write(sample_of<T>(args.refined, piece.n) + place(args.refined, position, width) +
+        out.write(sample_of<T>(args.refined, tile.n) + place(args.refined, position, width) +
                   spot.channel);
     }
 }
 
-// Lanes, channels from wherever they are, and any strides: four of them at a time.
+// Lanes, any source channels and any strides: four of them at a time.
 template <class T>
 SOKD_DEVICE void sample_fours(
-    const Refine& args, const Piece& piece, const SamplePlan& plan, const Corners<Acc<T>>* table) {
+    const Refine& args, const Tile& tile, const SamplePlan& plan, const Corners<Acc<T>>* table) {
     using A = Acc<T>;
-    const Spot spot = spot_of<T>(args.grid, piece);
+    const Spot spot = spot_of<T>(args.grid, tile);
     const unsigned width = (unsigned)args.grid.width;
     const A sigma = (A)plan.sigma;
 #pragma unroll 1
     for (int i = 0; i < 4 * RUN<T>; i += 4) {
         const int first = spot.channel + i % RUN<T>;
         const unsigned position = spot.position + i / RUN<T> * spot.step;
-        const bool within = position < piece.positions,
+        const bool within = position < tile.positions,
                    visible = within && !in_hole(plan, position, width);
         A values[4] = {};
         if (visible) {
-            const T* features = sample_of<T>(args.features, piece.n);
+            const T* features = sample_of<T>(args.features, tile.n);
             const long long from = place(args.features, position, width);
             Corners<A> at{};
-            if (table) at = table[position - piece.position];
+            if (table) at = table[position - tile.position];
             const A weights[4] = {at.weight(0), at.weight(1), at.weight(2), at.weight(3)};
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                const int source = first + j < piece.channels
-                                       ? plan.source[first + j - piece.channel]
+                const int source = first + j < tile.channels
+                                       ? plan.source[first + j - tile.channel]
                                        : DROPPED;
                 const T* plane = features + source * args.features.c;
                 if (source >= 0)
@@ -261,16 +261,16 @@ SOKD_DEVICE void sample_fours(
         }
         if (sigma != 0) {
             Normals noise = noise_of(
-                plan, args.grid, piece.n, first + (int)(threadIdx.x & 3), position);
+                plan, args.grid, tile.n, first + (int)(threadIdx.x & 3), position);
             transpose(noise);
 #pragma unroll
             for (int j = 0; j < 4; j++) values[j] = fused(sigma, (A)noise.of[j], values[j]);
         }
-        T* refined = sample_of<T>(args.refined, piece.n) + place(args.refined, position, width);
+        T* refined = sample_of<T>(args.refined, tile.n) + place(args.refined, position, width);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            if (!within || first + j >= piece.channels) continue;
-            const int source = plan.source[first + j - piece.channel];
+            if (!within || first + j >= tile.channels) continue;
+            const int source = plan.source[first + j - tile.channel];
             from_acc(source >= 0         ? values[j]
                      : source == INVALID ? not_a_number<A>()
                                          : A(0),
@@ -282,19 +282,19 @@ SOKD_DEVICE void sample_fours(
 template <class T, int ORDER>
 SOKD_DEVICE void refine_forward(const Refine& args) {
     SOKD_SHARED(SamplePlan, plan, );
-    const Piece piece = piece_of(args.grid);
-    const bool moves = read_plan(plan, args.plan, args.grid, piece, 0);
+    const Tile tile = tile_of(args.grid);
+    const bool moves = read_plan(plan, args.plan, args.grid, tile, 0);
     if constexpr (ORDER == PLANES) {
         if (args.wide && !moves && plan.sigma == 0)
-            copy_planes<T, sizeof(T) == 8 ? 2 : 4>(args, piece, plan);
-        else if (args.wide && !moves) copy_planes<T, 1>(args, piece, plan);
-        else sample_planes<T>(args, piece, plan, moves);
+            copy_planes<T, sizeof(T) == 8 ? 2 : 4>(args, tile, plan);
+        else if (args.wide && !moves) copy_planes<T, 1>(args, tile, plan);
+        else sample_planes<T>(args, tile, plan, moves);
     } else {
         SOKD_SHARED(Corners<Acc<T>>, table, [THREADS]);
-        if (moves) fill_table(table, plan, args.grid, piece);
-        if (all_in_place(plan, piece, args.wide))
-            sample_runs<T>(args, piece, plan, moves ? table : nullptr);
-        else sample_fours<T>(args, piece, plan, moves ? table : nullptr);
+        if (moves) fill_table(table, plan, args.grid, tile);
+        if (all_in_place(plan, tile, args.wide))
+            sample_runs<T>(args, tile, plan, moves ? table : nullptr);
+        else sample_fours<T>(args, tile, plan, moves ? table : nullptr);
     }
 }
 
