@@ -311,7 +311,8 @@ SOKD_DEVICE void set_element(Pack& pack, int i, Acc<T> value) {
     }
 }
 
-// What a thread holds at a time: E consecutive elements (at least four, as noise is drawn in fours).
+// What a thread holds at a time: E consecutive elements (at least four, as noise is drawn in
+// fours).
 template <class T>
 constexpr int RUN = WIDTH<T> < 4 ? 4 : WIDTH<T>;
 template <class T>

@@ -38,9 +38,10 @@ struct Areas {
 
 // Bytes an element: the heads once from memory (1 map, 2 with a teacher; size and offset at the
 // boxes alone); neighbours come through the cache. Scan: a thread reads 8 cells; those without a
-// greater neighbour in the same vector go on a list, whose windows are read; the least of the warps'
-// best peaks excludes most of the others (if k <= 8), and one warp sorts the rest. Pick: one block a
-// sample; candidates are few. Choices are by score and index, so the order of threads has no effect.
+// greater neighbour in the same vector go on a list, whose windows are read; the least of the
+// warps' best peaks excludes most of the others (if k <= 8), and one warp sorts the rest. Pick: one
+// block a sample; candidates are few. Choices are by score and index, so the order of threads has
+// no effect.
 
 // A peak; `flat` < 0: none, which is worse than any.
 template <class A>
