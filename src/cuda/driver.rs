@@ -25,7 +25,7 @@ unsafe impl Sync for Handle {}
 impl Handle {
     const NULL: Self = Self(null_mut());
 
-    /// A handle that torch names by its address.
+    /// A handle from its address in torch.
     pub(crate) fn at(address: usize) -> Self {
         Self(address as *mut c_void)
     }
@@ -80,7 +80,7 @@ pub(crate) struct Driver {
 type Result<T> = std::result::Result<T, Failure>;
 
 impl Driver {
-    /// Opens the library. Nothing is initialised, so a later fork is as free as without us.
+    /// Opens the library. Nothing is initialised, so the process may still fork.
     pub(crate) fn open() -> Result<Self> {
         Ok(Self { api: Api::open(NAMES.iter().map(|name| (*name).to_owned()))? })
     }
@@ -96,7 +96,7 @@ impl Driver {
         Ok(usize::try_from(count).unwrap_or(0))
     }
 
-    /// The newest CUDA that this driver serves, as (major, minor).
+    /// The newest CUDA version of this driver, (major, minor).
     pub(crate) fn version(&self) -> Result<(i32, i32)> {
         let mut version = 0;
         // SAFETY: a place for one int.
@@ -240,12 +240,12 @@ impl Driver {
     }
 }
 
-/// Whether the device's memory was too short.
+/// Whether the device was out of memory.
 pub(crate) fn is_out_of_memory(failure: &Failure) -> bool {
     matches!(failure, Failure::Driver { code: OUT_OF_MEMORY, .. })
 }
 
-/// Whether loading failed for what the image is, rather than for want of memory or a broken device.
+/// Whether the image itself is unsuitable, rather than memory or the device.
 pub(crate) fn is_bad_image(failure: &Failure) -> bool {
     matches!(failure, Failure::Driver { code, .. } if BAD_IMAGE.contains(code))
 }

@@ -15,18 +15,18 @@ type Result<T> = std::result::Result<T, Failure>;
 
 /// A file that kernels include, by its name there, and its text.
 type Header = (&'static str, &'static str);
-/// Those that are there for all kernels.
+/// The headers of all kernels.
 pub(crate) const HEADERS: [Header; 3] = [
     ("common.cuh", include_str!("common.cuh")),
     ("philox.cuh", include_str!("philox.cuh")),
     ("sampling.cuh", include_str!("sampling.cuh")),
 ];
-/// Fused multiply-adds are written out in the kernels, so that no compiler decides about bits.
+/// Fused multiply-adds are written out in the kernels, so the bits do not depend on the compiler.
 const OPTIONS: [&str; 3] = ["--std=c++17", "--fmad=false", "-default-device"];
 /// The first compute capability with all that the kernels use: `__grid_constant__`, and shuffles
 /// with a mask.
 const OLDEST: u32 = 70;
-/// Of every kernel.
+/// Threads a block, of every kernel.
 const THREADS: u32 = 256;
 
 /// A kernel.cu.

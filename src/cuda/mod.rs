@@ -161,7 +161,6 @@ pub(crate) struct Info {
     pub cached: usize,
 }
 
-/// Versions and counts.
 pub(crate) fn info(op: &'static str) -> Checked<Info> {
     let info = || {
         let cuda = opened()?;

@@ -68,18 +68,15 @@ impl Target {
 /// architecture.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Program<'a> {
-    /// The name that stands in the compiler's messages.
+    /// Its name in the compiler's messages.
     pub name: &'a str,
-    /// CUDA C++.
     pub text: &'a str,
-    /// (name, text)
     pub headers: &'a [(&'a str, &'a str)],
     /// As on the command line.
     pub options: &'a [&'a str],
 }
 
 impl Nvrtc {
-    /// Opens the first of these libraries that there is.
     pub(crate) fn open(names: impl Iterator<Item = String>) -> Result<Self> {
         let names = names.inspect(|name| open_builtins(Path::new(name)));
         let mut nvrtc = Self { api: Api::open(names)?, version: (0, 0), archs: Vec::new() };

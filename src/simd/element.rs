@@ -19,17 +19,13 @@ pub(crate) trait Real:
 {
     /// [`LANES`] of them in the registers of a level.
     type Vector<S: Simd>: Vector<Self, S>;
-    /// Rounds from f64.
     fn of(value: f64) -> Self;
     /// Widens (or keeps) an f32.
     fn of_f32(value: f32) -> Self;
-    /// Widens to f64.
     fn to_f64(self) -> f64;
     /// self * b + c, rounded once.
     fn fma(self, b: Self, c: Self) -> Self;
-    /// Square root.
     fn root(self) -> Self;
-    /// All bits set, or none.
     fn mask(set: bool) -> Self;
     /// Bitwise and.
     fn and(self, other: Self) -> Self;
@@ -89,7 +85,6 @@ pub(crate) trait Element: Copy + Send + Sync + 'static {
     type Acc: Real;
     /// Whether it is its own accumulator dtype.
     const IS_ACC: bool = false;
-    /// From memory.
     fn load(self) -> Self::Acc;
     /// To memory, rounded to nearest, ties to even.
     fn store(value: Self::Acc) -> Self;

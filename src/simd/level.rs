@@ -65,7 +65,6 @@ pub(crate) trait Simd: Copy {
     type F64: Vector<f64, Self>;
     /// The level, known when compiling.
     fn level(self) -> Level;
-    /// From memory.
     #[inline(always)]
     fn load<A: Real>(self, from: &[A; LANES]) -> A::Vector<Self> {
         A::Vector::<Self>::load(self, from)
@@ -75,7 +74,6 @@ pub(crate) trait Simd: Copy {
     fn load_f32<A: Real>(self, from: &[f32; LANES]) -> A::Vector<Self> {
         A::Vector::<Self>::load_f32(self, from)
     }
-    /// One number in all lanes.
     #[inline(always)]
     fn splat<A: Real>(self, value: A) -> A::Vector<Self> {
         A::Vector::<Self>::splat(self, value)
@@ -98,9 +96,7 @@ impl Simd for Scalar {
 /// Work that is compiled once for every level. `with_simd` and all that it calls must be
 /// `#[inline(always)]`.
 pub(crate) trait WithSimd {
-    /// What it returns.
     type Out;
-    /// Does the work.
     fn with_simd<S: Simd>(self, simd: S) -> Self::Out;
 }
 

@@ -13,21 +13,17 @@ use std::ops::Range;
 /// The memory layout of `[B, C, H, W]`, without its dtype.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Layout {
-    /// Strides of C, H, W in elements.
-    pub c: isize,
-    /// Rows.
-    pub h: isize,
-    /// Columns.
-    pub w: isize,
-    /// Samples.
+    /// Strides of B, C, H, W in elements.
     pub n: isize,
+    pub c: isize,
+    pub h: isize,
+    pub w: isize,
     /// Positions in one row after which the row stride applies (H*W when rows follow one another
     /// without a gap).
     pub run: usize,
 }
 
 impl Layout {
-    /// Of a 4-d view.
     pub(crate) fn of(view: &TensorView) -> Self {
         let (sizes, strides) = (view.sizes(), view.strides());
         let (height, width) = (sizes[2], sizes[3]);
@@ -375,7 +371,6 @@ impl<A: Real> Scratch<A> {
         Self { store, positions, element: std::marker::PhantomData }
     }
 
-    /// The rows.
     pub(crate) fn tile(&mut self) -> &mut [[A; LANES]] {
         // SAFETY: `new` made room for these rows; any bits are valid floats; 64-byte alignment is
         // enough for f32 and f64.

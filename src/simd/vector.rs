@@ -8,21 +8,15 @@ use super::{Real, Simd, LANES};
 /// [`LANES`] numbers side by side. Constructors take the token of the level `S`; a vector that
 /// exists proves the level.
 pub(crate) trait Vector<A: Real, S>: Copy {
-    /// From memory.
     fn load(simd: S, from: &[A; LANES]) -> Self;
     /// From memory, widened if need be.
     fn load_f32(simd: S, from: &[f32; LANES]) -> Self;
-    /// One number in all lanes.
     fn splat(simd: S, value: A) -> Self;
-    /// To memory.
     fn store(self, to: &mut [A; LANES]);
     /// self * b + c, rounded once.
     fn fma(self, b: Self, c: Self) -> Self;
-    /// self * other
     fn times(self, other: Self) -> Self;
-    /// self + other
     fn plus(self, other: Self) -> Self;
-    /// self - other
     fn minus(self, other: Self) -> Self;
     /// self where it is greater than other, else other (which may be NaN).
     fn larger(self, other: Self) -> Self;

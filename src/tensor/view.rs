@@ -6,9 +6,7 @@ use std::fmt;
 /// Where the memory lies.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Device {
-    /// Host memory.
     Cpu,
-    /// An NVIDIA device, by ordinal.
     Cuda(usize),
     /// Anything else, by the name torch gives it.
     Other(String),
@@ -33,7 +31,6 @@ pub(crate) const MAX_RANK: usize = 8;
 #[derive(Clone, Debug)]
 pub(crate) struct TensorView {
     ptr: *mut u8,
-    /// Element type.
     pub dtype: DType,
     /// Where the memory lies.
     pub device: Device,
@@ -77,12 +74,10 @@ impl TensorView {
         Some(view)
     }
 
-    /// Number of dimensions.
     pub(crate) fn rank(&self) -> usize {
         self.rank
     }
 
-    /// Sizes, outermost first.
     pub(crate) fn sizes(&self) -> &[usize] {
         &self.sizes[..self.rank]
     }
@@ -92,17 +87,14 @@ impl TensorView {
         &self.strides[..self.rank]
     }
 
-    /// Number of elements.
     pub(crate) fn numel(&self) -> usize {
         self.sizes().iter().product()
     }
 
-    /// The address of the first element.
     pub(crate) fn ptr(&self) -> *mut u8 {
         self.ptr
     }
 
-    /// The first element as `T`.
     pub(crate) fn as_ptr<T>(&self) -> *mut T {
         self.ptr.cast()
     }

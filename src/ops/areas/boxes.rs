@@ -45,7 +45,6 @@ pub(super) struct BoxWriter<T: Element> {
 unsafe impl<T: Element> Sync for BoxWriter<T> {}
 
 impl<T: Element> BoxWriter<T> {
-    /// Of a checked call.
     pub(crate) fn new(args: &Args, outputs: &Outputs) -> Self {
         Self {
             student: [Pair::new(args.size), Pair::new(args.offset)],

@@ -8,7 +8,6 @@ use crate::parallel;
 use crate::simd::{self, Element, Simd, WithSimd};
 use std::ops::Range;
 
-/// Cells of a chunk.
 const CHUNK: usize = 1 << 16;
 
 /// Writes coverage, boxes and scores.

@@ -11,7 +11,7 @@ static PICK: Kernel = Kernel::new(SOURCE, 2, "areas_pick", (true, false));
 /// All of them, for `sokd.warmup()`.
 pub(crate) static KERNELS: [&Kernel; 2] = [&SCAN, &PICK];
 
-/// Cells that one block of the scan looks at.
+/// Cells of a block of the scan.
 const CHUNK: usize = 2048;
 
 mirror! {

@@ -46,7 +46,6 @@ pub(crate) struct Heat<T> {
 unsafe impl<T: Element> Sync for Heat<T> {}
 
 impl<T: Element> Heat<T> {
-    /// Of a checked call.
     pub(crate) fn new(heat: &TensorView, teacher: Option<&TensorView>, kernel: usize) -> Self {
         let other = teacher.unwrap_or(heat);
         let (sizes, strides) = (heat.sizes(), [heat.strides(), other.strides()]);
@@ -66,17 +65,14 @@ impl<T: Element> Heat<T> {
         }
     }
 
-    /// Cells of an image.
     pub(crate) fn cells(&self) -> usize {
         self.axes.iter().map(|axis| axis.size).product()
     }
 
-    /// Tiles of an image.
     pub(crate) fn tiles(&self) -> usize {
         self.dims[0].size * self.dims[1].size * self.dims[2].size.div_ceil(TILE)
     }
 
-    /// One image.
     #[inline(always)]
     pub(crate) fn image(&self, n: usize) -> Image<'_, T> {
         let bases = [0, 1].map(|i| self.bases[i].wrapping_offset(n as isize * self.samples[i]));
@@ -107,20 +103,17 @@ fn in_memory_order(mut axes: [Dim; 3]) -> [Dim; 3] {
 #[derive(Clone, Copy)]
 pub(crate) struct Tile {
     offsets: [isize; 2],
-    /// How many.
     pub length: usize,
     /// The flat index of the first, which is the lowest.
     pub flat: usize,
 }
 
-/// One sample's heat.
 pub(crate) struct Image<'a, T> {
     heat: &'a Heat<T>,
     bases: [*const T; 2],
 }
 
 impl<T: Element> Image<'_, T> {
-    /// A tile by its number.
     #[inline(always)]
     pub(crate) fn tile(&self, index: usize) -> Tile {
         let [outer, inner, run] = self.heat.dims;

@@ -130,7 +130,7 @@ impl Case {
     }
 }
 
-/// What the heat looks like.
+/// The kind of heat.
 #[derive(Clone, Copy, Debug)]
 enum Heat {
     /// Any number in [0, 1).
@@ -199,7 +199,7 @@ fn maps(shape: [usize; 4], dtype: DType, lays: [Lay; 3], heat: Heat, seed: u64) 
     ]
 }
 
-/// Odd sides, one block and several, one image larger than a thread's share.
+/// Odd sides, one tile and several, one image larger than a chunk.
 fn any_shape() -> impl Strategy<Value = [usize; 4]> {
     prop_oneof![
         8 => [0..4usize, 1..30usize, 1..12usize, 1..12usize],

@@ -4,7 +4,6 @@
 use crate::simd::LANES;
 use std::ops::Range;
 
-/// Elements of a chunk.
 const CHUNK: usize = 1 << 15;
 
 /// The order of elements in memory.
@@ -14,11 +13,9 @@ pub(crate) enum Order {
     Planes,
     /// `[B, H, W, C]` without gaps.
     Lanes,
-    /// Any strides.
     Any,
 }
 
-/// Channels and positions of one sample.
 pub(crate) struct Region {
     pub n: usize,
     pub channels: Range<usize>,
@@ -55,18 +52,15 @@ impl Grid {
         self.sizes[0] * self.cuts()[0] * self.cuts()[1]
     }
 
-    /// How many chunks there are.
     pub(crate) fn chunks(&self) -> usize {
         self.all_regions().div_ceil(self.regions_per_chunk)
     }
 
-    /// The regions of a chunk.
     pub(crate) fn regions(&self, chunk: usize) -> Range<usize> {
         let first = chunk * self.regions_per_chunk;
         first..self.all_regions().min(first + self.regions_per_chunk)
     }
 
-    /// A region by its number.
     pub(crate) fn at(&self, region: usize) -> Region {
         let [by_channels, by_positions] = self.cuts();
         let (n, rest) =

@@ -57,7 +57,7 @@ impl Case {
         Self { student, teacher, weight, normalise: "elements", scale: 1.0 }
     }
 
-    /// The loss and the gradient, or the sentence of the error.
+    /// The loss and the gradient, or the message of the error.
     fn run(&self, gradient: Lay, threads: usize) -> std::result::Result<(f64, Owned), String> {
         let dtype = self.student.view.dtype;
         let loss = Owned::empty(&[], dtype.accumulator(), Lay::Contiguous);
@@ -130,7 +130,7 @@ fn weights(shape: [usize; 4], rank: usize, dtype: DType, lay: Lay, seed: u64) ->
     Owned::new(&sizes, dtype, lay, |i| (4.0 * values[i]).floor())
 }
 
-/// Planes of a few cells, planes above a block, more channels than a block has lanes, empty ones.
+/// Planes of a few cells, planes above a tile, more channels than a tile has lanes, empty ones.
 fn any_shape() -> impl Strategy<Value = [usize; 4]> {
     prop_oneof![
         6 => [0..4usize, 0..40usize, 0..12usize, 0..12usize],

@@ -7,12 +7,10 @@ use crate::simd::{self, by_dtype, Element, Real, Simd, WithSimd, LANES};
 use crate::tensor::{DType, Result, TensorView};
 use std::slice;
 
-/// Weights of a chunk.
 const CHUNK: usize = 1 << 16;
 
 /// The weights `[B * H * W]`: a view where possible, else a copy.
 pub(crate) enum Weights<'a, A> {
-    /// 1 everywhere.
     Ones,
     /// The caller's memory.
     Borrowed(&'a [A]),

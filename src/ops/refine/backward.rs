@@ -14,7 +14,6 @@ use crate::tensor::TensorView;
 /// same bits on every run.
 type Sums = [f64; 7];
 
-/// Computes the gradients.
 pub(super) fn backward<T: Element>(
     gradients: &Gradients,
     upstream: &TensorView,

@@ -66,7 +66,7 @@ mirror! {
 }
 
 mirror! {
-    /// What the two kernels of the dots take.
+    /// The argument of the two kernels of the dots.
     RefineDots {
         features: Map,
         upstream: Map,

@@ -80,7 +80,6 @@ impl Cover {
     }
 }
 
-/// The source channel of every lane.
 pub(super) fn sources(channels: &Channels, group: &SamplePlan) -> Channels {
     group.perm.map_or(*channels, |perm| Channels {
         at: channels.at.map(|c| perm[c]),
@@ -88,7 +87,6 @@ pub(super) fn sources(channels: &Channels, group: &SamplePlan) -> Channels {
     })
 }
 
-/// The noise planes of every lane.
 pub(super) fn planes<'a>(
     keys: &'a Keys,
     channels: &Channels,

@@ -111,7 +111,6 @@ impl<A: Real> WithSimd for Dot<'_, A> {
     }
 }
 
-/// For each lane, the sum of the tile.
 pub(super) struct Sum<'a, A>(pub &'a Tile<A>);
 
 impl<A: Real> WithSimd for Sum<'_, A> {
@@ -127,7 +126,6 @@ impl<A: Real> WithSimd for Sum<'_, A> {
     }
 }
 
-/// Clears the lanes that are not kept.
 pub(super) struct ClearLanes<'a, A> {
     pub tile: &'a mut Tile<A>,
     pub keep: &'a [bool; LANES],

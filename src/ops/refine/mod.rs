@@ -112,9 +112,7 @@ pub(crate) struct Args<'a> {
 pub(crate) struct Gradients<'a> {
     /// Like features (contiguous or channels_last).
     pub d_features: Option<&'a TensorView>,
-    /// Like theta.
     pub d_theta: Option<&'a TensorView>,
-    /// Like sigma.
     pub d_sigma: Option<&'a TensorView>,
     /// `[G]`.
     pub d_straight: Option<&'a TensorView>,

@@ -23,7 +23,6 @@ impl Shape {
         Self { batch: s[0], channels: s[1], height: s[2], width: s[3] }
     }
 
-    /// H * W.
     pub(super) fn positions(&self) -> usize {
         self.height * self.width
     }
