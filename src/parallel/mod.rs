@@ -31,24 +31,24 @@ pub(crate) fn for_each(threads: usize, chunks: usize, work: impl Fn(usize) + Syn
     // SAFETY: the reference is not used after its lifetime: `Chunks::drain` follows it for claimed
     // chunks alone, and this function returns after every chunk has been claimed and finished.
     let work: &'static (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(work) };
-    let all = Arc::new(Chunks::new(threads, chunks, work));
+    let queue = Arc::new(Chunks::new(threads, chunks, work));
     if let Some(pool) = pool::of(helpers) {
         for _ in 0..helpers {
-            let all = Arc::clone(&all);
-            pool.spawn(move || all.drain());
+            let queue = Arc::clone(&queue);
+            pool.spawn(move || queue.drain());
         }
     }
-    all.drain();
-    all.wait();
+    queue.drain();
+    queue.wait();
 }
 
 /// The same on OpenMP's threads, if there are any. Always all of them: OpenMP would create a team
 /// of another size anew.
 fn on_openmp(threads: usize, chunks: usize, work: &(dyn Fn(usize) + Sync)) -> bool {
-    let all = Chunks::new(threads, chunks, work);
-    let done = openmp::run(threads, &|| all.drain());
+    let queue = Chunks::new(threads, chunks, work);
+    let done = openmp::run(threads, &|| queue.drain());
     if done {
-        all.resume_panic();
+        queue.resume_panic();
     }
     done
 }
