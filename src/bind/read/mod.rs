@@ -9,8 +9,7 @@ mod numpy;
 mod portable;
 mod tch;
 
-use crate::tensor::Error;
-use crate::tensor::{DType, Device, TensorView};
+use crate::tensor::{DType, Device, Error, TensorView};
 use pyo3::prelude::*;
 use std::sync::atomic::{AtomicU8, Ordering};
 

@@ -5,8 +5,7 @@
 //! crate links nothing of torch.
 
 use super::{build, raise};
-use crate::tensor::Error;
-use crate::tensor::{DType, Device, TensorView, MAX_RANK};
+use crate::tensor::{DType, Device, Error, TensorView, MAX_RANK};
 use pyo3::ffi::PyObject as RawObject;
 use pyo3::prelude::*;
 use pyo3::types::PyCapsule;
