@@ -18,8 +18,15 @@ pub(crate) fn transpose_any<A: Copy, S: Simd>(_: S, from: &Square<A>, to: &mut S
 /// Transposes a square of f32, in registers where the level has them.
 #[inline(always)]
 pub(crate) fn transpose_f32<S: Simd>(simd: S, from: &Square<f32>, to: &mut Square<f32>) {
-    // SAFETY: 16 elements of each row, from 0 on.
-    unsafe { load_f32(simd, &from.each_ref().map(|row| row.as_ptr()), 0, to) }
+    match simd.level() {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the token proves the features.
+        Level::Avx512(simd) => unsafe { x86::transpose_avx512(simd, from, to) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Level::Avx2(simd) => unsafe { x86::transpose_avx2(simd, from, to) },
+        Level::Scalar => transpose_any(simd, from, to),
+    }
 }
 
 /// Loads 16 elements of each plane, from `at` on, as the columns of a square.
@@ -88,17 +95,31 @@ mod x86 {
 
     #[inline]
     #[target_feature(enable = "avx512f")]
+    pub(crate) fn transpose_avx512(_: Avx512, from: &Square<f32>, to: &mut Square<f32>) {
+        // SAFETY: four floats of a row of 16, from 0, 4, 8 or 12.
+        fill_avx512(to, |row, at| unsafe { _mm_loadu_ps(from[row].as_ptr().add(at)) });
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
     pub(crate) unsafe fn load_avx512(
         _: Avx512,
         planes: &[*const f32; LANES],
         at: isize,
         to: &mut Square<f32>,
     ) {
-        for quarter in 0..4 {
-            let from = at + 4 * quarter as isize;
-            // SAFETY: four of the sixteen floats of each plane that the caller promises.
-            let part = |row: usize| unsafe { _mm_loadu_ps(planes[row].wrapping_offset(from)) };
-            for (row, column) in to[4 * quarter..].iter_mut().zip(columns(part)) {
+        // SAFETY: four of the sixteen floats of each plane that the caller promises.
+        fill_avx512(to, |row, from| unsafe {
+            _mm_loadu_ps(planes[row].wrapping_offset(at + from as isize))
+        });
+    }
+
+    /// Row and first column of four floats in.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn fill_avx512(to: &mut Square<f32>, part: impl Fn(usize, usize) -> __m128) {
+        for quarter in [0, 4, 8, 12] {
+            for (row, column) in to[quarter..].iter_mut().zip(columns(|row| part(row, quarter))) {
                 // SAFETY: each row is 16 floats.
                 unsafe { _mm512_storeu_ps(row.as_mut_ptr(), column) };
             }
@@ -147,6 +168,17 @@ mod x86 {
             _mm512_shuffle_ps::<0x44>(b, d),
             _mm512_shuffle_ps::<0xee>(b, d),
         ]
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    pub(crate) fn transpose_avx2(_: Avx2, from: &Square<f32>, to: &mut Square<f32>) {
+        // SAFETY: four floats of a row of 16, from 0, 4, 8 or 12.
+        let part = |row: usize, at: usize| unsafe { _mm_loadu_ps(from[row][at..].as_ptr()) };
+        // SAFETY: eight floats of a row of 16, from 0 or 8.
+        columns_avx2(part, |row, half, lanes| unsafe {
+            _mm256_storeu_ps(to[row][half..].as_mut_ptr(), lanes)
+        });
     }
 
     #[inline]
