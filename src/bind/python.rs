@@ -1,7 +1,8 @@
-//! The functions of `_core`: read the arguments, release the GIL, call the operator, raise the error.
+//! The functions of `_core`: read the arguments, release the GIL, call the operator, raise the
+//! error.
 //!
-//! Every output is allocated by the caller. The resources of a call are torch's thread count, and for CUDA torch's stream and
-//! allocator of the device.
+//! Every output is allocated by the caller. The resources of a call are torch's thread count, and
+//! for CUDA torch's stream and allocator of the device.
 
 use crate::bind::read::{self, raise};
 use crate::ops::{self, areas, masked_mse, refine};
@@ -35,8 +36,9 @@ fn read_all<const N: usize>(
     Ok(views.map(|view| view.expect("the loop fills every entry")))
 }
 
-/// Runs an operator without the GIL. The arguments stay alive: Python's caller holds them; scratch memory lives until the return,
-/// and torch's allocator gives it to nobody but later work of the same stream.
+/// Runs an operator without the GIL. The arguments stay alive: Python's caller holds them; scratch
+/// memory lives until the return, and torch's allocator gives it to nobody but later work of the
+/// same stream.
 fn released<F>(py: Python<'_>, (threads, stream, allocate): Resources, work: F) -> PyResult<()>
 where
     F: FnOnce(Run) -> Checked<()> + Send,
@@ -222,7 +224,10 @@ fn check_areas(
 }
 
 #[pyfunction]
-#[pyo3(name = "masked_mse", signature = (loss, d_student, student, teacher, weight, normalise, scale, resources))]
+#[pyo3(
+    name = "masked_mse",
+    signature = (loss, d_student, student, teacher, weight, normalise, scale, resources)
+)]
 #[allow(clippy::too_many_arguments)]
 fn masked_mse_forward(
     py: Python<'_>,
@@ -269,7 +274,8 @@ fn check_masked_mse(
         .map_err(raise)
 }
 
-/// Uniforms f32 [n] and the seed of the noise, int64 [1], from the seed and the counter of a policy.
+/// Uniforms f32 [n] and the seed of the noise, int64 [1], from the seed and the counter of a
+/// policy.
 #[pyfunction]
 fn draw(
     py: Python,
@@ -289,7 +295,8 @@ fn draw(
     released(py, resources, |run| args.forward(&uniforms, &noise_seed, &run))
 }
 
-/// Selects the reader of torch tensors: "portable"; "dlpack" from torch 2.10 on; "tch" after `use_tch_reader`.
+/// Selects the reader of torch tensors: "portable"; "dlpack" from torch 2.10 on; "tch" after
+/// `use_tch_reader`.
 #[pyfunction]
 fn select_reader(py: Python<'_>, name: &str) -> PyResult<()> {
     read::select(py, name)

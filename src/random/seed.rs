@@ -5,7 +5,6 @@ use crate::tensor::{Check, DType, Result, TensorView};
 /// A 64-bit argument of a kernel.
 #[derive(Clone, Debug)]
 pub(crate) enum Seed {
-    /// A number.
     Value(u64),
     /// int64 `[1]`, on the device of the work.
     Tensor(TensorView),

@@ -1,4 +1,5 @@
-//! The CUDA functions of `_core`: open, describe, warm up. Builds without the feature `cuda` raise NotImplementedError.
+//! The CUDA functions of `_core`: open, describe, warm up. Builds without the feature `cuda` raise
+//! NotImplementedError.
 
 use super::{read_all, released, Object, Resources};
 use crate::bind::read::raise;
@@ -74,7 +75,8 @@ pub(crate) fn cuda_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     }
 }
 
-/// Compiles and loads every kernel for these dtypes and layouts, which `sokd.warmup` has checked, on a device.
+/// Compiles and loads every kernel for these dtypes and layouts, which `sokd.warmup` has checked,
+/// on a device.
 #[pyfunction]
 #[pyo3(signature = (device, dtypes, layouts, threads, stream=0))]
 #[allow(unused_variables)]

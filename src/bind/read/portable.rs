@@ -1,8 +1,7 @@
 //! The reader for every torch: the tensor's own Python attributes.
 
 use super::{build, from_name, raise, unknown_dtype};
-use crate::tensor::Error;
-use crate::tensor::{DType, Device, TensorView};
+use crate::tensor::{DType, Device, Error, TensorView};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
