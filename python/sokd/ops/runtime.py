@@ -220,9 +220,9 @@ def check_device(op: str, name: str, tensor: Tensor, of: str, other: Any) -> Non
 
 
 def checked_by(check: Callable[..., None]) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Let `check` word the errors of an operator, with the operator's arguments and only after it has failed.
+    """Call `check` with an operator's arguments after the operator raised, for the error's message.
 
-    The kernels check their own arguments; a check before each call would read every tensor's metadata twice.
+    The kernels validate their arguments; a check before each call would read the metadata twice.
     """
 
     def wrap(operator: Callable[_P, _R]) -> Callable[_P, _R]:
