@@ -35,8 +35,8 @@ fn read_all<const N: usize>(
     Ok(views.map(|view| view.expect("the loop fills every entry")))
 }
 
-/// Runs an operator without the GIL. The Python caller keeps the arguments alive. Scratch memory lives
-/// until the return; torch's allocator then reuses it for later work of the same stream only.
+/// Runs an operator without the GIL. The Python caller keeps the arguments alive. Scratch memory
+/// lives until the return; torch's allocator then reuses it for later work of the same stream only.
 fn released<F>(py: Python<'_>, (threads, stream, allocate): Resources, work: F) -> PyResult<()>
 where
     F: FnOnce(Run) -> Checked<()> + Send,

@@ -74,8 +74,8 @@ fn find(py: Python<'_>) -> PyResult<Option<Torch>> {
     Ok(Some(Torch { read, types }))
 }
 
-/// `None` leaves the object to the portable reader, which reads it or raises the error: not exactly a
-/// tensor, not strided, on a device without kernels, or of a dtype that sokd does not read.
+/// `None` leaves the object to the portable reader, which reads it or raises the error: not exactly
+/// a tensor, not strided, on a device without kernels, or of a dtype that sokd does not read.
 pub(crate) fn read(object: &Bound<'_, PyAny>) -> Option<TensorView> {
     let py = object.py();
     let torch = TORCH.get(py)?.as_ref()?;

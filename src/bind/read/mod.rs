@@ -1,7 +1,7 @@
 //! Reads a Python object into a `TensorView`.
 //!
-//! `tch` and `dlpack` read a torch tensor in one C call. `portable` reads by Python attributes: what
-//! those two leave, and every tensor where neither is selected. `numpy` reads arrays.
+//! `tch` and `dlpack` read a torch tensor in one C call. `portable` reads by Python attributes:
+//! what those two leave, and every tensor where neither is selected. `numpy` reads arrays.
 
 mod dlpack;
 mod numpy;
