@@ -243,6 +243,11 @@ def checked_by(check: Callable[..., None]) -> Callable[[Callable[_P, _R]], Calla
     return wrap
 
 
+def is_meta(*arguments: Any) -> bool:
+    """Whether one is on the meta device: the call then reaches no kernel that checks the others."""
+    return any(isinstance(argument, Tensor) and argument.is_meta for argument in arguments)
+
+
 def check_kind(op: str, of: str, first: Any, **others: Any) -> None:
     """Whether nothing is a NumPy array where `first` is a tensor; the other way round it can be read."""
     if not isinstance(first, Tensor):
