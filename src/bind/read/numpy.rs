@@ -1,4 +1,4 @@
-//! The reader for NumPy arrays, for offline analysis: CPU only, no gradients.
+//! Reads a NumPy array, for offline analysis: CPU only, no gradients.
 
 use super::{build, raise, unknown_dtype};
 use crate::tensor::{DType, Device, Error, TensorView};
