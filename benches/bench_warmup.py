@@ -60,14 +60,14 @@ def cases(options: Options) -> Iterator[dict[str, Any]]:
 
 
 def _compiled(operator: str, *defines: str) -> float:
-    cubins = import_module("cubins")
+    cubins = import_module("support.cuda.cubins")
     start = process_time()
     cubins.compile_cubin(operator, ARCHITECTURE, *defines)
     return (process_time() - start) * 1e3
 
 
 def _processes(times: int) -> Iterator[dict[str, Any]]:
-    environment = import_module("mock_driver.control").environment
+    environment = import_module("support.cuda.mock").environment
     with tempfile.TemporaryDirectory() as folder:
         mock = os.environ | environment(Path(folder))
         cold, cached = [], []

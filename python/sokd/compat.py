@@ -69,8 +69,8 @@ class MDistiller(Distiller):
         Of a trainer's other keywords `epoch` is not used, nor CRD's `contrastive_index`: the negatives are
         drawn by the loss itself.
         """
-        logits, losses = super().forward(image, target, index=index)
-        return logits, losses
+        output, losses = super().forward(image, target, index=index)
+        return self.logits_of(output), losses
 
     def forward_test(self, image: Any) -> Any:
         """The student's logits."""

@@ -1,6 +1,4 @@
-//! Everything that knows pyo3: the functions of `_core`, and the readers of tensors.
+//! The Python module: the functions of `_core`, and the readers of tensors. No other code uses pyo3.
 
-#[allow(unreachable_pub)]
 mod python;
-#[allow(unreachable_pub)]
 mod read;

@@ -1,4 +1,4 @@
-//! The only file that speaks to Python: read the arguments, release the GIL, call the operator, map the error.
+//! The functions of `_core`: read the arguments, release the GIL, call the operator, raise the error.
 //!
 //! Every output is allocated by the caller. The resources of a call are torch's thread count, and for CUDA torch's stream and
 //! allocator of the device.
@@ -6,9 +6,7 @@
 use crate::bind::read::{self, raise};
 use crate::ops::{self, areas, masked_mse, refine};
 use crate::random::Seed;
-use crate::tensor::Run;
-use crate::tensor::TensorView;
-use crate::tensor::{Error, Result as Checked};
+use crate::tensor::{Error, Result as Checked, Run, TensorView};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -55,7 +53,7 @@ where
             Ok(address)
         })
         .map_err(|error: PyErr| {
-            // The caller of Python's allocator wants its own exception back, not our words for it.
+            // The allocator's own exception is raised, in place of this error.
             let _ = failed.set(error);
             Error::of_value("scratch", "allocate", "give memory", "an exception")
         })
@@ -64,32 +62,16 @@ where
     failed.into_inner().map_or(done.map_err(raise), Err)
 }
 
-/// A plan, owned for the length of a call.
-struct OwnedPlan {
-    parts: [Option<TensorView>; 5],
-    seed: Seed,
-}
-
-impl OwnedPlan {
-    fn read(op: &'static str, plan: &RawPlan) -> PyResult<Self> {
-        let (theta, hole, sigma, perm, keep, seed_tensor, seed) = plan;
-        Ok(Self {
-            parts: [
-                optional(op, "theta", theta)?,
-                optional(op, "hole", hole)?,
-                optional(op, "sigma", sigma)?,
-                optional(op, "perm", perm)?,
-                optional(op, "keep", keep)?,
-            ],
-            seed: optional(op, "seed", seed_tensor)?
-                .map_or(Seed::Value(*seed as u64), Seed::Tensor),
-        })
-    }
-
-    fn parts(&self) -> refine::Parts<'_> {
-        let [theta, hole, sigma, perm, keep] = self.parts.each_ref().map(Option::as_ref);
-        refine::Parts { theta, hole, sigma, perm, keep }
-    }
+fn read_plan(op: &'static str, plan: &RawPlan) -> PyResult<refine::Plan> {
+    let (theta, hole, sigma, perm, keep, seed_tensor, seed) = plan;
+    Ok(refine::Plan {
+        theta: optional(op, "theta", theta)?,
+        hole: optional(op, "hole", hole)?,
+        sigma: optional(op, "sigma", sigma)?,
+        perm: optional(op, "perm", perm)?,
+        keep: optional(op, "keep", keep)?,
+        seed: optional(op, "seed", seed_tensor)?.map_or(Seed::Value(*seed as u64), Seed::Tensor),
+    })
 }
 
 #[pyfunction]
@@ -102,10 +84,10 @@ fn refine_forward(
 ) -> PyResult<()> {
     let op = "refine";
     let features = read::view(op, "features", features)?;
-    let plan = OwnedPlan::read(op, &plan)?;
+    let plan = read_plan(op, &plan)?;
     let refined = read::view(op, "refined", refined)?;
     released(py, resources, |run| {
-        refine::forward(&refined, &features, plan.parts(), plan.seed.clone(), run)
+        refine::Args { features: &features, plan: &plan }.forward(&refined, &run)
     })
 }
 
@@ -121,20 +103,20 @@ fn refine_backward(
 ) -> PyResult<()> {
     let op = "refine";
     let features = read::view(op, "features", features)?;
-    let plan = OwnedPlan::read(op, &plan)?;
+    let plan = read_plan(op, &plan)?;
     let upstream = read::view(op, "upstream", upstream)?;
     let d_features = optional(op, "d_features", &wanted.0)?;
     let d_theta = optional(op, "d_theta", &wanted.1)?;
     let d_sigma = optional(op, "d_sigma", &wanted.2)?;
     let d_straight = optional(op, "d_straight", &wanted.3)?;
-    let wanted = refine::Wanted {
-        features: d_features.as_ref(),
-        theta: d_theta.as_ref(),
-        sigma: d_sigma.as_ref(),
-        straight: d_straight.as_ref(),
+    let gradients = refine::Gradients {
+        d_features: d_features.as_ref(),
+        d_theta: d_theta.as_ref(),
+        d_sigma: d_sigma.as_ref(),
+        d_straight: d_straight.as_ref(),
     };
     released(py, resources, |run| {
-        refine::backward(wanted, &upstream, &features, plan.parts(), plan.seed.clone(), run)
+        refine::Args { features: &features, plan: &plan }.backward(&gradients, &upstream, &run)
     })
 }
 
@@ -149,10 +131,10 @@ fn refine_dots(
 ) -> PyResult<()> {
     let op = "refine_dots";
     let features = read::view(op, "features", features)?;
-    let plans = OwnedPlan::read(op, &plans)?;
+    let plans = read_plan(op, &plans)?;
     let [dots, upstream] = read_all(op, [("dots", dots), ("upstream", upstream)])?;
     released(py, resources, |run| {
-        refine::dots(&dots, &features, &upstream, plans.parts(), plans.seed.clone(), run)
+        refine::Args { features: &features, plan: &plans }.dots(&dots, &upstream, &run)
     })
 }
 
@@ -161,18 +143,21 @@ fn refine_dots(
 fn check_refine(features: Object, plan: RawPlan, straight: Maybe) -> PyResult<()> {
     let op = "refine";
     let features = read::view(op, "features", features)?;
-    let plan = OwnedPlan::read(op, &plan)?;
+    let plan = read_plan(op, &plan)?;
     let straight = optional(op, "straight", &straight)?;
-    refine::check(&features, &plan.parts(), straight.as_ref()).map_err(raise)
+    let args = refine::Args { features: &features, plan: &plan };
+    args.check().map_err(raise)?;
+    straight.map_or(Ok(()), |straight| args.check_straight(&straight)).map_err(raise)
 }
 
 #[pyfunction]
 fn check_refine_dots(features: Object, upstream: Object, plans: RawPlan) -> PyResult<()> {
     let op = "refine_dots";
     let features = read::view(op, "features", features)?;
-    let plans = OwnedPlan::read(op, &plans)?;
+    let plans = read_plan(op, &plans)?;
     let upstream = read::view(op, "upstream", upstream)?;
-    refine::check_dots(&features, Some(&upstream), &plans.parts()).map(|_| ()).map_err(raise)
+    let args = refine::Args { features: &features, plan: &plans };
+    args.check_dots(&upstream).map(|_| ()).map_err(raise)
 }
 
 type Triple<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>);
@@ -206,9 +191,6 @@ fn areas_forward(
     let teacher = read_teacher(op, teacher)?;
     released(py, resources, |run| {
         areas::Args {
-            coverage: &coverage,
-            boxes: &boxes,
-            scores: &scores,
             heat: &heat,
             size: &size,
             offset: &offset,
@@ -216,7 +198,7 @@ fn areas_forward(
             k,
             kernel,
         }
-        .forward(run)
+        .forward(&areas::Outputs { coverage: &coverage, boxes: &boxes, scores: &scores }, &run)
     })
 }
 
@@ -234,7 +216,9 @@ fn check_areas(
     let [heat, size, offset] = read_all(op, [("heat", heat), ("size", size), ("offset", offset)])?;
     let teacher = read_teacher(op, teacher)?;
     let teacher = teacher.as_ref().map(|t| t.each_ref());
-    areas::check(&heat, &size, &offset, teacher, k, kernel).map(|_| ()).map_err(raise)
+    areas::Args { heat: &heat, size: &size, offset: &offset, teacher, k, kernel }
+        .check()
+        .map_err(raise)
 }
 
 #[pyfunction]
@@ -258,15 +242,13 @@ fn masked_mse_forward(
         (optional(op, "d_student", &d_student)?, optional(op, "weight", &weight)?);
     released(py, resources, |run| {
         masked_mse::Args {
-            loss: &loss,
-            d_student: d_student.as_ref(),
             student: &student,
             teacher: &teacher,
             weight: weight.as_ref(),
             normalise,
             scale,
         }
-        .forward(run)
+        .forward(&loss, d_student.as_ref(), &run)
     })
 }
 
@@ -281,7 +263,10 @@ fn check_masked_mse(
     let op = "masked_mse";
     let [student, teacher] = read_all(op, [("student", student), ("teacher", teacher)])?;
     let weight = optional(op, "weight", &weight)?;
-    masked_mse::check(&student, &teacher, weight.as_ref(), normalise).map(|_| ()).map_err(raise)
+    let weight = weight.as_ref();
+    masked_mse::Args { student: &student, teacher: &teacher, weight, normalise, scale: 1.0 }
+        .check()
+        .map_err(raise)
 }
 
 /// Uniforms f32 [n] and the seed of the noise, int64 [1], from the seed and the counter of a policy.
@@ -299,20 +284,15 @@ fn draw(
         op,
         [("uniforms", uniforms), ("noise_seed", noise_seed), ("seed", seed), ("counter", counter)],
     )?;
-    let from = [seed, counter].map(Seed::Tensor);
-    released(py, resources, |run| ops::draw::draw(&uniforms, &noise_seed, from.each_ref(), &run))
+    let [seed, counter] = [seed, counter].map(Seed::Tensor);
+    let args = ops::draw::Args { seed: &seed, counter: &counter };
+    released(py, resources, |run| args.forward(&uniforms, &noise_seed, &run))
 }
 
-/// Chooses the reader for torch tensors: "portable", or "tch" once `use_tch_reader` has one.
+/// Selects the reader of torch tensors: "portable"; "dlpack" from torch 2.10 on; "tch" after `use_tch_reader`.
 #[pyfunction]
-fn select_reader(name: &str) -> PyResult<()> {
-    if read::select(name) {
-        return Ok(());
-    }
-    let rule =
-        if read::has_tch() { "be 'tch' or 'portable'" } else { "be 'portable' without sokd_tch" };
-    let name = format_args!("'{name}'");
-    Err(raise(Error::of_value("select_reader", "name", rule, name)))
+fn select_reader(py: Python<'_>, name: &str) -> PyResult<()> {
+    read::select(py, name)
 }
 
 /// Takes the reader of libtorch's tensors from `sokd_tch.reader`, and selects it.

@@ -1,8 +1,8 @@
-//! What the kernels are told: the structures of `common.cuh`, field by field, and how a map is cut into blocks.
+//! The arguments of the kernels: the structures of `common.cuh`, field by field, and the grid of a map.
 
 use crate::tensor::{Check, DType, Error, Result, TensorView};
 
-/// A structure that a kernel takes, with its fields' names and types for the test that compares it with the C++ one. Every field is 8
+/// A structure of kernel arguments, with its fields' names and types for the test that compares it with the C++ one. Every field is 8
 /// bytes wide, or a structure of such, so both compilers lay it out alike.
 macro_rules! mirror {
     ($(#[$about:meta])* $name:ident { $($(#[$of:meta])* $field:ident: $type:ty),* $(,)? }) => {
@@ -24,7 +24,7 @@ macro_rules! mirror {
 pub(crate) use mirror;
 
 mirror! {
-    /// A map `[B, C, H, W]`; all zero where there is none.
+    /// A map `[B, C, H, W]`; all zero if absent.
     Map { pointer: u64, n: i64, c: i64, y: i64, x: i64 }
 }
 
@@ -48,7 +48,7 @@ mirror! {
 }
 
 mirror! {
-    /// Sizes of a map, and how it is cut.
+    /// Sizes of a map, and its tiles and chunks.
     Grid {
         batch: i64,
         channels: i64,
@@ -62,17 +62,17 @@ mirror! {
     }
 }
 
-/// What the threads of a warp follow.
+/// The order in which the threads of a warp run over a map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Order {
-    /// The positions of a plane: contiguous maps, and whatever is no other order's.
+    /// Along the positions of a plane: contiguous maps and any others.
     Planes = 0,
-    /// The channels of a position: channels_last maps.
+    /// Along the channels of a position: channels_last maps.
     Lanes = 1,
 }
 
 impl Order {
-    /// The order that suits this memory.
+    /// The order of this memory.
     pub(crate) fn of(view: &TensorView) -> Self {
         if view.is_channels_last() && !view.is_contiguous() {
             Self::Lanes
@@ -103,7 +103,7 @@ impl Order {
     }
 }
 
-/// E of `common.cuh`: elements that a thread has of a map, side by side.
+/// E of `common.cuh`: adjacent elements of a map that a thread holds.
 pub(crate) fn elements(dtype: DType) -> usize {
     (16 / dtype.size()).max(4)
 }
@@ -188,7 +188,7 @@ fn strides(view: &TensorView) -> [i64; 4] {
 const LARGE: usize = 1 << 23;
 
 impl Grid {
-    /// The cut of a map, as `common.cuh` says; it depends on shape, dtype and order alone, and so do the sums' bits.
+    /// The grid of a map, defined in `common.cuh`. It depends on shape, dtype and order alone, and so do the sums' bits.
     pub(crate) fn new(check: Check, map: &TensorView, order: Order, grows: bool) -> Result<Self> {
         let [batch, channels, height, width] = [0, 1, 2, 3].map(|i| map.sizes()[i]);
         let positions = height * width;
@@ -227,7 +227,7 @@ impl Grid {
         Ok(grid)
     }
 
-    /// How many blocks work on the map; none if it is empty.
+    /// The number of blocks; 0 if the map is empty.
     pub(crate) fn blocks(&self) -> i64 {
         self.batch * self.tiles * self.chunks
     }
@@ -332,7 +332,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn the_cut_of_a_map() {
+    fn the_grid_of_a_map() {
         let check = Check("refine");
         // shape, channels_last, dtype -> positions and channels a block, lane bits, tiles, chunks
         for (sizes, last, dtype, expected) in [

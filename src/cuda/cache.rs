@@ -30,7 +30,7 @@ pub(crate) fn folder() -> Option<PathBuf> {
 /// What an image was made from: a digest of all of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Key {
-    /// For people who look into the folder: `masked_mse-sm_90`.
+    /// A readable part of the file name: `masked_mse-sm_90`.
     label: String,
     digest: u128,
 }
@@ -101,7 +101,7 @@ pub(crate) fn store(folder: &Path, key: &Key, image: &[u8]) -> io::Result<()> {
 }
 
 fn write(path: &Path, key: &Key, image: &[u8]) -> io::Result<()> {
-    // A leftover of a process with our id is overwritten.
+    // A leftover of an earlier process of the same id is overwritten.
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).open(path)?;
     file.write_all(key.head(image).as_bytes())?;
     file.write_all(image)

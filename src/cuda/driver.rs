@@ -2,7 +2,7 @@
 //!
 //! Bound by hand rather than through cudarc, for three reasons. Its result codes are Rust enums, so a code that a newer driver
 //! returns would be undefined behaviour, and here they are numbers. It panics where a library or a symbol is missing; here that
-//! is a [`Failure`]. And it takes the first NVRTC on the path, while ours must be the one that torch runs with.
+//! is a [`Failure`]. And it takes the first NVRTC on the path, but it must be the one that torch uses.
 
 use super::bindings;
 use crate::tensor::CudaFailure as Failure;
@@ -15,7 +15,7 @@ use std::ptr::null_mut;
 #[repr(transparent)]
 pub(crate) struct Handle(*mut c_void);
 
-// SAFETY: the driver takes its handles from every thread, and here nobody follows them.
+// SAFETY: the driver takes its handles from every thread, and this crate does not dereference them.
 unsafe impl Send for Handle {}
 // SAFETY: as above.
 unsafe impl Sync for Handle {}
@@ -161,7 +161,7 @@ impl Driver {
     /// A kernel of a loaded module.
     pub(crate) fn function(&self, module: Handle, name: &CStr) -> Result<Handle> {
         let mut function = Handle::NULL;
-        // SAFETY: a module that `load` returned and that nobody unloads.
+        // SAFETY: a module that `load` returned; it is never unloaded.
         let code = unsafe { (self.api.module_function)(&mut function, module, name.as_ptr()) };
         self.check("cuModuleGetFunction", code).map(|()| function)
     }

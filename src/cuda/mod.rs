@@ -2,7 +2,7 @@
 //! [`args`] mirrors the structures of the kernels, [`launch`] puts kernels on torch's streams.
 //!
 //! Nothing here synchronises, allocates device memory or unloads a module (which a graph capture would forbid). Without a driver
-//! or NVRTC, [`open`] says why, and the Python package keeps to its reference path.
+//! or NVRTC, [`open`] returns the reason, and the Python package uses its reference path.
 
 pub(crate) mod args;
 pub(crate) mod cache;
@@ -10,12 +10,11 @@ mod driver;
 pub(crate) mod launch;
 mod nvrtc;
 
-use crate::ops::{areas, draw, masked_mse, refine};
 use crate::parallel;
 use crate::tensor::{CudaFailure as Failure, DType, Error, Result as Checked, Run};
 use args::Order;
 use driver::Driver;
-use launch::{Modules, Variant};
+use launch::{Kernel, Modules, Variant};
 use libloading::Library;
 use nvrtc::Nvrtc;
 use std::error::Error as _;
@@ -83,7 +82,7 @@ pub(crate) struct Cuda {
     driver: Driver,
     nvrtc: Nvrtc,
     modules: Modules,
-    /// Gives back memory that torch keeps without need.
+    /// Releases cached memory of torch.
     release: fn(),
 }
 
@@ -106,19 +105,19 @@ fn opened() -> Result<&'static Cuda, Failure> {
     CUDA.get().ok_or(Failure::NotOpen)
 }
 
-/// Compiles and loads the kernels of all operators for these dtypes and orders on one device, several at a time.
+/// Compiles and loads kernels, given by operator, for these dtypes and orders on one device, several at a time.
 pub(crate) fn warmup(
     op: &'static str,
     ordinal: usize,
+    kernels: &'static [&[&Kernel]],
     dtypes: &[DType],
     orders: &[Order],
     run: Run,
 ) -> Checked<()> {
-    let kernels = refine::cuda::KERNELS.iter().chain(&areas::cuda::KERNELS);
-    let kernels = kernels.chain(&masked_mse::cuda::KERNELS).chain(&draw::cuda::KERNELS);
+    let kernels = kernels.iter().copied().flatten();
     let mut variants: Vec<Variant> =
         kernels.flat_map(|kernel| kernel.variants(dtypes, orders)).collect();
-    // Those of one unit beside one another would wait for one another: the few that share one come last.
+    // Variants of one translation unit would wait for one another: the few that share one come last.
     variants.sort_by_key(Variant::shares_unit);
     let (stream, failed) = (Run { allocate: None, ..run }, Mutex::new(None));
     parallel::for_each(run.threads, variants.len(), |i| {
@@ -130,7 +129,7 @@ pub(crate) fn warmup(
     failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }
 
-/// Why no kernel can run on this device, if that is so: it is too old, for the kernels or for the compiler.
+/// Why no kernel can run on this device: it is too old for the kernels or for the compiler. `None` if they can.
 pub(crate) fn why_not(op: &'static str, ordinal: usize) -> Checked<Option<String>> {
     let why = |failure: Failure| match failure {
         Failure::OldDevice { .. } | Failure::UnknownArch { .. } => Ok(Some(failure.to_string())),
@@ -139,10 +138,10 @@ pub(crate) fn why_not(op: &'static str, ordinal: usize) -> Checked<Option<String
     opened().and_then(|cuda| cuda.device(ordinal)).map_or_else(why, |_| Ok(None))
 }
 
-/// What the page about the installation says.
+/// Versions and counts for `sokd.show_config()`.
 #[derive(Clone, Debug)]
 pub(crate) struct Info {
-    /// The newest CUDA that the driver serves.
+    /// The newest CUDA version of the driver.
     pub driver: (i32, i32),
     /// The compiler's version.
     pub nvrtc: (i32, i32),

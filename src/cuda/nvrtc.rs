@@ -34,7 +34,7 @@ type Result<T> = std::result::Result<T, Failure>;
 type Size = unsafe extern "C" fn(Handle, *mut usize) -> c_int;
 type Read = unsafe extern "C" fn(Handle, *mut c_char) -> c_int;
 
-/// The compiler, and what it says of itself.
+/// The compiler, its version and its architectures.
 pub(crate) struct Nvrtc {
     api: Api,
     version: (i32, i32),
@@ -86,7 +86,7 @@ impl Nvrtc {
             (nvrtc.api.number_of_archs)(&mut count)
         })?;
         let mut archs = vec![0; usize::try_from(count).unwrap_or(0)];
-        // SAFETY: as many places as NVRTC asked for.
+        // SAFETY: the number of places that NVRTC returned.
         nvrtc.check("nvrtcGetSupportedArchs", unsafe { (nvrtc.api.archs)(archs.as_mut_ptr()) })?;
         nvrtc.archs = archs.into_iter().filter_map(|arch| u32::try_from(arch).ok()).collect();
         nvrtc.version = (major, minor);
@@ -156,7 +156,7 @@ impl Nvrtc {
         // SAFETY: a live program, and a place for its size.
         self.check(call, unsafe { size(handle, &mut bytes) })?;
         let mut image = vec![0u8; bytes];
-        // SAFETY: as many bytes as NVRTC asked for.
+        // SAFETY: the number of bytes that NVRTC returned.
         self.check(call, unsafe { read(handle, image.as_mut_ptr().cast()) })?;
         Ok(image)
     }
@@ -172,7 +172,7 @@ impl Nvrtc {
     }
 }
 
-/// Opens NVRTC's second half, which NVRTC itself looks for by name alone: in a wheel's folder it would not be found.
+/// Opens NVRTC's builtins library. NVRTC opens it by name alone, which does not find it in a wheel's folder.
 fn open_builtins(nvrtc: &Path) {
     let Some(files) = nvrtc.parent().and_then(|folder| folder.read_dir().ok()) else { return };
     for file in files
@@ -207,7 +207,7 @@ fn target(archs: &[u32], capability: u32) -> Option<Target> {
         .or_else(|| archs.iter().filter(fits).max().map(|arch| Target::Ptx(*arch)))
 }
 
-/// Our own sources and options hold no zero; were there one, the text would end there.
+/// The sources and options hold no zero byte; a text would end there.
 fn terminated(text: &str) -> CString {
     CString::new(text.split('\0').next().unwrap_or_default()).unwrap_or_default()
 }
@@ -231,7 +231,7 @@ mod tests {
             (122, Some(Target::Cubin(121))),
             (110, Some(Target::Ptx(103))), // a generation of its own
             (130, Some(Target::Ptx(121))),
-            (70, None), // older than all it knows
+            (70, None), // older than the oldest
         ] {
             assert_eq!(target(&archs, capability), expected, "{capability}");
         }

@@ -1,8 +1,7 @@
 //! Work on several threads, with the same bits whatever their number.
 //!
-//! A job is cut into chunks whose borders depend on the shapes alone; threads take chunks as they come, each chunk writes its own
-//! output, and whatever is reduced is reduced afterwards in the order of the chunks. The threads are OpenMP's where PyTorch has brought
-//! them, a rayon pool's otherwise.
+//! Work is split into chunks that depend on the shapes alone. Threads claim chunks dynamically, each chunk writes its own output, and
+//! reductions run afterwards in the order of the chunks. The threads are those of PyTorch's OpenMP where it is loaded, else a rayon pool's.
 
 mod openmp;
 mod pool;
@@ -16,8 +15,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// Runs `work(i)` for every `i` below `chunks` on at most `threads` threads, the calling one included.
 ///
-/// The calling thread begins at once and returns when every chunk is done, not when every helper has woken up: for a small job that
-/// takes longer than the job.
+/// The calling thread begins at once and returns when every chunk is done. It does not wait for every helper to wake up, which
+/// takes longer than a small call.
 pub(crate) fn for_each(threads: usize, chunks: usize, work: impl Fn(usize) + Sync) {
     let helpers = threads.min(chunks).saturating_sub(1);
     if helpers == 0 {
@@ -27,69 +26,69 @@ pub(crate) fn for_each(threads: usize, chunks: usize, work: impl Fn(usize) + Syn
     if on_openmp(threads, chunks, work) {
         return;
     }
-    // SAFETY: the lifetime is only forgotten, not outlived: `Job::drain` follows the reference for claimed chunks alone, and this
-    // function does not return before every chunk has been claimed and finished.
+    // SAFETY: the reference is not used after its lifetime: `Chunks::drain` follows it for claimed chunks alone, and this
+    // function returns after every chunk has been claimed and finished.
     let work: &'static (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(work) };
-    let job = Arc::new(Job::new(threads, chunks, work));
+    let all = Arc::new(Chunks::new(threads, chunks, work));
     if let Some(pool) = pool::of(helpers) {
         for _ in 0..helpers {
-            let job = Arc::clone(&job);
-            pool.spawn(move || job.drain());
+            let all = Arc::clone(&all);
+            pool.spawn(move || all.drain());
         }
     }
-    job.drain();
-    job.wait();
+    all.drain();
+    all.wait();
 }
 
-/// The same on OpenMP's threads, if there are any. Always all of them: a team of another size would have to be made anew.
+/// The same on OpenMP's threads, if there are any. Always all of them: OpenMP would create a team of another size anew.
 fn on_openmp(threads: usize, chunks: usize, work: &(dyn Fn(usize) + Sync)) -> bool {
-    let job = Job::new(threads, chunks, work);
-    let done = openmp::run(threads, &|| job.drain());
+    let all = Chunks::new(threads, chunks, work);
+    let done = openmp::run(threads, &|| all.drain());
     if done {
-        job.resume_panic();
+        all.resume_panic();
     }
     done
 }
 
-struct Job<'a> {
+struct Chunks<'a> {
     work: &'a (dyn Fn(usize) + Sync),
-    chunks: usize,
-    /// Chunks that are claimed at a time: neighbours are neighbours in memory, and one thread does well to read on.
+    count: usize,
+    /// Chunks claimed at a time: neighbours are adjacent in memory, so one thread reads on.
     step: usize,
     next: AtomicUsize,
     finished: AtomicUsize,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
-impl<'a> Job<'a> {
-    fn new(threads: usize, chunks: usize, work: &'a (dyn Fn(usize) + Sync)) -> Self {
-        let step = (chunks / (16 * threads)).clamp(1, 8);
-        Self { work, chunks, step, next: 0.into(), finished: 0.into(), panic: Mutex::default() }
+impl<'a> Chunks<'a> {
+    fn new(threads: usize, count: usize, work: &'a (dyn Fn(usize) + Sync)) -> Self {
+        let step = (count / (16 * threads)).clamp(1, 8);
+        Self { work, count, step, next: 0.into(), finished: 0.into(), panic: Mutex::default() }
     }
 
-    /// Claims chunks until there are none; a helper that comes too late claims none and never touches `work`.
+    /// Claims chunks until none are left; a helper that starts too late claims none and never touches `work`.
     fn drain(&self) {
         loop {
             let first = self.next.fetch_add(self.step, Ordering::Relaxed);
-            if first >= self.chunks {
+            if first >= self.count {
                 return;
             }
-            let claimed = first..self.chunks.min(first + self.step);
+            let claimed = first..self.count.min(first + self.step);
             let count = claimed.len();
             for i in claimed {
                 if let Err(panic) = catch_unwind(AssertUnwindSafe(|| (self.work)(i))) {
                     *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
                 }
             }
-            // Release: what the chunks wrote is seen by whoever sees the count.
+            // Release: a thread that reads the count also reads what the chunks wrote.
             self.finished.fetch_add(count, Ordering::Release);
         }
     }
 
-    /// Waits for the chunks that helpers have claimed, which take no longer than one of the caller's own.
+    /// Waits for the chunks that helpers have claimed.
     fn wait(&self) {
         let mut spins = 0u32;
-        while self.finished.load(Ordering::Acquire) < self.chunks {
+        while self.finished.load(Ordering::Acquire) < self.count {
             spins += 1;
             if spins < 1000 {
                 std::hint::spin_loop();
@@ -124,7 +123,7 @@ pub(crate) fn map<T: Send>(
     results.into_iter().flatten().collect()
 }
 
-/// A base pointer to slots that threads fill, each its own.
+/// A base pointer to slots that threads fill, each a different one.
 pub(crate) struct Slots<T>(pub *mut T);
 
 // SAFETY: users write disjoint slots (stated where they do).
@@ -154,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn jobs_that_end_before_a_helper_wakes_are_not_touched_again() {
+    fn work_that_ends_before_a_helper_wakes_is_not_touched_again() {
         for round in 0..2000 {
             let squares: Vec<usize> = (0..8).map(|i| i + round).collect();
             assert_eq!(map(4, 8, |i| squares[i]), squares);
@@ -164,13 +163,13 @@ mod tests {
     #[test]
     fn a_panic_in_any_chunk_reaches_the_caller_after_all_chunks_ended() {
         let ran = AtomicUsize::new(0);
-        let job = || {
+        let call = || {
             for_each(3, 64, |i| {
                 ran.fetch_add(1, Ordering::Relaxed);
                 assert!(i != 40, "chunk {i}");
             })
         };
-        assert!(catch_unwind(AssertUnwindSafe(job)).is_err());
+        assert!(catch_unwind(AssertUnwindSafe(call)).is_err());
         assert_eq!(ran.load(Ordering::Relaxed), 64);
     }
 }

@@ -4,11 +4,11 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 use std::process;
 use std::sync::{Arc, Mutex, TryLockError};
 
-/// The pool of `helpers` threads of this process; none where another thread is making one just now.
+/// The pool of `helpers` threads of this process; `None` while another thread is making one.
 ///
-/// A forked child inherits the pools but not their threads and would wait for ever, so pools are keyed by the process; the child's
-/// copies of the parent's are forgotten, never joined. Nor does anybody wait for the lock: if a thread of the parent held it during
-/// the fork, the child's copy is never unlocked.
+/// A forked child inherits the pools without their threads and would wait for ever, so pools are keyed by the process; the child
+/// never joins its copies of the parent's. It does not wait for the lock either: if a thread of the parent held it during the fork,
+/// the child's copy is never unlocked.
 pub(super) fn of(helpers: usize) -> Option<Arc<ThreadPool>> {
     type Pools = Vec<((u32, usize), Arc<ThreadPool>)>;
     static POOLS: Mutex<Pools> = Mutex::new(Vec::new());

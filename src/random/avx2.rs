@@ -23,7 +23,7 @@ pub(crate) fn words_avx2(_: Avx2, planes: &Planes, quad: u32) -> [[u32; LANES]; 
 
 /// `normal_pair` with the same operations in the same order.
 ///
-/// All words come first, and become normals then: each is a long chain of operations, and many short ones overlap better.
+/// All words first, then the normals: one long chain of operations for both would overlap less.
 #[target_feature(enable = "avx2,fma")]
 pub(crate) fn normals_avx2(_: Avx2, planes: &Planes, quad: u32, out: &mut [[[f32; LANES]; 4]]) {
     for (i, four) in out.iter_mut().enumerate() {
@@ -119,7 +119,7 @@ fn flip(value: __m256, bits: __m256i) -> __m256 {
 /// The four words of eight planes, `from` 0 or 8, for one block of four positions.
 ///
 /// Four counters in each register, their words in the low halves of 64-bit lanes; high halves are left dirty. The rounds of one chain
-/// wait for each other: even and odd planes fill each other's gaps.
+/// depend on each other: the chains of even and odd planes run in parallel.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn registers(planes: &Planes, quad: u32, from: usize) -> [__m256i; 4] {

@@ -1,4 +1,4 @@
-//! The noise of [`LANES`] planes in the registers of AVX-512: the multiplier that the generator needs is out of the compiler's reach.
+//! The noise of [`LANES`] planes in the registers of AVX-512: the compiler does not emit the multiplier that the generator needs.
 
 use super::philox::{Planes, COS, LN, LN_TWO, LOW, MULTIPLIERS, ROOT_HALF, SIN, TURN};
 use crate::simd::{Avx512, LANES};
@@ -15,7 +15,7 @@ pub(crate) fn words_avx512(_: Avx512, planes: &Planes, quad: u32) -> [[u32; LANE
 
 /// `normal_pair` with the same operations in the same order.
 ///
-/// All words come first, and become normals then: each is a long chain of operations, and many short ones overlap better.
+/// All words first, then the normals: one long chain of operations for both would overlap less.
 #[target_feature(enable = "avx512f")]
 pub(crate) fn normals_avx512(_: Avx512, planes: &Planes, quad: u32, out: &mut [[[f32; LANES]; 4]]) {
     let mut quad = quad;
@@ -114,7 +114,7 @@ fn flip_avx512(value: __m512, bits: __m512i) -> __m512 {
 /// The words of `N` blocks of four positions.
 ///
 /// Eight counters in each register, their words in the low halves of 64-bit lanes; high halves are left dirty. The rounds of one chain
-/// wait for each other: the chains of several blocks fill the gaps.
+/// depend on each other: the chains of several blocks run in parallel.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn registers<const N: usize>(planes: &Planes, quad: u32) -> [[__m512i; 4]; N] {

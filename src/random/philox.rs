@@ -1,10 +1,10 @@
 //! Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) and normals from it.
 //!
-//! Nothing is ever stored: an element's noise is a function of the seed and of the element's logical place, so the backward draws it
-//! again, and strides, threads and devices do not matter. Counter words:
+//! Noise is never stored: it is a function of the seed and of the element's logical index, so the backward draws it again, whatever the
+//! strides, threads and devices. Counter words:
 //! noise: `(p / 4, 0, plane)` with `plane = n*C + c`, `p = y*W + x`, each as 64 bits in two words, low word first; the four output words
-//! serve the positions `p % 4`. Policy draws: `(block, 0xFFFFFFFF, counter)`. Both have the seed as key, and never meet: a plane has fewer
-//! than 2^32 blocks of four, so the second word of noise stays 0.
+//! serve the positions `p % 4`. Policy draws: `(block, 0xFFFFFFFF, counter)`. Both have the seed as key, and their counters differ: a
+//! plane has fewer than 2^32 blocks of four, so the second word of noise is 0.
 
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
@@ -55,7 +55,7 @@ impl Keys {
     }
 }
 
-/// `N` counters at a time; words in the low halves of u64, as the vector multiplier wants them.
+/// `N` counters at a time; words in the low halves of u64, which the vector multiplier takes.
 #[inline(always)]
 fn rounds<const N: usize>(keys: &[[u64; 2]], mut c: [[u64; N]; 4]) -> [[u32; N]; 4] {
     for key in keys {
@@ -118,7 +118,7 @@ fn sin_cos_turn(turn: i32) -> (f32, f32) {
     (flip(s, quadrant), flip(c, quadrant + 1))
 }
 
-/// [`LANES`] planes, and what the first two rounds make of a plane alone: they are never done again.
+/// [`LANES`] planes, and the part of the first two rounds that depends on the plane alone, computed once.
 ///
 /// Even lanes come first, odd lanes after them, so that two registers of 64-bit lanes merge into one of 32-bit words.
 pub(crate) struct Planes<'a> {
@@ -175,7 +175,7 @@ impl<'a> Planes<'a> {
         }
     }
 
-    /// The words without any instruction set.
+    /// The words at [`Level::Scalar`].
     #[inline(always)]
     fn words_any(&self, quad: u32) -> [[u32; LANES]; 4] {
         let [first, third, fourth] = &self.second_round;

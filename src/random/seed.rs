@@ -2,7 +2,7 @@
 
 use crate::tensor::{Check, DType, Result, TensorView};
 
-/// 64 bits that a kernel is to be told.
+/// A 64-bit argument of a kernel.
 #[derive(Clone, Debug)]
 pub(crate) enum Seed {
     /// A number.
@@ -38,7 +38,7 @@ impl Seed {
         check.same_device(name, view, of, other)
     }
 
-    /// The number; host memory alone is looked at.
+    /// The number; a tensor must be in host memory.
     pub(crate) fn value(&self, check: Check, name: &str) -> Result<u64> {
         let view = match self {
             Self::Value(value) => return Ok(*value),

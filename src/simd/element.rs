@@ -1,9 +1,9 @@
-//! Elements as they lie in memory: what they are computed in, and how they come and go, alone, in rows and in squares.
+//! Elements in memory and the dtype that they are computed in: loads and stores of one, of a row and of a square.
 
 use super::transpose::{self, Square};
 use super::{Simd, Vector, LANES};
 
-/// What the kernels compute in: f32, or f64 for f64 tensors.
+/// An accumulator dtype: f32, or f64 for f64 tensors.
 pub(crate) trait Real:
     Copy
     + Default
@@ -30,9 +30,9 @@ pub(crate) trait Real:
     fn root(self) -> Self;
     /// All bits set, or none.
     fn mask(set: bool) -> Self;
-    /// The bits that both have.
+    /// Bitwise and.
     fn and(self, other: Self) -> Self;
-    /// Turns 16 rows about their diagonal.
+    /// Transposes 16 rows.
     fn transpose<S: Simd>(simd: S, from: &[[Self; LANES]; LANES], to: &mut [[Self; LANES]; LANES]);
 }
 
@@ -82,11 +82,11 @@ macro_rules! real {
 real!(f32, F32, transpose::transpose_f32);
 real!(f64, F64, transpose::transpose_any);
 
-/// An element as it lies in memory.
+/// An element in memory.
 pub(crate) trait Element: Copy + Send + Sync + 'static {
-    /// What it is computed in.
+    /// Its accumulator dtype.
     type Acc: Real;
-    /// Whether it is computed in as it is.
+    /// Whether it is its own accumulator dtype.
     const IS_ACC: bool = false;
     /// From memory.
     fn load(self) -> Self::Acc;
@@ -264,6 +264,26 @@ impl Element for F16 {
         Self((half | sign) as u16)
     }
 }
+
+/// Evaluates `$body` with `$t` as the element type of a floating-point dtype, which the checks require.
+macro_rules! by_dtype {
+    ($dtype:expr, $t:ident => $body:expr) => {
+        by_dtype!(@arms $dtype, $t, $body, F64 f64, F16 $crate::simd::F16, BF16 $crate::simd::Bf16)
+    };
+    (@arms $dtype:expr, $t:ident, $body:expr, $($name:ident $type:ty),*) => {
+        match $dtype {
+            $($crate::tensor::DType::$name => {
+                type $t = $type;
+                $body
+            })*
+            _ => {
+                type $t = f32;
+                $body
+            }
+        }
+    };
+}
+pub(crate) use by_dtype;
 
 #[cfg(test)]
 mod tests {

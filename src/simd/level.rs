@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 /// An instruction set that this CPU has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Level {
-    /// Whatever the target has by default.
+    /// The target's default.
     Scalar,
     /// AVX2 with FMA.
     #[cfg(target_arch = "x86_64")]
@@ -161,12 +161,12 @@ macro_rules! level {
 #[cfg(target_arch = "x86_64")]
 level!(
     /// The token of [`Level::Avx2`].
-    Avx2, Half32, Half64, ["avx2", "fma", "bmi2"]
+    Avx2, Avx2F32, Avx2F64, ["avx2", "fma", "bmi2"]
 );
 #[cfg(target_arch = "x86_64")]
 level!(
     /// The token of [`Level::Avx512`].
-    Avx512, Wide32, Wide64, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "bmi2"]
+    Avx512, Avx512F32, Avx512F64, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "bmi2"]
 );
 
 #[cfg(all(test, target_arch = "x86_64"))]

@@ -9,7 +9,7 @@ pub(crate) mod tile;
 mod transpose;
 mod vector;
 
-pub(crate) use element::{Bf16, Element, Real, F16};
+pub(crate) use element::{by_dtype, Bf16, Element, Real, F16};
 #[cfg(test)]
 pub(crate) use level::run_at;
 pub(crate) use level::{level, run, Level, Simd, WithSimd};

@@ -1,12 +1,13 @@
 //! Tiles: `LANES` channels side by side at every position, `[positions][LANES]`, whatever the tensor's strides.
 //!
 //! All kernels work on tiles, so contiguous, channels_last, sliced and expanded tensors run the same arithmetic; only loading and
-//! storing differ. Planes that are rows of consecutive elements are turned 16 x 16 at a time.
+//! storing differ. Planes that are rows of consecutive elements are transposed 16 x 16 at a time.
 
 use crate::simd::{self, Element, Real, Simd, WithSimd, LANES};
 use crate::tensor::TensorView;
+use std::ops::Range;
 
-/// How `[B, C, H, W]` lies in memory, without its dtype.
+/// The memory layout of `[B, C, H, W]`, without its dtype.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Layout {
     /// Strides of C, H, W in elements.
@@ -46,6 +47,19 @@ impl Layout {
     fn position(&self, p: usize) -> isize {
         (p / self.run) as isize * self.h + (p % self.run) as isize * self.w
     }
+
+    /// Positions `from .. from + count` in runs of equal steps: the part of the tile, and the offset of its first position.
+    #[inline(always)]
+    fn runs(&self, from: usize, count: usize) -> impl Iterator<Item = (Range<usize>, isize)> {
+        let (layout, mut done) = (*self, 0);
+        std::iter::from_fn(move || {
+            let p = from + done;
+            let length = (layout.run - p % layout.run.max(1)).min(count - done);
+            let part = done..done + length;
+            done += length;
+            (!part.is_empty()).then(|| (part, layout.position(p)))
+        })
+    }
 }
 
 /// The channels of one tile; lanes past `used` repeat a valid channel and are never stored.
@@ -53,7 +67,7 @@ impl Layout {
 pub(crate) struct Channels {
     /// Channel of every lane.
     pub at: [usize; LANES],
-    /// How many lanes count.
+    /// How many lanes are in use.
     pub used: usize,
 }
 
@@ -71,7 +85,7 @@ impl Channels {
     }
 
     /// `from ..` up to `LANES` of `total` channels.
-    pub(crate) fn block(from: usize, total: usize) -> Self {
+    pub(crate) fn starting_at(from: usize, total: usize) -> Self {
         Self::new(from..total.min(from + LANES))
     }
 
@@ -80,63 +94,99 @@ impl Channels {
     }
 }
 
-/// Loads positions `from .. from + tile.len()` of sample `n`.
-///
-/// # Safety
-/// `base` and `layout` must describe readable memory for sample `n`, these channels and positions.
-pub(crate) unsafe fn load<T: Element>(
-    tile: &mut [[T::Acc; LANES]],
-    base: *const T,
-    layout: &Layout,
-    n: usize,
-    channels: &Channels,
-    from: usize,
-) {
-    for (i, tile) in tile.chunks_mut(ASKED).enumerate() {
-        let from = from + i * ASKED;
-        ask(base, layout, n, channels, from, tile.len());
-        simd::run(Load { tile, base, layout, n, channels, from });
-    }
+/// A map `[B, C, H, W]` in memory.
+#[derive(Clone, Copy)]
+pub(crate) struct Map<T> {
+    /// The first element.
+    pub base: *mut T,
+    pub layout: Layout,
 }
 
-/// Positions that are asked for at a time: with 16 lanes of f32 they fill half of a first-level cache.
-const ASKED: usize = 256;
+// SAFETY: chunks read memory that nothing writes, and write disjoint channels.
+unsafe impl<T: Send> Send for Map<T> {}
+// SAFETY: as above.
+unsafe impl<T: Sync> Sync for Map<T> {}
 
-/// Asks for the cache lines of positions `from .. from + count`, which are needed soon: sixteen planes at a time are too many for the
-/// processor to foresee.
-#[inline(always)]
-pub(crate) fn ask<T>(
-    base: *const T,
-    layout: &Layout,
-    n: usize,
-    channels: &Channels,
-    from: usize,
-    count: usize,
-) {
-    let sample = base.wrapping_offset(n as isize * layout.n);
-    let mut done = 0;
-    while done < count {
-        let p = from + done;
-        let length = (layout.run - p % layout.run).min(count - done);
-        let first = sample.wrapping_offset(layout.position(p));
-        if layout.w == 1 {
-            for c in &channels.at[..channels.used] {
-                let plane = first.wrapping_offset(*c as isize * layout.c);
-                (0..length).step_by(64 / size_of::<T>()).for_each(|i| hint(plane.wrapping_add(i)));
+impl<T> Map<T> {
+    pub(crate) fn of(view: &TensorView) -> Self {
+        Self { base: view.as_ptr(), layout: Layout::of(view) }
+    }
+
+    /// The first element of a plane.
+    #[inline(always)]
+    pub(crate) fn plane(&self, n: usize, channel: usize) -> *mut T {
+        let offset = n as isize * self.layout.n + channel as isize * self.layout.c;
+        self.base.wrapping_offset(offset)
+    }
+
+    #[inline(always)]
+    fn planes(&self, n: usize, channels: &Channels) -> [*mut T; LANES] {
+        std::array::from_fn(|l| self.plane(n, channels.at[l]))
+    }
+
+    /// Prefetches positions `from .. from + count`: sixteen planes at a time are too many for the hardware prefetcher.
+    #[inline(always)]
+    pub(crate) fn prefetch(&self, n: usize, channels: &Channels, from: usize, count: usize) {
+        let layout = &self.layout;
+        for (part, start) in layout.runs(from, count) {
+            if layout.w == 1 {
+                for c in &channels.at[..channels.used] {
+                    let first = self.plane(n, *c).wrapping_offset(start);
+                    (0..part.len())
+                        .step_by(64 / size_of::<T>())
+                        .for_each(|i| prefetch_line(first.wrapping_add(i)));
+                }
+            } else if layout.c == 1 {
+                let lanes = self.plane(n, channels.at[0]).wrapping_offset(start);
+                (0..part.len() as isize)
+                    .for_each(|i| prefetch_line(lanes.wrapping_offset(i * layout.w)));
             }
-        } else if layout.c == 1 {
-            let lanes = first.wrapping_add(channels.at[0]);
-            (0..length as isize).for_each(|i| hint(lanes.wrapping_offset(i * layout.w)));
         }
-        done += length;
     }
 }
 
-/// Asks for one cache line; any address may be asked for.
+impl<T: Element> Map<T> {
+    /// Loads positions `from .. from + tile.len()` of sample `n`.
+    ///
+    /// # Safety
+    /// The map must be readable memory for sample `n`, these channels and positions.
+    pub(crate) unsafe fn load(
+        &self,
+        tile: &mut [[T::Acc; LANES]],
+        n: usize,
+        channels: &Channels,
+        from: usize,
+    ) {
+        for (i, tile) in tile.chunks_mut(PREFETCHED).enumerate() {
+            let from = from + i * PREFETCHED;
+            self.prefetch(n, channels, from, tile.len());
+            simd::run(Load { map: self, tile, n, channels, from });
+        }
+    }
+
+    /// Stores a tile to positions `from ..` of sample `n`, without the lanes past `used`.
+    ///
+    /// # Safety
+    /// As for [`Map::load`], for writing, and no other thread may touch these elements.
+    pub(crate) unsafe fn store(
+        &self,
+        tile: &[[T::Acc; LANES]],
+        n: usize,
+        channels: &Channels,
+        from: usize,
+    ) {
+        simd::run(Store { map: self, tile, n, channels, from });
+    }
+}
+
+/// Positions prefetched at a time: with 16 lanes of f32 they fill half of a first-level cache.
+const PREFETCHED: usize = 256;
+
+/// Prefetches one cache line; any address is allowed.
 #[inline(always)]
-pub(crate) fn hint<T>(at: *const T) {
+pub(crate) fn prefetch_line<T>(at: *const T) {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: a hint reads and writes nothing, whatever the address.
+    // SAFETY: a prefetch reads and writes nothing, whatever the address.
     unsafe {
         use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
         _mm_prefetch::<_MM_HINT_T0>(at.cast());
@@ -146,9 +196,8 @@ pub(crate) fn hint<T>(at: *const T) {
 }
 
 struct Load<'a, T: Element> {
+    map: &'a Map<T>,
     tile: &'a mut [[T::Acc; LANES]],
-    base: *const T,
-    layout: &'a Layout,
     n: usize,
     channels: &'a Channels,
     from: usize,
@@ -159,42 +208,21 @@ impl<T: Element> WithSimd for Load<'_, T> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { tile, base, layout, n, channels, from } = self;
-        // SAFETY: `load`'s caller vouches for all of it.
-        unsafe { load_runs(simd, tile, base, layout, n, channels, from) }
-    }
-}
-
-#[inline(always)]
-unsafe fn load_runs<T: Element, S: Simd>(
-    simd: S,
-    tile: &mut [[T::Acc; LANES]],
-    base: *const T,
-    layout: &Layout,
-    n: usize,
-    channels: &Channels,
-    from: usize,
-) {
-    let sample = base.wrapping_offset(n as isize * layout.n);
-    let planes: [*const T; LANES] =
-        std::array::from_fn(|l| sample.wrapping_offset(channels.at[l] as isize * layout.c));
-    let mut done = 0;
-    while done < tile.len() {
-        let p = from + done;
-        let length = (layout.run - p % layout.run).min(tile.len() - done);
-        let start = layout.position(p);
-        let part = &mut tile[done..done + length];
-        // SAFETY: the caller's promise covers every position of this run.
-        unsafe {
-            if layout.w == 1 && length > 1 {
-                load_rows(simd, part, &planes, start);
-            } else if layout.c == 1 && channels.consecutive() {
-                load_lanes(part, planes[0].wrapping_offset(start), layout.w);
-            } else {
-                load_any(part, &planes, start, layout.w);
+        let layout = &self.map.layout;
+        let planes = self.map.planes(self.n, self.channels).map(<*mut T>::cast_const);
+        for (part, start) in layout.runs(self.from, self.tile.len()) {
+            let part = &mut self.tile[part];
+            // SAFETY: the promise of `Map::load`'s caller covers every position of this run.
+            unsafe {
+                if layout.w == 1 && part.len() > 1 {
+                    load_rows(simd, part, &planes, start);
+                } else if layout.c == 1 && self.channels.consecutive() {
+                    load_lanes(part, planes[0].wrapping_offset(start), layout.w);
+                } else {
+                    load_any(part, &planes, start, layout.w);
+                }
             }
         }
-        done += length;
     }
 }
 
@@ -242,25 +270,9 @@ unsafe fn load_any<T: Element>(
     }
 }
 
-/// Stores a tile to positions `from ..` of sample `n`; lanes past `used` are left out.
-///
-/// # Safety
-/// As for [`load`], for writing, and no other thread may touch these elements.
-pub(crate) unsafe fn store<T: Element>(
-    tile: &[[T::Acc; LANES]],
-    base: *mut T,
-    layout: &Layout,
-    n: usize,
-    channels: &Channels,
-    from: usize,
-) {
-    simd::run(Store { tile, base, layout, n, channels, from });
-}
-
 struct Store<'a, T: Element> {
+    map: &'a Map<T>,
     tile: &'a [[T::Acc; LANES]],
-    base: *mut T,
-    layout: &'a Layout,
     n: usize,
     channels: &'a Channels,
     from: usize,
@@ -271,42 +283,21 @@ impl<T: Element> WithSimd for Store<'_, T> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { tile, base, layout, n, channels, from } = self;
-        // SAFETY: `store`'s caller vouches for all of it.
-        unsafe { store_runs(simd, tile, base, layout, n, channels, from) }
-    }
-}
-
-#[inline(always)]
-unsafe fn store_runs<T: Element, S: Simd>(
-    simd: S,
-    tile: &[[T::Acc; LANES]],
-    base: *mut T,
-    layout: &Layout,
-    n: usize,
-    channels: &Channels,
-    from: usize,
-) {
-    let sample = base.wrapping_offset(n as isize * layout.n);
-    let planes: [*mut T; LANES] =
-        std::array::from_fn(|l| sample.wrapping_offset(channels.at[l] as isize * layout.c));
-    let mut done = 0;
-    while done < tile.len() {
-        let p = from + done;
-        let length = (layout.run - p % layout.run).min(tile.len() - done);
-        let start = layout.position(p);
-        let part = &tile[done..done + length];
-        // SAFETY: the caller's promise covers every position of this run.
-        unsafe {
-            if layout.w == 1 && length > 1 {
-                store_rows(simd, part, &planes, channels.used, start);
-            } else if layout.c == 1 && channels.consecutive() {
-                store_lanes(part, planes[0].wrapping_offset(start), layout.w);
-            } else {
-                store_any(part, &planes, channels.used, start, layout.w);
+        let (layout, channels) = (&self.map.layout, self.channels);
+        let planes = self.map.planes(self.n, channels);
+        for (part, start) in layout.runs(self.from, self.tile.len()) {
+            let part = &self.tile[part];
+            // SAFETY: the promise of `Map::store`'s caller covers every position of this run.
+            unsafe {
+                if layout.w == 1 && part.len() > 1 {
+                    store_rows(simd, part, &planes, channels.used, start);
+                } else if layout.c == 1 && channels.consecutive() {
+                    store_lanes(part, planes[0].wrapping_offset(start), layout.w);
+                } else {
+                    store_any(part, &planes, channels.used, start, layout.w);
+                }
             }
         }
-        done += length;
     }
 }
 
@@ -356,9 +347,9 @@ unsafe fn store_any<T: Element>(
     }
 }
 
-/// A tile from this thread's own store: planes are too large for the stack, and fresh pages cost more than the work done on them.
+/// A tile in memory that this thread reuses: planes are too large for the stack, and fresh pages cost more than the work on them.
 ///
-/// Taken from a stack of such stores and handed back when dropped: nested ones have memory of their own.
+/// Taken from a stack of buffers and returned when dropped, so nested tiles do not overlap.
 pub(crate) struct Scratch<A> {
     store: Vec<Line>,
     positions: usize,

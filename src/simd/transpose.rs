@@ -1,11 +1,11 @@
-//! Squares of 16 x 16 lanes turned about their diagonal: rows of consecutive elements become lanes side by side, and back.
+//! Transposes of 16 x 16 squares: rows of consecutive elements become lanes side by side, and back.
 
 use super::{Level, Simd, LANES};
 
 /// A square of lanes.
 pub(crate) type Square<A> = [[A; LANES]; LANES];
 
-/// Turns a square about its diagonal, whatever the type.
+/// Transposes a square of any type.
 #[inline(always)]
 pub(crate) fn transpose_any<A: Copy, S: Simd>(_: S, from: &Square<A>, to: &mut Square<A>) {
     for i in 0..LANES {
@@ -15,7 +15,7 @@ pub(crate) fn transpose_any<A: Copy, S: Simd>(_: S, from: &Square<A>, to: &mut S
     }
 }
 
-/// Turns a square of f32 in registers, where the instruction set allows.
+/// Transposes a square of f32, in registers where the level has them.
 #[inline(always)]
 pub(crate) fn transpose_f32<S: Simd>(simd: S, from: &Square<f32>, to: &mut Square<f32>) {
     match simd.level() {
@@ -29,7 +29,7 @@ pub(crate) fn transpose_f32<S: Simd>(simd: S, from: &Square<f32>, to: &mut Squar
     }
 }
 
-/// Turns 16 elements of each plane, from `at` on, into a square.
+/// Loads 16 elements of each plane, from `at` on, as the columns of a square.
 ///
 /// # Safety
 /// They must be readable.
@@ -57,7 +57,7 @@ pub(crate) unsafe fn load_f32<S: Simd>(
     }
 }
 
-/// Turns a square into 16 elements of each of the first `used` planes, from `at` on.
+/// Stores the columns of a square as 16 elements of each of the first `used` planes, from `at` on.
 ///
 /// # Safety
 /// They must be writable.
@@ -116,7 +116,7 @@ mod x86 {
     ) {
         for quarter in 0..4 {
             let from = at + 4 * quarter as isize;
-            // SAFETY: four of the sixteen floats of each plane that the caller vouches for.
+            // SAFETY: four of the sixteen floats of each plane that the caller promises.
             let part = |row: usize| unsafe { _mm_loadu_ps(planes[row].wrapping_offset(from)) };
             for (row, column) in to[4 * quarter..].iter_mut().zip(columns(part)) {
                 // SAFETY: each row is 16 floats.
@@ -139,7 +139,7 @@ mod x86 {
             let part = |row: usize| unsafe { _mm_loadu_ps(from[row].as_ptr().add(4 * quarter)) };
             for (i, column) in columns(part).into_iter().enumerate() {
                 if 4 * quarter + i < used {
-                    // SAFETY: sixteen floats of this plane, for which the caller vouches.
+                    // SAFETY: sixteen floats of this plane, which the caller promises.
                     unsafe {
                         _mm512_storeu_ps(planes[4 * quarter + i].wrapping_offset(at), column)
                     };
@@ -176,7 +176,7 @@ mod x86 {
             _mm_loadu_ps(from[row][from_column..].as_ptr())
         };
         // SAFETY: eight floats of a row of 16, from 0 or 8.
-        turn_avx2(part, |row, half, lanes| unsafe {
+        columns_avx2(part, |row, half, lanes| unsafe {
             _mm256_storeu_ps(to[row][half..].as_mut_ptr(), lanes)
         });
     }
@@ -189,12 +189,12 @@ mod x86 {
         at: isize,
         to: &mut Square<f32>,
     ) {
-        // SAFETY: four of the sixteen floats of each plane that the caller vouches for.
+        // SAFETY: four of the sixteen floats of each plane that the caller promises.
         let part = |row: usize, from: usize| unsafe {
             _mm_loadu_ps(planes[row].wrapping_offset(at + from as isize))
         };
         // SAFETY: eight floats of a row of 16, from 0 or 8.
-        turn_avx2(part, |row, half, lanes| unsafe {
+        columns_avx2(part, |row, half, lanes| unsafe {
             _mm256_storeu_ps(to[row][half..].as_mut_ptr(), lanes)
         });
     }
@@ -212,9 +212,9 @@ mod x86 {
         let part = |row: usize, from_column: usize| unsafe {
             _mm_loadu_ps(from[row][from_column..].as_ptr())
         };
-        turn_avx2(part, |plane, half, lanes| {
+        columns_avx2(part, |plane, half, lanes| {
             if plane < used {
-                // SAFETY: eight of the sixteen floats of this plane, for which the caller vouches.
+                // SAFETY: eight of the sixteen floats of this plane, which the caller promises.
                 unsafe {
                     _mm256_storeu_ps(planes[plane].wrapping_offset(at + half as isize), lanes)
                 };
@@ -224,10 +224,13 @@ mod x86 {
 
     /// Row and first column of four floats in; row, first column (0 or 8) and eight floats out.
     ///
-    /// Eight rows at a time: planes of 16 KiB would otherwise push one another out of a cache of eight ways.
+    /// Eight rows at a time: more planes of 16 KiB would evict one another from an eight-way cache.
     #[inline]
     #[target_feature(enable = "avx2")]
-    fn turn_avx2(part: impl Fn(usize, usize) -> __m128, mut put: impl FnMut(usize, usize, __m256)) {
+    fn columns_avx2(
+        part: impl Fn(usize, usize) -> __m128,
+        mut store: impl FnMut(usize, usize, __m256),
+    ) {
         for half in [0, 8] {
             for quarter in [0, 4, 8, 12] {
                 // Rows i and 4 + i side by side: all shuffles stay within 128 bits.
@@ -238,10 +241,10 @@ mod x86 {
                 let r = [two(0), two(1), two(2), two(3)];
                 let (a, b) = (_mm256_unpacklo_ps(r[0], r[1]), _mm256_unpackhi_ps(r[0], r[1]));
                 let (c, d) = (_mm256_unpacklo_ps(r[2], r[3]), _mm256_unpackhi_ps(r[2], r[3]));
-                put(quarter, half, _mm256_shuffle_ps::<0x44>(a, c));
-                put(quarter + 1, half, _mm256_shuffle_ps::<0xee>(a, c));
-                put(quarter + 2, half, _mm256_shuffle_ps::<0x44>(b, d));
-                put(quarter + 3, half, _mm256_shuffle_ps::<0xee>(b, d));
+                store(quarter, half, _mm256_shuffle_ps::<0x44>(a, c));
+                store(quarter + 1, half, _mm256_shuffle_ps::<0xee>(a, c));
+                store(quarter + 2, half, _mm256_shuffle_ps::<0x44>(b, d));
+                store(quarter + 3, half, _mm256_shuffle_ps::<0xee>(b, d));
             }
         }
     }
@@ -272,8 +275,8 @@ mod tests {
         transpose_any(Scalar, &tile, &mut expected);
         assert_eq!(expected[3][5], tile[5][3]);
         for level in Level::available() {
-            let turned = run_at(level, Transposed(&tile));
-            assert_eq!(turned, expected, "{level:?}");
+            let transposed = run_at(level, Transposed(&tile));
+            assert_eq!(transposed, expected, "{level:?}");
         }
     }
 }

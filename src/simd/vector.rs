@@ -1,11 +1,10 @@
 //! A vector of [`LANES`] numbers and what is done with vectors, in the registers of a level.
 //!
-//! Arrays are left to the compiler, which now and then makes scalar code of them, or works on several rows at once by gathers and
-//! scatters. Every implementation rounds alike.
+//! For plain arrays the compiler sometimes emits scalar code, or gathers and scatters over several rows. Every implementation rounds alike.
 
 use super::{Real, Simd, LANES};
 
-/// [`LANES`] numbers side by side. The first ones take the token of the level `S`; what exists needs none.
+/// [`LANES`] numbers side by side. Constructors take the token of the level `S`; a vector that exists proves the level.
 pub(crate) trait Vector<A: Real, S>: Copy {
     /// From memory.
     fn load(simd: S, from: &[A; LANES]) -> Self;
@@ -25,7 +24,7 @@ pub(crate) trait Vector<A: Real, S>: Copy {
     fn minus(self, other: Self) -> Self;
     /// self where it is greater than other, else other (which may be NaN).
     fn larger(self, other: Self) -> Self;
-    /// The bits that both have.
+    /// Bitwise and.
     fn and(self, other: Self) -> Self;
 
     /// All lanes in f64.
@@ -37,7 +36,7 @@ pub(crate) trait Vector<A: Real, S>: Copy {
     }
 }
 
-/// An array: whatever the compiler makes of it.
+/// An array, for the compiler to vectorise.
 #[derive(Clone, Copy)]
 pub(crate) struct Plain<A>([A; LANES]);
 
@@ -179,7 +178,7 @@ pub(crate) mod x86 {
         };
     }
     vector!(
-        Wide32,
+        Avx512F32,
         Avx512,
         f32,
         __m512,
@@ -196,7 +195,7 @@ pub(crate) mod x86 {
         _mm512_and_ps
     );
     vector!(
-        Wide64,
+        Avx512F64,
         Avx512,
         f64,
         __m512d,
@@ -213,7 +212,7 @@ pub(crate) mod x86 {
         _mm512_and_pd
     );
     vector!(
-        Half32,
+        Avx2F32,
         Avx2,
         f32,
         __m256,
@@ -230,7 +229,7 @@ pub(crate) mod x86 {
         _mm256_and_ps
     );
     vector!(
-        Half64,
+        Avx2F64,
         Avx2,
         f64,
         __m256d,

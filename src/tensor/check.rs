@@ -1,9 +1,9 @@
-//! The only code that judges shape, dtype, device and stride. Metadata alone: it may be called for tensors on any device.
+//! All checks of shape, dtype, device and strides. They read metadata alone, so tensors may be on any device.
 
 use crate::tensor::{DType, Device, Error, Result, TensorView};
 use std::fmt::Display;
 
-/// Collects the name of the operator that the sentences begin with.
+/// Checks for an operator, whose name begins the messages.
 #[derive(Clone, Copy)]
 pub(crate) struct Check(pub &'static str);
 
@@ -95,7 +95,7 @@ impl Check {
         Err(Error::of_value(self.0, argument, rule, &view.device))
     }
 
-    /// One of these ranks; `layout` says what the dimensions mean.
+    /// One of these ranks; `layout` names the dimensions.
     pub(crate) fn rank(
         self,
         argument: &str,

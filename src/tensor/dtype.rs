@@ -43,7 +43,7 @@ impl DType {
         matches!(self, Self::F64 | Self::F32 | Self::F16 | Self::BF16)
     }
 
-    /// What sums and scores over values of this type are kept in.
+    /// The accumulator dtype: of sums and scores.
     pub(crate) fn accumulator(self) -> Self {
         match self {
             Self::F64 => Self::F64,
@@ -51,13 +51,13 @@ impl DType {
         }
     }
 
-    /// An integer type (bool is none).
+    /// An integer type other than bool.
     pub(crate) fn is_int(self) -> bool {
         matches!(self, Self::I64 | Self::I32 | Self::I16 | Self::I8 | Self::U8)
     }
 }
 
-/// The name that PyTorch and NumPy users know.
+/// The name in PyTorch and NumPy.
 impl fmt::Display for DType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

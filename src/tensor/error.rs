@@ -1,4 +1,4 @@
-//! Every failure, worded once. `{op}: {argument} must {rule}, got {value}`.
+//! All errors and their messages. `{op}: {argument} must {rule}, got {value}`.
 
 use std::fmt;
 
@@ -15,7 +15,7 @@ pub(crate) enum Class {
     Runtime,
 }
 
-/// A failed check. `Display` is the sentence that a user reads.
+/// A failure. `Display` is its message.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Error {
     /// An argument has the wrong type or dtype.
@@ -56,7 +56,7 @@ pub(crate) enum CudaFailure {
     /// A kernel that the compiler refuses.
     #[error("NVRTC {}.{} could not compile {name} for {arch}: {reason}\n{log}", version.0, version.1)]
     Compile { version: (i32, i32), name: String, arch: String, reason: String, log: String },
-    /// A device that is older than all the compiler knows.
+    /// A device older than the oldest architecture of the compiler.
     #[error("NVRTC {}.{} compiles for no device of compute capability {}.{}", version.0, version.1, capability / 10, capability % 10)]
     UnknownArch { version: (i32, i32), capability: u32 },
     /// A device that lacks what the kernels use.
@@ -67,13 +67,13 @@ pub(crate) enum CudaFailure {
     Capturing { kernel: String, ordinal: usize, float64: bool },
 }
 
-/// What loads the kernel: float64 is left out unless it is asked for.
+/// The call that loads the kernel; its default has no float64.
 fn warmup(ordinal: usize, float64: bool) -> String {
     let dtypes = if float64 { ", dtypes=[torch.float64]" } else { "" };
     format!("\"cuda:{ordinal}\"{dtypes}")
 }
 
-/// What a checked operation returns.
+/// The result of a checked operation.
 pub(crate) type Result<T> = std::result::Result<T, Error>;
 
 impl Error {

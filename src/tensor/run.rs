@@ -1,14 +1,14 @@
-//! What a call may use beside its arguments: threads on the CPU; a stream and scratch memory on CUDA.
+//! The resources of a call: threads on the CPU; a stream and scratch memory on CUDA.
 
 use crate::tensor::{Error, Result};
 
-/// Gives the address of so many bytes of device memory, which stay for the length of the call; torch's allocator stands behind it.
+/// Allocates device memory for the length of a call by torch's allocator; returns its address.
 pub(crate) type Allocate<'a> = &'a (dyn Fn(usize) -> Result<u64> + Sync);
 
 /// The resources of one call.
 #[derive(Clone, Copy)]
 pub(crate) struct Run<'a> {
-    /// At most so many, on the CPU.
+    /// The most threads on the CPU.
     pub threads: usize,
     /// torch's current stream of the device, as the driver's handle.
     pub stream: usize,
@@ -16,7 +16,7 @@ pub(crate) struct Run<'a> {
     pub allocate: Option<Allocate<'a>>,
 }
 
-/// So many threads of the CPU.
+/// That many threads of the CPU.
 impl From<usize> for Run<'_> {
     fn from(threads: usize) -> Self {
         Self { threads, stream: 0, allocate: None }
@@ -24,7 +24,7 @@ impl From<usize> for Run<'_> {
 }
 
 impl Run<'_> {
-    /// Scratch memory, aligned to 8 bytes at least; 0 bytes need none.
+    /// The address of scratch memory, aligned to at least 8 bytes; 0 for 0 bytes.
     pub(crate) fn scratch(&self, op: &'static str, bytes: usize) -> Result<u64> {
         match self.allocate {
             _ if bytes == 0 => Ok(0),

@@ -1,4 +1,4 @@
-//! `TensorView`: all that a kernel ever knows of a tensor.
+//! `TensorView`: the metadata of a tensor that kernels take.
 
 use super::DType;
 use std::fmt;
@@ -24,12 +24,12 @@ impl fmt::Display for Device {
     }
 }
 
-/// The largest rank of a tensor that sokd takes.
+/// The largest rank of a tensor.
 pub(crate) const MAX_RANK: usize = 8;
 
-/// Pointer, dtype, sizes, strides (in elements) and device of a tensor that somebody else owns.
+/// Pointer, dtype, sizes, strides (in elements) and device of a tensor with another owner.
 ///
-/// A view promises nothing about lifetimes: whoever makes one keeps the tensor alive until the call that uses it returns.
+/// A view has no lifetime: its maker keeps the tensor alive until the call that uses it returns.
 #[derive(Clone, Debug)]
 pub(crate) struct TensorView {
     ptr: *mut u8,
@@ -139,7 +139,7 @@ impl TensorView {
         true
     }
 
-    /// The shape as users write it: `[2, 3, 4]`.
+    /// The shape in Python's form: `[2, 3, 4]`.
     pub(crate) fn shape_text(&self) -> String {
         format!("{:?}", self.sizes())
     }
@@ -150,7 +150,7 @@ impl TensorView {
     /// The view must be in host memory and `index` within its sizes.
     pub(crate) unsafe fn read_f64(&self, index: &[usize]) -> f64 {
         let offset: isize = index.iter().zip(self.strides()).map(|(&i, &s)| i as isize * s).sum();
-        // SAFETY: the caller keeps `index` within the sizes; `new` promised that memory.
+        // SAFETY: the caller keeps `index` within the sizes; the caller of `new` promised that memory.
         unsafe {
             match self.dtype {
                 DType::F64 => *self.as_ptr::<f64>().offset(offset),
@@ -168,7 +168,7 @@ impl TensorView {
     /// As for [`TensorView::read_f64`].
     pub(crate) unsafe fn read_i64(&self, index: &[usize]) -> i64 {
         let offset: isize = index.iter().zip(self.strides()).map(|(&i, &s)| i as isize * s).sum();
-        // SAFETY: the caller keeps `index` within the sizes; `new` promised that memory.
+        // SAFETY: the caller keeps `index` within the sizes; the caller of `new` promised that memory.
         unsafe {
             match self.dtype {
                 DType::I64 => *self.as_ptr::<i64>().offset(offset),
@@ -184,10 +184,10 @@ impl TensorView {
     /// Writes one number, rounded to the dtype.
     ///
     /// # Safety
-    /// As for [`TensorView::read_f64`], and nobody else may use that element meanwhile.
+    /// As for [`TensorView::read_f64`], and no other thread may use that element meanwhile.
     pub(crate) unsafe fn write_f64(&self, index: &[usize], value: f64) {
         let offset: isize = index.iter().zip(self.strides()).map(|(&i, &s)| i as isize * s).sum();
-        // SAFETY: the caller keeps `index` within the sizes; `new` promised that memory.
+        // SAFETY: the caller keeps `index` within the sizes; the caller of `new` promised that memory.
         unsafe {
             match self.dtype {
                 DType::F64 => *self.as_ptr::<f64>().offset(offset) = value,

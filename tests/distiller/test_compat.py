@@ -135,9 +135,9 @@ def test_crd_gets_the_size_of_the_training_set_and_the_indices():
 def test_without_a_known_data_set_an_example_is_needed():
     lazy = made(cfg=None)
     with pytest.raises(
-        RuntimeError, match="Distiller: parameters must be asked for once the shapes are known"
+        RuntimeError, match="Distiller: the parameters do not exist before the shapes are known"
     ):
         lazy.get_learnable_parameters()
-    with pytest.raises(RuntimeError, match="once the shapes are known"):
+    with pytest.raises(RuntimeError, match="before the shapes are known"):
         lazy.get_extra_parameters()
     assert made(cfg=None, example=batch()[0]).get_extra_parameters() > 0

@@ -211,7 +211,7 @@ def test_the_first_batch_serves_as_example():
     lazy = make(example=None)
     for use in (lambda: list(lazy.parameters()), lambda: lazy.load_state_dict({})):
         with pytest.raises(
-            RuntimeError, match="Distiller: parameters must be asked for once the shapes are"
+            RuntimeError, match="Distiller: the parameters do not exist before the shapes are"
         ):
             use()
     torch.manual_seed(7)
@@ -249,10 +249,11 @@ def test_logits_are_found(form, where, task):
     distiller = make(
         models=(teacher, student), layers=layers, method="kd", sokd=False, logits=where
     )
-    logits, losses = distiller(*batch())
+    output, losses = distiller(*batch())
     _, plain = make(method="kd", sokd=False)(*batch())
     torch.testing.assert_close(losses["loss_kd"], plain["loss_kd"])
-    assert logits.shape == (4, CLASSES)
+    assert type(output) is type(form(torch.zeros(1, 5))), "what the student returned"
+    assert distiller.logits_of(output).shape == (4, CLASSES)
     assert list(losses) == [task, "loss_kd"]
 
 
@@ -338,8 +339,8 @@ def test_a_dict_of_keywords():
     x, y = batch()
     layers = ["net.stage1", "net.stage2"]
     distiller = make(models=(teacher, student), layers=layers, example={"pixel_values": x})
-    logits, losses = distiller({"pixel_values": x, "labels": y})
-    torch.testing.assert_close(losses["loss_task"], F.cross_entropy(logits, y))
+    output, losses = distiller({"pixel_values": x, "labels": y})
+    torch.testing.assert_close(losses["loss_task"], F.cross_entropy(output["logits"], y))
     assert list(losses) == ["loss_task", "loss_fitnet", "loss_agreement"]
 
 

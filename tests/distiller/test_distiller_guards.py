@@ -223,14 +223,14 @@ TARGETS = {
 @pytest.mark.parametrize(("change", "error", "got"), TARGETS.values(), ids=TARGETS)
 def test_targets_that_do_not_fit(change, error, got):
     x, y = batch()
-    own = "class indices [4] (int64) or probabilities [4, 5] (float), as the logits [4, 5] ask for"
+    own = "class indices [4] (int64) or probabilities [4, 5] (float) for the logits [4, 5]"
     text = f"target must be {own} (others: logits=, task=), got {got}"
     refused(error, text, lambda: make()(x, change(y)))
 
 
 def test_a_class_that_the_logits_do_not_have_and_another_device():
     x, y = batch()
-    text = "target must be class indices 0 .. 4, as the logits [4, 5] have, got 5"
+    text = "target must be class indices 0 .. 4 (-100 is ignored), got 5"
     refused(ValueError, text, lambda: make()(x, torch.full_like(y, 5)))
     text = "target must be on the logits' device, cpu, got meta"
     refused(ValueError, text, lambda: make()(x, y.to("meta")))
@@ -338,8 +338,8 @@ def test_a_map_without_a_gradient(way):
 
 
 @pytest.mark.parametrize(("where", "text"), [
-    ("student", "the student's layer 'stage2' holds such numbers"),
-    ("teacher", "the teacher's layer 'stage1' holds such numbers"),
+    ("student", "the student's layer 'stage2' is not finite either"),
+    ("teacher", "the teacher's layer 'stage1' is not finite either"),
     ("method", "the maps of all layers are finite"),
 ])  # fmt: skip
 def test_a_term_that_is_nan(where, text):

@@ -241,10 +241,10 @@ ERRORS = [
     (lambda: methods.sp(LOGITS, LOGITS, torch.ones(2, 4, 5)), ValueError,
      "sp: weight must be None for features [B, D], got a weight"),
     # modules
-    (lambda: crd(temperature=0), ValueError, "crd: temperature must be positive, got 0"),
+    (lambda: crd(temperature=0), ValueError, "crd: temperature must be positive and finite, got 0"),
     (lambda: crd(momentum=1), ValueError, "crd: momentum must be in [0, 1), got 1"),
-    (lambda: methods.crd(3, 4, 1), ValueError, "crd: num_samples must be at least 2, got 1"),
-    (lambda: methods.crd(3, 4, 5, negatives=0), ValueError, "crd: negatives must be at least 1, got 0"),
+    (lambda: methods.crd(3, 4, 1), ValueError, "crd: num_samples must be 2 or more, got 1"),
+    (lambda: methods.crd(3, 4, 5, negatives=0), ValueError, "crd: negatives must be 1 or more, got 0"),
     (lambda: crd(labels=torch.zeros(5).long()), ValueError,
      "crd: labels must be of at least 2 classes, got 1"),
     (lambda: crd(labels=torch.zeros(4).long()), ValueError,

@@ -19,8 +19,8 @@ from torch.optim.optimizer import (
 
 from sokd.kd import sanity
 from sokd.kd.dam import Attention
-from sokd.kd.loss import loss
-from sokd.kd.sokd import SoKD
+from sokd.kd.plugin import wrap
+from sokd.kd.sokd import SoKD, loss
 
 UNHELD = (
     "sokd: {} had gradients in 10 steps of the student's optimiser, but no optimiser holds them; "
@@ -268,10 +268,57 @@ def test_frozen_parameters_are_meant_so():
     assert said(student, kd, student) == []
 
 
-def test_a_frozen_student_says_nothing_about_the_optimiser():
+DETACHED = (
+    "sokd: student_features have no gradient, so an optimiser trains kd alone and not the student; "
+    "pass them as the student returned them, without .detach() or torch.no_grad(), and check that the "
+    "student's parameters require grad"
+)
+
+
+def test_a_student_that_cannot_learn():
     student, kd = small()
     student.requires_grad_(False)
-    assert said(student, kd, kd) == []
+    assert said(student, kd, kd) == [DETACHED]
+    assert said(student, kd, kd) == [], "once is enough"
+    assert said(student.requires_grad_(True), kd, student, kd) == []
+
+
+@pytest.mark.parametrize("way", ["loss", "kd", "wrap"])
+def test_features_that_a_hook_detached(way):
+    student, kd = small()
+    call = {"loss": lambda *maps: loss(*maps, kd), "kd": kd, "wrap": wrap(nn.MSELoss(), kd)}[way]
+    optimiser, before = sgd(student, kd), student.weight.detach().clone()
+    with pytest.warns(UserWarning) as caught:
+        for _ in range(3):
+            optimiser.zero_grad()
+            call(student(torch.randn(2, 1, 6, 6)).detach(), torch.randn(2, 4, 6, 6)).backward()
+            optimiser.step()
+    assert [str(warning.message) for warning in caught] == [DETACHED]
+    assert torch.equal(before, student.weight)
+    assert caught[0].filename == __file__, "at the line of optimiser.step()"
+
+
+def test_one_of_two_layers_that_is_detached():
+    student, _ = small()
+    kd = SoKD([3, 3], [4, 4], heat_channels=3, k=1, policy=None, dam=None)
+    maps, teacher = student(torch.randn(2, 1, 6, 6)), torch.randn(2, 4, 6, 6)
+    loss([maps, maps.detach()], [teacher, teacher], kd).backward()
+    with pytest.warns(UserWarning, match="student_features have no gradient"):
+        sgd(student, kd).step()
+
+
+def test_detached_features_in_a_validation_are_legal():
+    student, kd = small()
+    optimiser = sgd(student, kd)
+    step(student, kd, optimiser)
+    maps, teacher = student(torch.randn(2, 1, 6, 6)), torch.randn(2, 4, 6, 6)
+    kd.eval()
+    loss(maps.detach(), teacher, kd)
+    optimiser.step()
+    kd.train()
+    with torch.no_grad():
+        loss(maps.detach(), teacher, kd)
+    optimiser.step()
 
 
 def test_a_script_without_optimisers_is_left_alone():

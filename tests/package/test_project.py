@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Set
+from graphlib import TopologicalSorter
 from importlib.metadata import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +27,9 @@ VERSION = sokd.__version__
 
 
 def sources() -> list[Path]:
-    """The files that are, or would be, in git; all files of the source folders where there is no git."""
+    """The files that are, or would be, in git; all files of the source folders where there is no
+    git.
+    """
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if listed.returncode == 0:
@@ -149,31 +152,67 @@ def test_imports_go_down() -> None:
     assert up == []
 
 
+def test_imports_make_no_circle() -> None:
+    """Each module can be read, and imported, after those that it imports; for types alone it may
+    refer back.
+    """
+    tuple(
+        TopologicalSorter(import_graph(types=False)).static_order()
+    )  # CycleError names the circle
+
+
+def test_private_names_stay_in_their_module() -> None:
+    """No module imports a private name of another, and none but its own reads those of `SoKD`."""
+    read = {
+        f"{module}: {found}"
+        for module, path in modules().items()
+        for found in re.findall(
+            r"^from sokd\S+ import .*\b_[a-z]\w*|\bkd\._[a-z]\w*", path.read_text(), re.M
+        )
+        if " as _" not in found
+    }
+    assert read == set()
+
+
 def storey(module: str) -> int:
     floors = ({"ops", "reference", "_core"}, {"kd"}, {"methods", "distiller", "inspect"})
     room = f"{module}.".split(".")[1]
     return next((floor for floor, rooms in enumerate(floors) if room in rooms), len(floors))
 
 
-def import_graph() -> dict[str, set[str]]:
-    """Each module of the package with the package's modules that it imports."""
+def modules() -> dict[str, Path]:
+    """The package's modules and their files."""
     package = ROOT / "python"
-    paths = {
+    return {
         ".".join(path.relative_to(package).with_suffix("").parts).removesuffix(".__init__"): path
         for path in sorted((package / "sokd").rglob("*.py"))
     }
+
+
+def import_graph(*, types: bool = True) -> dict[str, set[str]]:
+    """Each module of the package with the package's modules that it imports.
+
+    `types`: whether imports for type checkers count, which never run.
+    """
+    paths = modules()
     return {
-        module: imports_of(path, paths.keys() - {module} | {"sokd._core"})
+        module: imports_of(path, paths.keys() - {module} | {"sokd._core"}, types)
         for module, path in paths.items()
     }
 
 
-def imports_of(path: Path, known: Set[str]) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports_of(path: Path, known: Set[str], types: bool) -> set[str]:
+    tree, found = ast.parse(path.read_text()), set()
+    if not types:
+        tree.body = [node for node in tree.body if not is_for_types(node)]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= names & known or {node.module}
     return found & known
+
+
+def is_for_types(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"

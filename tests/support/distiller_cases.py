@@ -100,7 +100,7 @@ def make(**options: Any) -> Distiller:
     if options.get("sokd", True) is True:
         options["sokd"] = SMALL
     defaults = {"layers": ["stage1", "stage2"], "method": "fitnet", "example": batch()[0]}
-    return Distiller(teacher, student, **{**defaults, **options})
+    return Distiller(teacher=teacher, student=student, **{**defaults, **options})
 
 
 def objective(distiller: nn.Module, *args: Any, **kwargs: Any) -> Tensor:

@@ -1,7 +1,7 @@
-"""`layers="auto"`: the last map of each resolution that both models have, found in one pass through each.
+"""`layers="auto"`: the last map of each resolution that both models have, found in one pass each.
 
-It is what a person would name: what a stage gives, not what a block computes on its way to the next
-resolution; features, not the map of logits.
+These are the layers that a person would name: the output of a stage, not what a block computes on
+its way to the next resolution; features, not the map of logits; with a gradient in the student.
 """
 
 from __future__ import annotations
@@ -11,23 +11,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from sokd.distiller.maps import Grid, batch_size, same_aspect
+from sokd.distiller.inputs import Given, Grid, batch_size
+from sokd.distiller.maps import same_aspect
 from sokd.distiller.taps import Pair
-from sokd.kd.adapter import tokens_to_map
+from sokd.kd.features import tokens_to_map
 from sokd.kd.virtual import unwrapped
 
 __all__ = ["auto_layers"]
 
-# What a convolution pads before it runs ("same" padding in EfficientNets), and what pools to a size of its
-# own for a classifier: no layers that anyone would distil.
+# Padding before a convolution ("same" in EfficientNets), and pooling to a fixed size for a classifier.
 PASSED_OVER = (
     *(nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d),
     *(nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
 )
-# What may follow the convolution that gives a map of logits; after anything else it gives features.
+# What may follow a convolution whose map holds logits; after anything else it holds features.
 AFTER_LOGITS = (
     *(nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Upsample),
     *(nn.Identity, _DropoutNd),
@@ -38,7 +39,7 @@ AFTER_LOGITS = (
 class _Made:
     """What is known of the output of a module without children."""
 
-    logits: bool  # whether it may be a map of logits: a convolution's, that nothing has made features of
+    logits: bool  # whether it may be a map of logits: a convolution's, as it is
 
 
 @dataclass
@@ -48,6 +49,7 @@ class _Map:
     name: str
     size: Grid
     channels: int
+    learns: bool  # whether a gradient of the map reaches a parameter
     made: _Made | None  # where the map is what a module without children gave, as it is
 
 
@@ -86,10 +88,11 @@ class _Seen:
         if _is_block(module) and not is_leaf:
             self._leave(begun, size)
         channels = output.shape[2 if output.dim() == 3 else 3 if self.order == "BHWC" else 1]
-        self.maps.append(_Map(name, size, channels, self.made if output is self.last else None))
+        made = self.made if output is self.last else None
+        self.maps.append(_Map(name, size, channels, output.requires_grad, made))
 
     def _follow(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Whether the map that this module gives may be one of logits, and that it was given still may."""
+        """Whether the map that this module gives, and the one it was given, may be of logits."""
         logits = isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))
         if self.last is not None and any(each is self.last for each in args):
             goes_on = isinstance(module, AFTER_LOGITS)
@@ -123,10 +126,13 @@ class _Seen:
         except ValueError:
             return None
 
-    def found(self, image: Grid | None, classes: int | None) -> dict[Grid, str]:
-        """The last layer of each resolution. Layers that run once; no attention maps [B, heads, N, N], no map
-        of logits, by a convolution or by a module with that convolution in it; if there are others, no pooled
-        ones and none of another aspect than the image's."""
+    def found(self, image: Grid | None, classes: int | None, learning: bool) -> dict[Grid, str]:
+        """The last layer of each resolution.
+
+        Layers that run once; no attention maps [B, heads, N, N], no map of logits, by a convolution
+        or by a module with that convolution in it; if `learning`, with a gradient; if there are
+        others, no pooled ones and none of another aspect than the image's.
+        """
         attention = {(count, count) for count in self.tokens}
         as_logits = [each for each in self.maps if each.channels == classes]
         heads = [each.name for each in as_logits if each.made is not None and each.made.logits]
@@ -141,6 +147,7 @@ class _Seen:
                 self.calls[each.name] == 1
                 and each.size not in attention
                 and each.name not in logits
+                and (each.learns or not learning)
             ):
                 kept.pop(each.size, None)  # to the end
                 kept[each.size] = each.name
@@ -156,47 +163,33 @@ def _is_block(module: nn.Module) -> bool:
 
 def auto_layers(
     student: nn.Module, teacher: nn.Module, run: Callable[[nn.Module], Any], x: Any, *,
-    logits: Callable[[Any], Tensor | None] = lambda _: None, orders: Mapping[str, Any] | None = None,
+    logits: Callable[[Any], Tensor | None] = lambda _: None,
+    orders: Mapping[str, Any] | None = None,
 ) -> list[Pair]:  # fmt: skip
-    """The last layer of each resolution that both models have; the two last ones if there is none such.
+    """The last layer of each resolution that both models have, else the last one of each model.
 
     Args:
-        student, teacher: looked at in one pass each.
+        student, teacher: run once each; the student with a graph, to find what is trained.
         run: run(model) is that pass.
         x: its input, for the batch size and the aspect of the images.
-        logits: finds them in what a model gives; where they are a map, it is no layer.
+        logits: finds them in what a model gives; where they are a map, that is no layer.
         orders: of the "student"'s and the "teacher"'s four dimensions.
     """
-    sides = {"student": student, "teacher": teacher}
-    layers = {
-        side: _seen(model, run, x, logits, (orders or {}).get(side))
-        for side, model in sides.items()
-    }
-    for side, found in layers.items():
-        if not found:
-            rule = f"be named, for no layer of the {side} gives a map or a square of tokens"
+    layers = {}
+    for side, model in {"student": student, "teacher": teacher}.items():
+        trained = side == "student" and any(p.requires_grad for p in model.parameters())
+        seen = _Seen(batch_size(x), (orders or {}).get(side))
+        with _listening(model, seen), torch.set_grad_enabled(trained):
+            output = logits(run(model))
+        classes = output.shape[1] if output is not None and output.dim() == 4 else None
+        layers[side] = seen.found(Given.of(x).image, classes, trained)
+        if not layers[side]:
+            which = f"of the {side} with a gradient" if trained else f"of the {side}"
+            rule = f"be named, for no layer {which} gives a map or a square of tokens"
             raise ValueError(f"Distiller: layers must {rule}, got 'auto'")
     of_student, of_teacher = layers.values()
     common = [(name, of_teacher[size]) for size, name in of_student.items() if size in of_teacher]
     return common or [(list(of_student.values())[-1], list(of_teacher.values())[-1])]
-
-
-def _seen(
-    model: nn.Module, run: Callable[[nn.Module], Any], x: Any, logits: Callable[[Any], Tensor | None],
-    order: Any,
-) -> dict[Grid, str]:  # fmt: skip
-    seen = _Seen(batch_size(x), order)
-    with _listening(model, seen):
-        found = logits(run(model))
-    return seen.found(
-        _image_size(x), found.shape[1] if found is not None and found.dim() == 4 else None
-    )
-
-
-def _image_size(x: Any) -> Grid | None:
-    values = x.values() if isinstance(x, Mapping) else [x]
-    images = [value for value in values if isinstance(value, Tensor) and value.dim() == 4]
-    return (images[0].shape[2], images[0].shape[3]) if images else None
 
 
 @contextmanager

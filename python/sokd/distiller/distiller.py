@@ -1,10 +1,9 @@
-"""Any two models, any method, SoKD plugged in: layers found by name, shapes by one dry run, adapters made."""
+"""Any two models, any method, SoKD plugged in: layers by name, shapes by one dry run, adapters made."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from copy import deepcopy
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -14,7 +13,9 @@ from torch import Tensor, nn
 from sokd.distiller import guards
 from sokd.distiller.assemble import Needs, Plug, checked_plug, find_heads, make_adapters, make_kd
 from sokd.distiller.auto import auto_layers
-from sokd.distiller.maps import as_map, check_pair, layouts, untouched
+from sokd.distiller.copies import bare_copy, untouched
+from sokd.distiller.inputs import Given, changed, copied
+from sokd.distiller.maps import as_map, check_pair, layouts
 from sokd.distiller.outputs import (
     Logits,
     Task,
@@ -28,12 +29,11 @@ from sokd.distiller.outputs import (
     task_losses,
 )
 from sokd.distiller.recipe import Chosen, chosen
-from sokd.distiller.taps import Layers, Pair, Taps, layer_pairs, untapped
+from sokd.distiller.taps import Layers, Pair, Tap, Taps, layer_pairs
 from sokd.kd import sanity
-from sokd.kd.plug import Plugged, own_distance, plug, record, unplugged
-from sokd.kd.sokd import SoKD
+from sokd.kd.sokd import Match, SoKD
 from sokd.kd.virtual import replayed, unwrapped
-from sokd.methods.common import Method, Step
+from sokd.methods.common import Method, Step, constant
 from sokd.ops.runtime import is_eager
 
 __all__ = ["Distiller"]
@@ -41,13 +41,13 @@ __all__ = ["Distiller"]
 Losses = dict[str, Tensor]
 
 NOT_READY = (
-    "Distiller: parameters must be asked for once the shapes are known, got the call before; pass example=, "
-    "a batch of inputs, or call distiller.setup(x) first: an optimiser made now would lack the adapters"
+    "Distiller: the parameters do not exist before the shapes are known; pass example=, a batch of "
+    "inputs, or call distiller.setup(x) first: an optimiser made now would lack the adapters"
 )
 
 
 class Pass(NamedTuple):
-    """What one forward pass of a model gave."""
+    """What one forward pass of a model returned."""
 
     output: Any
     logits: Tensor | None
@@ -57,49 +57,59 @@ class Pass(NamedTuple):
 class Distiller(nn.Module):
     """Distils one model into another without a change to either.
 
-    In train mode `distiller(x, y)` is `(logits, losses)`: the student's logits (what the student returned,
-    where it has none) and a dict of scalars whose sum is the objective: the task's (`loss_ce`), one for each
-    method (`loss_<name>`, weighted), and SoKD's `loss_agreement`. In eval mode `distiller(x)` is the student;
-    `distiller(x, y)` is its logits and the task's loss.
+        distiller = sokd.Distiller(student, teacher, layers="layer3", example=images)
+        optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
+        output, losses = distiller(images, labels)
+        sum(losses.values()).backward()
 
-    `parameters()` and `state_dict()` are those of the student, the adapters, methods and SoKD: what the
-    optimiser is to hold. The teacher is in neither; it is frozen, put in eval mode, runs without gradients,
-    and `.to()` moves it too. `distiller.student` is the student itself (it only got hooks, which do nothing
-    outside a Distiller), `distiller.export()` a copy of it without them.
+    In train mode `distiller(x, y)` is `(output, losses)`: what the student returned, and a dict of
+    scalars whose sum is the objective: the task's (`loss_ce`), one for each method (`loss_<name>`,
+    weighted), and SoKD's `loss_agreement`. In eval mode `distiller(x)` is the student's output, and
+    `distiller(x, y)` that and the task's loss. `distiller.logits_of(output)` picks the logits.
 
-    With `fullgraph=True` compile: the Distiller, once its shapes are known (`torch.compile(distiller)`); a
-    training step around it; the student alone, by `torch.compile(student)` or `student.compile()`. The hooks
-    are part of the graph. Compiled code skips the guards against silent mistakes.
+    `parameters()` and `state_dict()` are those of the student, the adapters, methods and SoKD: what
+    the optimiser must hold. The teacher is in neither; it is frozen, put in eval mode and run without
+    gradients, and `.to()` moves it too. `distiller.student` is the student itself, with hooks that do
+    nothing outside a Distiller but are pickled with it; `distiller.export()` is a copy without them,
+    to be saved, scripted and loaded where sokd is not installed.
+
+    With `fullgraph=True` compile: the Distiller, once its shapes are known
+    (`torch.compile(distiller)`); a training step around it; the student alone, by
+    `torch.compile(student)` or `student.compile()`. The hooks are part of the graph. Compiled code
+    skips the checks for common mistakes.
 
     Args:
-        teacher, student: any two modules. They are called as `model(x)`, or `model(**x)` for a dict. Under
-            DistributedDataParallel wrap the Distiller; for FSDP, `fully_shard(distiller, ignored_params=set(
-            distiller.kd.policy.parameters()))`. A model that is compiled may be given compiled.
-        layers: where features are taken: a dict of student layer -> teacher layer, a name, a list of names or
-            (student, teacher) pairs, names as in `named_modules`, `name:key` for a layer that gives a dict or
-            tuple; "auto": the last map of each resolution that both have, of what stages give, without a map
-            of logits (`task=None` where the models give features). Maps [B, C, H, W], tokens [B, N, C] and
-            vectors [B, C] (as 1x1 maps) meet through adapters. A layer that runs several times counts with
-            its first run.
-        method: a name of `sokd.methods`, a dict of name -> weight (None: the method's own), a callable (f_s,
-            f_t) -> scalar for maps of one shape, or None. A method's own options are further keywords.
-        sokd: whether SoKD is plugged in: the teacher's maps refined, the mask on, `loss_agreement` added;
-            where no method looks at features, its own masked term too (`loss_sokd`). A dict: options of
-            `SoKD`; a `SoKD`: that one. `distiller.kd`, None for False.
-        task: the task's loss: "auto", losses that the student returns, else cross entropy with y; "model",
-            the student is called as `student(x, y)` and returns them (also done for y that is a list of
-            dicts); a callable (logits, y) -> scalar, as `loss_task`; None.
-        logits: where logits are in an output that is no tensor: a key, an index or a function; None:
-            "logits", "out", the first tensor. They have to be named where that is one of several [B, D] of
-            different D: an embedding, perhaps.
-        example: a batch of inputs for the dry run that finds the shapes (eval mode, no gradients; it leaves
-            buffers, modes and random state as they were). None: the first batch is, and asking for
-            `parameters()` before it is refused.
+        teacher, student: any two modules. They are called as `model(x)`, or `model(**x)` for a dict.
+            Under DistributedDataParallel wrap the Distiller; for FSDP, `fully_shard(distiller,
+            ignored_params=set(distiller.kd.policy.parameters()))`. A compiled model may be passed.
+        layers: where features are taken: a dict of student layer -> teacher layer, a name, a list of
+            names or (student, teacher) pairs, names as in `named_modules`, `name:key` for a layer
+            that returns a dict or tuple; "auto": the last map of each resolution that both have, the
+            output of a stage and with a gradient, no map of logits (`task=None` where the models
+            return features). Maps [B, C, H, W], tokens [B, N, C] and vectors [B, C] (as 1x1 maps)
+            are matched by adapters. Of a layer that runs several times the first run counts.
+        method: a name of `sokd.methods`, a dict of name -> weight (None: the method's own), a
+            callable (f_s, f_t) -> scalar for maps of one shape, or None. A method's own options are
+            further keywords.
+        sokd: whether SoKD is plugged in: the teacher's maps refined, the mask on, `loss_agreement`
+            added; where no method uses features, its own masked term too (`loss_sokd`). A dict:
+            options of `SoKD`; a `SoKD`: that one. `distiller.kd`, None for False.
+        task: the task's loss: "auto", losses that the student returns, else cross entropy with y;
+            "model", the student is called as `student(x, y)` and returns them (also for y that is a
+            list of dicts); a callable (output, y) -> scalar, as `loss_task`; None. A callable gets
+            what the student returned, or the part that `logits=` names.
+        logits: where logits are in an output that is not a tensor: a key, an index or a function;
+            None: "logits", "out", the first tensor. They have to be named where that is one of
+            several [B, D] of different D, one of which may be an embedding.
+        example: a batch of inputs for the dry run that finds the shapes (eval mode, no gradients; it
+            leaves buffers, modes, the random state and the batch as they were, and makes lazy
+            parameters). None: the first batch is, and reading `parameters()` before it is an error.
         student_tokens, teacher_tokens, student_grid, teacher_grid: of token features, see `SoKD`.
-        student_order, teacher_order: "BCHW", or "BHWC" for layers that put the channels last. A list has one
-            entry for each pair.
-        check_finite: on the CPU, raise FloatingPointError for a term that is NaN or infinite, naming term and
-            layer.
+            A grid that is not named is a square, and an error where the images are not square.
+        student_order, teacher_order: "BCHW" or "BHWC" of maps, "BNC", "NBC" or "BCN" of tokens;
+            None: "BCHW" and "BNC", checked against the images. A list has one entry for each pair.
+        check_finite: on the CPU, raise FloatingPointError for a term that is NaN or infinite, with
+            the names of the term and the layer.
 
     Raises:
         TypeError, ValueError, RuntimeError: `Distiller: {argument} must {rule}, got {value}`.
@@ -108,14 +118,16 @@ class Distiller(nn.Module):
     def __init__(
         self, teacher: nn.Module, student: nn.Module, *, layers: Layers = "auto", method: Chosen = "fitnet",
         sokd: Plug = True, task: Task = "auto", logits: Logits = None,
-        example: Any = None, student_tokens: Any = None, teacher_tokens: Any = None, student_grid: Any = None,
-        teacher_grid: Any = None, student_order: Any = "BCHW", teacher_order: Any = "BCHW",
+        example: Any = None, student_tokens: Any = None, teacher_tokens: Any = None,
+        student_grid: Any = None, teacher_grid: Any = None, student_order: Any = None, teacher_order: Any = None,
         check_finite: bool = True, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         guards.check_models(teacher, student)
         self.student = student
-        self._constant = (teacher.requires_grad_(False).eval(),)  # in a tuple it is no submodule
+        for parameter in teacher.parameters():  # TorchScript has no requires_grad_ of its own
+            parameter.requires_grad_(False)
+        self._constant = (teacher.eval(),)  # in a tuple it is not a submodule
         self._teacher_parts = tuple(teacher.modules())
         self._recipes = chosen(method, options)
         self.weights = {recipe.name: recipe.weight for recipe in self._recipes}
@@ -127,7 +139,12 @@ class Distiller(nn.Module):
         self.adapters: nn.ModuleList | None = None
         self.methods = nn.ModuleDict()
         self._ready = self._checked = False
+        self._read_target = True  # whether the rows of the next soft target are read
+        self._copies: bool | None = None  # whether the teacher needs a copy of x; None: not known
         self._needs = Needs(self._recipes, sokd)
+        self.needs_logits = self._needs.logits
+        if self._needs.maps:
+            guards.check_eager(student=student, teacher=teacher)
         self.pairs: list[Pair] = []
         self._layers: Layers = layers if self._needs.maps else ()
         if self._layers != "auto":
@@ -137,11 +154,10 @@ class Distiller(nn.Module):
         elif example is not None:
             self.setup(example)
 
-    # ------------------------------------------------------------------------------------------------- calls
+    # ------------------------------------------------------------------------------------------ calls
 
     def forward(self, x: Any, target: Any = None, *, index: Tensor | None = None) -> Any:
-        """`(logits, losses)` in train mode; in eval mode the student's output, with `target` as in train
-        mode.
+        """`(output, losses)` in train mode; in eval mode the output, with `target` as in train mode.
 
         Args:
             x: what the models take: a tensor, a list of images, or a dict of keywords.
@@ -163,60 +179,83 @@ class Distiller(nn.Module):
             self._check()
         teacher = self._teach(x)
         student = self._study(self.student, x, target)
-        losses = task_losses(self.task, student.output, student.logits, target)
+        losses = self._task(student.output, student.logits, target)
         if eager:
             guards.check_maps(self, student.maps, teacher.maps, self._labels)
-        losses |= self._distil(student, teacher, target, index)
+        losses.update(self._distil(student, teacher, target, index))
         if eager:
             self._look(losses, student, teacher)
-        return student.output if student.logits is None else student.logits, losses
+        return student.output, losses
 
     def _evaluate(self, x: Any, target: Any) -> Any:
         output = call(self.student, x)
         if target is None:
             return output
-        logits = find_logits(output, self.logits)
-        losses = {} if self._is_models(target) else task_losses(self.task, output, logits, target)
-        return output if logits is None else logits, own_losses(output) or losses
+        losses = own_losses(output)
+        if not losses and not self._is_models(target):
+            losses = self._task(output, self._logits(output), target)
+        return output, losses
+
+    def _logits(self, output: Any) -> Tensor | None:
+        return find_logits(
+            output, self.logits, strict=self._needs.logits or not callable(self.task)
+        )
+
+    def _task(self, output: Any, logits: Tensor | None, target: Any) -> Losses:
+        losses = task_losses(
+            self.task, output, logits, target, where=self.logits, look=self._read_target
+        )
+        if "loss_ce" in losses and target.is_floating_point():
+            self._read_target = False
+        return losses
 
     def step(self, model: nn.Module, batch: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """What `sokd.PolicySearch.step` takes: the task's loss, the student's maps, the teacher's.
+        """The task's loss, the student's maps and the teacher's, for `sokd.PolicySearch.step`.
 
             search = sokd.PolicySearch(distiller.kd, distiller.student)
             search.step(distiller.step, (x, y))
 
-        The hooks are in the student's own modules, so the maps are those at the search's virtual weights. The
-        inner level of the search is the task's loss plus SoKD's own, whichever method is trained.
+        The hooks are in the student's own modules, so the maps are those at the search's virtual
+        weights. The inner level of the search is the task's loss plus SoKD's own, whichever method is
+        trained.
         """
         x, target = batch[:2] if isinstance(batch, (tuple, list)) else (batch, None)
         self.setup(x)
         teacher, student = self._teach(x), self._study(model, x, target)
-        losses = list(task_losses(self.task, student.output, student.logits, target).values())
+        losses = list(self._task(student.output, student.logits, target).values())
         task = torch.stack(losses).sum() if losses else student.maps[0].sum() * 0
         return task, student.maps, teacher.maps
 
     @torch.no_grad()
     def features(self, x: Any) -> tuple[list[Tensor], list[Tensor]]:
-        """The student's and the teacher's maps of x [B, C, H, W], one for each pair of layers; in eval mode,
-        leaving no trace."""
+        """The student's and the teacher's maps of x [B, C, H, W], one for each pair of layers.
+
+        Computed in eval mode; models, random state and x stay as they are.
+        """
         models = unwrapped(self.setup(x).student), self.teacher
         with guards.explained(self, x), untouched(*models), self._replayed():
-            return self._study(models[0], x, None).maps, self._teach(x).maps
+            return self._study(models[0], copied(x), None).maps, self._teach(x).maps
 
     def logits_of(self, output: Any) -> Any:
         """The logits in what the student returned, or all of it where there are none."""
-        logits = find_logits(output, self.logits)
+        logits = self._logits(output)
         return output if logits is None else logits
 
     def export(self) -> nn.Module:
-        """A copy of the student alone, in eval mode, without wrappers and hooks: what is deployed."""
-        return untapped(deepcopy(unwrapped(self.student))).eval()
+        """A copy of the student alone, in eval mode, without wrappers and hooks: what is deployed.
 
-    # ------------------------------------------------------------------------------------------------ set-up
+        It can be saved, scripted and loaded where sokd is not installed, after any number of steps.
+        """
+        return bare_copy(cast(nn.Module, unwrapped(self.student)), Tap).eval()
 
+    # ---------------------------------------------------------------------------------------- set-up
+
+    @torch.inference_mode(False)
     def setup(self, example: Any) -> Distiller:
-        """Find the shapes by a dry run on a batch of inputs, and make adapters, methods and SoKD; only
-        once."""
+        """Find the shapes by a dry run on a batch of inputs, and make adapters, methods and SoKD.
+
+        Only the first call does anything.
+        """
         if self._ready:
             return self
         if torch.compiler.is_compiling():
@@ -226,13 +265,14 @@ class Distiller(nn.Module):
         with guards.explained(self, example), untouched(student, teacher), self._replayed():
             if self._layers == "auto":
                 self._tap(self._auto(student, teacher, example))
-            named = self._layers != "auto"  # else nobody reads anything out of the names
-            maps = [
-                self._as_maps(
-                    side, self._taps[side].run(partial(call, model, example), warn=named)[1]
-                )
-                for side, model in (("student", student), ("teacher", teacher))
-            ]
+            named = self._layers != "auto"  # else a name promises nothing
+            maps = []
+            for side, model in (("student", student), ("teacher", teacher)):
+                x = copied(example)
+                written = changed(x)
+                taken = self._taps[side].run(model, partial(call, model, x), warn=named)[1]
+                maps.append(self._as_maps(side, taken, Given.of(example)))
+                self._copies = written()
         for of_student, of_teacher, names in zip(*maps, self._labels, strict=True):
             check_pair(of_student, of_teacher, names)
         self._build(*([tuple(features.shape[1:]) for features in side] for side in maps))
@@ -243,18 +283,20 @@ class Distiller(nn.Module):
         logits = partial(find_logits, where=self.logits, guess=False) if asked else lambda _: None
         orders = {side: given[2] for side, given in self._given.items()}
         return auto_layers(
-            student, teacher, partial(call, x=example), example, logits=logits, orders=orders
-        )
+            student, teacher, lambda model: call(model, copied(example)), example,
+            logits=logits, orders=orders,
+        )  # fmt: skip
 
     def _tap(self, pairs: list[Pair]) -> None:
         self.pairs = pairs
         sides = {"student": self.student, "teacher": self.teacher}
         self._taps = {
-            side: Taps(side, model, [pair[at] for pair in pairs])
+            side: Taps(side, model, [pair[at] for pair in pairs], (self.teacher, self.student)[at])
             for at, (side, model) in enumerate(sides.items())
         }
         self._layouts = {side: layouts(side, len(pairs), *self._given[side]) for side in sides}
 
+    @torch.inference_mode(False)
     def _build(self, students: list[Any], teachers: list[Any]) -> None:
         """Make what is trained beside the student, where the student is and in its dtype."""
         self.kd = make_kd(self._plug, students, teachers, self._needs)
@@ -276,17 +318,30 @@ class Distiller(nn.Module):
     def _replayed(self) -> AbstractContextManager[Callable[[], None]]:
         return replayed(parameter.device for parameter in self.student.parameters())
 
-    # ------------------------------------------------------------------------------------------------ a step
+    # ---------------------------------------------------------------------------------------- a step
 
     def _teach(self, x: Any) -> Pass:
+        """The teacher's pass, on a copy of x if the teacher writes to its input."""
+        compiling = torch.compiler.is_compiling()
+        given = copied(x) if self._copies or self._copies is None else x
+        written = None if compiling else changed(given)
         with torch.no_grad():
-            output, taken = self._taps["teacher"].run(lambda: call(self.teacher, x))
-            return Pass(output, find_logits(output, self.logits), self._as_maps("teacher", taken))
+            output, taken = self._taps["teacher"].run(
+                self.teacher, lambda: call(self.teacher, given)
+            )
+            logits = self._logits(output)
+            maps = self._as_maps("teacher", taken, None if compiling else Given.of(x))
+        if written is not None and self._copies is not True:
+            if self._copies is False and written():
+                raise RuntimeError(guards.WRITES_INPUT)
+            self._copies = written()
+        return Pass(output, None if logits is None else constant(logits), [*map(constant, maps)])
 
     def _study(self, model: nn.Module, x: Any, target: Any) -> Pass:
-        given = (target,) if self._is_models(target) else ()
-        output, taken = self._taps["student"].run(lambda: call(model, x, *given))
-        return Pass(output, find_logits(output, self.logits), self._as_maps("student", taken))
+        given = None if torch.compiler.is_compiling() else Given.of(x)
+        targets = (target,) if self._is_models(target) else ()
+        output, taken = self._taps["student"].run(model, lambda: call(model, x, *targets))
+        return Pass(output, self._logits(output), self._as_maps("student", taken, given))
 
     def _is_models(self, target: Any) -> bool:
         """Whether the student takes the target itself."""
@@ -294,46 +349,63 @@ class Distiller(nn.Module):
             self.task == "model" or (self.task == "auto" and is_for_model(target))
         )
 
-    def _as_maps(self, side: str, taken: list[Tensor]) -> list[Tensor]:
+    def _as_maps(self, side: str, taken: list[Tensor], given: Given | None) -> list[Tensor]:
         layers = zip(taken, self._layouts[side], self._taps[side].labels, strict=True)
-        return [as_map(features, layout, label) for features, layout, label in layers]
+        return [
+            as_map(features, layout, (side, label), given) for features, layout, label in layers
+        ]
 
     @property
     def _labels(self) -> list[tuple[str, str]]:
-        """The pairs' layers, for people."""
+        """The pairs' layers, as messages name them."""
         return list(zip(self._taps["student"].labels, self._taps["teacher"].labels, strict=True))
 
     def _distil(self, student: Pass, teacher: Pass, target: Any, index: Tensor | None) -> Losses:
         """The methods' terms and SoKD's."""
-        if self.kd is not None:
-            made = plug(self.kd, student.maps, teacher.maps, adapt=self._needs.adapted)
-        else:
-            made = unplugged(self.adapters, student.maps, teacher.maps)
+        matches = self._matched(student.maps, teacher.maps)
         step = Step(
-            student.logits, teacher.logits, labels_of(target), student.maps, made.refined, made.adapted,
-            made.weight, index,
+            student.logits, teacher.logits, labels_of(target), student.maps,
+            [match.refined for match in matches], [match.student for match in matches],
+            [None if match.attention is None else match.attention.weight for match in matches], index,
         )  # fmt: skip
         losses = {}
         for name, method in self.methods.items():
             check_needs(name, cast(Method, method).needs, step, target)
             losses[f"loss_{name}"] = self.weights[name] * method(step)
-        return losses if self.kd is None else losses | self._plugged(self.kd, made, losses)
+        return (
+            losses if self.kd is None else {**losses, **self._own_terms(self.kd, matches, losses)}
+        )
 
-    def _plugged(self, kd: SoKD, made: Plugged, losses: Losses) -> Losses:
-        """SoKD's terms beside the methods'; leaves the step's figures in `kd.diagnostics()`."""
-        added = {"loss_sokd": own_distance(kd, made)} if self._needs.plain else {}
-        terms = list((added or losses).values())
-        record(kd, made, torch.stack(terms).sum())
-        if made.agreement:
-            added["loss_agreement"] = torch.stack(made.agreement).sum()
+    def _matched(self, students: list[Tensor], teachers: list[Tensor]) -> list[Match]:
+        """The layers' maps as SoKD matches them; without SoKD adapted, if there are adapters."""
+        if self.kd is not None:
+            return self.kd.match(students, teachers, adapt=self._needs.adapted)
+        if self.adapters is not None:
+            students = [
+                adapter(student, (teacher.shape[2], teacher.shape[3]))
+                for adapter, student, teacher in zip(self.adapters, students, teachers, strict=True)
+            ]
+        return [Match(*pair, None) for pair in zip(students, teachers, strict=True)]
+
+    def _own_terms(self, kd: SoKD, matches: list[Match], losses: Losses) -> Losses:
+        """SoKD's terms beside the methods'; records the step's statistics for `kd.diagnostics()`."""
+        added = {}
+        if self._needs.plain:
+            added["loss_sokd"] = torch.stack(kd.distances(matches)).sum()
+        kd.record(matches, [torch.stack(list((added or losses).values())).sum()])
+        agreement = [match.attention.agreement for match in matches if match.attention is not None]
+        if agreement:
+            added["loss_agreement"] = torch.stack(agreement).sum()
         return added
 
-    # ------------------------------------------------------------------------------------------------ guards
+    # ---------------------------------------------------------------------------------------- guards
 
     def _check(self) -> None:
         if not self._checked:
             guards.check_start(self)
             self._checked = True
+        for side, model in (("student", self.student), ("teacher", self.teacher)):
+            self._taps[side].check_in_place(model)
         guards.check_teacher(self)
 
     def _look(self, losses: Losses, student: Pass, teacher: Pass) -> None:
@@ -343,15 +415,15 @@ class Distiller(nn.Module):
             labels = (label for taps in self._taps.values() for label in taps.labels)
             guards.check_finite(losses, dict(zip(labels, student.maps + teacher.maps, strict=True)))
         if torch.is_grad_enabled():
-            guards.look(self)
+            guards.look(self, student.output, student.logits, losses)
             if self.kd is not None:
                 sanity.look_at_mask(self.kd)
 
-    # ------------------------------------------------------------------------------------------- as a module
+    # ----------------------------------------------------------------------------------- as a module
 
     @property
     def teacher(self) -> nn.Module:
-        """The teacher, which is no submodule."""
+        """The teacher, which is not a submodule."""
         return self._constant[0]
 
     def own_modules(self) -> Iterator[tuple[str, nn.Module]]:

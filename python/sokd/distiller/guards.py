@@ -1,5 +1,4 @@
-"""What a Distiller says aloud: a script's silent mistakes, numbers that are none, errors in a user's
-words."""
+"""Warnings and errors of a Distiller: common mistakes, losses that are not finite, unclear errors."""
 
 from __future__ import annotations
 
@@ -10,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from sokd.distiller.maps import batch_size
-from sokd.kd.loss import mixed_dtypes_allowed
+from sokd.distiller.inputs import batch_size, is_input, kinds
+from sokd.distiller.outputs import untrained_entries
+from sokd.kd.features import mixed_dtypes_allowed
 from sokd.kd.sanity import Watch
 from sokd.kd.virtual import unwrapped
 from sokd.ops.distributed import agreed, is_sharded, place
@@ -21,10 +22,13 @@ if TYPE_CHECKING:
     from sokd.distiller import Distiller
 
 __all__ = [
+    "WRITES_INPUT",
     "check_devices",
+    "check_eager",
     "check_finite",
     "check_maps",
     "check_models",
+    "check_size",
     "check_start",
     "check_teacher",
     "explained",
@@ -32,39 +36,66 @@ __all__ = [
 ]
 
 PASS_ALL = "pass it the distiller's parameters, e.g. SGD(distiller.parameters(), lr=...)"
-TEACHER_TRAINS = "sokd: the teacher was in train mode; it is set back to eval, call teacher.eval() after teacher.train()"
+TEACHER_TRAINS = (
+    "sokd: the teacher was in train mode; it is set back to eval, call teacher.eval() after "
+    "teacher.train()"
+)
+FROZEN = (
+    "sokd: no parameter of the student requires grad, so the student does not learn; call "
+    "student.requires_grad_() (a Distiller freezes its teacher: of two networks that teach each other, "
+    "each needs a copy.deepcopy of the other as its teacher)"
+)
+LOGITS_WITHOUT_GRADIENT = (
+    "sokd: the student's logits have no gradient, so no loss of the logits trains the student; compute "
+    "them without .detach() and torch.no_grad()"
+)
+LARGER = (
+    "sokd: the student has {student:,} parameters, more than the teacher's {teacher:,}; the order is "
+    "Distiller(student, teacher)"
+)
+UNTRAINED = (
+    "sokd: the student returns several outputs of one width; the logits are {taken!r}, and no loss of "
+    "the logits trains {rest} (logits= names another one, task= a loss of all)"
+)
+WRITES_INPUT = (
+    "Distiller: the teacher changed its input in place in this pass, but not in the first one, so the "
+    "student would see the changed input; let the teacher work on a copy (x = x.clone())"
+)
 NO_GRADIENT = (
-    "Distiller: {which} must give a map with a gradient, got one without: it is frozen, runs under no_grad, "
-    "or is checkpointed with use_reentrant=True (use_reentrant=False keeps it)"
+    "Distiller: {which} must give a map with a gradient, got one without: it is frozen, runs under "
+    "no_grad, or is checkpointed with use_reentrant=True (use_reentrant=False keeps it)"
+)
+SCRIPTED = (
+    "Distiller: {side} must be an eager module where layers are used, because the parts of TorchScript "
+    "run without hooks (method='kd' with sokd=False uses none), got {kind}"
 )
 EMPTY = "Distiller: x must hold at least one sample, got none"
 INPUTS = (
-    "Distiller: x must be what both models take, a tensor, a dict of keywords or a list of images (of a "
-    "loader's batch (x, y) the x alone), got {got}"
+    "Distiller: x must be what both models take, a tensor, a dict of keywords or a list of images (of "
+    "a loader's batch (x, y) the x alone), got {got}"
 )
 ONE_SAMPLE = (
-    "Distiller: x must hold more than one sample where a BatchNorm in train mode has one value a channel, "
-    "got 1 (drop_last=True in the DataLoader)"
+    "Distiller: x must hold more than one sample where a BatchNorm in train mode has one value a "
+    "channel, got 1 (drop_last=True in the DataLoader)"
 )
 LOST_IN_PARALLEL = (
     "Distiller: the model must run in one thread a process, got torch.nn.DataParallel; "
     "use DistributedDataParallel(distiller)"
 )
 WRAPPED_INSIDE = (
-    "Distiller: student must be wrapped together with the adapters and heads, whose {count} parameters would "
-    "not be averaged over the ranks: DistributedDataParallel(Distiller(teacher, student, ...)), got a "
-    "student in DistributedDataParallel"
+    "Distiller: student must be wrapped together with the adapters and heads, whose {count} parameters "
+    "would not be averaged over the ranks: DistributedDataParallel(Distiller(student, teacher, ...)), "
+    "got a student in DistributedDataParallel"
 )
-
 SHARDED_INSIDE = (
-    "Distiller: student must be sharded together with the adapters and heads, whose {count} parameters would "
-    "not be averaged over the ranks: fully_shard(distiller, "
+    "Distiller: student must be sharded together with the adapters and heads, whose {count} parameters "
+    "would not be averaged over the ranks: fully_shard(distiller, "
     "ignored_params=set(distiller.kd.policy.parameters())), got a student sharded alone"
 )
 
 
 def check_models(teacher: Any, student: Any) -> None:
-    """Two modules that share no parameter."""
+    """Raise TypeError or ValueError unless these are two modules that share no parameter."""
     for name, model in (("teacher", teacher), ("student", student)):
         if not isinstance(model, nn.Module):
             raise TypeError(f"Distiller: {name} must be an nn.Module, got {type(model).__name__}")
@@ -77,8 +108,25 @@ def check_models(teacher: Any, student: Any) -> None:
         raise ValueError(f"Distiller: teacher must {rule}, got {shared} of them")
 
 
+def check_size(distiller: Distiller) -> None:
+    """Warn of a student with more parameters than its teacher: the two may be swapped."""
+    student, teacher = (
+        sum(p.numel() for p in model.parameters() if not is_lazy(p))
+        for model in (distiller.student, distiller.teacher)
+    )
+    if student > teacher > 0:
+        Watch.of(distiller).warn(LARGER, student=student, teacher=teacher)
+
+
+def check_eager(**models: nn.Module) -> None:
+    """Refuse TorchScript, whose layers cannot be hooked."""
+    for side, model in models.items():
+        if isinstance(unwrapped(model), torch.jit.ScriptModule):
+            raise TypeError(SCRIPTED.format(side=side, kind=type(model).__name__))
+
+
 def check_start(distiller: Distiller) -> None:
-    """What is looked at once, before the first step: devices, wrappers, the ranks' policies."""
+    """The checks before the first step: devices, wrappers, the ranks' policies."""
     if getattr(distiller, "_is_replica", False):
         raise TypeError(LOST_IN_PARALLEL)
     check_devices(distiller)
@@ -118,9 +166,7 @@ def check_maps(
     names: Sequence[tuple[str, str]],
 ) -> None:
     """Maps of one dtype; the student's with a gradient, if anything in the student is trained."""
-    trained = torch.is_grad_enabled() and any(
-        p.requires_grad for p in distiller.student.parameters()
-    )
+    trained = torch.is_grad_enabled() and _is_trained(distiller.student)
     for student, teacher, (of_student, of_teacher) in zip(students, teachers, names, strict=True):
         if student.dtype != teacher.dtype and not mixed_dtypes_allowed(student):
             rule = f"have the dtype of {of_teacher}, {teacher.dtype} (distiller.to converts both models)"
@@ -129,19 +175,23 @@ def check_maps(
             raise ValueError(NO_GRADIENT.format(which=of_student))
 
 
+def _is_trained(model: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in model.parameters())
+
+
 def check_teacher(distiller: Distiller) -> None:
-    """Put a teacher in train mode back into eval, and say so once."""
+    """Put a teacher in train mode back into eval mode, and warn once."""
     if any(part.training for part in distiller._teacher_parts):
         distiller.teacher.eval()
         Watch.of(distiller).warn(TEACHER_TRAINS)
 
 
-# --------------------------------------------------------------------------------------- errors in our words
+# ------------------------------------------------------------------------------------ unclear errors
 
 
 @contextmanager
 def explained(distiller: Distiller, x: Any) -> Iterator[None]:
-    """Say of an error from inside the models what in the arguments caused it, where that can be seen."""
+    """Raise an error from inside the models as one about the argument that caused it, if one did."""
     if batch_size(x) == 0:
         raise ValueError(EMPTY)
     try:
@@ -151,28 +201,14 @@ def explained(distiller: Distiller, x: Any) -> Iterator[None]:
             raise ValueError(ONE_SAMPLE) from error
         raise
     except (TypeError, AttributeError) as error:
-        if _is_input(x):
+        if is_input(x):
             raise
-        raise TypeError(INPUTS.format(got=_kinds(x))) from error
+        raise TypeError(INPUTS.format(got=kinds(x))) from error
     except RuntimeError as error:
         misfit = _misfit(distiller, x, str(error))
         if misfit is not None:
             raise misfit from error
         raise
-
-
-def _is_input(x: Any) -> bool:
-    """Whether models take such things: a tensor, keywords, images (which have one rank)."""
-    if isinstance(x, (list, tuple)):
-        return all(isinstance(each, Tensor) for each in x) and len({each.dim() for each in x}) == 1
-    return isinstance(x, (Tensor, Mapping))
-
-
-def _kinds(x: Any) -> str:
-    kind = type(x).__name__
-    if not isinstance(x, (list, tuple)):
-        return kind
-    return f"{kind} of {', '.join(type(each).__name__ for each in x[:3])}"
 
 
 def _misfit(distiller: Distiller, x: Any, error: str) -> Exception | None:
@@ -201,13 +237,13 @@ def _first(model: nn.Module) -> nn.Parameter | None:
     return next((p for p in unwrapped(model).parameters() if p.is_floating_point()), None)
 
 
-# ------------------------------------------------------------------------------------- numbers that are none
+# ---------------------------------------------------------------------------------------- after a step
 
 
 def check_finite(losses: Mapping[str, Tensor], maps: Mapping[str, Tensor]) -> None:
-    """Name a term that is NaN or infinite, and the first layer whose map holds such numbers.
+    """Name a term that is NaN or infinite, and the first layer whose map is not finite.
 
-    On the CPU alone: elsewhere it would wait for the device.
+    Read on the CPU alone: elsewhere it would wait for the device.
 
     Raises:
         FloatingPointError: there is one.
@@ -216,17 +252,35 @@ def check_finite(losses: Mapping[str, Tensor], maps: Mapping[str, Tensor]) -> No
         if loss.device.type != "cpu" or math.isfinite(loss.item()):
             continue
         bad = [layer for layer, features in maps.items() if not features.isfinite().all()]
-        where = f"{bad[0]} holds such numbers" if bad else "the maps of all layers are finite"
+        where = f"{bad[0]} is not finite either" if bad else "the maps of all layers are finite"
         raise FloatingPointError(
             f"Distiller: {name} must be finite, got {loss.item()}; {where} (check_finite=False lets it pass)"
         )
 
 
-# --------------------------------------------------------------------------------------------- the optimiser
+def look(
+    distiller: Distiller, output: Any, logits: Tensor | None, losses: Mapping[str, Tensor]
+) -> None:
+    """Look at one training step, for parts of the student that are not trained.
 
-
-def look(distiller: Distiller) -> None:
-    """Look at one training step, for parts that no optimiser holds."""
-    trained = (p for p in distiller.student.parameters() if p.requires_grad)
+    Args:
+        output, logits: what the student returned, and the logits in it.
+    """
+    watch, student = Watch.of(distiller), distiller.student
+    used = "loss_ce" in losses or distiller.needs_logits
+    if not _is_trained(student) and any(True for _ in student.parameters()):
+        watch.warn(FROZEN)
+    elif used and logits is not None and not logits.requires_grad:
+        watch.warn(LOGITS_WITHOUT_GRADIENT)
+    elif (
+        used
+        and distiller.logits is None
+        and not isinstance(output, Tensor)
+        and watch.first("outputs")
+    ):
+        found = untrained_entries(output, logits)
+        if found is not None:
+            watch.warn(UNTRAINED, taken=found[0], rest=", ".join(map(repr, found[1])))
+    trained = (p for p in student.parameters() if p.requires_grad)
     own = {f"distiller.{name}": module for name, module in distiller.own_modules()}
-    Watch.of(distiller).optimiser(trained, own, PASS_ALL)
+    watch.optimiser(trained, own, PASS_ALL)

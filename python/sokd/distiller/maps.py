@@ -2,50 +2,110 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sokd.kd.adapter import Size, tokens_to_map
+from sokd.distiller.inputs import Given, Grid
+from sokd.kd.features import Size, per_layer, tokens_to_map
 
-__all__ = ["Grid", "Layout", "as_map", "batch_size", "check_pair", "same_aspect"]
+__all__ = ["Layout", "as_map", "check_pair", "layouts", "same_aspect"]
 
-ORDERS = ("BCHW", "BHWC")
-Grid = tuple[int, int]
+ORDERS = ("BCHW", "BHWC", "BNC", "NBC", "BCN")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one layer's features lie: see `sokd.kd.adapter.tokens_to_map`, and the order of four dimensions."""
+    """How one layer's features are laid out; None: guessed, and checked against the input.
+
+    `order` is read where it has as many letters as the features have dimensions; for `tokens` and
+    `grid` see `sokd.kd.features.tokens_to_map`.
+    """
 
     tokens: int | None = None
     grid: Size | None = None
-    order: str = "BCHW"
+    order: str | None = None
+
+    def ordered(self, features: Tensor) -> Tensor:
+        """features as [B, C, H, W] or [B, N, C], a view."""
+        if self.order == "BHWC" and features.dim() == 4:
+            return features.movedim(3, 1)
+        if self.order == "NBC" and features.dim() == 3:
+            return features.transpose(0, 1)
+        return features.mT if self.order == "BCN" and features.dim() == 3 else features
 
 
-def as_map(features: Tensor, layout: Layout, name: str) -> Tensor:
+def as_map(
+    features: Tensor, layout: Layout, which: tuple[str, str], given: Given | None = None
+) -> Tensor:
     """features as [B, C, H, W]: maps, tokens [B, N, C], vectors [B, C] (as 1x1 maps); a view.
+
+    Args:
+        which: "student" or "teacher", and the layer's name for an error.
+        given: what is known of the inputs; None: nothing is checked against them.
 
     Raises:
         TypeError, ValueError: `Distiller: {name} must {rule}, got {value}`.
     """
+    side, name = which
     if not features.is_floating_point():
         raise TypeError(f"Distiller: {name} must be floating point, got {features.dtype}")
-    rank = features.dim()
-    if rank not in (2, 3, 4) or 0 in features.shape[1:]:
+    rank, shape = features.dim(), list(features.shape)
+    if rank not in (2, 3, 4) or 0 in shape[1:]:
         rule = "be a map [B, C, H, W], tokens [B, N, C] or a vector [B, C]"
-        raise ValueError(f"Distiller: {name} must {rule}, got {list(features.shape)}")
+        raise ValueError(f"Distiller: {name} must {rule}, got {shape}")
+    features = layout.ordered(features)
+    given = Given() if given is None else given
+    if given.batches is not None and features.shape[0] not in given.batches:
+        rule = f"have the batch size of x, {min(given.batches)}, in its first dimension"
+        hint = f" ({side}_order='NBC' for tokens [N, B, C])" if rank == 3 else ""
+        raise ValueError(f"Distiller: {name} must {rule}{hint}, got {shape}")
     if rank == 2:
         return features[:, :, None, None]
     if rank == 4:
-        return features.movedim(3, 1) if layout.order == "BHWC" else features
-    return tokens_to_map(
+        _check_order(features, layout, which, given)
+        return features
+    maps = tokens_to_map(
         features, tokens=layout.tokens, grid=layout.grid, op="Distiller", name=name
     )
+    _check_grid(maps, layout, which, given, shape)
+    return maps
+
+
+def _check_order(features: Tensor, layout: Layout, which: tuple[str, str], given: Given) -> None:
+    """Refuse [B, H, W, C], which as [B, C, H, W] has another aspect than the images."""
+    if given.image is None or layout.order in ("BCHW", "BHWC"):
+        return
+    rows, cells, channels = features.shape[1:]
+    if same_aspect((rows, cells), given.image) and not same_aspect((cells, channels), given.image):
+        side, name = which
+        rule = f"be [B, C, H, W] with the aspect of the images, {_sides(given.image)}"
+        hint = f"{side}_order='BHWC' if the channels are last, 'BCHW' if they are not"
+        raise ValueError(f"Distiller: {name} must {rule} ({hint}), got {list(features.shape)}")
+
+
+def _check_grid(
+    maps: Tensor, layout: Layout, which: tuple[str, str], given: Given, shape: list[int]
+) -> None:
+    """Refuse a square of tokens that was guessed where the images are not square, within a cell."""
+    if layout.grid is not None or not (given.image or given.sequence):
+        return
+    side, name = which
+    cells = maps.shape[2]
+    if given.image is None:
+        rule = f"have a grid, for x is not a batch of images ({side}_grid=(H, W), e.g. (1, N))"
+        raise ValueError(f"Distiller: {name} must {rule}, got {shape}")
+    if max(given.image) * cells >= min(given.image) * (cells + 1):
+        rule = f"be tokens of images of {_sides(given.image)} (name {side}_grid=(H, W), and "
+        rule += f"{side}_tokens for those that are not of the grid)"
+        got = f"{shape}, guessed to be a {cells} x {cells} grid"
+        raise ValueError(f"Distiller: {name} must {rule}, got {got}")
+
+
+def _sides(size: Grid) -> str:
+    return f"{size[0]} x {size[1]}"
 
 
 def check_pair(student: Tensor, teacher: Tensor, names: tuple[str, str]) -> None:
@@ -64,7 +124,7 @@ def check_pair(student: Tensor, teacher: Tensor, names: tuple[str, str]) -> None
     elif not same_aspect(_size(student), _size(teacher)):
         wanted = (
             f"have the aspect of {of_teacher}, {list(teacher.shape)} (name student_order='BHWC', "
-            "student_grid or those of the teacher where they are not as they seem)"
+            "student_grid or the teacher's where another layout is meant)"
         )
     if wanted:
         raise ValueError(f"Distiller: {of_student} must {wanted}, got {shape}")
@@ -80,53 +140,20 @@ def same_aspect(one: Grid, other: Grid) -> bool:
     return abs(high * w / wide - h) <= 1 or abs(h * wide / w - high) <= 1
 
 
-def batch_size(x: Any) -> int | None:
-    """How many samples the input holds, where that can be seen."""
-    if isinstance(x, Mapping):
-        x = next((value for value in x.values() if isinstance(value, Tensor)), None)
-    if isinstance(x, Tensor):
-        return x.shape[0] if x.dim() else None
-    return len(x) if isinstance(x, (list, tuple)) else None
-
-
 # ----------------------------------------------------------------------------------------- one for each pair
 
 
 def layouts(side: str, pairs: int, tokens: Any, grid: Any, order: Any) -> list[Layout]:
     """The pairs' layouts from the user's options: a list has one entry for each pair."""
     given = {"tokens": tokens, "grid": grid, "order": order}
-    columns = {name: _for_pairs(f"{side}_{name}", value, pairs) for name, value in given.items()}
+    columns = {
+        name: per_layer(f"{side}_{name}", value, pairs, op="Distiller", layers="pairs of layers")
+        for name, value in given.items()
+    }
     for value in columns["order"]:
-        if value not in ORDERS:
+        if value is not None and value not in ORDERS:
             raise ValueError(
-                f"Distiller: {side}_order must be {' or '.join(map(repr, ORDERS))}, got {value!r}"
+                f"Distiller: {side}_order must be {', '.join(map(repr, ORDERS))} or None, got {value!r}"
             )
     rows: Sequence[tuple[Any, ...]] = list(zip(*columns.values(), strict=True))
     return [Layout(*row) for row in rows]
-
-
-def _for_pairs(name: str, value: Any, pairs: int) -> list[Any]:
-    if not isinstance(value, list):
-        return [value] * pairs
-    if len(value) != pairs:
-        rule = f"have one entry for each of the {pairs} pairs of layers"
-        raise ValueError(f"Distiller: {name} must {rule}, got {len(value)}")
-    return list(value)
-
-
-@contextmanager
-def untouched(*models: nn.Module) -> Iterator[None]:
-    """Run models in eval mode without gradients; modes and buffers are afterwards as they were."""
-    parts = [(part, part.training) for model in models for part in model.modules()]
-    buffers = [(buffer, buffer.clone()) for model in models for buffer in model.buffers()]
-    try:
-        for model in models:
-            model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for part, training in parts:
-            part.training = training
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)

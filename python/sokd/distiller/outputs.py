@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sokd.kd.arguments import described
+from sokd.kd.features import described
+from sokd.kd.sanity import leaves
+from sokd.methods.checks import wrong_class
 from sokd.methods.common import Step
+from sokd.ops.runtime import is_eager
 
 __all__ = [
     "Logits",
@@ -18,11 +21,13 @@ __all__ = [
     "call",
     "check_needs",
     "checked_task",
+    "entries",
     "find_logits",
     "is_for_model",
     "labels_of",
     "own_losses",
     "task_losses",
+    "untrained_entries",
 ]
 
 # How logits are found: a key or an index of the output, or a function of it; None: where they usually are.
@@ -67,20 +72,41 @@ def _loss_name(key: str) -> str:
     return "loss_task" if key == "loss" else key if key.startswith("loss") else f"loss_{key}"
 
 
-def find_logits(output: Any, where: Logits = None, *, guess: bool = True) -> Tensor | None:
+def entries(output: Any) -> dict[str, Any]:
+    """What a dict, a tuple, a list or an object with attributes holds, by key, place or name."""
+    if isinstance(output, Tensor):
+        return {}
+    if isinstance(output, Mapping):
+        items: Any = output.items()
+    elif isinstance(output, (tuple, list)):
+        items = zip(getattr(output, "_fields", range(len(output))), output, strict=True)
+    else:
+        items = getattr(output, "__dict__", {}).items()
+    return {str(key): value for key, value in items}
+
+
+def find_logits(
+    output: Any, where: Logits = None, *, guess: bool = True, strict: bool = True
+) -> Tensor | None:
     """The logits in a model's output; None where there are none.
 
-    Without `where`: the output itself, its entry or attribute "logits" or "out", else, as a guess, its first
-    tensor that is no scalar; None where another is [B, D] and that one a map, or [B, D] of another D:
-    features and logits, in an order that only the user knows. A tensor has no entries: it is the logits.
+    Without `where`: the output itself, its entry or attribute "logits" or "out", else, as a guess,
+    its first tensor that is not a scalar; None where another is [B, D] and that one a map, or
+    [B, D] of another D: features and logits, in an order that only the user knows. A tensor has no
+    entries: it is the logits.
 
     Raises:
-        TypeError, ValueError: `where` leads to no tensor.
+        TypeError, ValueError: `where` leads to nothing or, if `strict`, to something other than a
+            tensor.
     """
     if _only_losses(output):
         return None
     if where is not None and (callable(where) or not isinstance(output, Tensor)):
-        return _selected(output, where)
+        found = picked(output, where)
+        if strict and not isinstance(found, Tensor):
+            rule = f"lead to a tensor of the {type(output).__name__} that the model gives"
+            raise TypeError(f"Distiller: logits must {rule}, got {type(found).__name__}")
+        return found if isinstance(found, Tensor) else None
     if isinstance(output, Tensor):
         return output if output.dim() else None
     for key in _USUAL_KEYS:
@@ -98,35 +124,53 @@ def _first_tensor(output: Any) -> Tensor | None:
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    """The tensors, no scalars, among the entries of an output."""
-    values = output.values() if isinstance(output, Mapping) else output
-    is_entries = isinstance(output, (Mapping, tuple, list))
-    return (
-        [each for each in values if isinstance(each, Tensor) and each.dim()] if is_entries else []
-    )
+    """The tensors that are not scalars among the entries of a dict, tuple or list."""
+    values = entries(output).values() if isinstance(output, (Mapping, tuple, list)) else ()
+    return [each for each in values if isinstance(each, Tensor) and each.dim()]
 
 
-def _selected(output: Any, where: Logits) -> Tensor:
+def picked(output: Any, where: Logits) -> Any:
+    """The part of an output that `logits=` names.
+
+    Raises:
+        ValueError: there is no such part.
+    """
     try:
-        found = where(output) if callable(where) else _entry(output, where)
+        if callable(where):
+            return where(output)
+        is_attribute = isinstance(where, str) and not isinstance(output, Mapping)
+        return getattr(output, where) if is_attribute else output[where]  # type: ignore[arg-type]
     except (KeyError, IndexError, AttributeError, TypeError):
-        entries = (
-            ", ".join(map(repr, output)) if isinstance(output, Mapping) else type(output).__name__
-        )
-        rule = "name what the models give"
-        raise ValueError(
-            f"Distiller: logits must {rule} ({entries}), got {getattr(where, '__name__', repr(where))}"
-        ) from None
-    if not isinstance(found, Tensor):
-        rule = f"lead to a tensor of the {type(output).__name__} that the model gives"
-        raise TypeError(f"Distiller: logits must {rule}, got {type(found).__name__}")
-    return found
+        names = entries(output) if isinstance(output, Mapping) else [type(output).__name__]
+        got = getattr(where, "__name__", repr(where))
+        rule = f"name what the models give ({', '.join(map(repr, names))})"
+        raise ValueError(f"Distiller: logits must {rule}, got {got}") from None
 
 
-def _entry(output: Any, where: Any) -> Any:
-    if isinstance(where, str) and not isinstance(output, Mapping):
-        return getattr(output, where)
-    return output[where]
+def untrained_entries(output: Any, logits: Tensor | None) -> tuple[str, list[str]] | None:
+    """The entry that was taken for the logits, and others of its width that it leaves untrained.
+
+    An entry beside one of the usual names counts if it has parameters of its own; where the first
+    tensor was guessed, all of its width count.
+    """
+    of_width = {
+        name: value
+        for name, value in entries(output).items()
+        if isinstance(value, Tensor) and value.dim() > 1 and value.requires_grad
+        and logits is not None and value.shape[1] == logits.shape[1]
+    }  # fmt: skip
+    taken = next((name for name, value in of_width.items() if value is logits), None)
+    if taken is None or logits is None:
+        return None
+    rest = {name: value for name, value in of_width.items() if value is not logits}
+    if taken in _USUAL_KEYS:
+        reached = {id(leaf) for leaf in leaves([logits])}
+        rest = {
+            name: value
+            for name, value in rest.items()
+            if any(id(leaf) not in reached for leaf in leaves([value]))
+        }
+    return (taken, list(rest)) if rest else None
 
 
 # -------------------------------------------------------------------------------------------------- the task
@@ -141,64 +185,110 @@ def checked_task(task: Any) -> Task:
     )
 
 
-def task_losses(task: Task, output: Any, logits: Tensor | None, target: Any) -> dict[str, Tensor]:
+def task_losses(
+    task: Task, output: Any, logits: Tensor | None, target: Any, *, where: Logits = None,
+    look: bool = True,
+) -> dict[str, Tensor]:  # fmt: skip
     """The task's terms: the model's own, a callable's, or cross entropy; none without a target.
 
+    Args:
+        output, logits: what the student returned, and the logits in it.
+        where: `logits=`; a callable gets that part of the output, without it all of the output.
+        look: whether the rows of soft targets are read (on the CPU alone).
+
     Raises:
-        TypeError: no logits to compute them from, or no losses where the model should have returned them.
+        TypeError: no logits to compute them from, or no losses where the model should have
+            returned them.
+        ValueError: logits or a target that cross entropy has no meaning for.
     """
     own = own_losses(output) if task in ("auto", "model") else {}
     if own or target is None or task is None:
         return own
     if task == "model":
-        rule = "be one that the student computes itself ('model'): a dict of scalars, or an output with a loss"
+        rule = "be one that the student computes itself ('model'): a dict of scalars, or an output "
+        rule += "with a loss"
         raise TypeError(f"Distiller: task must {rule}, got {type(output).__name__}")
     if callable(task):
-        return {"loss_task": task(output if logits is None else logits, target)}
+        named = where is not None and (callable(where) or not isinstance(output, Tensor))
+        return {"loss_task": _called(task, picked(output, where) if named else output, target)}
     if logits is None:
         rule = "be in what the student returns (name them by logits=, or the loss by task=)"
         parts = ", ".join(map(described, _tensors(output)))
         got = type(output).__name__ + (f" of {parts}" if parts else "")
         raise TypeError(f"Distiller: logits must {rule}, got {got}")
-    return {"loss_ce": _cross_entropy(logits, target)}
+    return {"loss_ce": _cross_entropy(logits, target, look)}
 
 
-def _cross_entropy(logits: Tensor, target: Any) -> Tensor:
+def _called(task: Callable[[Any, Any], Tensor], output: Any, target: Any) -> Tensor:
+    """The loss of a callable, a scalar."""
+    try:
+        loss = task(output, target)
+    except (TypeError, AttributeError) as error:
+        if isinstance(output, Tensor):
+            raise
+        rule = "take what the student returns (logits= picks a part of it)"
+        got = f"{type(output).__name__}: {error}"
+        raise TypeError(f"Distiller: task must {rule}, got {got}") from error
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"Distiller: task must return a scalar tensor, got {got}")
+    return loss.reshape(())
+
+
+OTHER_LOSSES = (
+    "task=F.mse_loss for numbers, task=F.binary_cross_entropy_with_logits for classes that do not "
+    "exclude each other"
+)
+
+
+def _cross_entropy(logits: Tensor, target: Any, look: bool) -> Tensor:
+    if logits.dim() > 1 and logits.shape[1] == 1:
+        rule = f"have 2 classes or more for the cross entropy ({OTHER_LOSSES})"
+        raise ValueError(f"Distiller: logits must {rule}, got {list(logits.shape)}")
     if torch.compiler.is_compiling():
         return F.cross_entropy(logits, target)
     classes = list(logits.shape)
     cells = [*classes[:1], *classes[2:]]
     own = f"class indices {cells} (int64) or probabilities {classes} (float)"
-    _check_target(
-        logits, target, f"be {own}, as the logits {classes} ask for (others: logits=, task=)"
-    )
+    rule = f"be {own} for the logits {classes} (others: logits=, task=)"
+    _check_target(logits, target, rule)
+    if look and target.is_floating_point():
+        _check_probabilities(target)
     try:
         return F.cross_entropy(logits, target)
-    except IndexError as error:  # seen on the CPU, where reading them is free
-        rule = f"be class indices 0 .. {classes[1] - 1}, as the logits {classes} have"
-        raise ValueError(f"Distiller: target must {rule}, got {int(target.max())}") from error
+    except IndexError as error:  # raised on the CPU, where reading the target costs nothing
+        raise ValueError(f"Distiller: {wrong_class(target, classes[1])}") from error
 
 
 def _check_target(logits: Tensor, target: Any, rule: str) -> None:
-    """Whether a cross entropy can be made of the two.
-
-    Raises:
-        TypeError, ValueError: it cannot.
-    """
+    """Raise TypeError or ValueError unless a cross entropy can be made of the two."""
     if not isinstance(target, Tensor):
         raise TypeError(f"Distiller: target must {rule}, got {type(target).__name__}")
     if logits.dim() < 2:
-        ours = "be [B, K] for the cross entropy (name them by logits=, or another loss by task=)"
-        raise ValueError(f"Distiller: logits must {ours}, got {list(logits.shape)}")
+        two = "be [B, K] for the cross entropy (name them by logits=, or another loss by task=)"
+        raise ValueError(f"Distiller: logits must {two}, got {list(logits.shape)}")
     shape = logits.shape if target.is_floating_point() else logits.shape[:1] + logits.shape[2:]
     if not target.is_floating_point() and target.dtype not in (torch.int64, torch.uint8):
         raise TypeError(f"Distiller: target must {rule}, got {target.dtype}")
     if target.shape != shape:
         raise ValueError(f"Distiller: target must {rule}, got {described(target)}")
     if target.device != logits.device:
-        raise ValueError(
-            f"Distiller: target must be on the logits' device, {logits.device}, got {target.device}"
-        )
+        rule = f"be on the logits' device, {logits.device}"
+        raise ValueError(f"Distiller: target must {rule}, got {target.device}")
+
+
+def _check_probabilities(target: Tensor) -> None:
+    """Raise ValueError for soft targets whose rows are not probabilities; read on the CPU alone."""
+    if target.device.type != "cpu" or not is_eager(target) or target.numel() == 0:
+        return
+    rows, tolerance = target.detach().to(torch.float64), 1e-3 if target.itemsize > 2 else 2e-2
+    sums = rows.sum(1)
+    wrong = ((sums - 1).abs() > tolerance) | (rows.amin(1) < -tolerance)
+    if wrong.any():
+        rule = f"hold rows of probabilities, which sum to 1, where it is floating point ({OTHER_LOSSES})"
+        first = rows.movedim(1, -1)[wrong][0]
+        got = f"a row from {first.min():.4g} to {first.max():.4g} with the sum {first.sum():.4g}"
+        raise ValueError(f"Distiller: target must {rule}, got {got}")
 
 
 def labels_of(target: Any) -> Tensor | None:

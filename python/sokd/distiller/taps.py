@@ -1,9 +1,8 @@
-"""What named layers of a model give, without a change to the model: one forward hook for each, set once.
+"""The outputs of a model's named layers, read by one forward hook for each, without changing the model.
 
-A hook does nothing until it is armed for the length of a forward pass, so the model by itself keeps nothing
-of a pass and computes what it always did. Recomputation by gradient checkpointing runs the hooks again, in
-the
-backward pass: they are not armed then.
+A hook does nothing until it is armed for the length of a forward pass, so the model by itself keeps
+nothing of a pass and computes what it always did. Gradient checkpointing runs the layers again in
+the backward pass; the hooks are not armed then.
 """
 
 from __future__ import annotations
@@ -12,24 +11,38 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from sokd.distiller.outputs import entries
 from sokd.kd.virtual import unwrapped
 from sokd.methods.registry import nearest
 
-__all__ = ["Layers", "Pair", "Taps", "layer_pairs", "untapped"]
+__all__ = ["Layers", "Pair", "Tap", "Taps", "layer_pairs"]
 
 Pair = tuple[str, str]  # the student's layer and the teacher's
 Layers = str | Mapping[str, str] | Sequence[str | Pair]
 
-NEVER_RAN = (
-    "Distiller: {which} must run in every forward pass, got no call; if the model was compiled and run "
-    "before its Distiller was made, call torch.compiler.reset()"
+NEVER_RAN = "Distiller: {which} must run in every forward pass, got no call; {why}"
+WHY_COMPILED = (
+    "the model is compiled: if it ran before its Distiller was made, call torch.compiler.reset()"
+)
+WHY_SCRIPTED = (
+    "it is inside a TorchScript module, whose parts run without hooks: pass the module that was "
+    "scripted or traced"
+)
+WHY_SKIPPED = (
+    "the model skipped it in this pass (LayerDrop, a branch): name a layer that always runs"
+)
+REPLACED = (
+    "Distiller: {which} must be the module that it was when the Distiller was made, got another one "
+    "(convert_sync_batchnorm, an adapter such as LoRA or a rebuilt part): change the model first, then "
+    "make its Distiller"
 )
 RAN_AGAIN = "sokd: {which} runs several times in a forward pass; its first output is distilled"
 OVERWRITTEN = (
-    "sokd: {which} is overwritten in place by what follows it; what is distilled is the overwritten map, so "
-    "name the layer that wrote it"
+    "sokd: {which} is overwritten in place by the layer after it, and the overwritten map is "
+    "distilled; name that layer instead"
 )
 
 
@@ -62,30 +75,46 @@ class Taps:
     """The taps of one side.
 
     Args:
-        side: "student" or "teacher", for the error's words.
-        model: with the layers in it; DistributedDataParallel and torch.compile are looked through.
-        layers: names from the model's `named_modules`, one for each pair; `name:key` where the layer gives a
-            dict or a tuple.
+        side: "student" or "teacher", for errors.
+        model: with the layers in it, also inside DistributedDataParallel or torch.compile.
+        layers: names from the model's `named_modules`, one for each pair; `name:key` where the
+            layer gives a dict or a tuple.
+        other: the other side's model, to tell a swapped pair.
 
     Raises:
         ValueError: no layer of that name; the nearest names are given.
     """
 
-    def __init__(self, side: str, model: nn.Module, layers: Sequence[str]) -> None:
+    def __init__(
+        self, side: str, model: nn.Module, layers: Sequence[str], other: nn.Module | None = None
+    ) -> None:
         self.side, self.layers = side, list(layers)
-        self.labels = [f"the {side}'s layer {layer!r}" for layer in layers]  # for people
+        self.labels = [f"the {side}'s layer {layer!r}" for layer in layers]  # for messages
         self.taps: dict[str, Tap] = {}
         modules = dict(unwrapped(model).named_modules())
         for layer in layers:
             name = _split(layer)[0]
             if name not in modules or not name:
-                raise ValueError(_no_such_layer(side, name, modules))
+                raise ValueError(_no_such_layer(side, name, modules, other))
             if name not in self.taps:
                 self.taps[name] = Tap()
                 modules[name].register_forward_hook(self.taps[name])
 
-    def run(self, call: Callable[[], Any], *, warn: bool = False) -> tuple[Any, list[Tensor]]:
-        """What `call`, a forward pass, returns, and what each layer gave in it.
+    def check_in_place(self, model: nn.Module) -> None:
+        """Raise RuntimeError if another module is now where a layer was."""
+        for layer, label in zip(self.layers, self.labels, strict=True):
+            name = _split(layer)[0]
+            try:
+                found = unwrapped(model).get_submodule(name)
+            except AttributeError:
+                found = None
+            if found is None or self.taps[name] not in found._forward_hooks.values():
+                raise RuntimeError(REPLACED.format(which=label))
+
+    def run(
+        self, model: nn.Module, call: Callable[[], Any], *, warn: bool = False
+    ) -> tuple[Any, list[Tensor]]:
+        """The output of `call`, a forward pass of the model, and that of each layer in it.
 
         Args:
             warn: of layers whose output is not what a reader of their names expects.
@@ -100,6 +129,10 @@ class Taps:
             output = call()
         finally:
             taken = {name: tap.take() for name, tap in self.taps.items()}
+        for layer, label in zip(self.layers, self.labels, strict=True):
+            if taken[_split(layer)[0]] is None:
+                why = _why_never_ran(model, _split(layer)[0])
+                raise RuntimeError(NEVER_RAN.format(which=label, why=why))
         chosen = [self._chosen(*each, taken) for each in zip(self.layers, self.labels, strict=True)]
         if warn:
             self._warn(chosen)
@@ -116,36 +149,20 @@ class Taps:
     def _chosen(self, layer: str, label: str, taken: Mapping[str, Any]) -> Tensor:
         name, key = _split(layer)
         value = taken[name]
-        if value is None:
-            raise RuntimeError(NEVER_RAN.format(which=label))
-        entries = _entries(value)
-        if key is not None and key in entries:
-            value = entries[key]
-        elif key is not None:
-            raise TypeError(
-                f"Distiller: {label} must give one of {_names(entries)}, got none of that name"
-            )
-        if isinstance(value, Tensor):
+        if key is None and isinstance(value, Tensor):
             return value
-        hint = (
-            f" with {_names(entries)}: name one, as in '{name}:{next(iter(entries))}'"
-            if entries
-            else ""
-        )
+        named = {key: each for key, each in entries(value).items() if isinstance(each, Tensor)}
+        names = ", ".join(map(repr, named)) or "its tensors"
+        if key is not None and key not in named:
+            raise TypeError(f"Distiller: {label} must give one of {names}, got no such entry")
+        if key is not None:
+            return named[key]
+        hint = f" with {names}: name one, as in '{name}:{next(iter(named))}'" if named else ""
         raise TypeError(f"Distiller: {label} must give a tensor, got {type(value).__name__}{hint}")
 
 
-def untapped(module: nn.Module) -> nn.Module:
-    """The module itself, without the taps in it."""
-    for part in module.modules():
-        for key in [key for key, hook in part._forward_hooks.items() if isinstance(hook, Tap)]:
-            del part._forward_hooks[key]
-    return module
-
-
 def layer_pairs(layers: Layers) -> list[Pair]:
-    """(student, teacher) names from what a user may give: a name, names, pairs, or a dict student ->
-    teacher."""
+    """(student, teacher) names from a name, names, pairs, or a dict student -> teacher."""
     entries: list[Any]
     if isinstance(layers, str):
         entries = [layers]
@@ -155,7 +172,8 @@ def layer_pairs(layers: Layers) -> list[Pair]:
         entries = list(layers) if isinstance(layers, Sequence) else [layers]
     pairs = [(entry, entry) if isinstance(entry, str) else entry for entry in entries]
     if not pairs or not all(_is_pair(pair) for pair in pairs):
-        rule = "be 'auto', a name, a dict of student layer -> teacher layer, or a list of names or such pairs"
+        rule = "be 'auto', a name, a dict of student layer -> teacher layer, or a list of names or "
+        rule += "such pairs"
         raise TypeError(f"Distiller: layers must {rule}, got {layers!r}")
     return [(student, teacher) for student, teacher in pairs]
 
@@ -174,24 +192,27 @@ def _split(layer: str) -> tuple[str, str | None]:
     return name, key if colon else None
 
 
-def _entries(value: Any) -> dict[str, Any]:
-    """The tensors of a dict or a tuple, by key or place."""
-    items: Any = ()
-    if isinstance(value, Mapping):
-        items = value.items()
-    elif isinstance(value, (tuple, list)):
-        items = enumerate(value)
-    return {str(key): entry for key, entry in items if isinstance(entry, Tensor)}
+def _why_never_ran(model: nn.Module, name: str) -> str:
+    """What kept a layer's hook from running."""
+    inner = unwrapped(model)
+    outer = ["", *(name[:at] for at, letter in enumerate(name) if letter == ".")]
+    if any(isinstance(inner.get_submodule(part), torch.jit.ScriptModule) for part in outer):
+        return WHY_SCRIPTED
+    compiled = hasattr(model, "_orig_mod") or any(
+        part._compiled_call_impl is not None for part in (model, *inner.modules())
+    )
+    return WHY_COMPILED if compiled else WHY_SKIPPED
 
 
-def _names(entries: Mapping[str, Any]) -> str:
-    return ", ".join(map(repr, entries)) or "its tensors"
-
-
-def _no_such_layer(side: str, name: str, modules: Mapping[str, nn.Module]) -> str:
+def _no_such_layer(
+    side: str, name: str, modules: Mapping[str, nn.Module], other: nn.Module | None
+) -> str:
     names = [known for known in modules if known]
     near = nearest(name, names)
     near += [known for known in names if known.endswith(f".{name}") and known not in near][:3]
     hint = ", ".join(map(repr, near)) if near else ", ".join(map(repr, names[:5])) + ", ..."
     rule = f"be layers of the {side} (named_modules; nearest: {hint})"
-    return f"Distiller: layers must {rule}, got {name!r}"
+    swapped = other is not None and name and name in dict(unwrapped(other).named_modules())
+    of_other = "teacher" if side == "student" else "student"
+    why = f", a layer of the {of_other}: pairs and dicts go student layer -> teacher layer"
+    return f"Distiller: layers must {rule}, got {name!r}{why if swapped else ''}"

@@ -24,10 +24,10 @@ from sokd.ops import torch_internals
 from sokd.ops.runtime import is_eager
 
 if TYPE_CHECKING:
-    from sokd.kd.loss import Features
+    from sokd.kd.features import Features
     from sokd.kd.sokd import SoKD
 
-__all__ = ["Watch", "look", "look_at_mask", "transformed"]
+__all__ = ["Watch", "leaves", "look", "look_at_mask", "transformed"]
 
 PATIENCE = 10  # steps in a row before a mistake is warned of
 
@@ -36,6 +36,11 @@ UNHELD = (
     "holds them; {fix}"
 )
 PASS_KD = "pass it kd's parameters too, e.g. SGD([*student.parameters(), *kd.parameters()], lr=...)"
+DETACHED = (
+    "sokd: student_features have no gradient, so an optimiser trains kd alone and not the student; "
+    "pass them as the student returned them, without .detach() or torch.no_grad(), and check that the "
+    "student's parameters require grad"
+)
 TEACHER_GRAPH = (
     "sokd: teacher_features require grad, but no gradient flows to the teacher; call the teacher "
     "under torch.no_grad()"
@@ -63,6 +68,7 @@ class Watch:
     def __init__(self) -> None:
         self._given: set[str] = set()
         self._settled = False  # whether every optimiser that matters has been seen
+        self._idle = False  # whether the student's features had no gradient in the last step
         self._student: list[weakref.ref[Tensor]] = []
         self._parts: Mapping[str, nn.Module | None] = {}
         self._fix = PASS_KD
@@ -74,6 +80,12 @@ class Watch:
     def of(cls, module: nn.Module) -> Watch:
         """The module's own."""
         return _watches.setdefault(module, cls())
+
+    def first(self, what: str) -> bool:
+        """Whether this is the first call with these words: a check that one step is enough for."""
+        is_first = what not in self._given
+        self._given.add(what)
+        return is_first
 
     def warn(self, text: str, **values: Any) -> None:
         """Give a warning once, at the line of the user's code that led here."""
@@ -95,28 +107,30 @@ class Watch:
             self.warn(TEACHER_TRAINS)
 
     def optimiser(
-        self, student: Iterable[Tensor], parts: Mapping[str, nn.Module | None], fix: str = PASS_KD
-    ) -> None:
-        """Wait for the student's optimiser, to warn of parts that no optimiser holds.
+        self, student: Iterable[Tensor], parts: Mapping[str, nn.Module | None],
+        fix: str = PASS_KD, *, idle: bool = False,
+    ) -> None:  # fmt: skip
+        """Wait for the next step of an optimiser, to warn of what it does not train.
 
         Args:
             student: its trained parameters; read until there is one.
             parts: what is trained beside the student, by name.
-            fix: the end of the warning.
+            fix: the end of the warning of parts that no optimiser holds.
+            idle: whether the student got no gradient in this step.
         """
-        if self._settled:
-            _let_go()
-            return
-        if not self._student:
+        if not self._settled and not self._student:
             self._student = [weakref.ref(parameter) for parameter in student]
         self._parts, self._fix = parts, fix
-        if self._student:
+        self._idle = idle and DETACHED not in self._given
+        if self.waits:
             _listen()
+        else:
+            _let_go()
 
     @property
     def waits(self) -> bool:
         """Whether the next step of an optimiser matters."""
-        return bool(self._student) and not self._settled
+        return self._idle or bool(self._student)
 
     def stepped(self, parameters: Mapping[int, Tensor]) -> None:
         """Take note of a step of an optimiser that holds these parameters, by id.
@@ -130,7 +144,11 @@ class Watch:
             for parameter in part.parameters()
             if parameter.requires_grad
         ]
-        self._held |= parameters.keys() & {id(parameter) for _, parameter in trained}
+        stepped = parameters.keys() & {id(parameter) for _, parameter in trained}
+        if self._idle and stepped:
+            self._idle = False
+            self.warn(DETACHED)
+        self._held |= stepped
         if not any(id(parameter()) in parameters for parameter in self._student):
             return
         self._steps += 1
@@ -142,7 +160,7 @@ class Watch:
             held = {name for name, parameter in trained if id(parameter) in self._held}
             parts = " and ".join(f"parts of {name}" if name in held else name for name in late)
             self.warn(UNHELD, parts=parts, steps=PATIENCE, fix=self._fix)
-        self._settled, self._student, self._parts, self._held = True, [], {}, set()
+        self._settled, self._student, self._held = True, [], set()
 
     def mask(self, shares: Tensor) -> None:
         """Count the steps in a row in which the areas of every sample cover all cells, or none.
@@ -205,7 +223,9 @@ def look(kd: SoKD, student_features: Features, teacher_features: Features) -> No
     watch.teacher(_tensors(teacher_features))
     # at a weight of 0 the heads have no gradient to train on
     parts = {"kd.adapter": kd.adapter, "kd.dam": kd.dam if kd.lambda_agreement else None}
-    watch.optimiser(_leaves(_tensors(student_features)), parts)
+    students = _tensors(student_features)
+    idle = kd.training and not all(each.requires_grad for each in students)
+    watch.optimiser(leaves(students), parts, idle=idle)
     look_at_mask(kd)
 
 
@@ -231,7 +251,7 @@ def _trains(node: Any) -> bool:
     )
 
 
-def _leaves(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
+def leaves(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
     """The leaves of the graph behind the outputs: the parameters that their gradients reach."""
     for node in _nodes(outputs):
         leaf = getattr(node, "variable", None)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sokd.methods.checks import layer_pairs
+from sokd.methods.checks import layer_pairs, number
 from sokd.methods.common import (
     Maps,
     Method,
@@ -57,6 +57,7 @@ def catkd(
     Returns:
         [] float32 (float64 for float64), the sum over the pairs; 0 for an empty batch.
     """
+    number("catkd", "resolution", resolution, least=1, whole=True)
     pairs = layer_pairs("catkd", student, teacher, weight, same="channels")
     return total([_transfer(*pair, resolution, normalise) for pair in pairs])
 
@@ -126,7 +127,8 @@ class CATKD(Method):
         super().__init__(student_shapes, teacher_shapes)
         # in a tuple: the models own them, and save them
         self.heads = (student_head, teacher_head)
-        self.resolution, self.normalise = resolution, normalise
+        self.resolution = number("catkd", "resolution", resolution, least=1, whole=True)
+        self.normalise = normalise
         for head, shapes in zip(self.heads, (student_shapes, teacher_shapes), strict=True):
             if head is not None and shapes:
                 _head_weight(head, shapes[-1][0])

@@ -1,14 +1,19 @@
-"""What the methods ask of their arguments, said once; and what they get: layers, constant teachers."""
+"""Checks of the methods' arguments, and what they return: layers as lists, constant teachers."""
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from sokd.methods.common import Maps, Weights, wide
+from sokd.methods.common import Maps, Weights, constant, wide
+from sokd.ops.runtime import is_eager
 
-__all__ = ["layer_pairs", "logits_pair"]
+__all__ = ["check_labels", "layer_pairs", "logits_pair", "number", "wrong_class"]
 
 Pair = tuple[Tensor, Tensor, Tensor | None]  # student, teacher, omega
 
@@ -32,7 +37,7 @@ def logits_pair(
         raise ValueError(f"{op}: teacher_logits must {rule}, got {list(teacher.shape)}")
     if rank > 2:
         student, teacher = (each.movedim(1, -1).flatten(0, -2) for each in (student, teacher))
-    return wide(student), wide(teacher.detach())
+    return wide(student), wide(constant(teacher))
 
 
 def layer_pairs(
@@ -57,6 +62,53 @@ def layer_pairs(
     return [_layer_pair(op, *triple, embeddings, same) for triple in triples]
 
 
+def number(
+    op: str, name: str, value: Any, *, above: float | None = None, least: float | None = None,
+    below: float = math.inf, whole: bool = False,
+) -> Any:  # fmt: skip
+    """An option that is a number, checked; a tensor, such as a learned temperature, is not read.
+
+    Args:
+        above, least, below: bounds; `least` is in the range, the others are not.
+        whole: whether it must be a whole number.
+
+    Raises:
+        TypeError: it is not a number.
+        ValueError: it is out of range or not finite.
+    """
+    if isinstance(value, Tensor) or torch.compiler.is_compiling():
+        return value
+    kinds: Any = numbers.Integral if whole else numbers.Real
+    if not isinstance(value, kinds):
+        kind = "a whole number" if whole else "a number"
+        raise TypeError(f"{op}: {name} must be {kind}, got {value!r}")
+    is_above = value > above if above is not None else least is None or value >= least
+    if is_above and value < below:
+        return value
+    if below < math.inf:
+        rule = f"in {'(' if least is None else '['}{above if least is None else least}, {below})"
+    elif least is None:
+        rule = "positive and finite"
+    else:
+        rule = f"{least} or more" + ("" if whole else " and finite")
+    raise ValueError(f"{op}: {name} must be {rule}, got {value!r}")
+
+
+def check_labels(op: str, target: Tensor, classes: int, ignored: int) -> None:
+    """Raise ValueError for labels that are not classes; read on the CPU alone."""
+    if target.device.type == "cpu" and is_eager(target) and target.numel():
+        text = wrong_class(target, classes, ignored)
+        if text:
+            raise ValueError(f"{op}: {text}")
+
+
+def wrong_class(target: Tensor, classes: int, ignored: int = -100) -> str:
+    """The rule for class indices and the first that breaks it, as an error puts it; "" if none does."""
+    wrong = target[((target < 0) | (target >= classes)) & (target != ignored)]
+    rule = f"be class indices 0 .. {classes - 1} ({ignored} is ignored)"
+    return f"target must {rule}, got {int(wrong[0])}" if wrong.numel() else ""
+
+
 def _layer_pair(
     op: str, student: Tensor, teacher: Tensor, weight: Tensor | None, embeddings: bool, same: str
 ) -> Pair:
@@ -70,8 +122,8 @@ def _layer_pair(
         raise ValueError(f"{op}: student must have the teacher's {teacher.shape[1]} channels, "
                          f"got {student.shape[1]}")  # fmt: skip
     if weight is None:
-        return student, teacher.detach(), None
-    return student, teacher.detach(), _checked_weight(op, weight, teacher)
+        return student, constant(teacher), None
+    return student, constant(teacher), _checked_weight(op, weight, teacher)
 
 
 def _checked_weight(op: str, weight: Tensor, teacher: Tensor) -> Tensor:
@@ -88,7 +140,7 @@ def _checked_weight(op: str, weight: Tensor, teacher: Tensor) -> Tensor:
         raise ValueError(
             f"{op}: weight must be of the teacher's size {wanted}, got {list(weight.shape)}"
         )
-    return weight.detach()
+    return constant(weight)
 
 
 def _check_tensors(op: str, name: str, student: Tensor, other: str, teacher: Tensor) -> None:

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sokd.kd.policy import fresh_seed
-from sokd.methods.checks import layer_pairs
-from sokd.methods.common import Method, Shapes, Step, given, root, unmixed, wide
+from sokd.methods.checks import layer_pairs, number
+from sokd.methods.common import Method, Shapes, Step, constant, given, root, unmixed, wide
 from sokd.methods.contrast import noise_contrast
 from sokd.methods.negatives import Negatives
 from sokd.ops.distributed import everyones, place
@@ -75,10 +75,14 @@ class CRDLoss(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"crd: temperature must be positive, got {temperature}")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"crd: momentum must be in [0, 1), got {momentum}")
+        for name, size in (
+            ("student_dim", student_dim),
+            ("teacher_dim", teacher_dim),
+            ("dim", dim),
+        ):
+            number("crd", name, size, least=1, whole=True)
+        number("crd", "temperature", temperature, above=0)
+        number("crd", "momentum", momentum, least=0, below=1)
         seed = fresh_seed(generator)
         self.negatives = Negatives(num_samples, negatives, labels, seed)
         self.temperature, self.momentum = temperature, momentum
@@ -106,11 +110,11 @@ class CRDLoss(nn.Module):
         Returns:
             [] float32; 0 for an empty batch, which leaves no trace.
         """
-        _check_embeddings(student, teacher)
+        self._check_embeddings(student, teacher)
         self._check_index(index, student)
         with unmixed(student):
             of_student = _embed(student, self.student_embedding)
-            of_teacher = _embed(teacher.detach(), self.teacher_embedding)
+            of_teacher = _embed(constant(teacher), self.teacher_embedding)
             used = self.log_normaliser.new_full((2,), math.nan)
             if index.shape[0]:
                 others = self.negatives(index) if contrast is None else contrast
@@ -146,6 +150,20 @@ class CRDLoss(nn.Module):
             length = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min_(_SHORTEST)
             bank.index_copy_(0, index, rows.div_(length))
 
+    def _check_embeddings(self, student: Tensor, teacher: Tensor) -> None:
+        layer_pairs("crd", student, teacher, embeddings=True)
+        sides = (
+            ("student", student, self.student_embedding),
+            ("teacher", teacher, self.teacher_embedding),
+        )
+        for name, features, embedding in sides:
+            if features.dim() != 2:
+                rule = "be [B, D] (sokd.methods.pooled makes it of a map)"
+                raise ValueError(f"crd: {name} must {rule}, got {list(features.shape)}")
+            if features.shape[1] != embedding.in_features:
+                rule = f"be [B, {embedding.in_features}] ({name}_dim)"
+                raise ValueError(f"crd: {name} must {rule}, got {list(features.shape)}")
+
     def _check_index(self, index: Tensor, student: Tensor) -> None:
         if not isinstance(index, Tensor) or index.dtype != torch.int64:
             got = str(index.dtype) if isinstance(index, Tensor) else type(index).__name__
@@ -164,14 +182,6 @@ def _mean_of_exp(logs: Tensor) -> Tensor:
     there = ~logs.isnan()
     total = torch.where(there, logs, -math.inf).logsumexp(0)
     return torch.where(there.any(0), total - there.sum(0).log(), math.nan)
-
-
-def _check_embeddings(student: Tensor, teacher: Tensor) -> None:
-    layer_pairs("crd", student, teacher, embeddings=True)
-    for name, features in (("student", student), ("teacher", teacher)):
-        if features.dim() != 2:
-            rule = "be [B, D] (sokd.methods.pooled makes it of a map)"
-            raise ValueError(f"crd: {name} must {rule}, got {list(features.shape)}")
 
 
 def _embed(features: Tensor, embedding: nn.Linear) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sokd.methods.checks import logits_pair
+from sokd.methods.checks import logits_pair, number
 from sokd.methods.common import Method, Shapes, Step, once
 from sokd.ops.runtime import apply
 
@@ -43,6 +43,7 @@ def dist(
     Without variance (a batch of one, a student that says the same of everything) a correlation counts as 0,
     with gradient 0: the formula's own is 1e8 there, at the first step of a head that starts at zero.
     """
+    _check_options(beta, gamma, temperature)
     student, teacher = logits_pair("dist", student_logits, teacher_logits)
     if student.shape[0] == 0:
         return student.sum() * 0
@@ -53,6 +54,12 @@ def dist(
         _Relations, student.softmax(1), teacher.softmax(1), scale * beta, scale * gamma
     )[0]
     return loss
+
+
+def _check_options(beta: float, gamma: float, temperature: float) -> None:
+    number("dist", "beta", beta, least=0)
+    number("dist", "gamma", gamma, least=0)
+    number("dist", "temperature", temperature, above=0)
 
 
 class _Relations(torch.autograd.Function):
@@ -107,6 +114,7 @@ class DIST(Method):
         gamma: float = 1.0, temperature: float = 1.0,
     ) -> None:  # fmt: skip
         super().__init__(student_shapes, teacher_shapes)
+        _check_options(beta, gamma, temperature)
         self.beta, self.gamma, self.temperature = beta, gamma, temperature
 
     def forward(self, step: Step) -> Tensor:

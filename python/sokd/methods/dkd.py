@@ -9,37 +9,43 @@ section 3).
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sokd.methods.checks import logits_pair
+from sokd.methods.checks import check_labels, logits_pair, number
 from sokd.methods.common import Method, Shapes, Step, given
 
 __all__ = ["DKD", "dkd"]
 
 
 def dkd(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, alpha: float = 1.0, beta: float = 8.0,
-    temperature: float = 4.0,
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, alpha: float = 1.0,
+    beta: float = 8.0, temperature: float = 4.0, ignore_index: int = -100,
 ) -> Tensor:  # fmt: skip
     """TCKD and NCKD, weighted apart.
 
     Args:
         student_logits, teacher_logits: [B, K], K >= 2, any floating-point dtypes.
-        target: [B] int64, the true classes.
+        target: [B] int64, the true classes, or `ignore_index`.
         alpha, beta: weights of the two parts; the paper: 1 and 8 for most CIFAR-100 pairs (0.25 to 8), 1 and
             0.5 on ImageNet.
         temperature: T; the paper: 4 on CIFAR-100, 1 on ImageNet.
+        ignore_index: the label of samples that are left out of the loss and its mean, as in
+            `F.cross_entropy`.
 
     Returns:
         [] float32 (float64 for float64); 0 for an empty batch. All in logarithms, so that predictions without
         doubt (p_y = 1) stay finite. The paper raises the weight linearly over the first 20 epochs.
     """
+    _check_options(alpha, beta, temperature)
     student, teacher = logits_pair("dkd", student_logits, teacher_logits, dense=False)
-    target = _checked_target(target, student).unsqueeze(1)
+    _check_target(target, student, ignore_index)
+    counted = (target != ignore_index).to(student.dtype)
+    target = torch.where(target != ignore_index, target, 0).unsqueeze(1)
     (log_s, rest_s), (log_t, rest_t) = (
         _in_two(logits / temperature, target) for logits in (student, teacher)
     )
@@ -48,7 +54,8 @@ def dkd(
     # q_t is 0 at the target, where both logarithms are finite: the column drops out
     q_t = (log_t.scatter(1, target, _never(log_t)) - rest_t.unsqueeze(1)).exp()
     others = (q_t * (log_t - log_s)).sum(1) - (rest_t - rest_s)
-    return (alpha * binary + beta * others).sum() * (temperature**2 / max(student.shape[0], 1))
+    loss = ((alpha * binary + beta * others) * counted).sum()
+    return loss * (temperature**2 / counted.sum().clamp(min=1))
 
 
 def _in_two(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,13 +69,19 @@ def _never(log: Tensor) -> float:
     return torch.finfo(log.dtype).min / 2
 
 
-def _checked_target(target: Tensor, logits: Tensor) -> Tensor:
+def _check_options(alpha: float, beta: float, temperature: float) -> None:
+    number("dkd", "alpha", alpha, least=0)
+    number("dkd", "beta", beta, least=0)
+    number("dkd", "temperature", temperature, above=0)
+
+
+def _check_target(target: Tensor, logits: Tensor, ignore_index: int) -> None:
     if not isinstance(target, Tensor) or target.dtype != torch.int64:
         got = str(target.dtype) if isinstance(target, Tensor) else type(target).__name__
         raise TypeError(f"dkd: target must be an int64 tensor [B], got {got}")
     if target.shape != logits.shape[:1]:
         raise ValueError(f"dkd: target must be [{logits.shape[0]}], got {list(target.shape)}")
-    return target
+    check_labels("dkd", target, logits.shape[1], ignore_index)
 
 
 class DKD(Method):
@@ -80,9 +93,11 @@ class DKD(Method):
 
     def __init__(
         self, student_shapes: Shapes = (), teacher_shapes: Shapes = (), *, alpha: float = 1.0,
-        beta: float = 8.0, temperature: float = 4.0,
+        beta: float = 8.0, temperature: float = 4.0, ignore_index: int = -100,
     ) -> None:  # fmt: skip
         super().__init__(student_shapes, teacher_shapes)
+        _check_options(alpha, beta, temperature)
+        self.ignore_index = number("dkd", "ignore_index", ignore_index, whole=True, least=-math.inf)
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
 
     def forward(self, step: Step) -> Tensor:
@@ -91,5 +106,6 @@ class DKD(Method):
         )
         student, teacher = self.logits(step)
         return dkd(
-            student, teacher, target, alpha=self.alpha, beta=self.beta, temperature=self.temperature
-        )
+            student, teacher, target, alpha=self.alpha, beta=self.beta,
+            temperature=self.temperature, ignore_index=self.ignore_index,
+        )  # fmt: skip

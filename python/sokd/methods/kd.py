@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from sokd.methods.checks import logits_pair
+from sokd.methods.checks import logits_pair, number
 from sokd.methods.common import Method, Shapes, Step
 
 __all__ = ["KD", "kd"]
@@ -31,6 +31,7 @@ def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4
         the mean over the positions too, as in Liu et al., "Structured Knowledge Distillation for Dense
         Prediction" (arXiv 1903.04197, pixel-wise distillation, times T^2).
     """
+    number("kd", "temperature", temperature, above=0)
     student, teacher = logits_pair("kd", student_logits, teacher_logits)
     return softened_kl(student, teacher, temperature)
 
@@ -54,7 +55,7 @@ class KD(Method):
         self, student_shapes: Shapes = (), teacher_shapes: Shapes = (), *, temperature: float = 4.0
     ) -> None:
         super().__init__(student_shapes, teacher_shapes)
-        self.temperature = temperature
+        self.temperature = number("kd", "temperature", temperature, above=0)
 
     def forward(self, step: Step) -> Tensor:
         return kd(*self.logits(step), temperature=self.temperature)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sokd.methods.checks import logits_pair
+from sokd.methods.checks import logits_pair, number
 from sokd.methods.common import Method, Shapes, Step
 from sokd.methods.kd import softened_kl
 
@@ -39,6 +39,7 @@ def lskd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float =
     The deviation is the authors' code's, divided by K - 1. Settled here: logits equal over all classes count
     as a uniform prediction, with gradient 0 (a head may start at zero, where the formula's own is 1e7).
     """
+    number("lskd", "temperature", temperature, above=0)
     student, teacher = logits_pair("lskd", student_logits, teacher_logits)
     return softened_kl(_standardised(student), _standardised(teacher), temperature)
 
@@ -64,7 +65,7 @@ class LSKD(Method):
         self, student_shapes: Shapes = (), teacher_shapes: Shapes = (), *, temperature: float = 2.0
     ) -> None:
         super().__init__(student_shapes, teacher_shapes)
-        self.temperature = temperature
+        self.temperature = number("lskd", "temperature", temperature, above=0)
 
     def forward(self, step: Step) -> Tensor:
         return lskd(*self.logits(step), temperature=self.temperature)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sokd.kd.policy import fresh_seed
-from sokd.methods.checks import layer_pairs
+from sokd.methods.checks import layer_pairs, number
 from sokd.methods.common import Method, Shapes, Step, total
 from sokd.methods.fitnet import hint
 from sokd.ops import draw
@@ -59,9 +59,9 @@ class MGDLoss(nn.Module):
         if over not in _RATIO:
             raise ValueError(f"mgd: over must be one of {', '.join(_RATIO)}, got {over!r}")
         ratio = _RATIO[over] if ratio is None else ratio
-        if not 0 <= ratio < 1:
-            raise ValueError(f"mgd: ratio must be in [0, 1), got {ratio}")
-        self.ratio, self.over = ratio, over
+        number("mgd", "channels", channels, least=1, whole=True)
+        self.ratio: float = number("mgd", "ratio", ratio, least=0, below=1)
+        self.over = over
         self.generation = nn.Sequential(
             nn.Conv2d(channels, channels, 3, padding=1),
             nn.ReLU(inplace=True),

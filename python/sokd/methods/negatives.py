@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sokd.methods.checks import number
 from sokd.ops import draw
 from sokd.ops.distributed import place
 
@@ -30,10 +31,8 @@ class Negatives(nn.Module):
 
     def __init__(self, num_samples: int, count: int, labels: Tensor | None, seed: Tensor) -> None:
         super().__init__()
-        if num_samples < 2:
-            raise ValueError(f"crd: num_samples must be at least 2, got {num_samples}")
-        if count < 1:
-            raise ValueError(f"crd: negatives must be at least 1, got {count}")
+        number("crd", "num_samples", num_samples, least=2, whole=True)
+        number("crd", "negatives", count, least=1, whole=True)
         self.num_samples, self.count, self.labelled = num_samples, count, labels is not None
         self.register_buffer("seed", seed.clone())
         self.register_buffer("counter", torch.zeros(1, dtype=torch.int64))

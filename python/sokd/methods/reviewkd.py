@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sokd.methods.checks import layer_pairs
+from sokd.methods.checks import layer_pairs, number
 from sokd.methods.common import Maps, Method, Shapes, Step, Weights, masked, total, unmixed, wide
 
 __all__ = ["ReviewKD", "ReviewKDLoss", "hcl", "reviewkd"]
@@ -97,6 +97,13 @@ class ReviewKDLoss(nn.Module):
             rule = f"be as many as student_channels ({len(student_channels)}), at least one"
             raise ValueError(f"reviewkd: teacher_channels must {rule}, got {len(teacher_channels)}")
         hidden = min(512, student_channels[-1]) if hidden is None else hidden
+        for name, counts in (
+            ("student_channels", student_channels),
+            ("teacher_channels", teacher_channels),
+            ("hidden", [hidden]),
+        ):
+            for count in counts:
+                number("reviewkd", name, count, least=1, whole=True)
         deepest = len(student_channels) - 1
         self.fusions = nn.ModuleList(
             ABF(of_student, hidden, of_teacher, fuse=stage < deepest)
@@ -133,12 +140,15 @@ class ReviewKDLoss(nn.Module):
         fused: Tensor | None = None
         stages = list(zip(self.fusions, student, teacher, strict=True))
         for fusion, of_student, of_teacher in reversed(stages):
-            self._check_cells(of_student)
+            self._check(of_student, fusion.reduce[0].in_channels)
             output, fused = fusion(of_student, fused, of_teacher.shape[2:])
             outputs.insert(0, output)
         return outputs
 
-    def _check_cells(self, features: Tensor) -> None:
+    def _check(self, features: Tensor, channels: int) -> None:
+        if features.shape[1] != channels:
+            rule = f"have the {channels} channels of its stage (student_channels)"
+            raise ValueError(f"reviewkd: student must {rule}, got {list(features.shape)}")
         if self.training and features.shape[0] * features.shape[2] * features.shape[3] == 1:
             rule = "have more than one value a channel in training, for BatchNorm (drop_last=True in the "
             rule += "DataLoader)"

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sokd.methods.checks import layer_pairs
+from sokd.methods.checks import layer_pairs, number
 from sokd.methods.common import (
     Maps,
     Method,
@@ -56,8 +56,14 @@ def rkd(
     Memory: B^2 D and B^3 numbers. Settled here: two samples at one place have the direction 0 and do not
     count in the mean distance; their gradient is bounded.
     """
+    _check_options(distance, angle)
     pairs = layer_pairs("rkd", student, teacher, weight, embeddings=True)
     return total([_relations(*pair, distance, angle) for pair in pairs])
+
+
+def _check_options(distance: float, angle: float) -> None:
+    number("rkd", "distance", distance, least=0)
+    number("rkd", "angle", angle, least=0)
 
 
 def _relations(
@@ -104,6 +110,7 @@ class RKD(Method):
         angle: float = 50.0,
     ) -> None:  # fmt: skip
         super().__init__(student_shapes, teacher_shapes)
+        _check_options(distance, angle)
         self.distance, self.angle = distance, angle
 
     def forward(self, step: Step) -> Tensor:

@@ -15,23 +15,26 @@ from sokd import _core
 # reading it would abort the process: the release is compared before the import.
 PROVEN = ("2.13", "2.14", "2.15")
 
-_why_portable: str | None = None
+_why_not_tch: str | None = None
 
 
 def choose_reader() -> None:
-    """Select the reader "tch" where it is installed and proven on the running torch, else "portable"."""
-    global _why_portable
-    _core.select_reader("portable")
-    _why_portable = None
+    """Select "tch" where it is installed and proven on the running torch, else "dlpack" or "portable"."""
+    global _why_not_tch
+    try:
+        _core.select_reader("dlpack")
+    except ValueError:  # torch before 2.10
+        _core.select_reader("portable")
+    _why_not_tch = None
     if ".".join(torch.__version__.split(".")[:2]) not in PROVEN:
-        _why_portable = f"sokd_tch is proven on torch {', '.join(PROVEN)}"
+        _why_not_tch = f"sokd_tch is proven on torch {', '.join(PROVEN)}"
         return
     try:
         _core.use_tch_reader(import_module("sokd_tch").reader)
     except ModuleNotFoundError:
-        _why_portable = "sokd_tch is not installed"
+        _why_not_tch = "sokd_tch is not installed"
     except Exception as error:  # built for another Python or torch, or broken
-        _why_portable = f"sokd_tch does not load: {error}"
+        _why_not_tch = f"sokd_tch does not load: {error}"
 
 
 @cache
@@ -67,7 +70,7 @@ def nvrtc_names(release: str) -> list[str]:
 def describe() -> str:
     """The lines that `show_config` prints."""
     build = _core.build_info()
-    why = f" ({_why_portable})" if build["reader"] == "portable" and _why_portable else ""
+    why = f" ({_why_not_tch})" if _why_not_tch else ""
     rows = {
         "sokd": build["version"],
         "torch": torch.__version__,

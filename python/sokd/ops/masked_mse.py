@@ -20,6 +20,7 @@ from sokd.ops.runtime import (
     accumulator,
     apply,
     check_kind,
+    checked_by,
     has_kernel,
     is_eager,
     register,
@@ -213,10 +214,21 @@ def masked_mse(
     requires grad is refused. NaN propagates. On the CPU a negative weight is a ValueError. NumPy arrays give
     a NumPy array []. Source: method 3 [A: "elements"; settled here: "area"].
     """
-    return _masked_mse(student, teacher, weight, normalise=normalise, scale=1.0)
+    return scaled_mse(student, teacher, weight, normalise=normalise, scale=1.0)
 
 
-def _masked_mse(
+def _check(student: Any, teacher: Any, weight: Any, *, normalise: Any, **_: Any) -> None:
+    if not is_eager(student, teacher, weight):
+        return
+    check_kind("masked_mse", "student", student, teacher=teacher, weight=weight)
+    if not isinstance(normalise, str):
+        found = type(normalise).__name__
+        raise TypeError(f"masked_mse: normalise must be a string, got {found}")
+    _core.check_masked_mse(student, teacher, weight, normalise)
+
+
+@checked_by(_check)
+def scaled_mse(
     student: Tensor, teacher: Tensor, weight: Tensor | None, *, normalise: str, scale: float,
     mutual: bool = False,
 ) -> Tensor:  # fmt: skip
@@ -224,22 +236,19 @@ def _masked_mse(
 
     A factor inside the operator keeps the upstream gradient at one, and so saves a pass over the map.
     """
-    if is_eager(student, teacher, weight):
-        check_kind("masked_mse", "student", student, teacher=teacher, weight=weight)
-        if not isinstance(normalise, str):
-            raise TypeError(
-                f"masked_mse: normalise must be a string, got {type(normalise).__name__}"
-            )
-        _core.check_masked_mse(student, teacher, weight, normalise)
+    check_kind("masked_mse", "student", student, teacher=teacher, weight=weight)
     if isinstance(student, np.ndarray):
         return _masked_mse_numpy(student, teacher, weight, normalise, scale)
     _refuse_gradients(weight=weight, **({} if mutual else {"teacher": teacher}))
-    if not has_kernel(student):
+    served, half = has_kernel(student), student.dtype == torch.float16
+    if half or student.is_meta or not served:
+        _check(student, teacher, weight, normalise=normalise)
+    if not served:
         return reference.mutual_mse(student, teacher, weight, normalise=normalise, scale=scale)
     tracked = student.requires_grad or teacher.requires_grad or not is_eager(student)
     gradient = torch.is_grad_enabled() and tracked
     rest: float | Tensor = 1.0
-    if student.dtype == torch.float16:
+    if half:
         scale, rest = _split_scale(student, weight, normalise, scale)
         normalise = "elements"
     loss: Tensor = apply(_MaskedMse, student, teacher, weight, normalise, scale, gradient)[0]

@@ -21,6 +21,7 @@ from sokd.ops.runtime import (
     accumulator,
     apply,
     check_kind,
+    checked_by,
     has_kernel,
     is_eager,
     register,
@@ -28,9 +29,9 @@ from sokd.ops.runtime import (
     second_derivative,
     split_seed,
 )
-from sokd.reference import Plan, layout_of
+from sokd.reference import Plan, Plans, layout_of
 
-__all__ = ["Plan", "refine", "refine_dots"]
+__all__ = ["Plan", "Plans", "refine", "refine_dots"]
 
 _Part = Tensor | None
 _PARTS = "Tensor? theta, Tensor? hole, Tensor? sigma, Tensor? perm, Tensor? keep, Tensor? seed_tensor, int seed"
@@ -165,6 +166,23 @@ class _RefineBackward(torch.autograd.Function):
         return (*second_derivative(value, upstream, inputs, ctx.wanted, incoming), *[None] * 6)
 
 
+def _check(
+    features: Any, theta: Any = None, *, hole: Any = None, sigma: Any = None, perm: Any = None,
+    keep: Any = None, seed: Any = 0, straight: Any = None,
+) -> None:  # fmt: skip
+    number, seed_tensor = split_seed("refine", seed, features)
+    plan = (theta, hole, sigma, perm, keep, seed_tensor, number)
+    if is_eager(features, straight, *plan):
+        _check_kinds(features, theta, hole, sigma, perm, keep, straight)
+        _core.check_refine(features, plan, straight)
+
+
+def _check_kinds(features: Any, *parts: Any) -> None:
+    names = ("theta", "hole", "sigma", "perm", "keep", "straight")
+    check_kind("refine", "features", features, **dict(zip(names, parts, strict=True)))
+
+
+@checked_by(_check)
 def refine(
     features: Tensor, theta: Tensor | None = None, *, hole: Tensor | None = None,
     sigma: Tensor | None = None, perm: Tensor | None = None, keep: Tensor | None = None,
@@ -192,36 +210,40 @@ def refine(
     are a ValueError. NumPy arrays give a NumPy array. Source: method 2.3, settled here.
     """
     number, seed_tensor = split_seed("refine", seed, features)
-    plan = (theta, hole, sigma, perm, keep, seed_tensor, number)
-    if is_eager(features, straight, *plan):
-        parts = {"theta": theta, "hole": hole, "sigma": sigma, "perm": perm, "keep": keep}
-        check_kind("refine", "features", features, **parts, straight=straight)
-        _core.check_refine(features, plan, straight)
+    _check_kinds(features, theta, hole, sigma, perm, keep, straight)
     if isinstance(features, np.ndarray):
         refined: Any = np.empty(features.shape, features.dtype)
+        plan = (theta, hole, sigma, perm, keep, None, number)
         _core.refine_forward(refined, features, plan, resources(features))
         return refined
-    if not has_kernel(features):
-        return reference.refine(
-            features,
-            theta,
-            hole=hole,
-            sigma=sigma,
-            perm=perm,
-            keep=keep,
-            seed=seed,
-            straight=straight,
-        )
+    parts = {"hole": hole, "sigma": sigma, "perm": perm, "keep": keep, "straight": straight}
+    served = has_kernel(features)
+    if straight is not None or features.is_meta or not served:
+        _check(features, theta, seed=seed, **parts)
+    if not served:
+        return reference.refine(features, theta, seed=seed, **parts)
     inputs = (features, theta, sigma, straight, hole, perm, keep, seed_tensor, number)
     return apply(_Refine, *inputs)  # type: ignore[no-any-return]
 
 
-def refine_dots(features: Tensor, upstream: Tensor, plans: Plan | Mapping[str, Any]) -> Tensor:
+def _check_dots(features: Any, upstream: Any, plans: Any) -> None:
+    plan = Plans.of(plans)
+    number, seed_tensor = split_seed("refine_dots", plan.seed, features)
+    raw = (*plan[:5], seed_tensor, number)
+    if is_eager(features, upstream, *raw):
+        check_kind("refine_dots", "features", features, upstream=upstream, **plan.parts())
+        _core.check_refine_dots(features, upstream, raw)
+
+
+@checked_by(_check_dots)
+def refine_dots(
+    features: Tensor, upstream: Tensor, plans: Plans | Plan | Mapping[str, Any]
+) -> Tensor:
     """<upstream, refine(features; plan_v)> for V plans, in one pass over memory.
 
     Args:
         features, upstream: [B, C, H, W], one shape and dtype.
-        plans: a `Plan`, or a mapping of its names: theta [V, G, 2, 3], hole [V, G, 4], sigma [V, G], perm and
+        plans: `Plans`, or a mapping of its names: theta [V, G, 2, 3], hole [V, G, 4], sigma [V, G], perm and
             keep [V, G, C], each optional but not all of them; seed one int or int64 tensor [1] for all plans.
 
     Returns:
@@ -230,19 +252,20 @@ def refine_dots(features: Tensor, upstream: Tensor, plans: Plan | Mapping[str, A
     These are gradients already (of the gates and the choice of a sub-policy), so no gradient flows through:
     inputs that require grad are refused while grad mode is on. Source: method 2.4.
     """
-    plan = Plan.of(plans)
+    plan = Plans.of(plans)
     parts = plan.parts()
     number, seed_tensor = split_seed("refine_dots", plan.seed, features)
     raw = (*plan[:5], seed_tensor, number)
-    if is_eager(features, upstream, *raw):
-        check_kind("refine_dots", "features", features, upstream=upstream, **parts)
-        _core.check_refine_dots(features, upstream, raw)
+    check_kind("refine_dots", "features", features, upstream=upstream, **parts)
     if isinstance(features, np.ndarray):
         dots: Any = np.empty(_count(parts), accumulator(features.dtype))
         _core.refine_dots(dots, features, upstream, raw, resources(features))
         return dots
     _refuse_gradients({"features": features, "upstream": upstream, **parts})
-    if not has_kernel(features):
+    served = has_kernel(features)
+    if features.is_meta or not served:
+        _check_dots(features, upstream, plan)
+    if not served:
         return reference.refine_dots(features, upstream, plan)
     return _dots(features, upstream, *raw, _count(parts))  # type: ignore[no-any-return]
 

@@ -18,6 +18,9 @@ from sokd.ops.config import why_no_cuda
 
 _P, _R = ParamSpec("_P"), TypeVar("_R")
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
 LIBRARY = torch.library.Library("sokd", "DEF")  # type: ignore[no-untyped-call]
 
 # Devices whose kernels are in `_core`, and PyTorch's dispatch key for them. Another device plugs in here: the
@@ -63,10 +66,20 @@ def _looped(op: Any) -> Callable[..., Any]:
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """`function.apply(*args)`; a compiler finds plain numbers among the arguments."""
+    """`function.apply(*args)`, in the form that every compiler traces.
+
+    A compiler finds plain numbers among the arguments; and where no gradient is wanted `forward` itself,
+    because that of torch 2.5 to 2.7 passes a context to it.
+    """
     if torch.compiler.is_compiling():
         args = tuple(torch_internals.without_symbols(args))
+        if not (torch.is_grad_enabled() and any(map(_requires_grad, args))):
+            return function.forward(*args)
     return function.apply(*args)  # type: ignore[no-untyped-call]
+
+
+def _requires_grad(arg: object) -> bool:
+    return isinstance(arg, Tensor) and arg.requires_grad
 
 
 def is_eager(*subjects: object) -> bool:
@@ -139,7 +152,7 @@ def has_kernel(tensor: Tensor) -> bool:
         why = f" ({too_old or why_no_cuda()})" if device == "cuda" else ""
         serves = "the plain PyTorch path (sokd.reference) serves"
         text = f"sokd: no kernels for {device} in this build{why}, {serves}"
-        warnings.warn(text, stacklevel=3)
+        warnings.warn(text, stacklevel=4)
     return False
 
 
@@ -204,6 +217,32 @@ def check_device(op: str, name: str, tensor: Tensor, of: str, other: Any) -> Non
         raise ValueError(
             f"{op}: {name} must be on the device of {of}, {other.device}, got {tensor.device}"
         )
+
+
+def checked_by(check: Callable[..., None]) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Let `check` word the errors of an operator, with the operator's arguments and only after it has failed.
+
+    The kernels check their own arguments; a check before each call would read every tensor's metadata twice.
+    """
+
+    def wrap(operator: Callable[_P, _R]) -> Callable[_P, _R]:
+        @wraps(operator)
+        def call(*args: _P.args, **options: _P.kwargs) -> _R:
+            if torch.compiler.is_compiling():
+                return operator(*args, **options)
+            try:
+                return operator(*args, **options)
+            except Exception as error:
+                failure = error
+            try:
+                check(*args, **options)
+                raise failure
+            finally:
+                del failure  # its traceback holds this frame
+
+        return call
+
+    return wrap
 
 
 def check_kind(op: str, of: str, first: Any, **others: Any) -> None:

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+RELEASE = tuple(int(part) for part in torch.__version__.split(".")[:2])
+TRACES_GUARDS = RELEASE >= (2, 8)
+
 
 def _find(name: str, fallback: Callable[..., Any]) -> Callable[..., Any]:
     try:
@@ -59,15 +62,15 @@ negative_view: Callable[[Tensor], Tensor] = _find("_neg_view", lambda tensor: -t
 
 
 def without_symbols(args: Sequence[Any]) -> list[Any]:
-    """For use while compiling: numbers that `dynamic=True` made symbols, as plain numbers.
+    """For use while compiling: the numbers that `dynamic=True` made symbols, as plain numbers.
 
-    A symbol that two autograd functions share breaks the graph. `guard_scalar` is traced since 2.8. Without: the
-    arguments as they are.
+    A symbol that two autograd functions share breaks the graph. A compiler traces `guard_scalar` since 2.8.
+    Without: the arguments as they are.
     """
-    try:
-        from torch.fx.experimental.symbolic_shapes import guard_scalar
-    except ImportError:
+    if not TRACES_GUARDS:
         return list(args)
+    from torch.fx.experimental.symbolic_shapes import guard_scalar
+
     return [guard_scalar(arg) if isinstance(arg, (int, float)) else arg for arg in args]
 
 

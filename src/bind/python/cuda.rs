@@ -1,8 +1,8 @@
-//! What Python asks of CUDA: open it, describe it, warm it up. Builds without the feature `cuda` answer that they have none.
+//! The CUDA functions of `_core`: open, describe, warm up. Builds without the feature `cuda` raise NotImplementedError.
 
 use super::{read_all, released, Object, Resources};
 use crate::bind::read::raise;
-use crate::ops::masked_mse;
+use crate::ops::{self, masked_mse};
 use crate::tensor::Error;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -30,7 +30,7 @@ fn absent<T>(op: &'static str) -> PyResult<T> {
 /// Opens the driver and the first NVRTC of these names or paths; an exception says what is missing.
 #[pyfunction]
 #[allow(unused_variables)]
-pub fn cuda_open(nvrtc: Vec<String>) -> PyResult<()> {
+pub(crate) fn cuda_open(nvrtc: Vec<String>) -> PyResult<()> {
     #[cfg(feature = "cuda")]
     return cuda::open(&nvrtc, empty_cache).map(|_| ()).map_err(failed("cuda_open"));
     #[cfg(not(feature = "cuda"))]
@@ -46,7 +46,7 @@ fn empty_cache() {
 /// Why no kernel can run on this device; None: they do.
 #[pyfunction]
 #[allow(unused_variables)]
-pub fn cuda_why_not(py: Python<'_>, device: usize) -> PyResult<Option<String>> {
+pub(crate) fn cuda_why_not(py: Python<'_>, device: usize) -> PyResult<Option<String>> {
     #[cfg(feature = "cuda")]
     return py.detach(|| cuda::why_not("cuda_why_not", device)).map_err(raise);
     #[cfg(not(feature = "cuda"))]
@@ -55,7 +55,7 @@ pub fn cuda_why_not(py: Python<'_>, device: usize) -> PyResult<Option<String>> {
 
 /// Versions, the cache's folder, and how many translation units were compiled or came from there.
 #[pyfunction]
-pub fn cuda_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+pub(crate) fn cuda_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     #[cfg(feature = "cuda")]
     {
         let (found, info) = (cuda::info("cuda_info").map_err(raise)?, PyDict::new(py));
@@ -78,7 +78,7 @@ pub fn cuda_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
 #[pyfunction]
 #[pyo3(signature = (device, dtypes, layouts, threads, stream=0))]
 #[allow(unused_variables)]
-pub fn cuda_warmup(
+pub(crate) fn cuda_warmup(
     py: Python<'_>,
     device: usize,
     dtypes: Vec<String>,
@@ -94,7 +94,8 @@ pub fn cuda_warmup(
             |name: &String| if name == "channels_last" { Order::Lanes } else { Order::Planes };
         let orders: Vec<_> = layouts.iter().map(order).collect();
         let run = Run { threads, stream, allocate: None };
-        py.detach(|| cuda::warmup("warmup", device, &dtypes, &orders, run)).map_err(raise)
+        py.detach(|| cuda::warmup("warmup", device, &ops::KERNELS, &dtypes, &orders, run))
+            .map_err(raise)
     }
     #[cfg(not(feature = "cuda"))]
     absent("warmup")
@@ -102,7 +103,7 @@ pub fn cuda_warmup(
 
 /// gradient *= upstream, in place, on a CUDA device.
 #[pyfunction]
-pub fn masked_mse_scale(
+pub(crate) fn masked_mse_scale(
     py: Python,
     gradient: Object,
     upstream: Object,

@@ -7,7 +7,7 @@ use numpy::{PyArrayDescrMethods, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 
 /// `None` when the object is no NumPy array.
-pub fn read(
+pub(crate) fn read(
     op: &'static str,
     argument: &str,
     object: &Bound<'_, PyAny>,

@@ -34,7 +34,7 @@ impl Torch {
 }
 
 /// `None` when the object is no torch tensor.
-pub fn read(
+pub(crate) fn read(
     op: &'static str,
     argument: &str,
     object: &Bound<'_, PyAny>,

@@ -9,7 +9,6 @@ use pyo3::ffi::PyObject as RawObject;
 use pyo3::prelude::*;
 use pyo3::types::PyCapsule;
 use std::ffi::{c_int, c_void, CStr};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::OnceLock;
 
 /// The version of [`View`] that this build reads.
@@ -34,33 +33,14 @@ struct View {
 type Read = unsafe extern "C" fn(*mut RawObject, *mut View) -> c_int;
 
 static READ: OnceLock<Read> = OnceLock::new();
-static USE_TCH: AtomicBool = AtomicBool::new(false);
 
-/// Whether sokd_tch has handed its reader over.
-pub fn has_tch() -> bool {
+/// Whether sokd_tch has handed its function over.
+pub(crate) fn is_available() -> bool {
     READ.get().is_some()
 }
 
-/// Chooses the reader for torch tensors; false where it is unknown or absent.
-pub fn select(name: &str) -> bool {
-    let known = name == "portable" || (name == "tch" && has_tch());
-    if known {
-        USE_TCH.store(name == "tch", Ordering::Relaxed);
-    }
-    known
-}
-
-/// The reader in use for torch tensors.
-pub fn selected() -> &'static str {
-    if USE_TCH.load(Ordering::Relaxed) {
-        "tch"
-    } else {
-        "portable"
-    }
-}
-
-/// Takes the capsule `sokd_tch.reader` and selects its function.
-pub fn use_tch(reader: &Bound<'_, PyAny>) -> PyResult<()> {
+/// Takes the function from the capsule `sokd_tch.reader`.
+pub(crate) fn open(reader: &Bound<'_, PyAny>) -> PyResult<()> {
     let refuse = |rule: String, got: String| {
         Err(raise(Error::of_value("use_tch_reader", "reader", rule, got)))
     };
@@ -78,16 +58,12 @@ pub fn use_tch(reader: &Bound<'_, PyAny>) -> PyResult<()> {
         return refuse(format!("fill version {VERSION} of the view"), got);
     }
     let _ = READ.set(read);
-    USE_TCH.store(true, Ordering::Relaxed);
     Ok(())
 }
 
-/// `None` where this reader is not in use, or the object is left to the next one: what is no tensor, not strided, on a device
-/// without kernels or of another dtype. The next one reads it or words the error.
-pub fn read(object: &Bound<'_, PyAny>) -> Option<TensorView> {
-    if !USE_TCH.load(Ordering::Relaxed) {
-        return None;
-    }
+/// `None` where the object is left to the next reader: not a tensor, not strided, on a device without kernels or of a dtype that
+/// sokd does not read. The next one reads it or words the error.
+pub(crate) fn read(object: &Bound<'_, PyAny>) -> Option<TensorView> {
     let (read, mut view) = (READ.get()?, View::empty());
     // SAFETY: the GIL and the object are held; the version of the view was checked.
     if unsafe { read(object.as_ptr(), &mut view) } != 0 {

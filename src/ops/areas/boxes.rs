@@ -1,7 +1,7 @@
 //! From peaks to boxes, and from boxes to coverage.
 
 use super::peaks::Peak;
-use super::Args;
+use super::{Args, Outputs};
 use crate::simd::{Element, Real};
 use crate::tensor::TensorView;
 
@@ -28,7 +28,7 @@ impl<T: Element> Pair<T> {
 }
 
 /// The maps that boxes come from, and where all results go.
-pub(crate) struct Outputs<T: Element> {
+pub(super) struct BoxWriter<T: Element> {
     /// size and offset
     student: [Pair<T>; 2],
     teacher: Option<[Pair<T>; 2]>,
@@ -41,17 +41,17 @@ pub(crate) struct Outputs<T: Element> {
 }
 
 // SAFETY: the maps are only read; the outputs of an image are written by the one thread that has it.
-unsafe impl<T: Element> Sync for Outputs<T> {}
+unsafe impl<T: Element> Sync for BoxWriter<T> {}
 
-impl<T: Element> Outputs<T> {
+impl<T: Element> BoxWriter<T> {
     /// Of a checked call.
-    pub(crate) fn new(args: &Args) -> Self {
+    pub(crate) fn new(args: &Args, outputs: &Outputs) -> Self {
         Self {
             student: [Pair::new(args.size), Pair::new(args.offset)],
             teacher: args.teacher.map(|[_, size, offset]| [Pair::new(size), Pair::new(offset)]),
-            coverage: args.coverage.as_ptr(),
-            boxes: args.boxes.as_ptr(),
-            scores: args.scores.as_ptr(),
+            coverage: outputs.coverage.as_ptr(),
+            boxes: outputs.boxes.as_ptr(),
+            scores: outputs.scores.as_ptr(),
             k: args.k as usize,
             height: args.heat.sizes()[2],
             width: args.heat.sizes()[3],

@@ -1,15 +1,16 @@
-//! The heat of an image as its cells lie in memory, whatever the strides: rows of equal steps, cut into blocks.
+//! The heat of an image in the order of memory, whatever the strides: rows of equal steps, split into tiles.
 
 use super::larger;
-use crate::simd::{tile, Element, Real, Simd, Vector, LANES};
+use crate::simd::tile::prefetch_line;
+use crate::simd::{Element, Real, Simd, Vector, LANES};
 use crate::tensor::TensorView;
 use std::cmp::Reverse;
 
-/// Cells that are asked for before they are needed.
+/// How many cells ahead the prefetch is.
 const AHEAD: isize = 512;
 
-/// Most cells that share one maximum.
-const BLOCK: usize = 128;
+/// Most cells of a tile; a tile has one maximum.
+const TILE: usize = 128;
 
 /// One of the dimensions A, H, W: its length and what a step means.
 #[derive(Clone, Copy, Debug)]
@@ -28,7 +29,7 @@ impl Dim {
     }
 }
 
-/// The heat maps, and their cells in the order of memory: rows of `dims[2]`, cut into blocks.
+/// The heat maps, and their cells in the order of memory: rows of `dims[2]`, split into tiles.
 pub(crate) struct Heat<T> {
     bases: [*const T; 2],
     mutual: bool,
@@ -69,9 +70,9 @@ impl<T: Element> Heat<T> {
         self.axes.iter().map(|axis| axis.size).product()
     }
 
-    /// Blocks of an image.
-    pub(crate) fn blocks(&self) -> usize {
-        self.dims[0].size * self.dims[1].size * self.dims[2].size.div_ceil(BLOCK)
+    /// Tiles of an image.
+    pub(crate) fn tiles(&self) -> usize {
+        self.dims[0].size * self.dims[1].size * self.dims[2].size.div_ceil(TILE)
     }
 
     /// One image.
@@ -102,7 +103,7 @@ fn in_memory_order(mut axes: [Dim; 3]) -> [Dim; 3] {
 
 /// A run of cells at one step of memory.
 #[derive(Clone, Copy)]
-pub(crate) struct Block {
+pub(crate) struct Tile {
     offsets: [isize; 2],
     /// How many.
     pub length: usize,
@@ -117,12 +118,12 @@ pub(crate) struct Image<'a, T> {
 }
 
 impl<T: Element> Image<'_, T> {
-    /// Where a block lies.
+    /// A tile by its number.
     #[inline(always)]
-    pub(crate) fn block(&self, index: usize) -> Block {
+    pub(crate) fn tile(&self, index: usize) -> Tile {
         let [outer, inner, run] = self.heat.dims;
-        let per_row = run.size.div_ceil(BLOCK);
-        let (row, first) = (index / per_row, index % per_row * BLOCK);
+        let per_row = run.size.div_ceil(TILE);
+        let (row, first) = (index / per_row, index % per_row * TILE);
         let at = [row / inner.size, row % inner.size, first];
         let step = |t: usize| {
             at[0] as isize * outer.steps[t]
@@ -130,26 +131,26 @@ impl<T: Element> Image<'_, T> {
                 + at[2] as isize * run.steps[t]
         };
         let flat = at[0] * outer.flat + at[1] * inner.flat + at[2] * run.flat;
-        Block { offsets: [step(0), step(1)], length: BLOCK.min(run.size - first), flat }
+        Tile { offsets: [step(0), step(1)], length: TILE.min(run.size - first), flat }
     }
 
-    /// The maximum over a block, NaN left out. Of products it is taken before the root, which keeps the order.
+    /// The maximum over a tile without NaN. For products it is taken before the root, which keeps the order.
     #[inline(always)]
     pub(crate) fn bound<S: Simd>(&self, simd: S, index: usize) -> T::Acc {
-        let block = self.block(index);
+        let tile = self.tile(index);
         let lowest = T::Acc::of(f64::NEG_INFINITY);
         let cells = |t: usize, i: usize| {
-            let at = self.at(&block, t, i);
-            tile::hint(at.wrapping_offset(AHEAD));
-            // SAFETY: asked for below only where LANES consecutive cells of the block begin at i.
+            let at = self.at(&tile, t, i);
+            prefetch_line(at.wrapping_offset(AHEAD));
+            // SAFETY: called below only where LANES consecutive cells of the tile begin at i.
             unsafe { consecutive::<T, S>(simd, at) }
         };
-        let most = match (self.dense() && block.length >= LANES, self.heat.mutual) {
+        let most = match (self.dense() && tile.length >= LANES, self.heat.mutual) {
             (true, true) => {
-                most::<T::Acc, S>(simd, block.length, |i| cells(0, i).times(cells(1, i)))
+                most::<T::Acc, S>(simd, tile.length, |i| cells(0, i).times(cells(1, i)))
             }
-            (true, false) => most::<T::Acc, S>(simd, block.length, |i| cells(0, i)),
-            (false, _) => most::<T::Acc, S>(simd, block.length, |i| self.row(simd, &block, i)),
+            (true, false) => most::<T::Acc, S>(simd, tile.length, |i| cells(0, i)),
+            (false, _) => most::<T::Acc, S>(simd, tile.length, |i| self.row(simd, &tile, i)),
         };
         let mut lanes = [lowest; LANES];
         most.store(&mut lanes);
@@ -158,22 +159,22 @@ impl<T: Element> Image<'_, T> {
                 lanes[l] = larger(lanes[l + half], lanes[l]);
             }
         }
-        // The root of a negative product is NaN: such a block has no peak.
+        // The root of a negative product is NaN: such a tile has no peak.
         larger(self.score(lanes[0]), lowest)
     }
 
-    /// The scores of LANES cells of a block; NaN past its end.
+    /// The scores of LANES cells of a tile; NaN past its end.
     #[inline(always)]
-    pub(crate) fn scores<S: Simd>(&self, simd: S, block: &Block, from: usize) -> [T::Acc; LANES] {
+    pub(crate) fn scores<S: Simd>(&self, simd: S, tile: &Tile, from: usize) -> [T::Acc; LANES] {
         let mut lanes = [T::Acc::default(); LANES];
-        self.row(simd, block, from).store(&mut lanes);
+        self.row(simd, tile, from).store(&mut lanes);
         lanes.map(|value| self.score(value))
     }
 
-    /// The flat index of a block's cell.
+    /// The flat index of a tile's cell.
     #[inline(always)]
-    pub(crate) fn flat(&self, block: &Block, i: usize) -> usize {
-        block.flat + i * self.heat.dims[2].flat
+    pub(crate) fn flat(&self, tile: &Tile, i: usize) -> usize {
+        tile.flat + i * self.heat.dims[2].flat
     }
 
     /// Whether no neighbour of this cell is greater than its score, or NaN.
@@ -201,32 +202,32 @@ impl<T: Element> Image<'_, T> {
         })
     }
 
-    /// LANES cells of a block, before the root; NaN past its end.
+    /// LANES cells of a tile, before the root; NaN past its end.
     #[inline(always)]
-    fn row<S: Simd>(&self, simd: S, block: &Block, from: usize) -> <T::Acc as Real>::Vector<S> {
-        let at = |t: usize, i: usize| self.at(block, t, from + i);
-        if self.dense() && from + LANES <= block.length {
-            // SAFETY: LANES consecutive cells of the block, in both maps.
+    fn row<S: Simd>(&self, simd: S, tile: &Tile, from: usize) -> <T::Acc as Real>::Vector<S> {
+        let at = |t: usize, i: usize| self.at(tile, t, from + i);
+        if self.dense() && from + LANES <= tile.length {
+            // SAFETY: LANES consecutive cells of the tile, in both maps.
             let [own, other] = [0, 1].map(|t| unsafe { consecutive::<T, S>(simd, at(t, 0)) });
             return if self.heat.mutual { own.times(other) } else { own };
         }
-        simd.load(&std::array::from_fn(|i| match from + i < block.length {
-            // SAFETY: a cell of the block.
+        simd.load(&std::array::from_fn(|i| match from + i < tile.length {
+            // SAFETY: a cell of the tile.
             true => unsafe { self.value(at(0, i), at(1, i)) },
             false => T::Acc::of(f64::NAN),
         }))
     }
 
-    /// Whether the cells of a block follow one another in both maps.
+    /// Whether the cells of a tile follow one another in both maps.
     #[inline(always)]
     fn dense(&self) -> bool {
         self.heat.dims[2].steps == [1, 1]
     }
 
-    /// Where a cell of a block lies in map `t`.
+    /// Where a cell of a tile lies in map `t`.
     #[inline(always)]
-    fn at(&self, block: &Block, t: usize, i: usize) -> *const T {
-        self.bases[t].wrapping_offset(block.offsets[t] + i as isize * self.heat.dims[2].steps[t])
+    fn at(&self, tile: &Tile, t: usize, i: usize) -> *const T {
+        self.bases[t].wrapping_offset(tile.offsets[t] + i as isize * self.heat.dims[2].steps[t])
     }
 
     /// One cell, before the root.
@@ -259,7 +260,7 @@ fn most<A: Real, S: Simd>(
     row: impl Fn(usize) -> A::Vector<S>,
 ) -> A::Vector<S> {
     let mut most = simd.splat(A::of(f64::NEG_INFINITY));
-    // A cell counted twice changes no maximum: the last row ends where the block does.
+    // A cell counted twice changes no maximum: the last row ends where the tile does.
     let last = length.saturating_sub(LANES);
     for i in (0..length).step_by(LANES) {
         most = row(i.min(last)).larger(most);

@@ -1,9 +1,9 @@
 //! The k best peaks of an image, with hardly more than one reading of its heat.
 //!
-//! Every block of cells has its maximum. A peak that counts lies in a block whose maximum is not below the k-th best peak, so with a
-//! good guess of that, only few blocks are looked at again; with a bad one, a lower one is tried.
+//! Every tile of cells has its maximum. The k best peaks lie in tiles whose maximum is not below the k-th best peak, so with a good
+//! guess of that score few tiles are read again; after a bad guess, a lower one is tried.
 
-use super::heat::{Block, Image};
+use super::heat::{Image, Tile};
 use super::larger;
 use crate::simd::{Element, Real, Simd, LANES};
 use std::cmp::Ordering;
@@ -36,7 +36,7 @@ impl<A: Real> PartialOrd for Peak<A> {
 }
 
 impl<T: Element> Image<'_, T> {
-    /// The k best peaks, best first, by the maxima of all blocks.
+    /// The k best peaks, best first, by the maxima of all tiles.
     #[inline(always)]
     pub(crate) fn best<S: Simd>(&self, simd: S, bounds: &[T::Acc], k: usize) -> Vec<Peak<T::Acc>> {
         let (mut cutoff, mut rank) = (guess(bounds, k), 4 * k);
@@ -62,7 +62,7 @@ impl<T: Element> Image<'_, T> {
         let mut best = BinaryHeap::with_capacity(k + 1);
         for (i, bound) in bounds.iter().enumerate() {
             if *bound >= cutoff {
-                self.gather(simd, &self.block(i), *bound, cutoff, k, &mut best);
+                self.gather(simd, &self.tile(i), *bound, cutoff, k, &mut best);
             }
         }
         best
@@ -72,7 +72,7 @@ impl<T: Element> Image<'_, T> {
     fn gather<S: Simd>(
         &self,
         simd: S,
-        block: &Block,
+        tile: &Tile,
         bound: T::Acc,
         cutoff: T::Acc,
         k: usize,
@@ -81,17 +81,17 @@ impl<T: Element> Image<'_, T> {
         let hopeless = |peak: Peak<T::Acc>, best: &BinaryHeap<Peak<T::Acc>>| {
             best.len() == k && best.peek().is_some_and(|worst| peak >= *worst)
         };
-        if hopeless(Peak { score: bound, flat: block.flat }, best) {
+        if hopeless(Peak { score: bound, flat: tile.flat }, best) {
             return;
         }
-        for i in (0..block.length).step_by(LANES) {
-            let scores = self.scores(simd, block, i);
+        for i in (0..tile.length).step_by(LANES) {
+            let scores = self.scores(simd, tile, i);
             let least = best.peek().filter(|_| best.len() == k).map_or(cutoff, |worst| worst.score);
             if !scores.iter().fold(false, |any, score| any | (*score >= least)) {
                 continue;
             }
             for (l, score) in scores.into_iter().enumerate() {
-                let peak = Peak { score, flat: self.flat(block, i + l) };
+                let peak = Peak { score, flat: self.flat(tile, i + l) };
                 if score >= least && !hopeless(peak, best) && self.is_peak(peak.flat, score) {
                     best.push(peak);
                     if best.len() > k {
@@ -107,7 +107,7 @@ fn lowest<A: Real>() -> A {
     A::of(f64::NEG_INFINITY)
 }
 
-/// A score that most likely k peaks reach, and few other cells: of 2k or more groups of blocks, the 3/2 k-th best maximum.
+/// A score that most likely k peaks reach, and few other cells: of 2k or more groups of tiles, the 3/2 k-th best maximum.
 #[inline(always)]
 fn guess<A: Real>(bounds: &[A], k: usize) -> A {
     let groups = (2 * k).next_multiple_of(LANES);

@@ -1,21 +1,21 @@
-//! The weights `[B, H, W]` as the kernel wants them: one after the other, in what is computed in, summed and checked.
+//! The weights `[B, H, W]` for the kernel: contiguous, in the accumulator dtype, summed and checked.
 
 use super::CHECK;
 use crate::parallel;
-use crate::simd::{self, Bf16, Element, Real, Simd, WithSimd, F16, LANES};
+use crate::simd::{self, by_dtype, Element, Real, Simd, WithSimd, LANES};
 use crate::tensor::{DType, Result, TensorView};
 use std::slice;
 
-/// Weights that one thread sums at a time.
+/// Weights of a chunk.
 const CHUNK: usize = 1 << 16;
 
-/// The weights `[B * H * W]`: where they lie, if they lie so already, else copied.
+/// The weights `[B * H * W]`: a view where possible, else a copy.
 pub(crate) enum Weights<'a, A> {
     /// 1 everywhere.
     Ones,
     /// The caller's memory.
     Borrowed(&'a [A]),
-    /// Converted, or brought together.
+    /// Converted or gathered.
     Copied(Vec<A>),
 }
 
@@ -34,15 +34,8 @@ impl<'a, A: Real> Weights<'a, A> {
             // SAFETY: contiguous, of the dtype A, not empty.
             Self::Borrowed(unsafe { slice::from_raw_parts(view.as_ptr::<A>(), view.numel()) })
         } else {
-            // SAFETY: the caller's promise; each arm has the view's dtype.
-            Self::Copied(unsafe {
-                match view.dtype {
-                    DType::F64 => copied::<f64, A>(view),
-                    DType::F16 => copied::<F16, A>(view),
-                    DType::BF16 => copied::<Bf16, A>(view),
-                    _ => copied::<f32, A>(view),
-                }
-            })
+            // SAFETY: the caller's promise; T is the view's dtype.
+            Self::Copied(by_dtype!(view.dtype, T => unsafe { copied::<T, A>(view) }))
         };
         let sum = total(weights.slice().unwrap_or(&[]), view.dtype, threads)?;
         Ok((weights, sum))
@@ -77,8 +70,8 @@ unsafe fn copied<W: Element, A: Real>(view: &TensorView) -> Vec<A> {
 
 /// The sum, in an order that depends on the number alone; refuses the first weight below zero.
 fn total<A: Real>(all: &[A], dtype: DType, threads: usize) -> Result<f64> {
-    let piece = |i: usize| simd::run(Total(&all[i * CHUNK..all.len().min((i + 1) * CHUNK)]));
-    let sums = parallel::map(threads, all.len().div_ceil(CHUNK), piece);
+    let chunk = |i: usize| simd::run(Total(&all[i * CHUNK..all.len().min((i + 1) * CHUNK)]));
+    let sums = parallel::map(threads, all.len().div_ceil(CHUNK), chunk);
     if sums.iter().all(|(_, fine)| *fine) {
         return Ok(sums.iter().map(|(sum, _)| sum).sum());
     }

@@ -1,14 +1,13 @@
-//! Sampling without tiles, where all channels of a position lie side by side: each corner is a run of memory, read where it is.
+//! Sampling without tiles, where all channels of a position lie side by side: each corner is a run of memory, read in place.
 
-use super::plan::{Corners, Group, Hole};
-use super::Shape;
+use super::plan::{Corners, Hole, SamplePlan, Shape};
 use crate::simd::tile::Layout;
 use crate::simd::{Element, Real, Simd, Vector, WithSimd, LANES};
 use std::ops::Range;
 
-/// Whether a sample can be done so: what is computed in lies in memory, and nothing mixes, changes or drops single channels.
+/// Whether a sample allows it: memory has the accumulator dtype, and the plan mixes, changes or drops no single channel.
 pub(super) fn fits<T: Element>(
-    group: &Group,
+    group: &SamplePlan,
     source: &Layout,
     target: &Layout,
     shape: Shape,
@@ -41,7 +40,7 @@ impl<T: Element> WithSimd for Direct<'_, T> {
         let zeros = vec![T::Acc::default(); if self.table.is_some() { channels } else { 0 }];
         for p in self.positions.clone() {
             let target = self.target.wrapping_offset(p as isize * self.steps[1]).cast::<T::Acc>();
-            // SAFETY: a position of the target, of which all channels are this task's own.
+            // SAFETY: a position of the target, of which all channels belong to this chunk.
             let target = unsafe { std::slice::from_raw_parts_mut(target, channels) };
             match self.table {
                 None => target.copy_from_slice(self.corner(p, &zeros)),
@@ -66,7 +65,7 @@ impl<T: Element> Direct<'_, T> {
             return zeros;
         }
         let first = self.source.wrapping_offset(at as isize * self.steps[0]).cast();
-        // SAFETY: a position of the checked features, whose channels lie side by side and are what is computed in.
+        // SAFETY: a position of the checked features, whose channels lie side by side in the accumulator dtype.
         unsafe { std::slice::from_raw_parts(first, self.shape.channels) }
     }
 

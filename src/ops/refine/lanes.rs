@@ -1,7 +1,6 @@
-//! The arithmetic on tiles: the only code of this operator that is compiled for each instruction set.
+//! The arithmetic on tiles, compiled for every instruction set.
 
-use super::plan::{Corners, Table};
-use super::Shape;
+use super::plan::{Corners, Shape, Table};
 use crate::random::philox::Planes;
 use crate::simd::tile::Scratch;
 use crate::simd::{Real, Simd, Vector, WithSimd, LANES};
@@ -143,7 +142,7 @@ impl<A: Real> WithSimd for ClearLanes<'_, A> {
         for l in 0..LANES {
             masks[l] = A::mask(self.keep[l]);
         }
-        // Hidden: a compiler that knows the bits of a mask makes masked stores, which take many times as long on some processors.
+        // Hidden from the compiler, which would emit masked stores: many times slower on some processors.
         let mask = simd.load(&std::hint::black_box(masks));
         for row in self.tile {
             simd.load(row).and(mask).store(row);

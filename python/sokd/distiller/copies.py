@@ -1,0 +1,85 @@
+"""What a dry run leaves behind (nothing), and the copy of a student that is deployed."""
+
+from __future__ import annotations
+
+import gc
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+__all__ = ["bare_copy", "untouched"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@contextmanager
+def untouched(*models: nn.Module) -> Iterator[None]:
+    """Run models in eval mode without gradients; modes and buffers are afterwards as they were.
+
+    The models run on copies of their buffers, so it does not matter whether they write to a buffer,
+    resize it or put another in its place. Lazy parameters and buffers are made and stay.
+    """
+    parts = [part for model in models for part in model.modules()]
+    modes = [part.training for part in parts]
+    scripted = [part for part in parts if isinstance(part, torch.jit.ScriptModule)]
+    eager = [part for part in parts if not isinstance(part, torch.jit.ScriptModule)]
+    own = [dict(part._buffers) for part in eager]
+    copies: dict[int, Tensor | None] = {
+        id(buffer): buffer if buffer is None or is_lazy(buffer) else buffer.clone()
+        for buffers in own
+        for buffer in buffers.values()
+    }
+    # buffers of TorchScript cannot be exchanged, nor be resized or reassigned
+    fixed = [(buffer, buffer.clone()) for part in scripted for buffer in part.buffers(False)]
+    try:
+        for part, buffers in zip(eager, own, strict=True):
+            part._buffers.update({name: copies[id(each)] for name, each in buffers.items()})
+        for model in models:
+            model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for part, training in zip(parts, modes, strict=True):
+            part.training = training
+        for part, buffers in zip(eager, own, strict=True):
+            part._buffers.update(buffers)
+        for buffer, before in fixed:
+            buffer.data.copy_(before)
+
+
+def bare_copy(model: M, hooks: type) -> M:
+    """A deep copy without the forward hooks of that type.
+
+    Copies of tensors with a graph (the weight of an old-style weight norm, a feature that a module
+    keeps) are constants: PyTorch refuses to copy a graph.
+    """
+    memo: dict[int, Any] = {id(each): each.detach().clone() for each in _with_graph(model)}
+    twin = deepcopy(model, memo)
+    for part in twin.modules():
+        for key in [key for key, hook in part._forward_hooks.items() if isinstance(hook, hooks)]:
+            del part._forward_hooks[key]
+    return twin
+
+
+# What `deepcopy` does not look into.
+_ATOMS = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, str, bytes, int)
+
+
+def _with_graph(root: Any) -> Iterator[Tensor]:
+    """The tensors with a graph among all that a deep copy of `root` copies."""
+    waiting, seen = [root], {}
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen or isinstance(each, _ATOMS):
+            continue
+        seen[id(each)] = each  # held, so that no other object gets its id
+        if not isinstance(each, Tensor):
+            waiting.extend(gc.get_referents(each))
+        elif each.grad_fn is not None:
+            yield each
