@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sokd.kd.features import positive, resize
+from sokd.kd.adapter import resize
+from sokd.kd.features import positive
 from sokd.ops import Areas
 from sokd.ops import areas as find_areas
 from sokd.ops.masked_mse import scaled_mse

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from sokd.kd.features import resize
+from sokd.kd.adapter import resize
 from sokd.methods.checks import layer_pairs
 from sokd.methods.common import Maps, Method, Step, Weights, resized, squares, total, unit, wide
 

@@ -16,8 +16,6 @@ from sokd import _core
 from sokd.ops import torch_internals
 from sokd.ops.config import why_no_cuda
 
-_P, _R = ParamSpec("_P"), TypeVar("_R")
-
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
