@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -82,14 +83,16 @@ def fitted(
     )  # fmt: skip
     optimizer = torch.optim.Adam(distiller.own_parameters(), lr=1e-3)
     generator, history = torch.Generator().manual_seed(0), []
-    for _ in range(steps):
-        distiller.train()
-        student.eval()  # its BatchNorms keep their statistics
-        _, losses = distiller(normalised(crops(pixels, generator)))
-        optimizer.zero_grad()
-        sum(losses.values()).backward()
-        optimizer.step()
-        history.append({name: loss.item() for name, loss in losses.items()})
+    with warnings.catch_warnings():  # the student is frozen on purpose
+        warnings.filterwarnings("ignore", "sokd: no parameter of the student requires grad")
+        for _ in range(steps):
+            distiller.train()
+            student.eval()  # its BatchNorms keep their statistics
+            _, losses = distiller(normalised(crops(pixels, generator)))
+            optimizer.zero_grad()
+            sum(losses.values()).backward()
+            optimizer.step()
+            history.append({name: loss.item() for name, loss in losses.items()})
     return distiller, history
 
 
