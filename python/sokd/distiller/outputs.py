@@ -241,6 +241,9 @@ OTHER_LOSSES = (
 )
 
 
+_ROUNDING = 0.02  # of a row of probabilities that was once in half precision
+
+
 def _cross_entropy(logits: Tensor, target: Any, look: bool) -> Tensor:
     if logits.dim() > 1 and logits.shape[1] == 1:
         rule = f"have 2 classes or more for the cross entropy ({OTHER_LOSSES})"
@@ -281,9 +284,8 @@ def _check_probabilities(target: Tensor) -> None:
     """Raise ValueError for soft targets whose rows are not probabilities; read on the CPU alone."""
     if target.device.type != "cpu" or not is_eager(target) or target.numel() == 0:
         return
-    rows, tolerance = target.detach().to(torch.float64), 1e-3 if target.itemsize > 2 else 2e-2
-    sums = rows.sum(1)
-    wrong = ((sums - 1).abs() > tolerance) | (rows.amin(1) < -tolerance)
+    rows = target.detach().to(torch.float64)
+    wrong = ((rows.sum(1) - 1).abs() > _ROUNDING) | (rows.amin(1) < -_ROUNDING)
     if wrong.any():
         rule = f"hold rows of probabilities, which sum to 1, where it is floating point ({OTHER_LOSSES})"
         first = rows.movedim(1, -1)[wrong][0]
