@@ -126,8 +126,8 @@ class Distiller(nn.Module):
         super().__init__()
         guards.check_models(teacher, student)
         self.student = student
-        for parameter in teacher.parameters():  # TorchScript has no requires_grad_ of its own
-            parameter.requires_grad_(False)
+        for parameter in teacher.parameters():  # TorchScript modules have no requires_grad_()
+            parameter.requires_grad = False
         self._constant = (teacher.eval(),)  # in a tuple it is not a submodule
         self._teacher_parts = tuple(teacher.modules())
         self._recipes = chosen(method, options)

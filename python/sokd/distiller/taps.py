@@ -29,7 +29,7 @@ WHY_COMPILED = (
 )
 WHY_SCRIPTED = (
     "it is inside a TorchScript module, whose parts run without hooks: pass the module that was "
-    "scripted or traced"
+    "scripted or traced, or name a layer outside it"
 )
 WHY_SKIPPED = (
     "the model skipped it in this pass (LayerDrop, a branch): name a layer that always runs"
@@ -96,6 +96,9 @@ class Taps:
             name = _split(layer)[0]
             if name not in modules or not name:
                 raise ValueError(_no_such_layer(side, name, modules, other))
+            if isinstance(modules[name], torch.jit.RecursiveScriptModule):
+                label = f"the {side}'s layer {layer!r}"
+                raise RuntimeError(NEVER_RAN.format(which=label, why=WHY_SCRIPTED))
             if name not in self.taps:
                 self.taps[name] = Tap()
                 modules[name].register_forward_hook(self.taps[name])
