@@ -63,7 +63,7 @@ class Tap:
             return
         self.value = output
         if self.version is not None and isinstance(output, Tensor):
-            self.version = output._version
+            self.version = _version(output)
 
     def take(self) -> Any:
         """What was kept; the tap is disarmed and empty afterwards."""
@@ -146,7 +146,7 @@ class Taps:
             tap = self.taps[_split(layer)[0]]
             if tap.again:
                 warnings.warn(RAN_AGAIN.format(which=label), stacklevel=3)
-            elif ":" not in layer and tensor._version != tap.version:
+            elif ":" not in layer and tap.version not in (None, _version(tensor)):
                 warnings.warn(OVERWRITTEN.format(which=label), stacklevel=3)
 
     def _chosen(self, layer: str, label: str, taken: Mapping[str, Any]) -> Tensor:
@@ -162,6 +162,11 @@ class Taps:
             return named[key]
         hint = f" with {names}: name one, as in '{name}:{next(iter(named))}'" if named else ""
         raise TypeError(f"Distiller: {label} must give a tensor, got {type(value).__name__}{hint}")
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often the tensor was written to; None for one of inference mode, which does not count."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def layer_pairs(layers: Layers) -> list[Pair]:
