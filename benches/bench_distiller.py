@@ -1,10 +1,10 @@
 """A training step of `sokd.Distiller` against the same step written by hand.
 
-Step: ResNet32x4 -> ResNet8x4, batch 8 of 32x32 images, the second stages' maps (8x128x16x16): teacher
-forward, student forward, losses, backward, SGD. By hand, the models return their maps, and adapter and loss
-are called on them; the Distiller takes the maps by its hooks from models that it knows nothing of. Both
-compute the same. What the Distiller adds does not grow with the batch: a small one shows it best, and many
-turns tell three per cent from the machine's own ups and downs.
+Step: ResNet32x4 -> ResNet8x4, batch 8 of 32x32 images, the maps of the second stages (8x128x16x16):
+teacher forward, student forward, losses, backward, SGD. By hand, the models return their maps, and
+adapter and loss are called on them; the Distiller takes the maps by hooks from unmodified models.
+Both compute the same. The Distiller's overhead does not grow with the batch: a small batch shows it
+best, and many turns separate three per cent from the machine's noise.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WEIGHT = METHODS["fitnet"].default_weight
 
 
 def distiller(plugged: bool) -> Distiller:
-    """A Distiller with models and modules that are always the same."""
+    """A Distiller with the same models and modules on every call."""
     torch.manual_seed(0)
     teacher, student = ResNet(32), ResNet(8)
     method = None if plugged else "fitnet"
@@ -57,7 +57,7 @@ def by_distiller(subject: Distiller) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def by_hand(subject: Distiller) -> Callable[[Tensor, Tensor], Tensor]:
-    """The same objective from the Distiller's own modules, as a user writes it who changes the models."""
+    """The same objective from the Distiller's modules, by a user who can change the models."""
     teacher, student = subject.teacher, subject.student
     loss = (
         fitnet_loss(subject.adapters[0]) if subject.adapters is not None else sokd_loss(subject.kd)

@@ -1,8 +1,9 @@
-"""`python -m benches.bench_gpu [--quick]`: the operators and a SoKD step on a CUDA device: table, CSV file.
+"""`python -m benches.bench_gpu [--quick]`: the operators and a SoKD step on a CUDA device.
 
-A side's GB/s is the bytes that the work must move (gpu_works.py, docs/gpu.md) over its median time; its share
-is that over the device's own copy bandwidth, measured in the same run on 512 MB. Times are CUDA events around
-one call that finds the caches full of other memory; the device is kept busy until Python has launched it.
+Writes a table and a CSV file. A side's GB/s is the bytes that the work must move (gpu_works.py,
+docs/gpu.md) divided by its median time; its share is that divided by the device's copy bandwidth,
+measured in the same run on 512 MB. Times are CUDA events around one call; the caches are full of
+other memory before it, and the device is kept busy until Python has launched it.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ OURS = ("share_of_copy", "goal", "device", "copy_gb_per_s", "driver", "nvrtc")
 def cuda_clock(device: torch.device) -> Any:
     """A clock of calls: milliseconds on the device."""
     flush = torch.empty(FLUSHED, dtype=torch.uint8, device=device)
-    # Weak: a side holds its maps. The least of all calls: one may wait for a full queue of launches.
+    # Weak, because a side holds its maps. The minimum over calls: one may wait for a full queue.
     launching: WeakKeyDictionary[Side, float] = WeakKeyDictionary()
 
     def clock(side: Side) -> float:
@@ -75,7 +76,7 @@ def copy_bandwidth(options: Options, device: torch.device, size: int = COPIED) -
 
 
 def cases(options: Options, device: torch.device) -> Iterator[Case]:
-    """torch.compile beside contiguous maps; layouts change eager's time, its compiled code's hardly."""
+    """torch.compile for contiguous maps only: the layout hardly changes the time of its code."""
     on_cuda = device.type == "cuda"
     shapes = SHAPES[:1] if options.quick else SHAPES
     for shape in shapes if on_cuda else (TINY,):

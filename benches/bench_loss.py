@@ -1,12 +1,12 @@
-"""A training step with `sokd.loss` against the same step with a plain FitNet loss, and the loss's memory.
+"""A training step with `sokd.loss` against the same step with a plain FitNet loss, and the memory.
 
-Step: ResNet32x4 -> ResNet8x4, batch 64 of 32x32 images, the second stages' maps (64x128x16x16): teacher
-forward, student forward, loss, backward, SGD. Both sides have the same adapter; the time of DAM's
-convolutions alone (forward and backward, measured in the same run) is taken off the SoKD side. The policy's
-search is no part of a step.
+Step: ResNet32x4 -> ResNet8x4, batch 64 of 32x32 images, maps of the second stages (64x128x16x16):
+teacher forward, student forward, loss, backward, SGD. Both sides have the same adapter; the time of
+DAM's convolutions alone (forward and backward, measured in the same run) is subtracted from SoKD's.
+The policy's search is not part of a step.
 
-Memory: the highest sum of live tensors in forward and backward of the loss, features and parameters given,
-less that of the adapter and DAM's convolutions alone; in feature maps.
+Memory: the peak of live tensors in forward and backward of the loss, features and parameters not
+counted, minus that of the adapter and DAM's convolutions alone; in feature maps.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 def training_step(
     teacher: nn.Module, loss: Loss, parameters: list[nn.Parameter]
 ) -> Callable[[], None]:
-    """One whole step with a student of its own."""
+    """One whole step with a new student."""
     torch.manual_seed(0)
     student = ResNet(8)
     optimizer = torch.optim.SGD(
@@ -57,7 +57,7 @@ def new_kd(channels: int) -> Any:
 
 
 def heads_alone(dam: Any, both: Tensor) -> Tensor:
-    """DAM's two convolutions on student and teacher as one batch, and nothing else of it."""
+    """DAM's two convolutions on student and teacher as one batch, and nothing else of DAM."""
     hidden = F.relu(dam.first(both), inplace=True)
     heads = (dam.heat, dam.offset, dam.size)
     weight = torch.cat(
@@ -67,7 +67,7 @@ def heads_alone(dam: Any, both: Tensor) -> Tensor:
 
 
 def _place(index: int, head: nn.Conv2d) -> tuple[int, int]:
-    """Empty channels before and after the head's own."""
+    """Empty channels before and after those of the head."""
     return index * head.in_channels, (2 - index) * head.in_channels
 
 
@@ -157,7 +157,7 @@ def memory_row() -> dict[str, Any]:
         torch.autograd.grad(sokd.loss(f_s, f_t, kd), wanted)
 
     def convolutions() -> None:
-        # no name holds a tensor on: the backward frees what it can, as it does for the loss
+        # no name keeps a tensor alive: the backward frees what it can, as it does for the loss
         torch.autograd.grad(heads_alone(kd.dam, torch.cat((kd.adapter(f_s), f_t))).sum(), wanted)
 
     full, alone = peak_bytes(ours), peak_bytes(convolutions)

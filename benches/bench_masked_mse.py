@@ -1,4 +1,4 @@
-"""`masked_mse`, forward and backward, against the line people write and the same by torch.compile.
+"""`masked_mse`, forward and backward, against the usual line of PyTorch, eager and compiled.
 
 Bytes: student and teacher read once, the student's gradient written once (3 maps), and the weight.
 """
@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from support import eager
 
 import sokd
-from benches.bench_refine import LARGE, MAIN, eager_masked_mse, gradients
+from benches.bench_refine import LARGE, MAIN, gradients
 from benches.harness import LAYOUTS, MEMORY, Case, Options, check_close, compiled
 from sokd import reference
 
@@ -36,7 +37,7 @@ def case(
         ours = sokd.ops.masked_mse(student, teacher, weight)
         truth = reference.masked_mse(student, teacher, weight)
         check_close(ours, truth, rtol=loose, atol=loose)
-        check_close(eager_masked_mse(student, teacher, weight), truth, rtol=10 * loose, atol=loose)
+        check_close(eager.masked_mse(student, teacher, weight), truth, rtol=10 * loose, atol=loose)
         scale = (
             student.numel()
         )  # gradients are about 1 / numel: compare them where the tolerance means something
@@ -45,10 +46,10 @@ def case(
 
     sides: dict[str, Any] = {
         "sokd": lambda: gradients(sokd.ops.masked_mse, [student], student, teacher, weight),
-        "eager": lambda: gradients(eager_masked_mse, [student], student, teacher, weight),
+        "eager": lambda: gradients(eager.masked_mse, [student], student, teacher, weight),
     }
     if compile_too:
-        fast = compiled(eager_masked_mse)
+        fast = compiled(eager.masked_mse)
         sides["compile"] = lambda: gradients(fast, [student], student, teacher, weight)
     if targets["eager"] > 1:
         sides[MEMORY] = lambda: torch.sub(student.detach(), teacher)
@@ -58,7 +59,7 @@ def case(
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """The targets hold at the main shape in float32; everywhere else no case may be slower than eager."""
+    """Targets at the main shape in float32; elsewhere no case may be slower than eager."""
     yield case(
         MAIN, torch.float32, "contiguous", compile_too=True, targets={"eager": 6, "compile": 1.3}
     )

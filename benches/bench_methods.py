@@ -1,8 +1,8 @@
 """The distillation losses, forward and backward, against their formulas in eager PyTorch.
 
-Logits 64x100 and 128x1000; features 64x256x8x8 (a ResNet32x4's last stage), student and teacher alike;
-ReviewKD with its three stages; CRD with 50,000 samples, 16,384 negatives and batches of 32 (for which the
-other side makes 0.27 GB of rows, twice), a step and the update of the banks alone.
+Logits 64x100 and 128x1000; features 64x256x8x8 (the last stage of a ResNet32x4) of student and
+teacher; ReviewKD with its three stages; CRD with 50,000 samples, 16,384 negatives and batches of 32
+(for which eager makes 0.27 GB of rows, twice), a step and the update of the banks alone.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from support import eager_methods as eager
 from torch import Tensor, nn
 
-from benches import eager_methods as eager
 from benches.harness import Case, Options, check_close
 from sokd import methods
 
@@ -25,7 +25,7 @@ Loss = Callable[..., Tensor]
 
 
 def case(name: str, ours: Loss, theirs: Loss, inputs: Sequence[Any], *, rtol: float = 1e-4) -> Case:
-    """Both on the same inputs, of which the first (or the tensors of a first list) are the student's."""
+    """Both on the same inputs; the first, a tensor or a list of tensors, is the student's."""
     students: list[Tensor] = list(inputs[0]) if isinstance(inputs[0], list) else [inputs[0]]
     students = [student.requires_grad_() for student in students]
 
@@ -39,7 +39,7 @@ def case(name: str, ours: Loss, theirs: Loss, inputs: Sequence[Any], *, rtol: fl
             check_close(one / scale, two / scale, rtol=rtol, atol=rtol)
 
     sides = {"sokd": side(ours), "eager": side(theirs)}
-    # mgd is two convolutions on either side: within 5 % is the same
+    # mgd is two convolutions on both sides: a difference below 5 % is noise
     targets = {"eager": 0.95 if name == "mgd" else 1.0}
     return Case(
         f"{name}, forward + backward", students[-1].shape, sides, targets=targets, check=check

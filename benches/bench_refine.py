@@ -1,7 +1,8 @@
-"""`refine` against the fast eager code a PyTorch user writes, and the same by torch.compile.
+"""`refine` against fast PyTorch code, eager and compiled.
 
-Bytes: forward reads the features and writes the refined map (2 maps). With `masked_mse` and backward: 2
-for the forward, 3 for the loss (two maps read, a gradient written), 2 for the backward (features, gradient).
+Bytes: the forward reads the features and writes the refined map (2 maps). With `masked_mse` and
+backward: 2 for the forward, 3 for the loss (two maps read, a gradient written), 2 for the backward
+(features, gradient).
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from support import eager
 from torch import Tensor
 
 import sokd
 from benches.harness import LAYOUTS, MEMORY, Case, Options, check_close, compiled
 from sokd import reference
-from sokd.ops.masked_mse import _masked_mse as any_mse
+from sokd.ops.masked_mse import scaled_mse as any_mse
 
 MAIN = (64, 128, 16, 16)
 LARGE = ((32, 256, 28, 28), (2, 256, 100, 100))
@@ -42,42 +43,8 @@ def make(shape: tuple[int, ...], dtype: torch.dtype, layout: str, groups: int) -
     }
 
 
-def eager_refine(
-    features: Tensor, theta: Tensor, hole: Tensor, sigma: Tensor, perm: Tensor, keep: Tensor
-) -> Tensor:
-    """All five parts by index_select, affine_grid, grid_sample, randn_like and masks."""
-    batch, _, height, width = features.shape
-    if len(perm) == 1:
-        out = features.index_select(1, perm[0])
-    else:
-        out = features[torch.arange(batch).unsqueeze(1), perm]
-    out = eager_affine(out, theta)
-    y0, x0, y1, x1 = hole.view(-1, 4, 1, 1).unbind(1)
-    y, x = torch.arange(height).unsqueeze(1), torch.arange(width)
-    outside = ~((y >= y0) & (y < y1) & (x >= x0) & (x < x1))
-    out = out * outside.unsqueeze(1).to(out.dtype)
-    out = out + sigma.to(out.dtype).view(-1, 1, 1, 1) * torch.randn_like(out)
-    return out * keep[:, :, None, None].to(out.dtype)
-
-
-def eager_affine(features: Tensor, theta: Tensor) -> Tensor:
-    """One grid for each group, expanded over the batch; in the features' dtype, as grid_sample asks.
-
-    In bfloat16 that grid misses by up to a cell (8 bits for a coordinate): fast, and not compared with.
-    """
-    batch, channels, height, width = features.shape
-    grid = F.affine_grid(theta, [len(theta), channels, height, width], align_corners=False)
-    grid = grid.to(features.dtype).expand(batch, -1, -1, -1)
-    return F.grid_sample(features, grid, align_corners=False)
-
-
-def eager_masked_mse(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
-    """The line people write."""
-    return (F.mse_loss(student, teacher, reduction="none") * weight.unsqueeze(1)).mean()
-
-
 def eager_refined_loss(student: Tensor, weight: Tensor, plan: dict[str, Tensor]) -> Tensor:
-    return eager_masked_mse(student, eager_refine(**plan), weight)
+    return eager.masked_mse(student, eager.refine(**plan), weight)
 
 
 def sokd_refined_loss(student: Tensor, weight: Tensor, plan: dict[str, Tensor]) -> Tensor:
@@ -102,7 +69,7 @@ def forward_case(
     target: float,
 ) -> Case:
     plan = make(shape, dtype, layout, groups)
-    still = plan | {"sigma": torch.zeros(groups)}  # the two sides draw different noise
+    still = plan | {"sigma": torch.zeros(groups)}  # the noise of the two sides differs
     loose = 1e-5 if dtype == torch.float32 else 4e-2
 
     def check() -> None:
@@ -113,14 +80,14 @@ def forward_case(
             atol=loose,
         )
         if dtype == torch.float32:
-            check_close(sokd.ops.refine(**still), eager_refine(**still), rtol=1e-4, atol=1e-4)
+            check_close(sokd.ops.refine(**still), eager.refine(**still), rtol=1e-4, atol=1e-4)
 
     sides: dict[str, Any] = {
         "sokd": lambda: sokd.ops.refine(**plan, seed=SEED),
-        "eager": lambda: eager_refine(**plan),
+        "eager": lambda: eager.refine(**plan),
     }
     if compile_too:
-        fast = compiled(eager_refine)
+        fast = compiled(eager.refine)
         sides["compile"] = lambda: fast(**plan)
     if target > 1:
         sides[MEMORY] = plan["features"].clone
@@ -139,11 +106,11 @@ def affine_case(shape: tuple[int, ...], dtype: torch.dtype, layout: str, *, targ
         ours = sokd.ops.refine(features, theta)
         check_close(ours, reference.refine(features, theta), rtol=loose, atol=loose)
         if dtype == torch.float32:
-            check_close(ours, eager_affine(features, theta), rtol=1e-4, atol=1e-4)
+            check_close(ours, eager.affine(features, theta), rtol=1e-4, atol=1e-4)
 
     sides: dict[str, Any] = {
         "sokd": lambda: sokd.ops.refine(features, theta),
-        "eager": lambda: eager_affine(features, theta),
+        "eager": lambda: eager.affine(features, theta),
     }
     if target > 1:
         sides[MEMORY] = features.clone
@@ -199,7 +166,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """The targets hold at the main shape in float32; everywhere else no case may be slower than eager."""
+    """Targets at the main shape in float32; elsewhere no case may be slower than eager."""
     f32, bf16 = torch.float32, torch.bfloat16
     yield forward_case(MAIN, f32, "contiguous", 1, compile_too=True, target=10)
     yield loss_case(MAIN, f32, "contiguous", compile_too=True, target=10)

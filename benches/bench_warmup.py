@@ -1,7 +1,7 @@
-"""What a kernel costs before its first launch: NVRTC on a new machine, the cache on disk in later processes.
+"""The time of a kernel before its first launch: NVRTC on a new machine, later the cache on disk.
 
-Processor time, not the clock's. The host side runs in processes of their own under the mock driver of tests/
-(no GPU is needed), so what a real driver takes to load the code comes on top.
+Processor time. The host side runs in separate processes under the mock driver of tests/ (no GPU is
+needed); the time a real driver takes to load the code is not included.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from typing import Any
 
 from benches.harness import Options
 
-TESTS = Path(__file__).parent.parent / "tests"
 ARCHITECTURE = 90
-# operator, bit of SOKD_KERNELS, kernel, whether it differs by dtype and layout; those of one bit go together
+# operator, bit of SOKD_KERNELS, kernel, whether it differs by dtype and layout
 UNITS = (
     *(("refine", 1, "refine_forward", True), ("refine", 2, "refine_backward", True)),
     *(("refine", 4, "refine_adjoint", True), ("refine", 16, "refine_dots", True)),
@@ -36,7 +35,7 @@ UNITS = (
 )
 BITS = {"float32": 1, "bfloat16": 4}
 ORDERS = {"contiguous": 1, "channels_last": 2}
-# The time of a process's warm-up, for each of the units that it made ready.
+# The time of a process's warm-up, divided by the number of units.
 WARM_UP = """
 import time
 from sokd import _core
@@ -49,8 +48,7 @@ print((time.process_time() - start) * 1e3 / sum(units), *units)
 
 
 def cases(options: Options) -> Iterator[dict[str, Any]]:
-    """One row for each kernel's compilation, then those of the whole host side, cold and from the cache."""
-    sys.path.insert(0, str(TESTS))
+    """One row for each kernel's compilation, then the whole host side, cold and from the cache."""
     times = 1 if options.quick else 3
     for operator, bit, name, varies in UNITS:
         for dtype, layout in product(BITS, ORDERS) if varies else [("float32", "contiguous")]:
@@ -62,14 +60,14 @@ def cases(options: Options) -> Iterator[dict[str, Any]]:
 
 
 def _compiled(operator: str, *defines: str) -> float:
-    cubins = import_module("cubins")
+    cubins = import_module("support.cuda.cubins")
     start = process_time()
     cubins.compile_cubin(operator, ARCHITECTURE, *defines)
     return (process_time() - start) * 1e3
 
 
 def _processes(times: int) -> Iterator[dict[str, Any]]:
-    environment = import_module("mock_driver.control").environment
+    environment = import_module("support.cuda.mock").environment
     with tempfile.TemporaryDirectory() as folder:
         mock = os.environ | environment(Path(folder))
         cold, cached = [], []

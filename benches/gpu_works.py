@@ -1,6 +1,6 @@
-"""The pieces of work that bench_gpu.py times: each operator's passes, with the bytes of docs/gpu.md's floors.
+"""The cases of bench_gpu.py: the passes of each operator, with the bytes of docs/gpu.md's floors.
 
-Everything is made on torch's default device.
+Everything is created on torch's default device.
 """
 
 from __future__ import annotations
@@ -9,28 +9,29 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from support import eager
 from torch import Tensor
 
 import sokd
 from benches.bench_areas import HEATS
-from benches.bench_refine import SEED, eager_affine, eager_masked_mse, eager_refine, gradients, make
+from benches.bench_refine import SEED, gradients, make
 from benches.harness import LAYOUTS, Case, Side, check_close, compiled
 from sokd import reference
 
 PLANS = 4  # of refine_dots
-# The floors are no goal for these: float64 trials, many plans for one reading.
+# The floors are not a goal for these: trials in float64, many plans for one read.
 NO_GOAL = ("refine backward, features", "refine_dots")
 Shape = tuple[int, ...]
 
 
 def has_goal(case: Case) -> bool:
-    """Nor for a gradient in float16, which has a range of its own until it is scaled, in another pass."""
+    """Nor for a gradient in float16, which has a range of its own until another pass scales it."""
     scaled = case.work == "masked_mse, forward + backward" and case.dtype == "float16"
     return not (scaled or case.work.startswith(NO_GOAL))
 
 
 def works(shape: Shape, dtype: torch.dtype, layout: str, *, compile_too: bool) -> Iterator[Case]:
-    """Every operator at one shape; torch.compile where its sides are asked for."""
+    """Every operator at one shape, also compiled if `compile_too`."""
     compiler = compiled if compile_too else None
     plan = make(shape, dtype, layout, 1)
     yield from _refine_forward(plan, layout, compiler)
@@ -61,13 +62,13 @@ def _refine_forward(
     plan: dict[str, Tensor], layout: str, compiler: Callable[..., Any] | None
 ) -> Iterator[Case]:
     """Bytes: the features read, the refined map written."""
-    eager: dict[str, tuple[tuple[str, ...], Callable[..., Tensor] | None]] = {
+    kinds: dict[str, tuple[tuple[str, ...], Callable[..., Tensor] | None]] = {
         "nothing resampled": (("hole", "perm", "keep"), None),
-        "affine only": (("theta",), eager_affine),
-        "five parts": (("theta", "hole", "sigma", "perm", "keep"), eager_refine),
+        "affine only": (("theta",), eager.affine),
+        "five parts": (("theta", "hole", "sigma", "perm", "keep"), eager.refine),
     }
     features = plan["features"]
-    for kind, (names, baseline) in eager.items():
+    for kind, (names, baseline) in kinds.items():
         part = {name: plan[name] for name in ("features", *names)}
         sides: dict[str, Side] = {"sokd": _call(sokd.ops.refine, part | {"seed": SEED})}
         if baseline is not None:
@@ -89,14 +90,14 @@ def _call(function: Callable[..., Any], arguments: dict[str, Any]) -> Side:
 
 
 def _refine_backward(plan: dict[str, Tensor], layout: str) -> Iterator[Case]:
-    """Of a graph that stands. Bytes: two maps read for the plan; one read, one written for the features."""
+    """Of an existing graph. Bytes: two maps read for the plan; one read, one written for maps."""
     upstream = torch.randn_like(plan["features"])
     for kind, names in {"theta and sigma": ("theta", "sigma"), "features": ("features",)}.items():
         leaves = {name: plan[name].detach().clone().requires_grad_() for name in names}
         arguments = plan | leaves
         refined = sokd.ops.refine(**arguments, seed=SEED)
         sides = {"sokd": _backward(refined, [*leaves.values()], upstream)}
-        sides["eager"] = _backward(eager_refine(**arguments), [*leaves.values()], upstream)
+        sides["eager"] = _backward(eager.refine(**arguments), [*leaves.values()], upstream)
 
         def check(
             ours: Side = sides["sokd"], arguments: Any = arguments, leaves: Any = leaves
@@ -130,9 +131,9 @@ def _refine_dots(plan: dict[str, Tensor], layout: str) -> Case:
         if name not in ("features", "sigma")
     }
 
-    def eager() -> Tensor:
+    def one_by_one() -> Tensor:
         one = plan | {"sigma": torch.zeros_like(plan["sigma"])}
-        return torch.stack([(upstream * eager_refine(**one)).sum() for _ in range(PLANS)])
+        return torch.stack([(upstream * eager.refine(**one)).sum() for _ in range(PLANS)])
 
     def check() -> None:
         scale = features.numel() ** 0.5
@@ -144,7 +145,7 @@ def _refine_dots(plan: dict[str, Tensor], layout: str) -> Case:
 
     sides: dict[str, Side] = {
         "sokd": lambda: sokd.ops.refine_dots(features, upstream, stacked),
-        "eager": eager,
+        "eager": one_by_one,
     }
     return _case("refine_dots, 4 plans", features, layout, sides, 2 * features.nbytes, check)
 
@@ -152,7 +153,7 @@ def _refine_dots(plan: dict[str, Tensor], layout: str) -> Case:
 def _masked_mse(
     shape: Shape, dtype: torch.dtype, layout: str, compiler: Callable[..., Any] | None
 ) -> Iterator[Case]:
-    """Bytes: two maps and the weight read, a gradient written: the kernel alone, then with autograd."""
+    """The kernel, then with autograd. Bytes: two maps and the weight read, a gradient written."""
     student, teacher = (
         torch.randn(shape).to(dtype).to(memory_format=LAYOUTS[layout]) for _ in range(2)
     )
@@ -189,9 +190,9 @@ def _masked_mse(
         for one, other in zip(ours, truth(), strict=True):
             check_close(one, other, **bound)
 
-    sides = {"sokd": both(sokd.ops.masked_mse), "eager": both(eager_masked_mse)}
+    sides = {"sokd": both(sokd.ops.masked_mse), "eager": both(eager.masked_mse)}
     if compiler is not None:
-        sides["compile"] = both(compiler(eager_masked_mse))
+        sides["compile"] = both(compiler(eager.masked_mse))
     moved = 3 * student.nbytes + weight.nbytes
     yield _case(
         "masked_mse, loss and gradient", student, layout, {"sokd": kernel}, moved, check_kernel
@@ -200,7 +201,7 @@ def _masked_mse(
 
 
 def _areas(shape: Shape, dtype: torch.dtype, layout: str) -> Case:
-    """Bytes: the heat read, the coverage written; of size and offset only the boxes' cells are needed."""
+    """Bytes: the heat read, the coverage written; of size and offset only the cells of boxes."""
     batch, _, height, width = shape
     heat = torch.rand(shape).to(dtype).to(memory_format=LAYOUTS[layout])
     size = (torch.rand(batch, 2, height, width) * min(height, width) / 2).to(dtype)

@@ -1,8 +1,8 @@
-"""What the benches share: a case with its sides, interleaved timing, the table and the CSV.
+"""Shared by the benches: a case with its sides, interleaved timing, the table and the CSV.
 
-All sides of a case are timed in one run, turn by turn: a slow second of the machine hits each of them.
-Medians are over the turns. A ratio is a side's median over that of sokd, so above 1 sokd is faster; where the
-target is a limit ("<="), it is what sokd costs over the side.
+All sides of a case are timed in one run in alternating order: a slow second of the machine affects
+each of them. Medians are over the turns. A ratio is a side's median divided by that of sokd: above
+1, sokd is faster. With a limit ("<=") as target it is the inverse, the cost of sokd relative to it.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ import torch
 import sokd
 
 THREADS = 2
-# Each turn of a short case begins with an untimed call: no side pays for the caches and the spinning threads
-# that the side before it left behind. A training step of seconds does not notice.
+# Each turn of a short case begins with an untimed call, so that no side pays for the caches and the
+# spinning threads of the previous side. It does not matter to a training step of seconds.
 UNTIMED_BELOW = 2000.0  # ms, all sides together
 RESULTS = Path(__file__).parent / "results"
 QUICK_RESULTS = Path("out") / "bench"
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 Side = Callable[[], object]
-# The bytes of a case, read and written by PyTorch's plainest operations on these maps: nothing is computed,
-# and what moves these bytes from the same memory can hardly be faster. Beside the cases that have a target.
+# The bytes of a case read and written by PyTorch's simplest operations, which compute nothing: code
+# that moves these bytes can hardly be faster. Measured for the cases that have a target.
 MEMORY = "memory alone"
 
 
@@ -48,13 +48,11 @@ class Case:
     check: Callable[[], None] = lambda: None  # raises when sokd's answer is wrong
     dtype: str = "float32"
     layout: str = "contiguous"
-    limits: dict[str, float] = field(default_factory=dict)  # side -> what sokd may cost over it
-    # From a side's median to what is compared, where that is not the whole time; see `note`.
+    limits: dict[str, float] = field(default_factory=dict)  # side -> highest cost relative to it
+    # From the medians to the times that are compared, if these are not the whole times; see `note`.
     counted: Callable[[dict[str, float]], dict[str, float]] = lambda medians: medians
     note: str = ""
-    fewest: int = (
-        0  # turns, where the sides are too near each other for a few to tell; not of a quick run
-    )
+    fewest: int = 0  # turns, more if the sides differ by little; ignored in a quick run
 
 
 def timed(side: Side) -> float:
@@ -66,7 +64,7 @@ def timed(side: Side) -> float:
 
 @dataclass(frozen=True)
 class Options:
-    """How a bench is run."""
+    """The options of a bench run."""
 
     quick: bool = False
     clock: Callable[[Side], float] = timed  # milliseconds of one call
@@ -83,7 +81,7 @@ class Options:
 
     @property
     def results(self) -> Path:
-        """A quick run is no result: it does not overwrite one."""
+        """A quick run does not overwrite the results."""
         return QUICK_RESULTS if self.quick else RESULTS
 
 
@@ -99,7 +97,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def warm_up(sides: Mapping[str, Side]) -> tuple[dict[str, Side], dict[str, str]]:
-    """Run each side three times; the sides that work, and why the others do not (torch.compile can fail)."""
+    """Run each side three times; the sides that work, and the errors of the others."""
     alive, failures = {}, {}
     for name, side in sides.items():
         try:
@@ -152,7 +150,7 @@ def run_case(case: Case, options: Options) -> list[dict[str, Any]]:
 
 
 def case_columns(case: Case) -> dict[str, Any]:
-    """What a row says of its case."""
+    """The columns of a row that describe its case."""
     shape = "x".join(map(str, case.shape))
     return {
         "work": case.work,
@@ -190,11 +188,11 @@ COLUMNS = (
 
 
 def machine() -> dict[str, Any]:
-    """Where and with what the rows were measured."""
+    """The machine and the versions that the rows were measured with."""
     return {
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
-        "load": f"{os.getloadavg()[0]:.1f}",  # of the last minute, our own threads included
+        "load": f"{os.getloadavg()[0]:.1f}",  # of the last minute, these threads included
         "torch": torch.__version__,
         "sokd": sokd.__version__,
         "commit": _commit(),
@@ -226,7 +224,7 @@ def _commit() -> str:
 def write(
     name: str, rows: Iterable[dict[str, Any]], options: Options, columns: Sequence[str] = COLUMNS
 ) -> Path:
-    """results/<name>.csv, written anew."""
+    """Write results/<name>.csv."""
     options.results.mkdir(parents=True, exist_ok=True)
     path = options.results / f"{name}.csv"
     where = machine()
@@ -255,13 +253,13 @@ def show(rows: Sequence[dict[str, Any]], *further: str) -> None:
 
 
 def verdict(row: Mapping[str, Any]) -> str:
-    """A row's target, and whether its ratio met it; no target, no word."""
+    """A row's target and whether its ratio meets it; empty without a target."""
     if "target" not in row:
         return ""
     relation, bound = row["target"].split()
     try:
         ratio = float(row["ratio"])
-    except ValueError:  # the side failed: there is nothing to be compared with
+    except ValueError:  # the side failed
         return str(row["target"])
     met = ratio >= float(bound) if relation == ">=" else ratio <= float(bound)
     return f"{row['target']} {'met' if met else 'MISSED'}"
@@ -270,7 +268,7 @@ def verdict(row: Mapping[str, Any]) -> str:
 def run(
     name: str, cases: Callable[[Options], Iterable[Case | dict[str, Any]]], options: Options
 ) -> bool:
-    """Measure every case (a dict is a row already), print and write the rows; were all targets met?"""
+    """Measure every case (a dict is a finished row), print and write the rows; all targets met?"""
     torch.set_num_threads(THREADS)
     rows: list[dict[str, Any]] = []
     for case in cases(options):

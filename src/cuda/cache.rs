@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Where images are kept: `SOKD_CACHE_DIR`, else `sokd` in the user's cache folder. `None`: nowhere (`SOKD_CACHE_DIR` is empty, or
 /// there is no home). Asked every time: a test or a script may change its environment.
-pub fn folder() -> Option<PathBuf> {
+pub(crate) fn folder() -> Option<PathBuf> {
     let given = |name: &str| env::var_os(name).map(PathBuf::from);
     if let Some(own) = given("SOKD_CACHE_DIR") {
         return (!own.as_os_str().is_empty()).then_some(own);
@@ -29,15 +29,15 @@ pub fn folder() -> Option<PathBuf> {
 
 /// What an image was made from: a digest of all of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Key {
-    /// For people who look into the folder: `masked_mse-sm_90`.
+pub(crate) struct Key {
+    /// A readable part of the file name: `masked_mse-sm_90`.
     label: String,
     digest: u128,
 }
 
 impl Key {
     /// `parts` is all that can change the image; their borders count.
-    pub fn new<'a>(label: String, parts: impl IntoIterator<Item = &'a str>) -> Self {
+    pub(crate) fn new<'a>(label: String, parts: impl IntoIterator<Item = &'a str>) -> Self {
         let mut digest = Digest::default();
         for part in parts {
             digest.eat(&(part.len() as u64).to_le_bytes());
@@ -47,7 +47,7 @@ impl Key {
     }
 
     /// The file's name.
-    pub fn file(&self) -> String {
+    pub(crate) fn file(&self) -> String {
         format!("{}-{:032x}.cubin", self.label, self.digest)
     }
 
@@ -78,7 +78,7 @@ impl Digest {
 }
 
 /// The image of this key, where the folder has it whole.
-pub fn load(folder: &Path, key: &Key) -> Option<Vec<u8>> {
+pub(crate) fn load(folder: &Path, key: &Key) -> Option<Vec<u8>> {
     let mut whole = Vec::new();
     File::open(folder.join(key.file())).ok()?.read_to_end(&mut whole).ok()?;
     let border = whole.iter().position(|byte| *byte == b'\n')? + 1;
@@ -87,7 +87,7 @@ pub fn load(folder: &Path, key: &Key) -> Option<Vec<u8>> {
 }
 
 /// Keeps an image. An error means that the next process compiles again.
-pub fn store(folder: &Path, key: &Key, image: &[u8]) -> io::Result<()> {
+pub(crate) fn store(folder: &Path, key: &Key, image: &[u8]) -> io::Result<()> {
     make(folder)?;
     static COUNT: AtomicUsize = AtomicUsize::new(0);
     let count = COUNT.fetch_add(1, Ordering::Relaxed);
@@ -101,7 +101,7 @@ pub fn store(folder: &Path, key: &Key, image: &[u8]) -> io::Result<()> {
 }
 
 fn write(path: &Path, key: &Key, image: &[u8]) -> io::Result<()> {
-    // A leftover of a process with our id is overwritten.
+    // A leftover of an earlier process of the same id is overwritten.
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).open(path)?;
     file.write_all(key.head(image).as_bytes())?;
     file.write_all(image)

@@ -1,6 +1,6 @@
 // What all kernels share: the structures that the host fills, dtypes, vector memory access, sums.
 //
-// How a kernel.cu is compiled (by NVRTC at run time, and by a C++ compiler for the emulator in tests/cuda):
+// How a kernel.cu is compiled (by NVRTC at run time, and by a C++ compiler for the emulator in tests/support/emulator):
 //   headers   common.cuh, philox.cuh and sampling.cuh, handed over by these names; nothing else is included
 //   options   --std=c++17 --fmad=false --gpu-architecture=sm_XX -default-device
 //             (fused multiply-adds are written out, so that no compiler decides about bits)

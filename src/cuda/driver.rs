@@ -2,10 +2,10 @@
 //!
 //! Bound by hand rather than through cudarc, for three reasons. Its result codes are Rust enums, so a code that a newer driver
 //! returns would be undefined behaviour, and here they are numbers. It panics where a library or a symbol is missing; here that
-//! is a [`Failure`]. And it takes the first NVRTC on the path, while ours must be the one that torch runs with.
+//! is a [`Failure`]. And it takes the first NVRTC on the path, but it must be the one that torch uses.
 
 use super::bindings;
-use crate::error::CudaFailure as Failure;
+use crate::tensor::CudaFailure as Failure;
 use std::ffi::{c_char, c_int, c_uint, c_void, CStr};
 use std::ptr::null_mut;
 
@@ -13,9 +13,9 @@ use std::ptr::null_mut;
 /// released.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(transparent)]
-pub struct Handle(*mut c_void);
+pub(crate) struct Handle(*mut c_void);
 
-// SAFETY: the driver takes its handles from every thread, and here nobody follows them.
+// SAFETY: the driver takes its handles from every thread, and this crate does not dereference them.
 unsafe impl Send for Handle {}
 // SAFETY: as above.
 unsafe impl Sync for Handle {}
@@ -24,7 +24,7 @@ impl Handle {
     const NULL: Self = Self(null_mut());
 
     /// A handle that torch names by its address.
-    pub fn at(address: usize) -> Self {
+    pub(crate) fn at(address: usize) -> Self {
         Self(address as *mut c_void)
     }
 }
@@ -67,7 +67,7 @@ const STREAM_CAPTURE_IMPLICIT: c_int = 906;
 const BAD_IMAGE: [c_int; 4] = [200, 209, 218, 222];
 
 /// The driver's functions.
-pub struct Driver {
+pub(crate) struct Driver {
     api: Api,
 }
 
@@ -75,12 +75,12 @@ type Result<T> = std::result::Result<T, Failure>;
 
 impl Driver {
     /// Opens the library. Nothing is initialised, so a later fork is as free as without us.
-    pub fn open() -> Result<Self> {
+    pub(crate) fn open() -> Result<Self> {
         Ok(Self { api: Api::open(NAMES.iter().map(|name| (*name).to_owned()))? })
     }
 
     /// Initialises the driver (again is free); number of devices.
-    pub fn init(&self) -> Result<usize> {
+    pub(crate) fn init(&self) -> Result<usize> {
         let mut count = 0;
         // SAFETY: `Api` holds the library's own functions with the signatures of its header; so in every block of this file.
         self.check("cuInit", unsafe { (self.api.init)(0) })?;
@@ -90,7 +90,7 @@ impl Driver {
     }
 
     /// The newest CUDA that this driver serves, as (major, minor).
-    pub fn version(&self) -> Result<(i32, i32)> {
+    pub(crate) fn version(&self) -> Result<(i32, i32)> {
         let mut version = 0;
         // SAFETY: a place for one int.
         self.check("cuDriverGetVersion", unsafe { (self.api.driver_version)(&mut version) })?;
@@ -98,7 +98,7 @@ impl Driver {
     }
 
     /// A device's primary context, torch's own, retained for the process's life; and its compute capability, as 90 for 9.0.
-    pub fn device(&self, ordinal: usize) -> Result<(Handle, u32)> {
+    pub(crate) fn device(&self, ordinal: usize) -> Result<(Handle, u32)> {
         let (mut device, mut context) = (0, Handle::NULL);
         let ordinal = c_int::try_from(ordinal).unwrap_or(c_int::MAX);
         // SAFETY: a place for one device.
@@ -120,7 +120,7 @@ impl Driver {
     }
 
     /// Does `work` in this context, and leaves the thread in the one it was in.
-    pub fn within<T>(&self, context: Handle, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    pub(crate) fn within<T>(&self, context: Handle, work: impl FnOnce() -> Result<T>) -> Result<T> {
         let mut before = Handle::NULL;
         // SAFETY: a place for one context.
         self.check("cuCtxGetCurrent", unsafe { (self.api.context_get)(&mut before) })?;
@@ -139,7 +139,7 @@ impl Driver {
     /// Does `work`, which adds nothing to a stream, as if no stream were being captured.
     ///
     /// By default a capture of any thread's forbids loading a module in every thread, and is spoilt by the attempt.
-    pub fn beside_captures<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    pub(crate) fn beside_captures<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
         const CALL: &str = "cuThreadExchangeStreamCaptureMode";
         let mut mode = CAPTURE_MODE_RELAXED;
         // SAFETY: a place for one mode, which is exchanged for the thread's own.
@@ -151,7 +151,7 @@ impl Driver {
     }
 
     /// Loads a cubin, or PTX that ends in a zero, into the current context.
-    pub fn load(&self, image: &[u8]) -> Result<Handle> {
+    pub(crate) fn load(&self, image: &[u8]) -> Result<Handle> {
         let mut module = Handle::NULL;
         // SAFETY: a whole image, which the driver copies.
         let code = unsafe { (self.api.module_load)(&mut module, image.as_ptr().cast()) };
@@ -159,15 +159,15 @@ impl Driver {
     }
 
     /// A kernel of a loaded module.
-    pub fn function(&self, module: Handle, name: &CStr) -> Result<Handle> {
+    pub(crate) fn function(&self, module: Handle, name: &CStr) -> Result<Handle> {
         let mut function = Handle::NULL;
-        // SAFETY: a module that `load` returned and that nobody unloads.
+        // SAFETY: a module that `load` returned; it is never unloaded.
         let code = unsafe { (self.api.module_function)(&mut function, module, name.as_ptr()) };
         self.check("cuModuleGetFunction", code).map(|()| function)
     }
 
     /// Whether work on this stream is being recorded into a graph, or may not be given while another's is.
-    pub fn is_capturing(&self, stream: Handle) -> Result<bool> {
+    pub(crate) fn is_capturing(&self, stream: Handle) -> Result<bool> {
         let mut status = 0;
         // SAFETY: a live stream of torch's, in the current context.
         let code = unsafe { (self.api.is_capturing)(stream, &mut status) };
@@ -182,7 +182,7 @@ impl Driver {
     /// # Safety
     /// `parameters` points to the kernel's one argument, of the type that the kernel takes; the memory that it names is the
     /// device's and lives until the stream has passed this kernel.
-    pub unsafe fn launch(
+    pub(crate) unsafe fn launch(
         &self,
         function: Handle,
         (grid, threads): ([u32; 2], u32),
@@ -230,11 +230,11 @@ impl Driver {
 }
 
 /// Whether the device's memory was too short.
-pub fn is_out_of_memory(failure: &Failure) -> bool {
+pub(crate) fn is_out_of_memory(failure: &Failure) -> bool {
     matches!(failure, Failure::Driver { code: OUT_OF_MEMORY, .. })
 }
 
 /// Whether loading failed for what the image is, rather than for want of memory or a broken device.
-pub fn is_bad_image(failure: &Failure) -> bool {
+pub(crate) fn is_bad_image(failure: &Failure) -> bool {
     matches!(failure, Failure::Driver { code, .. } if BAD_IMAGE.contains(code))
 }

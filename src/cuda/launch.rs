@@ -4,9 +4,7 @@ use super::args::{code, Order};
 use super::driver::{is_bad_image, is_out_of_memory, Handle};
 use super::nvrtc::{Program, Target};
 use super::{cache, opened, Cuda};
-use crate::error::{CudaFailure as Failure, Error, Result as Checked};
-use crate::run::Run;
-use crate::view::DType;
+use crate::tensor::{CudaFailure as Failure, DType, Error, Result as Checked, Run};
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -24,7 +22,7 @@ pub(crate) const HEADERS: [Header; 3] = [
 ];
 /// Fused multiply-adds are written out in the kernels, so that no compiler decides about bits.
 const OPTIONS: [&str; 3] = ["--std=c++17", "--fmad=false", "-default-device"];
-/// The first compute capability that has what the kernels use: `__grid_constant__`, and shuffles with a mask.
+/// The first compute capability with all that the kernels use: `__grid_constant__`, and shuffles with a mask.
 const OLDEST: u32 = 70;
 /// Of every kernel.
 const THREADS: u32 = 256;
@@ -51,7 +49,7 @@ pub(crate) struct Kernel {
 }
 
 impl Kernel {
-    pub const fn new(
+    pub(crate) const fn new(
         source: &'static Source,
         bit: u32,
         name: &'static str,
@@ -76,7 +74,7 @@ impl Kernel {
     }
 
     /// Every variant for these dtypes and orders, each once.
-    pub fn variants(&'static self, dtypes: &[DType], orders: &[Order]) -> Vec<Variant> {
+    pub(crate) fn variants(&'static self, dtypes: &[DType], orders: &[Order]) -> Vec<Variant> {
         let mut variants: Vec<Variant> = Vec::new();
         for (dtype, order) in
             dtypes.iter().flat_map(|dtype| orders.iter().map(|order| (*dtype, *order)))
@@ -101,8 +99,8 @@ impl Variant {
         }
     }
 
-    /// Whether other kernels lie in its unit too.
-    pub fn shares_unit(&self) -> bool {
+    /// Whether its translation unit has other kernels too.
+    pub(crate) fn shares_unit(&self) -> bool {
         self.dtype.is_none()
     }
 
@@ -112,7 +110,7 @@ impl Variant {
     }
 }
 
-/// What is compiled at once.
+/// A translation unit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Unit {
     source: &'static str,
@@ -134,7 +132,7 @@ impl Unit {
         format!("{name}{dtype}{order}")
     }
 
-    /// The choice that a kernel.cu leaves; where a kernel has no variants, any does.
+    /// The options that select this unit; a kernel without variants takes any dtype and order.
     fn options(&self) -> [String; 3] {
         let (dtype, order) =
             (self.dtype.unwrap_or(DType::F32), self.order.unwrap_or(Order::Planes));
@@ -146,16 +144,16 @@ impl Unit {
     }
 }
 
-/// Where one unit's module goes.
+/// The module of one unit.
 type Slot = Arc<Mutex<Option<Handle>>>;
 
-/// Whatever is loaded, for the process's life: unloading is forbidden while a graph is captured.
+/// All that is loaded, for the process's life: a graph capture forbids unloading.
 #[derive(Default)]
 pub(super) struct Modules {
     devices: Mutex<HashMap<usize, Device>>,
     /// Ready to launch.
     functions: RwLock<HashMap<(usize, &'static str, Unit), Handle>>,
-    /// Each with a lock of its own: threads that want the same unit wait, others compile meanwhile.
+    /// A lock for each: threads that need the same unit wait, others compile meanwhile.
     units: Mutex<HashMap<(usize, Unit), Slot>>,
     compiled: AtomicUsize,
     cached: AtomicUsize,
@@ -163,7 +161,7 @@ pub(super) struct Modules {
 
 impl Modules {
     /// Units compiled, and units from the disk.
-    pub fn counts(&self) -> (usize, usize) {
+    pub(crate) fn counts(&self) -> (usize, usize) {
         (self.compiled.load(Ordering::Relaxed), self.cached.load(Ordering::Relaxed))
     }
 }
@@ -207,9 +205,9 @@ impl Queue {
     /// Puts one kernel on the stream; a grid of no blocks is no launch.
     ///
     /// # Safety
-    /// `args` is the structure that this kernel takes, filled as its contract says, and names memory of this device that torch keeps
+    /// `args` is the argument structure of this kernel, filled as kernel.cu defines it, with memory of this device that torch keeps
     /// for this stream.
-    pub unsafe fn launch<A: Copy>(
+    pub(crate) unsafe fn launch<A: Copy>(
         &self,
         kernel: &'static Kernel,
         (dtype, order): (DType, Order),
@@ -241,7 +239,7 @@ impl Queue {
     }
 
     /// Compiles and loads one variant, without a launch.
-    pub fn prepare(&self, variant: &Variant) -> Checked<()> {
+    pub(crate) fn prepare(&self, variant: &Variant) -> Checked<()> {
         self.function(variant).map(|_| ()).map_err(|failure| Error::Cuda { op: self.op, failure })
     }
 
@@ -251,7 +249,7 @@ impl Queue {
         if let Some(function) = functions.read().unwrap_or_else(PoisonError::into_inner).get(&key) {
             return Ok(*function);
         }
-        // A module defers its kernels' loading until they are asked for, so this holds for a kernel of a loaded module, too.
+        // A module loads a kernel on its first use, so this holds for a kernel of a loaded module, too.
         if self.cuda.driver.is_capturing(self.stream)? {
             let float64 = variant.dtype == Some(DType::F64);
             return Err(Failure::Capturing {
@@ -326,7 +324,7 @@ impl Cuda {
         let key = self.key(unit, program, target);
         if let Some(image) = folder.as_ref().and_then(|folder| cache::load(folder, &key)) {
             match self.driver.load(&image) {
-                // Made by an NVRTC that this driver does not follow, say: compile, and let the result take its place.
+                // By an NVRTC newer than this driver, for example: compile, and replace the file.
                 Err(failure) if is_bad_image(&failure) => {}
                 loaded => {
                     self.modules.cached.fetch_add(usize::from(loaded.is_ok()), Ordering::Relaxed);

@@ -2,22 +2,19 @@
 //! [`args`] mirrors the structures of the kernels, [`launch`] puts kernels on torch's streams.
 //!
 //! Nothing here synchronises, allocates device memory or unloads a module (which a graph capture would forbid). Without a driver
-//! or NVRTC, [`open`] says why, and the Python package keeps to its reference path.
+//! or NVRTC, [`open`] returns the reason, and the Python package uses its reference path.
 
-pub mod args;
-pub mod cache;
+pub(crate) mod args;
+pub(crate) mod cache;
 mod driver;
 pub(crate) mod launch;
 mod nvrtc;
 
-use crate::error::{CudaFailure as Failure, Error, Result as Checked};
-use crate::ops::{areas, draw, masked_mse, refine};
 use crate::parallel;
-use crate::run::Run;
-use crate::view::DType;
+use crate::tensor::{CudaFailure as Failure, DType, Error, Result as Checked, Run};
 use args::Order;
 use driver::Driver;
-use launch::{Modules, Variant};
+use launch::{Kernel, Modules, Variant};
 use libloading::Library;
 use nvrtc::Nvrtc;
 use std::error::Error as _;
@@ -81,11 +78,11 @@ unsafe fn symbol<T: Copy>(
 }
 
 /// The libraries, and what is loaded on each device.
-pub struct Cuda {
+pub(crate) struct Cuda {
     driver: Driver,
     nvrtc: Nvrtc,
     modules: Modules,
-    /// Gives back memory that torch keeps without need.
+    /// Releases cached memory of torch.
     release: fn(),
 }
 
@@ -94,7 +91,7 @@ static CUDA: OnceLock<Cuda> = OnceLock::new();
 /// Opens the driver and the first NVRTC of these names or paths. It initialises nothing, costs little, and later calls are free.
 ///
 /// `release` is called where the driver is out of memory for a kernel's code, before a second try.
-pub fn open(nvrtc: &[String], release: fn()) -> Result<&'static Cuda, Failure> {
+pub(crate) fn open(nvrtc: &[String], release: fn()) -> Result<&'static Cuda, Failure> {
     if let Some(cuda) = CUDA.get() {
         return Ok(cuda);
     }
@@ -108,19 +105,19 @@ fn opened() -> Result<&'static Cuda, Failure> {
     CUDA.get().ok_or(Failure::NotOpen)
 }
 
-/// Compiles and loads the kernels of all operators for these dtypes and orders on one device, several at a time.
-pub fn warmup(
+/// Compiles and loads kernels, given by operator, for these dtypes and orders on one device, several at a time.
+pub(crate) fn warmup(
     op: &'static str,
     ordinal: usize,
+    kernels: &'static [&[&Kernel]],
     dtypes: &[DType],
     orders: &[Order],
     run: Run,
 ) -> Checked<()> {
-    let kernels = refine::cuda::KERNELS.iter().chain(&areas::cuda::KERNELS);
-    let kernels = kernels.chain(&masked_mse::cuda::KERNELS).chain(&draw::cuda::KERNELS);
+    let kernels = kernels.iter().copied().flatten();
     let mut variants: Vec<Variant> =
         kernels.flat_map(|kernel| kernel.variants(dtypes, orders)).collect();
-    // Those of one unit beside one another would wait for one another: the few that share one come last.
+    // Variants of one translation unit would wait for one another: the few that share one come last.
     variants.sort_by_key(Variant::shares_unit);
     let (stream, failed) = (Run { allocate: None, ..run }, Mutex::new(None));
     parallel::for_each(run.threads, variants.len(), |i| {
@@ -132,8 +129,8 @@ pub fn warmup(
     failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }
 
-/// Why no kernel can run on this device, if that is so: it is too old, for the kernels or for the compiler.
-pub fn why_not(op: &'static str, ordinal: usize) -> Checked<Option<String>> {
+/// Why no kernel can run on this device: it is too old for the kernels or for the compiler. `None` if they can.
+pub(crate) fn why_not(op: &'static str, ordinal: usize) -> Checked<Option<String>> {
     let why = |failure: Failure| match failure {
         Failure::OldDevice { .. } | Failure::UnknownArch { .. } => Ok(Some(failure.to_string())),
         failure => Err(Error::Cuda { op, failure }),
@@ -141,10 +138,10 @@ pub fn why_not(op: &'static str, ordinal: usize) -> Checked<Option<String>> {
     opened().and_then(|cuda| cuda.device(ordinal)).map_or_else(why, |_| Ok(None))
 }
 
-/// What the page about the installation says.
+/// Versions and counts for `sokd.show_config()`.
 #[derive(Clone, Debug)]
-pub struct Info {
-    /// The newest CUDA that the driver serves.
+pub(crate) struct Info {
+    /// The newest CUDA version of the driver.
     pub driver: (i32, i32),
     /// The compiler's version.
     pub nvrtc: (i32, i32),
@@ -155,7 +152,7 @@ pub struct Info {
 }
 
 /// Versions and counts.
-pub fn info(op: &'static str) -> Checked<Info> {
+pub(crate) fn info(op: &'static str) -> Checked<Info> {
     let info = || {
         let cuda = opened()?;
         let (compiled, cached) = cuda.modules.counts();

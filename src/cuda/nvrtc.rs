@@ -1,7 +1,7 @@
 //! NVRTC, the compiler that every CUDA build of torch brings: CUDA C++ to machine code, in this process, without a toolkit.
 
 use super::bindings;
-use crate::error::CudaFailure as Failure;
+use crate::tensor::CudaFailure as Failure;
 use libloading::Library;
 use std::ffi::{c_char, c_int, c_void, CStr, CString};
 use std::path::Path;
@@ -34,8 +34,8 @@ type Result<T> = std::result::Result<T, Failure>;
 type Size = unsafe extern "C" fn(Handle, *mut usize) -> c_int;
 type Read = unsafe extern "C" fn(Handle, *mut c_char) -> c_int;
 
-/// The compiler, and what it says of itself.
-pub struct Nvrtc {
+/// The compiler, its version and its architectures.
+pub(crate) struct Nvrtc {
     api: Api,
     version: (i32, i32),
     archs: Vec<u32>,
@@ -43,7 +43,7 @@ pub struct Nvrtc {
 
 /// What to compile for a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Target {
+pub(crate) enum Target {
     /// Machine code for this architecture, which runs on it and on later ones of its generation.
     Cubin(u32),
     /// PTX for this architecture: the driver translates it for a generation that this NVRTC does not know yet.
@@ -52,7 +52,7 @@ pub enum Target {
 
 impl Target {
     /// The option's value; also a part of the cache's key.
-    pub fn name(self) -> String {
+    pub(crate) fn name(self) -> String {
         match self {
             Self::Cubin(arch) => format!("sm_{arch}"),
             Self::Ptx(arch) => format!("compute_{arch}"),
@@ -62,7 +62,7 @@ impl Target {
 
 /// A translation unit: the file, the headers that it includes by name, the options beside the architecture.
 #[derive(Clone, Copy, Debug)]
-pub struct Program<'a> {
+pub(crate) struct Program<'a> {
     /// The name that stands in the compiler's messages.
     pub name: &'a str,
     /// CUDA C++.
@@ -75,7 +75,7 @@ pub struct Program<'a> {
 
 impl Nvrtc {
     /// Opens the first of these libraries that there is.
-    pub fn open(names: impl Iterator<Item = String>) -> Result<Self> {
+    pub(crate) fn open(names: impl Iterator<Item = String>) -> Result<Self> {
         let names = names.inspect(|name| open_builtins(Path::new(name)));
         let mut nvrtc = Self { api: Api::open(names)?, version: (0, 0), archs: Vec::new() };
         let (mut major, mut minor, mut count) = (0, 0, 0);
@@ -86,7 +86,7 @@ impl Nvrtc {
             (nvrtc.api.number_of_archs)(&mut count)
         })?;
         let mut archs = vec![0; usize::try_from(count).unwrap_or(0)];
-        // SAFETY: as many places as NVRTC asked for.
+        // SAFETY: the number of places that NVRTC returned.
         nvrtc.check("nvrtcGetSupportedArchs", unsafe { (nvrtc.api.archs)(archs.as_mut_ptr()) })?;
         nvrtc.archs = archs.into_iter().filter_map(|arch| u32::try_from(arch).ok()).collect();
         nvrtc.version = (major, minor);
@@ -94,18 +94,18 @@ impl Nvrtc {
     }
 
     /// (major, minor)
-    pub fn version(&self) -> (i32, i32) {
+    pub(crate) fn version(&self) -> (i32, i32) {
         self.version
     }
 
     /// What to compile for a device of this compute capability (90 for 9.0).
-    pub fn target(&self, capability: u32) -> Result<Target> {
+    pub(crate) fn target(&self, capability: u32) -> Result<Target> {
         target(&self.archs, capability)
             .ok_or(Failure::UnknownArch { version: self.version, capability })
     }
 
     /// Machine code, or PTX.
-    pub fn compile(&self, program: Program, target: Target) -> Result<Vec<u8>> {
+    pub(crate) fn compile(&self, program: Program, target: Target) -> Result<Vec<u8>> {
         let mut handle = self.create(program)?;
         let image = self.image(handle, program, target);
         // SAFETY: the program that `create` returned, for the last time.
@@ -156,7 +156,7 @@ impl Nvrtc {
         // SAFETY: a live program, and a place for its size.
         self.check(call, unsafe { size(handle, &mut bytes) })?;
         let mut image = vec![0u8; bytes];
-        // SAFETY: as many bytes as NVRTC asked for.
+        // SAFETY: the number of bytes that NVRTC returned.
         self.check(call, unsafe { read(handle, image.as_mut_ptr().cast()) })?;
         Ok(image)
     }
@@ -172,7 +172,7 @@ impl Nvrtc {
     }
 }
 
-/// Opens NVRTC's second half, which NVRTC itself looks for by name alone: in a wheel's folder it would not be found.
+/// Opens NVRTC's builtins library. NVRTC opens it by name alone, which does not find it in a wheel's folder.
 fn open_builtins(nvrtc: &Path) {
     let Some(files) = nvrtc.parent().and_then(|folder| folder.read_dir().ok()) else { return };
     for file in files
@@ -207,7 +207,7 @@ fn target(archs: &[u32], capability: u32) -> Option<Target> {
         .or_else(|| archs.iter().filter(fits).max().map(|arch| Target::Ptx(*arch)))
 }
 
-/// Our own sources and options hold no zero; were there one, the text would end there.
+/// The sources and options hold no zero byte; a text would end there.
 fn terminated(text: &str) -> CString {
     CString::new(text.split('\0').next().unwrap_or_default()).unwrap_or_default()
 }
@@ -231,7 +231,7 @@ mod tests {
             (122, Some(Target::Cubin(121))),
             (110, Some(Target::Ptx(103))), // a generation of its own
             (130, Some(Target::Ptx(121))),
-            (70, None), // older than all it knows
+            (70, None), // older than the oldest
         ] {
             assert_eq!(target(&archs, capability), expected, "{capability}");
         }

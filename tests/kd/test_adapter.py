@@ -1,4 +1,4 @@
-"""The adapter: sizes, channels, tokens, and the exact words of its errors."""
+"""The adapter: sizes, channels, tokens, and the texts of its errors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sokd.kd.adapter import Adapter, resize, tokens_to_map
+from sokd.kd.adapter import Adapter, resize
+from sokd.kd.features import tokens_to_map
 
 # student size, teacher size, kind of the size-matching convolution, its kernel and stride
 MATCHING = [
@@ -163,8 +164,8 @@ def test_a_map_of_tokens_is_a_view_in_channels_last():
         (
             197,
             {"tokens": 2},
-            "tokens_to_map: features must hold 2 prefix tokens and a square grid (or name tokens and grid), "
-            "got 197 tokens",
+            "tokens_to_map: features must hold 2 prefix tokens and a square grid "
+            "(or name tokens and grid), got 197 tokens",
         ),
         (
             10,

@@ -117,7 +117,7 @@ def test_areas_come_from_the_maps_named(whose):
 
 
 def one_peak(**options) -> DAM:
-    """Heads of one channel that read the map as it is: heat sigmoid(x), offset 1/2, size half the side."""
+    """Heads of one channel that pass the map on: heat sigmoid(x), offset 1/2, size side / 2."""
     dam = DAM(1, heat_channels=1, **options)
     with torch.no_grad():
         for parameter in dam.parameters():
@@ -144,7 +144,7 @@ def test_a_case_by_hand():
 def test_overlapping_areas_are_weighted(overlap, weights):
     features = torch.zeros(1, 1, 1, 8)
     features[0, 0, 0, 2], features[0, 0, 0, 4] = 3.0, 2.0
-    # width 8 / 2, height 1 / 2: columns 0.5 .. 4.5 and 2.5 .. 6.5, rows 0.25 .. 0.75 of the only one
+    # width 8 / 2, height 1 / 2: columns 0.5 .. 4.5 and 2.5 .. 6.5, rows 0.25 .. 0.75
     found = one_peak(k=2, overlap=overlap)(features, features)
     want = torch.tensor([1.0, 1, 2, 2, 2, 1, 1, 0])
     assert torch.equal(found.coverage[0, 0], want)

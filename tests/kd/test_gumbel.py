@@ -1,4 +1,4 @@
-"""Gradients of a refined map: choices against an explicit sum over all plans, magnitudes by differences."""
+"""Gradients of refined maps: choices against a sum over all plans, magnitudes numerically."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def made(
 def plain(
     features: Tensor, policy: Policy, draw: Draw, index: int, gates: tuple[bool, bool]
 ) -> Tensor:
-    """T_index(features; gates) by the reference, from a policy of that one sub-policy with certain gates."""
+    """T_index(features; gates): the reference with a policy of that sub-policy, gates certain."""
     alone = Policy(policies=[policy.policies[index]], granularity=policy.granularity).double()
     with torch.no_grad():
         alone.magnitude.copy_(policy.magnitude[index : index + 1])
@@ -58,7 +58,9 @@ def plain(
 
 
 def dense(features: Tensor, policy: Policy, draw: Draw) -> Tensor:
-    """The sum over all sub-policies and gates at the hard sample, with the relaxed values' gradient."""
+    """The sum over all sub-policies and gates at the hard sample, with the relaxed values'
+    gradient.
+    """
     sample = policy.sample(draw)
     soft = (sample.z_choice / policy.temperature).softmax(1)
     hard = torch.nn.functional.one_hot(sample.chosen, soft.shape[1]).to(soft.dtype)
@@ -95,7 +97,7 @@ def test_choices_and_gates_against_the_sum_over_all_plans(granularity: str) -> N
             policy(features, draw, differentiable=True),
             dense(features, policy, draw),
         )
-        # not closer: the noise is float32 in all dtypes, and kernel and reference agree on it to 1e-6
+        # noise is float32 for all dtypes; kernel and reference differ by up to 1e-6
         torch.testing.assert_close(refined, expected, atol=1e-6, rtol=0)
         chi = [policy.alpha, policy.beta]
         got = torch.autograd.grad(loss_of(refined), chi)

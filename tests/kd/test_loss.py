@@ -9,11 +9,10 @@ from support.kd_cases import features, make, pair, rewound
 from torch import nn
 
 from sokd import reference
-from sokd.kd.adapter import tokens_to_map
 from sokd.kd.dam import DAM, Attention
-from sokd.kd.loss import loss
+from sokd.kd.features import tokens_to_map
 from sokd.kd.policy import Policy
-from sokd.kd.sokd import SoKD
+from sokd.kd.sokd import SoKD, loss
 
 
 class FixedMask(nn.Module):
@@ -28,7 +27,7 @@ class FixedMask(nn.Module):
         return Attention(torch.zeros(()), self.weight, self.weight, empty, empty)
 
 
-# ------------------------------------------------------------------------------------------------- values
+# ------------------------------------------------------------------------------------------- values
 
 
 def test_by_hand_without_any_part():
@@ -199,7 +198,7 @@ def test_options_of_the_policy_reach_it():
     assert loss(*pair(), kd).isfinite()
 
 
-# ------------------------------------------------------------------------------------- shapes and layers
+# -------------------------------------------------------------------------------- shapes and layers
 
 
 @pytest.mark.parametrize(
@@ -286,7 +285,7 @@ def test_channels_last_gives_the_same_and_stays():
     assert d_got.is_contiguous(memory_format=torch.channels_last)
 
 
-# --------------------------------------------------------------------------------------------- gradients
+# ---------------------------------------------------------------------------------------- gradients
 
 
 def test_training_gives_the_policy_and_the_teacher_no_gradient():

@@ -1,4 +1,4 @@
-"""sokd.loss in the machinery of a training run: compilers, autocast, DDP, fake tensors; and its memory."""
+"""sokd.loss under torch.compile, autocast, DDP and fake tensors; its peak memory."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from sokd.kd.dam import Attention
-from sokd.kd.loss import loss
-from sokd.kd.sokd import SoKD
+from sokd.kd.sokd import SoKD, loss
 
 
 def pair(dtype: torch.dtype = torch.float32, batch: int = 2) -> tuple[Tensor, Tensor]:
@@ -37,7 +36,7 @@ def value_and_gradients(
     return value.detach(), list(torch.autograd.grad(value, [features[0], *kd.parameters()]))
 
 
-# ----------------------------------------------------------------------------------------------- compilers
+# ---------------------------------------------------------------------------------------- compilers
 
 
 @compiles
@@ -115,7 +114,7 @@ def test_it_exports_for_any_size(which):
 
 
 def remake_on(device: str, module: nn.Module) -> None:
-    """What `.to(device)` does, for fake tensors, which it cannot swap."""
+    """`.to(device)` for fake tensors, which `nn.Module.to` cannot swap."""
     for child in module.children():
         remake_on(device, child)
     for name, parameter in module._parameters.items():
@@ -137,7 +136,7 @@ def test_no_value_is_read_on_the_host(device):
         students = [torch.randn(2, 3, 6, 6, device=device, requires_grad=True) for _ in range(2)]
         teachers = [torch.randn(2, 4, 5, 6, device=device) for _ in range(2)]
         terms = loss(students, teachers, kd, return_terms=True)
-        if device == "cpu":  # the autograd engine itself asks for a device, even a fake one's
+        if device == "cpu":  # the autograd engine looks up the device, even of fake tensors
             terms["total"].backward()
             assert students[0].grad.shape == students[0].shape
         found = kd.diagnostics()
@@ -145,7 +144,7 @@ def test_no_value_is_read_on_the_host(device):
     assert all(value.device.type == device for value in found.values())
 
 
-# ------------------------------------------------------------------------------------------------- autocast
+# ----------------------------------------------------------------------------------------- autocast
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -164,7 +163,7 @@ def test_under_autocast_the_loss_is_float32_and_near(dtype, sides):
     with torch.autocast("cpu", dtype):
         value, gradients = value_and_gradients(loss, kd, *half)
     assert value.dtype == torch.float32
-    # which cells are covered may differ, by a peak that rounding moves: the terms stay of the same size
+    # rounding may move a peak, and with it the covered cells: the terms keep their size
     torch.testing.assert_close(value, want, rtol=0.1, atol=0)
     assert gradients[0].dtype == half[0].dtype
     assert all(gradient.isfinite().all() for gradient in gradients)
@@ -180,18 +179,18 @@ def test_a_module_of_another_dtype(dtype):
     assert all(gradient.dtype == dtype and gradient.isfinite().all() for gradient in gradients)
 
 
-# ------------------------------------------------------------------------------------------------------ DDP
+# ---------------------------------------------------------------------------------------------- DDP
 
 
 def free_of_the_batch() -> SoKD:
-    """Nothing in it depends on a sample's place in the batch (noise) or on its company (BatchNorm)."""
+    """Without noise and BatchNorm, which depend on the position in the batch and on its content."""
     return SoKD(
         3, 4, heat_channels=5, k=2, policies=[("rotate", "cutout"), ("shear_x", "channel_drop")]
     ).eval()
 
 
 def _rank(rank: int, folder: str) -> None:
-    """One of two processes: half of the batch, its own seed; writes what it got."""
+    """One of two processes: half of the batch, its own seed; writes its gradients."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.manual_seed(100 + rank)
@@ -207,7 +206,7 @@ def _rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
     os._exit(
         0
-    )  # DDP's destructor holds the GIL and may wait for ever for gloo's thread, which wants it
+    )  # DDP's destructor holds the GIL and may deadlock with gloo's thread, which needs it
 
 
 def test_two_ranks_draw_alike_and_give_the_gradients_of_the_whole_batch(tmp_path: Path):
@@ -227,7 +226,7 @@ def test_two_ranks_draw_alike_and_give_the_gradients_of_the_whole_batch(tmp_path
         assert torch.equal(rank["state"]["policy.counter"], kd.policy.counter)
 
 
-# --------------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 
 
 class Stored(nn.Module):
@@ -244,7 +243,7 @@ class Stored(nn.Module):
 
 
 def peak(call: Callable[[], object]) -> int:
-    """The most bytes held at once beyond those held at the start, as PyTorch's allocator reports them."""
+    """Peak bytes of PyTorch's allocator beyond those held at the start."""
     call()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         call()

@@ -1,4 +1,4 @@
-"""The policy: every operation's plan against values worked out by hand, its draws, its life as a module."""
+"""The policy: plans of each operation against values by hand, draws, state as a module."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sokd
 from sokd.kd.policy import Draw, Policy, manual_seed
-from sokd.kd.policy.plan import OPERATIONS, PAIRS, Plan
+from sokd.kd.policy.plan import OPERATIONS, PAIRS
 
 stats = pytest.importorskip("scipy.stats", reason="needs scipy")
 
 NAMES = [op.name for op in OPERATIONS]
-SHAPE = (2, 4, 10, 20)  # H/W = 1/2: an aspect that is forgotten shows
+SHAPE = (2, 4, 10, 20)  # H/W = 1/2: shows errors in the aspect ratio
 
 
 def policy_of(
@@ -43,11 +43,11 @@ def draw_of(policy: Policy, *centre: float, seed: int = 3, groups: int = 1) -> D
     return Draw(uniforms, torch.tensor([seed]))
 
 
-def plan_of(policy: Policy, *centre: float) -> Plan:
+def plan_of(policy: Policy, *centre: float) -> sokd.ops.Plan:
     return policy.plan(draw_of(policy, *centre), SHAPE)
 
 
-# ------------------------------------------------------------------------------------------------ operations
+# --------------------------------------------------------------------------------------- operations
 
 ROTATION = [
     [math.cos(math.pi / 6), 0.5 * 0.5, 0],
@@ -160,7 +160,7 @@ def test_layers_share_the_choice_but_not_noise_or_channels() -> None:
     assert not torch.equal(first.perm, second.perm) and not torch.equal(first.seed, second.seed)
 
 
-# ----------------------------------------------------------------------------------------------------- draws
+# -------------------------------------------------------------------------------------------- draws
 
 
 def test_choices_follow_their_probabilities() -> None:
@@ -229,7 +229,7 @@ def test_seeds() -> None:
     assert own[0] == own[1] not in first
 
 
-# ---------------------------------------------------------------------------------------------------- passes
+# ------------------------------------------------------------------------------------------- passes
 
 
 @pytest.mark.parametrize("granularity", ["batch", "sample"])
@@ -277,7 +277,7 @@ def test_samples_have_their_own_plans() -> None:
 @pytest.mark.filterwarnings("ignore:sokd. no kernels for cuda")
 @pytest.mark.parametrize("granularity", ["batch", "sample"])
 def test_reads_no_value_and_mixes_no_devices(granularity: str) -> None:
-    """Fake tensors have no values to read and refuse to meet those of another device."""
+    """Fake tensors have no values to read and cannot be mixed with those of another device."""
     with FakeTensorMode(), torch.device("cuda"):
         policy = Policy(granularity=granularity)
         features = torch.randn(3, 4, 6, 6)
@@ -299,7 +299,7 @@ def test_compiles_in_one_graph() -> None:
     assert policy.counter.tolist() == [6]
 
 
-# ----------------------------------------------------------------------------------------------- as a module
+# -------------------------------------------------------------------------------------- as a module
 
 
 def test_checkpoint_copies_and_pickles_go_on_alike() -> None:

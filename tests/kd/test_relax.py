@@ -1,4 +1,4 @@
-"""RELAX on a problem small enough to enumerate: unbiased, and what z~ must be."""
+"""RELAX on a problem small enough to enumerate: unbiased estimates, distribution of z~."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def exact_gradients(policy: Policy) -> list[Tensor]:
 
 
 def estimates(policy: Policy, control: ControlVariate, count: int) -> tuple[Tensor, Tensor]:
-    """`count` independent estimates, [count, 3] and [count, 3, 2], each from a draw of one group."""
+    """`count` independent estimates, [count, 3] and [count, 3, 2], each from a draw of one
+    group.
+    """
     draws, others = policy.draw(count), policy.draw(count)
     alphas, betas = [], []
     for row in range(count):
@@ -69,7 +71,7 @@ def test_the_estimate_is_unbiased(policy: Policy) -> None:
     count, exact = 600, exact_gradients(policy)
     control = control_variate()
     with torch.no_grad():
-        control.out.mul_(5)  # a Q that matters, and is wrong
+        control.out.mul_(5)  # a Q that is neither 0 nor f
     for found, wanted in zip(
         (part.detach() for part in estimates(policy, control, count)), exact, strict=True
     ):
@@ -82,7 +84,7 @@ def test_the_estimate_is_unbiased(policy: Policy) -> None:
 
 
 def test_training_the_control_variate_lowers_the_spread(policy: Policy) -> None:
-    """What the search does after each estimate, here on 30 draws at once, so that the noise cannot decide."""
+    """The search's update after each estimate, on 30 draws at once to average the noise."""
     control = control_variate()
     adam = torch.optim.Adam(control.parameters(), lr=1e-2)
     start = policy.counter.clone()

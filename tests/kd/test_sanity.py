@@ -19,9 +19,8 @@ from torch.optim.optimizer import (
 
 from sokd.kd import sanity
 from sokd.kd.dam import Attention
-from sokd.kd.loss import loss
 from sokd.kd.plugin import wrap
-from sokd.kd.sokd import SoKD
+from sokd.kd.sokd import SoKD, loss
 
 UNHELD = (
     "sokd: {} had gradients in 10 steps of the student's optimiser, but no optimiser holds them; "

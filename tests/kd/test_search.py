@@ -20,7 +20,7 @@ PAIRS = [("shear_x", "rotate"), ("translate_x", "noise"), ("cutout", "channel_dr
 
 
 class Student(nn.Module):
-    """Has all that could leave a trace: BatchNorm, Dropout, momentum in its optimiser."""
+    """With everything that could leave a trace: BatchNorm, Dropout, an optimiser with momentum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,11 +71,11 @@ def made(**options: Any) -> tuple[Student, SoKD, PolicySearch]:
 
 
 def hypergradient(search: PolicySearch) -> list[Tensor]:
-    """What Adam saw in the first step: its first moment is (1 - 0.5) times that."""
+    """The gradients of Adam's first step: its first moment is (1 - 0.5) times them."""
     return [state["exp_avg"] * 2 for state in search.state_dict()["adam"]["state"].values()]
 
 
-# --------------------------------------------------------------------------------------------- its gradients
+# ------------------------------------------------------------------------------------ its gradients
 
 
 def planted_linear(**options: Any) -> tuple[Linear, SoKD, PolicySearch]:
@@ -103,7 +103,7 @@ def test_second_order_against_autograd_through_the_step(objective: str, held_out
     ]
     policy = copy.deepcopy(kd.policy)
     upper = search.step(linear_step, *batches)
-    # the same, differentiated twice: choices through the sum over all plans, magnitudes through the plan
+    # the same, twice differentiable: choices by the sum over all plans, magnitudes by the plan
     draw = policy.draw_at(search.seed, torch.zeros(1, dtype=torch.int64), 3)
     through_magnitude = copy.copy(policy)
     through_magnitude.estimator = "relax"
@@ -152,7 +152,7 @@ def test_first_order_is_the_direct_gradient() -> None:
 
 @pytest.mark.parametrize("order", [1, 2])
 def test_float16_loses_no_gradient_of_a_large_map(order: int) -> None:
-    """An element's part in a mean is less than float16 holds: 1e-8 here."""
+    """An element's share of a mean underflows in float16: 1e-8 here."""
     found = []
     for dtype in (torch.float32, torch.float16):
         torch.manual_seed(0)
@@ -168,7 +168,9 @@ def test_float16_loses_no_gradient_of_a_large_map(order: int) -> None:
 
 @pytest.mark.parametrize("order", [1, 2])
 def test_relax_learns_by_its_estimate(order: int) -> None:
-    """With Q = 0 the estimate is f * score, f the value with the unrolled step's first-order change."""
+    """With Q = 0 the estimate is f * score, f the value with the unrolled step's first-order
+    change.
+    """
     student, kd, search = planted_linear(estimator="relax", order=order)
     for parameter in search._control.parameters():
         nn.init.zeros_(parameter)
@@ -201,7 +203,7 @@ def test_relax_learns_by_its_estimate(order: int) -> None:
     )  # Q has learned
 
 
-# -------------------------------------------------------------------------------------------------- no trace
+# ----------------------------------------------------------------------------------------- no trace
 
 
 def everything(student: nn.Module, kd: SoKD, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

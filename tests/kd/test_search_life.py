@@ -19,7 +19,7 @@ from sokd.kd.policy import Policy
 from sokd.kd.search import PolicySearch
 from sokd.kd.sokd import SoKD
 
-# ------------------------------------------------------------------------------------------ life of a search
+# --------------------------------------------------------------------------------- life of a search
 
 
 @pytest.mark.parametrize("estimator", ["gumbel", "relax"])
@@ -54,7 +54,7 @@ def test_resumes_to_the_bit(estimator: str) -> None:
 
 
 def test_a_state_brings_its_step_sizes_but_not_its_end() -> None:
-    """As a state of torch.optim's brings its lr; a search may go on for longer than was planned."""
+    """lr is loaded, as by torch.optim; `epochs` is not: a search may be prolonged."""
     search = made(lr=0.5, unroll=0.5, epochs=40)[2]
     search.load_state_dict(made(lr=0.01, unroll=0.1, epochs=20)[2].state_dict())
     assert search.state_dict()["adam"]["param_groups"][0]["lr"] == 0.01
@@ -121,7 +121,7 @@ def test_an_empty_batch_moves_nothing(order: int, estimator: str) -> None:
 
 
 def kept(search: PolicySearch) -> dict[str, Any]:
-    """What a search has learned: all but where its stream of draws is."""
+    """The learned state of a search, without the position of its stream of draws."""
     state = {name: value for name, value in search.state_dict().items() if name != "counter"}
     return copy.deepcopy(state | {"policy": search.policy.state_dict()})
 
@@ -198,7 +198,7 @@ def test_several_layers() -> None:
 
 @pytest.mark.parametrize("estimator", ["gumbel", "relax"])
 def test_a_step_reads_no_value(estimator: str) -> None:
-    """Fake tensors have none: what would wait for a device raises."""
+    """Fake tensors have no values: a synchronisation raises."""
     with FakeTensorMode() as mode:
         student, kd = Student(), SoKD(3, 4, heat_channels=3, policies=PAIRS)
         search = PolicySearch(kd, student, estimator=estimator)
@@ -222,14 +222,14 @@ def test_inside_no_grad_and_with_wrapped_modules() -> None:
         assert search.step(step, batch_of()).isfinite()
 
 
-# --------------------------------------------------------------------------------------------------- planted
+# ------------------------------------------------------------------------------------------ planted
 
 
 @pytest.mark.parametrize(
     ("estimator", "steps", "lr"), [("gumbel", 120, 0.05), ("relax", 250, 0.015)]
 )
 def test_finds_the_planted_operation(estimator: str, steps: int, lr: float) -> None:
-    """The student sees what the teacher sees, shifted by a quarter of the width: translate_x must win."""
+    """The student's input is shifted by a quarter of the width: translate_x must win."""
     torch.set_num_threads(1)  # hundreds of steps too small for a second thread
     torch.manual_seed(1)
     policies = [
@@ -285,11 +285,11 @@ def test_finds_the_planted_magnitude() -> None:
     assert beta_x > 0.8
 
 
-# --------------------------------------------------------------------------------------------- two processes
+# ------------------------------------------------------------------------------------ two processes
 
 
 def one_rank(rank: int, folder: str) -> None:
-    """A search on this rank's own batch, the student wrapped; leaves the policy's state behind."""
+    """A search on this rank's own batch, the student wrapped; writes the policy's state."""
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
@@ -307,7 +307,7 @@ def one_rank(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
     os._exit(
         0
-    )  # DDP's destructor holds the GIL and may wait for ever for gloo's thread, which wants it
+    )  # DDP's destructor holds the GIL and may deadlock with gloo's thread, which needs it
 
 
 @pytest.mark.skipif(

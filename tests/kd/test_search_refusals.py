@@ -1,4 +1,4 @@
-"""What a policy search refuses, in its words: options, what a step returns and runs, states of others."""
+"""Errors of a policy search: options, the step function, states of other searches."""
 
 from __future__ import annotations
 
@@ -89,7 +89,8 @@ STEP = "PolicySearch: step must return (loss, student features, teacher features
         (
             lambda task, f_s, f_t: (task, [f_s, 1], f_t),
             TypeError,
-            "PolicySearch: student features must be a tensor or a list of tensors, got a list with int",
+            "PolicySearch: student features must be a tensor or a list of tensors, "
+            "got a list with int",
         ),
         (
             lambda task, f_s, f_t: (task, f_s, f_t.requires_grad_()),
@@ -138,14 +139,14 @@ def test_a_step_that_runs_another_student_is_refused() -> None:
     with pytest.raises(ValueError) as caught:
         search.step(lambda _, batch: step(other, batch), batch_of())
     text = (
-        "PolicySearch: step must run the model it is called with, with gradients, got a loss that none "
-        "of the student's parameters enters"
+        "PolicySearch: step must run the model it is called with, with gradients, got a loss that "
+        "none of the student's parameters enters"
     )
     assert str(caught.value) == text
 
 
 def test_a_student_without_anything_to_train() -> None:
-    """The adapter's virtual step is enough; where there is none either, order 2 has nothing to unroll."""
+    """The adapter's virtual step is enough; without an adapter there is nothing to unroll."""
     student, kd, search = made()
     student.requires_grad_(False)
     assert search.step(step, batch_of()).isfinite()
@@ -153,8 +154,8 @@ def test_a_student_without_anything_to_train() -> None:
     with pytest.raises(ValueError) as caught:
         search.step(step, batch_of())
     text = (
-        "PolicySearch: student must have parameters that require grad (or kd.adapter or kd.dam some), for "
-        "its virtual step, got none; order=1 does without"
+        "PolicySearch: student must have parameters that require grad (or kd.adapter or kd.dam "
+        "some), for its virtual step, got none; order=1 does without"
     )
     assert str(caught.value) == text
     assert PolicySearch(kd, student, order=1).step(step, batch_of()).isfinite()
@@ -205,7 +206,7 @@ def test_a_state_of_another_policy_is_refused_and_changes_nothing(
 
 
 def test_a_state_of_another_policy_is_refused_before_its_first_step() -> None:
-    """When Adam has no moments yet whose shapes could tell."""
+    """Before the first step, when Adam has no moments whose shapes could differ."""
     kd = SoKD(3, 4, policy=Policy(policies=[(0, 1), (2, 3)], estimator="relax"))
     state = PolicySearch(kd, Student()).state_dict()
     search = made(estimator="relax")[2]

@@ -1,4 +1,4 @@
-"""`sokd.wrap`: any loss, called as it was, with features refined and masked."""
+"""`sokd.wrap`: any loss with its own signature, its features refined and masked."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from support.cases import compiles
 from support.kd_cases import features, make, pair, rewound
 from torch import nn
 
-from sokd.kd.loss import loss
 from sokd.kd.plugin import wrap
+from sokd.kd.sokd import loss
 
 
 def test_a_squared_error_is_sokd_loss():
@@ -75,7 +75,7 @@ def of_a_task(logits, y, f_s, f_t, *, share=0.5):
 
 
 class Owner:
-    """Losses that people have as methods."""
+    """Losses as bound methods."""
 
     def feature_loss(self, f_s, f_t):
         return F.mse_loss(f_s, f_t)
@@ -219,7 +219,7 @@ def test_it_compiles_in_one_graph(any_loss, agreement):
 @pytest.mark.parametrize("agreement", [True, False])
 def test_copies_are_apart(agreement):
     wrapped = wrap(F.mse_loss, make(), agreement=agreement)
-    wrapped(*pair())  # whose graph no copy can take along
+    wrapped(*pair())  # its graph cannot be copied
     twins = copy.deepcopy(wrapped), pickle.loads(pickle.dumps(wrapped))
     assert all(twin.agreement is None for twin in twins)
     expected = wrapped(*pair())
@@ -264,13 +264,13 @@ WRONG = {
     ),
     "no tensor": (
         lambda: wrap(lambda f_s, f_t: {"loss": f_s.sum()}, make())(*pair()),
-        "wrap: any_loss must return a scalar tensor to add the agreement to (agreement=False leaves it in "
-        ".agreement), got dict",
+        "wrap: any_loss must return a scalar tensor to add the agreement to (agreement=False "
+        "leaves it in .agreement), got dict",
     ),
     "no scalar": (
         lambda: wrap(lambda f_s, f_t: f_s.sum((1, 2, 3)), make())(*pair()),
-        "wrap: any_loss must return a scalar tensor to add the agreement to (agreement=False leaves it in "
-        f".agreement), got shape [{len(pair()[0])}]",
+        "wrap: any_loss must return a scalar tensor to add the agreement to (agreement=False "
+        f"leaves it in .agreement), got shape [{len(pair()[0])}]",
     ),
 }
 

@@ -11,7 +11,7 @@ from support import naive
 from support.cases import DTYPES, LAYOUTS, SHAPES, laid_out
 
 from sokd import ops, reference
-from sokd.ops.masked_mse import _masked_mse, _multiplied
+from sokd.ops.masked_mse import _multiplied, scaled_mse
 
 hypothesis = pytest.importorskip("hypothesis", reason="needs hypothesis")
 given, st = hypothesis.given, hypothesis.strategies
@@ -182,7 +182,7 @@ def test_gradcheck(normalise):
     teacher.requires_grad_()
 
     def mutual(student, teacher):
-        return _masked_mse(student, teacher, weight, scale=3.0, mutual=True, **options)
+        return scaled_mse(student, teacher, weight, scale=3.0, mutual=True, **options)
 
     assert torch.autograd.gradcheck(mutual, (student, teacher))
     assert torch.autograd.gradgradcheck(mutual, (student, teacher))
@@ -264,7 +264,7 @@ def test_scale_is_folded_in():
     student, teacher = torch.randn(2, 2, 3, 4, 5)
     plain = loss_and_gradient(ops.masked_mse, student, teacher)
     scaled = loss_and_gradient(
-        _masked_mse, student, teacher, None, normalise="elements", scale=1000.0
+        scaled_mse, student, teacher, None, normalise="elements", scale=1000.0
     )
     for one, two in zip(plain, scaled, strict=True):
         torch.testing.assert_close(one * 1000, two)
@@ -272,7 +272,7 @@ def test_scale_is_folded_in():
 
 def test_mutual_gradients_are_opposite():
     student, teacher = (torch.randn(2, 3, 4, 5, requires_grad=True) for _ in range(2))
-    loss = _masked_mse(
+    loss = scaled_mse(
         student, teacher, torch.rand(2, 4, 5), normalise="area", scale=2.0, mutual=True
     )
     loss.backward()
@@ -293,7 +293,7 @@ def test_the_gradient_of_refined_features_goes_on_without_a_copy(of_features, tw
 
     def gradients(module):
         refined = module.refine(features, theta, sigma=sigma, straight=straight, seed=3)
-        mutual = _masked_mse if module is ops else reference.mutual_mse
+        mutual = scaled_mse if module is ops else reference.mutual_mse
         options = {"mutual": True} if module is ops else {}
         loss = mutual(student, refined, None, normalise="elements", scale=2.0, **options)
         return torch.autograd.grad(loss, wanted, create_graph=twice)
@@ -306,7 +306,7 @@ def test_the_gradient_of_refined_features_goes_on_without_a_copy(of_features, tw
 def test_a_teacher_that_is_no_refined_map_gets_memory_of_its_own():
     student, teacher = (torch.randn(2, 3, 4, 4, requires_grad=True) for _ in range(2))
     for of in (teacher, teacher * 1):
-        loss = _masked_mse(student, of, None, normalise="elements", scale=1.0, mutual=True)
+        loss = scaled_mse(student, of, None, normalise="elements", scale=1.0, mutual=True)
         d_student, d_teacher = torch.autograd.grad(loss, [student, of])
         assert d_student.data_ptr() != d_teacher.data_ptr() and not d_teacher.is_neg()
 

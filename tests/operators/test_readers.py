@@ -1,13 +1,15 @@
-"""Both readers of torch tensors, the reader of NumPy arrays, forked processes, and the page about it."""
+"""The readers of torch tensors, the reader of NumPy arrays, forked processes, and the page about it."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
 import textwrap
 import time
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,8 +19,10 @@ from support.cases import DTYPES, LAYOUTS, everything, laid_out
 import sokd
 from sokd import _core, ops, reference
 from sokd.ops import config
+from sokd.reference import Plan
 
 SHAPE = (2, 5, 6, 7)
+FALLBACK = "dlpack" if hasattr(torch.Tensor, "__dlpack_c_exchange_api__") else "portable"
 
 
 def run_everything(dtype=torch.float32, layout="contiguous"):
@@ -57,33 +61,109 @@ def test_readers_agree(dtype, layout, reader):
 
 
 def test_an_unknown_reader_is_refused():
-    with pytest.raises(
-        ValueError, match=r"^select_reader: name must be 'tch' or 'portable', got 'other'$"
-    ):
+    with pytest.raises(ValueError) as caught:
         _core.select_reader("other")
+    known = str(caught.value).removeprefix("select_reader: name must be one of ")
+    assert known in {
+        "portable, got 'other'",
+        "portable, dlpack, got 'other'",
+        "portable, tch, got 'other'",
+        "portable, dlpack, tch, got 'other'",
+    }
+
+
+@pytest.fixture
+def choose(monkeypatch):
+    """choose(module, release): the reader, and why it is not tch, with `module` as sokd_tch."""
+    before = _core.build_info()["reader"]
+
+    def run(module, release="2.13.0"):
+        monkeypatch.setitem(sys.modules, "sokd_tch", module)
+        monkeypatch.setattr(torch, "__version__", release)
+        config.choose_reader()
+        reader = next(line for line in config.describe().splitlines() if line.startswith("reader"))
+        return reader.removeprefix("reader").strip().removesuffix("; NumPy arrays by numpy")
+
+    yield run
+    _core.select_reader(before)
 
 
 @pytest.mark.parametrize(
     "release, chosen",
-    [("2.13.0", "tch"), ("2.15.1+cu130", "tch"), ("2.12.1", "portable"), ("2.16.0", "portable")],
+    [
+        ("2.13.0", "tch"),
+        ("2.15.1+cu130", "tch"),
+        ("2.12.1", f"{FALLBACK} (sokd_tch is proven on torch 2.13, 2.14, 2.15)"),
+        ("2.16.0", f"{FALLBACK} (sokd_tch is proven on torch 2.13, 2.14, 2.15)"),
+    ],
 )
-def test_the_guard_chooses_by_the_running_torch(release, chosen, monkeypatch, reader):
-    if _core.build_info()["tch_built_for"] is None:
-        chosen = "portable"
-    monkeypatch.setattr(torch, "__version__", release)
-    config.choose_reader()
-    assert _core.build_info()["reader"] == chosen
+def test_the_guard_chooses_by_the_running_torch(release, chosen, choose):
+    assert choose(pytest.importorskip("sokd_tch"), release) == chosen
 
 
-def test_the_choice_precedes_every_tch_call():
-    """In a fresh process: right after the import, the reader is the guard's."""
-    code = "import sokd; from sokd import _core; print(_core.build_info()['reader'])"
-    printed = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout
-    built = _core.build_info()["tch_built_for"] is not None
-    proven = ".".join(torch.__version__.split(".")[:2]) in config.PROVEN
-    assert printed.strip() == ("tch" if built and proven else "portable")
+def test_without_sokd_tch_the_next_reader_serves(choose):
+    assert choose(None) == f"{FALLBACK} (sokd_tch is not installed)"
+
+
+@pytest.mark.parametrize("value", ["7", "torch.utils.dlpack.to_dlpack(torch.ones(1))"])
+def test_without_the_exchange_of_dlpack_the_portable_reader_serves(value):
+    """In a fresh process, for what torch has is looked up once."""
+    code = f"""
+        import sys, torch
+        sys.modules["sokd_tch"] = None
+        torch.Tensor.__dlpack_c_exchange_api__ = {value}
+        import sokd
+        sokd.ops.refine(torch.ones(1, 2, 3, 3))
+        print(sokd._core.build_info()["reader"])
+    """
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "portable\n"
+
+
+@ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint32))
+def read_version_2(_, view):
+    """Writes its version and reads nothing, as a later release of sokd_tch would."""
+    view[0] = 2
+    return 1
+
+
+NAME = b"sokd_tch.reader"  # a capsule does not keep it alive
+
+
+def capsule_of(function):
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype, new.argtypes = (
+        ctypes.py_object,
+        (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p),
+    )
+    return new(ctypes.cast(function, ctypes.c_void_p), NAME, None)
+
+
+@pytest.mark.parametrize(
+    "reader, why",
+    [
+        (
+            capsule_of(read_version_2),
+            "must fill version 1 of the view, got version 2; install the sokd-tch of this sokd",
+        ),
+        (None, "must be the capsule sokd_tch.reader, got None"),
+    ],
+)
+def test_another_view_is_refused(reader, why, choose):
+    expected = f"{FALLBACK} (sokd_tch does not load: use_tch_reader: reader {why})"
+    assert choose(SimpleNamespace(reader=reader)) == expected
+
+
+def test_a_sokd_tch_that_does_not_load_is_left_aside(tmp_path):
+    """As one that was built against another libtorch, or for another Python."""
+    (tmp_path / "sokd_tch.py").write_text("raise ImportError('libtorch.so: undefined symbol')")
+    code = "import sokd, torch; sokd.ops.refine(torch.ones(1, 2, 3, 3)); sokd.show_config()"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    if ".".join(torch.__version__.split(".")[:2]) in config.PROVEN:
+        assert "(sokd_tch does not load: libtorch.so: undefined symbol)" in done.stdout
 
 
 def test_show_config(capsys):
@@ -174,8 +254,8 @@ def test_a_forked_child_computes_the_same():
 
     def work():  # nothing of PyTorch's own thread pool, which does not survive a fork
         refined, loss = torch.empty_like(features), torch.empty(())
-        _core.refine_forward(refined, features, *plan.values(), 1, 2)
-        _core.masked_mse(loss, None, features, refined, None, "elements", 1.0, 2)
+        _core.refine_forward(refined, features, (*plan.values(), None, 1), (2, 0, None))
+        _core.masked_mse(loss, None, features, refined, None, "elements", 1.0, (2, 0, None))
         return refined.numpy().tobytes(), loss.item()
 
     expected = work()
@@ -214,12 +294,12 @@ def test_nothing_is_written_outside_the_output():
     for layout in LAYOUTS:
         features = laid_out(SHAPE, layout, torch.float32)
         plan = everything(SHAPE, 2, torch.float32)
-        parts = [plan[name] for name in ("theta", "hole", "sigma", "perm", "keep")]
-        _core.refine_forward(room[1], features, *parts, 1, 2)
-        _core.refine_backward(room[1], None, None, None, features, features, *parts, 1, 2)
+        raw, resources = (*(plan[name] for name in Plan._fields[:5]), None, 1), (2, 0, None)
+        _core.refine_forward(room[1], features, raw, resources)
+        _core.refine_backward((room[1], None, None, None), features, features, raw, resources)
         assert (room[0] == 42).all() and (room[2] == 42).all()
     loss = torch.full((3,), 42.0)
-    _core.masked_mse(loss[1], room[1], features, features, None, "elements", 1.0, 2)
+    _core.masked_mse(loss[1], room[1], features, features, None, "elements", 1.0, resources)
     assert (room[0] == 42).all() and (room[2] == 42).all() and loss[0] == loss[2] == 42
 
 

@@ -11,8 +11,8 @@ from support.cases import compiles, everything
 from torch.library import opcheck
 
 from sokd import ops, reference
-from sokd.ops import common
-from sokd.ops.masked_mse import _masked_mse
+from sokd.ops import runtime
+from sokd.ops.masked_mse import scaled_mse
 
 SHAPE = (2, 3, 5, 6)
 DOUBLE = torch.float64
@@ -107,7 +107,7 @@ def test_numbers_that_two_calls_share_compile_for_any_batch():
             for _ in range(2):
                 refined = ops.refine(teacher, sigma=sigma, seed=self.seed)
                 terms.append(
-                    _masked_mse(student, refined, None, normalise="elements", scale=self.scale)
+                    scaled_mse(student, refined, None, normalise="elements", scale=self.scale)
                 )
             return sum(terms)
 
@@ -198,7 +198,7 @@ def test_batched_gradients(dtype):
     for each in (features, student, theta):
         each.requires_grad_()
     refined = ops.refine(features, theta)
-    loss = _masked_mse(student, refined, None, normalise="elements", scale=1.0, mutual=True)
+    loss = scaled_mse(student, refined, None, normalise="elements", scale=1.0, mutual=True)
     for output, inputs in ((refined, (features, theta)), (loss, (student, theta))):
         upstreams = torch.randn(3, *output.shape).to(output.dtype)
         single = [torch.autograd.grad(output, inputs, one, retain_graph=True) for one in upstreams]
@@ -347,8 +347,8 @@ def test_meta_tensors_get_shapes():
 
 
 def test_a_device_without_kernels_uses_the_twin_and_says_so_once(monkeypatch):
-    monkeypatch.setattr(common, "KERNELS", {})
-    monkeypatch.setattr(common, "_warned", set())
+    monkeypatch.setattr(runtime, "KERNELS", {})
+    monkeypatch.setattr(runtime, "_warned", set())
     inputs, plan = leaves()
     heads = maps()
     sentence = (
@@ -372,6 +372,7 @@ def test_bare_ops_are_out_of_sight():
     assert sorted(ops.__all__) == [
         "Areas",
         "Plan",
+        "Plans",
         "areas",
         "draw",
         "masked_mse",

@@ -6,23 +6,30 @@ import ast
 import inspect
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Set
+from graphlib import TopologicalSorter
 from importlib.metadata import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 import sokd
-from sokd import reference
+from sokd import _core, reference
 
 ROOT = Path(__file__).parents[2]
 OPERATORS = ("refine", "areas", "masked_mse")
+VERSION = sokd.__version__
 
 
 def sources() -> list[Path]:
-    """The files that are, or would be, in git; all files of the source folders where there is no git."""
+    """The files that are, or would be, in git; all files of the source folders where there is no
+    git.
+    """
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if listed.returncode == 0:
@@ -58,21 +65,62 @@ def test_twin_has_the_same_signature(operator: str) -> None:
 
 
 def test_one_version_everywhere() -> None:
-    cargo = re.search(r'^version = "(.+)"', (ROOT / "Cargo.toml").read_text(), re.MULTILINE)
+    """Cargo.toml states it; the changelog has its section."""
     released = re.search(r"^## \[(\d.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert cargo is not None and released is not None
-    assert sokd.__version__ == cargo[1] == released[1] == metadata("sokd")["Version"]
+    stating = [
+        path for path in TEXTS if path.suffix in {*CODE, ".toml"} and VERSION in path.read_text()
+    ]
+    assert released is not None and released[1] == VERSION == metadata("sokd")["Version"]
+    assert stating == [ROOT / "Cargo.toml"]
 
 
-def test_the_build_asks_this_python_for_its_torch() -> None:
-    """Without an active venv, or in another one, as `path/to/venv/bin/pip install .` is."""
+def test_the_compiled_module_keeps_to_the_stable_abi() -> None:
+    pytest.importorskip("abi3audit", reason="abi3audit is not installed")
+    command = [sys.executable, "-m", "abi3audit", "--strict", "--assume-minimum-abi3", "3.10"]
+    audit = subprocess.run([*command, _core.__file__], capture_output=True, text=True)
+    assert audit.returncode == 0, audit.stdout + audit.stderr
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="this system has no readelf")
+def test_the_compiled_module_needs_the_c_library_alone() -> None:
+    """Above all nothing of torch: a torch that lacks one symbol would refuse to load it."""
+    printed = subprocess.run(
+        ["readelf", "-d", _core.__file__], capture_output=True, text=True, check=True
+    )
+    needed = set(re.findall(r"NEEDED.*\[(.+?)\.so", printed.stdout))
+    c_library = {"libc", "libm", "libdl", "libpthread", "librt", "libgcc_s"}
+    assert "libc" in needed
+    assert {name for name in needed - c_library if not name.startswith("ld-linux")} == set()
+
+
+@pytest.mark.skipif(
+    shutil.which("cargo") is None or find_spec("maturin") is None,
+    reason="a source distribution is made by cargo and maturin",
+)
+def test_the_source_distribution_is_whole(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "maturin", "sdist", "--out", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    archive = f"sokd-{VERSION}"
+    with tarfile.open(tmp_path / f"{archive}.tar.gz") as opened:
+        names = {name.removeprefix(f"{archive}/") for name in opened.getnames()}
+    tch = ("Cargo.toml", "Cargo.lock", "pyproject.toml", "backend.py", "build.rs")
+    wanted = {f"tch/{name}" for name in (*tch, "src/lib.rs", ".cargo/config.toml")}
+    wanted |= {"Cargo.lock", "LICENSE-MIT", "LICENSE-APACHE", "python/sokd/_core.pyi", "README.md"}
+    assert wanted - names == set()
+    built = {name for name in names if "target/" in name or name.endswith((".so", ".pyc"))}
+    assert built == set()
+
+
+def test_sokd_tch_is_built_with_the_torch_of_the_python_that_builds() -> None:
+    """Without an active venv, or in another one, as `path/to/venv/bin/pip install ./tch` is."""
+    pytest.importorskip("maturin", reason="maturin is not installed")
     script = (
         "import backend, os, shutil; print(shutil.which('python'), 'VIRTUAL_ENV' in os.environ)"
     )
     other = {"PATH": os.defpath, "VIRTUAL_ENV": "elsewhere"}
     done = subprocess.run(
         [sys.executable, "-c", script],
-        cwd=ROOT,
+        cwd=ROOT / "tch",
         env=other,
         capture_output=True,
         text=True,
@@ -104,31 +152,67 @@ def test_imports_go_down() -> None:
     assert up == []
 
 
+def test_imports_make_no_circle() -> None:
+    """Each module can be read, and imported, after those that it imports; for types alone it may
+    refer back.
+    """
+    tuple(
+        TopologicalSorter(import_graph(types=False)).static_order()
+    )  # CycleError names the circle
+
+
+def test_private_names_stay_in_their_module() -> None:
+    """No module imports a private name of another, and none but its own reads those of `SoKD`."""
+    read = {
+        f"{module}: {found}"
+        for module, path in modules().items()
+        for found in re.findall(
+            r"^from sokd\S+ import .*\b_[a-z]\w*|\bkd\._[a-z]\w*", path.read_text(), re.M
+        )
+        if " as _" not in found
+    }
+    assert read == set()
+
+
 def storey(module: str) -> int:
     floors = ({"ops", "reference", "_core"}, {"kd"}, {"methods", "distiller", "inspect"})
     room = f"{module}.".split(".")[1]
     return next((floor for floor, rooms in enumerate(floors) if room in rooms), len(floors))
 
 
-def import_graph() -> dict[str, set[str]]:
-    """Each module of the package with the package's modules that it imports."""
+def modules() -> dict[str, Path]:
+    """The package's modules and their files."""
     package = ROOT / "python"
-    paths = {
+    return {
         ".".join(path.relative_to(package).with_suffix("").parts).removesuffix(".__init__"): path
         for path in sorted((package / "sokd").rglob("*.py"))
     }
+
+
+def import_graph(*, types: bool = True) -> dict[str, set[str]]:
+    """Each module of the package with the package's modules that it imports.
+
+    `types`: whether imports for type checkers count, which never run.
+    """
+    paths = modules()
     return {
-        module: imports_of(path, paths.keys() - {module} | {"sokd._core"})
+        module: imports_of(path, paths.keys() - {module} | {"sokd._core"}, types)
         for module, path in paths.items()
     }
 
 
-def imports_of(path: Path, known: Set[str]) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports_of(path: Path, known: Set[str], types: bool) -> set[str]:
+    tree, found = ast.parse(path.read_text()), set()
+    if not types:
+        tree.body = [node for node in tree.body if not is_for_types(node)]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= names & known or {node.module}
     return found & known
+
+
+def is_for_types(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"

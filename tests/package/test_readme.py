@@ -1,4 +1,4 @@
-"""The README's Python runs, and its figures are those of the files they were measured into."""
+"""The code in README.md runs, and the numbers on the pages are those of the measured files."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("tqdm", reason="the demo's progress bars need tqdm")
-
 from benches import report
 
 README = Path(__file__).parents[2] / "README.md"
@@ -18,7 +16,7 @@ TEXT = README.read_text()
 
 
 class Network(nn.Module):
-    """What the README's `student` and `teacher` are: logits and a feature map [B, channels, 4, 4]."""
+    """README's `student` and `teacher`: logits and a feature map [B, channels, 4, 4]."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -31,7 +29,7 @@ class Network(nn.Module):
 
 
 def prelude() -> dict[str, object]:
-    """The names of a training script that exists already."""
+    """The names that an existing training script has."""
     torch.manual_seed(0)
     loader = [(torch.randn(4, 3, 8, 8), torch.randint(0, 10, (4,))) for _ in range(2)]
     teacher = Network(256).eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""A small SoKD, features for it, and its draws again: what the tests of the loss start from."""
+"""A small SoKD, features for it, and its draws from the start: fixtures for tests of the loss."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ def pair(
 
 
 def rewound(kd: SoKD, counter: int = 0) -> SoKD:
-    """The same draws again."""
+    """kd with its draws restarted at `counter`."""
     kd.policy.counter.fill_(counter)
     return kd

@@ -1,1 +1,1 @@
-"""A demonstration on real images: `python -m sokd.demo` (needs `pip install '.[demo]' in a checkout`)."""
+"""A demonstration on real images: `python -m sokd.demo` (needs `pip install 'sokd[demo]'`)."""

@@ -1,358 +1,175 @@
-"""Training: the teacher once, then student runs, all with the same epochs, optimiser, schedule and seeds.
+"""Training: the teacher once, then the student runs, in processes of one thread each.
 
-The images are not augmented, so the teacher, in eval mode, says the same of an image every time: its logits
-and features of the training images are computed once and read from there. That is exact, no approximation.
-
-Two cores serve two student runs at a time, one thread each: networks this small gain nothing from a second
-thread. What a run computes does not depend on how many run beside it.
+Runs with one seed start from the same student weights and see the same batches. The numbers do not
+depend on how many run at a time.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
+import itertools
 import multiprocessing
-import os
+import pickle
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from queue import Empty
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 import sokd
-from sokd.demo.data import DataSet, Part
-from sokd.demo.methods import METHODS, Batch, Method
-from sokd.demo.models import Net, Recorded, build_student, build_teacher
-from sokd.inspect import Snapshot
+from sokd.demo.data import DataSet
+from sokd.demo.networks import Net, Recorded, accuracy, build_student, build_teacher
+
+# Adam moves the policy by rate times steps; the paper's 3e-4 belongs to some 16,000 search steps.
+POLICY_LR = 2e-2
+SEARCH_EVERY = 4  # training steps; one second-order search step costs about four of them
+
+# Arguments of `sokd.Distiller`. The weights were chosen on the validation part, from five trials of
+# each method (docs/results.md).
+_WEIGHTS = {"lambda_agreement": 1.0, "lambda_areas": 1.0}
+METHODS: dict[str, Mapping[str, Any]] = {
+    "student": {"method": None, "sokd": False},
+    "kd": {"method": {"kd": 0.2}, "sokd": False},
+    "fitnet": {"method": {"fitnet": 2.0}, "sokd": False},
+    "fitnet-dafa": {"method": None, "sokd": {"dam": None, "lambda_areas": 2.0}},
+    "fitnet-dam": {"method": None, "sokd": {"policy": None, **_WEIGHTS}},
+    "sokd": {"method": None, "sokd": _WEIGHTS},
+}
 
 
-@dataclass(frozen=True)
-class Solver:
-    """SGD with Nesterov momentum under one cycle (warm-up over 15 % of the steps, then cosine to zero)."""
+class Solver(NamedTuple):
+    """SGD with Nesterov momentum and one cycle: warm-up for 15 % of the steps, cosine to zero."""
 
     epochs: int = 10
     batch: int = 64
-    lr: float = (
-        0.8  # chosen for the student alone (1.2 does as well), see tune.py; serves all methods
-    )
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
+    lr: float = 0.8  # chosen for the student alone, used for all methods
 
 
-@dataclass(frozen=True)
-class Task:
-    """All that a student run needs but the method and the seed. `teacher` is in eval mode and frozen."""
+class Task(NamedTuple):
+    """What all student runs share."""
 
     data: DataSet
-    teacher: Net
-    student: str  # a key of models.STUDENTS
+    teacher: Net  # frozen, in eval mode
+    outputs: tuple[Tensor, Tensor]  # the teacher's on the training images
+    student: str  # a key of networks.STUDENTS
     solver: Solver
-    logits: Tensor  # the teacher's, of the training images [N, classes]
-    features: Tensor  # [N, C, H, W]
-
-    def recorded(self) -> Recorded:
-        """The teacher for a student run."""
-        return Recorded(self.teacher, self.data.train[0], self.logits, self.features)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One student run. `weights` and `lr` override the chosen ones: that is how they are chosen."""
-
-    method: str
-    seed: int
-    weights: dict[str, float] | None = None
-    lr: float | None = None
-    test: bool = True  # False while choosing: then the test part is not looked at
 
 
 @dataclass
 class Run:
-    """What came of a job. Accuracies in [0, 1]; "best" is the epoch with the best *validation* accuracy."""
+    """One student run: its settings, then its results (accuracies in [0, 1])."""
 
-    job: Job
+    name: str
+    method: Mapping[str, Any]
+    seed: int
     validation: list[float] = field(default_factory=list)  # after each epoch
-    test: list[float | None] = field(
-        default_factory=list
-    )  # at a best validation so far, and at the last
-    seconds: float = 0.0  # training and search; without the evaluations
-    policy: list[Snapshot] = field(default_factory=list)
-    state: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # the Distiller's state_dict at the last epoch
-    notes: dict[str, float] = field(
-        default_factory=dict
-    )  # the method's own figures at the last epoch
+    test: dict[int, float] = field(default_factory=dict)  # after the last and the best so far
+    seconds: float = 0.0  # processor time of training and search
+    policy: list[sokd.inspect.Snapshot] = field(default_factory=list)
+    state: dict[str, Tensor] = field(default_factory=dict)  # of the Distiller, at the end
+    notes: dict[str, float] = field(default_factory=dict)  # weight and diagnostics, at the end
 
     @property
     def best_epoch(self) -> int:
-        """Index of the epoch with the best validation accuracy, the first of equals."""
+        """The index of the epoch with the best validation accuracy, the first of equals."""
         return max(range(len(self.validation)), key=lambda i: (self.validation[i], -i))
 
-    @property
-    def last(self) -> float:
-        return self._at(-1)
 
-    @property
-    def best(self) -> float:
-        return self._at(self.best_epoch)
-
-    def _at(self, epoch: int) -> float:
-        found = self.test[epoch]
-        assert found is not None, (
-            "the test part is looked at whenever the validation is at its best"
-        )
-        return found
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    """`count` threads for PyTorch inside the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def predict(model: Net, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits and features of any number of images, in eval mode, without gradients."""
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        parts = [model(images[start : start + 500]) for start in range(0, len(images), 500)]
-    model.train(training)
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-
-
-def accuracy(model: Net, part: Part) -> float:
-    """Share of a part's images that the model gets right."""
-    images, labels = part
-    return (predict(model, images)[0].argmax(1) == labels).float().mean().item()
-
-
-def batches(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Shuffled indices in equal batches; the remainder is left out, so BatchNorm never sees a tiny batch."""
-    size = min(size, count)
-    shuffled = torch.randperm(count, generator=generator)[: count // size * size]
-    return shuffled.view(-1, size).unbind()
-
-
-def optimiser_for(
-    parameters: Sequence[nn.Parameter], solver: Solver, steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    optimiser = torch.optim.SGD(
-        parameters,
-        lr=solver.lr,
-        momentum=solver.momentum,
-        weight_decay=solver.weight_decay,
-        nesterov=True,
-    )
+def fit(
+    parameters: Iterable[nn.Parameter], loss_of: Callable[[Tensor], Tensor], count: int,
+    solver: Solver, order: torch.Generator,
+) -> Iterator[int]:  # fmt: skip
+    """Minimise `loss_of(rows)` over shuffled batches of `count` images; yields after each epoch."""
+    epochs, size, lr = solver.epochs, min(solver.batch, count), solver.lr
+    per_epoch = count // size
+    sgd = torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, solver.lr, total_steps=steps, pct_start=0.15, cycle_momentum=False
+        sgd, lr, epochs * per_epoch, pct_start=0.15, cycle_momentum=False
     )
-    return optimiser, schedule
-
-
-def train_teacher(
-    data: DataSet, size: str, solver: Solver, *, seed: int = 0, quiet: bool = False
-) -> Net:
-    """A teacher trained on the training part by cross entropy, in eval mode and frozen."""
-    torch.manual_seed(seed)
-    teacher = build_teacher(size, classes=data.classes, image_side=data.side)
-    images, labels = data.train
-    order = torch.Generator().manual_seed(seed)
-    per_epoch = len(batches(len(labels), solver.batch, order))
-    optimiser, schedule = optimiser_for(
-        list(teacher.parameters()), solver, solver.epochs * per_epoch
-    )
-    bar = tqdm(range(solver.epochs), desc=f"teacher {size}", unit="epoch", disable=quiet or None)
-    for _ in bar:
-        teacher.train()
-        for index in batches(len(labels), solver.batch, order):
-            loss = F.cross_entropy(teacher(images[index])[0], labels[index])
-            optimiser.zero_grad()
+    for epoch in range(epochs):
+        for rows in torch.randperm(count, generator=order)[: per_epoch * size].view(-1, size):
+            loss = loss_of(rows)
+            sgd.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
+            sgd.step()
             schedule.step()
-        bar.set_postfix_str(f"validation {accuracy(teacher, data.validation):.1%}")
+        yield epoch
+
+
+def train_teacher(data: DataSet, size: str, solver: Solver, path: Path) -> Net:
+    """A frozen teacher in eval mode: loaded from the file if it exists, else trained and saved."""
+    torch.manual_seed(0)
+    teacher, (images, labels) = build_teacher(size, data), data.train
+    order = torch.Generator().manual_seed(0)
+    torch.randperm(len(labels), generator=order)  # as when the published numbers were made
+
+    def loss_of(rows: Tensor) -> Tensor:
+        return F.cross_entropy(teacher(images[rows])[0], labels[rows])
+
+    if not path.exists():
+        for epoch in fit(teacher.parameters(), loss_of, len(labels), solver, order):
+            print(f"teacher, epoch {epoch}: {accuracy(teacher, data.validation):.2%}", flush=True)
+        torch.save(teacher.state_dict(), path)
+    teacher.load_state_dict(torch.load(path, weights_only=True))
     return teacher.requires_grad_(False).eval()
 
 
-def prepare(data: DataSet, teacher: Net, student: str, solver: Solver) -> Task:
-    """The task of all student runs, the teacher's word on the training images included."""
-    logits, features = predict(teacher, data.train[0])
-    return Task(data, teacher, student, solver, logits, features.contiguous())
+def build(run: Run, task: Task) -> sokd.Distiller:
+    """The run's Distiller before training; its teacher is a `Recorded`."""
+    torch.manual_seed(run.seed)  # the same first weights for every method
+    student = build_student(task.student, task.data)
+    sokd.manual_seed(run.seed)
+    teacher = Recorded(task.teacher, task.outputs)
+    teacher.rows = torch.arange(2)
+    example = task.data.train[0][teacher.rows]
+    return sokd.Distiller(teacher, student, layers={"body": "body"}, example=example, **run.method)
 
 
-def run(job: Job, task: Task, tick: Callable[[str], None] = lambda _: None) -> Run:
-    """Train one student. `tick(text)` is called after each epoch."""
-    solver = task.solver if job.lr is None else replace(task.solver, lr=job.lr)
-    per_epoch = len(task.data.train[1]) // min(solver.batch, len(task.data.train[1]))
-    steps = solver.epochs * per_epoch
-    method = _method(job, task, steps=steps, epochs=solver.epochs)
-    optimiser, schedule = optimiser_for(list(method.distiller.parameters()), solver, steps)
-    order = torch.Generator().manual_seed(job.seed)  # the same batches for every method
-    result = Run(job)
-    for epoch in range(1, solver.epochs + 1):
-        started = time.process_time()  # of the processor: what else the machine does is left out
-        _train_epoch(method, task, solver, optimiser, schedule, order)
-        result.seconds += time.process_time() - started
-        result.validation.append(accuracy(method.student, task.data.validation))
-        if job.test:
-            wanted = epoch == solver.epochs or result.best_epoch == epoch - 1
-            result.test.append(accuracy(method.student, task.data.test) if wanted else None)
-        tick(f"{job.method} seed {job.seed}: validation {result.validation[-1]:.1%}")
-    result.state = {name: tensor.clone() for name, tensor in method.distiller.state_dict().items()}
-    result.policy, result.notes = method.way, method.notes()
-    return result
+def train(run: Run, task: Task, *, test: bool = True) -> Run:
+    """Train the run's student; evaluate it after every epoch, on the test part if `test`."""
+    distiller, step, (images, labels) = build(run, task), itertools.count(), task.data.train
+    kd, student = distiller.kd, distiller.student
+    search = None
+    if kd is not None and kd.policy is not None:
+        search = sokd.PolicySearch(kd, student, lr=POLICY_LR, epochs=task.solver.epochs)
+        trajectory = sokd.inspect.Trajectory(kd)
+        run.policy = trajectory.snapshots
+
+    def loss_of(rows: Tensor) -> Tensor:
+        distiller.teacher.rows, batch, now = rows, (images[rows], labels[rows]), next(step)
+        if search is not None and now % SEARCH_EVERY == 0:
+            search.step(distiller.step, batch)
+            trajectory.record(now)
+        return torch.stack([*distiller(*batch, index=rows)[1].values()]).sum()
+
+    started, order = time.process_time(), torch.Generator().manual_seed(run.seed)
+    for epoch in fit(distiller.train().parameters(), loss_of, len(labels), task.solver, order):
+        if search is not None:
+            search.end_epoch()
+        run.seconds += time.process_time() - started
+        run.validation.append(accuracy(student, task.data.validation))
+        if test and epoch in (run.best_epoch, task.solver.epochs - 1):
+            run.test[epoch] = accuracy(student, task.data.test)
+        started = time.process_time()
+    run.state = {name: value.clone() for name, value in distiller.state_dict().items()}
+    run.notes = {"weight": sum(distiller.weights.values())} if distiller.weights else {}
+    run.notes |= {} if kd is None else {name: v.item() for name, v in kd.diagnostics().items()}
+    return run
 
 
-def _method(job: Job, task: Task, *, steps: int, epochs: int) -> Method:
-    recipe = METHODS[job.method]
-    weights = dict(recipe.weights if job.weights is None else job.weights)
-    if "share" in weights:
-        weights["weight"] = weights.pop("share") * balance(job.method, task)
-    torch.manual_seed(job.seed)  # the same first weights for every method
-    student = build_student(task.student, classes=task.data.classes, image_side=task.data.side)
-    sokd.manual_seed(job.seed)
-    return Method(recipe, student, task.recorded(), weights, steps=steps, epochs=epochs)
-
-
-def balance(name: str, task: Task, *, seed: int = 100, count: int = 256) -> float:
-    """The weight with which a method's gradient is as long as the cross entropy's, for a fresh student.
-
-    Gradients of the student's own parameters on the first `count` training images, without SoKD. Methods'
-    values differ by orders of magnitude; in units of this weight one grid of trials serves all of them.
-    """
-    recipe = replace(METHODS[name], plug=None)
-    torch.manual_seed(seed)
-    sokd.manual_seed(seed)
-    student = build_student(task.student, classes=task.data.classes, image_side=task.data.side)
-    teacher = task.recorded()
-    method = Method(recipe, student, teacher, {"weight": 1.0}, steps=1, epochs=1)
-    teacher.rows = torch.arange(min(count, teacher.count))
-    images, labels = (part[teacher.rows] for part in task.data.train)
-    _, losses = method.distiller(images, labels, index=teacher.rows)
-    own, added = (_length(losses[key], student) for key in ("loss_ce", f"loss_{recipe.method}"))
-    return own / added
-
-
-def _length(loss: Tensor, student: nn.Module) -> float:
-    parts = torch.autograd.grad(
-        loss, list(student.parameters()), retain_graph=True, allow_unused=True
-    )
-    return math.sqrt(sum(part.square().sum().item() for part in parts if part is not None))
-
-
-def restore(result: Run, task: Task) -> Method:
-    """The method of a finished run as it was at its last epoch, in eval mode; its teacher is asked."""
-    method = _method(result.job, task, steps=1, epochs=1)
-    method.distiller.load_state_dict(result.state)
-    method.teacher.rows = None
-    method.distiller.eval()
-    return method
-
-
-def _train_epoch(
-    method: Method,
-    task: Task,
-    solver: Solver,
-    optimiser: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    order: torch.Generator,
-) -> None:
-    images, labels = task.data.train
-    method.distiller.train()
-    for rows in batches(len(labels), solver.batch, order):
-        loss = method.loss(Batch(images[rows], labels[rows], rows))
-        optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
-        schedule.step()
-    method.end_epoch()
-
-
-# -- many runs, several at a time ---------------------------------------------------------------------------
-
-_worker: dict[str, Any] = {}
-
-
-def _start_worker(path: str, ticks: Any) -> None:
+def _work(task: bytes, test: bool, run: Run) -> Run:
     torch.set_num_threads(1)
-    _worker["task"] = torch.load(
-        path, weights_only=False
-    )  # written by this very program a moment ago
-    _worker["ticks"] = ticks
+    return train(run, pickle.loads(task), test=test)
 
 
-def _work(job: Job) -> Run:
-    return run(job, _worker["task"], _worker["ticks"].put)
-
-
-def run_all(
-    jobs: Sequence[Job], task: Task, *, workers: int, folder: Path, quiet: bool = False,
-    keep: Callable[[Run], None] = lambda _: None,
-) -> list[Run]:  # fmt: skip
-    """All jobs in their order, `workers` at a time, under one progress bar that counts epochs.
-
-    `keep` is called with each run when it is done, in any order.
-    """
-    total = len(jobs) * task.solver.epochs
-    with tqdm(
-        total=total, desc=f"{len(jobs)} student runs", unit="epoch", disable=quiet or None
-    ) as bar:
-
-        def tick(text: str) -> None:
-            bar.set_postfix_str(text, refresh=False)
-            bar.update()
-
-        if workers <= 1 or len(jobs) == 1:
-            with threads(1):
-                return [_kept(run(job, task, tick), keep) for job in jobs]
-        return _run_side_by_side(jobs, task, min(workers, len(jobs)), folder, tick, keep)
-
-
-def _kept(done: Run, keep: Callable[[Run], None]) -> Run:
-    keep(done)
-    return done
-
-
-def _run_side_by_side(
-    jobs: Sequence[Job], task: Task, workers: int, folder: Path, tick: Callable[[str], None],
-    keep: Callable[[Run], None],
-) -> list[Run]:  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "task.pt"
-    torch.save(task, path)
-    spawn = multiprocessing.get_context("spawn")  # a forked PyTorch may hang in its thread pool
-    try:
-        with spawn.Manager() as manager:
-            ticks = manager.Queue()
-            with ProcessPoolExecutor(workers, spawn, _start_worker, (str(path), ticks)) as pool:
-                futures: list[Future[Run]] = [pool.submit(_work, job) for job in jobs]
-                waiting = list(futures)
-                while waiting:
-                    with contextlib.suppress(Empty):
-                        tick(ticks.get(timeout=0.2))
-                    for future in [future for future in waiting if future.done()]:
-                        waiting.remove(future)
-                        keep(future.result())
-                while not ticks.empty():
-                    tick(ticks.get())
-                return [future.result() for future in futures]
-    finally:
-        path.unlink()
+def train_all(runs: Sequence[Run], task: Task, workers: int, *, test: bool = True) -> Iterator[Run]:
+    """Train the runs in their order, `workers` at a time, and yield each when it is done."""
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for run in pool.map(partial(_work, pickle.dumps(task), test), runs):
+            print(f"{run.name}, seed {run.seed}: validation {run.validation[-1]:.2%}", flush=True)
+            yield run

@@ -18,7 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from sokd.distiller.inputs import Given, Grid, batch_size
 from sokd.distiller.maps import same_aspect
 from sokd.distiller.taps import Pair
-from sokd.kd.adapter import tokens_to_map
+from sokd.kd.features import tokens_to_map
 from sokd.kd.virtual import unwrapped
 
 __all__ = ["auto_layers"]

@@ -31,11 +31,10 @@ from sokd.distiller.outputs import (
 from sokd.distiller.recipe import Chosen, chosen
 from sokd.distiller.taps import Layers, Pair, Tap, Taps, layer_pairs
 from sokd.kd import sanity
-from sokd.kd.plug import Plugged, own_distance, plug, record, unplugged
-from sokd.kd.sokd import SoKD
+from sokd.kd.sokd import Match, SoKD
 from sokd.kd.virtual import replayed, unwrapped
 from sokd.methods.common import Method, Step, constant
-from sokd.ops.common import is_eager
+from sokd.ops.runtime import is_eager
 
 __all__ = ["Distiller"]
 
@@ -183,7 +182,7 @@ class Distiller(nn.Module):
         losses = self._task(student.output, student.logits, target)
         if eager:
             guards.check_maps(self, student.maps, teacher.maps, self._labels)
-        losses |= self._distil(student, teacher, target, index)
+        losses.update(self._distil(student, teacher, target, index))
         if eager:
             self._look(losses, student, teacher)
         return student.output, losses
@@ -363,27 +362,40 @@ class Distiller(nn.Module):
 
     def _distil(self, student: Pass, teacher: Pass, target: Any, index: Tensor | None) -> Losses:
         """The methods' terms and SoKD's."""
-        if self.kd is not None:
-            made = plug(self.kd, student.maps, teacher.maps, adapt=self._needs.adapted)
-        else:
-            made = unplugged(self.adapters, student.maps, teacher.maps)
+        matches = self._matched(student.maps, teacher.maps)
         step = Step(
-            student.logits, teacher.logits, labels_of(target), student.maps, made.refined, made.adapted,
-            made.weight, index,
+            student.logits, teacher.logits, labels_of(target), student.maps,
+            [match.refined for match in matches], [match.student for match in matches],
+            [None if match.attention is None else match.attention.weight for match in matches], index,
         )  # fmt: skip
         losses = {}
         for name, method in self.methods.items():
             check_needs(name, cast(Method, method).needs, step, target)
             losses[f"loss_{name}"] = self.weights[name] * method(step)
-        return losses if self.kd is None else losses | self._plugged(self.kd, made, losses)
+        return (
+            losses if self.kd is None else {**losses, **self._own_terms(self.kd, matches, losses)}
+        )
 
-    def _plugged(self, kd: SoKD, made: Plugged, losses: Losses) -> Losses:
-        """SoKD's terms beside the methods'; leaves the step's figures in `kd.diagnostics()`."""
-        added = {"loss_sokd": own_distance(kd, made)} if self._needs.plain else {}
-        terms = list((added or losses).values())
-        record(kd, made, torch.stack(terms).sum())
-        if made.agreement:
-            added["loss_agreement"] = torch.stack(made.agreement).sum()
+    def _matched(self, students: list[Tensor], teachers: list[Tensor]) -> list[Match]:
+        """The layers' maps as SoKD matches them; without SoKD adapted, if there are adapters."""
+        if self.kd is not None:
+            return self.kd.match(students, teachers, adapt=self._needs.adapted)
+        if self.adapters is not None:
+            students = [
+                adapter(student, (teacher.shape[2], teacher.shape[3]))
+                for adapter, student, teacher in zip(self.adapters, students, teachers, strict=True)
+            ]
+        return [Match(*pair, None) for pair in zip(students, teachers, strict=True)]
+
+    def _own_terms(self, kd: SoKD, matches: list[Match], losses: Losses) -> Losses:
+        """SoKD's terms beside the methods'; records the step's statistics for `kd.diagnostics()`."""
+        added = {}
+        if self._needs.plain:
+            added["loss_sokd"] = torch.stack(kd.distances(matches)).sum()
+        kd.record(matches, [torch.stack(list((added or losses).values())).sum()])
+        agreement = [match.attention.agreement for match in matches if match.attention is not None]
+        if agreement:
+            added["loss_agreement"] = torch.stack(agreement).sum()
         return added
 
     # ---------------------------------------------------------------------------------------- guards

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from sokd.distiller.inputs import batch_size, is_input, kinds
 from sokd.distiller.outputs import untrained_entries
-from sokd.kd.loss import mixed_dtypes_allowed
+from sokd.kd.features import mixed_dtypes_allowed
 from sokd.kd.sanity import Watch
 from sokd.kd.virtual import unwrapped
 from sokd.ops.distributed import agreed, is_sharded, place

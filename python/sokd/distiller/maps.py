@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from sokd.distiller.inputs import Given, Grid
-from sokd.kd.adapter import Size, tokens_to_map
+from sokd.kd.features import Size, per_layer, tokens_to_map
 
 __all__ = ["Layout", "as_map", "check_pair", "layouts", "same_aspect"]
 
@@ -21,7 +21,7 @@ class Layout:
     """How one layer's features are laid out; None: guessed, and checked against the input.
 
     `order` is read where it has as many letters as the features have dimensions; for `tokens` and
-    `grid` see `sokd.kd.adapter.tokens_to_map`.
+    `grid` see `sokd.kd.features.tokens_to_map`.
     """
 
     tokens: int | None = None
@@ -146,7 +146,10 @@ def same_aspect(one: Grid, other: Grid) -> bool:
 def layouts(side: str, pairs: int, tokens: Any, grid: Any, order: Any) -> list[Layout]:
     """The pairs' layouts from the user's options: a list has one entry for each pair."""
     given = {"tokens": tokens, "grid": grid, "order": order}
-    columns = {name: _for_pairs(f"{side}_{name}", value, pairs) for name, value in given.items()}
+    columns = {
+        name: per_layer(f"{side}_{name}", value, pairs, op="Distiller", layers="pairs of layers")
+        for name, value in given.items()
+    }
     for value in columns["order"]:
         if value is not None and value not in ORDERS:
             raise ValueError(
@@ -154,12 +157,3 @@ def layouts(side: str, pairs: int, tokens: Any, grid: Any, order: Any) -> list[L
             )
     rows: Sequence[tuple[Any, ...]] = list(zip(*columns.values(), strict=True))
     return [Layout(*row) for row in rows]
-
-
-def _for_pairs(name: str, value: Any, pairs: int) -> list[Any]:
-    if not isinstance(value, list):
-        return [value] * pairs
-    if len(value) != pairs:
-        rule = f"have one entry for each of the {pairs} pairs of layers"
-        raise ValueError(f"Distiller: {name} must {rule}, got {len(value)}")
-    return list(value)

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sokd.kd.arguments import described
+from sokd.kd.features import described
 from sokd.kd.sanity import leaves
 from sokd.methods.checks import wrong_class
 from sokd.methods.common import Step
-from sokd.ops.common import is_eager
+from sokd.ops.runtime import is_eager
 
 __all__ = [
     "Logits",

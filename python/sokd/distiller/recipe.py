@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from sokd.kd.plug import masked_pair
+from sokd.kd.dam import masked
 from sokd.methods.common import Method, Shape, Step
 from sokd.methods.registry import METHODS, build, one_of_names, options_of
 
@@ -36,7 +36,7 @@ class Called(Method):
     def forward(self, step: Step) -> Tensor:
         total: Tensor | None = None
         for student, teacher, weight in zip(step.adapted, step.teacher, step.weight, strict=True):
-            term = self.loss(*masked_pair(student, teacher, weight))
+            term = self.loss(masked(student, weight), masked(teacher, weight))
             if not isinstance(term, Tensor) or term.numel() != 1:
                 got = (
                     f"shape {list(term.shape)}" if isinstance(term, Tensor) else type(term).__name__

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from sokd.kd.dam import DAM
 from sokd.kd.policy import Policy
 from sokd.kd.policy.plan import OPERATIONS
-from sokd.kd.sokd import SoKD, _at
+from sokd.kd.sokd import Match, SoKD, part_of
 from sokd.kd.virtual import unwrapped
 from sokd.ops import Areas
 from sokd.ops import areas as find_areas
@@ -221,18 +221,17 @@ def areas(subject: nn.Module, *inputs: Any) -> list[LayerAreas]:
     training = [(part, part.training) for part in kd.modules()]
     kd.eval()
     try:
-        pairs = kd._pairs(students, teachers)
-        return [_layer_areas(kd, index, *pair) for index, pair in enumerate(pairs)]
+        matches = kd.match(students, teachers, refine=False, attend=False)
+        return [_layer_areas(part_of(kd.dam, i), match) for i, match in enumerate(matches)]
     finally:
         for part, mode in training:
             part.training = mode
 
 
-def _layer_areas(kd: SoKD, index: int, student: Tensor, teacher: Tensor) -> LayerAreas:
-    dam = _at(kd.dam, index)
+def _layer_areas(dam: nn.Module | None, match: Match) -> LayerAreas:
     if not isinstance(dam, DAM):
         raise TypeError(f"areas: kd.dam must be a DAM, got {type(dam).__name__}")
-    of_student, of_teacher = dam.maps(kd._adapted(index, student, teacher)), dam.maps(teacher)
+    of_student, of_teacher = dam.maps(match.student), dam.maps(match.refined)
     best = partial(find_areas, k=dam.k, kernel=dam.kernel)
     return {
         "teacher": best(*of_teacher),

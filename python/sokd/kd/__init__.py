@@ -2,10 +2,11 @@
 
 from sokd.kd.adapter import Adapter
 from sokd.kd.dam import DAM
-from sokd.kd.loss import loss
 from sokd.kd.plugin import wrap
 from sokd.kd.policy import Policy, manual_seed
 from sokd.kd.search import PolicySearch
-from sokd.kd.sokd import SoKD
+from sokd.kd.sokd import Match, SoKD, loss
 
-__all__ = ["DAM", "Adapter", "Policy", "PolicySearch", "SoKD", "loss", "manual_seed", "wrap"]
+__all__ = [
+    "DAM", "Adapter", "Match", "Policy", "PolicySearch", "SoKD", "loss", "manual_seed", "wrap",
+]  # fmt: skip

@@ -20,10 +20,11 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from sokd.ops.common import is_eager
+from sokd.ops import torch_internals
+from sokd.ops.runtime import is_eager
 
 if TYPE_CHECKING:
-    from sokd.kd.loss import Features
+    from sokd.kd.features import Features
     from sokd.kd.sokd import SoKD
 
 __all__ = ["Watch", "leaves", "look", "look_at_mask", "transformed"]
@@ -236,10 +237,7 @@ def look_at_mask(kd: SoKD) -> None:
 
 def transformed() -> bool:
     """Whether a functorch transform runs eagerly: nothing may be kept from inside it."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    return not torch.compiler.is_compiling() and torch_internals.is_transforming()
 
 
 def _tensors(features: Features) -> list[Tensor]:

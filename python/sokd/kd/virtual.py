@@ -1,4 +1,4 @@
-"""Running modules at weights other than their own, and leaving nothing behind."""
+"""Running modules at virtual weights, without a trace in modules or random state."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Weights = dict[str, Tensor]
 
 
 class Together(nn.Module):
-    """Several modules whose weights a closure sees replaced for the time of a call.
+    """Several modules whose weights are replaced for the duration of a call.
 
-    `functional_call` swaps the tensors inside the modules themselves, so whoever holds them (the closure, a
-    hook) runs them at the virtual weights. No module is copied.
+    `functional_call` swaps the tensors inside the modules themselves, so every reference to them
+    (in a closure, in a hook) runs them at the virtual weights. No module is copied.
     """
 
     def __init__(self, *modules: nn.Module) -> None:
@@ -30,21 +30,22 @@ class Together(nn.Module):
         return run()
 
     def weights(self, *, but: Iterable[Tensor] = ()) -> Weights:
-        """The trained parameters, detached, under their names; none of `but`."""
+        """The trained parameters by name, detached, without those in `but`."""
         left_out = {id(tensor) for tensor in but}
         named = self.named_parameters()
         return {name: p.detach() for name, p in named if p.requires_grad and id(p) not in left_out}
 
     def at(self, weights: Mapping[str, Tensor], run: Callable[[], T]) -> T:
-        """run() with the modules at `weights`; what it writes into buffers goes to clones, thrown away."""
+        """run() with the modules at `weights`, and with clones of their buffers."""
         buffers = {name: buffer.clone() for name, buffer in self.named_buffers()}
         return torch.func.functional_call(self, {**buffers, **weights}, (run,))  # type: ignore[no-any-return]
 
 
 def unwrapped(module: Any) -> Any:
-    """The module inside DistributedDataParallel, DataParallel and torch.compile.
+    """The module inside the wrappers of DistributedDataParallel, DataParallel and torch.compile.
 
-    Their wrappers act on the real weights: a reducer waits for gradients, compiled code guards on parameters.
+    The wrappers act on the real weights: a reducer waits for gradients, compiled code guards on
+    parameters.
     """
     while isinstance(module, nn.Module):
         if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
@@ -58,7 +59,7 @@ def unwrapped(module: Any) -> Any:
 
 @contextmanager
 def replayed(devices: Iterable[torch.device]) -> Iterator[Callable[[], None]]:
-    """Give a function that sets PyTorch's random state back to what it is here; done once more at the end."""
+    """Yield a function that restores PyTorch's present random state; called at the end too."""
     accelerators = [device for device in set(devices) if device.type not in ("cpu", "meta")]
     host = torch.get_rng_state()
     states = [

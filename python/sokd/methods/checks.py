@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sokd.methods.common import Maps, Weights, constant, wide
-from sokd.ops.common import is_eager
+from sokd.ops.runtime import is_eager
 
 __all__ = ["check_labels", "layer_pairs", "logits_pair", "number", "wrong_class"]
 
@@ -51,7 +51,9 @@ def layer_pairs(
         same: "shape" or "channels", what the two sides have to have in common beside the batch.
     """
     students, teachers = _as_list(student), _as_list(teacher)
-    weights = [weight] * len(students) if isinstance(weight, Tensor | None) else list(weight)
+    weights = (
+        [weight] * len(students) if weight is None or isinstance(weight, Tensor) else list(weight)
+    )
     for name, given in (("teacher", teachers), ("weight", weights)):
         if len(given) != len(students):
             rule = f"have one entry for each of the {len(students)} student maps"

@@ -16,10 +16,12 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from sokd.kd.adapter import resize
-from sokd.ops.common import accumulator, apply
+from sokd.kd.dam import masked, resized, root
+from sokd.ops.runtime import accumulator, apply
 
-__all__ = ["Maps", "Method", "Shape", "Shapes", "Step", "Weights"]
+__all__ = [
+    "Maps", "Method", "Shape", "Shapes", "Step", "Weights", "masked", "resized", "root",
+]  # fmt: skip
 
 Shape = tuple[int, int, int]  # (C, H, W)
 Shapes = Sequence[Shape]
@@ -27,7 +29,7 @@ Maps = Tensor | Sequence[Tensor]
 Weights = Tensor | Sequence[Tensor | None] | None
 
 
-@dataclass(slots=True)
+@dataclass
 class Step:
     """What one training step offers a method."""
 
@@ -91,25 +93,6 @@ def wide(tensor: Tensor) -> Tensor:
 def unmixed(tensor: Tensor) -> torch.autocast:
     """A context without autocast on the tensor's device: sums and products stay float32."""
     return torch.autocast(tensor.device.type, enabled=False)
-
-
-def masked(features: Tensor, weight: Tensor | None) -> Tensor:
-    """sqrt(omega) * features [B, C, H, W], omega at the features' size: how most methods meet the mask.
-
-    The root, so that the square of a difference of two masked maps carries omega once, as in `masked_mse`.
-    """
-    return features if weight is None else features * root(features, weight).unsqueeze(1)
-
-
-def root(features: Tensor, weight: Tensor) -> Tensor:
-    """sqrt(omega) [B, H, W] in the size and dtype of the features [B, C, H, W] (`sokd.kd.adapter.resize`)."""
-    return resized(weight, features).sqrt()
-
-
-def resized(weight: Tensor, features: Tensor) -> Tensor:
-    """omega [B, H, W] in the size and dtype of the features."""
-    at_size = resize(wide(weight).unsqueeze(1), (features.shape[2], features.shape[3]))
-    return at_size.squeeze(1).to(features.dtype)
 
 
 def unit(vectors: Tensor, dim: int) -> Tensor:

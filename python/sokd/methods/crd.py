@@ -24,8 +24,8 @@ from sokd.methods.checks import layer_pairs, number
 from sokd.methods.common import Method, Shapes, Step, constant, given, root, unmixed, wide
 from sokd.methods.contrast import noise_contrast
 from sokd.methods.negatives import Negatives
-from sokd.ops.common import is_eager
 from sokd.ops.distributed import everyones, place
+from sokd.ops.runtime import eager_only, is_eager
 
 __all__ = ["CRD", "CRDLoss", "crd", "pooled"]
 
@@ -96,7 +96,7 @@ class CRDLoss(nn.Module):
 
     # A compiled graph may put off what the gradient reads from a bank until the bank has been changed: wrong
     # gradients, seen with torch 2.13. Outside of it, this loss runs as it is.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @eager_only
     def forward(
         self, student: Tensor, teacher: Tensor, index: Tensor, contrast: Tensor | None = None
     ) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sokd.methods.checks import logits_pair, number
 from sokd.methods.common import Method, Shapes, Step, once
-from sokd.ops.common import apply
+from sokd.ops.runtime import apply
 
 __all__ = ["DIST", "dist"]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sokd.methods.checks import layer_pairs
 from sokd.methods.common import Maps, Method, Step, Weights, total
-from sokd.ops.masked_mse import _masked_mse
+from sokd.ops.masked_mse import scaled_mse
 
 __all__ = ["FitNet", "fitnet", "hint"]
 
@@ -44,7 +44,7 @@ def hint(student: Tensor, teacher: Tensor, weight: Tensor | None, scale: float =
     if student.dtype != teacher.dtype:  # under autocast: the wider of the two
         dtype = torch.promote_types(student.dtype, teacher.dtype)
         student, teacher = student.to(dtype), teacher.to(dtype)
-    return _masked_mse(student, teacher, weight, normalise="elements", scale=scale)
+    return scaled_mse(student, teacher, weight, normalise="elements", scale=scale)
 
 
 class FitNet(Method):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sokd.methods.checks import layer_pairs
 from sokd.methods.common import Maps, Method, Step, Weights, masked, total, unit, unmixed, wide
-from sokd.ops.common import apply
+from sokd.ops.runtime import apply
 
 __all__ = ["SP", "products", "sp"]
 

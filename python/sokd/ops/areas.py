@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sokd import _core, reference
-from sokd.ops.common import accumulator, check_kind, has_kernel, is_eager, register, resources
+from sokd.ops.runtime import accumulator, check_kind, has_kernel, is_eager, register, resources
 from sokd.reference import Areas
 
 _Maps = tuple[Tensor, Tensor, Tensor]
@@ -29,7 +29,7 @@ def _kernel(
     teacher = None
     if heat_t is not None and size_t is not None and offset_t is not None:
         teacher = (heat_t, size_t, offset_t)
-    _core.areas(*outputs, heat, size, offset, teacher, k, kernel, *resources(heat))
+    _core.areas(*outputs, heat, size, offset, teacher, k, kernel, resources(heat))
     return outputs
 
 
@@ -116,7 +116,6 @@ def _areas_numpy(heat: Any, size: Any, offset: Any, k: int, kernel: int, teacher
     coverage: Any = np.empty((batch, height, width), np.float32)
     boxes: Any = np.empty((batch, k, 4), np.int64)
     scores: Any = np.empty((batch, k), accumulator(heat.dtype))
-    _core.areas(
-        coverage, boxes, scores, heat, size, offset, teacher, k, kernel, torch.get_num_threads()
-    )
-    return Areas(coverage, boxes, scores)
+    outputs = (coverage, boxes, scores)
+    _core.areas(*outputs, heat, size, offset, teacher, k, kernel, resources(heat))
+    return Areas(*outputs)

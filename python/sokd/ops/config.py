@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,16 +11,30 @@ import torch
 
 from sokd import _core
 
-# torch releases on which reading tensors through libtorch's C++ API was proven for this build. Elsewhere the
-# layout may differ and reading would abort the process, so the choice is made before the first such call.
+# torch releases on which sokd_tch is proven. Elsewhere the layout of a tensor in libtorch may differ, and
+# reading it would abort the process: the release is compared before the import.
 PROVEN = ("2.13", "2.14", "2.15")
+
+_why_not_tch: str | None = None
 
 
 def choose_reader() -> None:
-    """Select "tch" where this build has it and the running torch is a proven one, else "portable"."""
-    running = ".".join(torch.__version__.split(".")[:2])
-    built = _core.build_info()["tch_built_for"] is not None
-    _core.select_reader("tch" if built and running in PROVEN else "portable")
+    """Select "tch" where it is installed and proven on the running torch, else "dlpack" or "portable"."""
+    global _why_not_tch
+    try:
+        _core.select_reader("dlpack")
+    except ValueError:  # torch before 2.10
+        _core.select_reader("portable")
+    _why_not_tch = None
+    if ".".join(torch.__version__.split(".")[:2]) not in PROVEN:
+        _why_not_tch = f"sokd_tch is proven on torch {', '.join(PROVEN)}"
+        return
+    try:
+        _core.use_tch_reader(import_module("sokd_tch").reader)
+    except ModuleNotFoundError:
+        _why_not_tch = "sokd_tch is not installed"
+    except Exception as error:  # built for another Python or torch, or broken
+        _why_not_tch = f"sokd_tch does not load: {error}"
 
 
 @cache
@@ -55,12 +70,11 @@ def nvrtc_names(release: str) -> list[str]:
 def describe() -> str:
     """The lines that `show_config` prints."""
     build = _core.build_info()
-    built_for = build["tch_built_for"]
-    tch = f"built for {built_for}" if built_for else "not built"
+    why = f" ({_why_not_tch})" if _why_not_tch else ""
     rows = {
         "sokd": build["version"],
-        "torch": f"{torch.__version__}; reader tch is {tch}",
-        "reader": f"{build['reader']}; NumPy arrays by numpy",
+        "torch": torch.__version__,
+        "reader": f"{build['reader']}{why}; NumPy arrays by numpy",
         "simd": build["simd"],
         "threads": f"{torch.get_num_threads()}, as torch.set_num_threads says",
         "cuda": f"{_cuda()}; {torch.cuda.device_count()} devices visible",

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from sokd import _core, reference
-from sokd.ops.common import check_device, check_word, has_kernel, register, resources
+from sokd.ops.runtime import check_device, check_word, has_kernel, register, resources
 
 
 def _kernel(seed: Tensor, counter: Tensor, n: int) -> tuple[Tensor, Tensor]:
     uniforms, noise_seed = _fake(seed, counter, n)
-    _core.draw(uniforms, noise_seed, seed, counter, resources(seed)[1])
+    _core.draw(uniforms, noise_seed, seed, counter, resources(seed))
     return uniforms, noise_seed
 
 

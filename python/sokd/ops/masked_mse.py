@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 
 from sokd import _core, reference
-from sokd.ops.common import (
+from sokd.ops import torch_internals
+from sokd.ops.runtime import (
     accumulator,
     apply,
     check_kind,
+    checked_by,
     has_kernel,
     is_eager,
     register,
     resources,
     second_derivative,
-    stream_of,
 )
 from sokd.reference import layout_of
 
@@ -39,7 +40,7 @@ def _kernel(
 ) -> tuple[Tensor, Tensor]:
     loss, d_student = _fake(student, teacher, weight, normalise, scale, gradient)
     wanted = d_student if gradient else None
-    _core.masked_mse(loss, wanted, student, teacher, weight, normalise, scale, *resources(student))
+    _core.masked_mse(loss, wanted, student, teacher, weight, normalise, scale, resources(student))
     return loss, d_student
 
 
@@ -67,7 +68,7 @@ _forward = register(
 
 def _scale_kernel(gradient: Tensor, upstream: Tensor) -> None:
     if gradient.device.type != "cpu":
-        _core.masked_mse_scale(gradient, upstream, stream_of(gradient.device))
+        _core.masked_mse_scale(gradient, upstream, resources(gradient))
         # A backward that fails after this and is repeated would scale twice: autograd refuses instead.
         torch.autograd.graph.increment_version(gradient)
     elif (factor := upstream.item()) != 1.0:
@@ -106,9 +107,7 @@ class _MaskedMse(torch.autograd.Function):
         ctx.save_for_backward(output[1], *inputs[:3])
         ctx.options = inputs[3:5]
         ctx.to_refine = _is_refined(inputs[1])
-        ctx.is_hooked = (
-            is_eager() and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-        )
+        ctx.is_hooked = is_eager() and torch_internals.saved_tensor_hooks(False) is not None
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
@@ -165,7 +164,11 @@ def _negated(d_student: Tensor, ctx: Any) -> Tensor:
 
     Nobody else may: whoever kept the view as a gradient would share its memory with the student's.
     """
-    return torch._neg_view(d_student) if ctx.to_refine and is_eager(d_student) else -d_student
+    return (
+        torch_internals.negative_view(d_student)
+        if ctx.to_refine and is_eager(d_student)
+        else -d_student
+    )
 
 
 def _multiplied(gradient: Tensor, upstream: Tensor) -> Tensor:
@@ -181,7 +184,7 @@ def _scaled(gradient: Tensor, upstream: Tensor, is_hooked: bool) -> Tensor:
 
     The graph may be kept, and what a hook for saved tensors gave back may be the hook's.
     """
-    if is_hooked or not _is_last_walk() or torch._C._functorch.is_legacy_batchedtensor(upstream):
+    if is_hooked or not _is_last_walk() or torch_internals.is_legacy_batched(upstream):
         return _multiplied(gradient, upstream)
     _scale(gradient, upstream)
     return gradient
@@ -189,9 +192,9 @@ def _scaled(gradient: Tensor, upstream: Tensor, is_hooked: bool) -> Tensor:
 
 def _is_last_walk() -> bool:
     """Whether the running backward frees what the graph saved: not for `retain_graph`, nor when traced."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch_internals.is_transforming():
         return False
-    return not torch._C._autograd._get_current_graph_task_keep_graph()
+    return not torch_internals.is_graph_retained()
 
 
 def masked_mse(
@@ -211,10 +214,21 @@ def masked_mse(
     requires grad is refused. NaN propagates. On the CPU a negative weight is a ValueError. NumPy arrays give
     a NumPy array []. Source: method 3 [A: "elements"; settled here: "area"].
     """
-    return _masked_mse(student, teacher, weight, normalise=normalise, scale=1.0)
+    return scaled_mse(student, teacher, weight, normalise=normalise, scale=1.0)
 
 
-def _masked_mse(
+def _check(student: Any, teacher: Any, weight: Any, *, normalise: Any, **_: Any) -> None:
+    if not is_eager(student, teacher, weight):
+        return
+    check_kind("masked_mse", "student", student, teacher=teacher, weight=weight)
+    if not isinstance(normalise, str):
+        found = type(normalise).__name__
+        raise TypeError(f"masked_mse: normalise must be a string, got {found}")
+    _core.check_masked_mse(student, teacher, weight, normalise)
+
+
+@checked_by(_check)
+def scaled_mse(
     student: Tensor, teacher: Tensor, weight: Tensor | None, *, normalise: str, scale: float,
     mutual: bool = False,
 ) -> Tensor:  # fmt: skip
@@ -222,22 +236,19 @@ def _masked_mse(
 
     A factor inside the operator keeps the upstream gradient at one, and so saves a pass over the map.
     """
-    if is_eager(student, teacher, weight):
-        check_kind("masked_mse", "student", student, teacher=teacher, weight=weight)
-        if not isinstance(normalise, str):
-            raise TypeError(
-                f"masked_mse: normalise must be a string, got {type(normalise).__name__}"
-            )
-        _core.check_masked_mse(student, teacher, weight, normalise)
+    check_kind("masked_mse", "student", student, teacher=teacher, weight=weight)
     if isinstance(student, np.ndarray):
         return _masked_mse_numpy(student, teacher, weight, normalise, scale)
     _refuse_gradients(weight=weight, **({} if mutual else {"teacher": teacher}))
-    if not has_kernel(student):
+    served, half = has_kernel(student), student.dtype == torch.float16
+    if half or student.is_meta or not served:
+        _check(student, teacher, weight, normalise=normalise)
+    if not served:
         return reference.mutual_mse(student, teacher, weight, normalise=normalise, scale=scale)
     tracked = student.requires_grad or teacher.requires_grad or not is_eager(student)
     gradient = torch.is_grad_enabled() and tracked
     rest: float | Tensor = 1.0
-    if student.dtype == torch.float16:
+    if half:
         scale, rest = _split_scale(student, weight, normalise, scale)
         normalise = "elements"
     loss: Tensor = apply(_MaskedMse, student, teacher, weight, normalise, scale, gradient)[0]
@@ -274,7 +285,5 @@ def _refuse_gradients(**constants: Tensor | None) -> None:
 
 def _masked_mse_numpy(student: Any, teacher: Any, weight: Any, normalise: str, scale: float) -> Any:
     loss = np.empty((), accumulator(student.dtype))
-    _core.masked_mse(
-        loss, None, student, teacher, weight, normalise, scale, torch.get_num_threads()
-    )
+    _core.masked_mse(loss, None, student, teacher, weight, normalise, scale, resources(student))
     return loss

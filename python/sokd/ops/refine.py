@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from sokd import _core, reference
-from sokd.ops.common import (
+from sokd.ops import torch_internals
+from sokd.ops.runtime import (
     accumulator,
     apply,
     check_kind,
+    checked_by,
     has_kernel,
     is_eager,
     register,
@@ -27,23 +29,17 @@ from sokd.ops.common import (
     second_derivative,
     split_seed,
 )
-from sokd.reference import Plan, layout_of
+from sokd.reference import Plan, Plans, layout_of
 
-__all__ = ["Plan", "refine", "refine_dots"]
+__all__ = ["Plan", "Plans", "refine", "refine_dots"]
 
 _Part = Tensor | None
 _PARTS = "Tensor? theta, Tensor? hole, Tensor? sigma, Tensor? perm, Tensor? keep, Tensor? seed_tensor, int seed"
 
 
-def _forward_kernel(
-    features: Tensor, theta: _Part, hole: _Part, sigma: _Part, perm: _Part, keep: _Part, seed_tensor: _Part,
-    seed: int,
-) -> Tensor:  # fmt: skip
+def _forward_kernel(features: Tensor, *plan: Any) -> Tensor:
     refined = _forward_fake(features)
-    source = seed if seed_tensor is None else seed_tensor
-    _core.refine_forward(
-        refined, features, theta, hole, sigma, perm, keep, source, *resources(features)
-    )
+    _core.refine_forward(refined, features, plan, resources(features))
     return refined
 
 
@@ -51,34 +47,19 @@ def _forward_fake(features: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(features, memory_format=layout_of(features))
 
 
-def _backward_kernel(
-    upstream: Tensor, features: Tensor, theta: _Part, hole: _Part, sigma: _Part, perm: _Part, keep: _Part,
-    seed_tensor: _Part, seed: int, straight: _Part, wanted: list[bool],
-) -> tuple[Tensor, ...]:  # fmt: skip
-    plan = (theta, hole, sigma, perm, keep)
-    gradients = _backward_fake(upstream, features, *plan, seed_tensor, seed, straight, wanted)
-    d_features, d_theta, d_sigma, d_straight = (
+def _backward_kernel(upstream: Tensor, features: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *plan, _, wanted = rest
+    gradients = _backward_fake(upstream, features, *rest)
+    written = tuple(
         gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)
     )
-    source = seed if seed_tensor is None else seed_tensor
-    _core.refine_backward(
-        d_features,
-        d_theta,
-        d_sigma,
-        d_straight,
-        upstream,
-        features,
-        *plan,
-        source,
-        *resources(features),
-    )
+    _core.refine_backward(written, upstream, features, tuple(plan), resources(features))
     return gradients
 
 
-def _backward_fake(
-    upstream: Tensor, features: Tensor, theta: _Part, hole: _Part, sigma: _Part, perm: _Part, keep: _Part,
-    seed_tensor: _Part, seed: int, straight: _Part, wanted: list[bool],
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _backward_fake(upstream: Tensor, features: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    theta, _, sigma, _, _, _, _, straight, wanted = rest
+
     def gradient(of: _Part, wanted: bool) -> Tensor:
         return features.new_empty(0) if of is None or not wanted else of.new_empty(of.shape)
 
@@ -89,13 +70,10 @@ def _backward_fake(
     )
 
 
-def _dots_kernel(features: Tensor, upstream: Tensor, theta: _Part, hole: _Part, sigma: _Part, perm: _Part,
-                 keep: _Part, seed_tensor: _Part, seed: int, plans: int) -> Tensor:  # fmt: skip
-    dots = features.new_empty(plans, dtype=accumulator(features.dtype))
-    source = seed if seed_tensor is None else seed_tensor
-    _core.refine_dots(
-        dots, features, upstream, theta, hole, sigma, perm, keep, source, *resources(features)
-    )
+def _dots_kernel(features: Tensor, upstream: Tensor, *rest: Any) -> Tensor:
+    *plans, count = rest
+    dots = _dots_fake(features, count)
+    _core.refine_dots(dots, features, upstream, tuple(plans), resources(features))
     return dots
 
 
@@ -139,7 +117,7 @@ class _Refine(torch.autograd.Function):
         # The map behind a view with its sign set (see `masked_mse`) spares a pass; the results are small.
         negated = is_eager(upstream) and not (wanted[0] or twice) and upstream.is_neg()
         if negated:
-            upstream = torch._neg_view(upstream)
+            upstream = torch_internals.negative_view(upstream)
         inputs = (upstream, *ctx.saved_tensors, ctx.seed, wanted)
         gradients = apply(_RefineBackward, *inputs) if twice else _RefineBackward.forward(*inputs)
         if negated:
@@ -188,6 +166,23 @@ class _RefineBackward(torch.autograd.Function):
         return (*second_derivative(value, upstream, inputs, ctx.wanted, incoming), *[None] * 6)
 
 
+def _check(
+    features: Any, theta: Any = None, *, hole: Any = None, sigma: Any = None, perm: Any = None,
+    keep: Any = None, seed: Any = 0, straight: Any = None,
+) -> None:  # fmt: skip
+    number, seed_tensor = split_seed("refine", seed, features)
+    plan = (theta, hole, sigma, perm, keep, seed_tensor, number)
+    if is_eager(features, straight, *plan):
+        _check_kinds(features, theta, hole, sigma, perm, keep, straight)
+        _core.check_refine(features, plan, straight)
+
+
+def _check_kinds(features: Any, *parts: Any) -> None:
+    names = ("theta", "hole", "sigma", "perm", "keep", "straight")
+    check_kind("refine", "features", features, **dict(zip(names, parts, strict=True)))
+
+
+@checked_by(_check)
 def refine(
     features: Tensor, theta: Tensor | None = None, *, hole: Tensor | None = None,
     sigma: Tensor | None = None, perm: Tensor | None = None, keep: Tensor | None = None,
@@ -215,35 +210,40 @@ def refine(
     are a ValueError. NumPy arrays give a NumPy array. Source: method 2.3, settled here.
     """
     number, seed_tensor = split_seed("refine", seed, features)
-    if is_eager(features, theta, hole, sigma, perm, keep, straight, seed):
-        parts = {"theta": theta, "hole": hole, "sigma": sigma, "perm": perm, "keep": keep}
-        check_kind("refine", "features", features, **parts, straight=straight)
-        _core.check_refine(features, theta, hole, sigma, perm, keep, straight, seed)
+    _check_kinds(features, theta, hole, sigma, perm, keep, straight)
     if isinstance(features, np.ndarray):
-        return _refine_numpy(features, theta, hole, sigma, perm, keep, number)
-    if not has_kernel(features):
-        return reference.refine(
-            features,
-            theta,
-            hole=hole,
-            sigma=sigma,
-            perm=perm,
-            keep=keep,
-            seed=seed,
-            straight=straight,
-        )
-    refined: Tensor = apply(
-        _Refine, features, theta, sigma, straight, hole, perm, keep, seed_tensor, number
-    )
-    return refined
+        refined: Any = np.empty(features.shape, features.dtype)
+        plan = (theta, hole, sigma, perm, keep, None, number)
+        _core.refine_forward(refined, features, plan, resources(features))
+        return refined
+    parts = {"hole": hole, "sigma": sigma, "perm": perm, "keep": keep, "straight": straight}
+    served = has_kernel(features)
+    if straight is not None or features.is_meta or not served:
+        _check(features, theta, seed=seed, **parts)
+    if not served:
+        return reference.refine(features, theta, seed=seed, **parts)
+    inputs = (features, theta, sigma, straight, hole, perm, keep, seed_tensor, number)
+    return apply(_Refine, *inputs)  # type: ignore[no-any-return]
 
 
-def refine_dots(features: Tensor, upstream: Tensor, plans: Plan | Mapping[str, Any]) -> Tensor:
+def _check_dots(features: Any, upstream: Any, plans: Any) -> None:
+    plan = Plans.of(plans)
+    number, seed_tensor = split_seed("refine_dots", plan.seed, features)
+    raw = (*plan[:5], seed_tensor, number)
+    if is_eager(features, upstream, *raw):
+        check_kind("refine_dots", "features", features, upstream=upstream, **plan.parts())
+        _core.check_refine_dots(features, upstream, raw)
+
+
+@checked_by(_check_dots)
+def refine_dots(
+    features: Tensor, upstream: Tensor, plans: Plans | Plan | Mapping[str, Any]
+) -> Tensor:
     """<upstream, refine(features; plan_v)> for V plans, in one pass over memory.
 
     Args:
         features, upstream: [B, C, H, W], one shape and dtype.
-        plans: a `Plan`, or a mapping of its names: theta [V, G, 2, 3], hole [V, G, 4], sigma [V, G], perm and
+        plans: `Plans`, or a mapping of its names: theta [V, G, 2, 3], hole [V, G, 4], sigma [V, G], perm and
             keep [V, G, C], each optional but not all of them; seed one int or int64 tensor [1] for all plans.
 
     Returns:
@@ -252,20 +252,22 @@ def refine_dots(features: Tensor, upstream: Tensor, plans: Plan | Mapping[str, A
     These are gradients already (of the gates and the choice of a sub-policy), so no gradient flows through:
     inputs that require grad are refused while grad mode is on. Source: method 2.4.
     """
-    plan = Plan.of(plans)
+    plan = Plans.of(plans)
     parts = plan.parts()
     number, seed_tensor = split_seed("refine_dots", plan.seed, features)
-    if is_eager(features, upstream, *plan):
-        check_kind("refine_dots", "features", features, upstream=upstream, **parts)
-        _core.check_refine_dots(features, upstream, *plan)
+    raw = (*plan[:5], seed_tensor, number)
+    check_kind("refine_dots", "features", features, upstream=upstream, **parts)
     if isinstance(features, np.ndarray):
         dots: Any = np.empty(_count(parts), accumulator(features.dtype))
-        _core.refine_dots(dots, features, upstream, *plan[:5], number, torch.get_num_threads())
+        _core.refine_dots(dots, features, upstream, raw, resources(features))
         return dots
     _refuse_gradients({"features": features, "upstream": upstream, **parts})
-    if not has_kernel(features):
+    served = has_kernel(features)
+    if features.is_meta or not served:
+        _check_dots(features, upstream, plan)
+    if not served:
         return reference.refine_dots(features, upstream, plan)
-    return _dots(features, upstream, *plan[:5], seed_tensor, number, _count(parts))  # type: ignore[no-any-return]
+    return _dots(features, upstream, *raw, _count(parts))  # type: ignore[no-any-return]
 
 
 def _count(parts: Mapping[str, Tensor]) -> int:
@@ -280,12 +282,3 @@ def _refuse_gradients(inputs: Mapping[str, Tensor]) -> None:
             raise ValueError(
                 f"refine_dots: {name} must not require grad, got a tensor that requires grad"
             )
-
-
-def _refine_numpy(
-    features: Any, theta: Any, hole: Any, sigma: Any, perm: Any, keep: Any, seed: int
-) -> Any:
-    refined = np.empty(features.shape, features.dtype)
-    threads = torch.get_num_threads()
-    _core.refine_forward(refined, features, theta, hole, sigma, perm, keep, seed, threads)
-    return refined

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from sokd import _core
-from sokd.ops.common import KERNELS, stream_of
+from sokd.ops.runtime import KERNELS, stream_of
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LAYOUTS = ("contiguous", "channels_last")

@@ -1,9 +1,9 @@
 //! From peaks to boxes, and from boxes to coverage.
 
 use super::peaks::Peak;
-use super::Args;
-use crate::simd::{Elem, Real};
-use crate::view::TensorView;
+use super::{Args, Outputs};
+use crate::simd::{Element, Real};
+use crate::tensor::TensorView;
 
 /// A `[B, 2, H, W]` map.
 #[derive(Clone, Copy)]
@@ -12,7 +12,7 @@ struct Pair<T> {
     strides: [isize; 4],
 }
 
-impl<T: Elem> Pair<T> {
+impl<T: Element> Pair<T> {
     fn new(view: &TensorView) -> Self {
         let s = view.strides();
         Self { base: view.as_ptr(), strides: [s[0], s[1], s[2], s[3]] }
@@ -28,7 +28,7 @@ impl<T: Elem> Pair<T> {
 }
 
 /// The maps that boxes come from, and where all results go.
-pub struct Outputs<T: Elem> {
+pub(super) struct BoxWriter<T: Element> {
     /// size and offset
     student: [Pair<T>; 2],
     teacher: Option<[Pair<T>; 2]>,
@@ -41,17 +41,17 @@ pub struct Outputs<T: Elem> {
 }
 
 // SAFETY: the maps are only read; the outputs of an image are written by the one thread that has it.
-unsafe impl<T: Elem> Sync for Outputs<T> {}
+unsafe impl<T: Element> Sync for BoxWriter<T> {}
 
-impl<T: Elem> Outputs<T> {
+impl<T: Element> BoxWriter<T> {
     /// Of a checked call.
-    pub fn new(args: &Args) -> Self {
+    pub(crate) fn new(args: &Args, outputs: &Outputs) -> Self {
         Self {
             student: [Pair::new(args.size), Pair::new(args.offset)],
             teacher: args.teacher.map(|[_, size, offset]| [Pair::new(size), Pair::new(offset)]),
-            coverage: args.coverage.as_ptr(),
-            boxes: args.boxes.as_ptr(),
-            scores: args.scores.as_ptr(),
+            coverage: outputs.coverage.as_ptr(),
+            boxes: outputs.boxes.as_ptr(),
+            scores: outputs.scores.as_ptr(),
             k: args.k as usize,
             height: args.heat.sizes()[2],
             width: args.heat.sizes()[3],
@@ -62,7 +62,7 @@ impl<T: Elem> Outputs<T> {
     ///
     /// # Safety
     /// The call was checked for the dtype `T`, `n` is within the batch, and no other thread has it.
-    pub unsafe fn write(&self, n: usize, peaks: &[Peak<T::Acc>]) {
+    pub(crate) unsafe fn write(&self, n: usize, peaks: &[Peak<T::Acc>]) {
         let cells = self.height * self.width;
         // SAFETY: [B, H, W] f32, contiguous.
         let coverage =

@@ -1,81 +1,74 @@
-//! The CPU kernel: the maxima of all blocks, from them each image's best peaks, then its boxes.
+//! The CPU kernel: the maxima of all tiles, from them each image's best peaks, then its boxes.
 
-use super::boxes::Outputs;
+use super::boxes::BoxWriter;
 use super::heat::{Heat, Image};
 use super::peaks::Peak;
-use super::Args;
+use super::{Args, Outputs};
 use crate::parallel;
-use crate::row::Row;
-use crate::simd::{self, by_rows, Elem, Job, Real};
+use crate::simd::{self, Element, Simd, WithSimd};
 use std::ops::Range;
 
-/// Cells that one thread reads at a time.
+/// Cells of a chunk.
 const CHUNK: usize = 1 << 16;
 
 /// Writes coverage, boxes and scores.
 ///
 /// # Safety
 /// The maps have the dtype `T`, the shapes agree, the outputs are contiguous and of their dtypes, and all are in host memory.
-pub unsafe fn forward<T: Elem>(args: &Args, threads: usize) {
+pub(crate) unsafe fn forward<T: Element>(args: &Args, outputs: &Outputs, threads: usize) {
     let heat =
         Heat::<T>::new(args.heat, args.teacher.map(|teacher| teacher[0]), args.kernel as usize);
-    let outputs = Outputs::<T>::new(args);
-    let (batch, blocks, k) = (args.heat.sizes()[0], heat.blocks(), args.k as usize);
-    let bounds = |n, blocks| simd::run(Bounds { image: &heat.image(n), blocks });
+    let writer = BoxWriter::<T>::new(args, outputs);
+    let (batch, tiles, k) = (args.heat.sizes()[0], heat.tiles(), args.k as usize);
+    let bounds = |n, tiles| simd::run(Bounds { image: &heat.image(n), tiles });
     let finish = |n, bounds: &[T::Acc]| {
         let peaks = simd::run(Best { image: &heat.image(n), bounds, k });
-        // SAFETY: the caller's promise; this image's outputs are this thread's alone.
-        unsafe { outputs.write(n, &peaks) }
+        // SAFETY: the caller's promise; no other thread has this image's outputs.
+        unsafe { writer.write(n, &peaks) }
     };
-    let parts = heat.cells().div_ceil(CHUNK).min(blocks);
-    if parts == 1 {
-        // One go for an image that fits into the cache.
-        return parallel::for_each(threads, batch, |n| finish(n, &bounds(n, 0..blocks)));
+    let chunks = heat.cells().div_ceil(CHUNK).min(tiles);
+    if chunks == 1 {
+        // An image that fits into the cache is one chunk.
+        return parallel::for_each(threads, batch, |n| finish(n, &bounds(n, 0..tiles)));
     }
-    let part = |i: usize| {
-        bounds(i / parts, blocks * (i % parts) / parts..blocks * (i % parts + 1) / parts)
+    let chunk = |i: usize| {
+        bounds(i / chunks, tiles * (i % chunks) / chunks..tiles * (i % chunks + 1) / chunks)
     };
-    let all = parallel::map(threads, batch * parts, part);
-    parallel::for_each(threads, batch, |n| finish(n, &all[n * parts..(n + 1) * parts].concat()));
+    let all = parallel::map(threads, batch * chunks, chunk);
+    parallel::for_each(threads, batch, |n| finish(n, &all[n * chunks..(n + 1) * chunks].concat()));
 }
 
-/// The maxima of some blocks.
+/// The maxima of some tiles.
 struct Bounds<'a, T> {
     image: &'a Image<'a, T>,
-    blocks: Range<usize>,
+    tiles: Range<usize>,
 }
 
-impl<T: Elem> Job for Bounds<'_, T> {
+impl<T: Element> WithSimd for Bounds<'_, T> {
     type Out = Vec<T::Acc>;
-    by_rows!(T::Acc);
-}
 
-impl<T: Elem> Bounds<'_, T> {
     #[inline(always)]
-    fn rows<R: Row<T::Acc>>(self) -> Vec<T::Acc> {
-        let mut bounds = Vec::with_capacity(self.blocks.len());
-        for block in self.blocks {
-            bounds.push(self.image.bound::<R>(block));
+    fn with_simd<S: Simd>(self, simd: S) -> Vec<T::Acc> {
+        let mut bounds = Vec::with_capacity(self.tiles.len());
+        for tile in self.tiles {
+            bounds.push(self.image.bound(simd, tile));
         }
         bounds
     }
 }
 
-/// The k best peaks, from the maxima of all blocks.
-struct Best<'a, T: Elem> {
+/// The k best peaks, from the maxima of all tiles.
+struct Best<'a, T: Element> {
     image: &'a Image<'a, T>,
     bounds: &'a [T::Acc],
     k: usize,
 }
 
-impl<T: Elem> Job for Best<'_, T> {
+impl<T: Element> WithSimd for Best<'_, T> {
     type Out = Vec<Peak<T::Acc>>;
-    by_rows!(T::Acc);
-}
 
-impl<T: Elem> Best<'_, T> {
     #[inline(always)]
-    fn rows<R: Row<T::Acc>>(self) -> Vec<Peak<T::Acc>> {
-        self.image.best::<R>(self.bounds, self.k)
+    fn with_simd<S: Simd>(self, simd: S) -> Vec<Peak<T::Acc>> {
+        self.image.best(simd, self.bounds, self.k)
     }
 }

@@ -1,22 +1,21 @@
 //! The launches of kernel.cu.
 
-use super::{Args, CHECK};
+use super::{Args, Outputs, CHECK};
 use crate::cuda::args::{address, mirror, Map, Order};
 use crate::cuda::launch::{on_device, Kernel, Source};
-use crate::error::{Error, Result};
-use crate::run::Run;
+use crate::tensor::{Error, Result, Run};
 
 const SOURCE: &Source = &Source { name: "areas", text: include_str!("kernel.cu"), parts: &[] };
 static SCAN: Kernel = Kernel::new(SOURCE, 1, "areas_scan", (true, true));
 static PICK: Kernel = Kernel::new(SOURCE, 2, "areas_pick", (true, false));
-/// For `sokd.warmup()`.
+/// All of them, for `sokd.warmup()`.
 pub(crate) static KERNELS: [&Kernel; 2] = [&SCAN, &PICK];
 
 /// Cells that one block of the scan looks at.
 const CHUNK: usize = 2048;
 
 mirror! {
-    /// What both kernels take.
+    /// The argument of both kernels.
     Areas {
         heat: Map,
         size: Map,
@@ -45,17 +44,22 @@ mirror! {
 ///
 /// # Safety
 /// The arguments are checked, and all of them lie on the CUDA device `ordinal`.
-pub unsafe fn forward(args: &Args, ordinal: usize, run: &Run) -> Result<()> {
+pub(crate) unsafe fn forward(
+    args: &Args,
+    outputs: &Outputs,
+    ordinal: usize,
+    run: &Run,
+) -> Result<()> {
     let order = Order::of(args.heat);
-    let mut call = describe(args, order)?;
+    let mut call = describe(args, outputs, order)?;
     let candidates = (call.batch * call.chunks * call.kept) as u64;
-    let score = args.scores.dtype.size() as u64;
+    let score = outputs.scores.dtype.size() as u64;
     // The cells first: they are the wider ones, so both stay aligned.
     call.candidate_cells = run.scratch(CHECK.0, (candidates * (8 + score)) as usize)?;
     call.candidate_scores = call.candidate_cells + candidates * 8;
     let variant = (args.heat.dtype, order);
     on_device(CHECK.0, ordinal, run, |queue| {
-        // SAFETY: `Areas` is what these kernels take, filled as kernel.cu says; the caller vouches for the memory.
+        // SAFETY: `Areas` is what these kernels take, filled as kernel.cu defines it; the memory is the caller's promise.
         unsafe {
             queue.launch(&SCAN, variant, [call.batch * call.chunks, 1], &call)?;
             queue.launch(&PICK, variant, [call.batch, 1], &call)
@@ -63,7 +67,7 @@ pub unsafe fn forward(args: &Args, ordinal: usize, run: &Run) -> Result<()> {
     })
 }
 
-fn describe(args: &Args, order: Order) -> Result<Areas> {
+fn describe(args: &Args, outputs: &Outputs, order: Order) -> Result<Areas> {
     let [batch, maps, height, width] = [0, 1, 2, 3].map(|i| args.heat.sizes()[i]);
     let cells = maps * height * width;
     if cells > i32::MAX as usize {
@@ -93,9 +97,9 @@ fn describe(args: &Args, order: Order) -> Result<Areas> {
         chunks: cells.div_ceil(CHUNK) as i64,
         kept: args.k.min(CHUNK as i64),
         wide: i64::from(wide),
-        coverage: address(args.coverage),
-        boxes: address(args.boxes),
-        scores: address(args.scores),
+        coverage: address(outputs.coverage),
+        boxes: address(outputs.boxes),
+        scores: address(outputs.scores),
         ..Areas::default()
     })
 }

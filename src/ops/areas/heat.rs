@@ -1,17 +1,16 @@
-//! The heat of an image as its cells lie in memory, whatever the strides: rows of equal steps, cut into blocks.
+//! The heat of an image in the order of memory, whatever the strides: rows of equal steps, split into tiles.
 
 use super::larger;
-use crate::row::Row;
-use crate::simd::{Elem, Real, LANES};
-use crate::tile;
-use crate::view::TensorView;
+use crate::simd::tile::prefetch_line;
+use crate::simd::{Element, Real, Simd, Vector, LANES};
+use crate::tensor::TensorView;
 use std::cmp::Reverse;
 
-/// Cells that are asked for before they are needed.
+/// How many cells ahead the prefetch is.
 const AHEAD: isize = 512;
 
-/// Most cells that share one maximum.
-const BLOCK: usize = 128;
+/// Most cells of a tile; a tile has one maximum.
+const TILE: usize = 128;
 
 /// One of the dimensions A, H, W: its length and what a step means.
 #[derive(Clone, Copy, Debug)]
@@ -30,8 +29,8 @@ impl Dim {
     }
 }
 
-/// The heat maps, and their cells in the order of memory: rows of `dims[2]`, cut into blocks.
-pub struct Heat<T> {
+/// The heat maps, and their cells in the order of memory: rows of `dims[2]`, split into tiles.
+pub(crate) struct Heat<T> {
     bases: [*const T; 2],
     mutual: bool,
     samples: [isize; 2],
@@ -43,11 +42,11 @@ pub struct Heat<T> {
 }
 
 // SAFETY: the heat is only read.
-unsafe impl<T: Elem> Sync for Heat<T> {}
+unsafe impl<T: Element> Sync for Heat<T> {}
 
-impl<T: Elem> Heat<T> {
+impl<T: Element> Heat<T> {
     /// Of a checked call.
-    pub fn new(heat: &TensorView, teacher: Option<&TensorView>, kernel: usize) -> Self {
+    pub(crate) fn new(heat: &TensorView, teacher: Option<&TensorView>, kernel: usize) -> Self {
         let other = teacher.unwrap_or(heat);
         let (sizes, strides) = (heat.sizes(), [heat.strides(), other.strides()]);
         let flats = [sizes[2] * sizes[3], sizes[3], 1];
@@ -67,18 +66,18 @@ impl<T: Elem> Heat<T> {
     }
 
     /// Cells of an image.
-    pub fn cells(&self) -> usize {
+    pub(crate) fn cells(&self) -> usize {
         self.axes.iter().map(|axis| axis.size).product()
     }
 
-    /// Blocks of an image.
-    pub fn blocks(&self) -> usize {
-        self.dims[0].size * self.dims[1].size * self.dims[2].size.div_ceil(BLOCK)
+    /// Tiles of an image.
+    pub(crate) fn tiles(&self) -> usize {
+        self.dims[0].size * self.dims[1].size * self.dims[2].size.div_ceil(TILE)
     }
 
     /// One image.
     #[inline(always)]
-    pub fn image(&self, n: usize) -> Image<'_, T> {
+    pub(crate) fn image(&self, n: usize) -> Image<'_, T> {
         let bases = [0, 1].map(|i| self.bases[i].wrapping_offset(n as isize * self.samples[i]));
         Image { heat: self, bases }
     }
@@ -104,7 +103,7 @@ fn in_memory_order(mut axes: [Dim; 3]) -> [Dim; 3] {
 
 /// A run of cells at one step of memory.
 #[derive(Clone, Copy)]
-pub struct Block {
+pub(crate) struct Tile {
     offsets: [isize; 2],
     /// How many.
     pub length: usize,
@@ -113,18 +112,18 @@ pub struct Block {
 }
 
 /// One sample's heat.
-pub struct Image<'a, T> {
+pub(crate) struct Image<'a, T> {
     heat: &'a Heat<T>,
     bases: [*const T; 2],
 }
 
-impl<T: Elem> Image<'_, T> {
-    /// Where a block lies.
+impl<T: Element> Image<'_, T> {
+    /// A tile by its number.
     #[inline(always)]
-    pub fn block(&self, index: usize) -> Block {
+    pub(crate) fn tile(&self, index: usize) -> Tile {
         let [outer, inner, run] = self.heat.dims;
-        let per_row = run.size.div_ceil(BLOCK);
-        let (row, first) = (index / per_row, index % per_row * BLOCK);
+        let per_row = run.size.div_ceil(TILE);
+        let (row, first) = (index / per_row, index % per_row * TILE);
         let at = [row / inner.size, row % inner.size, first];
         let step = |t: usize| {
             at[0] as isize * outer.steps[t]
@@ -132,24 +131,26 @@ impl<T: Elem> Image<'_, T> {
                 + at[2] as isize * run.steps[t]
         };
         let flat = at[0] * outer.flat + at[1] * inner.flat + at[2] * run.flat;
-        Block { offsets: [step(0), step(1)], length: BLOCK.min(run.size - first), flat }
+        Tile { offsets: [step(0), step(1)], length: TILE.min(run.size - first), flat }
     }
 
-    /// The maximum over a block, NaN left out. Of products it is taken before the root, which keeps the order.
+    /// The maximum over a tile without NaN. For products it is taken before the root, which keeps the order.
     #[inline(always)]
-    pub fn bound<R: Row<T::Acc>>(&self, index: usize) -> T::Acc {
-        let block = self.block(index);
+    pub(crate) fn bound<S: Simd>(&self, simd: S, index: usize) -> T::Acc {
+        let tile = self.tile(index);
         let lowest = T::Acc::of(f64::NEG_INFINITY);
         let cells = |t: usize, i: usize| {
-            let at = self.at(&block, t, i);
-            tile::hint(at.wrapping_offset(AHEAD));
-            // SAFETY: asked for below only where LANES consecutive cells of the block begin at i.
-            unsafe { consecutive::<T, R>(at) }
+            let at = self.at(&tile, t, i);
+            prefetch_line(at.wrapping_offset(AHEAD));
+            // SAFETY: called below only where LANES consecutive cells of the tile begin at i.
+            unsafe { consecutive::<T, S>(simd, at) }
         };
-        let most = match (self.dense() && block.length >= LANES, self.heat.mutual) {
-            (true, true) => most(block.length, |i| cells(0, i).times(cells(1, i))),
-            (true, false) => most(block.length, |i| cells(0, i)),
-            (false, _) => most(block.length, |i| self.row::<R>(&block, i)),
+        let most = match (self.dense() && tile.length >= LANES, self.heat.mutual) {
+            (true, true) => {
+                most::<T::Acc, S>(simd, tile.length, |i| cells(0, i).times(cells(1, i)))
+            }
+            (true, false) => most::<T::Acc, S>(simd, tile.length, |i| cells(0, i)),
+            (false, _) => most::<T::Acc, S>(simd, tile.length, |i| self.row(simd, &tile, i)),
         };
         let mut lanes = [lowest; LANES];
         most.store(&mut lanes);
@@ -158,27 +159,27 @@ impl<T: Elem> Image<'_, T> {
                 lanes[l] = larger(lanes[l + half], lanes[l]);
             }
         }
-        // The root of a negative product is NaN: such a block has no peak.
+        // The root of a negative product is NaN: such a tile has no peak.
         larger(self.score(lanes[0]), lowest)
     }
 
-    /// The scores of LANES cells of a block; NaN past its end.
+    /// The scores of LANES cells of a tile; NaN past its end.
     #[inline(always)]
-    pub fn scores<R: Row<T::Acc>>(&self, block: &Block, from: usize) -> [T::Acc; LANES] {
+    pub(crate) fn scores<S: Simd>(&self, simd: S, tile: &Tile, from: usize) -> [T::Acc; LANES] {
         let mut lanes = [T::Acc::default(); LANES];
-        self.row::<R>(block, from).store(&mut lanes);
+        self.row(simd, tile, from).store(&mut lanes);
         lanes.map(|value| self.score(value))
     }
 
-    /// The flat index of a block's cell.
+    /// The flat index of a tile's cell.
     #[inline(always)]
-    pub fn flat(&self, block: &Block, i: usize) -> usize {
-        block.flat + i * self.heat.dims[2].flat
+    pub(crate) fn flat(&self, tile: &Tile, i: usize) -> usize {
+        tile.flat + i * self.heat.dims[2].flat
     }
 
     /// Whether no neighbour of this cell is greater than its score, or NaN.
     #[inline(always)]
-    pub fn is_peak(&self, flat: usize, score: T::Acc) -> bool {
+    pub(crate) fn is_peak(&self, flat: usize, score: T::Acc) -> bool {
         let [maps, rows, columns] = self.heat.axes;
         let (map, cell) = (flat / maps.flat, flat % maps.flat);
         let (y, x) = (cell / columns.size, cell % columns.size);
@@ -201,32 +202,32 @@ impl<T: Elem> Image<'_, T> {
         })
     }
 
-    /// LANES cells of a block, before the root; NaN past its end.
+    /// LANES cells of a tile, before the root; NaN past its end.
     #[inline(always)]
-    fn row<R: Row<T::Acc>>(&self, block: &Block, from: usize) -> R {
-        let at = |t: usize, i: usize| self.at(block, t, from + i);
-        if self.dense() && from + LANES <= block.length {
-            // SAFETY: LANES consecutive cells of the block, in both maps.
-            let [own, other] = [0, 1].map(|t| unsafe { consecutive::<T, R>(at(t, 0)) });
+    fn row<S: Simd>(&self, simd: S, tile: &Tile, from: usize) -> <T::Acc as Real>::Vector<S> {
+        let at = |t: usize, i: usize| self.at(tile, t, from + i);
+        if self.dense() && from + LANES <= tile.length {
+            // SAFETY: LANES consecutive cells of the tile, in both maps.
+            let [own, other] = [0, 1].map(|t| unsafe { consecutive::<T, S>(simd, at(t, 0)) });
             return if self.heat.mutual { own.times(other) } else { own };
         }
-        R::load(&std::array::from_fn(|i| match from + i < block.length {
-            // SAFETY: a cell of the block.
+        simd.load(&std::array::from_fn(|i| match from + i < tile.length {
+            // SAFETY: a cell of the tile.
             true => unsafe { self.value(at(0, i), at(1, i)) },
             false => T::Acc::of(f64::NAN),
         }))
     }
 
-    /// Whether the cells of a block follow one another in both maps.
+    /// Whether the cells of a tile follow one another in both maps.
     #[inline(always)]
     fn dense(&self) -> bool {
         self.heat.dims[2].steps == [1, 1]
     }
 
-    /// Where a cell of a block lies in map `t`.
+    /// Where a cell of a tile lies in map `t`.
     #[inline(always)]
-    fn at(&self, block: &Block, t: usize, i: usize) -> *const T {
-        self.bases[t].wrapping_offset(block.offsets[t] + i as isize * self.heat.dims[2].steps[t])
+    fn at(&self, tile: &Tile, t: usize, i: usize) -> *const T {
+        self.bases[t].wrapping_offset(tile.offsets[t] + i as isize * self.heat.dims[2].steps[t])
     }
 
     /// One cell, before the root.
@@ -253,9 +254,13 @@ impl<T: Elem> Image<'_, T> {
 
 /// The greatest of all rows of `length` cells, lane by lane.
 #[inline(always)]
-fn most<A: Real, R: Row<A>>(length: usize, row: impl Fn(usize) -> R) -> R {
-    let mut most = R::splat(A::of(f64::NEG_INFINITY));
-    // A cell counted twice changes no maximum: the last row ends where the block does.
+fn most<A: Real, S: Simd>(
+    simd: S,
+    length: usize,
+    row: impl Fn(usize) -> A::Vector<S>,
+) -> A::Vector<S> {
+    let mut most = simd.splat(A::of(f64::NEG_INFINITY));
+    // A cell counted twice changes no maximum: the last row ends where the tile does.
     let last = length.saturating_sub(LANES);
     for i in (0..length).step_by(LANES) {
         most = row(i.min(last)).larger(most);
@@ -265,9 +270,9 @@ fn most<A: Real, R: Row<A>>(length: usize, row: impl Fn(usize) -> R) -> R {
 
 /// [`LANES`] cells from `at` on.
 #[inline(always)]
-unsafe fn consecutive<T: Elem, R: Row<T::Acc>>(at: *const T) -> R {
+unsafe fn consecutive<T: Element, S: Simd>(simd: S, at: *const T) -> <T::Acc as Real>::Vector<S> {
     let mut lanes = [T::Acc::default(); LANES];
     // SAFETY: the caller's promise.
     T::load_row(unsafe { at.cast::<[T; LANES]>().read_unaligned() }, &mut lanes);
-    R::load(&lanes)
+    simd.load(&lanes)
 }

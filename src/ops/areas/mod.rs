@@ -18,25 +18,14 @@ mod heat;
 mod naive;
 mod peaks;
 
-use crate::check::Check;
-use crate::error::Result;
-use crate::run::Run;
-use crate::simd::{Bf16, Real, F16};
-#[cfg(feature = "cuda")]
-use crate::view::Device;
-use crate::view::{DType, TensorView};
+use crate::simd::{by_dtype, Real};
+use crate::tensor::{Check, DType, Device, Result, Run, TensorView};
 
 const CHECK: Check = Check("areas");
 
-/// What one call reads and writes.
+/// The inputs of a call.
 #[derive(Clone, Copy)]
-pub struct Args<'a> {
-    /// `[B, H, W]` f32, contiguous.
-    pub coverage: &'a TensorView,
-    /// `[B, k, 4]` i64, contiguous: y0 x0 y1 x1, inclusive.
-    pub boxes: &'a TensorView,
-    /// `[B, k]` f32 (f64 for f64 heat), contiguous.
-    pub scores: &'a TensorView,
+pub(crate) struct Args<'a> {
     /// `[B, A, H, W]`, a float dtype, any strides.
     pub heat: &'a TensorView,
     /// `[B, 2, H, W]`: width and height, in cells; of the dtype of heat, any strides.
@@ -51,32 +40,77 @@ pub struct Args<'a> {
     pub kernel: i64,
 }
 
-/// Judges the arguments by their metadata, on any device.
-pub fn check(
-    heat: &TensorView,
-    size: &TensorView,
-    offset: &TensorView,
-    teacher: Option<[&TensorView; 3]>,
-    k: i64,
-    kernel: i64,
-) -> Result<()> {
-    let [batch, maps, height, width] = CHECK.map("heat", heat)?;
-    let pairs = [batch, 2, height, width];
-    like_heat("size", size, heat, "[B, 2, H, W]", &pairs)?;
-    like_heat("offset", offset, heat, "[B, 2, H, W]", &pairs)?;
-    if let Some([heat_t, size_t, offset_t]) = teacher {
-        like_heat("the teacher's heat", heat_t, heat, "of heat", heat.sizes())?;
-        like_heat("the teacher's size", size_t, heat, "[B, 2, H, W]", &pairs)?;
-        like_heat("the teacher's offset", offset_t, heat, "[B, 2, H, W]", &pairs)?;
+/// The outputs of a call.
+#[derive(Clone, Copy)]
+pub(crate) struct Outputs<'a> {
+    /// `[B, H, W]` f32, contiguous.
+    pub coverage: &'a TensorView,
+    /// `[B, k, 4]` i64, contiguous: y0 x0 y1 x1, inclusive.
+    pub boxes: &'a TensorView,
+    /// `[B, k]` f32 (f64 for f64 heat), contiguous.
+    pub scores: &'a TensorView,
+}
+
+impl Args<'_> {
+    /// Checks metadata, on any device.
+    pub(crate) fn check(&self) -> Result<()> {
+        let Self { heat, size, offset, teacher, k, kernel } = *self;
+        let [batch, maps, height, width] = CHECK.map("heat", heat)?;
+        let pairs = [batch, 2, height, width];
+        like_heat("size", size, heat, "[B, 2, H, W]", &pairs)?;
+        like_heat("offset", offset, heat, "[B, 2, H, W]", &pairs)?;
+        if let Some([heat_t, size_t, offset_t]) = teacher {
+            like_heat("the teacher's heat", heat_t, heat, "of heat", heat.sizes())?;
+            like_heat("the teacher's size", size_t, heat, "[B, 2, H, W]", &pairs)?;
+            like_heat("the teacher's offset", offset_t, heat, "[B, 2, H, W]", &pairs)?;
+        }
+        let cells = maps * height * width;
+        if usize::try_from(k).map_or(true, |k| k == 0 || k > cells) {
+            let rule = format_args!("be at least 1 and at most A*H*W = {cells}");
+            return Err(CHECK.value("k", rule, k));
+        }
+        if kernel < 1 || kernel % 2 == 0 {
+            return Err(CHECK.value("kernel", "be odd and at least 1", kernel));
+        }
+        Ok(())
     }
-    let cells = maps * height * width;
-    if usize::try_from(k).map_or(true, |k| k == 0 || k > cells) {
-        return Err(CHECK.value("k", format_args!("be at least 1 and at most A*H*W = {cells}"), k));
+
+    /// Finds the areas and writes all three outputs.
+    pub(crate) fn forward(&self, outputs: &Outputs, run: &Run) -> Result<()> {
+        self.check()?;
+        outputs.check(self)?;
+        match self.heat.device {
+            #[cfg(feature = "cuda")]
+            // SAFETY: checked above, the devices too.
+            Device::Cuda(ordinal) => unsafe { cuda::forward(self, outputs, ordinal, run) },
+            _ => {
+                CHECK.on_cpu("heat", self.heat)?;
+                // SAFETY: checked above: T is heat's dtype, the shapes agree, everything is in host memory.
+                by_dtype!(self.heat.dtype, T => unsafe {
+                    cpu::forward::<T>(self, outputs, run.threads)
+                });
+                Ok(())
+            }
+        }
     }
-    if kernel < 1 || kernel % 2 == 0 {
-        return Err(CHECK.value("kernel", "be odd and at least 1", kernel));
+}
+
+impl Outputs<'_> {
+    fn check(&self, args: &Args) -> Result<()> {
+        let (heat, k) = (args.heat, args.k as usize);
+        let s = heat.sizes();
+        for (name, view, dtype, layout, sizes) in [
+            ("coverage", self.coverage, DType::F32, "[B, H, W]", &[s[0], s[2], s[3]][..]),
+            ("boxes", self.boxes, DType::I64, "[B, k, 4]", &[s[0], k, 4]),
+            ("scores", self.scores, heat.dtype.accumulator(), "[B, k]", &[s[0], k]),
+        ] {
+            CHECK.of_dtype(name, view, dtype)?;
+            CHECK.sizes(name, view, layout, sizes)?;
+            CHECK.same_device(name, view, "heat", heat)?;
+            CHECK.contiguous(name, view)?;
+        }
+        Ok(())
     }
-    Ok(())
 }
 
 fn like_heat(
@@ -89,47 +123,6 @@ fn like_heat(
     CHECK.same_dtype(name, view, "heat", heat)?;
     CHECK.sizes(name, view, layout, sizes)?;
     CHECK.same_device(name, view, "heat", heat)
-}
-
-impl Args<'_> {
-    /// Finds the areas and writes all three outputs.
-    pub fn forward<'r>(&self, run: impl Into<Run<'r>>) -> Result<()> {
-        let run = run.into();
-        check(self.heat, self.size, self.offset, self.teacher, self.k, self.kernel)?;
-        self.check_outputs()?;
-        #[cfg(feature = "cuda")]
-        if let Device::Cuda(ordinal) = self.heat.device {
-            // SAFETY: checked above, the devices too.
-            return unsafe { cuda::forward(self, ordinal, &run) };
-        }
-        CHECK.on_cpu("heat", self.heat)?;
-        // SAFETY: checked above: every arm has heat's dtype, the shapes agree, everything is in host memory.
-        unsafe {
-            match self.heat.dtype {
-                DType::F64 => cpu::forward::<f64>(self, run.threads),
-                DType::F16 => cpu::forward::<F16>(self, run.threads),
-                DType::BF16 => cpu::forward::<Bf16>(self, run.threads),
-                _ => cpu::forward::<f32>(self, run.threads),
-            }
-        }
-        Ok(())
-    }
-
-    fn check_outputs(&self) -> Result<()> {
-        let (s, k) = (self.heat.sizes(), self.k as usize);
-        let outputs = [
-            ("coverage", self.coverage, DType::F32, "[B, H, W]", &[s[0], s[2], s[3]][..]),
-            ("boxes", self.boxes, DType::I64, "[B, k, 4]", &[s[0], k, 4]),
-            ("scores", self.scores, self.heat.dtype.accumulator(), "[B, k]", &[s[0], k]),
-        ];
-        for (name, view, dtype, layout, sizes) in outputs {
-            CHECK.of_dtype(name, view, dtype)?;
-            CHECK.sizes(name, view, layout, sizes)?;
-            CHECK.same_device(name, view, "heat", self.heat)?;
-            CHECK.contiguous(name, view)?;
-        }
-        Ok(())
-    }
 }
 
 /// The first, unless it is less or NaN.

@@ -1,7 +1,7 @@
 //! The truth: the definition as plain f64 loops over all cells, and tests of the kernel against it.
 
 use super::*;
-use crate::testing::{any_float, any_lay, indices, Lay, Owned, Uniform};
+use crate::tensor::testing::{any_float, any_lay, indices, Lay, Owned, Uniform};
 use proptest::prelude::*;
 
 /// What is computed in is f32 but for f64 maps; each step is rounded to it.
@@ -112,12 +112,11 @@ impl Case {
         let teacher =
             self.teacher.as_ref().map(|teacher| teacher.each_ref().map(|owned| &owned.view));
         let (k, kernel) = (self.k as i64, self.kernel as i64);
-        let outputs = [&coverage, &boxes, &scores];
-        let [c, x, s] = outputs.map(|owned| &owned.view);
-        let args =
-            Args { coverage: c, boxes: x, scores: s, heat, size, offset, teacher, k, kernel };
-        args.forward(threads).map_err(|error| error.to_string())?;
-        assert!(outputs.iter().all(|owned| owned.is_intact_around()));
+        let args = Args { heat, size, offset, teacher, k, kernel };
+        let outputs =
+            Outputs { coverage: &coverage.view, boxes: &boxes.view, scores: &scores.view };
+        args.forward(&outputs, &threads.into()).map_err(|error| error.to_string())?;
+        assert!([&coverage, &boxes, &scores].iter().all(|owned| owned.is_intact_around()));
         Ok(Found { coverage: coverage.values(), boxes: boxes.values(), scores: scores.values() })
     }
 

@@ -1,18 +1,17 @@
 //! The k best peaks of an image, with hardly more than one reading of its heat.
 //!
-//! Every block of cells has its maximum. A peak that counts lies in a block whose maximum is not below the k-th best peak, so with a
-//! good guess of that, only few blocks are looked at again; with a bad one, a lower one is tried.
+//! Every tile of cells has its maximum. The k best peaks lie in tiles whose maximum is not below the k-th best peak, so with a good
+//! guess of that score few tiles are read again; after a bad guess, a lower one is tried.
 
-use super::heat::{Block, Image};
+use super::heat::{Image, Tile};
 use super::larger;
-use crate::row::Row;
-use crate::simd::{Elem, Real, LANES};
+use crate::simd::{Element, Real, Simd, LANES};
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
 
 /// A local maximum; the better of two is the lesser one.
 #[derive(Clone, Copy, PartialEq)]
-pub struct Peak<A> {
+pub(crate) struct Peak<A> {
     /// Its heat; never NaN.
     pub score: A,
     /// (a * H + y) * W + x
@@ -36,13 +35,13 @@ impl<A: Real> PartialOrd for Peak<A> {
     }
 }
 
-impl<T: Elem> Image<'_, T> {
-    /// The k best peaks, best first, by the maxima of all blocks.
+impl<T: Element> Image<'_, T> {
+    /// The k best peaks, best first, by the maxima of all tiles.
     #[inline(always)]
-    pub fn best<R: Row<T::Acc>>(&self, bounds: &[T::Acc], k: usize) -> Vec<Peak<T::Acc>> {
+    pub(crate) fn best<S: Simd>(&self, simd: S, bounds: &[T::Acc], k: usize) -> Vec<Peak<T::Acc>> {
         let (mut cutoff, mut rank) = (guess(bounds, k), 4 * k);
         loop {
-            let best = self.above::<R>(cutoff, bounds, k);
+            let best = self.above(simd, cutoff, bounds, k);
             if best.len() == k || cutoff == lowest() {
                 return best.into_sorted_vec();
             }
@@ -53,8 +52,9 @@ impl<T: Elem> Image<'_, T> {
 
     /// The k best peaks among the cells that are not below a cutoff.
     #[inline(always)]
-    fn above<R: Row<T::Acc>>(
+    fn above<S: Simd>(
         &self,
+        simd: S,
         cutoff: T::Acc,
         bounds: &[T::Acc],
         k: usize,
@@ -62,16 +62,17 @@ impl<T: Elem> Image<'_, T> {
         let mut best = BinaryHeap::with_capacity(k + 1);
         for (i, bound) in bounds.iter().enumerate() {
             if *bound >= cutoff {
-                self.gather::<R>(&self.block(i), *bound, cutoff, k, &mut best);
+                self.gather(simd, &self.tile(i), *bound, cutoff, k, &mut best);
             }
         }
         best
     }
 
     #[inline(always)]
-    fn gather<R: Row<T::Acc>>(
+    fn gather<S: Simd>(
         &self,
-        block: &Block,
+        simd: S,
+        tile: &Tile,
         bound: T::Acc,
         cutoff: T::Acc,
         k: usize,
@@ -80,17 +81,17 @@ impl<T: Elem> Image<'_, T> {
         let hopeless = |peak: Peak<T::Acc>, best: &BinaryHeap<Peak<T::Acc>>| {
             best.len() == k && best.peek().is_some_and(|worst| peak >= *worst)
         };
-        if hopeless(Peak { score: bound, flat: block.flat }, best) {
+        if hopeless(Peak { score: bound, flat: tile.flat }, best) {
             return;
         }
-        for i in (0..block.length).step_by(LANES) {
-            let scores = self.scores::<R>(block, i);
+        for i in (0..tile.length).step_by(LANES) {
+            let scores = self.scores(simd, tile, i);
             let least = best.peek().filter(|_| best.len() == k).map_or(cutoff, |worst| worst.score);
             if !scores.iter().fold(false, |any, score| any | (*score >= least)) {
                 continue;
             }
             for (l, score) in scores.into_iter().enumerate() {
-                let peak = Peak { score, flat: self.flat(block, i + l) };
+                let peak = Peak { score, flat: self.flat(tile, i + l) };
                 if score >= least && !hopeless(peak, best) && self.is_peak(peak.flat, score) {
                     best.push(peak);
                     if best.len() > k {
@@ -106,7 +107,7 @@ fn lowest<A: Real>() -> A {
     A::of(f64::NEG_INFINITY)
 }
 
-/// A score that most likely k peaks reach, and few other cells: of 2k or more groups of blocks, the 3/2 k-th best maximum.
+/// A score that most likely k peaks reach, and few other cells: of 2k or more groups of tiles, the 3/2 k-th best maximum.
 #[inline(always)]
 fn guess<A: Real>(bounds: &[A], k: usize) -> A {
     let groups = (2 * k).next_multiple_of(LANES);

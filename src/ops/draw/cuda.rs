@@ -3,17 +3,15 @@
 use super::CHECK;
 use crate::cuda::args::{address, mirror, Order};
 use crate::cuda::launch::{on_device, Kernel, Source};
-use crate::error::Result;
-use crate::run::Run;
-use crate::view::{DType, TensorView};
+use crate::tensor::{DType, Result, Run, TensorView};
 
 const SOURCE: &Source = &Source { name: "draw", text: include_str!("kernel.cu"), parts: &[] };
 static DRAW: Kernel = Kernel::new(SOURCE, 1, "draw", (false, false));
-/// For `sokd.warmup()`.
+/// All of them, for `sokd.warmup()`.
 pub(crate) static KERNELS: [&Kernel; 1] = [&DRAW];
 
 mirror! {
-    /// What the kernel takes.
+    /// The argument of the kernel.
     Draw { uniforms: u64, noise_seed: u64, seed: u64, counter: u64, count: i64 }
 }
 
@@ -21,10 +19,10 @@ mirror! {
 ///
 /// # Safety
 /// The arguments are checked, and all of them lie on the CUDA device `ordinal`.
-pub unsafe fn draw(
+pub(crate) unsafe fn forward(
+    [seed, counter]: [&TensorView; 2],
     uniforms: &TensorView,
     noise_seed: &TensorView,
-    [seed, counter]: [&TensorView; 2],
     ordinal: usize,
     run: &Run,
 ) -> Result<()> {
@@ -38,7 +36,7 @@ pub unsafe fn draw(
     };
     let blocks = (count as usize).div_ceil(4) + 1;
     on_device(CHECK.0, ordinal, run, |queue| {
-        // SAFETY: `Draw` is what this kernel takes, filled as kernel.cu says; the caller vouches for the memory.
+        // SAFETY: `Draw` is what this kernel takes, filled as kernel.cu defines it; the memory is the caller's promise.
         unsafe {
             queue.launch(
                 &DRAW,

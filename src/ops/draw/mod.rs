@@ -7,52 +7,63 @@
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
 
-use crate::check::Check;
-use crate::error::Result;
-use crate::philox;
-use crate::run::Run;
-use crate::seed::Seed;
-#[cfg(feature = "cuda")]
-use crate::view::Device;
-use crate::view::{DType, TensorView};
+use crate::random::{philox, Seed};
+use crate::tensor::{Check, DType, Device, Result, Run, TensorView};
 
 const CHECK: Check = Check("draw");
 
-/// What a policy draws in one step ([`philox::draw`]): uniforms f32 `[n]`, noise_seed int64 `[1]`.
-///
-/// `from`: the seed and the counter, numbers or int64 `[1]`.
-pub fn draw(
-    uniforms: &TensorView,
-    noise_seed: &TensorView,
-    from: [&Seed; 2],
-    run: &Run,
-) -> Result<()> {
-    CHECK.of_dtype("uniforms", uniforms, DType::F32)?;
-    CHECK.rank("uniforms", uniforms, "[n]", &[1])?;
-    CHECK.of_dtype("noise_seed", noise_seed, DType::I64)?;
-    CHECK.sizes("noise_seed", noise_seed, "[1]", &[1])?;
-    CHECK.same_device("noise_seed", noise_seed, "uniforms", uniforms)?;
-    #[cfg(feature = "cuda")]
-    if let (Device::Cuda(ordinal), [Seed::Tensor(seed), Seed::Tensor(counter)]) =
-        (&uniforms.device, from)
-    {
-        for (name, word) in [("seed", from[0]), ("counter", from[1])] {
-            word.check_beside(CHECK, name, "uniforms", uniforms)?;
+/// The inputs of a call: numbers or int64 `[1]`.
+#[derive(Clone, Copy)]
+pub(crate) struct Args<'a> {
+    pub seed: &'a Seed,
+    pub counter: &'a Seed,
+}
+
+impl Args<'_> {
+    /// Checks metadata, on any device.
+    pub(crate) fn check(&self) -> Result<()> {
+        self.seed.check(CHECK, "seed")?;
+        self.counter.check(CHECK, "counter")
+    }
+
+    /// The draws of one step: uniforms f32 `[n]`, noise_seed int64 `[1]`.
+    pub(crate) fn forward(
+        &self,
+        uniforms: &TensorView,
+        noise_seed: &TensorView,
+        run: &Run,
+    ) -> Result<()> {
+        self.check()?;
+        CHECK.of_dtype("uniforms", uniforms, DType::F32)?;
+        CHECK.rank("uniforms", uniforms, "[n]", &[1])?;
+        CHECK.of_dtype("noise_seed", noise_seed, DType::I64)?;
+        CHECK.sizes("noise_seed", noise_seed, "[1]", &[1])?;
+        CHECK.same_device("noise_seed", noise_seed, "uniforms", uniforms)?;
+        match (&uniforms.device, self.seed, self.counter) {
+            #[cfg(feature = "cuda")]
+            (Device::Cuda(ordinal), Seed::Tensor(seed), Seed::Tensor(counter)) => {
+                CHECK.same_device("seed", seed, "uniforms", uniforms)?;
+                CHECK.same_device("counter", counter, "uniforms", uniforms)?;
+                CHECK.contiguous("uniforms", uniforms)?;
+                // SAFETY: checked above, the devices too.
+                unsafe { cuda::forward([seed, counter], uniforms, noise_seed, *ordinal, run) }
+            }
+            _ => self.on_cpu(uniforms, noise_seed),
         }
-        CHECK.contiguous("uniforms", uniforms)?;
-        // SAFETY: checked above, the devices too.
-        return unsafe { cuda::draw(uniforms, noise_seed, [seed, counter], *ordinal, run) };
     }
-    let _ = run;
-    CHECK.on_cpu("uniforms", uniforms)?;
-    let (seed, counter) = (from[0].value(CHECK, "seed")?, from[1].value(CHECK, "counter")?);
-    let mut values = vec![0f32; uniforms.numel()];
-    let first = philox::draw(seed, counter, &mut values);
-    for (i, value) in values.iter().enumerate() {
-        // SAFETY: [n] in host memory, and `i` is below n.
-        unsafe { uniforms.write_f64(&[i], f64::from(*value)) };
+
+    fn on_cpu(&self, uniforms: &TensorView, noise_seed: &TensorView) -> Result<()> {
+        CHECK.on_cpu("uniforms", uniforms)?;
+        let seed = self.seed.value(CHECK, "seed")?;
+        let counter = self.counter.value(CHECK, "counter")?;
+        let mut values = vec![0f32; uniforms.numel()];
+        let first = philox::draw(seed, counter, &mut values);
+        for (i, value) in values.iter().enumerate() {
+            // SAFETY: [n] in host memory, and `i` is below n.
+            unsafe { uniforms.write_f64(&[i], f64::from(*value)) };
+        }
+        // SAFETY: int64 [1] in host memory. An i64 may not pass through f64.
+        unsafe { noise_seed.as_ptr::<i64>().write(first) };
+        Ok(())
     }
-    // SAFETY: int64 [1] in host memory. An i64 may not pass through f64.
-    unsafe { noise_seed.as_ptr::<i64>().write(first) };
-    Ok(())
 }

@@ -1,51 +1,55 @@
-//! The CPU kernel: pieces of a sample in the order of memory; student, teacher and weight are read once, the gradient is written once.
+//! The CPU kernel: regions of a sample in the order of memory; student, teacher and weight are read once, the gradient is written once.
 
-use super::grid::{Grid, Order, Piece};
+use super::grid::{Grid, Order, Region};
 use super::weights::Weights;
 use super::Args;
-use crate::error::Result;
 use crate::parallel;
-use crate::row::Row;
-use crate::simd::{self, by_rows, Elem, Job, Real, LANES};
-use crate::tile::{self, Channels, Layout};
-use crate::view::TensorView;
+use crate::simd::tile::{Channels, Map};
+use crate::simd::{self, Element, Real, Simd, Vector, WithSimd, LANES};
+use crate::tensor::{Result, TensorView};
 
-/// Elements that are summed in f32 before the sums go to f64.
-const BLOCK: usize = 2048;
+/// Elements of a tile, which are summed in f32 before the sums go to f64.
+const TILE: usize = 2048;
 /// Positions of a tile, on the path for any strides.
-const TILE: usize = BLOCK / LANES;
+const POSITIONS: usize = TILE / LANES;
 
 /// Returns the loss and writes the gradient.
 ///
 /// # Safety
 /// The maps have the dtype `T`, the shapes agree, and all are in host memory.
-pub unsafe fn forward<T: Elem>(args: &Args, threads: usize) -> Result<f64> {
+pub(crate) unsafe fn forward<T: Element>(
+    args: &Args,
+    d_student: Option<&TensorView>,
+    threads: usize,
+) -> Result<f64> {
     // SAFETY: the caller's promise.
     let (weights, total) = unsafe { Weights::<T::Acc>::read(args.weight, threads) }?;
     let numel = args.student.numel();
     let area = args.weight.is_some() && args.normalise == "area";
     let divisor = if area { total * args.student.sizes()[1] as f64 } else { numel as f64 };
     if numel == 0 || divisor == 0.0 {
-        if let Some(d_student) = args.d_student {
+        if let Some(d_student) = d_student {
             // SAFETY: the gradient is dense, so numel elements lie here; zero bits are 0.0 in every float dtype.
             unsafe { d_student.ptr().write_bytes(0, numel * d_student.dtype.size()) };
         }
         return Ok(0.0);
     }
-    let maps = Maps::<T>::new(args, weights.slice(), T::Acc::of(2.0 * args.scale / divisor));
+    let maps =
+        Maps::<T>::new(args, d_student, weights.slice(), T::Acc::of(2.0 * args.scale / divisor));
     let grid = Grid::new(maps.order, maps.sizes);
     let partial = |chunk| {
-        grid.units(chunk).map(|i| simd::run(Unit { maps: &maps, at: grid.at(i) })).sum::<f64>()
+        grid.regions(chunk)
+            .map(|i| simd::run(SumRegion { maps: &maps, at: grid.at(i) }))
+            .sum::<f64>()
     };
     let sum: f64 = parallel::map(threads, grid.chunks(), partial).iter().sum();
     Ok(sum * (args.scale / divisor))
 }
 
-struct Maps<'a, T: Elem> {
-    student: *const T,
-    teacher: *const T,
-    d_student: Option<*mut T>,
-    layouts: [Layout; 3],
+struct Maps<'a, T: Element> {
+    student: Map<T>,
+    teacher: Map<T>,
+    d_student: Option<Map<T>>,
     order: Order,
     /// B, C, H * W.
     sizes: [usize; 3],
@@ -55,12 +59,14 @@ struct Maps<'a, T: Elem> {
     factor: T::Acc,
 }
 
-// SAFETY: the inputs are only read; every element of the gradient belongs to one unit, and every unit to one thread.
-unsafe impl<T: Elem> Sync for Maps<'_, T> {}
-
-impl<'a, T: Elem> Maps<'a, T> {
-    fn new(args: &Args, weights: Option<&'a [T::Acc]>, factor: T::Acc) -> Self {
-        let views = [args.student, args.teacher, args.d_student.unwrap_or(args.student)];
+impl<'a, T: Element> Maps<'a, T> {
+    fn new(
+        args: &Args,
+        d_student: Option<&TensorView>,
+        weights: Option<&'a [T::Acc]>,
+        factor: T::Acc,
+    ) -> Self {
+        let views = [args.student, args.teacher, d_student.unwrap_or(args.student)];
         let order = if views.iter().all(|view| view.is_contiguous()) {
             Order::Planes
         } else if views.iter().all(|view| view.is_channels_last()) {
@@ -70,10 +76,9 @@ impl<'a, T: Elem> Maps<'a, T> {
         };
         let s = args.student.sizes();
         Self {
-            student: args.student.as_ptr(),
-            teacher: args.teacher.as_ptr(),
-            d_student: args.d_student.map(TensorView::as_ptr),
-            layouts: views.map(Layout::of),
+            student: Map::of(args.student),
+            teacher: Map::of(args.teacher),
+            d_student: d_student.map(Map::of),
             order,
             sizes: [s[0], s[1], s[2] * s[3]],
             weights,
@@ -82,42 +87,41 @@ impl<'a, T: Elem> Maps<'a, T> {
     }
 }
 
-/// The work on one piece; returns its sum of weighted squares.
-struct Unit<'a, T: Elem> {
+/// The sum of weighted squares over one region, and its gradient.
+struct SumRegion<'a, T: Element> {
     maps: &'a Maps<'a, T>,
-    at: Piece,
+    at: Region,
 }
 
-impl<T: Elem> Job for Unit<'_, T> {
+impl<T: Element> WithSimd for SumRegion<'_, T> {
     type Out = f64;
-    by_rows!(T::Acc);
-}
 
-impl<T: Elem> Unit<'_, T> {
     #[inline(always)]
-    fn rows<R: Row<T::Acc>>(self) -> f64 {
-        // SAFETY: the piece lies within the sizes, and `forward`'s caller promised that memory.
+    fn with_simd<S: Simd>(self, simd: S) -> f64 {
+        // SAFETY: the region lies within the sizes, and `forward`'s caller promised that memory.
         unsafe {
             match self.maps.order {
-                Order::Planes => self.planes::<R>(),
-                Order::Lanes => self.lanes::<R>(),
-                Order::Any => self.tiles::<R>(),
+                Order::Planes => self.planes(simd),
+                Order::Lanes => self.lanes(simd),
+                Order::Any => self.tiles(simd),
             }
         }
     }
+}
 
-    /// The rows of the channels follow one another: the weights of one plane, repeated, run along.
+impl<T: Element> SumRegion<'_, T> {
+    /// Planes follow one another: the weights of one plane repeat.
     #[inline(always)]
-    unsafe fn planes<R: Row<T::Acc>>(&self) -> f64 {
+    unsafe fn planes<S: Simd>(&self, simd: S) -> f64 {
         let (maps, at) = (self.maps, &self.at);
         let [_, channels, positions] = maps.sizes;
         let first = (at.n * channels + at.channels.start) * positions + at.positions.start;
         let (rows, width) = (at.channels.len(), at.positions.len());
-        let mut weights = [T::Acc::of(1.0); BLOCK];
-        let period = if width < BLOCK { rows.min(BLOCK / width) * width } else { width };
+        let mut weights = [T::Acc::of(1.0); TILE];
+        let period = if width < TILE { rows.min(TILE / width) * width } else { width };
         let mut sum = 0.0;
-        for from in (0..period).step_by(BLOCK) {
-            let weights = &mut weights[..BLOCK.min(period - from)];
+        for from in (0..period).step_by(TILE) {
+            let weights = &mut weights[..TILE.min(period - from)];
             if let Some(own) = self.weights() {
                 weights
                     .chunks_mut(width)
@@ -125,8 +129,8 @@ impl<T: Elem> Unit<'_, T> {
             }
             for at in (from..rows * width).step_by(period) {
                 let weights = &weights[..weights.len().min(rows * width - at)];
-                // SAFETY: within the piece.
-                sum += unsafe { maps.block::<R>(first + at, weights) };
+                // SAFETY: within the region.
+                sum += unsafe { maps.tile(simd, first + at, weights) };
             }
         }
         sum
@@ -134,15 +138,15 @@ impl<T: Elem> Unit<'_, T> {
 
     /// The channels of one position follow one another and share a weight.
     #[inline(always)]
-    unsafe fn lanes<R: Row<T::Acc>>(&self) -> f64 {
+    unsafe fn lanes<S: Simd>(&self, simd: S) -> f64 {
         let (maps, at) = (self.maps, &self.at);
         let [_, channels, positions] = maps.sizes;
         let own = self.weights();
-        let mut weights = [T::Acc::of(1.0); BLOCK];
+        let mut weights = [T::Acc::of(1.0); TILE];
         let mut sum = 0.0;
-        for part in at.channels.clone().step_by(BLOCK) {
-            let width = BLOCK.min(at.channels.end - part);
-            let times = (BLOCK / width).min(if width == channels { BLOCK } else { 1 });
+        for part in at.channels.clone().step_by(TILE) {
+            let width = TILE.min(at.channels.end - part);
+            let times = (TILE / width).min(if width == channels { TILE } else { 1 });
             for from in (0..at.positions.len()).step_by(times) {
                 let times = times.min(at.positions.len() - from);
                 let weights = &mut weights[..times * width];
@@ -153,8 +157,8 @@ impl<T: Elem> Unit<'_, T> {
                         .for_each(|(row, weight)| row.fill(*weight));
                 }
                 let first = (at.n * positions + at.positions.start + from) * channels + part;
-                // SAFETY: whole positions of the piece, or a part of one.
-                sum += unsafe { maps.block::<R>(first, weights) };
+                // SAFETY: whole positions of the region, or a part of one.
+                sum += unsafe { maps.tile(simd, first, weights) };
             }
         }
         sum
@@ -162,60 +166,43 @@ impl<T: Elem> Unit<'_, T> {
 
     /// Any strides, by tiles of LANES channels.
     #[inline(always)]
-    unsafe fn tiles<R: Row<T::Acc>>(&self) -> f64 {
+    unsafe fn tiles<S: Simd>(&self, simd: S) -> f64 {
         let (maps, at) = (self.maps, &self.at);
         let channels = Channels::new(at.channels.clone());
-        let mut student = [[T::Acc::default(); LANES]; TILE];
-        let mut teacher = [[T::Acc::default(); LANES]; TILE];
-        let mut gradient = [[T::Acc::default(); LANES]; TILE];
-        let mut weights = [[T::Acc::of(1.0); LANES]; TILE];
-        let factor = R::splat(maps.factor);
+        let mut student = [[T::Acc::default(); LANES]; POSITIONS];
+        let mut teacher = [[T::Acc::default(); LANES]; POSITIONS];
+        let mut gradient = [[T::Acc::default(); LANES]; POSITIONS];
+        let mut weights = [[T::Acc::of(1.0); LANES]; POSITIONS];
+        let factor = simd.splat(maps.factor);
         let mut sum = 0.0;
-        for from in (0..at.positions.len()).step_by(TILE) {
-            let used = TILE.min(at.positions.len() - from);
+        for from in (0..at.positions.len()).step_by(POSITIONS) {
+            let used = POSITIONS.min(at.positions.len() - from);
             let position = at.positions.start + from;
-            // SAFETY: channels and positions of the piece.
+            // SAFETY: channels and positions of the region.
             unsafe {
-                tile::load(
-                    &mut student[..used],
-                    maps.student,
-                    &maps.layouts[0],
-                    at.n,
-                    &channels,
-                    position,
-                );
-                tile::load(
-                    &mut teacher[..used],
-                    maps.teacher,
-                    &maps.layouts[1],
-                    at.n,
-                    &channels,
-                    position,
-                );
+                maps.student.load(&mut student[..used], at.n, &channels, position);
+                maps.teacher.load(&mut teacher[..used], at.n, &channels, position);
             }
             clear_from(channels.used, &mut student);
             clear_from(channels.used, &mut teacher);
             if let Some(own) = self.weights() {
                 spread(&own[from..], &mut weights);
             }
-            let mut sums = R::splat(T::Acc::default());
+            let mut sums = simd.splat(T::Acc::default());
             for i in 0..used {
-                let weighted = add_squares(&student[i], &teacher[i], &weights[i], &mut sums);
+                let weighted = add_squares(simd, &student[i], &teacher[i], &weights[i], &mut sums);
                 factor.times(weighted).store(&mut gradient[i]);
             }
-            sum += total(sums);
+            sum += total::<T::Acc, S>(sums);
             if let Some(d_student) = maps.d_student {
-                let layout = &maps.layouts[2];
-                // SAFETY: as for loading; this piece is this thread's alone.
-                unsafe {
-                    tile::store(&gradient[..used], d_student, layout, at.n, &channels, position)
-                };
+                // SAFETY: as for loading; no other thread has this region.
+                unsafe { d_student.store(&gradient[..used], at.n, &channels, position) };
             }
         }
         sum
     }
 
-    /// The weights of this piece's positions.
+    /// The weights of this region's positions.
     #[inline(always)]
     fn weights(&self) -> Option<&[T::Acc]> {
         let plane = self.at.n * self.maps.sizes[2];
@@ -225,65 +212,66 @@ impl<T: Elem> Unit<'_, T> {
     }
 }
 
-/// A lane past the last channel repeats another: zeros in its place add nothing, whatever was there.
+/// Lanes past the last channel repeat another one; zeros in their place add nothing to the sums.
 #[inline(always)]
-fn clear_from<A: Real>(lane: usize, tile: &mut [[A; LANES]; TILE]) {
+fn clear_from<A: Real>(lane: usize, tile: &mut [[A; LANES]; POSITIONS]) {
     if lane < LANES {
         tile.iter_mut().for_each(|row| row[lane..].fill(A::default()));
     }
 }
 
-/// Each weight in all lanes. Not inlined: for AVX-512 the compiler would turn it into scatters, which are slower by far.
+/// Each weight in all lanes. Not inlined: for AVX-512 the compiler would emit scatters, which are far slower.
 #[inline(never)]
-fn spread<A: Real>(weights: &[A], tile: &mut [[A; LANES]; TILE]) {
+fn spread<A: Real>(weights: &[A], tile: &mut [[A; LANES]; POSITIONS]) {
     tile.iter_mut().zip(weights).for_each(|(row, weight)| *row = [*weight; LANES]);
 }
 
-impl<T: Elem> Maps<'_, T> {
+impl<T: Element> Maps<'_, T> {
     /// Consecutive elements, one for each weight.
     ///
     /// # Safety
     /// From the element `from` on, they must lie within the maps, which all run in the same order, and belong to this thread.
     #[inline(always)]
-    unsafe fn block<R: Row<T::Acc>>(&self, from: usize, weights: &[T::Acc]) -> f64 {
-        let (mut sums, factor) = (R::splat(T::Acc::default()), R::splat(self.factor));
+    unsafe fn tile<S: Simd>(&self, simd: S, from: usize, weights: &[T::Acc]) -> f64 {
+        let (mut sums, factor) = (simd.splat(T::Acc::default()), simd.splat(self.factor));
         let (rows, rest) = weights.as_chunks::<LANES>();
         for (i, weights) in rows.iter().enumerate() {
             // SAFETY: a whole row of the caller's elements.
-            unsafe { self.row(from + i * LANES, weights, factor, &mut sums) };
+            unsafe { self.row(simd, from + i * LANES, weights, factor, &mut sums) };
         }
         if !rest.is_empty() {
             // SAFETY: the caller's last elements.
-            unsafe { self.part(from + rows.len() * LANES, rest, factor, &mut sums) };
+            unsafe { self.tail(simd, from + rows.len() * LANES, rest, factor, &mut sums) };
         }
-        total(sums)
+        total::<T::Acc, S>(sums)
     }
 
     /// [`LANES`] elements from `at` on.
     #[inline(always)]
-    unsafe fn row<R: Row<T::Acc>>(
+    unsafe fn row<S: Simd>(
         &self,
+        simd: S,
         at: usize,
         weights: &[T::Acc; LANES],
-        factor: R,
-        sums: &mut R,
+        factor: <T::Acc as Real>::Vector<S>,
+        sums: &mut <T::Acc as Real>::Vector<S>,
     ) {
         let [mut student, mut teacher, mut gradient] = [[T::Acc::default(); LANES]; 3];
         // SAFETY: the caller has these elements.
         unsafe {
             T::load_row(
-                self.student.wrapping_add(at).cast::<[T; LANES]>().read_unaligned(),
+                self.student.base.wrapping_add(at).cast::<[T; LANES]>().read_unaligned(),
                 &mut student,
             );
             T::load_row(
-                self.teacher.wrapping_add(at).cast::<[T; LANES]>().read_unaligned(),
+                self.teacher.base.wrapping_add(at).cast::<[T; LANES]>().read_unaligned(),
                 &mut teacher,
             );
         }
-        let weighted = add_squares(&student, &teacher, weights, sums);
+        let weighted = add_squares(simd, &student, &teacher, weights, sums);
         if let Some(d_student) = self.d_student {
             factor.times(weighted).store(&mut gradient);
-            let place = d_student.wrapping_add(at).cast::<[T; LANES]>();
+            let place = d_student.base.wrapping_add(at).cast::<[T; LANES]>();
             // SAFETY: as above; they belong to this thread.
             unsafe { place.write_unaligned(T::store_row(&gradient)) };
         }
@@ -291,42 +279,50 @@ impl<T: Elem> Maps<'_, T> {
 
     /// The same for fewer: the lanes past them are zeros.
     #[inline(always)]
-    unsafe fn part<R: Row<T::Acc>>(&self, at: usize, weights: &[T::Acc], factor: R, sums: &mut R) {
+    unsafe fn tail<S: Simd>(
+        &self,
+        simd: S,
+        at: usize,
+        weights: &[T::Acc],
+        factor: <T::Acc as Real>::Vector<S>,
+        sums: &mut <T::Acc as Real>::Vector<S>,
+    ) {
         let [mut student, mut teacher, mut all, mut gradient] = [[T::Acc::default(); LANES]; 4];
         all[..weights.len()].copy_from_slice(weights);
         for l in 0..weights.len() {
             // SAFETY: the caller has these elements.
             unsafe {
-                student[l] = self.student.wrapping_add(at + l).read().load();
-                teacher[l] = self.teacher.wrapping_add(at + l).read().load();
+                student[l] = self.student.base.wrapping_add(at + l).read().load();
+                teacher[l] = self.teacher.base.wrapping_add(at + l).read().load();
             }
         }
-        factor.times(add_squares(&student, &teacher, &all, sums)).store(&mut gradient);
+        factor.times(add_squares(simd, &student, &teacher, &all, sums)).store(&mut gradient);
         let Some(d_student) = self.d_student else { return };
         for (l, gradient) in gradient[..weights.len()].iter().enumerate() {
             // SAFETY: as above; they belong to this thread.
-            unsafe { d_student.wrapping_add(at + l).write(T::store(*gradient)) };
+            unsafe { d_student.base.wrapping_add(at + l).write(T::store(*gradient)) };
         }
     }
 }
 
 /// Adds the weighted squares of a row to the running sums; returns the weighted differences.
 #[inline(always)]
-fn add_squares<A: Real, R: Row<A>>(
+fn add_squares<A: Real, S: Simd>(
+    simd: S,
     student: &[A; LANES],
     teacher: &[A; LANES],
     weights: &[A; LANES],
-    sums: &mut R,
-) -> R {
-    let difference = R::load(student).minus(R::load(teacher));
-    let weighted = R::load(weights).times(difference);
+    sums: &mut A::Vector<S>,
+) -> A::Vector<S> {
+    let difference = simd.load(student).minus(simd.load(teacher));
+    let weighted = simd.load(weights).times(difference);
     *sums = sums.plus(weighted.times(difference));
     weighted
 }
 
 /// The sum of the lanes in f64, pairwise.
 #[inline(always)]
-fn total<A: Real, R: Row<A>>(sums: R) -> f64 {
+fn total<A: Real, S: Simd>(sums: A::Vector<S>) -> f64 {
     let mut wide = sums.wide();
     for half in [8, 4, 2, 1] {
         for l in 0..half {

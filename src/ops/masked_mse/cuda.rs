@@ -3,9 +3,7 @@
 use super::{Args, CHECK};
 use crate::cuda::args::{address, code, elements, mirror, Grid, Map, Order};
 use crate::cuda::launch::{on_device, Kernel, Source};
-use crate::error::Result;
-use crate::run::Run;
-use crate::view::{DType, TensorView};
+use crate::tensor::{DType, Result, Run, TensorView};
 
 const SOURCE: &Source = &Source { name: "masked_mse", text: include_str!("kernel.cu"), parts: &[] };
 static LOSS: Kernel = Kernel::new(SOURCE, 1, "masked_mse", (true, true));
@@ -13,11 +11,11 @@ static AREA: Kernel = Kernel::new(SOURCE, 2, "masked_mse_area", (false, false));
 static NORM: Kernel = Kernel::new(SOURCE, 2, "masked_mse_norm", (false, false));
 static SCALE: Kernel = Kernel::new(SOURCE, 4, "masked_mse_scale", (true, false));
 static FINISH: Kernel = Kernel::new(SOURCE, 2, "masked_mse_finish", (false, false));
-/// For `sokd.warmup()`.
+/// All of them, for `sokd.warmup()`.
 pub(crate) static KERNELS: [&Kernel; 5] = [&LOSS, &AREA, &NORM, &FINISH, &SCALE];
 
 mirror! {
-    /// What the forward's four kernels take.
+    /// The argument of the forward's four kernels.
     MaskedMse {
         student: Map,
         teacher: Map,
@@ -41,7 +39,7 @@ mirror! {
 }
 
 mirror! {
-    /// What the backward's kernel takes.
+    /// The argument of the backward's kernel.
     Scale { gradient: u64, count: i64, upstream: u64, upstream_dtype: i64, blocks: i64, wide: i64 }
 }
 
@@ -49,16 +47,22 @@ mirror! {
 ///
 /// # Safety
 /// The arguments are checked, and all of them lie on the CUDA device `ordinal`.
-pub unsafe fn forward(args: &Args, ordinal: usize, run: &Run) -> Result<()> {
-    let order = Order::of(args.d_student.unwrap_or(args.student));
-    let mut call = describe(args, order)?;
+pub(crate) unsafe fn forward(
+    args: &Args,
+    loss: &TensorView,
+    d_student: Option<&TensorView>,
+    ordinal: usize,
+    run: &Run,
+) -> Result<()> {
+    let order = Order::of(d_student.unwrap_or(args.student));
+    let mut call = describe(args, loss, d_student, order)?;
     let words = [call.blocks, call.area_blocks, 3];
     call.partials = run.scratch(CHECK.0, 8 * words.iter().sum::<i64>() as usize)?;
     call.areas = call.partials + 8 * call.blocks as u64;
     call.norm = call.areas + 8 * call.area_blocks as u64;
     let variant = (args.student.dtype, order);
     on_device(CHECK.0, ordinal, run, |queue| {
-        // SAFETY: `MaskedMse` is what these kernels take, filled as kernel.cu says; the caller vouches for the memory.
+        // SAFETY: `MaskedMse` is what these kernels take, filled as kernel.cu defines it; the memory is the caller's promise.
         unsafe {
             if call.area != 0 {
                 queue.launch(&AREA, variant, [call.area_blocks, 1], &call)?;
@@ -74,7 +78,7 @@ pub unsafe fn forward(args: &Args, ordinal: usize, run: &Run) -> Result<()> {
 ///
 /// # Safety
 /// The arguments are checked, and both lie on the CUDA device `ordinal`.
-pub unsafe fn scale(
+pub(crate) unsafe fn scale(
     gradient: &TensorView,
     upstream: &TensorView,
     ordinal: usize,
@@ -90,14 +94,19 @@ pub unsafe fn scale(
         wide: i64::from((gradient.ptr() as usize).is_multiple_of(16)),
     };
     on_device(CHECK.0, ordinal, run, |queue| {
-        // SAFETY: `Scale` is what this kernel takes, filled as kernel.cu says; the caller vouches for the memory.
+        // SAFETY: `Scale` is what this kernel takes, filled as kernel.cu defines it; the memory is the caller's promise.
         unsafe { queue.launch(&SCALE, (gradient.dtype, Order::Planes), [call.blocks, 1], &call) }
     })
 }
 
-fn describe(args: &Args, order: Order) -> Result<MaskedMse> {
+fn describe(
+    args: &Args,
+    loss: &TensorView,
+    d_student: Option<&TensorView>,
+    order: Order,
+) -> Result<MaskedMse> {
     let student = args.student;
-    let wide = match args.d_student {
+    let wide = match d_student {
         Some(d_student) => order.is_wide(&[student, args.teacher, d_student]),
         None => order.is_wide(&[student, args.teacher]),
     };
@@ -108,15 +117,15 @@ fn describe(args: &Args, order: Order) -> Result<MaskedMse> {
     Ok(MaskedMse {
         student: Map::of(student),
         teacher: Map::of(args.teacher),
-        d_student: Map::of_some(args.d_student),
+        d_student: Map::of_some(d_student),
         weight: args.weight.map_or_else(Map::default, Map::of_positions),
         weight_dtype: code(args.weight.map_or(DType::F32, |weight| weight.dtype)),
         area: i64::from(area),
         scale: args.scale,
         divisor,
         factor: 2.0 * args.scale / divisor,
-        loss: address(args.loss),
-        loss_dtype: code(args.loss.dtype),
+        loss: address(loss),
+        loss_dtype: code(loss.dtype),
         blocks: grid.blocks(),
         area_blocks: if area { ((positions + 4095) / 4096).clamp(1, 128) } else { 0 },
         wide: i64::from(wide),

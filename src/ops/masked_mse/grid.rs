@@ -1,14 +1,14 @@
-//! How the work is cut: units of one sample's channels and positions, and chunks of small units. Shapes and the order of memory decide.
+//! The split of the maps into regions, and of small regions into chunks, by the shapes and the order of memory.
 
 use crate::simd::LANES;
 use std::ops::Range;
 
-/// Elements that one thread takes at a time.
+/// Elements of a chunk.
 const CHUNK: usize = 1 << 15;
 
-/// How memory runs.
+/// The order of elements in memory.
 #[derive(Clone, Copy, PartialEq)]
-pub enum Order {
+pub(crate) enum Order {
     /// `[B, C, H, W]` without gaps.
     Planes,
     /// `[B, H, W, C]` without gaps.
@@ -17,24 +17,24 @@ pub enum Order {
     Any,
 }
 
-/// One sample's channels and positions that are done in one go.
-pub struct Piece {
+/// Channels and positions of one sample.
+pub(crate) struct Region {
     pub n: usize,
     pub channels: Range<usize>,
     pub positions: Range<usize>,
 }
 
-/// The cut into units of about [`CHUNK`] elements, and small units into chunks; it depends on the shapes and the order alone.
-pub struct Grid {
+/// Regions of about [`CHUNK`] elements, and chunks of small regions; they depend on the shapes and the order alone.
+pub(crate) struct Grid {
     sizes: [usize; 3],
-    /// Channels and positions of a unit.
+    /// Channels and positions of a region.
     steps: [usize; 2],
-    units_per_chunk: usize,
+    regions_per_chunk: usize,
 }
 
 impl Grid {
     /// For `[B, C, H * W]`.
-    pub fn new(order: Order, sizes: [usize; 3]) -> Self {
+    pub(crate) fn new(order: Order, sizes: [usize; 3]) -> Self {
         let [_, channels, positions] = sizes;
         let share = |one: usize, all: usize| (CHUNK / one).clamp(1, all);
         let steps = match order {
@@ -42,34 +42,35 @@ impl Grid {
             Order::Lanes => [channels.min(CHUNK), share(channels.min(CHUNK), positions)],
             Order::Any => [LANES.min(channels), share(LANES, positions)],
         };
-        Self { sizes, steps, units_per_chunk: share(steps[0] * steps[1], usize::MAX) }
+        Self { sizes, steps, regions_per_chunk: share(steps[0] * steps[1], usize::MAX) }
     }
 
     fn cuts(&self) -> [usize; 2] {
         [self.sizes[1].div_ceil(self.steps[0]), self.sizes[2].div_ceil(self.steps[1])]
     }
 
-    fn all_units(&self) -> usize {
+    fn all_regions(&self) -> usize {
         self.sizes[0] * self.cuts()[0] * self.cuts()[1]
     }
 
-    /// What the threads take.
-    pub fn chunks(&self) -> usize {
-        self.all_units().div_ceil(self.units_per_chunk)
+    /// How many chunks there are.
+    pub(crate) fn chunks(&self) -> usize {
+        self.all_regions().div_ceil(self.regions_per_chunk)
     }
 
-    /// The units of a chunk.
-    pub fn units(&self, chunk: usize) -> Range<usize> {
-        let first = chunk * self.units_per_chunk;
-        first..self.all_units().min(first + self.units_per_chunk)
+    /// The regions of a chunk.
+    pub(crate) fn regions(&self, chunk: usize) -> Range<usize> {
+        let first = chunk * self.regions_per_chunk;
+        first..self.all_regions().min(first + self.regions_per_chunk)
     }
 
-    /// Where a unit lies.
-    pub fn at(&self, unit: usize) -> Piece {
+    /// A region by its number.
+    pub(crate) fn at(&self, region: usize) -> Region {
         let [by_channels, by_positions] = self.cuts();
-        let (n, rest) = (unit / (by_channels * by_positions), unit % (by_channels * by_positions));
+        let (n, rest) =
+            (region / (by_channels * by_positions), region % (by_channels * by_positions));
         let (c, p) = (rest / by_positions * self.steps[0], rest % by_positions * self.steps[1]);
         let channels = c..self.sizes[1].min(c + self.steps[0]);
-        Piece { n, channels, positions: p..self.sizes[2].min(p + self.steps[1]) }
+        Region { n, channels, positions: p..self.sizes[2].min(p + self.steps[1]) }
     }
 }

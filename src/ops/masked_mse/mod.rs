@@ -15,23 +15,14 @@ mod grid;
 mod naive;
 mod weights;
 
-use crate::check::Check;
-use crate::error::Result;
-use crate::run::Run;
-use crate::simd::{Bf16, Elem, F16};
-#[cfg(feature = "cuda")]
-use crate::view::Device;
-use crate::view::{DType, TensorView};
+use crate::simd::by_dtype;
+use crate::tensor::{Check, Device, Result, Run, TensorView};
 
 const CHECK: Check = Check("masked_mse");
 
-/// What one call reads and writes.
+/// The inputs of a call.
 #[derive(Clone, Copy)]
-pub struct Args<'a> {
-    /// One element: f32, or f64 for f64 features.
-    pub loss: &'a TensorView,
-    /// Like student, contiguous or channels_last; None: not wanted.
-    pub d_student: Option<&'a TensorView>,
+pub(crate) struct Args<'a> {
     /// `[B, C, H, W]`, a float dtype, any strides.
     pub student: &'a TensorView,
     /// Like student, any strides.
@@ -44,82 +35,74 @@ pub struct Args<'a> {
     pub scale: f64,
 }
 
-/// Judges the arguments by their metadata, on any device.
-pub fn check(
-    student: &TensorView,
-    teacher: &TensorView,
-    weight: Option<&TensorView>,
-    normalise: &str,
-) -> Result<()> {
-    let [batch, _, height, width] = CHECK.map("student", student)?;
-    CHECK.same_dtype("teacher", teacher, "student", student)?;
-    CHECK.sizes("teacher", teacher, "of student", student.sizes())?;
-    CHECK.same_device("teacher", teacher, "student", student)?;
-    if let Some(weight) = weight {
-        CHECK.float("weight", weight)?;
-        match weight.rank() {
-            4 => CHECK.sizes("weight", weight, "[B, 1, H, W]", &[batch, 1, height, width])?,
-            _ => CHECK.sizes("weight", weight, "[B, H, W]", &[batch, height, width])?,
+impl Args<'_> {
+    /// Checks metadata, on any device.
+    pub(crate) fn check(&self) -> Result<()> {
+        let Self { student, teacher, weight, normalise, .. } = *self;
+        let [batch, _, height, width] = CHECK.map("student", student)?;
+        CHECK.same_dtype("teacher", teacher, "student", student)?;
+        CHECK.sizes("teacher", teacher, "of student", student.sizes())?;
+        CHECK.same_device("teacher", teacher, "student", student)?;
+        if let Some(weight) = weight {
+            CHECK.float("weight", weight)?;
+            match weight.rank() {
+                4 => CHECK.sizes("weight", weight, "[B, 1, H, W]", &[batch, 1, height, width])?,
+                _ => CHECK.sizes("weight", weight, "[B, H, W]", &[batch, height, width])?,
+            }
+            CHECK.same_device("weight", weight, "student", student)?;
         }
-        CHECK.same_device("weight", weight, "student", student)?;
+        if ["elements", "area"].contains(&normalise) {
+            return Ok(());
+        }
+        let found = format_args!("\"{normalise}\"");
+        Err(CHECK.value("normalise", "be \"elements\" or \"area\"", found))
     }
-    if ["elements", "area"].contains(&normalise) {
-        return Ok(());
+
+    /// Computes the loss, one element: f32, or f64 for f64 features; and the gradient where there is room for it, like student
+    /// (contiguous or channels_last).
+    pub(crate) fn forward(
+        &self,
+        loss: &TensorView,
+        d_student: Option<&TensorView>,
+        run: &Run,
+    ) -> Result<()> {
+        let student = self.student;
+        self.check()?;
+        CHECK.of_dtype("loss", loss, student.dtype.accumulator())?;
+        CHECK.sizes("loss", loss, "[]", &[])?;
+        CHECK.same_device("loss", loss, "student", student)?;
+        d_student.map_or(Ok(()), |d_student| CHECK.output("d_student", d_student, student))?;
+        match student.device {
+            #[cfg(feature = "cuda")]
+            // SAFETY: checked above, the devices too.
+            Device::Cuda(ordinal) => unsafe { cuda::forward(self, loss, d_student, ordinal, run) },
+            _ => {
+                CHECK.on_cpu("student", student)?;
+                // SAFETY: checked above: T is the maps' dtype, all shapes agree, everything is in host memory.
+                let value = by_dtype!(student.dtype, T => unsafe {
+                    cpu::forward::<T>(self, d_student, run.threads)
+                })?;
+                // SAFETY: loss has no dimensions, and is in host memory.
+                unsafe { loss.write_f64(&[], value) };
+                Ok(())
+            }
+        }
     }
-    Err(CHECK.value("normalise", "be \"elements\" or \"area\"", format_args!("\"{normalise}\"")))
 }
 
-/// gradient *= upstream, in place, on a CUDA device: upstream is looked at there, and where it is one nothing is moved.
+/// gradient *= upstream, in place, on a CUDA device; where upstream is one, nothing is written.
 ///
 /// `gradient`: a `d_student`; `upstream`: one element of the loss's dtype.
-pub fn scale(gradient: &TensorView, upstream: &TensorView, run: &Run) -> Result<()> {
+pub(crate) fn scale(gradient: &TensorView, upstream: &TensorView, run: &Run) -> Result<()> {
     CHECK.map("gradient", gradient)?;
     CHECK.output("gradient", gradient, gradient)?;
     CHECK.of_dtype("upstream", upstream, gradient.dtype.accumulator())?;
     CHECK.sizes("upstream", upstream, "[]", &[])?;
     CHECK.same_device("upstream", upstream, "gradient", gradient)?;
-    #[cfg(feature = "cuda")]
-    if let Device::Cuda(ordinal) = gradient.device {
-        // SAFETY: checked above, the devices too.
-        return unsafe { cuda::scale(gradient, upstream, ordinal, run) };
-    }
-    let _ = run;
-    Err(CHECK.value("gradient", "be on a CUDA device", &gradient.device))
-}
-
-impl Args<'_> {
-    /// Computes the loss, and the gradient where it is wanted.
-    pub fn forward<'r>(&self, run: impl Into<Run<'r>>) -> Result<()> {
-        let run = run.into();
-        check(self.student, self.teacher, self.weight, self.normalise)?;
-        self.check_outputs()?;
+    match gradient.device {
         #[cfg(feature = "cuda")]
-        if let Device::Cuda(ordinal) = self.student.device {
-            // SAFETY: checked above, the devices too.
-            return unsafe { cuda::forward(self, ordinal, &run) };
-        }
-        CHECK.on_cpu("student", self.student)?;
-        match self.student.dtype {
-            DType::F64 => self.typed::<f64>(run.threads),
-            DType::F16 => self.typed::<F16>(run.threads),
-            DType::BF16 => self.typed::<Bf16>(run.threads),
-            _ => self.typed::<f32>(run.threads),
-        }
-    }
-
-    fn check_outputs(&self) -> Result<()> {
-        CHECK.of_dtype("loss", self.loss, self.student.dtype.accumulator())?;
-        CHECK.sizes("loss", self.loss, "[]", &[])?;
-        CHECK.same_device("loss", self.loss, "student", self.student)?;
-        self.d_student
-            .map_or(Ok(()), |d_student| CHECK.output("d_student", d_student, self.student))
-    }
-
-    fn typed<T: Elem>(&self, threads: usize) -> Result<()> {
-        // SAFETY: checked above: T is the maps' dtype, all shapes agree, everything is in host memory.
-        let loss = unsafe { cpu::forward::<T>(self, threads) }?;
-        // SAFETY: loss has no dimensions, and is in host memory.
-        unsafe { self.loss.write_f64(&[], loss) };
-        Ok(())
+        // SAFETY: checked above, the devices too.
+        Device::Cuda(ordinal) => unsafe { cuda::scale(gradient, upstream, ordinal, run) },
+        _ => Err(CHECK.value("gradient", "be on a CUDA device", &gradient.device)),
     }
 }

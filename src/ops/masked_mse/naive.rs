@@ -1,7 +1,8 @@
 //! The truth: the formula of the module as plain f64 loops, one element at a time, and tests of the kernel against it.
 
 use super::*;
-use crate::testing::{any_float, any_lay, indices, Lay, Owned, Uniform};
+use crate::tensor::testing::{any_float, any_lay, indices, Lay, Owned, Uniform};
+use crate::tensor::DType;
 use proptest::prelude::*;
 
 /// loss and d_student, in f64, of row-major values.
@@ -61,17 +62,16 @@ impl Case {
         let loss = Owned::empty(&[], dtype.accumulator(), Lay::Contiguous);
         let d_student = Owned::empty(self.student.view.sizes(), dtype, gradient);
         let args = Args {
-            loss: &loss.view,
-            d_student: Some(&d_student.view),
             student: &self.student.view,
             teacher: &self.teacher.view,
             weight: self.weight.as_ref().map(|w| &w.view),
             normalise: self.normalise,
             scale: self.scale,
         };
-        args.forward(threads).map_err(|error| error.to_string())?;
+        let run = threads.into();
+        args.forward(&loss.view, Some(&d_student.view), &run).map_err(|error| error.to_string())?;
         let both = loss.values()[0];
-        Args { d_student: None, ..args }.forward(threads).map_err(|error| error.to_string())?;
+        args.forward(&loss.view, None, &run).map_err(|error| error.to_string())?;
         let alone = loss.values()[0];
         assert!(
             close(alone, both, 2e-6 * both.abs()),

@@ -1,22 +1,21 @@
-//! The weights `[B, H, W]` as the kernel wants them: one after the other, in what is computed in, summed and checked.
+//! The weights `[B, H, W]` for the kernel: contiguous, in the accumulator dtype, summed and checked.
 
 use super::CHECK;
-use crate::error::Result;
 use crate::parallel;
-use crate::simd::{self, Bf16, Elem, Job, Real, F16, LANES};
-use crate::view::{DType, TensorView};
+use crate::simd::{self, by_dtype, Element, Real, Simd, WithSimd, LANES};
+use crate::tensor::{DType, Result, TensorView};
 use std::slice;
 
-/// Weights that one thread sums at a time.
+/// Weights of a chunk.
 const CHUNK: usize = 1 << 16;
 
-/// The weights `[B * H * W]`: where they lie, if they lie so already, else copied.
-pub enum Weights<'a, A> {
+/// The weights `[B * H * W]`: a view where possible, else a copy.
+pub(crate) enum Weights<'a, A> {
     /// 1 everywhere.
     Ones,
     /// The caller's memory.
     Borrowed(&'a [A]),
-    /// Converted, or brought together.
+    /// Converted or gathered.
     Copied(Vec<A>),
 }
 
@@ -25,29 +24,25 @@ impl<'a, A: Real> Weights<'a, A> {
     ///
     /// # Safety
     /// A weight is `[B, H, W]` or `[B, 1, H, W]`, of a float dtype, in host memory.
-    pub unsafe fn read(weight: Option<&'a TensorView>, threads: usize) -> Result<(Self, f64)> {
+    pub(crate) unsafe fn read(
+        weight: Option<&'a TensorView>,
+        threads: usize,
+    ) -> Result<(Self, f64)> {
         let Some(view) = weight else { return Ok((Self::Ones, 0.0)) };
         let dtype = if size_of::<A>() == 8 { DType::F64 } else { DType::F32 };
         let weights = if view.dtype == dtype && view.is_contiguous() && view.numel() > 0 {
             // SAFETY: contiguous, of the dtype A, not empty.
             Self::Borrowed(unsafe { slice::from_raw_parts(view.as_ptr::<A>(), view.numel()) })
         } else {
-            // SAFETY: the caller's promise; each arm has the view's dtype.
-            Self::Copied(unsafe {
-                match view.dtype {
-                    DType::F64 => copied::<f64, A>(view),
-                    DType::F16 => copied::<F16, A>(view),
-                    DType::BF16 => copied::<Bf16, A>(view),
-                    _ => copied::<f32, A>(view),
-                }
-            })
+            // SAFETY: the caller's promise; T is the view's dtype.
+            Self::Copied(by_dtype!(view.dtype, T => unsafe { copied::<T, A>(view) }))
         };
         let sum = total(weights.slice().unwrap_or(&[]), view.dtype, threads)?;
         Ok((weights, sum))
     }
 
     /// None: 1 everywhere.
-    pub fn slice(&self) -> Option<&[A]> {
+    pub(crate) fn slice(&self) -> Option<&[A]> {
         match self {
             Self::Ones => None,
             Self::Borrowed(all) => Some(all),
@@ -56,7 +51,7 @@ impl<'a, A: Real> Weights<'a, A> {
     }
 }
 
-unsafe fn copied<W: Elem, A: Real>(view: &TensorView) -> Vec<A> {
+unsafe fn copied<W: Element, A: Real>(view: &TensorView) -> Vec<A> {
     let (sizes, strides, rank) = (view.sizes(), view.strides(), view.rank());
     let mut all = Vec::with_capacity(view.numel());
     for b in 0..sizes[0] {
@@ -75,8 +70,8 @@ unsafe fn copied<W: Elem, A: Real>(view: &TensorView) -> Vec<A> {
 
 /// The sum, in an order that depends on the number alone; refuses the first weight below zero.
 fn total<A: Real>(all: &[A], dtype: DType, threads: usize) -> Result<f64> {
-    let piece = |i: usize| simd::run(Total(&all[i * CHUNK..all.len().min((i + 1) * CHUNK)]));
-    let sums = parallel::map(threads, all.len().div_ceil(CHUNK), piece);
+    let chunk = |i: usize| simd::run(Total(&all[i * CHUNK..all.len().min((i + 1) * CHUNK)]));
+    let sums = parallel::map(threads, all.len().div_ceil(CHUNK), chunk);
     if sums.iter().all(|(_, fine)| *fine) {
         return Ok(sums.iter().map(|(sum, _)| sum).sum());
     }
@@ -88,10 +83,10 @@ fn total<A: Real>(all: &[A], dtype: DType, threads: usize) -> Result<f64> {
 /// The sum of some weights, and whether none is negative (a NaN is not).
 struct Total<'a, A>(&'a [A]);
 
-impl<A: Real> Job for Total<'_, A> {
+impl<A: Real> WithSimd for Total<'_, A> {
     type Out = (f64, bool);
     #[inline(always)]
-    fn run(self) -> Self::Out {
+    fn with_simd<S: Simd>(self, _: S) -> Self::Out {
         let (mut sums, mut least) = ([0.0; LANES], [A::default(); LANES]);
         let mut rows = self.0.chunks_exact(LANES);
         let mut add = |l: usize, w: A| {

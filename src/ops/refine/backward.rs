@@ -1,61 +1,67 @@
 //! The backward pass on the CPU: theta, sigma and features from one reading of upstream; the straight-through sum from another.
 
-use super::forward::{clear_hole, clear_lanes, planes, sources, Cover, Source, CHUNK};
+use super::forward::{clear_hole, clear_lanes, planes, sources, Cover, TILE};
 use super::lanes::{DotNoise, Places, Slopes, Spread, Sum};
-use super::plan::{Plan, Tables};
-use super::{Shape, Wanted};
+use super::plan::{SamplePlans, Shape, Tables};
+use super::Gradients;
 use crate::parallel;
-use crate::simd::{self, Elem, LANES};
-use crate::tile::{self, Channels, Scratch};
-use crate::view::TensorView;
+use crate::simd::tile::{Channels, Map, Scratch};
+use crate::simd::{self, Element, LANES};
+use crate::tensor::TensorView;
 
-/// Sums over one task: d_theta (6) and d_sigma. In f64, and added task by task in their order: the same bits on every run.
+/// Sums over one chunk: d_theta (6) and d_sigma. In f64, and added in the order of the chunks: the same bits on every run.
 type Sums = [f64; 7];
 
-/// Writes every gradient that is wanted.
-pub(super) fn backward<T: Elem>(
-    wanted: &Wanted,
+/// Computes the gradients.
+pub(super) fn backward<T: Element>(
+    gradients: &Gradients,
     upstream: &TensorView,
     features: &TensorView,
-    plan: &Plan,
+    plan: &SamplePlans,
     threads: usize,
 ) {
-    if let Some(straight) = wanted.straight {
+    if let Some(straight) = gradients.d_straight {
         let sums = sums_of_upstream::<T>(upstream, plan, threads);
         write_groups(straight, 1, plan, |n, _| sums[n]);
     }
-    if wanted.features.is_none() && wanted.theta.is_none() && wanted.sigma.is_none() {
+    if gradients.d_features.is_none() && gradients.d_theta.is_none() && gradients.d_sigma.is_none()
+    {
         return;
     }
-    let blocks = plan.shape.channels.div_ceil(LANES);
+    let per_sample = plan.shape.channels.div_ceil(LANES);
     let tables = plan.tables::<T::Acc>(threads);
     let call = Call {
-        upstream: Source::<T>::new(upstream),
-        features: Source::<T>::new(features),
-        d_features: wanted.features.map(Source::<T>::new),
-        wants_theta: wanted.theta.is_some(),
-        wants_sigma: wanted.sigma.is_some(),
+        upstream: Map::<T>::of(upstream),
+        features: Map::<T>::of(features),
+        d_features: gradients.d_features.map(Map::<T>::of),
+        theta: gradients.d_theta.is_some(),
+        sigma: gradients.d_sigma.is_some(),
         plan,
         tables: &tables,
     };
-    let tasks = if plan.shape.positions() == 0 { 0 } else { plan.shape.batch * blocks };
-    let sums: Vec<Sums> = parallel::map(threads, tasks, |i| {
-        Task { call: &call, n: i / blocks, block: i % blocks }.run()
+    let chunks = if plan.shape.positions() == 0 { 0 } else { plan.shape.batch * per_sample };
+    let sums: Vec<Sums> = parallel::map(threads, chunks, |i| {
+        Chunk { call: &call, n: i / per_sample, index: i % per_sample }.run()
     });
     let of_sample = |n: usize, i: usize| {
-        let range = (n * blocks).min(tasks)..((n + 1) * blocks).min(tasks);
+        let range = (n * per_sample).min(chunks)..((n + 1) * per_sample).min(chunks);
         sums[range].iter().map(|s| s[i]).sum::<f64>()
     };
-    if let Some(theta) = wanted.theta {
+    if let Some(theta) = gradients.d_theta {
         write_groups(theta, 6, plan, of_sample);
     }
-    if let Some(sigma) = wanted.sigma {
+    if let Some(sigma) = gradients.d_sigma {
         write_groups(sigma, 1, plan, |n, _| of_sample(n, 6));
     }
 }
 
 /// Writes `[G, ..]` with `count` entries a group: the entry of each sample, or their sum in order when there is one group.
-fn write_groups(view: &TensorView, count: usize, plan: &Plan, entry: impl Fn(usize, usize) -> f64) {
+fn write_groups(
+    view: &TensorView,
+    count: usize,
+    plan: &SamplePlans,
+    entry: impl Fn(usize, usize) -> f64,
+) {
     let groups = view.sizes()[0];
     for g in 0..groups {
         for i in 0..count {
@@ -70,52 +76,57 @@ fn write_groups(view: &TensorView, count: usize, plan: &Plan, entry: impl Fn(usi
 }
 
 /// The sum of upstream over each sample.
-fn sums_of_upstream<T: Elem>(upstream: &TensorView, plan: &Plan, threads: usize) -> Vec<f64> {
-    let blocks = plan.shape.channels.div_ceil(LANES);
-    let source = Source::<T>::new(upstream);
-    let tasks = if plan.shape.positions() == 0 { 0 } else { plan.shape.batch * blocks };
-    let sums =
-        parallel::map(threads, tasks, |i| sum_of_block(source, plan, i / blocks, i % blocks));
-    let range = |n: usize| (n * blocks).min(tasks)..((n + 1) * blocks).min(tasks);
+fn sums_of_upstream<T: Element>(
+    upstream: &TensorView,
+    plan: &SamplePlans,
+    threads: usize,
+) -> Vec<f64> {
+    let per_sample = plan.shape.channels.div_ceil(LANES);
+    let source = Map::<T>::of(upstream);
+    let chunks = if plan.shape.positions() == 0 { 0 } else { plan.shape.batch * per_sample };
+    let sums = parallel::map(threads, chunks, |i| {
+        sum_of_chunk(source, plan, i / per_sample, i % per_sample)
+    });
+    let range = |n: usize| (n * per_sample).min(chunks)..((n + 1) * per_sample).min(chunks);
     (0..plan.shape.batch).map(|n| sums[range(n)].iter().sum()).collect()
 }
 
-fn sum_of_block<T: Elem>(source: Source<T>, plan: &Plan, n: usize, block: usize) -> f64 {
-    let channels = Channels::block(block * LANES, plan.shape.channels);
+fn sum_of_chunk<T: Element>(source: Map<T>, plan: &SamplePlans, n: usize, index: usize) -> f64 {
+    let channels = Channels::starting_at(index * LANES, plan.shape.channels);
     let positions = plan.shape.positions();
-    let mut buffer = Scratch::<T::Acc>::new(CHUNK);
+    let mut buffer = Scratch::<T::Acc>::new(TILE);
     let mut total = 0.0;
-    for from in (0..positions).step_by(CHUNK) {
-        let tile = &mut buffer.tile()[..CHUNK.min(positions - from)];
+    for from in (0..positions).step_by(TILE) {
+        let tile = &mut buffer.tile()[..TILE.min(positions - from)];
         // SAFETY: the checked upstream, channels below C, positions below H*W.
-        unsafe { tile::load(tile, source.base, &source.layout, n, &channels, from) };
+        unsafe { source.load(tile, n, &channels, from) };
         total += simd::run(Sum(tile))[..channels.used].iter().sum::<f64>();
     }
     total
 }
 
-struct Call<'a, T: Elem> {
-    upstream: Source<T>,
-    features: Source<T>,
-    d_features: Option<Source<T>>,
-    wants_theta: bool,
-    wants_sigma: bool,
-    plan: &'a Plan,
+struct Call<'a, T: Element> {
+    upstream: Map<T>,
+    features: Map<T>,
+    d_features: Option<Map<T>>,
+    theta: bool,
+    sigma: bool,
+    plan: &'a SamplePlans,
     tables: &'a Tables<T::Acc>,
 }
 
-struct Task<'a, T: Elem> {
+struct Chunk<'a, T: Element> {
     call: &'a Call<'a, T>,
     n: usize,
-    block: usize,
+    index: usize,
 }
 
-impl<T: Elem> Task<'_, T> {
+impl<T: Element> Chunk<'_, T> {
     fn run(&self) -> Sums {
         let call = self.call;
         let group = call.plan.at(self.n);
         let whole = call.upstream.layout.interleaves();
-        let cover = Cover::new(group.keep, self.block, call.plan.shape.channels, whole);
+        let cover = Cover::new(group.keep, self.index, call.plan.shape.channels, whole);
         if let (Some(dropped), Some(d_features)) = (cover.dropped, call.d_features) {
             self.clear(&sources(&dropped, &group), d_features);
         }
@@ -123,46 +134,41 @@ impl<T: Elem> Task<'_, T> {
     }
 }
 
-impl<T: Elem> Task<'_, T> {
-    fn clear(&self, channels: &Channels, target: Source<T>) {
+impl<T: Element> Chunk<'_, T> {
+    fn clear(&self, channels: &Channels, target: Map<T>) {
         let positions = self.call.plan.shape.positions();
-        let zeros = [[T::Acc::default(); LANES]; CHUNK];
-        for from in (0..positions).step_by(CHUNK) {
-            let tile = &zeros[..CHUNK.min(positions - from)];
-            // SAFETY: the source planes of this task's channels are its own, perm being a permutation.
-            unsafe { tile::store(tile, target.base, &target.layout, self.n, channels, from) };
+        let zeros = [[T::Acc::default(); LANES]; TILE];
+        for from in (0..positions).step_by(TILE) {
+            let tile = &zeros[..TILE.min(positions - from)];
+            // SAFETY: perm is a permutation, so no other chunk has the source planes of these channels.
+            unsafe { target.store(tile, self.n, channels, from) };
         }
     }
 
-    /// Scratch tiles for the source planes and for their gradient, each only where it is needed.
+    /// Allocates scratch memory for the source planes and for their gradient where they are needed.
     fn accumulate(&self, live: &Channels) -> Sums {
         let call = self.call;
         let positions = call.plan.shape.positions();
-        let source_rows = if call.wants_theta { positions + 1 } else { 0 };
+        let source_rows = if call.theta { positions + 1 } else { 0 };
         let scatter_rows = if call.d_features.is_some() { positions + 1 } else { 0 };
         let mut scratch = Scratch::<T::Acc>::new(source_rows + scatter_rows);
         let (source, scatter) = scratch.tile().split_at_mut(source_rows);
         let from = sources(live, &call.plan.at(self.n));
-        if call.wants_theta {
-            let layout = &call.features.layout;
+        if call.theta {
             // SAFETY: the checked features, channels below C, positions below H*W.
-            unsafe {
-                tile::load(&mut source[..positions], call.features.base, layout, self.n, &from, 0)
-            };
+            unsafe { call.features.load(&mut source[..positions], self.n, &from, 0) };
             source[positions] = [T::Acc::default(); LANES];
         }
         scatter.fill([T::Acc::default(); LANES]);
         let sums = self.walk(live, source, scatter);
         if let Some(target) = call.d_features {
             // SAFETY: as in `clear`.
-            unsafe {
-                tile::store(&scatter[..positions], target.base, &target.layout, self.n, &from, 0)
-            };
+            unsafe { target.store(&scatter[..positions], self.n, &from, 0) };
         }
         sums
     }
 
-    /// Chunk after chunk of upstream: noise first (holes have noise, too), then what goes through the sampling.
+    /// Tile by tile of upstream: the noise first (holes have noise, too), then the sampling.
     fn walk(
         &self,
         live: &Channels,
@@ -177,14 +183,12 @@ impl<T: Elem> Task<'_, T> {
             kept = std::array::from_fn(|l| kept[l] && keep[live.at[l]]);
         }
         let mut sums = [0.0; 7];
-        let noise = call.wants_sigma.then(|| planes(&plan.keys, live, self.n, shape.channels));
-        let mut buffer = Scratch::<T::Acc>::new(CHUNK);
-        for from in (0..shape.positions()).step_by(CHUNK) {
-            let tile = &mut buffer.tile()[..CHUNK.min(shape.positions() - from)];
+        let noise = call.sigma.then(|| planes(&plan.keys, live, self.n, shape.channels));
+        let mut buffer = Scratch::<T::Acc>::new(TILE);
+        for from in (0..shape.positions()).step_by(TILE) {
+            let tile = &mut buffer.tile()[..TILE.min(shape.positions() - from)];
             // SAFETY: the checked upstream, channels below C, positions below H*W.
-            unsafe {
-                tile::load(tile, call.upstream.base, &call.upstream.layout, self.n, live, from)
-            };
+            unsafe { call.upstream.load(tile, self.n, live, from) };
             clear_lanes(tile, &kept);
             if let Some(planes) = &noise {
                 sums[6] += simd::run(DotNoise { tile, quad: (from / 4) as u32, planes })
@@ -195,7 +199,7 @@ impl<T: Elem> Task<'_, T> {
                 clear_hole(tile, from, shape.width, &hole);
             }
             let places = Places { table: call.tables.at(self.n), from, shape };
-            if call.wants_theta {
+            if call.theta {
                 add_theta(&mut sums, simd::run(Slopes { tile, source, places }), shape);
             }
             if !scatter.is_empty() {
@@ -206,7 +210,7 @@ impl<T: Elem> Task<'_, T> {
     }
 }
 
-/// Adds d_theta of a chunk: the slopes, times d (ix, iy) / d theta.
+/// Adds d_theta of a tile: the slopes, times d (ix, iy) / d theta.
 fn add_theta(sums: &mut Sums, slopes: [f64; 6], shape: Shape) {
     let (height, width) = (shape.height as f64, shape.width as f64);
     let scale = [1.0, width / height, width / 2.0, height / width, 1.0, height / 2.0];

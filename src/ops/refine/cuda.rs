@@ -1,12 +1,10 @@
 //! The launches of kernel.cu.
 
-use super::{Parts, Wanted, DOTS, REFINE};
+use super::{Args, Gradients, DOTS, REFINE};
 use crate::cuda::args::{address, code, mirror, Grid, Map, Order, Out, Part};
 use crate::cuda::launch::{on_device, Kernel, Source};
-use crate::error::Result;
-use crate::run::Run;
-use crate::seed::Seed;
-use crate::view::TensorView;
+use crate::random::Seed;
+use crate::tensor::{Result, Run, TensorView};
 
 const SOURCE: &Source = &Source {
     name: "refine",
@@ -23,11 +21,11 @@ static ADJOINT: Kernel = Kernel::new(SOURCE, 4, "refine_adjoint", (true, true));
 static FINISH: Kernel = Kernel::new(SOURCE, 8, "refine_finish", (false, false));
 static ALL_DOTS: Kernel = Kernel::new(SOURCE, 16, "refine_dots", (true, true));
 static DOTS_FINISH: Kernel = Kernel::new(SOURCE, 8, "refine_dots_finish", (false, false));
-/// For `sokd.warmup()`.
+/// All of them, for `sokd.warmup()`.
 pub(crate) static KERNELS: [&Kernel; 6] =
     [&FORWARD, &BACKWARD, &ADJOINT, &FINISH, &ALL_DOTS, &DOTS_FINISH];
 
-/// Numbers that a block leaves for the second stage: six of d_theta, d_sigma, d_straight.
+/// Numbers that a block writes for the second stage: six of d_theta, d_sigma, d_straight.
 const SUMS: i64 = 8;
 
 mirror! {
@@ -46,12 +44,12 @@ mirror! {
 }
 
 mirror! {
-    /// What the forward kernel takes.
+    /// The argument of the forward kernel.
     Refine { refined: Map, features: Map, grid: Grid, plan: Plan, wide: i64 }
 }
 
 mirror! {
-    /// What the three backward kernels take.
+    /// The argument of the three backward kernels.
     RefineBackward {
         upstream: Map,
         features: Map,
@@ -86,18 +84,19 @@ mirror! {
 
 impl Plan {
     /// A plan, or stacked plans, for these features.
-    fn of(parts: &Parts, seed: &Seed, features: &TensorView, stacked: bool) -> Self {
+    fn of(args: &Args, stacked: bool) -> Self {
+        let (plan, features) = (args.plan, args.features);
         let (height, width) = (features.sizes()[2] as f64, features.sizes()[3] as f64);
-        let (seed_pointer, seed) = match seed {
+        let (seed_pointer, seed) = match &plan.seed {
             Seed::Value(value) => (0, *value as i64),
             Seed::Tensor(view) => (address(view), 0),
         };
         Self {
-            theta: Part::of(parts.theta, stacked),
-            hole: Part::of(parts.hole, stacked),
-            sigma: Part::of(parts.sigma, stacked),
-            perm: Part::of(parts.perm, stacked),
-            keep: Part::of(parts.keep, stacked),
+            theta: Part::of(plan.theta.as_ref(), stacked),
+            hole: Part::of(plan.hole.as_ref(), stacked),
+            sigma: Part::of(plan.sigma.as_ref(), stacked),
+            perm: Part::of(plan.perm.as_ref(), stacked),
+            keep: Part::of(plan.keep.as_ref(), stacked),
             seed_pointer,
             seed,
             width_by_height: width / height,
@@ -110,14 +109,13 @@ impl Plan {
 ///
 /// # Safety
 /// The arguments are checked, and all of them lie on the CUDA device `ordinal`; so in the other functions.
-pub unsafe fn forward(
+pub(crate) unsafe fn forward(
+    args: &Args,
     refined: &TensorView,
-    features: &TensorView,
-    parts: &Parts,
-    seed: &Seed,
     ordinal: usize,
     run: &Run,
 ) -> Result<()> {
+    let features = args.features;
     let order = Order::of(refined);
     let wide = order.is_wide(&[refined, features]);
     let grid = Grid::new(REFINE, refined, order, true)?;
@@ -125,38 +123,37 @@ pub unsafe fn forward(
         refined: Map::of(refined),
         features: Map::of(features),
         grid,
-        plan: Plan::of(parts, seed, features, false),
+        plan: Plan::of(args, false),
         wide: i64::from(wide),
     };
     on_device(REFINE.0, ordinal, run, |queue| {
-        // SAFETY: `Refine` is what this kernel takes, filled as kernel.cu says; the caller vouches for the memory.
+        // SAFETY: `Refine` is what this kernel takes, filled as kernel.cu defines it; the memory is the caller's promise.
         unsafe { queue.launch(&FORWARD, (features.dtype, order), [grid.blocks(), 1], &call) }
     })
 }
 
-/// Every gradient that is wanted: the features' by one kernel, the plan's by two.
+/// The gradients: the features' by one kernel, the plan's by two.
 ///
 /// # Safety
 /// As for [`forward`].
-pub unsafe fn backward(
-    wanted: &Wanted,
+pub(crate) unsafe fn backward(
+    args: &Args,
+    gradients: &Gradients,
     upstream: &TensorView,
-    features: &TensorView,
-    parts: &Parts,
-    seed: &Seed,
     ordinal: usize,
     run: &Run,
 ) -> Result<()> {
+    let features = args.features;
     let order = Order::of(upstream);
     let wide = order.is_wide(&[upstream, features]);
     let call = RefineBackward {
         upstream: Map::of(upstream),
         features: Map::of(features),
-        d_features: Map::of_some(wanted.features),
-        plan: Plan::of(parts, seed, features, false),
-        d_theta: Out::of(wanted.theta),
-        d_sigma: Out::of(wanted.sigma),
-        d_straight: Out::of(wanted.straight),
+        d_features: Map::of_some(gradients.d_features),
+        plan: Plan::of(args, false),
+        d_theta: Out::of(gradients.d_theta),
+        d_sigma: Out::of(gradients.d_sigma),
+        d_straight: Out::of(gradients.d_straight),
         ..RefineBackward::default()
     };
     let sums = call.with(Grid::new(REFINE, upstream, order, true)?, wide);
@@ -165,14 +162,14 @@ pub unsafe fn backward(
     let groups = groups.unwrap_or(0);
     let bytes = if groups > 0 { 8 * SUMS * sums.blocks } else { 0 };
     let sums = RefineBackward { partials: run.scratch(REFINE.0, bytes as usize)?, ..sums };
-    let adjoint = wanted.features.map(|d_features| {
+    let adjoint = gradients.d_features.map(|d_features| {
         let order = Order::of(d_features);
         let wide = order.is_wide(&[d_features, upstream]);
         Grid::new(REFINE, d_features, order, true).map(|grid| (order, call.with(grid, wide)))
     });
     let adjoint = adjoint.transpose()?;
     on_device(REFINE.0, ordinal, run, |queue| {
-        // SAFETY: `RefineBackward` is what these kernels take, filled as kernel.cu says; the caller vouches for the memory.
+        // SAFETY: `RefineBackward` is what these kernels take, filled as kernel.cu defines it; the memory is the caller's promise.
         unsafe {
             if groups > 0 {
                 queue.launch(&BACKWARD, (features.dtype, order), [sums.blocks, 1], &sums)?;
@@ -194,15 +191,14 @@ impl RefineBackward {
 ///
 /// # Safety
 /// As for [`forward`].
-pub unsafe fn dots(
+pub(crate) unsafe fn dots(
+    args: &Args,
     dots: &TensorView,
-    features: &TensorView,
     upstream: &TensorView,
-    stacked: &Parts,
-    seed: &Seed,
     ordinal: usize,
     run: &Run,
 ) -> Result<()> {
+    let features = args.features;
     let order = Order::of(upstream);
     let wide = order.is_wide(&[upstream, features]);
     let grid = Grid::new(DOTS, upstream, order, false)?;
@@ -211,7 +207,7 @@ pub unsafe fn dots(
         features: Map::of(features),
         upstream: Map::of(upstream),
         grid,
-        plan: Plan::of(stacked, seed, features, true),
+        plan: Plan::of(args, true),
         plans,
         partials: run.scratch(DOTS.0, (8 * plans * blocks) as usize)?,
         dots: address(dots),
@@ -222,7 +218,7 @@ pub unsafe fn dots(
     };
     on_device(DOTS.0, ordinal, run, |queue| {
         let variant = (features.dtype, order);
-        // SAFETY: `RefineDots` is what these kernels take, filled as kernel.cu says; the caller vouches for the memory.
+        // SAFETY: `RefineDots` is what these kernels take, filled as kernel.cu defines it; the memory is the caller's promise.
         unsafe {
             if plans > 0 {
                 queue.launch(&ALL_DOTS, variant, [blocks, 1], &call)?;

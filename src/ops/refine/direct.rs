@@ -1,21 +1,24 @@
-//! Sampling without tiles, where all channels of a position lie side by side: each corner is a run of memory, read where it is.
+//! Sampling without tiles, where all channels of a position lie side by side: each corner is a run of memory, read in place.
 
-use super::plan::{Corners, Group, Hole};
-use super::Shape;
-use crate::row::Row;
-use crate::simd::{by_rows, Elem, Job, Real, LANES};
-use crate::tile::Layout;
+use super::plan::{Corners, Hole, SamplePlan, Shape};
+use crate::simd::tile::Layout;
+use crate::simd::{Element, Real, Simd, Vector, WithSimd, LANES};
 use std::ops::Range;
 
-/// Whether a sample can be done so: what is computed in lies in memory, and nothing mixes, changes or drops single channels.
-pub(super) fn fits<T: Elem>(group: &Group, source: &Layout, target: &Layout, shape: Shape) -> bool {
+/// Whether a sample allows it: memory has the accumulator dtype, and the plan mixes, changes or drops no single channel.
+pub(super) fn fits<T: Element>(
+    group: &SamplePlan,
+    source: &Layout,
+    target: &Layout,
+    shape: Shape,
+) -> bool {
     let runs = |l: &Layout| l.interleaves() && l.run == shape.positions();
     let single = group.sigma.is_some() || group.perm.is_some() || group.keep.is_some();
     T::IS_ACC && !single && runs(source) && runs(target)
 }
 
 /// Fills some positions of one sample.
-pub(super) struct Direct<'a, T: Elem> {
+pub(super) struct Direct<'a, T: Element> {
     /// First elements of the sample.
     pub source: *const T,
     pub target: *mut T,
@@ -28,26 +31,23 @@ pub(super) struct Direct<'a, T: Elem> {
     pub shape: Shape,
 }
 
-impl<T: Elem> Job for Direct<'_, T> {
+impl<T: Element> WithSimd for Direct<'_, T> {
     type Out = ();
-    by_rows!(T::Acc);
-}
 
-impl<T: Elem> Direct<'_, T> {
     #[inline(always)]
-    fn rows<R: Row<T::Acc>>(self) {
+    fn with_simd<S: Simd>(self, simd: S) {
         let channels = self.shape.channels;
         let zeros = vec![T::Acc::default(); if self.table.is_some() { channels } else { 0 }];
         for p in self.positions.clone() {
             let target = self.target.wrapping_offset(p as isize * self.steps[1]).cast::<T::Acc>();
-            // SAFETY: a position of the target, of which all channels are this task's own.
+            // SAFETY: a position of the target, of which all channels belong to this chunk.
             let target = unsafe { std::slice::from_raw_parts_mut(target, channels) };
             match self.table {
                 None => target.copy_from_slice(self.corner(p, &zeros)),
                 Some(table) => {
                     let corners = &table[p];
                     let at = corners.at.map(|at| self.corner(at as usize, &zeros));
-                    blend::<T::Acc, R>(target, at, &corners.weight);
+                    blend(simd, target, at, &corners.weight);
                 }
             }
         }
@@ -55,7 +55,9 @@ impl<T: Elem> Direct<'_, T> {
             self.clear(&hole);
         }
     }
+}
 
+impl<T: Element> Direct<'_, T> {
     /// All channels of a position; of one outside the map, zeros.
     #[inline(always)]
     fn corner<'b>(&self, at: usize, zeros: &'b [T::Acc]) -> &'b [T::Acc] {
@@ -63,7 +65,7 @@ impl<T: Elem> Direct<'_, T> {
             return zeros;
         }
         let first = self.source.wrapping_offset(at as isize * self.steps[0]).cast();
-        // SAFETY: a position of the checked features, whose channels lie side by side and are what is computed in.
+        // SAFETY: a position of the checked features, whose channels lie side by side in the accumulator dtype.
         unsafe { std::slice::from_raw_parts(first, self.shape.channels) }
     }
 
@@ -83,13 +85,14 @@ impl<T: Elem> Direct<'_, T> {
 
 /// The weighted sum of four corners, as for tiles.
 #[inline(always)]
-fn blend<A: Real, R: Row<A>>(target: &mut [A], corners: [&[A]; 4], weight: &[A; 4]) {
+fn blend<A: Real, S: Simd>(simd: S, target: &mut [A], corners: [&[A]; 4], weight: &[A; 4]) {
     let (rows, rest) = target.as_chunks_mut::<LANES>();
     let [a, b, c, d] = corners.map(|corner| &corner.as_chunks::<LANES>().0[..rows.len()]);
-    let [wa, wb, wc, wd] = weight.map(R::splat);
+    let [wa, wb, wc, wd] = weight.map(|weight| simd.splat(weight));
     for (i, row) in rows.iter_mut().enumerate() {
-        let last = wd.times(R::load(&d[i]));
-        wa.fma(R::load(&a[i]), wb.fma(R::load(&b[i]), wc.fma(R::load(&c[i]), last))).store(row);
+        let last = wd.times(simd.load(&d[i]));
+        wa.fma(simd.load(&a[i]), wb.fma(simd.load(&b[i]), wc.fma(simd.load(&c[i]), last)))
+            .store(row);
     }
     let done = rows.len() * LANES;
     let [a, b, c, d] = corners.map(|corner| &corner[done..]);

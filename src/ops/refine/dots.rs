@@ -1,78 +1,79 @@
 //! <upstream, refine(features; plan)> for many plans at once: the gradient of a discrete choice.
 //!
-//! A task is one sample. Its tiles of features and upstream are loaded once and every plan is applied to them in the cache; the noise is
-//! the same for all plans, so it is drawn once.
+//! A chunk is up to 16 channels of one sample, or all of them. Features and upstream are loaded once and every plan is applied to them
+//! in the cache; the noise is the same for all plans and drawn once.
 
-use super::forward::{clear_hole, planes, Source, CHUNK};
+use super::forward::{clear_hole, planes, TILE};
 use super::lanes::{Dot, DotNoise};
-use super::plan::{Group, Plan, Table, Tables};
+use super::plan::{SamplePlan, SamplePlans, Table, Tables};
 use crate::parallel;
-use crate::philox::Planes;
-use crate::simd::{self, Elem, Real, LANES};
-use crate::tile::{self, Channels, Scratch};
-use crate::view::TensorView;
+use crate::random::philox::Planes;
+use crate::simd::tile::{Channels, Map, Scratch};
+use crate::simd::{self, Element, Real, LANES};
+use crate::tensor::TensorView;
 
 /// One number for each plan.
-pub(super) fn dots<T: Elem>(
+pub(super) fn dots<T: Element>(
     features: &TensorView,
     upstream: &TensorView,
-    plans: &[Plan],
+    plans: &[SamplePlans],
     threads: usize,
 ) -> Vec<f64> {
     let Some(first) = plans.first().filter(|_| features.numel() > 0) else {
         return vec![0.0; plans.len()];
     };
-    let shared = |plan: &Plan| plan.shares_theta().then(|| plan.tables::<T::Acc>(threads));
+    let shared = |plan: &SamplePlans| plan.shares_theta().then(|| plan.tables::<T::Acc>(threads));
     let call = Call {
-        features: Source::<T>::new(features),
-        upstream: Source::<T>::new(upstream),
+        features: Map::<T>::of(features),
+        upstream: Map::<T>::of(upstream),
         plans,
         tables: plans.iter().map(shared).collect(),
     };
-    let blocks = first.shape.channels.div_ceil(LANES);
-    // A table that belongs to one sample is made once for all its channels; otherwise channels are tasks of their own.
-    let (tasks, each) = if call.tables.iter().all(Option::is_some) {
-        (first.shape.batch * blocks, 1)
+    let per_sample = first.shape.channels.div_ceil(LANES);
+    // The table of one sample alone is made once for all its channels; with shared tables, 16 channels are a chunk.
+    let (chunks, each) = if call.tables.iter().all(Option::is_some) {
+        (first.shape.batch * per_sample, 1)
     } else {
-        (first.shape.batch, blocks)
+        (first.shape.batch, per_sample)
     };
-    let parts = parallel::map(threads, tasks, |i| {
-        let (n, block) = (i * each / blocks, i * each % blocks);
-        Task { call: &call, n, blocks: block..block + each }.run()
+    let parts = parallel::map(threads, chunks, |i| {
+        let (n, index) = (i * each / per_sample, i * each % per_sample);
+        Chunk { call: &call, n, indices: index..index + each }.run()
     });
     (0..plans.len()).map(|v| parts.iter().map(|part| part[v]).sum()).collect()
 }
 
-struct Call<'a, T: Elem> {
-    features: Source<T>,
-    upstream: Source<T>,
-    plans: &'a [Plan],
+struct Call<'a, T: Element> {
+    features: Map<T>,
+    upstream: Map<T>,
+    plans: &'a [SamplePlans],
     tables: Vec<Option<Tables<T::Acc>>>,
 }
 
-struct Task<'a, T: Elem> {
+struct Chunk<'a, T: Element> {
     call: &'a Call<'a, T>,
     n: usize,
-    blocks: std::ops::Range<usize>,
+    /// Of 16 channels each.
+    indices: std::ops::Range<usize>,
 }
 
-impl<T: Elem> Task<'_, T> {
+impl<T: Element> Chunk<'_, T> {
     fn run(&self) -> Vec<f64> {
         let call = self.call;
         let own: Vec<Option<Table<T::Acc>>> = (call.plans.iter().zip(&call.tables))
             .map(|(plan, shared)| if shared.is_some() { None } else { plan.table(self.n) })
             .collect();
         let mut sums = vec![0.0; call.plans.len()];
-        for block in self.blocks.clone() {
-            let channels = Channels::block(block * LANES, call.plans[0].shape.channels);
-            self.add_block(&mut sums, &own, &channels);
+        for index in self.indices.clone() {
+            let channels = Channels::starting_at(index * LANES, call.plans[0].shape.channels);
+            self.add_channels(&mut sums, &own, &channels);
         }
         sums
     }
 }
 
-impl<T: Elem> Task<'_, T> {
-    fn add_block(&self, sums: &mut [f64], own: &[Option<Table<T::Acc>>], channels: &Channels) {
+impl<T: Element> Chunk<'_, T> {
+    fn add_channels(&self, sums: &mut [f64], own: &[Option<Table<T::Acc>>], channels: &Channels) {
         let call = self.call;
         let positions = call.plans[0].shape.positions();
         let mut scratch = Scratch::<T::Acc>::new(3 * positions + 2);
@@ -111,9 +112,9 @@ impl<T: Elem> Task<'_, T> {
         }
     }
 
-    fn load(&self, tile: &mut [[T::Acc; LANES]], side: &Source<T>, channels: &Channels) {
+    fn load(&self, tile: &mut [[T::Acc; LANES]], side: &Map<T>, channels: &Channels) {
         // SAFETY: a checked map, channels below C, all positions of the plane.
-        unsafe { tile::load(tile, side.base, &side.layout, self.n, channels, 0) };
+        unsafe { side.load(tile, self.n, channels, 0) };
     }
 }
 
@@ -122,13 +123,13 @@ fn through_sampling<A: Real>(
     upstream: &[[A; LANES]],
     source: &[[A; LANES]],
     table: Option<&Table<A>>,
-    group: &Group,
+    group: &SamplePlan,
     width: usize,
 ) -> [f64; LANES] {
     let mut totals = [0.0; LANES];
-    let mut buffer = [[A::default(); LANES]; CHUNK];
-    for (i, part) in upstream.chunks(CHUNK).enumerate() {
-        let from = i * CHUNK;
+    let mut buffer = [[A::default(); LANES]; TILE];
+    for (i, part) in upstream.chunks(TILE).enumerate() {
+        let from = i * TILE;
         let mut part = part;
         if let Some(hole) = group.hole {
             let holed = &mut buffer[..part.len()];
@@ -151,8 +152,8 @@ fn through_sampling<A: Real>(
 
 fn dot_noise<A: Real>(upstream: &[[A; LANES]], planes: &Planes) -> [f64; LANES] {
     let mut totals = [0.0; LANES];
-    for (i, tile) in upstream.chunks(CHUNK).enumerate() {
-        let lanes = simd::run(DotNoise { tile, quad: (i * CHUNK / 4) as u32, planes });
+    for (i, tile) in upstream.chunks(TILE).enumerate() {
+        let lanes = simd::run(DotNoise { tile, quad: (i * TILE / 4) as u32, planes });
         for l in 0..LANES {
             totals[l] += lanes[l];
         }

@@ -1,88 +1,70 @@
 //! The forward pass on the CPU.
 //!
-//! A task is up to 16 channels of one sample. Its source planes become a tile in the cache; chunks of 64 positions are sampled from it,
-//! get their hole and their noise, and are stored: every input is read once, every output written once.
+//! A chunk is up to 16 channels of one sample. Its source planes are loaded into the cache; tiles of 64 positions are sampled from
+//! them, get their hole and their noise, and are stored: every input is read once, every output is written once.
 
 use super::direct::{self, Direct};
 use super::lanes::{AddNoise, ClearLanes, Sample};
-use super::plan::{Corners, Group, Hole, Plan, Tables};
+use super::plan::{Corners, Hole, SamplePlan, SamplePlans, Tables};
 use crate::parallel;
-use crate::philox::{Keys, Planes};
-use crate::simd::{self, Elem, Real, LANES};
-use crate::tile::{self, Channels, Layout, Scratch};
-use crate::view::TensorView;
+use crate::random::philox::{Keys, Planes};
+use crate::simd::tile::{Channels, Layout, Map, Scratch};
+use crate::simd::{self, Element, Real, LANES};
+use crate::tensor::TensorView;
 
-/// Positions that are worked on at a time: with 16 lanes of f32 they leave room for the source's tile in a first-level cache.
-pub(super) const CHUNK: usize = 64;
+/// Positions of a tile: with 16 lanes of f32 they leave room for the source in a first-level cache.
+pub(super) const TILE: usize = 64;
 
 /// refined = the formula of the module.
-pub(super) fn forward<T: Elem>(
+pub(super) fn forward<T: Element>(
     refined: &TensorView,
     features: &TensorView,
-    plan: &Plan,
+    plan: &SamplePlans,
     threads: usize,
 ) {
-    let blocks = plan.shape.channels.div_ceil(LANES);
+    let per_sample = plan.shape.channels.div_ceil(LANES);
     if refined.numel() == 0 {
         return;
     }
     let tables = plan.tables::<T::Acc>(threads);
-    let source = Source::<T>::new(features);
-    let target = Source::<T>::new(refined);
-    parallel::for_each(threads, plan.shape.batch * blocks, |i| {
-        let (n, block) = (i / blocks, i % blocks);
-        Task { source, target, plan, tables: &tables, n, block }.run();
+    let source = Map::<T>::of(features);
+    let target = Map::<T>::of(refined);
+    parallel::for_each(threads, plan.shape.batch * per_sample, |i| {
+        let (n, index) = (i / per_sample, i % per_sample);
+        Chunk { source, target, plan, tables: &tables, n, index }.run();
     });
 }
 
-/// A feature map's memory.
-#[derive(Clone, Copy)]
-pub(super) struct Source<T> {
-    pub base: *mut T,
-    pub layout: Layout,
-}
-
-// SAFETY: tasks read what nobody writes and write disjoint channels.
-unsafe impl<T: Send> Send for Source<T> {}
-// SAFETY: as above.
-unsafe impl<T: Sync> Sync for Source<T> {}
-
-impl<T> Source<T> {
-    pub fn new(view: &TensorView) -> Self {
-        Self { base: view.as_ptr(), layout: Layout::of(view) }
-    }
-}
-
-struct Task<'a, T: Elem> {
-    source: Source<T>,
-    target: Source<T>,
-    plan: &'a Plan,
+struct Chunk<'a, T: Element> {
+    source: Map<T>,
+    target: Map<T>,
+    plan: &'a SamplePlans,
     tables: &'a Tables<T::Acc>,
     n: usize,
-    block: usize,
+    index: usize,
 }
 
-/// Which channels a task covers: those it computes and those it only clears.
+/// The channels of a chunk: those to compute and those to clear.
 ///
-/// Planes can be picked one by one, so dropped channels leave the tiles altogether; with channels side by side (`stride_c` 1) a tile has
-/// to stay whole, and dropped lanes are cleared on the way out.
+/// Planes can be picked one by one, so tiles have no dropped channels; with channels side by side (`stride_c` 1) a tile has all
+/// channels, and dropped lanes are cleared before the store.
 pub(super) struct Cover {
     pub live: Option<Channels>,
     pub dropped: Option<Channels>,
 }
 
 impl Cover {
-    pub fn new(keep: Option<&[bool]>, block: usize, total: usize, whole: bool) -> Self {
+    pub(crate) fn new(keep: Option<&[bool]>, index: usize, total: usize, whole: bool) -> Self {
         let Some(keep) = keep.filter(|_| !whole) else {
-            return Self { live: Some(Channels::block(block * LANES, total)), dropped: None };
+            return Self { live: Some(Channels::starting_at(index * LANES, total)), dropped: None };
         };
-        Self { live: Self::pick(keep, true, block), dropped: Self::pick(keep, false, block) }
+        Self { live: Self::pick(keep, true, index), dropped: Self::pick(keep, false, index) }
     }
 
-    /// The `block`-th 16 of the channels whose `keep` is `kept`.
-    fn pick(keep: &[bool], kept: bool, block: usize) -> Option<Channels> {
+    /// The `index`-th 16 of the channels whose `keep` is `kept`.
+    fn pick(keep: &[bool], kept: bool, index: usize) -> Option<Channels> {
         let mut list = [0; LANES];
-        let (mut count, mut before) = (0, block * LANES);
+        let (mut count, mut before) = (0, index * LANES);
         for (c, _) in keep.iter().enumerate().filter(|(_, &k)| k == kept) {
             if before > 0 {
                 before -= 1;
@@ -98,7 +80,7 @@ impl Cover {
 }
 
 /// The source channel of every lane.
-pub(super) fn sources(channels: &Channels, group: &Group) -> Channels {
+pub(super) fn sources(channels: &Channels, group: &SamplePlan) -> Channels {
     group.perm.map_or(*channels, |perm| Channels {
         at: channels.at.map(|c| perm[c]),
         used: channels.used,
@@ -115,27 +97,27 @@ pub(super) fn planes<'a>(
     Planes::new(keys, &channels.at.map(|c| n as u64 * total as u64 + c as u64))
 }
 
-impl<T: Elem> Task<'_, T> {
+impl<T: Element> Chunk<'_, T> {
     fn run(&self) {
         let group = self.plan.at(self.n);
         if direct::fits::<T>(&group, &self.source.layout, &self.target.layout, self.plan.shape) {
             return self.direct(&group);
         }
         let whole = self.target.layout.interleaves();
-        let cover = Cover::new(group.keep, self.block, self.plan.shape.channels, whole);
+        let cover = Cover::new(group.keep, self.index, self.plan.shape.channels, whole);
         if let Some(dropped) = cover.dropped {
             self.clear(&dropped);
         }
         let Some(live) = cover.live else { return };
         match self.tables.at(self.n) {
             None if group.sigma.is_none() && self.copies_planes() => self.copy(&live, &group),
-            None => self.chunks(&live, &group, Fill::Load(sources(&live, &group))),
+            None => self.tiles(&live, &group, Fill::Load(sources(&live, &group))),
             Some(table) => self.sampled(&live, &group, &table.0),
         }
     }
 }
 
-/// Where a chunk comes from.
+/// Where a tile comes from.
 enum Fill<'a, A> {
     /// The features themselves, these channels.
     Load(Channels),
@@ -143,7 +125,7 @@ enum Fill<'a, A> {
     Sample(&'a [[A; LANES]], &'a [Corners<A>]),
 }
 
-impl<T: Elem> Task<'_, T> {
+impl<T: Element> Chunk<'_, T> {
     /// Both sides have whole planes of consecutive elements.
     fn copies_planes(&self) -> bool {
         self.gapless(&self.source.layout) && self.gapless(&self.target.layout)
@@ -154,23 +136,18 @@ impl<T: Elem> Task<'_, T> {
         layout.w == 1 && layout.run == self.plan.shape.positions()
     }
 
-    fn plane(&self, side: &Source<T>, channel: usize) -> *mut T {
-        side.base
-            .wrapping_offset(self.n as isize * side.layout.n + channel as isize * side.layout.c)
-    }
-
-    /// All channels of this task's share of the positions.
-    fn direct(&self, group: &Group) {
+    /// All channels of this chunk's share of the positions.
+    fn direct(&self, group: &SamplePlan) {
         let shape = self.plan.shape;
-        let (blocks, positions) = (shape.channels.div_ceil(LANES), shape.positions());
-        let first = |side: &Source<T>| side.base.wrapping_offset(self.n as isize * side.layout.n);
+        let (per_sample, positions) = (shape.channels.div_ceil(LANES), shape.positions());
         simd::run(Direct {
-            source: first(&self.source),
-            target: first(&self.target),
+            source: self.source.plane(self.n, 0),
+            target: self.target.plane(self.n, 0),
             steps: [self.source.layout.w, self.target.layout.w],
             table: self.tables.at(self.n).map(|table| &table.0[..]),
             hole: group.hole,
-            positions: self.block * positions / blocks..(self.block + 1) * positions / blocks,
+            positions: self.index * positions / per_sample
+                ..(self.index + 1) * positions / per_sample,
             shape,
         });
     }
@@ -178,31 +155,31 @@ impl<T: Elem> Task<'_, T> {
     fn clear(&self, channels: &Channels) {
         if self.gapless(&self.target.layout) {
             for c in &channels.at[..channels.used] {
-                // SAFETY: a whole plane of the target, which belongs to this task; zero bits are 0.0.
-                unsafe { self.plane(&self.target, *c).write_bytes(0, self.plan.shape.positions()) };
+                // SAFETY: a whole plane of the target, which belongs to this chunk; zero bits are 0.0.
+                unsafe {
+                    self.target.plane(self.n, *c).write_bytes(0, self.plan.shape.positions())
+                };
             }
             return;
         }
-        let zeros = [[T::Acc::default(); LANES]; CHUNK];
+        let zeros = [[T::Acc::default(); LANES]; TILE];
         let positions = self.plan.shape.positions();
-        for from in (0..positions).step_by(CHUNK) {
-            let tile = &zeros[..CHUNK.min(positions - from)];
-            // SAFETY: these channels of this sample belong to this task.
-            unsafe {
-                tile::store(tile, self.target.base, &self.target.layout, self.n, channels, from)
-            };
+        for from in (0..positions).step_by(TILE) {
+            let tile = &zeros[..TILE.min(positions - from)];
+            // SAFETY: these channels of this sample belong to this chunk.
+            unsafe { self.target.store(tile, self.n, channels, from) };
         }
     }
 
-    /// Nothing but a permutation and a hole: planes are copied as they are, bit for bit.
-    fn copy(&self, live: &Channels, group: &Group) {
+    /// A permutation and a hole alone: planes are copied bit for bit.
+    fn copy(&self, live: &Channels, group: &SamplePlan) {
         let (from, positions) = (sources(live, group), self.plan.shape.positions());
         for l in 0..live.used {
-            let target = self.plane(&self.target, live.at[l]);
-            // SAFETY: both planes are gapless (`copies_planes`), and the target's belongs to this task.
+            let target = self.target.plane(self.n, live.at[l]);
+            // SAFETY: both planes are gapless (`copies_planes`), and the target's belongs to this chunk.
             unsafe {
                 std::ptr::copy_nonoverlapping(
-                    self.plane(&self.source, from.at[l]).cast_const(),
+                    self.source.plane(self.n, from.at[l]).cast_const(),
                     target,
                     positions,
                 );
@@ -217,40 +194,33 @@ impl<T: Elem> Task<'_, T> {
         }
     }
 
-    fn sampled(&self, live: &Channels, group: &Group, table: &[Corners<T::Acc>]) {
+    fn sampled(&self, live: &Channels, group: &SamplePlan, table: &[Corners<T::Acc>]) {
         let positions = self.plan.shape.positions();
         let mut scratch = Scratch::<T::Acc>::new(positions + 1);
         let source = scratch.tile();
         // SAFETY: the checked features, channels below C, positions below H*W.
         unsafe {
             let channels = sources(live, group);
-            tile::load(
-                &mut source[..positions],
-                self.source.base,
-                &self.source.layout,
-                self.n,
-                &channels,
-                0,
-            );
+            self.source.load(&mut source[..positions], self.n, &channels, 0);
         }
         // Corners outside the map point here: they contribute 0 whatever the features hold.
         source[positions] = [T::Acc::default(); LANES];
-        self.chunks(live, group, Fill::Sample(source, table));
+        self.tiles(live, group, Fill::Sample(source, table));
     }
 
-    /// Fills chunk after chunk, adds the hole, the noise and the dropped lanes, and stores it.
-    fn chunks(&self, live: &Channels, group: &Group, fill: Fill<T::Acc>) {
+    /// Fills each tile, adds the hole, the noise and the dropped lanes, and stores it.
+    fn tiles(&self, live: &Channels, group: &SamplePlan, fill: Fill<T::Acc>) {
         let shape = self.plan.shape;
         let noise = (group.sigma)
             .map(|sigma| (sigma, planes(&self.plan.keys, live, self.n, shape.channels)));
-        let mut buffer = Scratch::<T::Acc>::new(CHUNK);
-        for from in (0..shape.positions()).step_by(CHUNK) {
-            let tile = &mut buffer.tile()[..CHUNK.min(shape.positions() - from)];
-            tile::ask(self.target.base, &self.target.layout, self.n, live, from, tile.len());
+        let mut buffer = Scratch::<T::Acc>::new(TILE);
+        for from in (0..shape.positions()).step_by(TILE) {
+            let tile = &mut buffer.tile()[..TILE.min(shape.positions() - from)];
+            self.target.prefetch(self.n, live, from, tile.len());
             match &fill {
                 // SAFETY: the checked features, channels below C, positions below H*W.
                 Fill::Load(channels) => unsafe {
-                    tile::load(tile, self.source.base, &self.source.layout, self.n, channels, from);
+                    self.source.load(tile, self.n, channels, from);
                 },
                 Fill::Sample(source, table) => {
                     simd::run(Sample { tile, source, table: &table[from..] })
@@ -270,8 +240,8 @@ impl<T: Elem> Task<'_, T> {
             if let Some(keep) = group.keep {
                 clear_lanes(tile, &live.at.map(|c| keep[c]));
             }
-            // SAFETY: these channels of this sample belong to this task.
-            unsafe { tile::store(tile, self.target.base, &self.target.layout, self.n, live, from) };
+            // SAFETY: these channels of this sample belong to this chunk.
+            unsafe { self.target.store(tile, self.n, live, from) };
         }
     }
 }

@@ -1,11 +1,9 @@
-//! The arithmetic on tiles: the only code of this operator that is compiled for each instruction set.
+//! The arithmetic on tiles, compiled for every instruction set.
 
-use super::plan::{Corners, Table};
-use super::Shape;
-use crate::philox::Planes;
-use crate::row::Row;
-use crate::simd::{by_rows, Job, Real, LANES};
-use crate::tile::Scratch;
+use super::plan::{Corners, Shape, Table};
+use crate::random::philox::Planes;
+use crate::simd::tile::Scratch;
+use crate::simd::{Real, Simd, Vector, WithSimd, LANES};
 
 type Tile<A> = [[A; LANES]];
 
@@ -19,27 +17,24 @@ pub(super) struct Sample<'a, A> {
     pub table: &'a [Corners<A>],
 }
 
-impl<A: Real> Job for Sample<'_, A> {
+impl<A: Real> WithSimd for Sample<'_, A> {
     type Out = ();
-    by_rows!(A);
-}
 
-impl<A: Real> Sample<'_, A> {
     #[inline(always)]
-    fn rows<R: Row<A>>(self) {
+    fn with_simd<S: Simd>(self, simd: S) {
         for (out, corners) in self.tile.iter_mut().zip(self.table) {
-            bilinear::<A, R>(self.source, corners).store(out);
+            bilinear(simd, self.source, corners).store(out);
         }
     }
 }
 
 #[inline(always)]
-fn bilinear<A: Real, R: Row<A>>(source: &Tile<A>, corners: &Corners<A>) -> R {
+fn bilinear<A: Real, S: Simd>(simd: S, source: &Tile<A>, corners: &Corners<A>) -> A::Vector<S> {
     let [a, b, c, d] = corners.at;
-    let row = |at: u32| R::load(&source[at as usize]);
+    let row = |at: u32| simd.load(&source[at as usize]);
     let [wa, wb, wc, wd] = corners.weight;
-    let last = R::splat(wd).times(row(d));
-    R::splat(wa).fma(row(a), R::splat(wb).fma(row(b), R::splat(wc).fma(row(c), last)))
+    let last = simd.splat(wd).times(row(d));
+    simd.splat(wa).fma(row(a), simd.splat(wb).fma(row(b), simd.splat(wc).fma(row(c), last)))
 }
 
 /// tile += sigma * eps. `quad` is the block of four positions that the tile begins with.
@@ -50,21 +45,18 @@ pub(super) struct AddNoise<'a, A> {
     pub planes: &'a Planes<'a>,
 }
 
-impl<A: Real> Job for AddNoise<'_, A> {
+impl<A: Real> WithSimd for AddNoise<'_, A> {
     type Out = ();
-    by_rows!(A);
-}
 
-impl<A: Real> AddNoise<'_, A> {
     #[inline(always)]
-    fn rows<R: Row<A>>(self) {
-        let sigma = R::splat(self.sigma);
+    fn with_simd<S: Simd>(self, simd: S) {
+        let sigma = simd.splat(self.sigma);
         let mut buffer = Scratch::<f32>::new(NOISE);
         for (i, rows) in self.tile.chunks_mut(NOISE).enumerate() {
             let noise = &mut buffer.tile()[..rows.len().next_multiple_of(4)];
-            self.planes.normals(self.quad + (i * NOISE / 4) as u32, noise);
+            self.planes.normals(simd, self.quad + (i * NOISE / 4) as u32, noise);
             for (row, eps) in rows.iter_mut().zip(noise) {
-                sigma.fma(R::load_f32(eps), R::load(row)).store(row);
+                sigma.fma(simd.load_f32::<A>(eps), simd.load(row)).store(row);
             }
         }
     }
@@ -77,21 +69,18 @@ pub(super) struct DotNoise<'a, A> {
     pub planes: &'a Planes<'a>,
 }
 
-impl<A: Real> Job for DotNoise<'_, A> {
+impl<A: Real> WithSimd for DotNoise<'_, A> {
     type Out = [f64; LANES];
-    by_rows!(A);
-}
 
-impl<A: Real> DotNoise<'_, A> {
     #[inline(always)]
-    fn rows<R: Row<A>>(self) -> [f64; LANES] {
-        let mut sum = R::splat(A::default());
+    fn with_simd<S: Simd>(self, simd: S) -> [f64; LANES] {
+        let mut sum = simd.splat(A::default());
         let mut buffer = Scratch::<f32>::new(NOISE);
         for (i, rows) in self.tile.chunks(NOISE).enumerate() {
             let noise = &mut buffer.tile()[..rows.len().next_multiple_of(4)];
-            self.planes.normals(self.quad + (i * NOISE / 4) as u32, noise);
+            self.planes.normals(simd, self.quad + (i * NOISE / 4) as u32, noise);
             for (row, eps) in rows.iter().zip(noise) {
-                sum = R::load(row).fma(R::load_f32(eps), sum);
+                sum = simd.load(row).fma(simd.load_f32::<A>(eps), sum);
             }
         }
         sum.wide()
@@ -105,21 +94,18 @@ pub(super) struct Dot<'a, A> {
     pub table: Option<&'a [Corners<A>]>,
 }
 
-impl<A: Real> Job for Dot<'_, A> {
+impl<A: Real> WithSimd for Dot<'_, A> {
     type Out = [f64; LANES];
-    by_rows!(A);
-}
 
-impl<A: Real> Dot<'_, A> {
     #[inline(always)]
-    fn rows<R: Row<A>>(self) -> [f64; LANES] {
-        let mut sum = R::splat(A::default());
+    fn with_simd<S: Simd>(self, simd: S) -> [f64; LANES] {
+        let mut sum = simd.splat(A::default());
         for (i, row) in self.tile.iter().enumerate() {
             let value = match self.table {
-                Some(table) => bilinear::<A, R>(self.source, &table[i]),
-                None => R::load(&self.source[i]),
+                Some(table) => bilinear(simd, self.source, &table[i]),
+                None => simd.load(&self.source[i]),
             };
-            sum = R::load(row).fma(value, sum);
+            sum = simd.load(row).fma(value, sum);
         }
         sum.wide()
     }
@@ -128,17 +114,14 @@ impl<A: Real> Dot<'_, A> {
 /// For each lane, the sum of the tile.
 pub(super) struct Sum<'a, A>(pub &'a Tile<A>);
 
-impl<A: Real> Job for Sum<'_, A> {
+impl<A: Real> WithSimd for Sum<'_, A> {
     type Out = [f64; LANES];
-    by_rows!(A);
-}
 
-impl<A: Real> Sum<'_, A> {
     #[inline(always)]
-    fn rows<R: Row<A>>(self) -> [f64; LANES] {
-        let mut sum = R::splat(A::default());
+    fn with_simd<S: Simd>(self, simd: S) -> [f64; LANES] {
+        let mut sum = simd.splat(A::default());
         for row in self.0 {
-            sum = sum.plus(R::load(row));
+            sum = sum.plus(simd.load(row));
         }
         sum.wide()
     }
@@ -150,22 +133,19 @@ pub(super) struct ClearLanes<'a, A> {
     pub keep: &'a [bool; LANES],
 }
 
-impl<A: Real> Job for ClearLanes<'_, A> {
+impl<A: Real> WithSimd for ClearLanes<'_, A> {
     type Out = ();
-    by_rows!(A);
-}
 
-impl<A: Real> ClearLanes<'_, A> {
     #[inline(always)]
-    fn rows<R: Row<A>>(self) {
+    fn with_simd<S: Simd>(self, simd: S) {
         let mut masks = [A::default(); LANES];
         for l in 0..LANES {
             masks[l] = A::mask(self.keep[l]);
         }
-        // Hidden: a compiler that knows the bits of a mask makes masked stores, which take many times as long on some processors.
-        let mask = R::load(&std::hint::black_box(masks));
+        // Hidden from the compiler, which would emit masked stores: many times slower on some processors.
+        let mask = simd.load(&std::hint::black_box(masks));
         for row in self.tile {
-            R::load(row).and(mask).store(row);
+            simd.load(row).and(mask).store(row);
         }
     }
 }
@@ -202,17 +182,14 @@ pub(super) struct Slopes<'a, A> {
     pub places: Places<'a, A>,
 }
 
-impl<A: Real> Job for Slopes<'_, A> {
+impl<A: Real> WithSimd for Slopes<'_, A> {
     type Out = [f64; 6];
-    by_rows!(A);
-}
 
-impl<A: Real> Slopes<'_, A> {
     #[inline(always)]
-    fn rows<R: Row<A>>(self) -> [f64; 6] {
+    fn with_simd<S: Simd>(self, simd: S) -> [f64; 6] {
         let (places, shape) = (self.places, self.places.shape);
         let (cx, cy) = ((shape.width as f64 - 1.0) / 2.0, (shape.height as f64 - 1.0) / 2.0);
-        let zero = R::splat(A::default());
+        let zero = simd.splat(A::default());
         let mut sums = [zero; 6];
         let mut done = 0;
         while done < self.tile.len() {
@@ -225,8 +202,8 @@ impl<A: Real> Slopes<'_, A> {
             for i in done..done + length {
                 let corners = places.corners(i, column + i - done);
                 let [along_x, along_y] =
-                    slopes::<A, R>(self.source, R::load(&self.tile[i]), &corners);
-                let columns = R::splat(x);
+                    slopes(simd, self.source, simd.load(&self.tile[i]), &corners);
+                let columns = simd.splat(x);
                 along = [
                     columns.fma(along_x, along[0]),
                     along[1].plus(along_x),
@@ -235,7 +212,7 @@ impl<A: Real> Slopes<'_, A> {
                 ];
                 x += A::of(1.0);
             }
-            let y = R::splat(A::of(row as f64 - cy));
+            let y = simd.splat(A::of(row as f64 - cy));
             for (sums, along) in
                 sums.as_chunks_mut::<3>().0.iter_mut().zip(along.as_chunks::<2>().0)
             {
@@ -250,11 +227,16 @@ impl<A: Real> Slopes<'_, A> {
 
 /// v * d bilinear / d ix and v * d bilinear / d iy.
 #[inline(always)]
-fn slopes<A: Real, R: Row<A>>(source: &Tile<A>, v: R, corners: &Corners<A>) -> [R; 2] {
-    let row = |k: usize| R::load(&source[corners.at[k] as usize]);
+fn slopes<A: Real, S: Simd>(
+    simd: S,
+    source: &Tile<A>,
+    v: A::Vector<S>,
+    corners: &Corners<A>,
+) -> [A::Vector<S>; 2] {
+    let row = |k: usize| simd.load(&source[corners.at[k] as usize]);
     let (a, b, c, d) = (row(0), row(1), row(2), row(3));
     let [_, right, lower, both] = corners.weight;
-    let (fx, fy) = (R::splat(right + both), R::splat(lower + both));
+    let (fx, fy) = (simd.splat(right + both), simd.splat(lower + both));
     let (upper, left) = (b.minus(a), c.minus(a));
     let twist = d.minus(c).minus(upper);
     [v.times(fy.fma(twist, upper)), v.times(fx.fma(twist, left))]
@@ -267,21 +249,18 @@ pub(super) struct Spread<'a, A> {
     pub places: Places<'a, A>,
 }
 
-impl<A: Real> Job for Spread<'_, A> {
+impl<A: Real> WithSimd for Spread<'_, A> {
     type Out = ();
-    by_rows!(A);
-}
 
-impl<A: Real> Spread<'_, A> {
     #[inline(always)]
-    fn rows<R: Row<A>>(self) {
+    fn with_simd<S: Simd>(self, simd: S) {
         let width = self.places.shape.width;
         let mut column = self.places.from % width;
         for (i, v) in self.tile.iter().enumerate() {
-            let (corners, v) = (self.places.corners(i, column), R::load(v));
+            let (corners, v) = (self.places.corners(i, column), simd.load(v));
             for k in 0..4 {
                 let row = &mut self.scatter[corners.at[k] as usize];
-                R::splat(corners.weight[k]).fma(v, R::load(row)).store(row);
+                simd.splat(corners.weight[k]).fma(v, simd.load(row)).store(row);
             }
             column = if column + 1 == width { 0 } else { column + 1 };
         }

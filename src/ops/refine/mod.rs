@@ -21,277 +21,237 @@ mod lanes;
 mod naive;
 mod plan;
 
-use crate::check::Check;
-use crate::error::Result;
-use crate::run::Run;
-use crate::seed::Seed;
-use crate::simd::{Bf16, F16};
-#[cfg(feature = "cuda")]
-use crate::view::Device;
-use crate::view::{DType, TensorView};
-pub(crate) use plan::Plan;
+use crate::random::Seed;
+use crate::simd::by_dtype;
+use crate::tensor::{Check, DType, Device, Result, Run, TensorView};
+use plan::SamplePlans;
 
 const REFINE: Check = Check("refine");
 const DOTS: Check = Check("refine_dots");
 
-/// The parts of a plan as they come from the caller; each has its own number of groups, 1 or B.
-#[derive(Clone, Copy, Default)]
-pub struct Parts<'a> {
+/// A plan as it comes from the caller; each part has its own number of groups G, 1 or B. In a stack of plans every part has a leading V.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
     /// `[G, 2, 3]`, normalised coordinates.
-    pub theta: Option<&'a TensorView>,
+    pub theta: Option<TensorView>,
     /// `[G, 4]` y0 x0 y1 x1, half open.
-    pub hole: Option<&'a TensorView>,
+    pub hole: Option<TensorView>,
     /// `[G]`.
-    pub sigma: Option<&'a TensorView>,
+    pub sigma: Option<TensorView>,
     /// `[G, C]`.
-    pub perm: Option<&'a TensorView>,
+    pub perm: Option<TensorView>,
     /// `[G, C]` bool.
-    pub keep: Option<&'a TensorView>,
+    pub keep: Option<TensorView>,
+    /// Of the noise; a stack has one for all plans.
+    pub seed: Seed,
 }
 
-impl Parts<'_> {
-    /// Judges shapes, dtypes and devices.
-    pub fn check(&self, check: Check, features: &TensorView) -> Result<()> {
+impl Plan {
+    fn parts(&self) -> [(&'static str, Option<&TensorView>); 5] {
+        [
+            ("theta", self.theta.as_ref()),
+            ("hole", self.hole.as_ref()),
+            ("sigma", self.sigma.as_ref()),
+            ("perm", self.perm.as_ref()),
+            ("keep", self.keep.as_ref()),
+        ]
+    }
+
+    fn check(&self, check: Check, features: &TensorView) -> Result<()> {
+        type DTypeRule = fn(Check, &str, &TensorView) -> Result<()>;
         let [batch, channels, _, _] = check.map("features", features)?;
-        let on_device = |argument, view| check.same_device(argument, view, "features", features);
-        if let Some(theta) = self.theta {
-            check.float("theta", theta)?;
-            check.groups("theta", theta, batch, "[G, 2, 3]", &[2, 3])?;
-            on_device("theta", theta)?;
+        let rules: [(DTypeRule, &str, &[usize]); 5] = [
+            (Check::float, "[G, 2, 3]", &[2, 3]),
+            (Check::int, "[G, 4]", &[4]),
+            (Check::float, "[G]", &[]),
+            (Check::int, "[G, C]", &[channels]),
+            (|check, name, view| check.of_dtype(name, view, DType::Bool), "[G, C]", &[channels]),
+        ];
+        for ((name, part), (dtype, layout, rest)) in self.parts().into_iter().zip(rules) {
+            let Some(view) = part else { continue };
+            dtype(check, name, view)?;
+            check.groups(name, view, batch, layout, rest)?;
+            check.same_device(name, view, "features", features)?;
         }
-        if let Some(hole) = self.hole {
-            check.int("hole", hole)?;
-            check.groups("hole", hole, batch, "[G, 4]", &[4])?;
-            on_device("hole", hole)?;
-        }
-        if let Some(sigma) = self.sigma {
-            check.float("sigma", sigma)?;
-            check.groups("sigma", sigma, batch, "[G]", &[])?;
-            on_device("sigma", sigma)?;
-        }
-        if let Some(perm) = self.perm {
-            check.int("perm", perm)?;
-            check.groups("perm", perm, batch, "[G, C]", &[channels])?;
-            on_device("perm", perm)?;
-        }
-        if let Some(keep) = self.keep {
-            check.of_dtype("keep", keep, DType::Bool)?;
-            check.groups("keep", keep, batch, "[G, C]", &[channels])?;
-            on_device("keep", keep)?;
-        }
-        Ok(())
+        self.seed.check(check, "seed")
     }
 
-    /// Plan `v` of stacked parts `[V, G, ..]`.
-    fn select<'b>(&self, v: usize, slots: &'b mut [Option<TensorView>; 5]) -> Parts<'b> {
-        let all = [self.theta, self.hole, self.sigma, self.perm, self.keep];
-        for (slot, part) in slots.iter_mut().zip(all) {
-            *slot = part.map(|view| view.select(v));
+    /// Plan `v` of a stack.
+    fn select(&self, v: usize) -> Self {
+        let at = |part: &Option<TensorView>| part.as_ref().map(|view| view.select(v));
+        Self {
+            theta: at(&self.theta),
+            hole: at(&self.hole),
+            sigma: at(&self.sigma),
+            perm: at(&self.perm),
+            keep: at(&self.keep),
+            seed: self.seed.clone(),
         }
-        let [theta, hole, sigma, perm, keep] = slots.each_ref().map(Option::as_ref);
-        Parts { theta, hole, sigma, perm, keep }
     }
 }
 
-/// One generic call for the dtype of a feature map.
-macro_rules! by_dtype {
-    ($view:expr, $function:ident($($argument:expr),*)) => {
-        match $view.dtype {
-            DType::F64 => $function::<f64>($($argument),*),
-            DType::F16 => $function::<F16>($($argument),*),
-            DType::BF16 => $function::<Bf16>($($argument),*),
-            _ => $function::<f32>($($argument),*),
-        }
-    };
+/// The inputs of a call.
+#[derive(Clone, Copy)]
+pub(crate) struct Args<'a> {
+    /// `[B, C, H, W]`, a float dtype, any strides.
+    pub features: &'a TensorView,
+    /// One plan, or a stack of them for [`Args::dots`].
+    pub plan: &'a Plan,
 }
 
-/// refined, of the shape and dtype of features (contiguous or channels_last).
-pub fn forward<'r>(
-    refined: &TensorView,
-    features: &TensorView,
-    parts: Parts,
-    seed: impl Into<Seed>,
-    run: impl Into<Run<'r>>,
-) -> Result<()> {
-    let (seed, run) = (seed.into(), run.into());
-    parts.check(REFINE, features)?;
-    seed.check_beside(REFINE, "seed", "features", features)?;
-    REFINE.output("refined", refined, features)?;
-    #[cfg(feature = "cuda")]
-    if let Device::Cuda(ordinal) = features.device {
-        // SAFETY: checked above, the devices too.
-        return unsafe { cuda::forward(refined, features, &parts, &seed, ordinal, &run) };
-    }
-    REFINE.on_cpu("features", features)?;
-    let (plan, threads) =
-        (Plan::read(REFINE, &parts, features, seed.value(REFINE, "seed")?)?, run.threads);
-    use forward::forward;
-    by_dtype!(features, forward(refined, features, &plan, threads));
-    Ok(())
-}
-
-/// The gradients that are wanted.
+/// The gradients to compute.
 #[derive(Clone, Copy, Default)]
-pub struct Wanted<'a> {
+pub(crate) struct Gradients<'a> {
     /// Like features (contiguous or channels_last).
-    pub features: Option<&'a TensorView>,
+    pub d_features: Option<&'a TensorView>,
     /// Like theta.
-    pub theta: Option<&'a TensorView>,
+    pub d_theta: Option<&'a TensorView>,
     /// Like sigma.
-    pub sigma: Option<&'a TensorView>,
+    pub d_sigma: Option<&'a TensorView>,
     /// `[G]`.
-    pub straight: Option<&'a TensorView>,
+    pub d_straight: Option<&'a TensorView>,
 }
 
-/// Every gradient that is wanted, from one reading of upstream.
-pub fn backward<'r>(
-    wanted: Wanted,
-    upstream: &TensorView,
-    features: &TensorView,
-    parts: Parts,
-    seed: impl Into<Seed>,
-    run: impl Into<Run<'r>>,
-) -> Result<()> {
-    let (seed, run) = (seed.into(), run.into());
-    parts.check(REFINE, features)?;
-    seed.check_beside(REFINE, "seed", "features", features)?;
-    REFINE.sizes("upstream", upstream, "of features", features.sizes())?;
-    REFINE.same_dtype("upstream", upstream, "features", features)?;
-    REFINE.same_device("upstream", upstream, "features", features)?;
-    if let Some(d_features) = wanted.features {
-        REFINE.output("d_features", d_features, features)?;
+impl Args<'_> {
+    /// Checks metadata, on any device.
+    pub(crate) fn check(&self) -> Result<()> {
+        self.plan.check(REFINE, self.features)
     }
-    let batch = features.sizes()[0];
-    for (name, view, rest) in [
-        ("d_theta", wanted.theta, &[2, 3][..]),
-        ("d_sigma", wanted.sigma, &[]),
-        ("d_straight", wanted.straight, &[]),
-    ] {
-        if let Some(view) = view {
-            REFINE.float(name, view)?;
-            REFINE.groups(name, view, batch, "of its input", rest)?;
-            REFINE.same_device(name, view, "features", features)?;
+
+    /// Checks the metadata of an input of which only the gradient is computed.
+    pub(crate) fn check_straight(&self, straight: &TensorView) -> Result<()> {
+        self.check_groups("straight", straight, "[G]", &[])
+    }
+
+    fn check_groups(
+        &self,
+        name: &str,
+        view: &TensorView,
+        layout: &str,
+        rest: &[usize],
+    ) -> Result<()> {
+        REFINE.float(name, view)?;
+        REFINE.groups(name, view, self.features.sizes()[0], layout, rest)?;
+        REFINE.same_device(name, view, "features", self.features)
+    }
+
+    /// refined, of the shape and dtype of features (contiguous or channels_last).
+    pub(crate) fn forward(&self, refined: &TensorView, run: &Run) -> Result<()> {
+        let features = self.features;
+        self.check()?;
+        self.check_seed(REFINE)?;
+        REFINE.output("refined", refined, features)?;
+        match features.device {
+            #[cfg(feature = "cuda")]
+            // SAFETY: checked above, the devices too.
+            Device::Cuda(ordinal) => unsafe { cuda::forward(self, refined, ordinal, run) },
+            _ => {
+                let plans = SamplePlans::read(REFINE, self.plan, features)?;
+                by_dtype!(features.dtype, T => {
+                    forward::forward::<T>(refined, features, &plans, run.threads)
+                });
+                Ok(())
+            }
         }
     }
-    #[cfg(feature = "cuda")]
-    if let Device::Cuda(ordinal) = features.device {
-        // SAFETY: checked above, the devices too.
-        return unsafe {
-            cuda::backward(&wanted, upstream, features, &parts, &seed, ordinal, &run)
+
+    /// The gradients, from one reading of upstream, which is like refined.
+    pub(crate) fn backward(
+        &self,
+        gradients: &Gradients,
+        upstream: &TensorView,
+        run: &Run,
+    ) -> Result<()> {
+        let features = self.features;
+        self.check()?;
+        self.check_seed(REFINE)?;
+        like_features(REFINE, upstream, features)?;
+        if let Some(d_features) = gradients.d_features {
+            REFINE.output("d_features", d_features, features)?;
+        }
+        for (name, view, rest) in [
+            ("d_theta", gradients.d_theta, &[2, 3][..]),
+            ("d_sigma", gradients.d_sigma, &[]),
+            ("d_straight", gradients.d_straight, &[]),
+        ] {
+            view.map_or(Ok(()), |view| self.check_groups(name, view, "of its input", rest))?;
+        }
+        match features.device {
+            #[cfg(feature = "cuda")]
+            // SAFETY: checked above, the devices too.
+            Device::Cuda(ordinal) => unsafe {
+                cuda::backward(self, gradients, upstream, ordinal, run)
+            },
+            _ => {
+                let plans = SamplePlans::read(REFINE, self.plan, features)?;
+                by_dtype!(features.dtype, T => {
+                    backward::backward::<T>(gradients, upstream, features, &plans, run.threads)
+                });
+                Ok(())
+            }
+        }
+    }
+
+    /// Checks the metadata of [`Args::dots`] on any device; returns V.
+    pub(crate) fn check_dots(&self, upstream: &TensorView) -> Result<usize> {
+        DOTS.map("features", self.features)?;
+        like_features(DOTS, upstream, self.features)?;
+        let mut count = None;
+        for (name, part) in self.plan.parts() {
+            let Some(part) = part else { continue };
+            DOTS.rank(name, part, "[V, G, ..]", &[2, 3, 4])?;
+            let v = part.sizes()[0];
+            let first = *count.get_or_insert(v);
+            if first != v {
+                let rule = format!("have as many plans as the parts before it, {first}");
+                return Err(DOTS.value(name, rule, v));
+            }
+        }
+        let Some(count) = count else {
+            return Err(DOTS.value("plans", "have at least one part", "none"));
         };
+        if count > 0 {
+            self.plan.select(0).check(DOTS, self.features)?;
+        }
+        Ok(count)
     }
-    REFINE.on_cpu("features", features)?;
-    let (plan, threads) =
-        (Plan::read(REFINE, &parts, features, seed.value(REFINE, "seed")?)?, run.threads);
-    use backward::backward;
-    by_dtype!(features, backward(&wanted, upstream, features, &plan, threads));
-    Ok(())
-}
 
-/// dots[v] = <upstream, refine(features; plan v)>, all of them in one pass over memory. `stacked` parts have a leading V.
-pub fn dots<'r>(
-    dots: &TensorView,
-    features: &TensorView,
-    upstream: &TensorView,
-    stacked: Parts,
-    seed: impl Into<Seed>,
-    run: impl Into<Run<'r>>,
-) -> Result<()> {
-    let (seed, run) = (seed.into(), run.into());
-    let count = check_dots(features, Some(upstream), &stacked)?;
-    seed.check_beside(DOTS, "seed", "features", features)?;
-    DOTS.sizes("dots", dots, "[V]", &[count])?;
-    DOTS.float("dots", dots)?;
-    DOTS.same_device("dots", dots, "features", features)?;
-    #[cfg(feature = "cuda")]
-    if let Device::Cuda(ordinal) = features.device {
-        // SAFETY: checked above, the devices too.
-        return unsafe { cuda::dots(dots, features, upstream, &stacked, &seed, ordinal, &run) };
-    }
-    DOTS.on_cpu("features", features)?;
-    let (seed, threads) = (seed.value(DOTS, "seed")?, run.threads);
-    let mut plans = Vec::with_capacity(count);
-    for v in 0..count {
-        let mut slots = [const { None }; 5];
-        plans.push(Plan::read(DOTS, &stacked.select(v, &mut slots), features, seed)?);
-    }
-    use dots::dots as all_dots;
-    let values: Vec<f64> = by_dtype!(features, all_dots(features, upstream, &plans, threads));
-    for (v, value) in values.into_iter().enumerate() {
-        // SAFETY: `dots` was checked to have V elements, in host memory as features are.
-        unsafe { dots.write_f64(&[v], value) };
-    }
-    Ok(())
-}
-
-/// Judges the arguments of [`dots`]; returns V.
-pub fn check_dots(
-    features: &TensorView,
-    upstream: Option<&TensorView>,
-    stacked: &Parts,
-) -> Result<usize> {
-    DOTS.map("features", features)?;
-    if let Some(upstream) = upstream {
-        DOTS.sizes("upstream", upstream, "of features", features.sizes())?;
-        DOTS.same_dtype("upstream", upstream, "features", features)?;
-        DOTS.same_device("upstream", upstream, "features", features)?;
-    }
-    let named = [
-        ("theta", stacked.theta),
-        ("hole", stacked.hole),
-        ("sigma", stacked.sigma),
-        ("perm", stacked.perm),
-        ("keep", stacked.keep),
-    ];
-    let mut count = None;
-    for (name, part) in named {
-        let Some(part) = part else { continue };
-        DOTS.rank(name, part, "[V, G, ..]", &[2, 3, 4])?;
-        let v = part.sizes()[0];
-        if *count.get_or_insert(v) != v {
-            let rule = format!("have as many plans as the parts before it, {}", count.unwrap_or(v));
-            return Err(DOTS.value(name, rule, v));
+    /// dots[v] = <upstream, refine(features; plan v)> for a stack of plans, all of them in one pass over memory.
+    pub(crate) fn dots(&self, dots: &TensorView, upstream: &TensorView, run: &Run) -> Result<()> {
+        let features = self.features;
+        let count = self.check_dots(upstream)?;
+        self.check_seed(DOTS)?;
+        DOTS.sizes("dots", dots, "[V]", &[count])?;
+        DOTS.float("dots", dots)?;
+        DOTS.same_device("dots", dots, "features", features)?;
+        match features.device {
+            #[cfg(feature = "cuda")]
+            // SAFETY: checked above, the devices too.
+            Device::Cuda(ordinal) => unsafe { cuda::dots(self, dots, upstream, ordinal, run) },
+            _ => {
+                DOTS.on_cpu("features", features)?;
+                let plans = (0..count)
+                    .map(|v| SamplePlans::read(DOTS, &self.plan.select(v), features))
+                    .collect::<Result<Vec<_>>>()?;
+                let values = by_dtype!(features.dtype, T => {
+                    dots::dots::<T>(features, upstream, &plans, run.threads)
+                });
+                for (v, value) in values.into_iter().enumerate() {
+                    // SAFETY: `dots` was checked to have V elements, in host memory as features are.
+                    unsafe { dots.write_f64(&[v], value) };
+                }
+                Ok(())
+            }
         }
     }
-    let Some(count) = count else {
-        return Err(DOTS.value("plans", "have at least one part", "none"));
-    };
-    if count > 0 {
-        let mut slots = [const { None }; 5];
-        stacked.select(0, &mut slots).check(DOTS, features)?;
+
+    fn check_seed(&self, check: Check) -> Result<()> {
+        self.plan.seed.check_beside(check, "seed", "features", self.features)
     }
-    Ok(count)
 }
 
-/// Judges the arguments of [`forward`], on any device.
-pub fn check(features: &TensorView, parts: &Parts, straight: Option<&TensorView>) -> Result<()> {
-    parts.check(REFINE, features)?;
-    if let Some(straight) = straight {
-        REFINE.float("straight", straight)?;
-        REFINE.groups("straight", straight, features.sizes()[0], "[G]", &[])?;
-        REFINE.same_device("straight", straight, "features", features)?;
-    }
-    Ok(())
-}
-
-/// The columns that a plan needs of every sample, for the kernels.
-pub(crate) fn shape_of(features: &TensorView) -> Shape {
-    let s = features.sizes();
-    Shape { batch: s[0], channels: s[1], height: s[2], width: s[3] }
-}
-
-/// B, C, H, W.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Shape {
-    pub batch: usize,
-    pub channels: usize,
-    pub height: usize,
-    pub width: usize,
-}
-
-impl Shape {
-    /// H * W.
-    pub fn positions(&self) -> usize {
-        self.height * self.width
-    }
+fn like_features(check: Check, upstream: &TensorView, features: &TensorView) -> Result<()> {
+    check.sizes("upstream", upstream, "of features", features.sizes())?;
+    check.same_dtype("upstream", upstream, "features", features)?;
+    check.same_device("upstream", upstream, "features", features)
 }

@@ -1,8 +1,8 @@
 //! The truth: the formula of the module as plain f64 loops, one element at a time, and tests of the kernels against it.
 
 use super::*;
-use crate::philox::normal;
-use crate::view::Device;
+use crate::random::philox::normal;
+use crate::tensor::testing::{any_float, any_lay, Lay, Owned, Uniform};
 use proptest::prelude::*;
 
 /// Everything that one call needs, in f64.
@@ -118,116 +118,42 @@ fn truth(case: &Case) -> Truth {
     t
 }
 
-/// A tensor that owns its memory, for tests: f64 values rounded to a dtype and laid out with gaps and in any order.
-struct Owned {
-    _store: Vec<u64>,
-    view: TensorView,
+/// The plan of a case, and the memory that it views.
+struct OwnedPlan {
+    _parts: [Option<Owned>; 5],
+    plan: Plan,
 }
 
-/// How a test lays out `[B, C, H, W]`.
-#[derive(Clone, Copy, Debug)]
-enum Lay {
-    Contiguous,
-    ChannelsLast,
-    Sliced,
-    Transposed,
-}
-
-fn lay() -> impl Strategy<Value = Lay> {
-    prop_oneof![
-        Just(Lay::Contiguous),
-        Just(Lay::ChannelsLast),
-        Just(Lay::Sliced),
-        Just(Lay::Transposed)
-    ]
-}
-
-fn strides(shape: &[usize], lay: Lay) -> Vec<isize> {
-    let s: Vec<isize> = shape.iter().map(|d| (*d).max(1) as isize).collect();
-    if shape.len() != 4 {
-        let mut strides = vec![1; s.len()];
-        (0..s.len().saturating_sub(1)).rev().for_each(|d| strides[d] = strides[d + 1] * s[d + 1]);
-        return strides;
-    }
-    match lay {
-        Lay::Contiguous => vec![s[1] * s[2] * s[3], s[2] * s[3], s[3], 1],
-        Lay::ChannelsLast => vec![s[1] * s[2] * s[3], 1, s[3] * s[1], s[1]],
-        Lay::Sliced => {
-            vec![(s[1] + 1) * (s[2] + 2) * (s[3] + 3), (s[2] + 2) * (s[3] + 3), s[3] + 3, 1]
-        }
-        Lay::Transposed => vec![1, s[0] * s[2] * s[3], s[0], s[0] * s[2]],
-    }
-}
-
-impl Owned {
-    fn new(shape: &[usize], dtype: DType, lay: Lay, values: impl Fn(usize) -> f64) -> Self {
-        let strides = strides(shape, lay);
-        let reach: isize =
-            shape.iter().zip(&strides).map(|(&d, &s)| d.max(1) as isize * s).sum::<isize>() + 1;
-        let mut store = vec![0u64; reach as usize * dtype.size() / 8 + 2];
-        // SAFETY: the store reaches past the last element of these strides.
-        let view = unsafe {
-            TensorView::new(store.as_mut_ptr().cast(), dtype, Device::Cpu, shape, &strides)
-        };
-        let owned = Self { _store: store, view: view.expect("rank below 8") };
-        owned.each(|i, index, view| {
-            // SAFETY: the index is within the sizes.
-            unsafe { view.write_f64(index, values(i)) };
-        });
-        owned
-    }
-
-    fn each(&self, mut visit: impl FnMut(usize, &[usize], &TensorView)) {
-        let sizes = self.view.sizes();
-        for i in 0..self.view.numel() {
-            let mut rest = i;
-            let mut index = vec![0; sizes.len()];
-            for d in (0..sizes.len()).rev() {
-                (index[d], rest) = (rest % sizes[d], rest / sizes[d]);
-            }
-            visit(i, &index, &self.view);
-        }
-    }
-
-    fn values(&self) -> Vec<f64> {
-        let mut all = Vec::new();
-        // SAFETY: the index is within the sizes.
-        self.each(|_, index, view| all.push(unsafe { view.read_f64(index) }));
-        all
-    }
-}
-
-/// The parts of a case as tensors.
-struct Tensors([Option<Owned>; 5]);
-
-impl Tensors {
-    fn new(case: &Case) -> Self {
-        let plain = |shape: &[usize], dtype, values: &dyn Fn(usize) -> f64| {
-            Owned::new(shape, dtype, Lay::Contiguous, values)
-        };
-        let c = case.shape[1];
-        let theta =
-            case.theta.as_ref().map(|t| plain(&[t.len(), 2, 3], DType::F64, &|i| t[i / 6][i % 6]));
-        let hole = case
-            .hole
-            .as_ref()
-            .map(|h| plain(&[h.len(), 4], DType::I64, &|i| h[i / 4][i % 4] as f64));
-        let sigma = case.sigma.as_ref().map(|s| plain(&[s.len()], DType::F64, &|i| s[i]));
-        let perm = case
-            .perm
-            .as_ref()
-            .map(|p| plain(&[p.len(), c], DType::I32, &|i| p[i / c][i % c] as f64));
-        let keep = case
-            .keep
-            .as_ref()
-            .map(|k| plain(&[k.len(), c], DType::Bool, &|i| f64::from(k[i / c][i % c])));
-        Self([theta, hole, sigma, perm, keep])
-    }
-
-    fn parts(&self) -> Parts<'_> {
+impl OwnedPlan {
+    fn new(parts: [Option<Owned>; 5], seed: u64) -> Self {
         let [theta, hole, sigma, perm, keep] =
-            self.0.each_ref().map(|o| o.as_ref().map(|o| &o.view));
-        Parts { theta, hole, sigma, perm, keep }
+            parts.each_ref().map(|part| part.as_ref().map(|owned| owned.view.clone()));
+        Self { _parts: parts, plan: Plan { theta, hole, sigma, perm, keep, seed: seed.into() } }
+    }
+
+    fn of(case: &Case) -> Self {
+        let c = case.shape[1];
+        let theta = case.theta.as_ref().map(|t| {
+            Owned::new(&[t.len(), 2, 3], DType::F64, Lay::Contiguous, |i| t[i / 6][i % 6])
+        });
+        let hole = case.hole.as_ref().map(|h| {
+            Owned::new(&[h.len(), 4], DType::I64, Lay::Contiguous, |i| h[i / 4][i % 4] as f64)
+        });
+        let sigma = case
+            .sigma
+            .as_ref()
+            .map(|s| Owned::new(&[s.len()], DType::F64, Lay::Contiguous, |i| s[i]));
+        let perm = case.perm.as_ref().map(|p| {
+            Owned::new(&[p.len(), c], DType::I32, Lay::Contiguous, |i| p[i / c][i % c] as f64)
+        });
+        let keep = case.keep.as_ref().map(|k| {
+            Owned::new(&[k.len(), c], DType::Bool, Lay::Contiguous, |i| f64::from(k[i / c][i % c]))
+        });
+        Self::new([theta, hole, sigma, perm, keep], case.seed)
+    }
+
+    fn args<'a>(&'a self, features: &'a Owned) -> Args<'a> {
+        Args { features: &features.view, plan: &self.plan }
     }
 }
 
@@ -247,11 +173,8 @@ prop_compose! {
         random in any::<u64>(),
         present in [0..3u8, 0..3u8, 0..3u8, 0..3u8, 0..3u8],
     ) -> Case {
-        let mut state = random;
-        let mut uniform = move || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 40) as f64 / (1u64 << 24) as f64
-        };
+        let mut numbers = Uniform(random);
+        let mut uniform = move || numbers.next();
         let [b, c, h, w] = shape;
         let count = b * c * h * w;
         let features = (0..count).map(|_| (uniform() * 4.0 - 2.0) as f32 as f64).collect();
@@ -288,25 +211,21 @@ fn tolerance(dtype: DType) -> f64 {
     }
 }
 
-fn dtype() -> impl Strategy<Value = DType> {
-    prop_oneof![Just(DType::F64), Just(DType::F32), Just(DType::F16), Just(DType::BF16)]
-}
-
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(150))]
 
     #[test]
-    fn forward_is_the_formula(mut case in case(), dtype in dtype(), lay in lay(), out in 0..2usize, threads in 1..4usize) {
+    fn forward_is_the_formula(mut case in case(), dtype in any_float(), lay in any_lay(), out in 0..2usize, threads in 1..4usize) {
         let features = Owned::new(&case.shape, dtype, lay, |i| case.features[i]);
         case.features = features.values();
         let out = [Lay::Contiguous, Lay::ChannelsLast][out];
         let refined = Owned::new(&case.shape, dtype, out, |_| f64::NAN);
-        forward(&refined.view, &features.view, Tensors::new(&case).parts(), case.seed, threads).unwrap();
+        OwnedPlan::of(&case).args(&features).forward(&refined.view, &threads.into()).unwrap();
         close(&refined.values(), &truth(&case).refined, tolerance(dtype), "refined");
     }
 
     #[test]
-    fn backward_is_the_gradient(mut case in case(), dtype in dtype(), lays in [lay(), lay()], out in 0..2usize, threads in 1..4usize) {
+    fn backward_is_the_gradient(mut case in case(), dtype in any_float(), lays in [any_lay(), any_lay()], out in 0..2usize, threads in 1..4usize) {
         let features = Owned::new(&case.shape, dtype, lays[0], |i| case.features[i]);
         let upstream = Owned::new(&case.shape, dtype, lays[1], |i| case.upstream[i]);
         (case.features, case.upstream) = (features.values(), upstream.values());
@@ -314,13 +233,13 @@ proptest! {
         let plain = |shape: &[usize]| Owned::new(shape, DType::F64, Lay::Contiguous, |_| f64::NAN);
         let d_features = Owned::new(&case.shape, dtype, [Lay::Contiguous, Lay::ChannelsLast][out], |_| f64::NAN);
         let (d_theta, d_sigma, d_straight) = (plain(&[b, 2, 3]), plain(&[1]), plain(&[b]));
-        let wanted = Wanted {
-            features: Some(&d_features.view),
-            theta: Some(&d_theta.view),
-            sigma: Some(&d_sigma.view),
-            straight: Some(&d_straight.view),
+        let gradients = Gradients {
+            d_features: Some(&d_features.view),
+            d_theta: Some(&d_theta.view),
+            d_sigma: Some(&d_sigma.view),
+            d_straight: Some(&d_straight.view),
         };
-        backward(wanted, &upstream.view, &features.view, Tensors::new(&case).parts(), case.seed, threads).unwrap();
+        OwnedPlan::of(&case).args(&features).backward(&gradients, &upstream.view, &threads.into()).unwrap();
         let truth = truth(&case);
         close(&d_features.values(), &truth.d_features, 4.0 * tolerance(dtype), "d_features");
         let scale = if dtype == DType::F64 { 1e-11 } else { 3e-6 } * case.shape.iter().product::<usize>() as f64 * 4.0;
@@ -330,7 +249,7 @@ proptest! {
     }
 
     #[test]
-    fn dots_are_inner_products_with_the_forward(mut cases in proptest::collection::vec(case(), 1..6), dtype in dtype(), lay in lay(), threads in 1..4usize) {
+    fn dots_are_inner_products_with_the_forward(mut cases in proptest::collection::vec(case(), 1..6), dtype in any_float(), lay in any_lay(), threads in 1..4usize) {
         let first = cases[0].clone();
         let features = Owned::new(&first.shape, dtype, lay, |i| first.features[i]);
         let upstream = Owned::new(&first.shape, dtype, Lay::Contiguous, |i| first.upstream[i]);
@@ -354,17 +273,14 @@ proptest! {
         };
         let groups = if v > 1 || b > 1 { b } else { 1 };
         let theta_of = |p: usize, i: usize| cases[p].theta.as_ref().unwrap()[0][i % 6];
-        // 4-d parts are laid out by `strides` as maps, so theta is stacked as contiguous.
         let theta = stack(&[groups, 2, 3], DType::F64, &theta_of);
         let hole = stack(&[1, 4], DType::I64, &|p, i| cases[p].hole.as_ref().unwrap()[0][i] as f64);
         let sigma = stack(&[1], DType::F64, &|p, _| cases[p].sigma.as_ref().unwrap()[0]);
         let perm = stack(&[1, c], DType::I64, &|p, i| cases[p].perm.as_ref().unwrap()[0][i] as f64);
         let keep = stack(&[1, c], DType::Bool, &|p, i| f64::from(cases[p].keep.as_ref().unwrap()[0][i]));
-        let parts = Parts {
-            theta: Some(&theta.view), hole: Some(&hole.view), sigma: Some(&sigma.view), perm: Some(&perm.view), keep: Some(&keep.view),
-        };
+        let stacked = OwnedPlan::new([theta, hole, sigma, perm, keep].map(Some), first.seed);
         let out = Owned::new(&[v], DType::F64, Lay::Contiguous, |_| f64::NAN);
-        dots(&out.view, &features.view, &upstream.view, parts, first.seed, threads).unwrap();
+        stacked.args(&features).dots(&out.view, &upstream.view, &threads.into()).unwrap();
         let expected: Vec<f64> = cases.iter().map(|case| truth(case).dot).collect();
         let scale = if dtype == DType::F64 { 1e-11 } else { 1e-6 } * first.features.len() as f64;
         close(&out.values(), &expected, scale.max(1e-11), "dots");
@@ -382,41 +298,30 @@ fn identity_copies_bits_and_bad_values_are_refused() {
         }
     });
     let refined = Owned::new(&shape, DType::F32, Lay::ChannelsLast, |_| f64::NAN);
+    let run = |part: usize, values: Owned| {
+        let mut parts = [const { None }; 5];
+        parts[part] = Some(values);
+        let refined = &refined.view;
+        OwnedPlan::new(parts, 0)
+            .args(&features)
+            .forward(refined, &2.into())
+            .map_err(|e| e.to_string())
+    };
     let theta =
-        Owned::new(&[1, 2, 3], DType::F32, Lay::Contiguous, |i| [1.0, 0.0, 0.0, 0.0, 1.0, 0.0][i]);
-    forward(
-        &refined.view,
-        &features.view,
-        Parts { theta: Some(&theta.view), ..Parts::default() },
-        0,
-        2,
-    )
-    .unwrap();
+        |values: [f64; 6]| Owned::new(&[1, 2, 3], DType::F32, Lay::Contiguous, |i| values[i]);
+    run(0, theta([1.0, 0.0, 0.0, 0.0, 1.0, 0.0])).unwrap();
     assert_eq!(refined.values(), features.values());
-    let bad =
-        |theta: Option<&TensorView>, sigma: Option<&TensorView>, perm: Option<&TensorView>| {
-            let parts = Parts { theta, sigma, perm, ..Parts::default() };
-            forward(&refined.view, &features.view, parts, 0, 1).unwrap_err().to_string()
-        };
-    let nan = Owned::new(&[1, 2, 3], DType::F32, Lay::Contiguous, |_| f64::NAN);
-    assert_eq!(
-        bad(Some(&nan.view), None, None),
-        "refine: theta must be finite, got NaN at [0, 0, 0]"
-    );
+    let refused = |part, values, text: &str| assert_eq!(run(part, values).unwrap_err(), text);
+    refused(0, theta([f64::NAN; 6]), "refine: theta must be finite, got NaN at [0, 0, 0]");
     let infinite = Owned::new(&[2], DType::F32, Lay::Contiguous, |i| [0.0, f64::INFINITY][i]);
-    assert_eq!(
-        bad(None, Some(&infinite.view), None),
-        "refine: sigma must be finite, got inf at [1]"
-    );
+    refused(2, infinite, "refine: sigma must be finite, got inf at [1]");
     for (values, text) in [
         ([0.0, 0.0, 1.0], "0 at [0, 1]"),
         ([0.0, 1.0, 3.0], "3 at [0, 2]"),
         ([0.0, -1.0, 1.0], "-1 at [0, 1]"),
     ] {
         let perm = Owned::new(&[1, 3], DType::I64, Lay::Contiguous, |i| values[i]);
-        assert_eq!(
-            bad(None, None, Some(&perm.view)),
-            format!("refine: perm must be a permutation of 0 to 2, got {text}")
-        );
+        let text = format!("refine: perm must be a permutation of 0 to 2, got {text}");
+        refused(3, perm, &text);
     }
 }

@@ -1,17 +1,36 @@
-//! A plan read from its tensors: what each sample needs, decided once.
+//! A plan read from its tensors, one for each sample.
 
-use super::{Parts, Shape};
-use crate::check::Check;
-use crate::error::Result;
-use crate::philox::Keys;
-use crate::simd::{self, Job, Real};
-use crate::view::TensorView;
+use super::Plan;
+use crate::random::philox::Keys;
+use crate::simd::{self, Real, Simd, WithSimd};
+use crate::tensor::{Check, Result, TensorView};
 use std::marker::PhantomData;
 
 const IDENTITY: [f64; 6] = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0];
 
-/// All groups of all parts. Parts that do nothing (an identity theta, an empty hole, sigma 0, ..) are `None` from here on.
-pub(crate) struct Plan {
+/// B, C, H, W.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Shape {
+    pub batch: usize,
+    pub channels: usize,
+    pub height: usize,
+    pub width: usize,
+}
+
+impl Shape {
+    fn of(features: &TensorView) -> Self {
+        let s = features.sizes();
+        Self { batch: s[0], channels: s[1], height: s[2], width: s[3] }
+    }
+
+    /// H * W.
+    pub(super) fn positions(&self) -> usize {
+        self.height * self.width
+    }
+}
+
+/// The plan of each sample. Parts that are no-ops (an identity theta, an empty hole, sigma 0, ..) are `None` from here on.
+pub(super) struct SamplePlans {
     theta: Vec<Option<[f64; 6]>>,
     hole: Vec<Option<Hole>>,
     sigma: Vec<Option<f64>>,
@@ -25,16 +44,16 @@ pub(crate) struct Plan {
 
 /// Rows y0 .. y1 and columns x0 .. x1, clipped to the map, not empty.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Hole {
+pub(super) struct Hole {
     pub y0: usize,
     pub x0: usize,
     pub y1: usize,
     pub x1: usize,
 }
 
-/// What one sample needs.
+/// The parts of one sample.
 #[derive(Clone, Copy)]
-pub(crate) struct Group<'a> {
+pub(super) struct SamplePlan<'a> {
     pub theta: Option<&'a [f64; 6]>,
     pub hole: Option<Hole>,
     pub sigma: Option<f64>,
@@ -42,29 +61,29 @@ pub(crate) struct Group<'a> {
     pub keep: Option<&'a [bool]>,
 }
 
-impl Plan {
-    /// Reads parts that [`Parts::check`] has judged; values are judged here.
-    pub fn read(check: Check, parts: &Parts, features: &TensorView, seed: u64) -> Result<Self> {
-        for view in
-            [parts.theta, parts.hole, parts.sigma, parts.perm, parts.keep].into_iter().flatten()
-        {
-            check.on_cpu("a plan's part", view)?;
+impl SamplePlans {
+    /// Reads a plan of checked metadata; values are checked here.
+    pub(super) fn read(check: Check, plan: &Plan, features: &TensorView) -> Result<Self> {
+        check.on_cpu("features", features)?;
+        let seed = plan.seed.value(check, "seed")?;
+        for (_, part) in plan.parts() {
+            part.map_or(Ok(()), |view| check.on_cpu("a plan's part", view))?;
         }
-        let shape = super::shape_of(features);
+        let shape = Shape::of(features);
         Ok(Self {
-            theta: groups(parts.theta, |view, g| read_theta(check, view, g))?,
-            hole: groups(parts.hole, |view, g| Ok(read_hole(view, g, shape)))?,
-            sigma: groups(parts.sigma, |view, g| read_sigma(check, view, g))?,
-            perm: groups(parts.perm, |view, g| read_perm(check, view, g))?,
-            keep: groups(parts.keep, |view, g| Ok(read_keep(view, g)))?,
+            theta: groups(&plan.theta, |view, g| read_theta(check, view, g))?,
+            hole: groups(&plan.hole, |view, g| Ok(read_hole(view, g, shape)))?,
+            sigma: groups(&plan.sigma, |view, g| read_sigma(check, view, g))?,
+            perm: groups(&plan.perm, |view, g| read_perm(check, view, g))?,
+            keep: groups(&plan.keep, |view, g| Ok(read_keep(view, g)))?,
             keys: Keys::new(seed),
             shape,
         })
     }
 
-    /// What sample `n` needs.
-    pub fn at(&self, n: usize) -> Group<'_> {
-        Group {
+    /// The plan of sample `n`.
+    pub(super) fn at(&self, n: usize) -> SamplePlan<'_> {
+        SamplePlan {
             theta: of_sample(&self.theta, n).and_then(Option::as_ref),
             hole: of_sample(&self.hole, n).copied().flatten(),
             sigma: of_sample(&self.sigma, n).copied().flatten(),
@@ -74,18 +93,18 @@ impl Plan {
     }
 
     /// One sampling table for each theta.
-    pub fn tables<A: Real>(&self, threads: usize) -> Tables<A> {
+    pub(super) fn tables<A: Real>(&self, threads: usize) -> Tables<A> {
         let table = |g: usize| self.theta[g].as_ref().map(|theta| Table::new(theta, self.shape));
         Tables(crate::parallel::map(threads, self.theta.len(), table))
     }
 
     /// Whether all samples share one theta, so that its table is worth keeping.
-    pub fn shares_theta(&self) -> bool {
+    pub(super) fn shares_theta(&self) -> bool {
         self.theta.len() <= 1
     }
 
     /// The table of sample `n` alone.
-    pub fn table<A: Real>(&self, n: usize) -> Option<Table<A>> {
+    pub(super) fn table<A: Real>(&self, n: usize) -> Option<Table<A>> {
         self.at(n).theta.map(|theta| Table::new(theta, self.shape))
     }
 }
@@ -96,10 +115,10 @@ fn of_sample<T>(groups: &[T], n: usize) -> Option<&T> {
 }
 
 fn groups<T>(
-    part: Option<&TensorView>,
+    part: &Option<TensorView>,
     read: impl Fn(&TensorView, usize) -> Result<T>,
 ) -> Result<Vec<T>> {
-    part.map_or_else(
+    part.as_ref().map_or_else(
         || Ok(Vec::new()),
         |view| (0..view.sizes()[0]).map(|g| read(view, g)).collect(),
     )
@@ -169,20 +188,20 @@ fn read_keep(view: &TensorView, g: usize) -> Option<Vec<bool>> {
 
 /// Where one position samples: four corners (`positions` itself for a corner outside the map) and their weights.
 #[derive(Clone, Copy)]
-pub(crate) struct Corners<A> {
+pub(super) struct Corners<A> {
     pub at: [u32; 4],
     pub weight: [A; 4],
 }
 
 /// The corners of all positions under one theta, row by row.
-pub(crate) struct Table<A>(pub Vec<Corners<A>>);
+pub(super) struct Table<A>(pub Vec<Corners<A>>);
 
 /// One table for each theta that is not the identity.
-pub(crate) struct Tables<A>(Vec<Option<Table<A>>>);
+pub(super) struct Tables<A>(Vec<Option<Table<A>>>);
 
 impl<A: Real> Tables<A> {
     /// The table for sample `n`; `None` for the identity.
-    pub fn at(&self, n: usize) -> Option<&Table<A>> {
+    pub(super) fn at(&self, n: usize) -> Option<&Table<A>> {
         of_sample(&self.0, n).and_then(Option::as_ref)
     }
 }
@@ -193,19 +212,19 @@ impl<A: Real> Table<A> {
     }
 }
 
-/// Makes a table: a job for the sake of `floor`, which is a call without the newer instructions.
+/// Makes a table. Compiled for every level because `floor` is a function call without the newer instructions.
 struct MakeTable<'a, A> {
     theta: &'a [f64; 6],
     shape: Shape,
     of: PhantomData<A>,
 }
 
-impl<A: Real> Job for MakeTable<'_, A> {
+impl<A: Real> WithSimd for MakeTable<'_, A> {
     type Out = Table<A>;
 
     /// In float64 throughout: the coordinate's error would otherwise grow with the map.
     #[inline(always)]
-    fn run(self) -> Table<A> {
+    fn with_simd<S: Simd>(self, _: S) -> Table<A> {
         let (theta, shape) = (self.theta, self.shape);
         let (height, width) = (shape.height as f64, shape.width as f64);
         let (cx, cy) = ((width - 1.0) / 2.0, (height - 1.0) / 2.0);

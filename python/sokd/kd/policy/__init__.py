@@ -1,4 +1,4 @@
-"""The policy: what it draws, what a draw becomes, and both gradients of its choices."""
+"""The policy: draws, plans, and two gradient estimators of its discrete choices."""
 
 from sokd.kd.policy.policy import Draw, Policy, Sample, fresh_seed, manual_seed
 

@@ -1,13 +1,15 @@
-"""The gradient of the discrete choices: refined features as a multilinear function of choice and gates.
+"""Gradients of the discrete choices: refined features are multilinear in choice and gates.
 
-    refined = sum_k w_k sum_{b in {0,1}^2} prod_i gate_{k,i}^{b_i} (1 - gate_{k,i})^{1 - b_i} T_k(features; b)
+    refined = sum_k w_k sum_{b in {0,1}^2} T_k(features; b)
+                                           * prod_i gate_{k,i}^{b_i} (1 - gate_{k,i})^{1 - b_i}
 
-with one-hot w and gates in {0, 1}. At a sample (k, b), for upstream u and T_j at its own sampled gates:
+with one-hot w and gates in {0, 1}. At a sample (k, b), for upstream u and T_j at its own sampled
+gates:
 
-    d w_j    = <u, T_j(features; b_j)>                                     all K sub-policies
-    d gate_i = <u, T_k(features; b_i = 1)> - <u, T_k(features; b_i = 0)>   the two gates of the chosen one
+    d w_j    = <u, T_j(features; b_j)>                                     for all K sub-policies
+    d gate_i = <u, T_k(features; b_i = 1)> - <u, T_k(features; b_i = 0)>   for the chosen one's
 
-so K + 2 inner products with `refine_dots`, in the backward alone; nothing of that size is ever stored.
+so K + 2 inner products with `refine_dots`, in the backward alone; no tensor of that size is stored.
 """
 
 from __future__ import annotations
@@ -18,26 +20,27 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sokd.kd.policy.plan import Parts
-from sokd.ops import Plan as Plans
-from sokd.ops import refine, refine_dots
+from sokd.ops import Plans, refine, refine_dots
+from sokd.ops.runtime import accumulator
 
 __all__ = ["with_choices"]
 
 
 def with_choices(
     refined: Tensor, features: Tensor, choice: Tensor, gates: Tensor, chosen: Tensor, fired: Tensor,
-    flips: Parts, seed: Tensor,
+    flips: Plans,
 ) -> Tensor:  # fmt: skip
-    """`refined` itself, with the gradients of the choice and the gates added to its graph.
+    """A view of `refined` whose graph also carries the gradients of the choice and the gates.
 
     Args:
-        refined, features: [B, C, H, W], the sampled plan's result and what it was made of.
-        choice: [G, K] and gates [G, 2]: the relaxed values that receive the gradients (straight-through).
+        refined, features: [B, C, H, W], the result of the sampled plan and its input.
+        choice: [G, K] and gates [G, 2]: the relaxed values that receive the gradients
+            (straight-through).
         chosen: [G] int64, fired [G, 2] bool: the sample. G is 1 or B.
-        flips: V = K + 2 plans: every sub-policy at its gates, then the chosen one with either gate flipped.
+        flips: V = K + 2 plans: all sub-policies at their gates, then the chosen one with either
+            gate flipped.
     """
-    inputs = (refined, choice, gates, features, chosen, fired, seed, *flips)
+    inputs = (refined, choice, gates, features, chosen, fired, *flips)
     return _Choices.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -53,10 +56,8 @@ class _Choices(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        features, chosen, fired, seed, *parts = ctx.saved_tensors
-        dots = _dots_of_groups(
-            features, upstream, Parts(*parts), seed, chosen.shape[0]
-        ).T  # [G, K + 2]
+        features, chosen, fired, *flips = ctx.saved_tensors
+        dots = _dots_of_groups(features, upstream, Plans(*flips), chosen.shape[0]).T  # [G, K + 2]
         subpolicies = dots.shape[1] - 2
         d_choice, flipped = dots[:, :subpolicies], dots[:, subpolicies:]
         current = d_choice.gather(1, chosen.unsqueeze(1))
@@ -64,29 +65,28 @@ class _Choices(torch.autograd.Function):
         return upstream, d_choice, d_gates, *[None] * 9
 
 
-def _dots_of_groups(
-    features: Tensor, upstream: Tensor, flips: Parts, seed: Tensor, groups: int
-) -> Tensor:
+def _dots_of_groups(features: Tensor, upstream: Tensor, flips: Plans, groups: int) -> Tensor:
     """<upstream, refine(features; plan_v)> of each group: [V, G]."""
     if groups <= 1:
-        return refine_dots(features, upstream, Plans(*flips, seed)).unsqueeze(1)[:, :groups]
-    # Each sample has its own relaxed choice, so its own products. Noise is keyed by the index within a call,
-    # hence it is left out of the calls for one sample and added after: refine is linear in it.
+        return refine_dots(features, upstream, flips).unsqueeze(1)[:, :groups]
+    # Each sample has its own relaxed choice, hence its own products. Noise is keyed by the index
+    # within a call: it is left out of the calls for one sample and added afterwards, as refine is
+    # linear in it.
     columns = [_dots_of_sample(features, upstream, flips, index) for index in range(groups)]
     dots = torch.stack(columns, dim=1)
-    return dots if flips.sigma is None else dots + _noise_dots(upstream, flips, flips.sigma, seed)
+    return dots if flips.sigma is None else dots + _noise_dots(upstream, flips, flips.sigma)
 
 
-def _dots_of_sample(features: Tensor, upstream: Tensor, flips: Parts, index: int) -> Tensor:
+def _dots_of_sample(features: Tensor, upstream: Tensor, flips: Plans, index: int) -> Tensor:
     one = slice(index, index + 1)
-    theta, hole, _, perm, keep = (None if part is None else part[:, one] for part in flips)
-    return refine_dots(features[one], upstream[one], Plans(theta, hole, None, perm, keep))
+    parts = {name: part[:, one] for name, part in flips.parts().items() if name != "sigma"}
+    return refine_dots(features[one], upstream[one], Plans(**parts))
 
 
-def _noise_dots(upstream: Tensor, flips: Parts, sigma: Tensor, seed: Tensor) -> Tensor:
+def _noise_dots(upstream: Tensor, flips: Plans, sigma: Tensor) -> Tensor:
     """sigma * <upstream, keep * eps>: [V, G]."""
-    wide = upstream.double() if upstream.dtype == torch.float64 else upstream.float()
-    eps = refine(torch.zeros_like(wide), sigma=wide.new_ones(1), seed=seed)
+    wide = upstream.to(accumulator(upstream.dtype))
+    eps = refine(torch.zeros_like(wide), sigma=wide.new_ones(1), seed=flips.seed)
     along = (wide * eps).sum((2, 3))  # [B, C]
     total = along.sum(1) if flips.keep is None else torch.where(flips.keep, along, 0).sum(2)
     return sigma * total

@@ -1,7 +1,8 @@
-"""The nine operations, and how a choice of them becomes the arguments of `sokd.ops.refine`.
+"""The nine operations, and the arguments of `sokd.ops.refine` for a choice of them.
 
-Everything here is torch operations on whole tensors: any leading dimensions, no value read on the host, no
-Python branch on a draw. `...` below is [G], or [V, G] for the V plans that `refine_dots` compares.
+All functions are tensor operations: any leading dimensions, no value read on the host, no Python
+branch on a draw. `...` below is [G] for a `Plan`, or [V, G] for the V plans of `refine_dots`,
+`Plans`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["OPERATIONS", "PAIRS", "Operation", "Plan"]
+__all__ = ["OPERATIONS", "PAIRS", "Operation"]
 
 
 class Operation(NamedTuple):
@@ -46,22 +47,8 @@ PAIRS = tuple(combinations(range(len(OPERATIONS)), 2))  # all 36 sub-policies
 _GEOMETRIC, _CUTOUT, _NOISE, _SHUFFLE, _DROP = frozenset(range(5)), 5, 6, 7, 8
 
 
-class Plan(NamedTuple):
-    """What one pass of `sokd.ops.refine` applies. G is 1 or B. None: no sub-policy can use the part."""
-
-    theta: Tensor | None  # [G, 2, 3]
-    hole: Tensor | None  # [G, 4] int64: y0 x0 y1 x1, half open
-    sigma: Tensor | None  # [G]
-    perm: Tensor | None  # [G, C] int64
-    keep: Tensor | None  # [G, C] bool
-    straight: (
-        Tensor | None
-    )  # [G]: carries the straight-through gradient of the magnitudes, not a value
-    seed: Tensor  # int64 [1]: key of the noise
-
-
 class Ranges(NamedTuple):
-    """The operations' ranges as integers: a module's `.half()` casts its float buffers, not these."""
+    """The operations' ranges as integers: `.half()` casts a module's float buffers, not these."""
 
     low: Tensor  # [9] int64, hundredths
     span: Tensor  # [9] int64, hundredths
@@ -69,23 +56,23 @@ class Ranges(NamedTuple):
 
 
 def ranges(*, pathwise: bool) -> Ranges:
-    """`OPERATIONS` as tensors. Whole hundredths also make a magnitude of 0.5 exactly v = 0 where low = -high.
+    """`OPERATIONS` as tensors of whole hundredths.
 
-    Straight-through: all carry it but the shuffle, which has no magnitude. Pathwise: cutout and
-    channel_drop alone, whose effect steps with the magnitude.
+    So a magnitude of 0.5 is exactly v = 0 where low = -high. Straight-through: all operations carry
+    it but the shuffle, which has no magnitude. Pathwise: only cutout and channel_drop, whose effect
+    is a step function of the magnitude.
     """
     low = torch.tensor([round(100 * op.low) for op in OPERATIONS])
     span = torch.tensor([round(100 * op.high) for op in OPERATIONS]) - low
     carrying = [
         op in (_CUTOUT, _DROP) if pathwise else op != _SHUFFLE for op in range(len(OPERATIONS))
     ]
-    return Ranges(
-        low, span, torch.tensor(carrying).long()
-    )  # bool has no mean, as averaged buffers need
+    # bool has no mean, as averaged buffers need
+    return Ranges(low, span, torch.tensor(carrying).long())
 
 
 def pair_of(entry: Sequence[int | str]) -> tuple[int, int]:
-    """Two operations by name or index, in canonical order. ValueError unless they are two distinct ones."""
+    """Two distinct operations by name or index, in canonical order; ValueError for others."""
     names = [op.name for op in OPERATIONS]
     try:
         indices = [names.index(op) if isinstance(op, str) else op for op in entry]
@@ -100,7 +87,7 @@ def pair_of(entry: Sequence[int | str]) -> tuple[int, int]:
 
 
 class Strengths(NamedTuple):
-    """How strongly each of the nine operations acts; 0 and False for one that does not."""
+    """The strength of each of the nine operations; 0 and False for one that does not act."""
 
     value: Tensor  # [..., 9]: v
     fired: Tensor  # [..., 9] bool
@@ -108,7 +95,7 @@ class Strengths(NamedTuple):
 
 
 def strengths(pairs: Tensor, gates: Tensor, magnitude: Tensor, ranges: Ranges) -> Strengths:
-    """pairs [..., 2] int64, gates [..., 2] bool and magnitude [..., 2] of the chosen sub-policies."""
+    """pairs [..., 2] int64, gates [..., 2] bool, magnitude [..., 2] of the chosen sub-policies."""
     index = torch.arange(len(OPERATIONS), device=pairs.device)
     hit = pairs.unsqueeze(-1) == index
     fired = (hit & gates.unsqueeze(-1)).any(-2)
@@ -120,8 +107,9 @@ def strengths(pairs: Tensor, gates: Tensor, magnitude: Tensor, ranges: Ranges) -
 def theta(value: Tensor, height: int, width: int) -> Tensor:
     """[..., 2, 3]: shear_x @ shear_y @ translate_x @ translate_y @ rotate, written out.
 
-    At most two of the five differ from the identity, so this is theta_1 @ theta_2 in canonical order. What
-    does not act contributes 0 and 1 exactly, so two identities stay an identity to the bit.
+    At most two of the five differ from the identity, so this is theta_1 @ theta_2 in canonical
+    order. An operation that does not act contributes exactly 0 and 1, so two identities give an
+    exact identity.
     """
     a, b, x, y, degrees = value[..., :5].unbind(-1)
     turn = degrees * (math.pi / 180)
@@ -137,14 +125,14 @@ def theta(value: Tensor, height: int, width: int) -> Tensor:
 
 
 def _span(share: Tensor, centre: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """First cell and end of the hole along one side: max(1, round(v * side)) cells about a uniform one."""
+    """Start and end of the hole on one side: max(1, round(v * side)) cells around the centre."""
     length = (share * side).round().clamp(min=1)
     start = (centre * side).floor() - (length / 2).floor()
     return start.clamp(0, side), (start + length).clamp(0, side)
 
 
 def hole(value: Tensor, centre: Tensor, height: int, width: int) -> Tensor:
-    """[..., 4] int64; (0, 0, 0, 0) where nothing is cut out. centre [..., 2] uniforms for y and x."""
+    """[..., 4] int64; zeros where cutout does not act. centre [..., 2]: uniforms for y and x."""
     share = value[..., _CUTOUT].detach()
     y0, y1 = _span(share, centre[..., 0], height)
     x0, x1 = _span(share, centre[..., 1], width)
@@ -152,12 +140,11 @@ def hole(value: Tensor, centre: Tensor, height: int, width: int) -> Tensor:
 
 
 def shuffled(fired: Tensor, uniforms: Tensor) -> Tensor:
-    """[..., C]: the order of the uniforms [..., C] where the shuffle fired, else the identity."""
+    """[..., C]: sort order of the uniforms [..., C] where the shuffle fired, else the identity."""
     channels = uniforms.shape[-1]
     drawn = uniforms.argsort(dim=-1, stable=True)
-    return torch.where(
-        fired[..., _SHUFFLE, None], drawn, torch.arange(channels, device=uniforms.device)
-    )
+    same = torch.arange(channels, device=uniforms.device)
+    return torch.where(fired[..., _SHUFFLE, None], drawn, same)
 
 
 def kept(value: Tensor, uniforms: Tensor) -> Tensor:
@@ -166,7 +153,7 @@ def kept(value: Tensor, uniforms: Tensor) -> Tensor:
 
 
 class Present(NamedTuple):
-    """Which parts any of the sub-policies can use: known early, so that the rest is never computed."""
+    """Which arguments of `refine` any sub-policy can use; the others are never computed."""
 
     theta: bool
     hole: bool
@@ -177,44 +164,28 @@ class Present(NamedTuple):
     @classmethod
     def of(cls, pairs: Sequence[tuple[int, int]]) -> Present:
         used = {op for pair in pairs for op in pair}
-        return cls(
-            bool(used & _GEOMETRIC),
-            _CUTOUT in used,
-            _NOISE in used,
-            _SHUFFLE in used,
-            _DROP in used,
-        )
+        single = (op in used for op in (_CUTOUT, _NOISE, _SHUFFLE, _DROP))
+        return cls(bool(used & _GEOMETRIC), *single)
 
 
-class Parts(NamedTuple):
-    """The arguments of `refine` with any leading dimensions: `Plan` without what is not stacked."""
-
-    theta: Tensor | None
-    hole: Tensor | None
-    sigma: Tensor | None
-    perm: Tensor | None
-    keep: Tensor | None
-
-
-def parts(
-    strong: Strengths,
-    present: Present,
-    centre: Tensor,
-    channel_uniforms: Tensor,
-    height: int,
+def arguments(
+    strong: Strengths, present: Present, centre: Tensor, channel_uniforms: Tensor, height: int,
     width: int,
-) -> Parts:
-    """The arguments of `refine`; centre [..., 2]; channel_uniforms [2, ..., C], for perm and keep."""
+) -> dict[str, Tensor | None]:  # fmt: skip
+    """The arguments of `refine` that a `Plan` and `Plans` share, by name; `seed` is missing.
+
+    centre [..., 2]; channel_uniforms [2, ..., C], for perm and keep.
+    """
     value, fired = strong.value, strong.fired
-    return Parts(
-        theta(value, height, width) if present.theta else None,
-        hole(value, centre, height, width) if present.hole else None,
-        value[..., _NOISE] if present.sigma else None,
-        shuffled(fired, channel_uniforms[0]) if present.perm else None,
-        kept(value, channel_uniforms[1]) if present.keep else None,
-    )
+    return {
+        "theta": theta(value, height, width) if present.theta else None,
+        "hole": hole(value, centre, height, width) if present.hole else None,
+        "sigma": value[..., _NOISE] if present.sigma else None,
+        "perm": shuffled(fired, channel_uniforms[0]) if present.perm else None,
+        "keep": kept(value, channel_uniforms[1]) if present.keep else None,
+    }
 
 
 def straight(strong: Strengths, carrying: Tensor) -> Tensor:
-    """[...]: the magnitudes of the fired operations that get the sum of the upstream gradient, added up."""
+    """[...]: sum of the fired magnitudes that get the straight-through gradient."""
     return torch.where(strong.fired, strong.magnitude * carrying, 0).sum(-1)

@@ -1,11 +1,12 @@
-"""The policy: how the teacher's features are augmented; drawn on the device, with gradients for the search.
+"""The policy: a learned augmentation of the teacher's features, drawn on the device.
 
-    k ~ Categorical(softmax(alpha));  b_i ~ Bernoulli(beta[k, i]);  v_i = low + magnitude[k, i] * (high - low)
+    k ~ Categorical(softmax(alpha));  b_i ~ Bernoulli(beta[k, i])
+    v_i = low + magnitude[k, i] * (high - low)
     refined = refine(features; plan(k, b, v))
 
-Source: docs/method.md 2.1 - 2.4 [P: paper, A: authors' prototype, S: settled here]. All randomness is of
-two int64 buffers, `seed` and `counter`: a checkpoint resumes bit for bit, and PyTorch's generators stay
-untouched.
+Source: docs/method.md 2.1 - 2.4 [P: paper, A: authors' prototype, S: settled here]. All randomness
+comes from two int64 buffers, `seed` and `counter`: a checkpoint resumes bit for bit, and PyTorch's
+generators are not advanced.
 """
 
 from __future__ import annotations
@@ -19,23 +20,22 @@ import torch
 from torch import Tensor, nn
 
 from sokd.kd import sanity
+from sokd.kd.features import one_of
 from sokd.kd.policy.gumbel import with_choices
 from sokd.kd.policy.plan import (
     OPERATIONS,
     PAIRS,
-    Parts,
-    Plan,
     Present,
     Ranges,
     Strengths,
+    arguments,
     pair_of,
-    parts,
     ranges,
     straight,
     strengths,
 )
+from sokd.ops import Plan, Plans, refine, torch_internals
 from sokd.ops import draw as draw_uniforms
-from sokd.ops import refine
 
 __all__ = ["Draw", "Policy", "Sample", "fresh_seed", "manual_seed"]
 
@@ -46,23 +46,29 @@ _OPTIONS = {
 }
 
 _DRAWN_AGAIN = (
-    "Policy: draw must be called outside the backward pass, got a call inside; checkpoint the student alone, "
-    "or kd.terms(..., draw=kd.policy.draw(batch)) with a draw made before"
+    "Policy: draw must be called outside the backward pass, got a call inside; checkpoint the "
+    "student alone, or kd.terms(..., draw=kd.policy.draw(batch)) with a draw made before"
 )
 
 _TRANSFORMED = (
-    "Policy: draw must be called outside torch.func's transforms, which forbid it to count its draws, got a "
-    "call inside; kd.terms(..., draw=kd.policy.draw(batch)) with a draw made before"
+    "Policy: draw must be called outside torch.func's transforms, which forbid it to count its "
+    "draws, got a call inside; kd.terms(..., draw=kd.policy.draw(batch)) with a draw made before"
 )
 
 _source: torch.Generator | None = None
 
 
 def manual_seed(seed: int) -> None:
-    """Restart the source from which each `Policy` made afterwards takes its own seed.
+    """Seed the generator from which each `Policy` made afterwards takes its own seed.
 
-    Without it they take it from PyTorch's default generator, so that `torch.manual_seed` alone also makes
-    runs reproducible. Source: settled here.
+        sokd.manual_seed(0)
+        kd = sokd.SoKD(64, 256)                   # the same draws in every run, and on every rank
+
+    Without this call the seed comes from PyTorch's default generator, so `torch.manual_seed` alone
+    makes runs reproducible too. Source: settled here.
+
+    Args:
+        seed: a whole number of 64 bits, signed or unsigned.
     """
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
         raise TypeError(f"manual_seed: seed must be a whole number, got {seed!r}")
@@ -73,48 +79,53 @@ def manual_seed(seed: int) -> None:
 
 
 def fresh_seed(generator: torch.Generator | None = None) -> Tensor:
-    """[1] int64 from `generator`, else from `manual_seed`'s source, else from PyTorch's default generator."""
+    """A seed [1] int64 from `generator`, `manual_seed`'s generator or PyTorch's default one."""
     generator = generator if generator is not None else _source
     device = "cpu" if generator is None else generator.device
     return torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, device=device).cpu()
 
 
 class Draw(NamedTuple):
-    """One draw of a policy; the same draw makes the same plan. G is 1, or B with granularity="sample"."""
+    """One draw of a policy, which fixes the plan. G is 1, or B with granularity="sample"."""
 
     uniforms: Tensor  # [G, 3K + 2] float32 in (0, 1): choice K, gates 2K, centre of the hole (y, x)
     seed: Tensor  # int64 [1]: of the noise, the shuffle and the dropped channels
 
 
 class Sample(NamedTuple):
-    """What a draw chooses, and the perturbed logits behind it: chosen = argmax, gates = [z > 0]."""
+    """The choices of a draw, and the perturbed logits that they are read from."""
 
-    z_choice: Tensor  # [G, K]: log softmax(alpha) + Gumbel noise
-    z_gates: Tensor  # [G, K, 2]: logit(beta) + logistic noise
+    z_choice: Tensor  # [G, K]: log softmax(alpha) + Gumbel noise; chosen is the argmax
+    z_gates: Tensor  # [G, K, 2]: logit(beta) + logistic noise; gates are where it is positive
     chosen: Tensor  # [G] int64
-    gates: Tensor  # [G, K, 2] bool: of all sub-policies, as if each had been chosen
+    gates: Tensor  # [G, K, 2] bool: the gates of each sub-policy, chosen or not
 
 
 class Policy(nn.Module):
     """A learned augmentation of the teacher's features.
 
-    Options, all keyword-only:
-        policies: sub-policies, pairs of operations by name or index (`sokd.kd.policy.plan.OPERATIONS`);
-            None: all 36.
-        estimator: "gumbel" [P] or "relax" [A]: how the search gets the gradient of the discrete choices.
+        policy = sokd.Policy(policies=[("rotate", "cutout"), ("translate_x", "noise")])
+        refined = policy(torch.randn(8, 256, 7, 7))       # the next draw, for the whole batch
+        print(policy.table())
+
+    Args, all keyword-only:
+        policies: sub-policies, pairs of operations by name or index
+            (`sokd.kd.policy.plan.OPERATIONS`); None: all 36.
+        estimator: "gumbel" [P] or "relax" [A]: the search's gradient of the discrete choices.
         magnitude_gradient: "straight_through" [P] or "pathwise" [S]: exact through theta and sigma.
         granularity: "batch" [A]: one draw for the batch; "sample" [S]: one for each sample.
         temperature: of the relaxed choices.
-        generator: where the seed is taken from (see `manual_seed`).
+        generator: source of the seed (see `manual_seed`).
 
-    Parameters, trained by `sokd.PolicySearch` alone: `alpha` [K] logits of the choice (0 at first), `beta`
-    [K, 2] probability that an operation of the pair fires (0.5 at first; kept in [0.01, 0.99] by the
-    search, where its logit is finite: settled here), `magnitude` [K, 2] (0.5 at first, kept in [0, 1]).
-    They stay float32 (or float64) when the module is cast to half precision.
-    Buffers: `seed` and `counter`, int64 [1]; `operations` [K, 2] int64, the sub-policies: a state of others
-    is refused (RuntimeError). The other options are no part of the state: the parameters mean the same under
-    all of them, so that what was learned with one granularity may be drawn with the other. To the bit a run
-    goes on only with the options it had.
+    Parameters, trained by `sokd.PolicySearch` alone: `alpha` [K] logits of the choice (initially
+    0), `beta` [K, 2] probability that an operation of the pair fires (initially 0.5; the search
+    keeps it in [0.01, 0.99], where its logit is finite: settled here), `magnitude` [K, 2]
+    (initially 0.5, kept in [0, 1]). They stay float32 (or float64) when the module is cast to half
+    precision.
+    Buffers: `seed` and `counter`, int64 [1]; `operations` [K, 2] int64, the sub-policies: the state
+    of a policy with others is refused (RuntimeError). The other options are not part of the state:
+    the parameters have the same meaning under all of them, so a policy learned with one granularity
+    may be used with the other. A run resumes bit for bit only with the same options.
     """
 
     seed: Tensor
@@ -125,41 +136,33 @@ class Policy(nn.Module):
     _carrying: Tensor
 
     def __init__(
-        self, *, policies: Sequence[Sequence[int | str]] | None = None, estimator: str = "gumbel",
-        magnitude_gradient: str = "straight_through", granularity: str = "batch", temperature: float = 0.5,
+        self, *, policies: Sequence[Sequence[int | str]] | None = None,
+        estimator: str = "gumbel", magnitude_gradient: str = "straight_through",
+        granularity: str = "batch", temperature: float = 0.5,
         generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        _check_options(
-            estimator=estimator, magnitude_gradient=magnitude_gradient, granularity=granularity
-        )
+        self.estimator, self.granularity = estimator, granularity
+        self.magnitude_gradient, self.temperature = magnitude_gradient, temperature
+        for name, choices in _OPTIONS.items():
+            one_of("Policy", name, getattr(self, name), choices)
         if not 0 < temperature < math.inf:
             raise ValueError(f"Policy: temperature must be positive and finite, got {temperature}")
         if not (generator is None or isinstance(generator, torch.Generator)):
             got = type(generator).__name__
             raise TypeError(f"Policy: generator must be a torch.Generator or None, got {got}")
         if not (policies is None or isinstance(policies, Iterable)):
-            raise ValueError(
-                f"Policy: policies must be a list of pairs of operations, got {policies!r}"
-            )
+            rule = "be a list of pairs of operations"
+            raise ValueError(f"Policy: policies must {rule}, got {policies!r}")
         self.policies = PAIRS if policies is None else tuple(pair_of(entry) for entry in policies)
         if not self.policies:
             raise ValueError("Policy: policies must hold at least one pair, got none")
         if len(set(self.policies)) < len(self.policies):
-            raise ValueError(
-                f"Policy: policies must hold each pair once, got {_named(self.policies)}"
-            )
-        self.estimator, self.magnitude_gradient, self.granularity = (
-            estimator,
-            magnitude_gradient,
-            granularity,
-        )
-        self.temperature = temperature
+            got = _named(self.policies)
+            raise ValueError(f"Policy: policies must hold each pair once, got {got}")
         self.present = Present.of(self.policies)
-        count, dtype = (
-            len(self.policies),
-            torch.promote_types(torch.get_default_dtype(), torch.float32),
-        )
+        count = len(self.policies)
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.alpha = nn.Parameter(torch.zeros(count, dtype=dtype))
         self.beta = nn.Parameter(torch.full((count, 2), 0.5, dtype=dtype))
         self.magnitude = nn.Parameter(torch.full((count, 2), 0.5, dtype=dtype))
@@ -169,19 +172,19 @@ class Policy(nn.Module):
         self._tabulate()
 
     def _tabulate(self) -> None:
-        """The constants of the operations, where the parameters are."""
+        """Create the constants of the operations on the parameters' device."""
         for name, table in ranges(pathwise=self.magnitude_gradient == "pathwise")._asdict().items():
             self.register_buffer(f"_{name}", table.to(self.alpha.device), persistent=False)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        """As `nn.Module`'s, but no policy of other operations; the constants are made anew, for a module that
-        was on the meta device."""
+        """As `nn.Module._load_from_state_dict`, but refuse a state of other sub-policies.
+
+        The constants are created again, for a module that was on the meta device.
+        """
         pairs = state_dict.get(f"{prefix}operations")
         if pairs is not None and pairs.tolist() != [list(pair) for pair in self.policies]:
-            rule = f"those of the state, {_named(pairs.tolist())}"
-            rest[-1].append(
-                f"Policy: policies must be {rule}, got {_named(self.policies)}"
-            )  # error_msgs
+            rule, got = f"those of the state, {_named(pairs.tolist())}", _named(self.policies)
+            rest[-1].append(f"Policy: policies must be {rule}, got {got}")  # error_msgs
             return
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self._tabulate()
@@ -191,28 +194,29 @@ class Policy(nn.Module):
         return f"{len(self.policies)} sub-policies, {options}, temperature={self.temperature}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Policy:
-        """As `nn.Module._apply`, but half precision: a step of 3e-4 is lost beside 0.5 in bfloat16."""
+        """As `nn.Module._apply`, but never half precision: 0.5 + 3e-4 rounds to 0.5 in bfloat16."""
 
         def kept(tensor: Tensor) -> Tensor:
             applied = fn(tensor)
-            return (
-                tensor.to(applied.device)
-                if applied.dtype in (torch.float16, torch.bfloat16)
-                else applied
-            )
+            half = applied.dtype in (torch.float16, torch.bfloat16)
+            return tensor.to(applied.device) if half else applied
 
         return cast(Policy, super()._apply(kept, recurse))  # type: ignore[no-untyped-call]
 
-    # ------------------------------------------------------------------------------------------------ draws
+    # ---------------------------------------------------------------------------------------- draws
 
     def draw(self, batch: int) -> Draw:
         """The next draw for `batch` samples; advances the counter in place, on the device.
 
+            draw = kd.policy.draw(batch=8)
+            kd.match(f_s, f_t, draw=draw)                  # the same plan in every call
+
         Raises:
-            RuntimeError: inside a backward pass, where `torch.utils.checkpoint` computes a loss again: with
-                another draw the gradients would not be those of its value. Inside torch.func's transforms.
+            RuntimeError: inside a backward pass, where `torch.utils.checkpoint` computes a loss
+                again: another draw would give gradients of another value. Inside transforms of
+                torch.func.
         """
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        if not torch.compiler.is_compiling() and torch_internals.running_backward() != -1:
             raise RuntimeError(_DRAWN_AGAIN)
         if sanity.transformed():
             raise RuntimeError(_TRANSFORMED)
@@ -221,14 +225,14 @@ class Policy(nn.Module):
         return drawn
 
     def draw_at(self, seed: Tensor, counter: Tensor, batch: int) -> Draw:
-        """The draw of any seed and counter (int64 [1]); for fewer samples, the start of that for more."""
+        """The draw of any seed and counter (int64 [1]); smaller batches get the first rows."""
         groups = batch if self.granularity == "sample" else 1
         width = 3 * len(self.policies) + 2
         uniforms, noise_seed = draw_uniforms(seed, counter, groups * width)
         return Draw(uniforms.reshape(groups, width), noise_seed)
 
     def sample(self, draw: Draw) -> Sample:
-        """What the draw chooses. Differentiable in alpha and beta through `z_choice` and `z_gates`."""
+        """The choices of a draw, differentiable in alpha and beta through the perturbed logits."""
         count = len(self.policies)
         uniforms = draw.uniforms.to(torch.promote_types(self.alpha.dtype, torch.float32))
         choice, gates = uniforms[:, :count], uniforms[:, count : 3 * count].reshape(-1, count, 2)
@@ -237,26 +241,31 @@ class Policy(nn.Module):
         z_gates = beta.logit() + gates.logit()
         return Sample(z_choice, z_gates, z_choice.detach().argmax(1), z_gates.detach() > 0)
 
-    # ------------------------------------------------------------------------------------------------ plans
+    # ---------------------------------------------------------------------------------------- plans
 
     def plan(
         self, draw: Draw, shape: Sequence[int], *, layer: int = 0, differentiable: bool = False
     ) -> Plan:
         """The arguments of `sokd.ops.refine` for features of `shape` [B, C, H, W].
 
-        `layer` tells apart several features that share a draw: each has its own noise, shuffle and drop.
-        With `differentiable` the plan carries the magnitudes' gradient: pathwise in theta and sigma, else
-        `straight`.
+            plan = policy.plan(policy.draw(8), (8, 256, 7, 7))
+            plan.theta.shape                               # [1, 2, 3]
+
+        Args:
+            layer: index among several features that share a draw: each has its own noise, shuffle
+                and drop.
+            differentiable: whether the plan carries the magnitudes' gradient: pathwise in theta and
+                sigma, otherwise in `straight`.
         """
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
             sample = self.sample(draw)
             channels, seed = self._channel_uniforms(draw, shape, layer)
             strong = self._strengths(sample.chosen, _rows(sample.gates, sample.chosen))
-            made = self._parts(strong, draw, channels, shape)
+            made = arguments(strong, self.present, draw.uniforms[:, -2:], channels, *shape[2:])
             carried = straight(strong, self._ranges.carrying) if differentiable else None
             if self.magnitude_gradient == "straight_through":
-                made = Parts(*(None if part is None else part.detach() for part in made))
-        return Plan(*made, straight=carried, seed=seed)
+                made = {name: None if x is None else x.detach() for name, x in made.items()}
+        return Plan(**made, seed=seed, straight=carried)
 
     @property
     def _ranges(self) -> Ranges:
@@ -269,7 +278,7 @@ class Policy(nn.Module):
         groups, channels = draw.uniforms.shape[0], shape[1]
         wanted = 2 * groups * channels if self.present.perm or self.present.keep else 0
         uniforms, seed = draw_uniforms(draw.seed, torch.full_like(draw.seed, layer), wanted)
-        # sample-major, so that the draw for fewer samples is the start of that for more
+        # sample-major, so that a smaller batch gets the first rows of a larger
         return uniforms.reshape(-1 if wanted else 0, 2, channels).transpose(0, 1), seed
 
     def _strengths(self, rows: Tensor, gates: Tensor) -> Strengths:
@@ -277,42 +286,33 @@ class Policy(nn.Module):
         magnitude = self.magnitude.to(torch.promote_types(self.magnitude.dtype, torch.float32))
         return strengths(self.operations[rows], gates, magnitude[rows], self._ranges)
 
-    def _parts(
-        self, strong: Strengths, draw: Draw, channels: Tensor, shape: Sequence[int]
-    ) -> Parts:
-        return parts(strong, self.present, draw.uniforms[:, -2:], channels, shape[2], shape[3])
-
-    def _flips(self, sample: Sample, draw: Draw, shape: Sequence[int], layer: int) -> Parts:
-        """K + 2 plans [V, G, ...]: all sub-policies at their gates, then the chosen one, a gate flipped."""
+    def _flips(self, sample: Sample, draw: Draw, shape: Sequence[int], layer: int) -> Plans:
+        """K + 2 plans: each sub-policy at its gates, then the chosen one with a gate flipped."""
         with torch.no_grad():
             count, groups = len(self.policies), draw.uniforms.shape[0]
-            every = (
-                torch.arange(count, device=sample.chosen.device).unsqueeze(1).expand(count, groups)
-            )
+            every = torch.arange(count, device=sample.chosen.device).unsqueeze(1)
+            rows = torch.cat([every.expand(count, groups), sample.chosen.expand(2, groups)])
             gates = _rows(sample.gates, sample.chosen)
             flipped = [gates ^ torch.arange(2, device=gates.device).eq(index) for index in range(2)]
-            rows = torch.cat([every, sample.chosen.expand(2, groups)])
-            strong = self._strengths(
-                rows, torch.cat([sample.gates.transpose(0, 1), torch.stack(flipped)])
-            )
-            channels, _ = self._channel_uniforms(draw, shape, layer)
-            return self._parts(strong, draw, channels, shape)
+            gates = torch.cat([sample.gates.transpose(0, 1), torch.stack(flipped)])
+            strong = self._strengths(rows, gates)
+            channels, seed = self._channel_uniforms(draw, shape, layer)
+            made = arguments(strong, self.present, draw.uniforms[:, -2:], channels, *shape[2:])
+            return Plans(**made, seed=seed)
 
-    # ----------------------------------------------------------------------------------------------- passes
+    # --------------------------------------------------------------------------------------- passes
 
     def forward(
-        self,
-        features: Tensor,
-        draw: Draw | None = None,
-        *,
-        layer: int = 0,
+        self, features: Tensor, draw: Draw | None = None, *, layer: int = 0,
         differentiable: bool = False,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Refine the teacher's features [B, C, H, W], which get no gradient; same shape and dtype.
 
-        An ordinary training pass has no gradient at all. With `differentiable` (the search) the result
-        carries those of alpha and beta (estimator "gumbel") and of the magnitudes. Without `draw` the next
-        one is taken.
+        Args:
+            draw: of `draw`; None: the next one.
+            layer: see `plan`.
+            differentiable: whether the result carries the gradients of alpha and beta (estimator
+                "gumbel") and of the magnitudes, as the search needs; otherwise it has none.
         """
         features = features.detach()
         draw = self.draw(features.shape[0]) if draw is None else draw
@@ -328,15 +328,13 @@ class Policy(nn.Module):
         gates = (_rows(sample.z_gates, sample.chosen) / self.temperature).sigmoid()
         fired = _rows(sample.gates, sample.chosen)
         flips = self._flips(sample, draw, features.shape, layer)
-        return with_choices(
-            refined, features, choice, gates, sample.chosen, fired, flips, plan.seed
-        )
+        return with_choices(refined, features, choice, gates, sample.chosen, fired, flips)
 
-    # --------------------------------------------------------------------------------------------- the search
+    # ----------------------------------------------------------------------------------- the search
 
     @torch.no_grad()
     def project(self) -> None:
-        """Bring beta back to [0.01, 0.99] and the magnitudes to [0, 1], before and after each search step."""
+        """Clamp beta to [0.01, 0.99] and the magnitudes to [0, 1]: called around search steps."""
         self.beta.clamp_(0.01, 0.99)
         self.magnitude.clamp_(0, 1)
 
@@ -349,26 +347,22 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def table(self) -> list[dict[str, Any]]:
-        """One row for each sub-policy, for people: names, probabilities, magnitudes and what they mean."""
-        chances, betas, magnitudes = (
-            part.double().cpu().tolist()
-            for part in (self.alpha.softmax(0), self.beta, self.magnitude)
-        )
-        return [
-            {
-                "operations": tuple(OPERATIONS[op].name for op in pair),
+        """One row for each sub-policy: names, probabilities, magnitudes and their values."""
+        columns = (self.alpha.softmax(0), self.beta, self.magnitude)
+        values = (column.double().cpu().tolist() for column in columns)
+        table = []
+        for pair, chance, beta, magnitude in zip(self.policies, *values, strict=True):
+            operations = [OPERATIONS[op] for op in pair]
+            strengths = (op.strength(m) for op, m in zip(operations, magnitude, strict=True))
+            table.append({
+                "operations": tuple(op.name for op in operations),
                 "probability": chance,
                 "beta": tuple(beta),
                 "magnitude": tuple(magnitude),
-                "value": tuple(
-                    OPERATIONS[op].strength(m) for op, m in zip(pair, magnitude, strict=True)
-                ),
-                "unit": tuple(OPERATIONS[op].unit for op in pair),
-            }
-            for pair, chance, beta, magnitude in zip(
-                self.policies, chances, betas, magnitudes, strict=True
-            )
-        ]
+                "value": tuple(strengths),
+                "unit": tuple(op.unit for op in operations),
+            })  # fmt: skip
+        return table
 
 
 def _rows(gates: Tensor, chosen: Tensor) -> Tensor:
@@ -376,16 +370,7 @@ def _rows(gates: Tensor, chosen: Tensor) -> Tensor:
     return gates.gather(1, chosen[:, None, None].expand(-1, 1, 2)).squeeze(1)
 
 
-def _check_options(**options: str) -> None:
-    for name, value in options.items():
-        allowed = _OPTIONS[name]
-        if value not in allowed:
-            raise ValueError(
-                f"Policy: {name} must be {' or '.join(map(repr, allowed))}, got {value!r}"
-            )
-
-
 def _named(pairs: Sequence[Sequence[int]]) -> str:
-    """Sub-policies as an error names them: the first three."""
+    """Sub-policies as error messages show them: the first three."""
     names = [" + ".join(OPERATIONS[index].name for index in pair) for pair in pairs[:3]]
     return ", ".join(names) + (f", ... ({len(pairs)})" if len(pairs) > 3 else "")

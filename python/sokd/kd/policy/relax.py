@@ -2,8 +2,8 @@
 
     estimate = [f(b) - Q(z~)] * grad log P(b) + grad Q(z) - grad Q(z~)
 
-b is the hard sample, z the perturbed logits it comes from, z~ perturbed logits drawn given b. Q is a small
-network trained to make the mean squared estimate small; whatever it is, the estimate stays unbiased.
+b is the hard sample, z its perturbed logits, z~ perturbed logits drawn given b. Q is a small
+network trained to minimise the mean squared estimate; the estimate is unbiased for any Q.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sokd.ops import draw as draw_uniforms
 __all__ = ["ControlVariate", "estimate", "score"]
 
 _HIDDEN = 100
-_STREAM = 2**61  # a counter that no step of the search reaches
+_STREAM = 2**61  # counters that no step of the search reaches
 
 
 class ControlVariate(nn.Module):
@@ -34,18 +34,16 @@ class ControlVariate(nn.Module):
         # nn.Linear's own distribution, uniform in -+1/sqrt(inputs), but from the search's seed
         signed = 2 * draw_uniforms(seed, torch.full_like(seed, _STREAM), count)[0] - 1
         hidden, out = signed[: _HIDDEN * (inputs + 1)], signed[_HIDDEN * (inputs + 1) :]
-        self.hidden = nn.Parameter(
-            hidden.reshape(_HIDDEN, inputs + 1) * inputs**-0.5
-        )  # weight | bias
-        self.out = nn.Parameter(out.reshape(1, _HIDDEN + 1) * _HIDDEN**-0.5)  # weight | bias
+        # weight | bias
+        self.hidden = nn.Parameter(hidden.reshape(_HIDDEN, inputs + 1) * inputs**-0.5)
+        self.out = nn.Parameter(out.reshape(1, _HIDDEN + 1) * _HIDDEN**-0.5)
 
     def forward(self, z_choice: Tensor, z_gates: Tensor) -> Tensor:
         """z_choice [G, K], z_gates [G, K, 2] -> scalar: the mean over the groups, 0 without any."""
         choice = (z_choice / self.temperature).softmax(1)
         gates = (z_gates / self.temperature).sigmoid().flatten(1)
-        values = _linear(
-            torch.tanh(_linear(torch.cat([gates, choice], dim=1), self.hidden)), self.out
-        )
+        hidden = torch.tanh(_linear(torch.cat([gates, choice], dim=1), self.hidden))
+        values = _linear(hidden, self.out)
         return values.sum() / max(len(values), 1)
 
 
@@ -61,7 +59,7 @@ def log_probability(policy: Policy, sample: Sample) -> Tensor:
 
 
 def conditional(policy: Policy, sample: Sample, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """z~: perturbed logits of choice [G, K] and gates [G, K, 2] given the sample; uniforms [G, >= 3K]."""
+    """z~ [G, K] and [G, K, 2]: perturbed logits given the sample; uniforms [G, >= 3K]."""
     count = len(policy.policies)
     v, w = uniforms[:, :count], uniforms[:, count : 3 * count].reshape(-1, count, 2)
     z_choice = _given_choice(policy.alpha.log_softmax(0), sample.chosen, v)
@@ -79,8 +77,8 @@ def _given_choice(log_p: Tensor, chosen: Tensor, v: Tensor) -> Tensor:
 def _given_gates(beta: Tensor, gates: Tensor, v: Tensor) -> Tensor:
     """z~ = logit(beta) + logit(v'), with v' = v (b - 1)(q - 1) + b (v q + 1 - q) and q = beta.
 
-    1 - v' is written out for each b, q (1 - v) and 1 - v (1 - q): subtracting a v' that rounds to 1 gives
-    infinity.
+    1 - v' is computed for each b, q (1 - v) and 1 - v (1 - q): 1 minus a v' that rounds to 1 would
+    give infinity.
     """
     below = (v * (1 - beta), 1 - v * (1 - beta))
     above = (v * beta + 1 - beta, beta * (1 - v))
@@ -102,8 +100,8 @@ def estimate(
     """The estimate for alpha [K] and beta [K, 2], differentiable in Q's parameters.
 
     Args:
-        value: f(b), a scalar without gradient, of the sample that `draw` chose.
-        conditional_draw: its uniforms, independent of `draw`, make z~.
+        value: f(b), a scalar without gradient, for the sample of `draw`.
+        conditional_draw: independent of `draw`; its uniforms give z~.
     """
     chi = [policy.alpha, policy.beta]
     with torch.enable_grad():
@@ -113,5 +111,6 @@ def estimate(
         difference = control(sample.z_choice, sample.z_gates) - tilde
         through = torch.autograd.grad(difference, chi, create_graph=True)
         surplus = value.detach() - tilde
-        # as a factor of the estimate Q(z~) is a number to chi; its graph serves Q's own gradient
+        # as a factor of the estimate Q(z~) is constant in chi; its graph is for the gradient of Q's
+        # weights
         return [surplus * grad + path for grad, path in zip(scores, through, strict=True)]

@@ -1,0 +1,1 @@
+"""Scripts around sokd: plain PyTorch, Lightning, Hugging Face, a pretrained pair, experiments."""

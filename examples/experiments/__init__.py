@@ -1,0 +1,1 @@
+"""What docs/results.md is made from: `tune`, `compare` and `tables`, on the demo's networks."""

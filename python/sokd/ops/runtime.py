@@ -1,0 +1,259 @@
+"""What every operator needs to become one of PyTorch's: registration, the choice of path, the seed, NumPy."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache, partial, wraps
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sokd import _core
+from sokd.ops import torch_internals
+from sokd.ops.config import why_no_cuda
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+LIBRARY = torch.library.Library("sokd", "DEF")  # type: ignore[no-untyped-call]
+
+# Devices whose kernels are in `_core`, and PyTorch's dispatch key for them. Another device plugs in here: the
+# registered functions allocate the outputs on the inputs' device, and `_core` chooses by that device.
+KERNELS = {"cpu": "CPU"}
+if why_no_cuda() is None:
+    KERNELS["cuda"] = "CUDA"
+
+_warned: set[str] = set()
+
+
+def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """A library op from `schema`, its kernel, fake and (if it returns something) vmap rule; what calls it."""
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    name = schema.split("(")[0]
+    for key in KERNELS.values():
+        LIBRARY.impl(name, kernel, key)  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"sokd::{name}", fake, lib=LIBRARY)
+    op = getattr(torch.ops.sokd, name).default
+    if not schema.endswith("-> ()"):
+        torch.library.register_vmap(f"sokd::{name}", _looped(op), lib=LIBRARY)
+    return op
+
+
+def _looped(op: Any) -> Callable[..., Any]:
+    """vmap by one call for each entry: noise is keyed by the index in a call, folding would change it."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        def entry(index: int) -> Any:
+            pairs = zip(args, in_dims, strict=True)
+            return op(
+                *(arg.select(dim, index) if isinstance(dim, int) else arg for arg, dim in pairs)
+            )
+
+        results = [entry(index) for index in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(each) for each in zip(*results, strict=True)), (0,) * len(
+            results[0]
+        )
+
+    return rule
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply(*args)`, in the form that every compiler traces.
+
+    A compiler finds plain numbers among the arguments; and where no gradient is wanted `forward` itself,
+    because that of torch 2.5 to 2.7 passes a context to it.
+    """
+    if torch.compiler.is_compiling():
+        args = tuple(torch_internals.without_symbols(args))
+        if not (torch.is_grad_enabled() and any(map(_requires_grad, args))):
+            return function.forward(*args)
+    return function.apply(*args)  # type: ignore[no-untyped-call]
+
+
+def _requires_grad(arg: object) -> bool:
+    return isinstance(arg, Tensor) and arg.requires_grad
+
+
+def is_eager(*subjects: object) -> bool:
+    """Whether there is memory to look at now: no compiler, transform or mode at work, no wrapper.
+
+    What is no tensor at all counts as eager, so that the checks can say so.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if torch_internals.is_transforming() or torch_internals.count_dispatch_modes():
+        return False
+    return all(_has_memory(subject) for subject in subjects)
+
+
+def _has_memory(subject: object) -> bool:
+    if type(subject) is Tensor:
+        is_wrapper = torch_internals.is_functorch_wrapper(subject)
+        return not (is_wrapper or torch_internals.is_legacy_batched(subject))
+    return not isinstance(subject, Tensor) or type(subject) is torch.nn.Parameter
+
+
+def eager_only(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """`torch.compiler.disable`, without its import of the compiler (a second) when it decorates."""
+
+    @wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if torch.compiler.is_compiling() or "torch._dynamo" in sys.modules:
+            disabled = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+            return disabled(*args, **kwargs)  # type: ignore[no-any-return]
+        return function(*args, **kwargs)
+
+    return run
+
+
+def second_derivative(
+    value: Callable[..., Tensor], upstream: Tensor, inputs: Sequence[Tensor | None], wanted: Sequence[bool],
+    incoming: Sequence[Tensor],
+) -> list[Tensor | None]:  # fmt: skip
+    """The backward of a backward, from the plain PyTorch `value(*inputs)`: to `upstream`, then `inputs`.
+
+    `incoming` are the gradients that arrive at the gradients of those inputs that are `wanted`.
+    """
+    present = [index for index, tensor in enumerate(inputs) if tensor is not None]
+    asked = [index for index in present if wanted[index]]
+
+    def fill(leaves: Sequence[Tensor]) -> list[Tensor | None]:
+        full: list[Tensor | None] = [None] * len(inputs)
+        for index, leaf in zip(present, leaves, strict=True):
+            full[index] = leaf
+        return full
+
+    def first(upstream: Tensor, *leaves: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = fill(torch.func.vjp(lambda *leaves: value(*fill(leaves)), *leaves)[1](upstream))
+        return tuple(gradients[index] for index in asked)
+
+    pull = torch.func.vjp(first, upstream, *(inputs[index] for index in present))[1]
+    d_upstream, *d_leaves = pull(tuple(incoming[index] for index in asked))
+    return [d_upstream, *fill(d_leaves)]
+
+
+def has_kernel(tensor: Tensor) -> bool:
+    """Whether `_core` serves this tensor's device; if not, says once for each device type who does."""
+    device, compiling, too_old = tensor.device.type, torch.compiler.is_compiling(), None
+    if device == "cuda" and device in KERNELS and not compiling:
+        too_old = _why_too_old(tensor.device.index)
+    if too_old is None and (device in KERNELS or device == "meta"):
+        return True
+    if not compiling and device not in _warned:
+        _warned.add(device)
+        why = f" ({too_old or why_no_cuda()})" if device == "cuda" else ""
+        serves = "the plain PyTorch path (sokd.reference) serves"
+        text = f"sokd: no kernels for {device} in this build{why}, {serves}"
+        warnings.warn(text, stacklevel=4)
+    return False
+
+
+@cache
+def _why_too_old(index: int) -> str | None:
+    """Why this CUDA device is too old for the kernels or the compiler; None: it is not, or it is not here."""
+    try:
+        return _core.cuda_why_not(index)
+    except RuntimeError:  # a fake tensor's; and a real one's call will say what is wrong
+        return None
+
+
+def stream_of(device: torch.device) -> int:
+    """torch's current stream of a CUDA device, as the driver's handle."""
+    return torch_internals.raw_stream(device.index)
+
+
+def resources(tensor: Any) -> tuple[int, int, Callable[[int], Tensor] | None]:
+    """The resources of a call on this tensor's device: threads, a stream, an allocator of scratch memory.
+
+    Scratch is torch's own memory: freed on return, it goes to nobody but later work of the same stream.
+    """
+    if isinstance(tensor, np.ndarray) or tensor.device.type != "cuda":
+        return torch.get_num_threads(), 0, None
+    device = tensor.device
+    return 1, stream_of(device), partial(torch.empty, dtype=torch.uint8, device=device)
+
+
+def split_seed(op: str, seed: int | Tensor, features: Any) -> tuple[int, Tensor | None]:
+    """A seed as the pair a schema can carry: an int in int64's range, or 0 and the tensor."""
+    if isinstance(seed, Tensor):
+        check_word(op, "seed", seed)
+        if isinstance(features, np.ndarray):
+            return int(seed), None
+        # a tensor of another device, meta for one, would take the whole call to that device's kernel
+        check_device(op, "seed", seed, "features", features)
+        return 0, seed
+    if not isinstance(seed, (int, np.integer)):
+        raise TypeError(
+            f"{op}: seed must be an int or an int64 tensor [1], got {type(seed).__name__}"
+        )
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"{op}: seed must fit in 64 bits, got {seed}")
+    return int(seed) - (2**64 if seed >= 2**63 else 0), None
+
+
+def check_word(op: str, name: str, tensor: Tensor) -> None:
+    """Whether it is one 64-bit word, int64 [1]."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be an int64 tensor [1], got {type(tensor).__name__}")
+    if tensor.dtype != torch.int64:
+        raise TypeError(
+            f"{op}: {name} must be int64, got {str(tensor.dtype).removeprefix('torch.')}"
+        )
+    if tensor.shape != (1,):
+        raise ValueError(f"{op}: {name} must have the shape [1], got shape {list(tensor.shape)}")
+
+
+def check_device(op: str, name: str, tensor: Tensor, of: str, other: Any) -> None:
+    """Whether the two are on one device; what is no tensor is for other checks to judge."""
+    if isinstance(other, Tensor) and tensor.device != other.device:
+        raise ValueError(
+            f"{op}: {name} must be on the device of {of}, {other.device}, got {tensor.device}"
+        )
+
+
+def checked_by(check: Callable[..., None]) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Let `check` word the errors of an operator, with the operator's arguments and only after it has failed.
+
+    The kernels check their own arguments; a check before each call would read every tensor's metadata twice.
+    """
+
+    def wrap(operator: Callable[_P, _R]) -> Callable[_P, _R]:
+        @wraps(operator)
+        def call(*args: _P.args, **options: _P.kwargs) -> _R:
+            if torch.compiler.is_compiling():
+                return operator(*args, **options)
+            try:
+                return operator(*args, **options)
+            except Exception as error:
+                failure = error
+            try:
+                check(*args, **options)
+                raise failure
+            finally:
+                del failure  # its traceback holds this frame
+
+        return call
+
+    return wrap
+
+
+def check_kind(op: str, of: str, first: Any, **others: Any) -> None:
+    """Whether nothing is a NumPy array where `first` is a tensor; the other way round it can be read."""
+    if not isinstance(first, Tensor):
+        return
+    for name, other in others.items():
+        if isinstance(other, np.ndarray):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor like {of}, got ndarray")
+
+
+def accumulator(dtype: Any) -> Any:
+    """The dtype of sums and scores: float64 for float64, float32 for the others; PyTorch's or NumPy's."""
+    if isinstance(dtype, torch.dtype):
+        return torch.float64 if dtype == torch.float64 else torch.float32
+    return np.float64 if dtype == np.float64 else np.float32

@@ -1,0 +1,15 @@
+//! What operators are given: views of tensors, the resources of a call, and the checks and errors of arguments.
+
+mod check;
+mod dtype;
+mod error;
+mod run;
+#[cfg(test)]
+pub(crate) mod testing;
+mod view;
+
+pub(crate) use check::Check;
+pub(crate) use dtype::DType;
+pub(crate) use error::{Class, CudaFailure, Error, Result};
+pub(crate) use run::Run;
+pub(crate) use view::{Device, TensorView, MAX_RANK};

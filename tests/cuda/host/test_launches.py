@@ -1,0 +1,253 @@
+"""The Rust host: what it launches where, and what it refuses.
+
+Each test runs in a fork of the child process, which has loaded no kernel, and calls `_core` on
+fakes of CUDA tensors.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.cuda.calls import SHAPE, draw, error_of, loaded, masked_mse
+from support.cuda.fake import FakeCuda, HostCuda
+from support.cuda.mock import Driver, fresh
+
+from sokd import _core, ops, reference
+
+
+def _launches() -> list[str]:
+    masked_mse()
+    return Driver().calls()
+
+
+def test_a_call_initialises_loads_and_launches_in_order() -> None:
+    calls = [call.split()[0] for call in fresh(_launches)]
+    calls = calls[:1] + [
+        call for call in calls[1:] if call not in {"cuInit", "cuDriverGetVersion"}
+    ]  # NVRTC's own
+    mode = "cuThreadExchangeStreamCaptureMode"
+    load = [mode, "cuModuleLoadData", "cuModuleGetFunction", mode, "cuLaunchKernel"]
+    device = [
+        "cuInit",
+        "cuDeviceGetCount",
+        "cuDeviceGet",
+        "cuDeviceGetAttribute",
+        "cuDeviceGetAttribute",
+    ]
+    assert calls == [
+        *device, "cuDevicePrimaryCtxRetain", "cuCtxGetCurrent", "cuCtxPushCurrent_v2",
+        "cuStreamIsCapturing", *load, "cuStreamIsCapturing", *load, "cuCtxPopCurrent_v2",
+    ]  # fmt: skip
+
+
+def _second_call() -> list[str]:
+    masked_mse()
+    before = len(Driver().calls())
+    masked_mse()
+    return Driver().calls()[before:]
+
+
+def test_the_second_call_only_launches() -> None:
+    kinds = [call.split()[0] for call in fresh(_second_call)]
+    around = ["cuCtxGetCurrent", "cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2"]
+    assert kinds == [*around[:2], "cuLaunchKernel", "cuLaunchKernel", around[2]]
+
+
+def _in_torchs_context() -> list[str]:
+    masked_mse()
+    driver = Driver()
+    driver.api.mock_enter(0)
+    before = len(driver.calls())
+    masked_mse()
+    assert driver.api.mock_depth() == 1
+    return driver.calls()[before:]
+
+
+def test_torchs_own_context_is_used_as_it_is() -> None:
+    """The usual case: torch has made the device's context current."""
+    assert [call.split()[0] for call in fresh(_in_torchs_context)] == [
+        "cuCtxGetCurrent",
+        *["cuLaunchKernel"] * 2,
+    ]
+
+
+def _shapes() -> list[str]:
+    masked_mse(shape=(3, 20, 40, 40))
+    return Driver().calls("cuLaunchKernel")
+
+
+def test_grids_and_blocks() -> None:
+    kernel, finish = fresh(_shapes)
+    # 3 samples x 2 chunks of 16 channels x 7 tiles of 256 positions
+    assert kernel.startswith(
+        "cuLaunchKernel masked_mse_f32_planes grid=42,1,1 block=256,1,1 device=0 stream="
+    )
+    assert finish.startswith("cuLaunchKernel masked_mse_finish grid=1,1,1 block=256,1,1")
+
+
+def _streams() -> tuple[list[int], list[str]]:
+    driver = Driver()
+    streams = [driver.stream(), driver.stream(), driver.stream(1)]
+    masked_mse(0, streams[0])
+    masked_mse(0, streams[1])
+    masked_mse(1, streams[2])
+    return streams, driver.calls("cuLaunchKernel")
+
+
+def test_streams_and_devices() -> None:
+    """Each device has its own context and its own architecture, hence its own modules."""
+    streams, launches = fresh(_streams)
+    found = [call.split("device=")[1] for call in launches]
+    expected = [
+        f"{device} stream={hex(stream)}" for stream, device in zip(streams, (0, 0, 1), strict=True)
+    ]
+    assert found == [each for each in expected for _ in range(2)]
+
+
+def _architectures(capability: tuple[int, int]) -> str | None:
+    Driver().api.mock_capability(1, *capability)
+    draw()
+    try:
+        draw(1)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    "capability, name", [((8, 6), "sm_86"), ((8, 8), "sm_88"), ((12, 5), "sm_121")]
+)
+def test_each_device_gets_code_for_its_architecture(
+    capability: tuple[int, int], name: str, own_cache: Path
+) -> None:
+    assert fresh(_architectures, capability) is None
+    found = {path.name.split("-")[2] for path in own_cache.iterdir()}
+    assert found == {"sm_90", name}
+
+
+def test_a_generation_that_nvrtc_does_not_know_gets_ptx(own_cache: Path) -> None:
+    """Which the driver translates; the mock driver accepts machine code alone."""
+    error = fresh(_architectures, (13, 0))
+    assert error is not None and "cuModuleLoadData: CUDA_ERROR_INVALID_IMAGE" in error
+    ptx = next(own_cache.glob("draw-1-compute_*")).read_bytes()
+    assert b".visible .entry draw(" in ptx and ptx.endswith(b"\0")
+
+
+@pytest.mark.parametrize("capability", [(3, 5), (6, 1), (7, 0)])
+def test_a_device_too_old(capability: tuple[int, int]) -> None:
+    version, (major, minor) = _core.cuda_info()["nvrtc"], capability
+    why = f"cuda:1 has compute capability {major}.{minor}, and the kernels need 7.0"
+    if capability >= (7, 0):  # NVRTC 12 compiles for it, 13 does not
+        why = f"NVRTC {version} compiles for no device of compute capability 7.0"
+        if int(version.split(".")[0]) < 13:
+            pytest.skip("this NVRTC serves it")
+    assert fresh(_architectures, capability) == f"draw: {why}"
+    assert fresh(_on_an_old_device, capability) == (why, 0)
+
+
+def _on_an_old_device(capability: tuple[int, int]) -> tuple[str, int]:
+    driver, maps = Driver(), [torch.randn(SHAPE) for _ in range(2)]
+    driver.api.mock_capability(1, *capability)
+    with FakeCuda(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            loss = ops.masked_mse(*(HostCuda(each, 1) for each in maps))
+    assert isinstance(loss, HostCuda) and torch.equal(loss.host, reference.masked_mse(*maps))
+    (warning,) = [str(each.message) for each in caught]
+    serves = r"the plain PyTorch path \(sokd.reference\) serves"
+    said = re.fullmatch(rf"sokd: no kernels for cuda in this build \((.*)\), {serves}", warning)
+    assert said is not None, warning
+    return said[1], len(driver.launches())
+
+
+def test_no_such_device() -> None:
+    text = fresh(error_of, lambda: draw(2))
+    assert text == "draw: device cuda:2 must be one of the 2 that the CUDA driver has"
+
+
+def _threads() -> int:
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for device in (0, 1):
+                draw(device)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors
+    return loaded()
+
+
+def test_threads_share_what_one_has_compiled() -> None:
+    assert fresh(_threads) == 2  # one for each device
+
+
+# --- the views
+
+
+def _refused(call: Callable[[], Any]) -> tuple[str, str]:
+    try:
+        call()
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "nothing", ""
+
+
+def _mixed() -> Any:
+    here, there = HostCuda(torch.zeros(SHAPE)), HostCuda(torch.zeros(SHAPE), 1)
+    loss, on_cpu = HostCuda(torch.zeros(())), torch.zeros(())
+    resources = (1, 0, None)
+    rest = (None, "elements", 1.0, resources)
+    plan = (*[None] * 5, HostCuda(torch.zeros(1, dtype=torch.int64), 1), 0)
+    calls = (
+        lambda: _core.masked_mse(loss, None, here, there, *rest),
+        lambda: _core.masked_mse(on_cpu, None, here, here, *rest),
+        lambda: _core.masked_mse(loss, None, here, here, *rest),
+        lambda: _core.refine_forward(here, here, plan, resources),
+    )
+    return [_refused(call) for call in calls], Driver().calls("cuLaunchKernel")
+
+
+def test_tensors_of_another_device_never_reach_a_kernel() -> None:
+    answers, launches = fresh(_mixed)
+    assert answers == [
+        ("ValueError", "masked_mse: teacher must be on the device of student, cuda:0, got cuda:1"),
+        ("ValueError", "masked_mse: loss must be on the device of student, cuda:0, got cpu"),
+        (
+            "ValueError",
+            "masked_mse: allocate must be given for a kernel that needs scratch memory, got None",
+        ),
+        ("ValueError", "refine: seed must be on the device of features, cuda:0, got cuda:1"),
+    ]
+    assert launches == []
+
+
+class _NoRoom(Exception):
+    pass
+
+
+def _no_room() -> tuple[bool, int]:
+    def allocate(size: int) -> Any:
+        raise _NoRoom(size)
+
+    with pytest.raises(_NoRoom, match=r"^40$"):  # a sum for each of 2 blocks, and three numbers
+        masked_mse(allocate=allocate)
+    return True, len(Driver().calls("cuLaunchKernel"))
+
+
+def test_the_allocators_own_exception_comes_back() -> None:
+    """That is torch.OutOfMemoryError."""
+    assert fresh(_no_room) == (True, 0)

@@ -1,0 +1,17 @@
+"""What the tests of the emulated kernels start from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from support.cuda.memory import MockMemory
+
+
+@pytest.fixture
+def cuda(memory: MockMemory) -> Iterator[MockMemory]:
+    """The kernels of the source; threads and blocks in random order."""
+    memory.driver.schedule("random")
+    yield memory
+    memory.driver.use_library(None)
+    memory.driver.blocks(None)

@@ -1,0 +1,74 @@
+"""What happens around a run: interrupts, a read-only home, a broken or half-written kernel cache."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+STEPS = """
+import torch, sokd
+kd = sokd.SoKD(4, 6, heat_channels=4)
+f_s, f_t = torch.randn(2, 4, 4, 4, requires_grad=True), torch.randn(2, 6, 4, 4)
+print("ready", flush=True)
+for _ in range({steps}):
+    sokd.loss(f_s, f_t, kd).backward()
+print("done", flush=True)
+"""
+
+
+def _start(steps: int, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", STEPS.format(steps=steps)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def interrupted(rounds: int) -> dict[str, Any]:
+    """SIGINT in the middle of steps ends in KeyboardInterrupt, never in a crash; the next run works."""
+    wrong = []
+    for index in range(rounds):
+        process = _start(10**9)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.05 + 0.01 * (index % 7))
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+        if process.returncode != -signal.SIGINT and "KeyboardInterrupt" not in error:
+            wrong.append(f"{process.returncode}: {error[-200:]}")
+    return {"rounds": rounds, "wrong": wrong, "next run": _start(3).communicate()[0].split()[-1]}
+
+
+def unwritable_home() -> dict[str, Any]:
+    """Home and caches that cannot be written to: the run works."""
+    with tempfile.TemporaryDirectory() as folder:
+        blocked = Path(folder) / "file"
+        blocked.write_text("not a folder")
+        process = _start(
+            3, HOME=str(blocked), XDG_CACHE_HOME=str(blocked), SOKD_CACHE_DIR=str(blocked)
+        )
+        out, error = process.communicate(timeout=300)
+    return {"ok": process.returncode == 0 and out.endswith("done\n"), "error": error[-300:]}
+
+
+def forked(rounds: int) -> dict[str, Any]:
+    """DataLoader workers that call operators, after the parent used its threads."""
+    code = """
+import torch, sokd
+from torch.utils.data import DataLoader, Dataset
+class Refined(Dataset):
+    def __len__(self): return 16
+    def __getitem__(self, i): return sokd.ops.refine(torch.randn(1, 4, 8, 8), sigma=torch.ones(1), seed=i)
+sokd.ops.refine(torch.randn(8, 64, 16, 16), sigma=torch.ones(1))
+print(sum(len(b) for b in DataLoader(Refined(), 4, num_workers=2)))
+"""
+    outputs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+        for _ in range(rounds)
+    ]
+    return {"rounds": rounds, "ok": sum(done.stdout == "16\n" for done in outputs)}

@@ -1,0 +1,260 @@
+"""Random programs of the public API: sequences of make, train, save, copy, cast, freeze, replace, compile.
+
+Each action either works, with finite losses and the right parameters moving, or raises one of sokd's own
+errors: a sentence that begins with the name of what was called.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import random
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sokd
+
+# `loss: student_features must ...`, `sokd: ...`, `Distiller: ...`
+OWN_ERROR = re.compile(r"^[A-Za-z_][\w.]*: \S")
+ERRORS = (TypeError, ValueError, RuntimeError, NotImplementedError, FloatingPointError)
+METHODS = (
+    "fitnet",
+    "at",
+    "kd",
+    "dkd",
+    "lskd",
+    "dist",
+    "sp",
+    "rkd",
+    "mgd",
+    "reviewkd",
+    "catkd",
+    "crd",
+)
+CLASSES = 5
+
+
+class Net(nn.Module):
+    """Two stages and a classifier; odd sizes, strides and normalisations by chance."""
+
+    def __init__(self, rng: random.Random, width: int) -> None:
+        super().__init__()
+        norm = rng.choice([nn.BatchNorm2d, nn.Identity, lambda c: nn.GroupNorm(1, c)])
+        self.stage1 = nn.Sequential(
+            nn.Conv2d(3, width, 3, stride=rng.choice([1, 2]), padding=1), norm(width), nn.ReLU()
+        )
+        self.stage2 = nn.Sequential(nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.ReLU())
+        self.fc = nn.Linear(2 * width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.stage2(self.stage1(x)).mean((2, 3)))
+
+
+class Program:
+    """One model pair with a Distiller or a SoKD, and what may be done to it."""
+
+    def __init__(self, seed: int, *, compiles: bool) -> None:
+        self.rng, self.log = random.Random(seed), [f"seed {seed}"]
+        torch.manual_seed(seed)
+        sokd.manual_seed(seed)
+        self.side = self.rng.choice([5, 8, 9, 16])
+        self.dtype = torch.float32
+        self.student, self.teacher = Net(self.rng, 4), Net(self.rng, self.rng.choice([4, 6, 8]))
+        self.search: sokd.PolicySearch | None = None
+        self.compiles, self.calls = compiles, Counter[str]()
+        self.make()
+
+    def make(self) -> None:
+        """A new Distiller; a single layer, both, or those found by itself."""
+        names = self.rng.sample(METHODS, self.rng.choice([1, 1, 2]))
+        options: dict[str, Any] = {"num_samples": 64, "negatives": 8} if "crd" in names else {}
+        self.methods = names
+        self.distiller = sokd.Distiller(
+            student=self.student,
+            teacher=self.teacher,
+            layers=self.rng.choice(["stage2", ["stage1", "stage2"], "auto"]),
+            method={name: self.rng.choice([0.0, 0.1, 1.0]) for name in names},
+            sokd=self.rng.choice([True, True, False, {"granularity": "sample"}, {"dam": None}]),
+            example=torch.randn(2, 3, self.side, self.side, dtype=self.dtype),
+            **options,
+        )
+        self.optimizer = torch.optim.SGD(self.distiller.parameters(), lr=1e-3)
+        self.called: Callable[..., Any] = self.distiller
+        self.search = None
+
+    def batch(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        size = self.rng.choice([1, 2, 3, 8])
+        x = torch.randn(size, 3, self.side, self.side, dtype=self.dtype)
+        extra = {"index": torch.randint(0, 64, (size,))} if "crd" in self.methods else {}
+        return x, torch.randint(0, CLASSES, (size,)), extra
+
+    def train(self) -> None:
+        self.distiller.train()
+        x, y, extra = self.batch()
+        frozen = [p.detach().clone() for p in self.teacher.parameters()]
+        policy = self.policy_state()
+        _, losses = self.called(x, y, **extra)
+        total = sum(losses.values())
+        assert all(torch.isfinite(loss) for loss in losses.values()), losses
+        self.optimizer.zero_grad()
+        total.backward()
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        before = [p.detach().clone() for p in trained]
+        self.optimizer.step()
+        for parameter, old in zip(trained, before, strict=True):
+            moved = not torch.equal(parameter, old)
+            grad = parameter.grad
+            assert moved <= (grad is not None), "a parameter moved without a gradient"
+            large = grad is not None and bool((grad.abs() * 1e-3 > 1e-5 * old.abs() + 1e-6).any())
+            assert moved >= large, "a parameter with a gradient did not move"
+        for parameter, old in zip(self.teacher.parameters(), frozen, strict=True):
+            assert torch.equal(parameter, old) and parameter.grad is None, "the teacher changed"
+        assert self.same_policy(policy), "the policy changed without a search"
+
+    def policy_state(self) -> list[Tensor]:
+        kd = self.distiller.kd
+        parameters = [] if kd is None or kd.policy is None else kd.policy.parameters()
+        return [p.detach().clone() for p in parameters]
+
+    def same_policy(self, before: list[Tensor]) -> bool:
+        return all(map(torch.equal, before, self.policy_state()))
+
+    def evaluate(self) -> None:
+        self.distiller.eval()
+        x, y, _ = self.batch()
+        with torch.no_grad():
+            assert torch.isfinite(self.distiller(x)).all()
+            assert all(torch.isfinite(loss) for loss in self.distiller(x, y)[1].values())
+
+    def save_and_load(self) -> None:
+        buffer = io.BytesIO()
+        torch.save(self.distiller.state_dict(), buffer)
+        buffer.seek(0)
+        state = torch.load(buffer)
+        self.distiller.load_state_dict(state)
+        for name, value in self.distiller.state_dict().items():
+            assert torch.equal(value, state[name]), name
+
+    def copy(self) -> None:
+        self.distiller = copy.deepcopy(self.distiller)
+        self.student, self.teacher = self.distiller.student, self.distiller.teacher
+        self.optimizer = torch.optim.SGD(self.distiller.parameters(), lr=1e-3)
+        self.called, self.search = self.distiller, None
+
+    def cast(self) -> None:
+        self.dtype = self.rng.choice([torch.float32, torch.float64])
+        self.distiller.to(self.dtype)
+        self.optimizer = torch.optim.SGD(self.distiller.parameters(), lr=1e-3)
+        self.called, self.search = self.distiller, None
+
+    def freeze(self) -> None:
+        part = self.rng.choice([self.student.stage1, self.student.fc])
+        part.requires_grad_(self.rng.random() < 0.5)
+
+    def replace(self) -> None:
+        kd = self.distiller.kd
+        if kd is not None:
+            setattr(kd, self.rng.choice(["policy", "dam"]), None)
+            self.search, self.called = None, self.distiller
+
+    def look(self) -> None:
+        self.distiller.eval()
+        kd = self.distiller.kd
+        if kd is not None:
+            assert all(torch.isfinite(value) for value in kd.diagnostics().values())
+            if kd.policy is not None:
+                assert sokd.inspect.table(kd)
+
+    def search_step(self) -> None:
+        kd = self.distiller.kd
+        if kd is None or kd.policy is None:
+            return
+        if self.search is None:
+            options = {"order": self.rng.choice([1, 2])}
+            self.search = sokd.PolicySearch(kd, self.distiller.student, **options)
+        x, y, _ = self.batch()
+        before = copy.deepcopy(self.student.state_dict())
+        self.search.step(self.distiller.step, (x, y))
+        for name, value in self.student.state_dict().items():
+            assert torch.equal(value, before[name]), f"the search changed the student's {name}"
+
+    def export(self) -> None:
+        model = self.distiller.export()
+        x = torch.randn(2, 3, self.side, self.side, dtype=self.dtype)
+        self.distiller.eval()
+        with torch.no_grad():
+            assert torch.equal(model(x), self.student(x))
+
+    def compile(self) -> None:
+        if self.compiles and "crd" not in self.methods:
+            self.compiles = False
+            self.called = torch.compile(self.distiller, backend="aot_eager")
+
+    def bare_loss(self) -> None:
+        """`sokd.loss` alone, also on empty and one-cell maps."""
+        batch, side = self.rng.choice([0, 1, 3]), self.rng.choice([1, 2, 7])
+        kd = sokd.SoKD(4, 6, heat_channels=5, k=self.rng.choice([1, 4]))
+        f_s = torch.randn(batch, 4, side, side, requires_grad=True)
+        loss = sokd.loss(f_s, torch.randn(batch, 6, side, side), kd)
+        loss.backward()
+        assert torch.isfinite(loss) and torch.isfinite(f_s.grad).all()
+
+    def wrapped(self) -> None:
+        loss = sokd.wrap(F.mse_loss, sokd.SoKD(4, 6, heat_channels=5))
+        assert torch.isfinite(loss(torch.randn(3, 4, 4, 4), torch.randn(3, 6, 4, 4)))
+
+    def run(self, length: int) -> Counter[str]:
+        actions = {
+            self.train: 8, self.evaluate: 2, self.save_and_load: 1, self.copy: 1, self.cast: 1,
+            self.freeze: 1, self.replace: 1, self.look: 1, self.search_step: 2, self.export: 1,
+            self.compile: 1, self.bare_loss: 1, self.wrapped: 1, self.make: 1,
+        }  # fmt: skip
+        for _ in range(length):
+            (action,) = self.rng.choices(list(actions), list(actions.values()))
+            self.log.append(action.__name__)
+            try:
+                action()
+                self.calls[action.__name__] += 1
+            except ERRORS as error:
+                if not OWN_ERROR.match(str(error)):
+                    raise
+                self.log.append(f"  refused: {error}")
+                self.calls["refused"] += 1
+        return self.calls
+
+
+def run(sequences: int, *, first_seed: int = 0, length: int = 12) -> dict[str, Any]:
+    """So many programs; what they did, and those that failed with their last actions."""
+    torch.set_num_threads(1)
+    done, failures = Counter[str](), []
+    for seed in range(first_seed, first_seed + sequences):
+        program = None
+        try:
+            program = Program(seed, compiles=seed % 200 == 0)
+            done += program.run(length)
+        except ERRORS as error:
+            if program is None and OWN_ERROR.match(str(error)):
+                done["refused"] += 1
+                continue
+            failures.append(_failure(seed, program, error))
+        except AssertionError as error:
+            failures.append(_failure(seed, program, error))
+    return {"sequences": sequences, "actions": dict(done), "failures": failures}
+
+
+def _failure(seed: int, program: Program | None, error: BaseException) -> str:
+    steps = "" if program is None else " > ".join(program.log[-6:])
+    return f"seed {seed}: {type(error).__name__}: {str(error)[:300]} [{steps}]"
+
+
+if __name__ == "__main__":
+    import json
+    import sys
+
+    print(json.dumps(run(int(sys.argv[1]), first_seed=int(sys.argv[2])), indent=1))

@@ -1,0 +1,165 @@
+"""The losses of `sokd.methods` in plain PyTorch, written directly from the formulas: baselines.
+
+Teachers have no graph, and no operation is there to be slow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def kd(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
+    predicted = F.log_softmax(student / temperature, dim=1)
+    wanted = F.softmax(teacher / temperature, dim=1)
+    return F.kl_div(predicted, wanted, reduction="batchmean") * temperature**2
+
+
+def lskd(student: Tensor, teacher: Tensor) -> Tensor:
+    def standardised(logits: Tensor) -> Tensor:
+        return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
+
+    return kd(standardised(student), standardised(teacher), 2.0)
+
+
+def dkd(student: Tensor, teacher: Tensor, target: Tensor, temperature: float = 4.0) -> Tensor:
+    true = F.one_hot(target, student.shape[1]).bool()
+
+    def binary(logits: Tensor) -> Tensor:
+        p = F.softmax(logits / temperature, dim=1)
+        return torch.stack(((p * true).sum(1), (p * ~true).sum(1)), 1)
+
+    def others(logits: Tensor) -> Tensor:
+        return logits / temperature - 1000.0 * true
+
+    of_target = F.kl_div(binary(student).log(), binary(teacher), reduction="batchmean")
+    predicted, wanted = F.log_softmax(others(student), dim=1), F.softmax(others(teacher), dim=1)
+    of_others = F.kl_div(predicted, wanted, reduction="batchmean")
+    loss: Tensor = (of_target + 8 * of_others) * temperature**2
+    return loss
+
+
+def dist(student: Tensor, teacher: Tensor) -> Tensor:
+    def correlation(one: Tensor, two: Tensor) -> Tensor:
+        one, two = one - one.mean(1, keepdim=True), two - two.mean(1, keepdim=True)
+        lengths = torch.linalg.vector_norm(one, dim=1) * torch.linalg.vector_norm(two, dim=1)
+        mean: Tensor = ((one * two).sum(1) / (lengths + 1e-8)).mean()
+        return mean
+
+    p_s, p_t = student.softmax(1), teacher.softmax(1)
+    inter, intra = correlation(p_s, p_t), correlation(p_s.T, p_t.T)
+    return (1 - inter) + (1 - intra)
+
+
+def fitnet(student: Tensor, teacher: Tensor) -> Tensor:
+    return F.mse_loss(student, teacher)
+
+
+def at(student: Tensor, teacher: Tensor) -> Tensor:
+    attention_s, attention_t = (
+        F.normalize(each.pow(2).mean(1).flatten(1)) for each in (student, teacher)
+    )
+    return (attention_s - attention_t).pow(2).mean()
+
+
+def sp(student: Tensor, teacher: Tensor) -> Tensor:
+    rows = [each.flatten(1) for each in (student, teacher)]
+    alike_s, alike_t = (F.normalize(each @ each.T) for each in rows)
+    return (alike_s - alike_t).pow(2).mean()
+
+
+def rkd(student: Tensor, teacher: Tensor) -> Tensor:
+    with torch.no_grad():
+        far_t, angles_t = _relations(teacher)
+    far_s, angles_s = _relations(student)
+    return 25 * F.smooth_l1_loss(far_s, far_t) + 50 * F.smooth_l1_loss(angles_s, angles_t)
+
+
+def _relations(points: Tensor) -> tuple[Tensor, Tensor]:
+    squares = points.pow(2).sum(1)
+    squared = (squares.unsqueeze(0) + squares.unsqueeze(1) - 2 * points @ points.T).clamp(min=1e-12)
+    far = squared.sqrt() * (1 - torch.eye(len(points)))
+    difference = F.normalize(points.unsqueeze(0) - points.unsqueeze(1), dim=2)
+    return far / far[far > 0].mean(), torch.bmm(difference, difference.transpose(1, 2))
+
+
+def catkd(student: Tensor, teacher: Tensor, head_s: Tensor, head_t: Tensor) -> Tensor:
+    def pooled(features: Tensor, head: Tensor) -> Tensor:
+        maps = F.conv2d(features, head[:, :, None, None])
+        return F.normalize(F.adaptive_avg_pool2d(maps, 2).flatten(2), dim=2)
+
+    return F.mse_loss(pooled(student, head_s), pooled(teacher, head_t))
+
+
+def mgd(student: Tensor, teacher: Tensor, generation: nn.Module) -> Tensor:
+    keep = (torch.rand(*student.shape[:2], 1, 1) >= 0.0).float()
+    return F.mse_loss(generation(student * keep), teacher, reduction="sum") / len(student)
+
+
+def reviewkd(students: Sequence[Tensor], teachers: Sequence[Tensor], *, fusions: Any) -> Tensor:
+    outputs: list[Tensor] = []
+    fused = None
+    for fusion, student, teacher in list(zip(fusions, students, teachers, strict=True))[::-1]:
+        own = fusion.reduce(student)
+        if fused is not None:
+            deeper = F.interpolate(fused, own.shape[2:], mode="nearest")
+            share = torch.sigmoid(fusion.attention(torch.cat((own, deeper), 1)))
+            own = own * share[:, :1] + deeper * share[:, 1:]
+        fused = own if own.shape[2:] == teacher.shape[2:] else F.interpolate(own, teacher.shape[2:])
+        outputs.insert(0, fusion.expand(fused))
+    return torch.stack([_hcl(*pair) for pair in zip(outputs, teachers, strict=True)]).sum()
+
+
+def _hcl(student: Tensor, teacher: Tensor) -> Tensor:
+    loss, norm, factor = F.mse_loss(student, teacher), 1.0, 1.0
+    for side in (4, 2, 1):
+        if side < student.shape[2]:
+            factor /= 2
+            norm += factor
+            pooled_s, pooled_t = (F.adaptive_avg_pool2d(each, side) for each in (student, teacher))
+            loss = loss + factor * F.mse_loss(pooled_s, pooled_t)
+    return loss / norm
+
+
+class CRD:
+    """Gather the rows, multiply, exponentiate; index_select and index_copy_ for the banks."""
+
+    def __init__(self, like: Any) -> None:
+        self.like, self.z = like, [-1.0, -1.0]
+        self.student_bank, self.teacher_bank = like.student_bank.clone(), like.teacher_bank.clone()
+
+    def __call__(
+        self, student: Tensor, teacher: Tensor, index: Tensor, others: Tensor | None = None
+    ) -> Tensor:
+        v_s = F.normalize(self.like.student_embedding(student))
+        v_t = F.normalize(self.like.teacher_embedding(teacher))
+        if others is None:
+            others = torch.randint(
+                0, len(self.student_bank), (len(index), self.like.negatives.count)
+            )
+        picked = torch.cat((index.unsqueeze(1), others), 1)
+        loss = self._side(0, v_s, self.teacher_bank, picked) + self._side(
+            1, v_t, self.student_bank, picked
+        )
+        self.remember(index, v_s.detach(), v_t.detach())
+        return loss
+
+    def _side(self, side: int, anchor: Tensor, bank: Tensor, picked: Tensor) -> Tensor:
+        rows = bank.index_select(0, picked.flatten()).view(*picked.shape, -1)
+        scores = torch.exp(torch.bmm(rows, anchor.unsqueeze(2)).squeeze(2) / 0.07)
+        if self.z[side] < 0:
+            self.z[side] = (scores.mean() * len(bank)).item()
+        h, noise = scores / self.z[side], (picked.shape[1] - 1) / len(bank)
+        positive = (h[:, 0] / (h[:, 0] + noise)).log().sum()
+        negative = (noise / (h[:, 1:] + noise)).log().sum()
+        return -(positive + negative) / len(anchor)
+
+    @torch.no_grad()
+    def remember(self, index: Tensor, *anchors: Tensor) -> None:
+        for bank, anchor in zip((self.student_bank, self.teacher_bank), anchors, strict=True):
+            rows = bank.index_select(0, index).mul_(0.5).add_(anchor * 0.5)
+            bank.index_copy_(0, index, rows / rows.pow(2).sum(1, keepdim=True).sqrt())
