@@ -17,6 +17,7 @@ from support.distiller_cases import (
 )
 from torch import Tensor, nn
 
+import sokd
 from sokd import methods
 from sokd.methods import METHODS
 
@@ -144,3 +145,18 @@ def test_an_evaluation_in_inference_mode():
         logits, losses = distiller(*batch())
     twin = copy.deepcopy(distiller.student)
     assert torch.equal(logits, twin(batch()[0])) and losses["loss_ce"].isfinite()
+
+
+def test_masked_mse():
+    maps, _, weight = features()
+    check_like_no_grad(sokd.ops.masked_mse, torch.randn(4, 6, 4, 4), maps)
+    check_like_no_grad(sokd.ops.masked_mse, torch.randn(4, 6, 4, 4), maps, weight)
+
+
+def test_sokd_made_in_inference_mode():
+    with torch.inference_mode():
+        kd = sokd.SoKD(6, 6, **SMALL)
+    assert not any(each.is_inference() for each in (*kd.parameters(), *kd.buffers()))
+    student = torch.randn(4, 6, 4, 4, requires_grad=True)
+    sokd.loss(student, features()[0], kd).backward()
+    assert student.grad.any() and all(p.grad is not None for p in kd.parameters())

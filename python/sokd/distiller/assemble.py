@@ -10,7 +10,7 @@ from torch import nn
 
 from sokd.distiller.recipe import Recipe
 from sokd.kd.adapter import Adapter
-from sokd.kd.sokd import SoKD
+from sokd.kd.sokd import SoKD, named_kd
 from sokd.methods.common import Shape
 from sokd.methods.registry import nearest, options_of
 
@@ -20,14 +20,15 @@ Plug = bool | SoKD | Mapping[str, Any]
 
 
 def checked_plug(plug: Any) -> Plug:
-    """`sokd=`, if it is one.
+    """`sokd=`, checked.
 
     Raises:
-        TypeError: it is none, or a dict with an option that SoKD does not have (the nearest are given).
+        TypeError: another type, or a dict with an option that SoKD does not have.
     """
     if not isinstance(plug, (bool, SoKD, Mapping)):
         rule = "be True, False, a dict of SoKD's options or a SoKD"
-        raise TypeError(f"Distiller: sokd must {rule}, got {plug!r}")
+        got = named_kd(plug) if isinstance(plug, nn.Module) else repr(plug)
+        raise TypeError(f"Distiller: sokd must {rule}, got {got}")
     if not isinstance(plug, Mapping):
         return plug
     known = [name for name, p in signature(SoKD).parameters.items() if p.kind is p.KEYWORD_ONLY]

@@ -143,6 +143,7 @@ class Distiller(nn.Module):
         self._copies: bool | None = None  # whether the teacher needs a copy of x; None: not known
         self._needs = Needs(self._recipes, sokd)
         self.needs_logits = self._needs.logits
+        guards.check_size(self)
         if self._needs.maps:
             guards.check_eager(student=student, teacher=teacher)
         self.pairs: list[Pair] = []

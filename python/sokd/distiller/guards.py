@@ -268,8 +268,9 @@ def look(
     """
     watch, student = Watch.of(distiller), distiller.student
     used = "loss_ce" in losses or distiller.needs_logits
-    if not _is_trained(student) and any(True for _ in student.parameters()):
-        watch.warn(FROZEN)
+    if not _is_trained(student):
+        if any(True for _ in student.parameters()):
+            watch.warn(FROZEN)
     elif used and logits is not None and not logits.requires_grad:
         watch.warn(LOGITS_WITHOUT_GRADIENT)
     elif (

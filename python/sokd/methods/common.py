@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sokd.kd.dam import masked, resized, root
-from sokd.ops.runtime import accumulator, apply
+from sokd.ops.runtime import accumulator, apply, savable
 
 __all__ = [
     "Maps", "Method", "Shape", "Shapes", "Step", "Weights", "masked", "resized", "root",
@@ -76,13 +76,8 @@ class Method(nn.Module):
 
 
 def constant(tensor: Tensor) -> Tensor:
-    """The tensor without its graph; a copy if it was made under `torch.inference_mode()`.
-
-    PyTorch refuses to save the latter for a backward.
-    """
-    if not torch.compiler.is_compiling() and tensor.is_inference():
-        return tensor.clone()
-    return tensor.detach()
+    """The tensor without its graph, as one that autograd can save."""
+    return savable(tensor).detach()
 
 
 def wide(tensor: Tensor) -> Tensor:
