@@ -31,12 +31,14 @@ class MDistiller(Distiller):
     """A `Distiller` with mdistiller's calls: models as (student, teacher), keywords `image` and `target`.
 
     `distiller(image=..., target=..., epoch=...)` is `(logits, losses)` in train mode; in eval mode
-    `distiller(image=...)` is the logits. `torch.nn.DataParallel`, which its scripts put around a distiller,
-    serves on one device; several need DistributedDataParallel.
+    `distiller(image=...)` is the logits. `torch.nn.DataParallel`, which its scripts put around a
+    distiller, serves on one device; several need DistributedDataParallel.
 
     Args:
-        student, teacher: as mdistiller makes them; they return (logits, dict of features), or anything else.
-        cfg: the fork's configuration: `cfg.DATASET.TYPE` gives the size of the images for the dry run.
+        student, teacher: as mdistiller makes them; they return (logits, dict of features), or
+            anything else.
+        cfg: the fork's configuration: `cfg.DATASET.TYPE` gives the size of the images for the dry
+            run.
         num_data: of the training set, as CRD is given it; handed on to a method with that option.
         options: of `Distiller`. `example` is needed where `cfg` does not name a known data set.
     """
@@ -66,8 +68,8 @@ class MDistiller(Distiller):
     ) -> tuple[Any, dict[str, Tensor]]:
         """The student's logits and the dict of losses.
 
-        Of a trainer's other keywords `epoch` is not used, nor CRD's `contrastive_index`: the negatives are
-        drawn by the loss itself.
+        Of a trainer's other keywords `epoch` is not used, nor CRD's `contrastive_index`: the
+        negatives are drawn by the loss itself.
         """
         output, losses = super().forward(image, target, index=index)
         return self.logits_of(output), losses

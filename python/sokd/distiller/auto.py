@@ -23,7 +23,8 @@ from sokd.kd.virtual import unwrapped
 
 __all__ = ["auto_layers"]
 
-# Padding before a convolution ("same" in EfficientNets), and pooling to a fixed size for a classifier.
+# Padding before a convolution ("same" in EfficientNets), and pooling to a fixed size for a
+# classifier.
 PASSED_OVER = (
     *(nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d),
     *(nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),

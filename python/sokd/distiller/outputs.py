@@ -30,7 +30,8 @@ __all__ = [
     "untrained_entries",
 ]
 
-# How logits are found: a key or an index of the output, or a function of it; None: where they usually are.
+# How logits are found: a key or an index of the output, or a function of it; None: where they
+# usually are.
 Logits: TypeAlias = str | int | Callable[[Any], Tensor] | None
 # The task's loss: see `sokd.Distiller`.
 Task: TypeAlias = Literal["auto", "model"] | Callable[[Any, Any], Tensor] | None
@@ -173,7 +174,7 @@ def untrained_entries(output: Any, logits: Tensor | None) -> tuple[str, list[str
     return (taken, list(rest)) if rest else None
 
 
-# -------------------------------------------------------------------------------------------------- the task
+# ----------------------------------------------------------------------------------------- the task
 
 
 def checked_task(task: Any) -> Task:
@@ -287,7 +288,10 @@ def _check_probabilities(target: Tensor) -> None:
     rows = target.detach().to(torch.float64)
     wrong = ((rows.sum(1) - 1).abs() > _ROUNDING) | (rows.amin(1) < -_ROUNDING)
     if wrong.any():
-        rule = f"hold rows of probabilities, which sum to 1, where it is floating point ({OTHER_LOSSES})"
+        rule = (
+            f"hold rows of probabilities, which sum to 1, where it is floating point "
+            f"({OTHER_LOSSES})"
+        )
         first = rows.movedim(1, -1)[wrong][0]
         got = f"a row from {first.min():.4g} to {first.max():.4g} with the sum {first.sum():.4g}"
         raise ValueError(f"Distiller: target must {rule}, got {got}")

@@ -96,7 +96,10 @@ def chosen(method: Chosen, options: Mapping[str, Any]) -> list[Recipe]:
             possible = sorted(
                 {o for r in made if isinstance(r.source, str) for o in options_of(r.source)}
             )
-            rule = f"be arguments of Distiller or options of its methods ({', '.join(possible) or 'none'})"
+            rule = (
+                f"be arguments of Distiller or options of its methods "
+                f"({', '.join(possible) or 'none'})"
+            )
             raise TypeError(f"Distiller: options must {rule}, got {option}")
     return made
 

@@ -35,9 +35,9 @@ WHY_SKIPPED = (
     "the model skipped it in this pass (LayerDrop, a branch): name a layer that always runs"
 )
 REPLACED = (
-    "Distiller: {which} must be the module that it was when the Distiller was made, got another one "
-    "(convert_sync_batchnorm, an adapter such as LoRA or a rebuilt part): change the model first, then "
-    "make its Distiller"
+    "Distiller: {which} must be the module that it was when the Distiller was made, got another "
+    "one (convert_sync_batchnorm, an adapter such as LoRA or a rebuilt part): change the model "
+    "first, then make its Distiller"
 )
 RAN_AGAIN = "sokd: {which} runs several times in a forward pass; its first output is distilled"
 OVERWRITTEN = (

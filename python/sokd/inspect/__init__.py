@@ -8,9 +8,9 @@ read.
     sokd.inspect.draw_areas(images, sokd.inspect.areas(distiller, images), "areas.png")
     sokd.inspect.log(writer, kd, step)                         # any writer with add_scalar
 
-Whatever is looked at, a `SoKD`, a `Policy` or a `Distiller`, is left as it is: no draw is taken, no mode
-changed. Reading numbers waits for the device; so these are for now and then, not for every step. Pictures
-need matplotlib, which is imported when the first is drawn.
+Whatever is looked at, a `SoKD`, a `Policy` or a `Distiller`, is left as it is: no draw is taken, no
+mode changed. Reading numbers waits for the device; so these are for now and then, not for every
+step. Pictures need matplotlib, which is imported when the first is drawn.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Writer(Protocol):
     def add_scalar(self, tag: str, scalar_value: Any, global_step: Any) -> Any: ...
 
 
-# -------------------------------------------------------------------------------------------- the policy now
+# ----------------------------------------------------------------------------------- the policy now
 
 
 def table(subject: nn.Module, *, top: int | None = None) -> str:
@@ -118,7 +118,7 @@ def _kind_of(subject: Any) -> str:
     return type(subject).__name__ + waits
 
 
-# ------------------------------------------------------------------------------------------ the policy's way
+# --------------------------------------------------------------------------------- the policy's way
 
 
 @dataclass(frozen=True)
@@ -193,17 +193,18 @@ class Trajectory:
         policy_over_time(self.snapshots, self.policy.policies, path, caption=caption)
 
 
-# ----------------------------------------------------------------------------------------------------- areas
+# -------------------------------------------------------------------------------------------- areas
 
 
 @torch.no_grad()
 def areas(subject: nn.Module, *inputs: Any) -> list[LayerAreas]:
     """The areas of the teacher, of the student and of both, one dict for each layer.
 
-    areas(distiller, images), or areas(kd, student_features, teacher_features), also for what `sokd.wrap`
-    returns.
+    areas(distiller, images), or areas(kd, student_features, teacher_features), also for what
+    `sokd.wrap` returns.
 
-    The teacher's features are taken as they are, not refined: what is drawn does not hang on a draw.
+    The teacher's features are taken as they are, not refined: what is drawn does not hang on a
+    draw.
     """
     subject = unwrapped(subject)
     kd = _kd_of(subject)
@@ -252,8 +253,8 @@ def draw_areas(
     """Write a picture: the images, and on them the areas of teacher, student and both.
 
     Args:
-        images: [B, 3 or 1, H, W], the input or anything of its aspect; shown from their smallest to their
-            largest number. B columns, so a few: they may be the first of those `found` is of.
+        images: [B, 3 or 1, H, W], the input or anything of its aspect; shown from their smallest to
+            their largest number. B columns, so a few: they may be the first of those `found` is of.
         found: what `areas` returned, or the dict of one layer.
         layer: which of several layers.
         titles: B of them, above the images.
@@ -282,14 +283,15 @@ def draw_areas(
     areas_on_images(images, chosen, shares(chosen), path, titles=titles, caption=caption)
 
 
-# ------------------------------------------------------------------------------------------------ for others
+# --------------------------------------------------------------------------------------- for others
 
 
 def export_json(subject: nn.Module, path: Path | None = None) -> dict[str, Any]:
     """All there is to read of a SoKD or Distiller as plain data, written to `path` if there is one.
 
-    "policy": `Policy.table()`; "entropy"; "diagnostics": those of the last step; for a Distiller "layers" and
-    "weights" too. A part that is not there has no entry. In the file a number that is NaN or infinite is
+    "policy": `Policy.table()`; "entropy"; "diagnostics": those of the last step; for a Distiller
+    "layers" and "weights" too. A part that is not there has no entry. In the file a number that is
+    NaN or infinite is
     null: JSON has no such numbers.
     """
     subject = unwrapped(subject)
@@ -314,8 +316,8 @@ def log(
 ) -> None:
     """Hand the last step's figures to the user's own writer, `writer.add_scalar(tag, value, step)`.
 
-    `diagnostics()` of a SoKD, of a Distiller's, or of a Policy under `{prefix}/`, and of `losses`, a
-    Distiller's dict, each entry.
+    `diagnostics()` of a SoKD, of a Distiller's, or of a Policy under `{prefix}/`, and of `losses`,
+    a Distiller's dict, each entry.
 
     Raises:
         TypeError: the subject is none of these.

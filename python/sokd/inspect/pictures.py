@@ -1,6 +1,7 @@
 """The pictures of `sokd.inspect`: the policy over time, and areas on images. Imported with the first of them.
 
-Figures are made without pyplot: no display is needed, and the user's own figures and backend stay as they
+Figures are made without pyplot: no display is needed, and the user's own figures and backend stay
+as they
     are.
 """
 
@@ -43,7 +44,7 @@ STYLE: Any = {
 }
 
 
-# -------------------------------------------------------------------------------------- the policy over time
+# ----------------------------------------------------------------------------- the policy over time
 
 
 def of_operation(probabilities: Array, values: Array, operation: int, pairs: Pairs) -> Array:
@@ -132,7 +133,8 @@ def _draw_entropy(axes: Any, steps: list[int], probabilities: Array) -> None:
     axes.set_ylim(0, count * 1.08)
     axes.axhline(count, color=INK, lw=0.7, ls=":")
     axes.set_title(
-        f"Sub-policies in use, exp(entropy of the draw)\n(entropy {entropy[0]:.3f} to {entropy[-1]:.3f} nats)"
+        f"Sub-policies in use, exp(entropy of the draw)\n(entropy {entropy[0]:.3f} to "
+        f"{entropy[-1]:.3f} nats)"
     )
 
 
@@ -151,7 +153,7 @@ def _draw_by_operation(
     _label_ends(axes, steps, lines)
 
 
-# ------------------------------------------------------------------------------------------- areas on images
+# ---------------------------------------------------------------------------------- areas on images
 
 
 def areas_on_images(

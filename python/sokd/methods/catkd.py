@@ -48,11 +48,11 @@ def catkd(
     Args:
         student: class activation maps [B, K, H_s, W_s] (see `class_maps`), or a list of them.
         teacher: [B, K, H, W], constant, or an equally long list.
-        weight: omega [B, H, W] at the teacher's size: both sides are multiplied by its root before the
-            pooling.
+        weight: omega [B, H, W] at the teacher's size: both sides are multiplied by its root before
+            the pooling.
         resolution: r; the paper: 2 on CIFAR-100, 4 on ImageNet.
-        normalise: whether each pooled map is divided by its length. The authors' weights: 40 with it
-            (ResNet50 -> MobileNetV2), 15 without it (ResNet32x4 -> ResNet8x4).
+        normalise: whether each pooled map is divided by its length. The authors' weights: 40 with
+            it (ResNet50 -> MobileNetV2), 15 without it (ResNet32x4 -> ResNet8x4).
 
     Returns:
         [] float32 (float64 for float64), the sum over the pairs; 0 for an empty batch.
@@ -83,8 +83,8 @@ def class_maps(features: Tensor, head: Head) -> Tensor:
     """features [B, C, H, W] -> class activation maps [B, K, H, W].
 
     Args:
-        head: the linear layer or 1x1 convolution that follows the global average pooling, or its weight
-            [K, C]. Its bias says nothing about places and is left out (settled here).
+        head: the linear layer or 1x1 convolution that follows the global average pooling, or its
+            weight [K, C]. Its bias says nothing about places and is left out (settled here).
     """
     with unmixed(features):
         weight = wide(_head_weight(head, features.shape[1]))
@@ -110,9 +110,10 @@ class CATKD(Method):
     """`catkd` by name, on the last layer pair.
 
     Options:
-        student_head, teacher_head: the models' classifiers (see `class_maps`). The student's is trained
-            through its maps too, as in the paper; neither becomes a submodule. Without them the last maps
-            have to be class activation maps already, with one channel for each of the logits.
+        student_head, teacher_head: the models' classifiers (see `class_maps`). The student's is
+            trained through its maps too, as in the paper; neither becomes a submodule. Without them
+            the last maps have to be class activation maps already, with one channel for each of the
+            logits.
         resolution, normalise: see `catkd`.
     """
 

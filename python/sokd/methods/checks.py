@@ -24,8 +24,8 @@ def logits_pair(
     """Both sides' logits [B, K], checked; float32 or float64, the teacher's constant.
 
     Args:
-        dense: whether [B, K, H, W] (or [B, K, D, H, W]) is taken too, as [B * H * W, K]. Not [B, K, N]: with
-            as many dimensions others put K last.
+        dense: whether [B, K, H, W] (or [B, K, D, H, W]) is taken too, as [B * H * W, K]. Not [B, K,
+            N]: with as many dimensions others put K last.
     """
     _check_tensors(op, "student_logits", student, "teacher_logits", teacher)
     rank = student.dim()

@@ -1,8 +1,9 @@
 """What a method is given in each step, what it says of itself, and the ground all of them stand on.
 
-Every method is usable in two ways: as a loss of its own (`sokd.methods.kd(student_logits, teacher_logits)`)
-and by name (`build("kd", ...)`), when it is called with a `Step`. All compute in float32 (float64 for float64
-input) whatever autocast says, never send a gradient to the teacher, and give 0 for an empty batch.
+Every method is usable in two ways: as a loss of its own (`sokd.methods.kd(student_logits,
+teacher_logits)`) and by name (`build("kd", ...)`), when it is called with a `Step`. All compute in
+float32 (float64 for float64 input) whatever autocast says, never send a gradient to the teacher,
+and give 0 for an empty batch.
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ def unmixed(tensor: Tensor) -> torch.autocast:
 def unit(vectors: Tensor, dim: int) -> Tensor:
     """The vectors along `dim`, divided by their lengths; zeros stay, with a bounded gradient.
 
-    `F.normalize` divides the gradient of a zero by its eps of 1e-12: one dead unit, and the step is lost.
+    `F.normalize` divides the gradient of a zero by its eps of 1e-12: one dead unit, and the step is
+    lost.
     """
     length = torch.linalg.vector_norm(vectors, dim=dim, keepdim=True)
     return vectors / torch.where(length > 0, length, 1.0)

@@ -18,8 +18,9 @@ from sokd.methods.common import once
 
 __all__ = ["noise_contrast"]
 
-# So many rows of the bank for each row picked: up to here a product with the whole bank is faster than going
-# to the picked rows. Measured (64 x 16385 rows of 128): 18 against 66 ms at 3, 500 against 200 ms at 78.
+# So many rows of the bank for each row picked: up to here a product with the whole bank is faster
+# than going to the picked rows. Measured (64 x 16385 rows of 128): 18 against 66 ms at 3, 500
+# against 200 ms at 78.
 _DENSE_UP_TO = 8
 
 

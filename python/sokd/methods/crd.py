@@ -5,9 +5,9 @@
     crd = L(v_student, M_teacher) + L(v_teacher, M_student)
     then, in training, on each side:   M[index] <- normalise(momentum * M[index] + (1 - momentum) * v)
 
-Source: Tian, Krishnan, Isola, "Contrastive Representation Distillation" (ICLR 2020, arXiv 1910.10699,
-section 3; Z, the banks and their momentum as in the authors' code, whose 1e-7 in the denominators, which
-adds about 1e-7 N to each side's value, is left out).
+Source: Tian, Krishnan, Isola, "Contrastive Representation Distillation" (ICLR 2020, arXiv
+1910.10699, section 3; Z, the banks and their momentum as in the authors' code, whose 1e-7 in the
+denominators, which adds about 1e-7 N to each side's value, is left out).
 """
 
 from __future__ import annotations
@@ -53,16 +53,17 @@ class CRDLoss(nn.Module):
         dim: of the embeddings; the paper: 128.
         negatives: K for each sample; the paper: 16384. Drawn independently, as the formula has it.
         temperature, momentum: tau and the banks' momentum; the paper: 0.07 and 0.5 (weight 0.8).
-        labels: [N] int64, the training set's classes: negatives are then of other classes (the authors'
-            "exact" mode); None: any other samples.
-        generator: where the seed of banks and negatives is taken from; None: `sokd.manual_seed`'s source,
-            else PyTorch's.
+        labels: [N] int64, the training set's classes: negatives are then of other classes (the
+            authors' "exact" mode); None: any other samples.
+        generator: where the seed of banks and negatives is taken from; None: `sokd.manual_seed`'s
+            source, else PyTorch's.
 
-    Parameters: the two embeddings. Buffers: the banks, Z's logarithms (NaN until the first batch sets them,
-    as the authors do), seed and counter of the negatives: a checkpoint resumes bit for bit. All float32 under
-    autocast. Under torch.distributed every rank's embeddings go into the banks of all; the first batch has
-    each rank's own Z, those after it the mean over the ranks. Second derivatives are refused, torch.compile
-    breaks its graph here. Rows given twice in one batch: the last stays (on a GPU: either).
+    Parameters: the two embeddings. Buffers: the banks, Z's logarithms (NaN until the first batch
+    sets them, as the authors do), seed and counter of the negatives: a checkpoint resumes bit for
+    bit. All float32 under autocast. Under torch.distributed every rank's embeddings go into the
+    banks of all; the first batch has each rank's own Z, those after it the mean over the ranks.
+    Second derivatives are refused, torch.compile breaks its graph here. Rows given twice in one
+    batch: the last stays (on a GPU: either).
     """
 
     student_bank: Tensor
@@ -94,8 +95,8 @@ class CRDLoss(nn.Module):
         self.register_buffer("teacher_bank", start[1])
         self.register_buffer("log_normaliser", torch.full((2,), math.nan))
 
-    # A compiled graph may put off what the gradient reads from a bank until the bank has been changed: wrong
-    # gradients, seen with torch 2.13. Outside of it, this loss runs as it is.
+    # A compiled graph may put off what the gradient reads from a bank until the bank has been
+    # changed: wrong gradients, seen with torch 2.13. Outside of it, this loss runs as it is.
     @eager_only
     def forward(
         self, student: Tensor, teacher: Tensor, index: Tensor, contrast: Tensor | None = None
@@ -103,8 +104,10 @@ class CRDLoss(nn.Module):
         """Contrast, then (in training) put the new embeddings into the banks.
 
         Args:
-            student, teacher: [B, D_s] and [B, D]; the teacher's embedding is trained, the teacher is not.
-            index: [B] int64, the samples' places in the training set, 0 .. N - 1 (checked on the CPU).
+            student, teacher: [B, D_s] and [B, D]; the teacher's embedding is trained, the teacher
+                is not.
+            index: [B] int64, the samples' places in the training set, 0 .. N - 1 (checked on the
+                CPU).
             contrast: [B, K] int64, the negatives; None: drawn.
 
         Returns:
@@ -191,9 +194,9 @@ def _embed(features: Tensor, embedding: nn.Linear) -> Tensor:
 def pooled(features: Tensor, weight: Tensor | None = None) -> Tensor:
     """[B, C, H, W] -> [B, C] float32 (float64): the average over the cells, weighted by sqrt(omega).
 
-    Settled here, for the mask on top of CRD (docs/method.md 4: refine, mask, then pool): the weights are
-    divided by their sum, so that the size of the areas does not scale the embedding; where omega is 0 all
-    over, 0.
+    Settled here, for the mask on top of CRD (docs/method.md 4: refine, mask, then pool): the
+    weights are divided by their sum, so that the size of the areas does not scale the embedding;
+    where omega is 0 all over, 0.
     """
     features = wide(features)
     if weight is None:

@@ -4,8 +4,8 @@
     dist = T^2 * (beta  * (1 - mean_b r(p_s[b, :], p_t[b, :]))           inter-class
                 + gamma * (1 - mean_k r(p_s[:, k], p_t[:, k])))          intra-class
 
-Source: Huang, You, Wang, Qian, Xu, "Knowledge Distillation from A Stronger Teacher" (NeurIPS 2022, arXiv
-2205.10536, section 3).
+Source: Huang, You, Wang, Qian, Xu, "Knowledge Distillation from A Stronger Teacher" (NeurIPS 2022,
+arXiv 2205.10536, section 3).
 """
 
 from __future__ import annotations
@@ -32,16 +32,18 @@ def dist(
     """One minus Pearson's correlation of the predictions, by rows and by columns.
 
     Args:
-        student_logits, teacher_logits: [B, K], K >= 2, any floating-point dtypes; [B, K, H, W] counts as
-            B * H * W samples, as in the authors' code for segmentation.
-        beta, gamma: weights of the two relations; the paper's 2 and 2 are `default_weight` times these.
+        student_logits, teacher_logits: [B, K], K >= 2, any floating-point dtypes; [B, K, H, W]
+            counts as B * H * W samples, as in the authors' code for segmentation.
+        beta, gamma: weights of the two relations; the paper's 2 and 2 are `default_weight` times
+            these.
         temperature: T; the paper: 4 on CIFAR-100, 1 on ImageNet. T^2 as in the authors' code.
 
     Returns:
         [] float32 (float64 for float64); 0 for an empty batch. Second derivatives are refused.
 
-    Without variance (a batch of one, a student that says the same of everything) a correlation counts as 0,
-    with gradient 0: the formula's own is 1e8 there, at the first step of a head that starts at zero.
+    Without variance (a batch of one, a student that says the same of everything) a correlation
+    counts as 0, with gradient 0: the formula's own is 1e8 there, at the first step of a head that
+    starts at zero.
     """
     _check_options(beta, gamma, temperature)
     student, teacher = logits_pair("dist", student_logits, teacher_logits)

@@ -3,8 +3,8 @@
     b = (p_y, 1 - p_y);   q = softmax over the classes but y           (of logits / T, on each side)
     dkd = T^2 / B * sum_b  alpha * KL(b_t || b_s) + beta * KL(q_t || q_s)
 
-Source: Zhao, Cui, Song, Qiu, Liang, "Decoupled Knowledge Distillation" (CVPR 2022, arXiv 2203.08679,
-section 3).
+Source: Zhao, Cui, Song, Qiu, Liang, "Decoupled Knowledge Distillation" (CVPR 2022, arXiv
+2203.08679, section 3).
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ def dkd(
     Args:
         student_logits, teacher_logits: [B, K], K >= 2, any floating-point dtypes.
         target: [B] int64, the true classes, or `ignore_index`.
-        alpha, beta: weights of the two parts; the paper: 1 and 8 for most CIFAR-100 pairs (0.25 to 8), 1 and
-            0.5 on ImageNet.
+        alpha, beta: weights of the two parts; the paper: 1 and 8 for most CIFAR-100 pairs (0.25 to
+            8), 1 and 0.5 on ImageNet.
         temperature: T; the paper: 4 on CIFAR-100, 1 on ImageNet.
         ignore_index: the label of samples that are left out of the loss and its mean, as in
             `F.cross_entropy`.
 
     Returns:
-        [] float32 (float64 for float64); 0 for an empty batch. All in logarithms, so that predictions without
-        doubt (p_y = 1) stay finite. The paper raises the weight linearly over the first 20 epochs.
+        [] float32 (float64 for float64); 0 for an empty batch. All in logarithms, so that
+        predictions without doubt (p_y = 1) stay finite. The paper raises the weight linearly over the first 20 epochs.
     """
     _check_options(alpha, beta, temperature)
     student, teacher = logits_pair("dkd", student_logits, teacher_logits, dense=False)

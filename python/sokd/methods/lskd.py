@@ -28,16 +28,18 @@ def lskd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float =
     """`kd` of logits that have mean 0 and standard deviation 1 over the classes, on both sides.
 
     Args:
-        student_logits, teacher_logits: [B, K] or, for each position, [B, K, H, W]; K >= 2, any floating-point
-            dtypes.
-        temperature: the base temperature; the paper: 2 (3 for some pairs), weight 9 beside 0.1 for the
-            cross-entropy.
+        student_logits, teacher_logits: [B, K] or, for each position, [B, K, H, W]; K >= 2, any
+            floating-point dtypes.
+        temperature: the base temperature; the paper: 2 (3 for some pairs), weight 9 beside 0.1 for
+            the cross-entropy.
 
     Returns:
-        [] float32 (float64 for float64); 0 for an empty batch. Finite for logits up to 1e18 in float32.
+        [] float32 (float64 for float64); 0 for an empty batch. Finite for logits up to 1e18 in
+        float32.
 
-    The deviation is the authors' code's, divided by K - 1. Settled here: logits equal over all classes count
-    as a uniform prediction, with gradient 0 (a head may start at zero, where the formula's own is 1e7).
+    The deviation is the authors' code's, divided by K - 1. Settled here: logits equal over all
+    classes count as a uniform prediction, with gradient 0 (a head may start at zero, where the
+    formula's own is 1e7).
     """
     number("lskd", "temperature", temperature, above=0)
     student, teacher = logits_pair("lskd", student_logits, teacher_logits)

@@ -1,6 +1,7 @@
 """CRD's negatives: for each sample of a batch, K places of other samples in the training set.
 
-Uniform and independent, with repetition; a function of two int64 buffers alone, as `sokd.Policy`'s draws.
+Uniform and independent, with repetition; a function of two int64 buffers alone, as `sokd.Policy`'s
+draws.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from sokd.ops.distributed import place
 
 __all__ = ["Negatives"]
 
-# The uniforms have 23 bits. Up to here no place is 1 % likelier than another; beyond, two of them make one.
+# The uniforms have 23 bits. Up to here no place is 1 % likelier than another; beyond, two of them
+# make one.
 _ONE_DRAW_UP_TO = 2**16
 
 

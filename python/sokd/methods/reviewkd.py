@@ -6,8 +6,8 @@
     hcl(out, F_t) = (mse + 1/2 mse at 4x4 + 1/4 mse at 2x2 + 1/8 mse at 1x1) / (1 + 1/2 + 1/4 + 1/8)
     reviewkd = sum over stages of  hcl(sqrt(omega) out, sqrt(omega) F_t)
 
-Source: Chen, Liu, Zhao, Jia, "Distilling Knowledge via Knowledge Review" (CVPR 2021, arXiv 2104.09044,
-section 3). omega, 1 without a mask: docs/method.md 4.
+Source: Chen, Liu, Zhao, Jia, "Distilling Knowledge via Knowledge Review" (CVPR 2021, arXiv
+2104.09044, section 3). omega, 1 without a mask: docs/method.md 4.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ def hcl(student: Maps, teacher: Maps, weight: Weights = None) -> Tensor:
     Args:
         student: [B, C, H, W] of the teacher's shape, or a list of them, one a stage.
         teacher: [B, C, H, W], constant, or an equally long list.
-        weight: omega [B, H, W], or one (or None) for each stage: both sides are multiplied by its root first.
+        weight: omega [B, H, W], or one (or None) for each stage: both sides are multiplied by its
+            root first.
 
     Returns:
         [] float32 (float64 for float64), the sum over the stages; 0 for an empty batch.
 
-    Levels of 4, 2 and 1 cells a side are left out where a side of the map is not larger. One difference is
-    pooled
+    Levels of 4, 2 and 1 cells a side are left out where a side of the map is not larger. One
+    difference is pooled
     in place of two maps: pooling is linear.
     """
     return total(
@@ -78,11 +79,11 @@ class ReviewKDLoss(nn.Module):
 
     Args:
         student_channels, teacher_channels: of the stages, the shallowest first, equally many.
-        hidden: channels of the fused maps; None: those of the deepest student stage, at most 512 (the
-            authors').
+        hidden: channels of the fused maps; None: those of the deepest student stage, at most 512
+            (the authors').
 
-    The authors' weights: 0.6 to 8 by pair on CIFAR-100 (5 for most), 1 on ImageNet, raised linearly over the
-    first 20 epochs; they also take the pooled feature as one more stage of 1 x 1 cells.
+    The authors' weights: 0.6 to 8 by pair on CIFAR-100 (5 for most), 1 on ImageNet, raised linearly
+    over the first 20 epochs; they also take the pooled feature as one more stage of 1 x 1 cells.
     """
 
     def __init__(
@@ -118,11 +119,13 @@ class ReviewKDLoss(nn.Module):
         """The stages' HCL.
 
         Args:
-            student: maps [B, C_s, H_s, W_s], the shallowest first; teacher: [B, C, H, W], constants.
+            student: maps [B, C_s, H_s, W_s], the shallowest first; teacher: [B, C, H, W],
+                constants.
             weight: omega [B, H, W] at the teacher's sizes, one (or None) for each stage.
 
         Returns:
-            [] float32 (float64 for float64); 0 for an empty batch. Autocast applies to the fusions alone.
+            [] float32 (float64 for float64); 0 for an empty batch. Autocast applies to the fusions
+            alone.
         """
         pairs = layer_pairs("reviewkd", list(student), list(teacher), weight)
         if len(pairs) != len(self.fusions):
@@ -150,7 +153,10 @@ class ReviewKDLoss(nn.Module):
             rule = f"have the {channels} channels of its stage (student_channels)"
             raise ValueError(f"reviewkd: student must {rule}, got {list(features.shape)}")
         if self.training and features.shape[0] * features.shape[2] * features.shape[3] == 1:
-            rule = "have more than one value a channel in training, for BatchNorm (drop_last=True in the "
+            rule = (
+                "have more than one value a channel in training, for BatchNorm (drop_last=True in "
+                "the "
+            )
             rule += "DataLoader)"
             raise ValueError(f"reviewkd: student must {rule}, got {list(features.shape)}")
 
