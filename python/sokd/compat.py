@@ -1,9 +1,10 @@
-"""Habits kept: the Distiller as mdistiller's trainers and their many forks call theirs.
+"""The Distiller with the calls of mdistiller's trainers and their forks.
 
 In a fork, one import and one line where its distillers are listed:
 
     from sokd.compat import MDistiller
-    distiller_dict["SOKD"] = functools.partial(MDistiller, layers={"layer3": "layer3"}, method="reviewkd")
+    layers = {"layer3": "layer3"}
+    distiller_dict["SOKD"] = functools.partial(MDistiller, layers=layers, method="reviewkd")
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _SIDES = {
 
 
 class MDistiller(Distiller):
-    """A `Distiller` with mdistiller's calls: models as (student, teacher), keywords `image` and `target`.
+    """mdistiller-compatible wrapper around `Distiller`: the keywords `image` and `target`.
 
     `distiller(image=..., target=..., epoch=...)` is `(logits, losses)` in train mode; in eval mode
     `distiller(image=...)` is the logits. `torch.nn.DataParallel`, which its scripts put around a
@@ -58,7 +59,9 @@ class MDistiller(Distiller):
         super().__init__(teacher, student, **options)
         self.cfg = cfg
 
-    def forward(self, image: Any = None, target: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, image: Any = None, target: Any = None, **kwargs: Any
+    ) -> Any:
         if self.training:
             return self.forward_train(image, target, **kwargs)
         return self.forward_test(image)

@@ -8,7 +8,16 @@ from collections import OrderedDict
 import pytest
 import torch
 import torch.nn.functional as F
-from support.distiller_cases import CLASSES, Answering, Net, Shaped, batch, make, models, one_thread  # noqa: F401
+from support.distiller_cases import (
+    CLASSES,
+    Answering,
+    Net,
+    Shaped,
+    batch,
+    make,
+    models,
+    one_thread,  # noqa: F401
+)
 from torch import nn
 
 from sokd.distiller import Distiller
@@ -50,7 +59,7 @@ def test_auto_passes_over_what_a_convolution_pads():
 
 
 class Inverted(nn.Module):
-    """Widens, then strides, as MobileNets do: its first map is of the resolution that it leads away from."""
+    """Widens, then strides, as MobileNets do: its first map has the resolution of its input."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -167,7 +176,7 @@ class ChannelsLast(nn.Module):
 
 
 def test_auto_reads_maps_in_their_order():
-    """[4, 4, 4, 6] is no map of 4 x 6 cells: the image is a square. Where it is named, the order is heard."""
+    """[4, 4, 4, 6] is not a map of 4 x 6 cells, for the image is a square; a named order counts."""
     pairs = make(models=(ChannelsLast(), ChannelsLast()), layers="auto", method="at").pairs
     assert pairs == [("patch", "patch")]
     teacher, _ = models()
@@ -198,8 +207,7 @@ def test_auto_says_nothing_of_maps_overwritten_in_place():
 
 
 class Attending(nn.Module):
-    """Tokens, attention maps [B, heads, N, N], a pooled map and a layer that runs twice: auto wants the
-    tokens."""
+    """Tokens beside attention maps [B, heads, N, N], a pooled map and a layer that runs twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -232,7 +240,7 @@ def test_auto_without_a_map():
     assert str(caught.value) == f"Distiller: layers must {rule}, got 'auto'"
 
 
-# ------------------------------------------------------------------------- layers without a gradient
+# ------------------------------------------------------------------------ layers without a gradient
 
 
 def chosen(student: nn.Module, **options) -> list[str]:

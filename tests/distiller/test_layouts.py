@@ -1,4 +1,4 @@
-"""Layouts of features are confirmed by the inputs: batch, rank, aspect of the images; or refused."""
+"""Layouts of features are checked against the inputs: batch, rank, aspect of the images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ import re
 
 import pytest
 import torch
-from support.distiller_cases import CLASSES, SMALL, Shaped, batch, objective, one_thread  # noqa: F401
+from support.distiller_cases import (
+    CLASSES,
+    SMALL,
+    Shaped,
+    batch,
+    objective,
+    one_thread,  # noqa: F401
+)
 from torch import Tensor, nn
 
 from sokd.distiller import Distiller

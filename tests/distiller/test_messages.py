@@ -9,16 +9,24 @@ import sys
 
 import pytest
 import torch
-from support.distiller_cases import SMALL, Net, batch, make, models, objective, one_thread  # noqa: F401
+from support.distiller_cases import (
+    SMALL,
+    Net,
+    batch,
+    make,
+    models,
+    objective,
+    one_thread,  # noqa: F401
+)
 from torch import nn
 
 import sokd
 from sokd import methods
 
 REPLACED = (
-    "Distiller: the student's layer {!r} must be the module that it was when the Distiller was made, got "
-    "another one (convert_sync_batchnorm, an adapter such as LoRA or a rebuilt part): change the model "
-    "first, then make its Distiller"
+    "Distiller: the student's layer {!r} must be the module that it was when the Distiller was "
+    "made, got another one (convert_sync_batchnorm, an adapter such as LoRA or a rebuilt part): "
+    "change the model first, then make its Distiller"
 )
 
 
@@ -28,7 +36,7 @@ def refused(error: type[Exception], text: str, call) -> None:
     assert str(caught.value) == text
 
 
-# -------------------------------------------------------------------------- layers that are elsewhere
+# ------------------------------------------------------------------------ layers that are elsewhere
 
 
 class Wrapped(nn.Module):
@@ -101,8 +109,8 @@ def test_a_layer_that_is_skipped_in_a_pass():
     assert objective(distiller).isfinite()
     student.drop = True
     text = (
-        "Distiller: the student's layer 'stage2' must run in every forward pass, got no call; the model "
-        "skipped it in this pass (LayerDrop, a branch): name a layer that always runs"
+        "Distiller: the student's layer 'stage2' must run in every forward pass, got no call; the "
+        "model skipped it in this pass (LayerDrop, a branch): name a layer that always runs"
     )
     refused(RuntimeError, text, lambda: objective(distiller))
 
@@ -210,13 +218,14 @@ def test_a_kd_of_a_real_reload():
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-# --------------------------------------------------------------------------- the order of the models
+# -------------------------------------------------------------------------- the order of the models
 
 
 def test_a_student_larger_than_its_teacher():
     counts = [sum(p.numel() for p in Net(width).parameters()) for width in (6, 3)]
     text = (
-        f"sokd: the student has {counts[0]:,} parameters, more than the teacher's {counts[1]:,}; the order "
+        f"sokd: the student has {counts[0]:,} parameters, more than the teacher's {counts[1]:,}; "
+        f"the order "
         "is Distiller(student, teacher)"
     )
     with pytest.warns(UserWarning) as caught:

@@ -100,10 +100,11 @@ def test_a_learned_temperature_is_taken():
 
 
 @pytest.mark.parametrize(("wrong", "text"), [
-    (lambda: methods.crd(3, 5, 9, negatives=2)(torch.randn(2, 5), torch.randn(2, 3), torch.arange(2)),
+    (lambda: methods.crd(3, 5, 9, negatives=2)(*torch.randn(2, 2, 5), torch.arange(2)),
      "crd: student must be [B, 3] (student_dim), got [2, 5]"),
     (lambda: methods.reviewkd([3], [5])([torch.randn(2, 5, 4, 4)], [torch.randn(2, 3, 4, 4)]),
-     "reviewkd: student must have the 3 channels of its stage (student_channels), got [2, 5, 4, 4]"),
+     "reviewkd: student must have the 3 channels of its stage (student_channels), "
+     "got [2, 5, 4, 4]"),
 ], ids=["crd", "reviewkd"])  # fmt: skip
 def test_sides_that_are_swapped(wrong, text):
     with pytest.raises(ValueError) as caught:

@@ -149,7 +149,7 @@ def test_mdistiller_returns_logits_as_before():
     assert distiller.eval()(image=batch()[0]).shape == (4, 5)
 
 
-# ------------------------------------------------------------------- one of several tensors of a width
+# ---------------------------------------------------------------- one of several tensors of a width
 
 
 class TwoHeads(Net):

@@ -86,8 +86,10 @@ def make_kd(
 def find_heads(
     recipe: Recipe, models: Sequence[nn.Module], shapes: Sequence[Sequence[Shape]]
 ) -> dict[str, nn.Module]:
-    """For a method that reads the models' classifiers, those that its options do not name: the last linear
-    layer or 1x1 convolution that takes as many channels as the last map has."""
+    """The models' classifiers for a method that reads them, if its options do not name them.
+
+    A classifier is the last linear layer or 1x1 convolution with the channels of the last map.
+    """
     if not isinstance(recipe.source, str):
         return {}
     found: dict[str, nn.Module] = {}

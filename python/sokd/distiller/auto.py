@@ -200,7 +200,7 @@ def _listening(model: nn.Module, seen: _Seen) -> Iterator[None]:
 
     handles = []
     for name, module in unwrapped(model).named_modules():
-        if name and not isinstance(module, (*PASSED_OVER, torch.jit.RecursiveScriptModule)):
+        if name and not isinstance(module, (*PASSED_OVER, torch.jit.ScriptModule)):
             handles.append(module.register_forward_pre_hook(lambda module, args: seen.begin()))
             handles.append(module.register_forward_hook(hook_for(name)))
     try:

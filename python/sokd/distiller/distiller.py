@@ -1,4 +1,4 @@
-"""Any two models, any method, SoKD plugged in: layers by name, shapes by one dry run, adapters made."""
+"""Distillation of any two models by any method, with SoKD plugged in."""
 
 from __future__ import annotations
 
@@ -117,10 +117,12 @@ class Distiller(nn.Module):
     """
 
     def __init__(
-        self, teacher: nn.Module, student: nn.Module, *, layers: Layers = "auto", method: Chosen = "fitnet",
+        self, teacher: nn.Module, student: nn.Module, *, layers: Layers = "auto",
+        method: Chosen = "fitnet",
         sokd: Plug = True, task: Task = "auto", logits: Logits = None,
         example: Any = None, student_tokens: Any = None, teacher_tokens: Any = None,
-        student_grid: Any = None, teacher_grid: Any = None, student_order: Any = None, teacher_order: Any = None,
+        student_grid: Any = None, teacher_grid: Any = None, student_order: Any = None,
+        teacher_order: Any = None,
         check_finite: bool = True, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -159,7 +161,7 @@ class Distiller(nn.Module):
     # ---------------------------------------------------------------------------------------- calls
 
     def forward(self, x: Any, target: Any = None, *, index: Tensor | None = None) -> Any:
-        """`(output, losses)` in train mode; in eval mode the output, with `target` as in train mode.
+        """`(output, losses)` in train mode and with a target; in eval mode without one the output.
 
         Args:
             x: what the models take: a tensor, a list of images, or a dict of keywords.
@@ -369,7 +371,8 @@ class Distiller(nn.Module):
         step = Step(
             student.logits, teacher.logits, labels_of(target), student.maps,
             [match.refined for match in matches], [match.student for match in matches],
-            [None if match.attention is None else match.attention.weight for match in matches], index,
+            [None if match.attention is None else match.attention.weight for match in matches],
+            index,
         )  # fmt: skip
         losses = {}
         for name, method in self.methods.items():
@@ -391,7 +394,7 @@ class Distiller(nn.Module):
         return [Match(*pair, None) for pair in zip(students, teachers, strict=True)]
 
     def _own_terms(self, kd: SoKD, matches: list[Match], losses: Losses) -> Losses:
-        """SoKD's terms beside the methods'; records the step's statistics for `kd.diagnostics()`."""
+        """SoKD's terms beside the methods'; records the statistics of the step."""
         added = {}
         if self._needs.plain:
             added["loss_sokd"] = torch.stack(kd.distances(matches)).sum()

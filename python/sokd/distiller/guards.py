@@ -1,4 +1,4 @@
-"""Warnings and errors of a Distiller: common mistakes, losses that are not finite, unclear errors."""
+"""Warnings and errors of a Distiller about models, inputs and losses."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def check_teacher(distiller: Distiller) -> None:
 
 @contextmanager
 def explained(distiller: Distiller, x: Any) -> Iterator[None]:
-    """Raise an error from inside the models as one about the argument that caused it, if one did."""
+    """Raise an error from inside the models as one about the argument that caused it."""
     if batch_size(x) == 0:
         raise ValueError(EMPTY)
     try:

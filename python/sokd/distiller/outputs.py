@@ -1,4 +1,4 @@
-"""How a model is called, and what is read from its output: logits, and losses that it computes itself."""
+"""Calls of a model, and what is read from its output: logits and its own losses."""
 
 from __future__ import annotations
 
@@ -45,13 +45,12 @@ def call(model: nn.Module, x: Any, *target: Any) -> Any:
 
 
 def is_for_model(target: Any) -> bool:
-    """Whether a target can only be meant for the model itself: torchvision's detectors take a list of
-    dicts."""
+    """Whether a target is meant for the model itself, as torchvision's detectors take it."""
     return isinstance(target, (list, tuple)) and len(target) > 0 and isinstance(target[0], Mapping)
 
 
 def own_losses(output: Any) -> dict[str, Tensor]:
-    """The losses that a model computed itself: a dict of scalars alone, or the entry "loss" of any output.
+    """The losses that a model computed itself: a dict of scalars, or the entry "loss" of an output.
 
     Named `loss_<key>`, or by a key that says so already; the entry "loss" is `loss_task`.
     """
@@ -304,10 +303,11 @@ def labels_of(target: Any) -> Tensor | None:
 
 
 _HINTS = {
-    "logits": "logits must be found in what both models return for method {name!r} (name them by logits=)",
+    "logits": "logits must be found in what both models return for method {name!r} (name them by "
+    "logits=)",
     "target": "target must be class indices [B] for method {name!r}, as in distiller(x, y)",
-    "index": "index must be the samples' places in the training set, int64 [B], for method {name!r}, as in "
-    "distiller(x, y, index=i)",
+    "index": "index must be the samples' places in the training set, int64 [B], for method "
+    "{name!r}, as in distiller(x, y, index=i)",
 }
 
 

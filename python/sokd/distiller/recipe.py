@@ -1,4 +1,4 @@
-"""The Distiller's `method=`: names, callables or modules with their weights, and the options of each."""
+"""The Distiller's `method=`: names, callables or modules, with weights and options."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ Chosen = str | Method | FeatureLoss | Mapping[Any, float] | None
 
 
 class Called(Method):
-    """Any loss(f_s, f_t) as a method: maps of one shape, masked where there is a mask, summed over the
-    layers."""
+    """Any loss(f_s, f_t) as a method, on masked maps of one shape; the sum over the layers."""
 
     name: ClassVar[str] = "feature"
     needs: ClassVar[frozenset[str]] = frozenset({"features"})

@@ -1,4 +1,4 @@
-"""The outputs of a model's named layers, read by one forward hook for each, without changing the model.
+"""The outputs of a model's named layers, read by one forward hook for each.
 
 A hook does nothing until it is armed for the length of a forward pass, so the model by itself keeps
 nothing of a pass and computes what it always did. Gradient checkpointing runs the layers again in
@@ -96,12 +96,14 @@ class Taps:
             name = _split(layer)[0]
             if name not in modules or not name:
                 raise ValueError(_no_such_layer(side, name, modules, other))
-            if isinstance(modules[name], torch.jit.RecursiveScriptModule):
-                label = f"the {side}'s layer {layer!r}"
-                raise RuntimeError(NEVER_RAN.format(which=label, why=WHY_SCRIPTED))
-            if name not in self.taps:
-                self.taps[name] = Tap()
+            if name in self.taps:
+                continue
+            self.taps[name] = Tap()
+            try:
                 modules[name].register_forward_hook(self.taps[name])
+            except RuntimeError as error:  # of TorchScript
+                label = f"the {side}'s layer {layer!r}"
+                raise RuntimeError(NEVER_RAN.format(which=label, why=WHY_SCRIPTED)) from error
 
     def check_in_place(self, model: nn.Module) -> None:
         """Raise RuntimeError if another module is now where a layer was."""

@@ -1,5 +1,4 @@
-"""Looking at a run: the policy as a table and over time, the areas on the input image, figures for others to
-read.
+"""Views of a run: the policy as a table and over time, the areas on images, exported figures.
 
     trajectory = sokd.inspect.Trajectory(kd)
     trajectory.record(step)                                    # every so often in training
@@ -87,7 +86,7 @@ def _strengths(row: dict[str, Any]) -> str:
 
 @torch.no_grad()
 def entropy(subject: nn.Module) -> float:
-    """Of the choice of the sub-policy, in nats: log K where all are alike, 0 where one is always drawn."""
+    """Entropy of the draw of a sub-policy, in nats: log K if uniform, 0 if one is always drawn."""
     return float(_policy_of("entropy", subject).diagnostics()["entropy"])
 
 
@@ -176,7 +175,7 @@ class Trajectory:
         _write(path, state)
 
     def load(self, path: Path) -> None:
-        """Take over the snapshots of a file, in place of those here; to go on after a resumed run."""
+        """Replace the snapshots by those of a file, to continue after a resumed run."""
         with open(path) as file:
             state = json.load(file)
         if [tuple(pair) for pair in state["operations"]] != self.operations:
@@ -291,8 +290,7 @@ def export_json(subject: nn.Module, path: Path | None = None) -> dict[str, Any]:
 
     "policy": `Policy.table()`; "entropy"; "diagnostics": those of the last step; for a Distiller
     "layers" and "weights" too. A part that is not there has no entry. In the file a number that is
-    NaN or infinite is
-    null: JSON has no such numbers.
+    NaN or infinite is null: JSON has no such numbers.
     """
     subject = unwrapped(subject)
     kd = _kd_of(subject)

@@ -1,8 +1,7 @@
-"""The pictures of `sokd.inspect`: the policy over time, and areas on images. Imported with the first of them.
+"""The pictures of `sokd.inspect`: the policy over time, and areas on images.
 
 Figures are made without pyplot: no display is needed, and the user's own figures and backend stay
-as they
-    are.
+as they are.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ STYLE: Any = {
 
 
 def of_operation(probabilities: Array, values: Array, operation: int, pairs: Pairs) -> Array:
-    """[T]: mean of values [T, K, 2] over the operation's sub-policies, weighted by probabilities [T, K]."""
+    """[T]: mean of values [T, K, 2] over an operation's sub-policies, weighted by probabilities."""
     places = [(k, list(pair).index(operation)) for k, pair in enumerate(pairs) if operation in pair]
     rows, sides = zip(*places, strict=True)
     weight = probabilities[:, rows]
@@ -59,7 +58,7 @@ def of_operation(probabilities: Array, values: Array, operation: int, pairs: Pai
 def policy_over_time(
     snapshots: Sequence[Any], pairs: Pairs, path: Path, *, caption: str = ""
 ) -> None:
-    """Write the policy's way as a picture: choice, entropy, firing, magnitudes, over training steps.
+    """Write a picture of the policy over training steps: choice, entropy, firing, magnitudes.
 
     Args:
         snapshots: each with `step`, `probabilities` [K], `fire` [K, 2] and `magnitude` [K, 2].
@@ -160,7 +159,7 @@ def areas_on_images(
     images: Tensor, found: Mapping[str, Areas], shares: Mapping[str, float], path: Path, *,
     titles: Sequence[str] | None = None, caption: str = "",
 ) -> None:  # fmt: skip
-    """Write images [B, 3 or 1, H, W], in a row each below them the areas of `found` on the same images.
+    """Write images [B, 3 or 1, H, W], and below them the areas of `found` in a row each.
 
     Deeper colour where areas overlap; the boxes are the areas' borders.
     """

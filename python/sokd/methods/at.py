@@ -1,6 +1,7 @@
 """Attention transfer: the student's energy over the map is spread as the teacher's.
 
-    E[b,y,x] = omega[b,y,x] * sum_c F[b,c,y,x]^2;   Q = E / |E|_2 for each sample;   d_F = 2 * omega * F * d_E
+    E[b,y,x] = omega[b,y,x] * sum_c F[b,c,y,x]^2;   Q = E / |E|_2 for each sample
+    d_F = 2 * omega * F * d_E
     at = sum over layers of  mean_{b,y,x} (Q_s - Q_t)^2
 
 Source: Zagoruyko, Komodakis, "Paying More Attention to Attention" (ICLR 2017, arXiv 1612.03928,
@@ -33,9 +34,8 @@ def at(student: Maps, teacher: Maps, weight: Weights = None) -> Tensor:
         weight: 1000.
 
     Where the sizes differ the larger map is averaged down to the smaller first, as in the usual
-    code bases (on
-    each axis by itself: settled here), and so is omega. A map of zeros has the attention 0, with
-    gradient 0.
+    code bases (on each axis by itself: settled here), and so is omega. A map of zeros has the
+    attention 0, with gradient 0.
     """
     return total([_transfer(*pair) for pair in layer_pairs("at", student, teacher, weight)])
 

@@ -1,7 +1,8 @@
 """Class attention transfer: the map of each class's evidence, not the features behind it.
 
     A[b,k,y,x] = sum_c head[k,c] * F[b,c,y,x]          class activation maps
-    P = averages of A over r x r regions;   catkd = 1 / (B K r^2) * sum_{b,k} | P_s / |P_s| - P_t / |P_t| |^2
+    P = averages of A over r x r regions
+    catkd = 1 / (B K r^2) * sum_{b,k} | P_s / |P_s| - P_t / |P_t| |^2
 
 Source: Guo, Yan, Li, Lin, "Class Attention Transfer Based Knowledge Distillation" (CVPR 2023, arXiv
 2304.12777, section 3).
@@ -122,8 +123,9 @@ class CATKD(Method):
     default_weight: ClassVar[float] = 40.0
 
     def __init__(
-        self, student_shapes: Shapes = (), teacher_shapes: Shapes = (), *, student_head: Head | None = None,
-        teacher_head: Head | None = None, resolution: int = 2, normalise: bool = True,
+        self, student_shapes: Shapes = (), teacher_shapes: Shapes = (), *,
+        student_head: Head | None = None, teacher_head: Head | None = None,
+        resolution: int = 2, normalise: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(student_shapes, teacher_shapes)
         # in a tuple: the models own them, and save them

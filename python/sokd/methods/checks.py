@@ -103,7 +103,7 @@ def check_labels(op: str, target: Tensor, classes: int, ignored: int) -> None:
 
 
 def wrong_class(target: Tensor, classes: int, ignored: int = -100) -> str:
-    """The rule for class indices and the first that breaks it, as an error puts it; "" if none does."""
+    """The rule for class indices and the first index that breaks it; "" if none does."""
     wrong = target[((target < 0) | (target >= classes)) & (target != ignored)]
     rule = f"be class indices 0 .. {classes - 1} ({ignored} is ignored)"
     return f"target must {rule}, got {int(wrong[0])}" if wrong.numel() else ""

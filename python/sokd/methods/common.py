@@ -102,7 +102,7 @@ def unit(vectors: Tensor, dim: int) -> Tensor:
 
 
 def squares(features: Tensor, dim: int) -> Tensor:
-    """The sum of squares along `dim`; its backward is one product, not the several passes of autograd."""
+    """The sum of squares along `dim`; its backward is one product, where autograd takes several."""
     return (
         cast(Tensor, apply(_Squares, features, dim))
         if features.requires_grad

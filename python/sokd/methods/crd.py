@@ -1,9 +1,11 @@
-"""Contrastive representation distillation: tell the own teacher's embedding from those of other samples.
+"""Contrastive representation distillation: a sample's teacher embedding against those of others.
 
     v = W x / |W x|, W for each side;   h(v, m) = exp(<v, m> / tau) / Z;   c = K / N
-    L(v, M) = -1/B * sum_b [log h(v_b, M_b) / (h(v_b, M_b) + c) + sum_{K others k} log c / (h(v_b, M_k) + c)]
+    L(v, M) = -1/B * sum_b [log h(v_b, M_b) / (h(v_b, M_b) + c)
+                            + sum_{K others k} log c / (h(v_b, M_k) + c)]
     crd = L(v_student, M_teacher) + L(v_teacher, M_student)
-    then, in training, on each side:   M[index] <- normalise(momentum * M[index] + (1 - momentum) * v)
+    then, in training, on each side:
+    M[index] <- normalise(momentum * M[index] + (1 - momentum) * v)
 
 Source: Tian, Krishnan, Isola, "Contrastive Representation Distillation" (ICLR 2020, arXiv
 1910.10699, section 3; Z, the banks and their momentum as in the authors' code, whose 1e-7 in the
@@ -37,15 +39,15 @@ def crd(
     temperature: float = 0.07, momentum: float = 0.5, labels: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> CRDLoss:  # fmt: skip
-    """The loss module for embeddings of these sizes and a training set of `num_samples`; see `CRDLoss`."""
+    """The loss module for embeddings of these sizes and `num_samples` samples; see `CRDLoss`."""
     return CRDLoss(
-        student_dim, teacher_dim, num_samples, dim=dim, negatives=negatives, temperature=temperature,
-        momentum=momentum, labels=labels, generator=generator,
+        student_dim, teacher_dim, num_samples, dim=dim, negatives=negatives,
+        temperature=temperature, momentum=momentum, labels=labels, generator=generator,
     )  # fmt: skip
 
 
 class CRDLoss(nn.Module):
-    """`crd(...)(student [B, D_s], teacher [B, D], index [B])`: the contrast of both sides, a scalar.
+    """`crd(...)(student [B, D_s], teacher [B, D], index [B])`: both sides' contrast, a scalar.
 
     Args:
         student_dim, teacher_dim: D_s and D.
@@ -71,9 +73,9 @@ class CRDLoss(nn.Module):
     log_normaliser: Tensor
 
     def __init__(
-        self, student_dim: int, teacher_dim: int, num_samples: int, *, dim: int = 128, negatives: int = 16384,
-        temperature: float = 0.07, momentum: float = 0.5, labels: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        self, student_dim: int, teacher_dim: int, num_samples: int, *, dim: int = 128,
+        negatives: int = 16384, temperature: float = 0.07, momentum: float = 0.5,
+        labels: Tensor | None = None, generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         for name, size in (
@@ -181,7 +183,7 @@ class CRDLoss(nn.Module):
 
 
 def _mean_of_exp(logs: Tensor) -> Tensor:
-    """log of the mean of exp(logs [R, 2]) over R, without those that are NaN (a rank without samples)."""
+    """log of the mean of exp(logs [R, 2]) over R, without NaN (of ranks without samples)."""
     there = ~logs.isnan()
     total = torch.where(there, logs, -math.inf).logsumexp(0)
     return torch.where(there.any(0), total - there.sum(0).log(), math.nan)
@@ -192,7 +194,7 @@ def _embed(features: Tensor, embedding: nn.Linear) -> Tensor:
 
 
 def pooled(features: Tensor, weight: Tensor | None = None) -> Tensor:
-    """[B, C, H, W] -> [B, C] float32 (float64): the average over the cells, weighted by sqrt(omega).
+    """[B, C, H, W] -> [B, C] float32 (float64): the mean over the cells, weighted by sqrt(omega).
 
     Settled here, for the mask on top of CRD (docs/method.md 4: refine, mask, then pool): the
     weights are divided by their sum, so that the size of the areas does not scale the embedding;
@@ -208,15 +210,16 @@ def pooled(features: Tensor, weight: Tensor | None = None) -> Tensor:
 
 
 class CRD(Method):
-    """`crd` by name, on the last layer pair, pooled; options as of `CRDLoss`, `num_samples` required."""
+    """`crd` by name, on the pooled last layer pair; options as of `CRDLoss`."""
 
     name: ClassVar[str] = "crd"
     needs: ClassVar[frozenset[str]] = frozenset({"features", "index"})
     default_weight: ClassVar[float] = 0.8
 
     def __init__(
-        self, student_shapes: Shapes = (), teacher_shapes: Shapes = (), *, num_samples: int | None = None,
-        dim: int = 128, negatives: int = 16384, temperature: float = 0.07, momentum: float = 0.5,
+        self, student_shapes: Shapes = (), teacher_shapes: Shapes = (), *,
+        num_samples: int | None = None, dim: int = 128, negatives: int = 16384,
+        temperature: float = 0.07, momentum: float = 0.5,
         labels: Tensor | None = None, generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
         super().__init__(student_shapes, teacher_shapes)

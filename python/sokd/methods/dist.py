@@ -1,6 +1,7 @@
-"""DIST: correlation in place of divergence, over the classes of a sample and over the samples of a class.
+"""DIST: correlation in place of divergence, over a sample's classes and over a class's samples.
 
-    p = softmax(logits / T) [B, K];   r(u, v) = <u - mean u, v - mean v> / (|u - mean u| |v - mean v| + 1e-8)
+    p = softmax(logits / T) [B, K]
+    r(u, v) = <u - mean u, v - mean v> / (|u - mean u| |v - mean v| + 1e-8)
     dist = T^2 * (beta  * (1 - mean_b r(p_s[b, :], p_t[b, :]))           inter-class
                 + gamma * (1 - mean_k r(p_s[:, k], p_t[:, k])))          intra-class
 
@@ -65,8 +66,10 @@ def _check_options(beta: float, gamma: float, temperature: float) -> None:
 
 
 class _Relations(torch.autograd.Function):
-    """(loss, d_p_s): with a the student's and b the teacher's centred vector, r = <a, b> / (|a| |b| + 1e-8)
-    has d_a = (b - r |b| / |a| a) / (|a| |b| + 1e-8), which is centred, so it is d_p too.
+    """(loss, d_p_s), with a the student's and b the teacher's centred vector.
+
+    r = <a, b> / (|a| |b| + 1e-8) has d_a = (b - r |b| / |a| a) / (|a| |b| + 1e-8), which is
+    centred, so it is d_p too.
     """
 
     generate_vmap_rule = True
@@ -95,7 +98,7 @@ class _Relations(torch.autograd.Function):
 
 
 def _correlation(a: Tensor, b: Tensor, dim: int, noise: Tensor | float) -> tuple[Tensor, Tensor]:
-    """The sum of the cosines along `dim`, and its gradient; both 0 where a is no longer than `noise`."""
+    """The sum of the cosines along `dim`, and its gradient; both 0 where |a| is at most `noise`."""
     length_a, length_b = ((each * each).sum(dim, keepdim=True).sqrt_() for each in (a, b))
     varies = length_a > noise
     lengths = torch.where(varies, length_a * length_b + _EPS, torch.inf)

@@ -1,4 +1,4 @@
-"""Decoupled knowledge distillation: the target's probability and the distribution over the others, apart.
+"""Decoupled knowledge distillation: the target's probability and the others' distribution, apart.
 
     b = (p_y, 1 - p_y);   q = softmax over the classes but y           (of logits / T, on each side)
     dkd = T^2 / B * sum_b  alpha * KL(b_t || b_s) + beta * KL(q_t || q_s)
@@ -39,7 +39,8 @@ def dkd(
 
     Returns:
         [] float32 (float64 for float64); 0 for an empty batch. All in logarithms, so that
-        predictions without doubt (p_y = 1) stay finite. The paper raises the weight linearly over the first 20 epochs.
+        predictions without doubt (p_y = 1) stay finite. The paper raises the weight linearly over
+        the first 20 epochs.
     """
     _check_options(alpha, beta, temperature)
     student, teacher = logits_pair("dkd", student_logits, teacher_logits, dense=False)
@@ -59,13 +60,13 @@ def dkd(
 
 
 def _in_two(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """log p [B, K], and log (1 - p_y) [B] from the other classes' p, exact where p_y rounds to 1."""
+    """log p [B, K], and log (1 - p_y) [B] from the other classes, exact where p_y rounds to 1."""
     log = F.log_softmax(logits, dim=1)
     return log, log.scatter(1, target, _never(log)).logsumexp(1)
 
 
 def _never(log: Tensor) -> float:
-    """The logarithm of no probability at all; finite, and still so when another one is taken off."""
+    """A finite logarithm of probability 0, which stays finite when another one is subtracted."""
     return torch.finfo(log.dtype).min / 2
 
 

@@ -22,7 +22,7 @@ __all__ = ["FitNet", "fitnet", "hint"]
 
 
 def fitnet(student: Maps, teacher: Maps, weight: Weights = None) -> Tensor:
-    """The (weighted) mean squared difference, by `sokd.ops.masked_mse`: value and gradient in one pass.
+    """The (weighted) mean squared difference, by `sokd.ops.masked_mse`.
 
     Args:
         student: [B, C, H, W], already of the teacher's shape (`sokd.Adapter`), or a list of them,

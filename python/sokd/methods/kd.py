@@ -1,6 +1,7 @@
 """Knowledge distillation: the student's softened class probabilities follow the teacher's.
 
-    p = softmax(logits / T) [B, K];   kd = T^2 / B * sum_b KL(p_t || p_s);   d_student = T / B * (p_s - p_t)
+    p = softmax(logits / T) [B, K];   kd = T^2 / B * sum_b KL(p_t || p_s)
+    d_student = T / B * (p_s - p_t)
 
 Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531,
 section 2).
@@ -25,7 +26,8 @@ def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4
     Args:
         student_logits, teacher_logits: [B, K] or [B, K, H, W] (segmentation), K >= 2, any
             floating-point dtypes. Of one logit z for a sigmoid: torch.stack([z, 0 * z], 1).
-        temperature: T. The usual CIFAR-100 recipe: T = 4, weight 0.9 beside 0.1 for the cross-entropy.
+        temperature: T. The usual CIFAR-100 recipe: T = 4, weight 0.9 beside 0.1 for the cross
+            entropy.
 
     Returns:
         [] float32 (float64 for float64): exactly 0 for equal logits; 0 for an empty batch. Of dense

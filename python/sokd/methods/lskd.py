@@ -1,6 +1,7 @@
-"""Knowledge distillation of standardised logits: the student keeps the teacher's relations, not its range.
+"""Knowledge distillation of standardised logits: the relations count, not the range.
 
-    z = (logits - mean) / std, over the classes;   p = softmax(z / T);   lskd = T^2 / B * sum_b KL(p_t || p_s)
+    z = (logits - mean) / std, over the classes;   p = softmax(z / T)
+    lskd = T^2 / B * sum_b KL(p_t || p_s)
 
 Source: Sun, Ren, Li, Wang, Cao, "Logit Standardization in Knowledge Distillation" (CVPR 2024, arXiv
 2403.01427, section 4).
@@ -47,7 +48,7 @@ def lskd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float =
 
 
 def _standardised(logits: Tensor) -> Tensor:
-    """By one fused kernel, which divides by the deviation with K; the factor makes it that with K - 1."""
+    """By a fused kernel, whose deviation divides by K; the factor makes it K - 1."""
     classes = logits.shape[1]
     low, high = logits.detach().aminmax(dim=1, keepdim=True)
     logits = torch.where(low < high, logits, 0.0)

@@ -1,6 +1,7 @@
 """Masked generative distillation: from a part of the student's features, generate the teacher's.
 
-    keep ~ Bernoulli(1 - ratio) for each channel, or each cell, of each sample;   G = conv3x3, ReLU, conv3x3
+    keep ~ Bernoulli(1 - ratio) for each channel, or each cell, of each sample
+    G = conv3x3, ReLU, conv3x3
     mgd = sum over layers of  1 / B * sum_{b,c,y,x} omega[b,y,x] * (G(keep * Phi(F_s)) - F_t)^2
 
 Source: Yang, Li, Shao, Shi, Yuan, Yuan, "Masked Generative Distillation" (ECCV 2022, arXiv
@@ -110,8 +111,9 @@ class MGD(Method):
     default_weight: ClassVar[float] = 7e-5
 
     def __init__(
-        self, student_shapes: Shapes = (), teacher_shapes: Shapes = (), *, ratio: float | None = None,
-        over: str = "channels", generator: torch.Generator | None = None,
+        self, student_shapes: Shapes = (), teacher_shapes: Shapes = (), *,
+        ratio: float | None = None, over: str = "channels",
+        generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
         super().__init__(student_shapes, teacher_shapes)
         self.layers = nn.ModuleList(

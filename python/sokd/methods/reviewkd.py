@@ -1,8 +1,8 @@
-"""Knowledge review: a stage of the teacher guides the student's own and, fused into it, all deeper stages.
+"""Knowledge review: a teacher's stage guides the student's, into which all deeper ones are fused.
 
-    from the deepest stage up:  x = conv1x1(F_s);   y = the fused map of the stage below, upsampled to x
-    a = sigmoid(conv1x1([x, y])) [B, 2, H, W];   fused = a_0 * x + a_1 * y, resized to the teacher's map
-    out = conv3x3(fused) [B, C, H, W]                          (ABF; BatchNorm after the first and last conv)
+    from the deepest stage up:  x = conv1x1(F_s);   y = the next deeper fused map, upsampled to x
+    a = sigmoid(conv1x1([x, y])) [B, 2, H, W];   fused = a_0 * x + a_1 * y, at the teacher's size
+    out = conv3x3(fused) [B, C, H, W]                (ABF; BatchNorm after the first and last conv)
     hcl(out, F_t) = (mse + 1/2 mse at 4x4 + 1/4 mse at 2x2 + 1/8 mse at 1x1) / (1 + 1/2 + 1/4 + 1/8)
     reviewkd = sum over stages of  hcl(sqrt(omega) out, sqrt(omega) F_t)
 
@@ -47,8 +47,7 @@ def hcl(student: Maps, teacher: Maps, weight: Weights = None) -> Tensor:
         [] float32 (float64 for float64), the sum over the stages; 0 for an empty batch.
 
     Levels of 4, 2 and 1 cells a side are left out where a side of the map is not larger. One
-    difference is pooled
-    in place of two maps: pooling is linear.
+    difference is pooled in place of two maps: pooling is linear.
     """
     return total(
         [_context(*pair) for pair in layer_pairs("hcl", student, teacher, weight, same="shape")]
@@ -105,6 +104,7 @@ class ReviewKDLoss(nn.Module):
         ):
             for count in counts:
                 number("reviewkd", name, count, least=1, whole=True)
+        self.student_channels = list(student_channels)
         deepest = len(student_channels) - 1
         self.fusions = nn.ModuleList(
             ABF(of_student, hidden, of_teacher, fuse=stage < deepest)
@@ -141,9 +141,9 @@ class ReviewKDLoss(nn.Module):
         """The ABF outputs, of the teacher's shapes, the shallowest first."""
         outputs: list[Tensor] = []
         fused: Tensor | None = None
-        stages = list(zip(self.fusions, student, teacher, strict=True))
-        for fusion, of_student, of_teacher in reversed(stages):
-            self._check(of_student, fusion.reduce[0].in_channels)
+        stages = list(zip(self.fusions, self.student_channels, student, teacher, strict=True))
+        for fusion, channels, of_student, of_teacher in reversed(stages):
+            self._check(of_student, channels)
             output, fused = fusion(of_student, fused, of_teacher.shape[2:])
             outputs.insert(0, output)
         return outputs
@@ -180,8 +180,12 @@ class ABF(nn.Module):
     def forward(
         self, features: Tensor, deeper: Tensor | None, size: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """features [B, C_s, H_s, W_s] and the deeper [B, hidden, h, w] or None -> the output [B, C, *size]
-        and the fused map [B, hidden, *size]."""
+        """The output [B, C, *size] and the fused map [B, hidden, *size].
+
+        Args:
+            features: [B, C_s, H_s, W_s].
+            deeper: the fused map of the next deeper stage [B, hidden, h, w], or None.
+        """
         fused = self.reduce(features)
         if self.attention is not None and deeper is not None:
             fused = self._fuse(fused, deeper, self.attention)
@@ -189,8 +193,10 @@ class ABF(nn.Module):
         return self.expand(fused), fused
 
     def _fuse(self, own: Tensor, deeper: Tensor, attention: nn.Conv2d) -> Tensor:
-        """Attention of [own, deeper], in two halves: nothing is concatenated, and the deeper half is weighed
-        at its own size (a 1x1 convolution and an upsampling commute)."""
+        """Attention of [own, deeper] without concatenating them.
+
+        The deeper half is convolved at its own size: a 1x1 convolution and an upsampling commute.
+        """
         for_own, for_deeper = attention.weight.chunk(2, dim=1)
         size = (own.shape[2], own.shape[3])
         logits = F.conv2d(own, for_own, attention.bias)

@@ -1,7 +1,8 @@
-"""Relational knowledge distillation: distances and angles between samples, not the features themselves.
+"""Relational knowledge distillation: distances and angles between samples.
 
     d_ij = |x_i - x_j| / their mean over the pairs that differ;   e_ij = (x_j - x_i) / |x_j - x_i|
-    rkd = distance * mean_{ij} huber(d_ij^s, d_ij^t) + angle * mean_{ijk} huber(<e_ij,e_ik>^s, <e_ij,e_ik>^t)
+    rkd = distance * mean_{ij} huber(d_ij^s, d_ij^t)
+        + angle * mean_{ijk} huber(<e_ij,e_ik>^s, <e_ij,e_ik>^t)
 
 Source: Park, Kim, Lu, Cho, "Relational Knowledge Distillation" (CVPR 2019, arXiv 1904.05068,
 section 3);

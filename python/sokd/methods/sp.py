@@ -1,6 +1,7 @@
 """Similarity preserving: samples that excite the teacher alike excite the student alike.
 
-    A = sqrt(omega) F as rows [B, C*H*W];   G = A A^T [B, B];   G~ = G with each row divided by its length
+    A = sqrt(omega) F as rows [B, C*H*W];   G = A A^T [B, B]
+    G~ = G with each row divided by its length
     sp = sum over layers of  1 / B^2 * |G~_s - G~_t|^2
 
 Source: Tung, Mori, "Similarity-Preserving Knowledge Distillation" (ICCV 2019, arXiv 1907.09682,
