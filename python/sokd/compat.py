@@ -82,11 +82,11 @@ class MDistiller(Distiller):
         return self.logits_of(super().forward(image))
 
     def get_learnable_parameters(self) -> list[nn.Parameter]:
-        """What the optimiser is to hold: the student, adapters, methods and SoKD."""
+        """The parameters for the optimiser: of the student, adapters, methods and SoKD."""
         return list(self.parameters())
 
     def get_extra_parameters(self) -> int:
-        """How many numbers are trained beside the student."""
+        """The number of trained parameters beside the student's."""
         students = {id(parameter) for parameter in self.student.parameters()}
         return sum(p.numel() for p in self.get_learnable_parameters() if id(p) not in students)
 

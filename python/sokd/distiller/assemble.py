@@ -1,4 +1,4 @@
-"""What a Distiller trains beside the student, made for the shapes that its dry run found."""
+"""The adapters, SoKD and classifiers of a Distiller, for the shapes that its dry run found."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def checked_plug(plug: Any) -> Plug:
 
 
 class Needs:
-    """What the methods of a Distiller ask of the layers."""
+    """What the methods of a Distiller need from the layers."""
 
     def __init__(self, recipes: Sequence[Recipe], plug: Plug) -> None:
-        # no method looks at features: SoKD's own masked term does
+        # no method reads features, so SoKD's own masked term does
         self.plain = not any("features" in recipe.kind.needs for recipe in recipes)
         self.logits = any("logits" in recipe.kind.needs for recipe in recipes)
         self.maps = plug is not False or not self.plain
@@ -62,7 +62,7 @@ def make_adapters(students: Sequence[Shape], teachers: Sequence[Shape]) -> nn.Mo
 def make_kd(
     plug: Plug, students: Sequence[Shape], teachers: Sequence[Shape], needs: Needs
 ) -> SoKD | None:
-    """The SoKD that `sokd=` asks for.
+    """The SoKD that `sokd=` selects, or None.
 
     Raises:
         ValueError: a SoKD for other channels than the layers have.

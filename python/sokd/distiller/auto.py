@@ -64,7 +64,7 @@ class _Open:
 
 @dataclass
 class _Seen:
-    """What one model's layers gave in a pass, in the order in which they finished."""
+    """The outputs of one model's layers in a pass, in the order in which they finished."""
 
     batch: int | None
     order: Any
@@ -102,7 +102,7 @@ class _Seen:
         self.last, self.made = output, _Made(logits)
 
     def _leave(self, begun: _Open, size: Grid) -> None:
-        """Forget what a block that leads from one resolution to another computed at the first."""
+        """Drop the maps that a block computed at its input's resolution before it changed it."""
         inside = self.maps[begun.maps :]
         if begun.size not in (None, size) and {each.size for each in inside} <= {
             begun.size,
@@ -158,7 +158,7 @@ class _Seen:
 
 
 def _is_block(module: nn.Module) -> bool:
-    """Whether a module is one unit of a network, not a row of stages."""
+    """Whether a module is one block of a network, not a sequence of stages."""
     return type(module) is not nn.Sequential or not any(list(child.children()) for child in module)
 
 

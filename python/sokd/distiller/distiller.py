@@ -57,7 +57,7 @@ class Pass(NamedTuple):
 class Distiller(nn.Module):
     """Distils one model into another without a change to either.
 
-        distiller = sokd.Distiller(student, teacher, layers="layer3", example=images)
+        distiller = sokd.Distiller(student, teacher, layers="stage2", example=images)
         optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
         output, losses = distiller(images, labels)
         sum(losses.values()).backward()

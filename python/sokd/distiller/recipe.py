@@ -77,7 +77,7 @@ def chosen(method: Chosen, options: Mapping[str, Any]) -> list[Recipe]:
 
     Raises:
         TypeError: no method of any kind, or an option that none of them has.
-        ValueError: no such name, two of one name, or a weight that is none.
+        ValueError: no such name, two of one name, or a weight out of range.
     """
     weighted: list[tuple[Any, Any]] = [] if method is None else [(method, None)]
     if isinstance(method, Mapping):

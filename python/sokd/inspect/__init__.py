@@ -50,7 +50,7 @@ LayerAreas = dict[str, Areas]  # "teacher", "student", "mutual"
 
 
 class Writer(Protocol):
-    """What TensorBoard's SummaryWriter and its like have."""
+    """A writer such as TensorBoard's SummaryWriter."""
 
     def add_scalar(self, tag: str, scalar_value: Any, global_step: Any) -> Any: ...
 
@@ -60,6 +60,8 @@ class Writer(Protocol):
 
 def table(subject: nn.Module, *, top: int | None = None) -> str:
     """The policy as text: a line for each sub-policy, the likeliest first.
+
+        print(sokd.inspect.table(sokd.SoKD(8, 16), top=5))
 
     Args:
         subject: a `Policy`, or a `SoKD` or `Distiller` with one.
@@ -136,7 +138,7 @@ class Snapshot:
 
 
 class Trajectory:
-    """How a policy moved: snapshots, in the order of their steps.
+    """The history of a policy: snapshots, in the order of their steps.
 
     Args:
         subject: a `Policy`, or a `SoKD` or `Distiller` with one.
@@ -286,7 +288,7 @@ def draw_areas(
 
 
 def export_json(subject: nn.Module, path: Path | None = None) -> dict[str, Any]:
-    """All there is to read of a SoKD or Distiller as plain data, written to `path` if there is one.
+    """The figures of a SoKD or Distiller as plain data, written to `path` if it is given.
 
     "policy": `Policy.table()`; "entropy"; "diagnostics": those of the last step; for a Distiller
     "layers" and "weights" too. A part that is not there has no entry. In the file a number that is
@@ -312,13 +314,13 @@ def export_json(subject: nn.Module, path: Path | None = None) -> dict[str, Any]:
 def log(
     writer: Writer, subject: nn.Module, step: int, *, losses: Any = None, prefix: str = "sokd"
 ) -> None:
-    """Hand the last step's figures to the user's own writer, `writer.add_scalar(tag, value, step)`.
+    """Write the last step's figures with `writer.add_scalar(tag, value, step)`.
 
     `diagnostics()` of a SoKD, of a Distiller's, or of a Policy under `{prefix}/`, and of `losses`,
     a Distiller's dict, each entry.
 
     Raises:
-        TypeError: the subject is none of these.
+        TypeError: the subject is of another type.
     """
     subject = unwrapped(subject)
     source = subject if isinstance(subject, Policy) else _kd_of(subject)
@@ -339,7 +341,7 @@ def _write(path: Path, state: Any) -> None:
 
 
 def _strict(state: Any) -> Any:
-    """Plain data with None in place of numbers that are none."""
+    """Plain data with None in place of numbers that are not finite."""
     if isinstance(state, dict):
         return {key: _strict(value) for key, value in state.items()}
     if isinstance(state, (list, tuple)):

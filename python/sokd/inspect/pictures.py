@@ -28,7 +28,7 @@ Path = str | os.PathLike[str]
 Pairs = Sequence[Sequence[int]]  # the operations of each sub-policy
 
 GREY, INK = "#b9bec6", "#30343b"
-# Those of Okabe and Ito that show on white, which the colour-blind tell apart, then three more.
+# Okabe and Ito's colour-blind safe colours that show on white, then three more.
 COLOURS = (
     *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"),
     *("#56b4e9", "#30343b", "#8a8f98", "#7a4a21"),

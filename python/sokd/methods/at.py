@@ -24,6 +24,9 @@ __all__ = ["AT", "at"]
 def at(student: Maps, teacher: Maps, weight: Weights = None) -> Tensor:
     """The mean squared difference of normalised attention maps.
 
+        f_s, f_t = torch.randn(2, 4, 14, 14, requires_grad=True), torch.randn(2, 8, 7, 7)
+        sokd.methods.at(f_s, f_t).backward()
+
     Args:
         student: [B, C_s, H_s, W_s], any channels, any size, or a list of them, one a layer.
         teacher: [B, C, H, W], constant, or an equally long list.

@@ -46,6 +46,9 @@ def catkd(
 ) -> Tensor:
     """The mean squared difference of pooled class activation maps.
 
+        f_s, f_t = torch.randn(2, 10, 7, 7, requires_grad=True), torch.randn(2, 10, 7, 7)
+        sokd.methods.catkd(f_s, f_t, resolution=2).backward()
+
     Args:
         student: class activation maps [B, K, H_s, W_s] (see `class_maps`), or a list of them.
         teacher: [B, K, H, W], constant, or an equally long list.
@@ -82,6 +85,9 @@ def _distance(student: Tensor, teacher: Tensor, normalise: bool) -> Tensor:
 
 def class_maps(features: Tensor, head: Head) -> Tensor:
     """features [B, C, H, W] -> class activation maps [B, K, H, W].
+
+        maps = sokd.methods.class_maps(torch.randn(2, 16, 7, 7), torch.nn.Linear(16, 10))
+        assert maps.shape == (2, 10, 7, 7)
 
     Args:
         head: the linear layer or 1x1 convolution that follows the global average pooling, or its

@@ -1,4 +1,4 @@
-"""Checks of the methods' arguments, and what they return: layers as lists, constant teachers."""
+"""Checks of the methods' arguments; they return layers as lists and teachers as constants."""
 
 from __future__ import annotations
 

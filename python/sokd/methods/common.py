@@ -1,4 +1,4 @@
-"""What a method is given in each step, what it says of itself, and the ground all of them stand on.
+"""The inputs of a method in each step, its base class, and functions that the methods share.
 
 Every method is usable in two ways: as a loss of its own (`sokd.methods.kd(student_logits,
 teacher_logits)`) and by name (`build("kd", ...)`), when it is called with a `Step`. All compute in
@@ -32,7 +32,7 @@ Weights = Tensor | Sequence[Tensor | None] | None
 
 @dataclass
 class Step:
-    """What one training step offers a method."""
+    """The inputs of a method in one training step."""
 
     student_logits: Tensor | None  # [B, K], or dense, [B, K, H, W]
     teacher_logits: Tensor | None  # of that shape, constant
@@ -160,7 +160,7 @@ def total(terms: Sequence[Tensor]) -> Tensor:
 
 
 def given(op: str, name: str, tensor: Tensor | None, what: str) -> Tensor:
-    """What a step has to offer for this method."""
+    """A part of the step that this method requires."""
     if tensor is None:
         raise ValueError(f"{op}: {name} must be given ({what}), got None")
     return tensor

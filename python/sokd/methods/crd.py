@@ -49,6 +49,10 @@ def crd(
 class CRDLoss(nn.Module):
     """`crd(...)(student [B, D_s], teacher [B, D], index [B])`: both sides' contrast, a scalar.
 
+        loss = sokd.methods.crd(16, 64, num_samples=1000, negatives=32)
+        student, teacher = torch.randn(8, 16, requires_grad=True), torch.randn(8, 64)
+        loss(student, teacher, torch.arange(8)).backward()
+
     Args:
         student_dim, teacher_dim: D_s and D.
         num_samples: N, samples in the training set; `index` counts in it.
@@ -140,13 +144,13 @@ class CRDLoss(nn.Module):
 
     @torch.no_grad()
     def _settle(self, used: Tensor) -> None:
-        """Z of the first batch, over all ranks, from then on."""
+        """Set Z from the first batch, over all ranks."""
         known, fresh = self.log_normaliser, _mean_of_exp(everyones(used.unsqueeze(0)))
         known.copy_(torch.where(known.isnan(), fresh, known))
 
     @torch.no_grad()
     def _remember(self, index: Tensor, *embeddings: Tensor) -> None:
-        """The new embeddings, those of all ranks on each: the banks stay alike."""
+        """Write the new embeddings of all ranks into the banks, which stay equal on every rank."""
         if place()[1] > 1:  # one exchange for both
             index, embeddings = everyones(index), everyones(torch.cat(embeddings, 1)).chunk(2, 1)
         for bank, embedding in zip((self.student_bank, self.teacher_bank), embeddings, strict=True):
@@ -195,6 +199,8 @@ def _embed(features: Tensor, embedding: nn.Linear) -> Tensor:
 
 def pooled(features: Tensor, weight: Tensor | None = None) -> Tensor:
     """[B, C, H, W] -> [B, C] float32 (float64): the mean over the cells, weighted by sqrt(omega).
+
+        assert sokd.methods.pooled(torch.randn(2, 16, 7, 7)).shape == (2, 16)
 
     Settled here, for the mask on top of CRD (docs/method.md 4: refine, mask, then pool): the
     weights are divided by their sum, so that the size of the areas does not scale the embedding;

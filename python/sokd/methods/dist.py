@@ -32,6 +32,9 @@ def dist(
 ) -> Tensor:  # fmt: skip
     """One minus Pearson's correlation of the predictions, by rows and by columns.
 
+        student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+        sokd.methods.dist(student, teacher).backward()
+
     Args:
         student_logits, teacher_logits: [B, K], K >= 2, any floating-point dtypes; [B, K, H, W]
             counts as B * H * W samples, as in the authors' code for segmentation.
@@ -108,7 +111,7 @@ def _correlation(a: Tensor, b: Tensor, dim: int, noise: Tensor | float) -> tuple
 
 
 class DIST(Method):
-    """`dist` by name. SoKD's mask is about features and does not enter."""
+    """`dist` by name. SoKD's mask, which is for features, is not used."""
 
     name: ClassVar[str] = "dist"
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})

@@ -26,7 +26,10 @@ def dkd(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, alpha: float = 1.0,
     beta: float = 8.0, temperature: float = 4.0, ignore_index: int = -100,
 ) -> Tensor:  # fmt: skip
-    """TCKD and NCKD, weighted apart.
+    """TCKD and NCKD, each with its weight.
+
+        student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+        sokd.methods.dkd(student, teacher, torch.randint(0, 10, (8,)), beta=8.0).backward()
 
     Args:
         student_logits, teacher_logits: [B, K], K >= 2, any floating-point dtypes.
@@ -86,7 +89,7 @@ def _check_target(target: Tensor, logits: Tensor, ignore_index: int) -> None:
 
 
 class DKD(Method):
-    """`dkd` by name. SoKD's mask is about features and does not enter."""
+    """`dkd` by name. SoKD's mask, which is for features, is not used."""
 
     name: ClassVar[str] = "dkd"
     needs: ClassVar[frozenset[str]] = frozenset({"logits", "target"})

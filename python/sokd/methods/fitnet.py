@@ -24,6 +24,9 @@ __all__ = ["FitNet", "fitnet", "hint"]
 def fitnet(student: Maps, teacher: Maps, weight: Weights = None) -> Tensor:
     """The (weighted) mean squared difference, by `sokd.ops.masked_mse`.
 
+        f_s, f_t = torch.randn(2, 8, 7, 7, requires_grad=True), torch.randn(2, 8, 7, 7)
+        sokd.methods.fitnet(f_s, f_t).backward()
+
     Args:
         student: [B, C, H, W], already of the teacher's shape (`sokd.Adapter`), or a list of them,
             one a layer.

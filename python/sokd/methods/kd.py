@@ -23,6 +23,9 @@ __all__ = ["KD", "kd"]
 def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4.0) -> Tensor:
     """KL divergence of the softened predictions, times T^2, the mean over the batch.
 
+        student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+        sokd.methods.kd(student, teacher, temperature=4.0).backward()
+
     Args:
         student_logits, teacher_logits: [B, K] or [B, K, H, W] (segmentation), K >= 2, any
             floating-point dtypes. Of one logit z for a sigmoid: torch.stack([z, 0 * z], 1).
@@ -48,7 +51,7 @@ def softened_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 class KD(Method):
-    """`kd` by name. SoKD's mask is about features and does not enter."""
+    """`kd` by name. SoKD's mask, which is for features, is not used."""
 
     name: ClassVar[str] = "kd"
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})

@@ -28,6 +28,9 @@ _SMALLEST_VARIANCE = 1e-14  # the square of the 1e-7 that the authors' code adds
 def lskd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 2.0) -> Tensor:
     """`kd` of logits that have mean 0 and standard deviation 1 over the classes, on both sides.
 
+        student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+        sokd.methods.lskd(student, teacher, temperature=2.0).backward()
+
     Args:
         student_logits, teacher_logits: [B, K] or, for each position, [B, K, H, W]; K >= 2, any
             floating-point dtypes.
@@ -58,7 +61,7 @@ def _standardised(logits: Tensor) -> Tensor:
 
 
 class LSKD(Method):
-    """`lskd` by name. SoKD's mask is about features and does not enter."""
+    """`lskd` by name. SoKD's mask, which is for features, is not used."""
 
     name: ClassVar[str] = "lskd"
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})

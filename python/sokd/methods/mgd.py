@@ -38,6 +38,10 @@ def mgd(
 class MGDLoss(nn.Module):
     """`mgd(channels)(student, teacher, weight=None)` for one layer.
 
+        loss = sokd.methods.mgd(8)
+        f_s, f_t = torch.randn(2, 8, 7, 7, requires_grad=True), torch.randn(2, 8, 7, 7)
+        loss(f_s, f_t).backward()
+
     Args:
         channels: C of the teacher's map.
         ratio: the share that is masked; None: 0.15 of the channels, 0.65 of the cells, as the

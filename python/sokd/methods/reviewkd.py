@@ -37,6 +37,9 @@ def reviewkd(
 def hcl(student: Maps, teacher: Maps, weight: Weights = None) -> Tensor:
     """The hierarchical context loss: mean squared differences at several resolutions.
 
+        f_s, f_t = torch.randn(2, 8, 7, 7, requires_grad=True), torch.randn(2, 8, 7, 7)
+        sokd.methods.hcl(f_s, f_t).backward()
+
     Args:
         student: [B, C, H, W] of the teacher's shape, or a list of them, one a stage.
         teacher: [B, C, H, W], constant, or an equally long list.
@@ -75,6 +78,11 @@ def _mean_square(difference: Tensor) -> Tensor:
 
 class ReviewKDLoss(nn.Module):
     """`reviewkd(...)(student_maps, teacher_maps, weight=None)`: fusion and HCL, a scalar.
+
+        loss = sokd.methods.reviewkd([4, 8], [16, 32])
+        students = [torch.randn(2, 4, 14, 14), torch.randn(2, 8, 7, 7)]
+        teachers = [torch.randn(2, 16, 14, 14), torch.randn(2, 32, 7, 7)]
+        loss(students, teachers).backward()
 
     Args:
         student_channels, teacher_channels: of the stages, the shallowest first, equally many.

@@ -45,6 +45,9 @@ def rkd(
 ) -> Tensor:
     """Huber losses of the distances and the angles within the batch.
 
+        f_s, f_t = torch.randn(8, 4, requires_grad=True), torch.randn(8, 16)
+        sokd.methods.rkd(f_s, f_t).backward()
+
     Args:
         student: [B, D_s], or maps [B, C_s, H_s, W_s], which are averaged over their cells; or a
             list of them.

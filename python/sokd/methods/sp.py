@@ -25,6 +25,9 @@ __all__ = ["SP", "products", "sp"]
 def sp(student: Maps, teacher: Maps, weight: Weights = None) -> Tensor:
     """The mean squared difference of the batches' similarity matrices.
 
+        f_s, f_t = torch.randn(8, 4, 7, 7, requires_grad=True), torch.randn(8, 16)
+        sokd.methods.sp(f_s, f_t).backward()
+
     Args:
         student: [B, C_s, H_s, W_s] or [B, D_s], any channels, any size, or a list of them, one a
             layer.
