@@ -81,6 +81,8 @@ def fitted(
         teacher, student.requires_grad_(False), layers=LAYERS, method={"fitnet": 1.0},
         sokd={"lambda_agreement": 1.0}, task=None, example=normalised(pixels),
     )  # fmt: skip
+    # on purpose: the adapter and the heads are trained alone
+    warnings.filterwarnings("ignore", "sokd: no parameter of the student requires grad")
     optimizer = torch.optim.Adam(distiller.own_parameters(), lr=1e-3)
     generator, history = torch.Generator().manual_seed(0), []
     with warnings.catch_warnings():  # the student is frozen on purpose

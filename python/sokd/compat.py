@@ -1,9 +1,10 @@
-"""Habits kept: the Distiller as mdistiller's trainers and their many forks call theirs.
+"""The Distiller with the calls of mdistiller's trainers and their forks.
 
 In a fork, one import and one line where its distillers are listed:
 
     from sokd.compat import MDistiller
-    distiller_dict["SOKD"] = functools.partial(MDistiller, layers={"layer3": "layer3"}, method="reviewkd")
+    layers = {"layer3": "layer3"}
+    distiller_dict["SOKD"] = functools.partial(MDistiller, layers=layers, method="reviewkd")
 """
 
 from __future__ import annotations
@@ -28,15 +29,17 @@ _SIDES = {
 
 
 class MDistiller(Distiller):
-    """A `Distiller` with mdistiller's calls: models as (student, teacher), keywords `image` and `target`.
+    """mdistiller-compatible wrapper around `Distiller`: the keywords `image` and `target`.
 
     `distiller(image=..., target=..., epoch=...)` is `(logits, losses)` in train mode; in eval mode
-    `distiller(image=...)` is the logits. `torch.nn.DataParallel`, which its scripts put around a distiller,
-    serves on one device; several need DistributedDataParallel.
+    `distiller(image=...)` is the logits. `torch.nn.DataParallel`, which its scripts put around a
+    distiller, serves on one device; several need DistributedDataParallel.
 
     Args:
-        student, teacher: as mdistiller makes them; they return (logits, dict of features), or anything else.
-        cfg: the fork's configuration: `cfg.DATASET.TYPE` gives the size of the images for the dry run.
+        student, teacher: as mdistiller makes them; they return (logits, dict of features), or
+            anything else.
+        cfg: the fork's configuration: `cfg.DATASET.TYPE` gives the size of the images for the dry
+            run.
         num_data: of the training set, as CRD is given it; handed on to a method with that option.
         options: of `Distiller`. `example` is needed where `cfg` does not name a known data set.
     """
@@ -56,7 +59,9 @@ class MDistiller(Distiller):
         super().__init__(teacher, student, **options)
         self.cfg = cfg
 
-    def forward(self, image: Any = None, target: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, image: Any = None, target: Any = None, **kwargs: Any
+    ) -> Any:
         if self.training:
             return self.forward_train(image, target, **kwargs)
         return self.forward_test(image)
@@ -66,8 +71,8 @@ class MDistiller(Distiller):
     ) -> tuple[Any, dict[str, Tensor]]:
         """The student's logits and the dict of losses.
 
-        Of a trainer's other keywords `epoch` is not used, nor CRD's `contrastive_index`: the negatives are
-        drawn by the loss itself.
+        Of a trainer's other keywords `epoch` is not used, nor CRD's `contrastive_index`: the
+        negatives are drawn by the loss itself.
         """
         output, losses = super().forward(image, target, index=index)
         return self.logits_of(output), losses
@@ -77,11 +82,11 @@ class MDistiller(Distiller):
         return self.logits_of(super().forward(image))
 
     def get_learnable_parameters(self) -> list[nn.Parameter]:
-        """What the optimiser is to hold: the student, adapters, methods and SoKD."""
+        """The parameters for the optimiser: of the student, adapters, methods and SoKD."""
         return list(self.parameters())
 
     def get_extra_parameters(self) -> int:
-        """How many numbers are trained beside the student."""
+        """The number of trained parameters beside the student's."""
         students = {id(parameter) for parameter in self.student.parameters()}
         return sum(p.numel() for p in self.get_learnable_parameters() if id(p) not in students)
 

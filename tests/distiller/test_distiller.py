@@ -1,4 +1,4 @@
-"""What a Distiller computes: its terms against the same written by hand, and what it takes and gives."""
+"""The terms of a Distiller against the same written by hand; its inputs and outputs."""
 
 from __future__ import annotations
 
@@ -262,15 +262,21 @@ def test_logits_are_found(form, where, task):
     (lambda z: z[:, :, None, None].tile(1, 1, 2, 2), "[4, 5, 2, 2]"),
 ], ids=["embedding", "map"])  # fmt: skip
 def test_features_beside_the_logits(features, shape):
-    """Which of the two are the logits is nothing to guess: the first is trained on silently otherwise."""
+    """Which of the two are the logits is not guessed: a wrong guess trains without an error."""
     twofold = [Answering(net, lambda z: (features(z), z)) for net in models()]
     given = {"models": twofold, "layers": "net.stage1", "sokd": False}
     got = f"tuple of float32 {shape}, float32 [4, 5]"
-    text = f"logits must be in what the student returns (name them by logits=, or the loss by task=), got {got}"
+    text = (
+        f"logits must be in what the student returns (name them by logits=, or the loss by task=), "
+        f"got {got}"
+    )
     with pytest.raises(TypeError) as caught:
         objective(make(**given))
     assert str(caught.value) == f"Distiller: {text}"
-    text = "logits must be found in what both models return for method 'kd' (name them by logits=), got none"
+    text = (
+        "logits must be found in what both models return for method 'kd' (name them by logits=), "
+        "got none"
+    )
     with pytest.raises(ValueError) as caught:
         objective(make(**given, method="kd", task=None))
     assert str(caught.value) == f"Distiller: {text}"

@@ -8,7 +8,16 @@ from collections import OrderedDict
 import pytest
 import torch
 import torch.nn.functional as F
-from support.distiller_cases import CLASSES, Answering, Net, Shaped, batch, make, models, one_thread  # noqa: F401
+from support.distiller_cases import (
+    CLASSES,
+    Answering,
+    Net,
+    Shaped,
+    batch,
+    make,
+    models,
+    one_thread,  # noqa: F401
+)
 from torch import nn
 
 from sokd.distiller import Distiller
@@ -50,7 +59,7 @@ def test_auto_passes_over_what_a_convolution_pads():
 
 
 class Inverted(nn.Module):
-    """Widens, then strides, as MobileNets do: its first map is of the resolution that it leads away from."""
+    """Widens, then strides, as MobileNets do: its first map has the resolution of its input."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -167,7 +176,7 @@ class ChannelsLast(nn.Module):
 
 
 def test_auto_reads_maps_in_their_order():
-    """[4, 4, 4, 6] is no map of 4 x 6 cells: the image is a square. Where it is named, the order is heard."""
+    """[4, 4, 4, 6] is not a map of 4 x 6 cells, for the image is a square; a named order counts."""
     pairs = make(models=(ChannelsLast(), ChannelsLast()), layers="auto", method="at").pairs
     assert pairs == [("patch", "patch")]
     teacher, _ = models()
@@ -198,8 +207,7 @@ def test_auto_says_nothing_of_maps_overwritten_in_place():
 
 
 class Attending(nn.Module):
-    """Tokens, attention maps [B, heads, N, N], a pooled map and a layer that runs twice: auto wants the
-    tokens."""
+    """Tokens beside attention maps [B, heads, N, N], a pooled map and a layer that runs twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -230,3 +238,73 @@ def test_auto_without_a_map():
         Distiller(net, nn.Sequential(nn.Flatten(), nn.Linear(768, 5)), example=batch()[0])
     rule = "be named, for no layer of the student with a gradient gives a map or a square of tokens"
     assert str(caught.value) == f"Distiller: layers must {rule}, got 'auto'"
+
+
+# ------------------------------------------------------------------------ layers without a gradient
+
+
+def chosen(student: nn.Module, **options) -> list[str]:
+    """The student's layers, after a step that trains with them."""
+    distiller = make(models=(Net(6), student), layers="auto", **options)
+    torch.stack(list(distiller(*batch())[1].values())).sum().backward()
+    trained = [p for p in distiller.student.parameters() if p.requires_grad]
+    assert trained and all(p.grad is not None for p in trained)
+    return [layer for layer, _ in distiller.pairs]
+
+
+@pytest.mark.parametrize(("frozen", "layers"), [
+    (["stem"], ["stage1", "stage2"]), (["stem", "stage1"], ["stage2"]),
+    (["stage1"], ["stem", "stage1", "stage2"]),  # the gradient passes through
+], ids=str)  # fmt: skip
+def test_auto_passes_over_layers_without_a_gradient(frozen, layers):
+    student = models()[1]
+    for name in frozen:
+        getattr(student, name).requires_grad_(False)
+    assert chosen(student) == layers
+
+
+class LowRank(nn.Module):
+    """A frozen convolution with a trained one of low rank beside it, as LoRA makes it."""
+
+    def __init__(self, base: nn.Conv2d) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = nn.Conv2d(base.in_channels, 2, 3, base.stride, 1, bias=False)
+        self.up = nn.Conv2d(2, base.out_channels, 1, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+def test_auto_on_a_student_with_adapters():
+    student = models()[1].requires_grad_(False)
+    student.stage2[0] = LowRank(student.stage2[0])
+    assert chosen(student) == ["stage2"]
+
+
+def test_auto_on_a_student_whose_backbone_runs_without_a_graph():
+    class Backbone(Net):
+        def features(self, x):
+            with torch.no_grad():
+                x = self.stem(x)
+            return self.stage2(self.stage1(x))
+
+    student = Backbone(3)
+    distiller = make(models=(Net(6), student), layers="auto")
+    assert [layer for layer, _ in distiller.pairs] == ["stage1", "stage2"]
+    assert torch.stack(list(distiller(*batch())[1].values())).sum().isfinite()
+
+
+def test_auto_where_only_the_head_is_trained():
+    student = models()[1].requires_grad_(False)
+    student.head.requires_grad_(True)
+    rule = "be named, for no layer of the student with a gradient gives a map or a square of tokens"
+    with pytest.raises(ValueError) as caught:
+        make(models=(Net(6), student), layers="auto")
+    assert str(caught.value) == f"Distiller: layers must {rule}, got 'auto'"
+
+
+def test_auto_on_a_frozen_student_takes_what_it_would_otherwise():
+    student = models()[1].requires_grad_(False)
+    pairs = make(models=(Net(6), student), layers="auto").pairs
+    assert [layer for layer, _ in pairs] == ["stem", "stage1", "stage2"]

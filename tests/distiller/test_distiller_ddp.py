@@ -1,8 +1,8 @@
 """Two processes (gloo, CPU) against one with the whole batch: gradients, draws, the search.
 
-The student has no BatchNorm and the adapters are 1x1 convolutions: a BatchNorm normalises with its own rank's
-half of the batch, in DistributedDataParallel as anywhere, so with one the two could not agree. Noise is left
-out of
+The student has no BatchNorm and the adapters are 1x1 convolutions: a BatchNorm normalises with its
+own rank's half of the batch, in DistributedDataParallel as anywhere, so with one the two could not
+agree. Noise is left out of
 the policy for the same reason: it is drawn by a sample's place in its rank's batch.
 """
 
@@ -98,7 +98,8 @@ def _work(rank: int) -> dict[str, Any]:
         subject.kd.policy.seed.fill_(99)
         subject.kd.policy.alpha.data.fill_(1.0)
     x, y = (part.chunk(RANKS)[rank] for part in batch(SAMPLES))
-    # without buffers broadcast by DistributedDataParallel, so that the agreement is the Distiller's own
+    # without buffers broadcast by DistributedDataParallel, so that the agreement is the Distiller's
+    # own
     wrapped = DistributedDataParallel(subject, broadcast_buffers=False)
     seeds, draws = [], []
     for step in range(3):
@@ -119,8 +120,10 @@ def _work(rank: int) -> dict[str, Any]:
 
 
 def _parallel(x: torch.Tensor, y: torch.Tensor, **options: Any) -> dict[str, torch.Tensor]:
-    """The second step's gradients under DistributedDataParallel's own options; a static graph is known by
-    then. Its EMA is of one kind with any module's."""
+    """The second step's gradients under options of DistributedDataParallel, with an EMA.
+
+    In the second step a static graph is known.
+    """
     subject = distiller()
     wrapped = DistributedDataParallel(subject, **options)
     average = torch.optim.swa_utils.AveragedModel(wrapped)
@@ -133,7 +136,7 @@ def _parallel(x: torch.Tensor, y: torch.Tensor, **options: Any) -> dict[str, tor
 
 
 def _sharded(x: torch.Tensor, y: torch.Tensor) -> dict[str, Any]:
-    """FSDP: the whole Distiller but the policy, and what is said of a student that is sharded alone."""
+    """FSDP: the whole Distiller but the policy; a student that is sharded alone is refused."""
     mesh, subject = init_device_mesh("cpu", (RANKS,)), distiller()
     fully_shard(subject, mesh=mesh, ignored_params=set(subject.kd.policy.parameters()))
     objective(subject, x, y).backward()
@@ -164,8 +167,10 @@ def _wrapped_inside() -> str:
 
 
 def contrasted(rank: int, ranks: int) -> dict[str, Any]:
-    """Three batches of CRD with given negatives, this rank's share of each, and what is left behind; of a
-    fourth one rank has all."""
+    """Three batches of CRD with given negatives, this rank's share of each, and its state after.
+
+    Of a fourth batch one rank has all samples.
+    """
     torch.manual_seed(1)
     loss = sokd.methods.crd(3, 4, 12, dim=6, negatives=5)
     wrapped = DistributedDataParallel(loss) if ranks > 1 else loss
@@ -256,8 +261,8 @@ def test_the_wrappers_own_options(ranks, place):
 def test_sharded_by_fsdp(ranks):
     check_whole([found["sharded"]["gradients"] for found in ranks])
     assert ranks[0]["sharded"]["alone"] == (
-        "Distiller: student must be sharded together with the adapters and heads, whose 20 parameters would "
-        "not be averaged over the ranks: fully_shard(distiller, "
+        "Distiller: student must be sharded together with the adapters and heads, whose 20 "
+        "parameters would not be averaged over the ranks: fully_shard(distiller, "
         "ignored_params=set(distiller.kd.policy.parameters())), got a student sharded alone"
     )
     assert ranks[0]["sharded"]["search"] == (

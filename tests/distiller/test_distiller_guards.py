@@ -1,4 +1,4 @@
-"""A script's mistakes: bad input refused before the first optimiser step, silent ones said aloud."""
+"""A script's mistakes: bad input is refused before the first step, silent ones are warned of."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ UNHELD = (
     "sokd: {} had gradients in 10 steps of the student's optimiser, but no optimiser holds them; "
     "pass it the distiller's parameters, e.g. SGD(distiller.parameters(), lr=...)"
 )
-TEACHER_TRAINS = "sokd: the teacher was in train mode; it is set back to eval, call teacher.eval() after teacher.train()"
+TEACHER_TRAINS = (
+    "sokd: the teacher was in train mode; it is set back to eval, call teacher.eval() after "
+    "teacher.train()"
+)
 
 
 def refused(error: type[Exception], text: str, make_or_call) -> None:
@@ -36,7 +39,7 @@ def refused(error: type[Exception], text: str, make_or_call) -> None:
     assert str(caught.value) == f"Distiller: {text}"
 
 
-# ---------------------------------------------------------------------------------------------- construction
+# ------------------------------------------------------------------------------------- construction
 
 
 def test_models_that_are_none():
@@ -73,14 +76,16 @@ METHODS = {
     "a number": (
         3,
         TypeError,
-        "method must be a name, a dict of name -> weight, or a callable (f_s, f_t) -> scalar, got int",
+        "method must be a name, a dict of name -> weight, or a callable (f_s, f_t) -> scalar, got "
+        "int",
     ),
     "a weight that is none": ({"at": "much"}, ValueError, f"{WEIGHT} 'much'"),
     "a negative weight": ({"at": -1}, ValueError, f"{WEIGHT} -1"),
     "a list": (
         ["at", "kd"],
         TypeError,
-        "method must be a name, a dict of name -> weight, or a callable (f_s, f_t) -> scalar, got list",
+        "method must be a name, a dict of name -> weight, or a callable (f_s, f_t) -> scalar, got "
+        "list",
     ),
     "two of one name": (
         {nn.MSELoss(): 1.0, nn.MSELoss(reduction="sum"): 1.0},
@@ -130,7 +135,7 @@ def test_a_sokd_for_other_channels():
     refused(ValueError, text, lambda: make(sokd=kd))
 
 
-# -------------------------------------------------------------------------------------------------- the step
+# ----------------------------------------------------------------------------------------- the step
 
 
 def test_an_empty_batch():
@@ -149,8 +154,8 @@ def test_a_batch_of_one_with_batch_norm():
     student.head = nn.Sequential(nn.BatchNorm1d(12), student.head)
     distiller = make(models=(teacher, student), example=batch(1)[0])  # the dry run is in eval mode
     text = (
-        "x must hold more than one sample where a BatchNorm in train mode has one value a channel, got 1 "
-        "(drop_last=True in the DataLoader)"
+        "x must hold more than one sample where a BatchNorm in train mode has one value a channel, "
+        "got 1 (drop_last=True in the DataLoader)"
     )
     refused(ValueError, text, lambda: objective(distiller, *batch(1)))
     assert objective(distiller, *batch(2)).isfinite()
@@ -206,7 +211,10 @@ def test_an_input_of_another_kind(make_x, got):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_teacher_of_another_dtype(dtype):
     teacher, student = models()
-    rule = "have the dtype torch.float32 of the student's parameters (distiller.to converts both models)"
+    rule = (
+        "have the dtype torch.float32 of the student's parameters (distiller.to converts both "
+        "models)"
+    )
     text = f"teacher must {rule}, got {dtype}"
     refused(TypeError, text, lambda: make(models=(teacher.to(dtype), student)))
 
@@ -273,9 +281,10 @@ def test_models_of_two_dtypes():
 
 
 NEEDS = {
-    "crd": "index must be the samples' places in the training set, int64 [B], for method 'crd', as in "
-    "distiller(x, y, index=i), got none",
-    "dkd": "target must be class indices [B] for method 'dkd', as in distiller(x, y), got float32 [4, 5]",
+    "crd": "index must be the samples' places in the training set, int64 [B], for method 'crd', "
+    "as in distiller(x, y, index=i), got none",
+    "dkd": "target must be class indices [B] for method 'dkd', as in distiller(x, y), "
+    "got float32 [4, 5]",
 }
 
 
@@ -293,9 +302,15 @@ class Boxes(Net):
 
 def test_models_without_logits():
     distiller, (x, y) = make(models=(Boxes(6), Boxes(3)), sokd=False, method="kd"), batch()
-    text = "logits must be in what the student returns (name them by logits=, or the loss by task=), got list"
+    text = (
+        "logits must be in what the student returns (name them by logits=, or the loss by task=), "
+        "got list"
+    )
     refused(TypeError, text, lambda: distiller(x, y))
-    text = "logits must be found in what both models return for method 'kd' (name them by logits=), got none"
+    text = (
+        "logits must be found in what both models return for method 'kd' (name them by logits=), "
+        "got none"
+    )
     refused(ValueError, text, lambda: distiller(x))
 
 
@@ -309,7 +324,10 @@ def test_logits_that_lead_nowhere():
 def test_a_student_that_should_have_returned_losses():
     teacher, student = models()
     student.forward = lambda x, targets=None: student.head(student.features(x).mean((2, 3)))
-    rule = "be one that the student computes itself ('model'): a dict of scalars, or an output with a loss"
+    rule = (
+        "be one that the student computes itself ('model'): a dict of scalars, or an output with a "
+        "loss"
+    )
     text = f"task must {rule}, got Tensor"
     refused(TypeError, text, lambda: objective(make(models=(teacher, student), task="model")))
 
@@ -328,8 +346,9 @@ def test_a_map_without_a_gradient(way):
             inner, x.requires_grad_(), use_reentrant=True
         )
     text = (
-        "the student's layer 'stem' must give a map with a gradient, got one without: it is frozen, runs "
-        "under no_grad, or is checkpointed with use_reentrant=True (use_reentrant=False keeps it)"
+        "the student's layer 'stem' must give a map with a gradient, got one without: it is "
+        "frozen, runs under no_grad, or is checkpointed with use_reentrant=True "
+        "(use_reentrant=False keeps it)"
     )
     distiller = make(models=(teacher, student), layers="stem")
     refused(ValueError, text, lambda: objective(distiller))
@@ -360,7 +379,7 @@ def test_a_term_that_is_nan(where, text):
     assert objective(distiller).isnan()
 
 
-# ------------------------------------------------------------------------------------------- silent mistakes
+# ---------------------------------------------------------------------------------- silent mistakes
 
 
 def trained(distiller: Distiller, parameters, steps: int = 15) -> list[str]:

@@ -44,7 +44,10 @@ def test_layers_in_every_form(layers, pairs):
 
 @pytest.mark.parametrize("layers", [[], {}, 3, [("a",)], [3]], ids=str)
 def test_layers_in_no_form(layers):
-    rule = "be 'auto', a name, a dict of student layer -> teacher layer, or a list of names or such pairs"
+    rule = (
+        "be 'auto', a name, a dict of student layer -> teacher layer, or a list of names or such "
+        "pairs"
+    )
     with pytest.raises(TypeError, match=re.escape(f"{MUST}{rule}, got {layers!r}")):
         make(layers=layers)
 
@@ -78,11 +81,14 @@ def test_the_nearest_names(name, nearest):
 def test_a_name_like_none_of_them():
     with pytest.raises(ValueError) as caught:
         make(layers="xyzzyx")
-    text = "(named_modules; nearest: 'stem', 'stem.0', 'stem.1', 'stem.2', 'stage1', ...), got 'xyzzyx'"
+    text = (
+        "(named_modules; nearest: 'stem', 'stem.0', 'stem.1', 'stem.2', 'stage1', ...), got "
+        "'xyzzyx'"
+    )
     assert str(caught.value) == f"{MUST}be layers of the student {text}"
 
 
-# ---------------------------------------------------------------------------------------------------- shapes
+# ------------------------------------------------------------------------------------------- shapes
 
 
 def shaped(student, teacher=lambda maps: maps, *, layers="here", **options):
@@ -136,8 +142,8 @@ WRONG = {
     "a dict": (
         lambda maps: {"fine": maps, "coarse": maps},
         TypeError,
-        "the student's layer 'here' must give a tensor, got dict with 'fine', 'coarse': name one, as in "
-        "'here:fine'",
+        "the student's layer 'here' must give a tensor, got dict with 'fine', 'coarse': name one, "
+        "as in 'here:fine'",
     ),
     "no tensor": (
         lambda maps: 3,
@@ -152,8 +158,8 @@ WRONG = {
     "five dimensions": (
         lambda maps: maps[None],
         ValueError,
-        "the student's layer 'here' must be a map [B, C, H, W], tokens [B, N, C] or a vector [B, C], got "
-        "[1, 4, 4, 8, 8]",
+        "the student's layer 'here' must be a map [B, C, H, W], tokens [B, N, C] or a vector [B, "
+        "C], got [1, 4, 4, 8, 8]",
     ),
     "a batch of its own": (
         lambda maps: torch.cat([maps, maps]),
@@ -164,21 +170,21 @@ WRONG = {
     "a vector": (
         lambda maps: maps.mean((2, 3)),
         ValueError,
-        "the student's layer 'here' must be a map where the teacher's layer 'here' is one, [4, 4, 8, 8], got "
-        "[4, 4, 1, 1]",
+        "the student's layer 'here' must be a map where the teacher's layer 'here' is one, [4, 4, "
+        "8, 8], got [4, 4, 1, 1]",
     ),
     "another aspect": (
         lambda maps: maps[:, :, :2],
         ValueError,
-        "the student's layer 'here' must have the aspect of the teacher's layer 'here', [4, 4, 8, 8] (name "
-        "student_order='BHWC', student_grid or the teacher's where another layout is meant), got "
-        "[4, 4, 2, 8]",
+        "the student's layer 'here' must have the aspect of the teacher's layer 'here', [4, 4, 8, "
+        "8] (name student_order='BHWC', student_grid or the teacher's where another layout is "
+        "meant), got [4, 4, 2, 8]",
     ),
     "tokens without a grid": (
         tokens(3),
         ValueError,
-        "the student's layer 'here' must hold 0, 1, 2, 4 or 5 prefix tokens and a square grid (or name "
-        "tokens and grid), got 67 tokens",
+        "the student's layer 'here' must hold 0, 1, 2, 4 or 5 prefix tokens and a square grid (or "
+        "name tokens and grid), got 67 tokens",
     ),
 }
 
@@ -229,7 +235,7 @@ def test_options_of_the_layouts():
     )
 
 
-# ------------------------------------------------------------------------------------------------- the hooks
+# ---------------------------------------------------------------------------------------- the hooks
 
 
 def test_hooks_are_set_once_and_keep_nothing():
@@ -298,8 +304,8 @@ def test_a_layer_that_is_overwritten_is_pointed_out():
     with pytest.warns(UserWarning) as caught:
         make(models=(teacher, Net(3, inplace=True)), layers={"stage1.1": "stage1.1"})
     text = (
-        "sokd: the student's layer 'stage1.1' is overwritten in place by the layer after it, and the "
-        "overwritten map is distilled; name that layer instead"
+        "sokd: the student's layer 'stage1.1' is overwritten in place by the layer after it, and "
+        "the overwritten map is distilled; name that layer instead"
     )
     assert [str(warning.message) for warning in caught] == [text]
     with warnings.catch_warnings():

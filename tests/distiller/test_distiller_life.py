@@ -1,5 +1,4 @@
-"""A Distiller through what happens to a module: copies, checkpoints, EMA, export, compilers, autocast,
-layouts."""
+"""A Distiller as a module: copies, checkpoints, EMA, export, compilers, autocast, layouts."""
 
 from __future__ import annotations
 
@@ -43,7 +42,7 @@ def stepped(distiller: Distiller) -> tuple[torch.Tensor, dict[str, torch.Tensor]
     return value.detach(), gradients(distiller)
 
 
-# ---------------------------------------------------------------------------------------------------- copies
+# ------------------------------------------------------------------------------------------- copies
 
 
 def test_deepcopy_and_pickle_are_the_same_and_apart():
@@ -99,7 +98,7 @@ def test_export_is_the_bare_student():
         torch.testing.assert_close(program.module()(x), distiller(x))
 
 
-# ---------------------------------------------------------------------------------------------------- resume
+# ------------------------------------------------------------------------------------------- resume
 
 
 def run(distiller: Distiller, optimiser: torch.optim.Optimizer, steps: int) -> list[float]:
@@ -141,7 +140,7 @@ def test_the_state_is_small():
     assert held == sum(value.numel() for value in student.state_dict().values())
 
 
-# --------------------------------------------------------------------------------------------------- compile
+# ------------------------------------------------------------------------------------------ compile
 
 
 COMPILED = [*(name for name in METHODS if name != "crd"), {"fitnet": 1.0, "kd": 1.0}]
@@ -227,7 +226,7 @@ def test_a_student_compiled_too_early_is_told():
 
 @compiles
 def test_the_graphs_of_the_backward_agree():
-    """What inductor is given (its C++ would take minutes here): forward and backward, functionalised."""
+    """The graphs that inductor compiles, functionalised; its C++ would take minutes here."""
     torch._dynamo.reset()
     expected, wanted = stepped(make())
     value, found = stepped(torch.compile(make(), fullgraph=True, backend="aot_eager"))
@@ -235,7 +234,7 @@ def test_the_graphs_of_the_backward_agree():
     check_same({name.removeprefix("_orig_mod."): g for name, g in found.items()}, wanted)
 
 
-# ---------------------------------------------------------------------------------------- precision, layouts
+# ------------------------------------------------------------------------------- precision, layouts
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

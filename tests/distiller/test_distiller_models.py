@@ -1,4 +1,4 @@
-"""Models that people have: one training step each on the CPU, random weights, no change to any of them."""
+"""Common models: one training step each on the CPU, random weights, the models unchanged."""
 
 from __future__ import annotations
 
@@ -88,6 +88,7 @@ def check_step(distiller: Distiller, *given: Any) -> dict[str, torch.Tensor]:
     return losses
 
 
+@pytest.mark.filterwarnings("ignore:sokd. the student has")  # swin is a small one here
 @pytest.mark.parametrize(("teacher", "student", "options"), PAIRS.values(), ids=PAIRS)
 def test_classifiers(teacher, student, options):
     x, y = torch.randn(2, 3, SIDE, SIDE), torch.tensor([1, 7])
@@ -178,6 +179,6 @@ def test_a_detectors_dict_of_maps_is_pointed_out():
     with pytest.raises(TypeError) as caught:
         Distiller(faster_rcnn(), faster_rcnn(), layers="backbone.fpn", example=images)
     assert str(caught.value) == (
-        "Distiller: the student's layer 'backbone.fpn' must give a tensor, got OrderedDict with '0', '1', "
-        "'pool': name one, as in 'backbone.fpn:0'"
+        "Distiller: the student's layer 'backbone.fpn' must give a tensor, got OrderedDict with "
+        "'0', '1', 'pool': name one, as in 'backbone.fpn:0'"
     )

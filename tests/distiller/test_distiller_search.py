@@ -1,4 +1,4 @@
-"""`sokd.PolicySearch` with a Distiller: its step, virtual weights that reach the hooks, no trace."""
+"""`sokd.PolicySearch` with a Distiller: its step, virtual weights in the hooks, no trace."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def moved(distiller, value=2.0):
     return distiller
 
 
-# ------------------------------------------------------------------------------------------------ the policy
+# --------------------------------------------------------------------------------------- the policy
 
 
 def test_the_table_is_sorted_and_named():
@@ -50,7 +50,10 @@ def test_entropy():
 
 @pytest.mark.parametrize("subject", [nn.Identity(), sokd.SoKD(3, 4, policy=None)])
 def test_what_has_no_policy(subject):
-    text = f"table: subject must be a Policy, or a SoKD or Distiller that has one, got {type(subject).__name__}"
+    text = (
+        f"table: subject must be a Policy, or a SoKD or Distiller that has one, got "
+        f"{type(subject).__name__}"
+    )
     with pytest.raises(TypeError) as caught:
         inspect.table(subject)
     assert str(caught.value) == text
@@ -88,7 +91,7 @@ def test_a_trajectory_of_nothing():
         inspect.Trajectory(make()).draw("nowhere.png")
 
 
-# ----------------------------------------------------------------------------------------------------- areas
+# -------------------------------------------------------------------------------------------- areas
 
 
 def test_areas_are_dams_own():
@@ -233,7 +236,7 @@ def test_matplotlib_is_not_imported_before_a_picture():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-# ------------------------------------------------------------------------------------------------ for others
+# --------------------------------------------------------------------------------------- for others
 
 
 def test_json_holds_all_there_is(tmp_path):

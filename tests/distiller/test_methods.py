@@ -1,4 +1,4 @@
-"""The distillation losses that keep nothing: values against float64 loops, gradients, edges, compilation."""
+"""Distillation losses without state: values against loops, gradients, edges, compilation."""
 
 from __future__ import annotations
 

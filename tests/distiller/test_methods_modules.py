@@ -149,8 +149,8 @@ def test_crd_resumes_bit_for_bit():
     other = crd(dtype=torch.float32, generator=torch.Generator().manual_seed(9))
     other.load_state_dict(saved)
     assert all(torch.equal(*pair) for pair in zip(run(other, 2, start=2), expected, strict=True))
-    assert all(torch.equal(*pair) for pair in zip(other.state_dict().values(), loss.state_dict().values(),
-                                                  strict=True))  # fmt: skip
+    states = zip(other.state_dict().values(), loss.state_dict().values(), strict=True)
+    assert all(torch.equal(*pair) for pair in states)
 
 
 def test_seeds():
@@ -331,7 +331,8 @@ def test_mgd_against_loops(over, mask):
 
 
 @pytest.mark.parametrize("over, ratio, shape", [
-    ("channels", None, (50, 80, 1, 1)), ("cells", None, (10, 2, 20, 20)), ("cells", 0.3, (10, 2, 20, 20)),
+    ("channels", None, (50, 80, 1, 1)), ("cells", None, (10, 2, 20, 20)),
+    ("cells", 0.3, (10, 2, 20, 20)),
 ])  # fmt: skip
 def test_mgd_masks_its_share(over, ratio, shape):
     loss = methods.mgd(shape[1], over=over, ratio=ratio)

@@ -1,4 +1,4 @@
-"""The methods by name: what they declare, what they say of mistakes, `Step`s with and without the mask."""
+"""The methods by name: their declarations, their errors, `Step`s with and without the mask."""
 
 from __future__ import annotations
 
@@ -184,7 +184,8 @@ ERRORS = [
     (lambda: build("zzz", **SHAPES), ValueError, f"build: name must be one of {ALL}, got 'zzz'"),
     (lambda: build("kd", temprature=2, **SHAPES), TypeError,
      "kd: options must be among temperature, got temprature"),
-    (lambda: build("at", p=2, **SHAPES), TypeError, "at: options must be left out (it has none), got p"),
+    (lambda: build("at", p=2, **SHAPES), TypeError,
+     "at: options must be left out (it has none), got p"),
     (lambda: build("crd", **SHAPES), TypeError,
      "crd: num_samples must be given (the size of the training set), got None"),
     (lambda: build("catkd", student_head=nn.Linear(5, 7), **SHAPES), ValueError,
@@ -198,7 +199,8 @@ ERRORS = [
     (without("kd", teacher_logits=None), ValueError,
      "kd: teacher_logits must be given (this method compares logits [B, K]), got None"),
     (lambda: build("catkd", **SHAPES)(step()), ValueError,
-     "catkd: student_head must be given (student's last linear layer), or its last map have 7 channels, "
+     "catkd: student_head must be given (student's last linear layer), or its last map have 7 "
+     "channels, "
      "got 4"),
     # logits
     (lambda: methods.kd([1.0], LOGITS), TypeError, "kd: student_logits must be a tensor, got list"),
@@ -218,11 +220,14 @@ ERRORS = [
      "kd: teacher_logits must be on the student's device cpu, got meta"),
     (lambda: methods.dkd(LOGITS, LOGITS, torch.ones(2)), TypeError,
      "dkd: target must be an int64 tensor [B], got torch.float32"),
-    (lambda: methods.dkd(LOGITS, LOGITS, INDEX[:1]), ValueError, "dkd: target must be [2], got [1]"),
+    (lambda: methods.dkd(LOGITS, LOGITS, INDEX[:1]), ValueError,
+     "dkd: target must be [2], got [1]"),
     # features
     (lambda: methods.at(LOGITS, M), ValueError, "at: student must be [B, C, H, W], got [2, 4]"),
-    (lambda: methods.sp(M, M[0]), ValueError, "sp: teacher must have the student's batch size 2, got 3"),
-    (lambda: methods.sp(M[:, 0], M), ValueError, "sp: student must be [B, C, H, W] or [B, D], got [2, 4, 5]"),
+    (lambda: methods.sp(M, M[0]), ValueError,
+     "sp: teacher must have the student's batch size 2, got 3"),
+    (lambda: methods.sp(M[:, 0], M), ValueError,
+     "sp: student must be [B, C, H, W] or [B, D], got [2, 4, 5]"),
     (lambda: methods.rkd(M[:, :, :0], M), ValueError,
      "rkd: student must have at least one cell, got [2, 3, 0, 5]"),
     (lambda: methods.fitnet(M[:, :2], M), ValueError,
@@ -244,7 +249,8 @@ ERRORS = [
     (lambda: crd(temperature=0), ValueError, "crd: temperature must be positive and finite, got 0"),
     (lambda: crd(momentum=1), ValueError, "crd: momentum must be in [0, 1), got 1"),
     (lambda: methods.crd(3, 4, 1), ValueError, "crd: num_samples must be 2 or more, got 1"),
-    (lambda: methods.crd(3, 4, 5, negatives=0), ValueError, "crd: negatives must be 1 or more, got 0"),
+    (lambda: methods.crd(3, 4, 5, negatives=0), ValueError,
+     "crd: negatives must be 1 or more, got 0"),
     (lambda: crd(labels=torch.zeros(5).long()), ValueError,
      "crd: labels must be of at least 2 classes, got 1"),
     (lambda: crd(labels=torch.zeros(4).long()), ValueError,
@@ -252,18 +258,22 @@ ERRORS = [
     (lambda: crd()(*VECTORS, INDEX.int()), TypeError,
      "crd: index must be an int64 tensor [B], got torch.int32"),
     (lambda: crd()(*VECTORS, INDEX[:1]), ValueError, "crd: index must be [2], got [1]"),
-    (lambda: crd()(*VECTORS, INDEX + 4), ValueError, "crd: index must lie in 0 .. 4 (num_samples), got 5"),
-    (lambda: crd()(*VECTORS, INDEX - 1), ValueError, "crd: index must lie in 0 .. 4 (num_samples), got -1"),
+    (lambda: crd()(*VECTORS, INDEX + 4), ValueError,
+     "crd: index must lie in 0 .. 4 (num_samples), got 5"),
+    (lambda: crd()(*VECTORS, INDEX - 1), ValueError,
+     "crd: index must lie in 0 .. 4 (num_samples), got -1"),
     (lambda: crd()(M, M, INDEX), ValueError,
      "crd: student must be [B, D] (sokd.methods.pooled makes it of a map), got [2, 3, 4, 5]"),
-    (lambda: methods.mgd(3, over="rows"), ValueError, "mgd: over must be one of channels, cells, got 'rows'"),
+    (lambda: methods.mgd(3, over="rows"), ValueError,
+     "mgd: over must be one of channels, cells, got 'rows'"),
     (lambda: methods.mgd(3, ratio=1.0), ValueError, "mgd: ratio must be in [0, 1), got 1.0"),
     (lambda: methods.reviewkd([3], []), ValueError,
      "reviewkd: teacher_channels must be as many as student_channels (1), at least one, got 0"),
     (lambda: methods.reviewkd([3], [3])([M, M], [M, M]), ValueError,
      "reviewkd: student must have one map for each of the 1 stages, got 2"),
     (lambda: methods.reviewkd([3], [3])([M[:1, :, :1, :1]], [M[:1]]), ValueError,
-     "reviewkd: student must have more than one value a channel in training, for BatchNorm (drop_last=True "
+     "reviewkd: student must have more than one value a channel in training, for BatchNorm "
+     "(drop_last=True "
      "in the DataLoader), got [1, 3, 1, 1]"),
 ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Small networks of stages, and a Distiller of two of them: what the tests of the Distiller start from."""
+"""Small networks of stages, and a Distiller of two of them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SMALL = {"heat_channels": 3, "k": 2}  # DAM's options: quick
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """Many small steps: nothing in them is worth a second thread, and conftest restores the count."""
+    """Many small steps gain nothing from a second thread; conftest restores the count."""
     torch.set_num_threads(1)
 
 
 class Net(nn.Module):
-    """Stem and two stages, each half the size; maps [B, width, 16, 16], [B, 2w, 8, 8], [B, 4w, 4, 4]."""
+    """Stem and two stages with maps [B, w, 16, 16], [B, 2w, 8, 8], [B, 4w, 4, 4]."""
 
     def __init__(self, width: int, *, norm: bool = True, inplace: bool = False) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The distillation methods once more, in float64 NumPy, element by element from the papers' formulas."""
+"""The distillation methods in float64 NumPy, element by element from the papers' formulas."""
 
 from __future__ import annotations
 
@@ -240,7 +240,7 @@ def nearest(features, height, width):
 
 
 def abf(features, deeper, size, reduce, attention_conv, expand):
-    """reduce, expand: (kernel, *batch norm); attention_conv: (kernel, bias) or None -> output, fused."""
+    """reduce, expand: (kernel, *batch norm); attention_conv: (kernel, bias) or None."""
     fused = batch_norm(convolution(features, reduce[0]), *reduce[1:])
     if deeper is not None:
         deeper = nearest(deeper, *fused.shape[2:])

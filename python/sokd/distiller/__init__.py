@@ -1,4 +1,4 @@
-"""Any two models, any method: the Distiller, and what it finds out about them."""
+"""The Distiller: distillation of any two models by any method."""
 
 from sokd.distiller.distiller import Distiller
 

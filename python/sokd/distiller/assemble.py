@@ -1,4 +1,4 @@
-"""What a Distiller trains beside the student, made for the shapes that its dry run found."""
+"""The adapters, SoKD and classifiers of a Distiller, for the shapes that its dry run found."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from sokd.distiller.recipe import Recipe
 from sokd.kd.adapter import Adapter
-from sokd.kd.sokd import SoKD
+from sokd.kd.sokd import SoKD, named_kd
 from sokd.methods.common import Shape
 from sokd.methods.registry import nearest, options_of
 
@@ -20,14 +20,15 @@ Plug = bool | SoKD | Mapping[str, Any]
 
 
 def checked_plug(plug: Any) -> Plug:
-    """`sokd=`, if it is one.
+    """`sokd=`, checked.
 
     Raises:
-        TypeError: it is none, or a dict with an option that SoKD does not have (the nearest are given).
+        TypeError: another type, or a dict with an option that SoKD does not have.
     """
     if not isinstance(plug, (bool, SoKD, Mapping)):
         rule = "be True, False, a dict of SoKD's options or a SoKD"
-        raise TypeError(f"Distiller: sokd must {rule}, got {plug!r}")
+        got = named_kd(plug) if isinstance(plug, nn.Module) else repr(plug)
+        raise TypeError(f"Distiller: sokd must {rule}, got {got}")
     if not isinstance(plug, Mapping):
         return plug
     known = [name for name, p in signature(SoKD).parameters.items() if p.kind is p.KEYWORD_ONLY]
@@ -40,10 +41,10 @@ def checked_plug(plug: Any) -> Plug:
 
 
 class Needs:
-    """What the methods of a Distiller ask of the layers."""
+    """What the methods of a Distiller need from the layers."""
 
     def __init__(self, recipes: Sequence[Recipe], plug: Plug) -> None:
-        # no method looks at features: SoKD's own masked term does
+        # no method reads features, so SoKD's own masked term does
         self.plain = not any("features" in recipe.kind.needs for recipe in recipes)
         self.logits = any("logits" in recipe.kind.needs for recipe in recipes)
         self.maps = plug is not False or not self.plain
@@ -61,7 +62,7 @@ def make_adapters(students: Sequence[Shape], teachers: Sequence[Shape]) -> nn.Mo
 def make_kd(
     plug: Plug, students: Sequence[Shape], teachers: Sequence[Shape], needs: Needs
 ) -> SoKD | None:
-    """The SoKD that `sokd=` asks for.
+    """The SoKD that `sokd=` selects, or None.
 
     Raises:
         ValueError: a SoKD for other channels than the layers have.
@@ -85,8 +86,10 @@ def make_kd(
 def find_heads(
     recipe: Recipe, models: Sequence[nn.Module], shapes: Sequence[Sequence[Shape]]
 ) -> dict[str, nn.Module]:
-    """For a method that reads the models' classifiers, those that its options do not name: the last linear
-    layer or 1x1 convolution that takes as many channels as the last map has."""
+    """The models' classifiers for a method that reads them, if its options do not name them.
+
+    A classifier is the last linear layer or 1x1 convolution with the channels of the last map.
+    """
     if not isinstance(recipe.source, str):
         return {}
     found: dict[str, nn.Module] = {}

@@ -23,7 +23,8 @@ from sokd.kd.virtual import unwrapped
 
 __all__ = ["auto_layers"]
 
-# Padding before a convolution ("same" in EfficientNets), and pooling to a fixed size for a classifier.
+# Padding before a convolution ("same" in EfficientNets), and pooling to a fixed size for a
+# classifier.
 PASSED_OVER = (
     *(nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d),
     *(nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
@@ -63,7 +64,7 @@ class _Open:
 
 @dataclass
 class _Seen:
-    """What one model's layers gave in a pass, in the order in which they finished."""
+    """The outputs of one model's layers in a pass, in the order in which they finished."""
 
     batch: int | None
     order: Any
@@ -101,7 +102,7 @@ class _Seen:
         self.last, self.made = output, _Made(logits)
 
     def _leave(self, begun: _Open, size: Grid) -> None:
-        """Forget what a block that leads from one resolution to another computed at the first."""
+        """Drop the maps that a block computed at its input's resolution before it changed it."""
         inside = self.maps[begun.maps :]
         if begun.size not in (None, size) and {each.size for each in inside} <= {
             begun.size,
@@ -157,7 +158,7 @@ class _Seen:
 
 
 def _is_block(module: nn.Module) -> bool:
-    """Whether a module is one unit of a network, not a row of stages."""
+    """Whether a module is one block of a network, not a sequence of stages."""
     return type(module) is not nn.Sequential or not any(list(child.children()) for child in module)
 
 
@@ -199,7 +200,7 @@ def _listening(model: nn.Module, seen: _Seen) -> Iterator[None]:
 
     handles = []
     for name, module in unwrapped(model).named_modules():
-        if name and not isinstance(module, PASSED_OVER):
+        if name and not isinstance(module, (*PASSED_OVER, torch.jit.ScriptModule)):
             handles.append(module.register_forward_pre_hook(lambda module, args: seen.begin()))
             handles.append(module.register_forward_hook(hook_for(name)))
     try:

@@ -1,4 +1,4 @@
-"""What a dry run leaves behind (nothing), and the copy of a student that is deployed."""
+"""Dry runs that leave no trace, and the copy of a student that is deployed."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def bare_copy(model: M, hooks: type) -> M:
     return twin
 
 
-# What `deepcopy` does not look into.
+# Objects that `deepcopy` does not descend into.
 _ATOMS = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, str, bytes, int)
 
 

@@ -1,4 +1,4 @@
-"""Any two models, any method, SoKD plugged in: layers by name, shapes by one dry run, adapters made."""
+"""Distillation of any two models by any method, with SoKD plugged in."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Pass(NamedTuple):
 class Distiller(nn.Module):
     """Distils one model into another without a change to either.
 
-        distiller = sokd.Distiller(student, teacher, layers="layer3", example=images)
+        distiller = sokd.Distiller(student, teacher, layers="stage2", example=images)
         optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
         output, losses = distiller(images, labels)
         sum(losses.values()).backward()
@@ -68,10 +68,10 @@ class Distiller(nn.Module):
     `distiller(x, y)` that and the task's loss. `distiller.logits_of(output)` picks the logits.
 
     `parameters()` and `state_dict()` are those of the student, the adapters, methods and SoKD: what
-    the optimiser must hold. The teacher is in neither; it is frozen, put in eval mode and run without
-    gradients, and `.to()` moves it too. `distiller.student` is the student itself, with hooks that do
-    nothing outside a Distiller but are pickled with it; `distiller.export()` is a copy without them,
-    to be saved, scripted and loaded where sokd is not installed.
+    the optimiser must hold. The teacher is in neither; it is frozen, put in eval mode and run
+    without gradients, and `.to()` moves it too. `distiller.student` is the student itself, with
+    hooks that do nothing outside a Distiller but are pickled with it; `distiller.export()` is a
+    copy without them, to be saved, scripted and loaded where sokd is not installed.
 
     With `fullgraph=True` compile: the Distiller, once its shapes are known
     (`torch.compile(distiller)`); a training step around it; the student alone, by
@@ -79,15 +79,16 @@ class Distiller(nn.Module):
     skips the checks for common mistakes.
 
     Args:
-        teacher, student: any two modules. They are called as `model(x)`, or `model(**x)` for a dict.
-            Under DistributedDataParallel wrap the Distiller; for FSDP, `fully_shard(distiller,
-            ignored_params=set(distiller.kd.policy.parameters()))`. A compiled model may be passed.
-        layers: where features are taken: a dict of student layer -> teacher layer, a name, a list of
-            names or (student, teacher) pairs, names as in `named_modules`, `name:key` for a layer
-            that returns a dict or tuple; "auto": the last map of each resolution that both have, the
-            output of a stage and with a gradient, no map of logits (`task=None` where the models
-            return features). Maps [B, C, H, W], tokens [B, N, C] and vectors [B, C] (as 1x1 maps)
-            are matched by adapters. Of a layer that runs several times the first run counts.
+        teacher, student: any two modules. They are called as `model(x)`, or `model(**x)` for a
+            dict. Under DistributedDataParallel wrap the Distiller; for FSDP,
+            `fully_shard(distiller, ignored_params=set(distiller.kd.policy.parameters()))`. A
+            compiled model may be passed.
+        layers: where features are taken: a dict of student layer -> teacher layer, a name, a list
+            of names or (student, teacher) pairs, names as in `named_modules`, `name:key` for a
+            layer that returns a dict or tuple; "auto": the last map of each resolution that both
+            have, the output of a stage and with a gradient, no map of logits (`task=None` where the
+            models return features). Maps [B, C, H, W], tokens [B, N, C] and vectors [B, C] (as 1x1
+            maps) are matched by adapters. Of a layer that runs several times the first run counts.
         method: a name of `sokd.methods`, a dict of name -> weight (None: the method's own), a
             callable (f_s, f_t) -> scalar for maps of one shape, or None. A method's own options are
             further keywords.
@@ -101,8 +102,8 @@ class Distiller(nn.Module):
         logits: where logits are in an output that is not a tensor: a key, an index or a function;
             None: "logits", "out", the first tensor. They have to be named where that is one of
             several [B, D] of different D, one of which may be an embedding.
-        example: a batch of inputs for the dry run that finds the shapes (eval mode, no gradients; it
-            leaves buffers, modes, the random state and the batch as they were, and makes lazy
+        example: a batch of inputs for the dry run that finds the shapes (eval mode, no gradients;
+            it leaves buffers, modes, the random state and the batch as they were, and makes lazy
             parameters). None: the first batch is, and reading `parameters()` before it is an error.
         student_tokens, teacher_tokens, student_grid, teacher_grid: of token features, see `SoKD`.
             A grid that is not named is a square, and an error where the images are not square.
@@ -116,17 +117,19 @@ class Distiller(nn.Module):
     """
 
     def __init__(
-        self, teacher: nn.Module, student: nn.Module, *, layers: Layers = "auto", method: Chosen = "fitnet",
+        self, teacher: nn.Module, student: nn.Module, *, layers: Layers = "auto",
+        method: Chosen = "fitnet",
         sokd: Plug = True, task: Task = "auto", logits: Logits = None,
         example: Any = None, student_tokens: Any = None, teacher_tokens: Any = None,
-        student_grid: Any = None, teacher_grid: Any = None, student_order: Any = None, teacher_order: Any = None,
+        student_grid: Any = None, teacher_grid: Any = None, student_order: Any = None,
+        teacher_order: Any = None,
         check_finite: bool = True, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         guards.check_models(teacher, student)
         self.student = student
-        for parameter in teacher.parameters():  # TorchScript has no requires_grad_ of its own
-            parameter.requires_grad_(False)
+        for parameter in teacher.parameters():  # TorchScript modules have no requires_grad_()
+            parameter.requires_grad = False
         self._constant = (teacher.eval(),)  # in a tuple it is not a submodule
         self._teacher_parts = tuple(teacher.modules())
         self._recipes = chosen(method, options)
@@ -143,6 +146,7 @@ class Distiller(nn.Module):
         self._copies: bool | None = None  # whether the teacher needs a copy of x; None: not known
         self._needs = Needs(self._recipes, sokd)
         self.needs_logits = self._needs.logits
+        guards.check_size(self)
         if self._needs.maps:
             guards.check_eager(student=student, teacher=teacher)
         self.pairs: list[Pair] = []
@@ -154,15 +158,16 @@ class Distiller(nn.Module):
         elif example is not None:
             self.setup(example)
 
-    # ------------------------------------------------------------------------------------------ calls
+    # ---------------------------------------------------------------------------------------- calls
 
     def forward(self, x: Any, target: Any = None, *, index: Tensor | None = None) -> Any:
-        """`(output, losses)` in train mode; in eval mode the output, with `target` as in train mode.
+        """`(output, losses)` in train mode and with a target; in eval mode without one the output.
 
         Args:
             x: what the models take: a tensor, a list of images, or a dict of keywords.
             target: [B] class indices, or what `task` takes. None: no task loss.
-            index: [B] int64, the samples' places in the training set, for methods that keep a memory (crd).
+            index: [B] int64, the samples' places in the training set, for methods that keep a
+                memory (crd).
         """
         if torch.compiler.is_compiling():
             return self._forward(x, target, index)
@@ -216,8 +221,8 @@ class Distiller(nn.Module):
             search.step(distiller.step, (x, y))
 
         The hooks are in the student's own modules, so the maps are those at the search's virtual
-        weights. The inner level of the search is the task's loss plus SoKD's own, whichever method is
-        trained.
+        weights. The inner level of the search is the task's loss plus SoKD's own, whichever method
+        is trained.
         """
         x, target = batch[:2] if isinstance(batch, (tuple, list)) else (batch, None)
         self.setup(x)
@@ -248,7 +253,7 @@ class Distiller(nn.Module):
         """
         return bare_copy(cast(nn.Module, unwrapped(self.student)), Tap).eval()
 
-    # ---------------------------------------------------------------------------------------- set-up
+    # --------------------------------------------------------------------------------------- set-up
 
     @torch.inference_mode(False)
     def setup(self, example: Any) -> Distiller:
@@ -318,7 +323,7 @@ class Distiller(nn.Module):
     def _replayed(self) -> AbstractContextManager[Callable[[], None]]:
         return replayed(parameter.device for parameter in self.student.parameters())
 
-    # ---------------------------------------------------------------------------------------- a step
+    # --------------------------------------------------------------------------------------- a step
 
     def _teach(self, x: Any) -> Pass:
         """The teacher's pass, on a copy of x if the teacher writes to its input."""
@@ -366,7 +371,8 @@ class Distiller(nn.Module):
         step = Step(
             student.logits, teacher.logits, labels_of(target), student.maps,
             [match.refined for match in matches], [match.student for match in matches],
-            [None if match.attention is None else match.attention.weight for match in matches], index,
+            [None if match.attention is None else match.attention.weight for match in matches],
+            index,
         )  # fmt: skip
         losses = {}
         for name, method in self.methods.items():
@@ -388,7 +394,7 @@ class Distiller(nn.Module):
         return [Match(*pair, None) for pair in zip(students, teachers, strict=True)]
 
     def _own_terms(self, kd: SoKD, matches: list[Match], losses: Losses) -> Losses:
-        """SoKD's terms beside the methods'; records the step's statistics for `kd.diagnostics()`."""
+        """SoKD's terms beside the methods'; records the statistics of the step."""
         added = {}
         if self._needs.plain:
             added["loss_sokd"] = torch.stack(kd.distances(matches)).sum()
@@ -398,7 +404,7 @@ class Distiller(nn.Module):
             added["loss_agreement"] = torch.stack(agreement).sum()
         return added
 
-    # ---------------------------------------------------------------------------------------- guards
+    # --------------------------------------------------------------------------------------- guards
 
     def _check(self) -> None:
         if not self._checked:
@@ -419,7 +425,7 @@ class Distiller(nn.Module):
             if self.kd is not None:
                 sanity.look_at_mask(self.kd)
 
-    # ----------------------------------------------------------------------------------- as a module
+    # ---------------------------------------------------------------------------------- as a module
 
     @property
     def teacher(self) -> nn.Module:
@@ -468,4 +474,7 @@ class Distiller(nn.Module):
     def extra_repr(self) -> str:
         pairs = ", ".join(f"{student} -> {teacher}" for student, teacher in self.pairs)
         weights = ", ".join(f"{name}={weight:g}" for name, weight in self.weights.items())
-        return f"teacher={type(self.teacher).__name__}, layers: {pairs or 'none'}, weights: {weights or 'none'}"
+        return (
+            f"teacher={type(self.teacher).__name__}, layers: {pairs or 'none'}, weights: "
+            f"{weights or 'none'}"
+        )

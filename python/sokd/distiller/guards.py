@@ -1,4 +1,4 @@
-"""Warnings and errors of a Distiller: common mistakes, losses that are not finite, unclear errors."""
+"""Warnings and errors of a Distiller about models, inputs and losses."""
 
 from __future__ import annotations
 
@@ -42,37 +42,37 @@ TEACHER_TRAINS = (
 )
 FROZEN = (
     "sokd: no parameter of the student requires grad, so the student does not learn; call "
-    "student.requires_grad_() (a Distiller freezes its teacher: of two networks that teach each other, "
-    "each needs a copy.deepcopy of the other as its teacher)"
+    "student.requires_grad_() (a Distiller freezes its teacher: of two networks that teach each "
+    "other, each needs a copy.deepcopy of the other as its teacher)"
 )
 LOGITS_WITHOUT_GRADIENT = (
-    "sokd: the student's logits have no gradient, so no loss of the logits trains the student; compute "
-    "them without .detach() and torch.no_grad()"
+    "sokd: the student's logits have no gradient, so no loss of the logits trains the student; "
+    "compute them without .detach() and torch.no_grad()"
 )
 LARGER = (
-    "sokd: the student has {student:,} parameters, more than the teacher's {teacher:,}; the order is "
-    "Distiller(student, teacher)"
+    "sokd: the student has {student:,} parameters, more than the teacher's {teacher:,}; the order "
+    "is Distiller(student, teacher)"
 )
 UNTRAINED = (
-    "sokd: the student returns several outputs of one width; the logits are {taken!r}, and no loss of "
-    "the logits trains {rest} (logits= names another one, task= a loss of all)"
+    "sokd: the student returns several outputs of one width; the logits are {taken!r}, and no loss "
+    "of the logits trains {rest} (logits= names another one, task= a loss of all)"
 )
 WRITES_INPUT = (
-    "Distiller: the teacher changed its input in place in this pass, but not in the first one, so the "
-    "student would see the changed input; let the teacher work on a copy (x = x.clone())"
+    "Distiller: the teacher changed its input in place in this pass, but not in the first one, so "
+    "the student would see the changed input; let the teacher work on a copy (x = x.clone())"
 )
 NO_GRADIENT = (
     "Distiller: {which} must give a map with a gradient, got one without: it is frozen, runs under "
     "no_grad, or is checkpointed with use_reentrant=True (use_reentrant=False keeps it)"
 )
 SCRIPTED = (
-    "Distiller: {side} must be an eager module where layers are used, because the parts of TorchScript "
-    "run without hooks (method='kd' with sokd=False uses none), got {kind}"
+    "Distiller: {side} must be an eager module where layers are used, because the parts of "
+    "TorchScript run without hooks (method='kd' with sokd=False uses none), got {kind}"
 )
 EMPTY = "Distiller: x must hold at least one sample, got none"
 INPUTS = (
-    "Distiller: x must be what both models take, a tensor, a dict of keywords or a list of images (of "
-    "a loader's batch (x, y) the x alone), got {got}"
+    "Distiller: x must be what both models take, a tensor, a dict of keywords or a list of images "
+    "(of a loader's batch (x, y) the x alone), got {got}"
 )
 ONE_SAMPLE = (
     "Distiller: x must hold more than one sample where a BatchNorm in train mode has one value a "
@@ -83,13 +83,13 @@ LOST_IN_PARALLEL = (
     "use DistributedDataParallel(distiller)"
 )
 WRAPPED_INSIDE = (
-    "Distiller: student must be wrapped together with the adapters and heads, whose {count} parameters "
-    "would not be averaged over the ranks: DistributedDataParallel(Distiller(student, teacher, ...)), "
-    "got a student in DistributedDataParallel"
+    "Distiller: student must be wrapped together with the adapters and heads, whose {count} "
+    "parameters would not be averaged over the ranks: DistributedDataParallel(Distiller(student, "
+    "teacher, ...)), got a student in DistributedDataParallel"
 )
 SHARDED_INSIDE = (
-    "Distiller: student must be sharded together with the adapters and heads, whose {count} parameters "
-    "would not be averaged over the ranks: fully_shard(distiller, "
+    "Distiller: student must be sharded together with the adapters and heads, whose {count} "
+    "parameters would not be averaged over the ranks: fully_shard(distiller, "
     "ignored_params=set(distiller.kd.policy.parameters())), got a student sharded alone"
 )
 
@@ -169,7 +169,10 @@ def check_maps(
     trained = torch.is_grad_enabled() and _is_trained(distiller.student)
     for student, teacher, (of_student, of_teacher) in zip(students, teachers, names, strict=True):
         if student.dtype != teacher.dtype and not mixed_dtypes_allowed(student):
-            rule = f"have the dtype of {of_teacher}, {teacher.dtype} (distiller.to converts both models)"
+            rule = (
+                f"have the dtype of {of_teacher}, {teacher.dtype} (distiller.to converts both "
+                f"models)"
+            )
             raise TypeError(f"Distiller: {of_student} must {rule}, got {student.dtype}")
         if trained and not student.requires_grad:
             raise ValueError(NO_GRADIENT.format(which=of_student))
@@ -186,12 +189,12 @@ def check_teacher(distiller: Distiller) -> None:
         Watch.of(distiller).warn(TEACHER_TRAINS)
 
 
-# ------------------------------------------------------------------------------------ unclear errors
+# ----------------------------------------------------------------------------------- unclear errors
 
 
 @contextmanager
 def explained(distiller: Distiller, x: Any) -> Iterator[None]:
-    """Raise an error from inside the models as one about the argument that caused it, if one did."""
+    """Raise an error from inside the models as one about the argument that caused it."""
     if batch_size(x) == 0:
         raise ValueError(EMPTY)
     try:
@@ -224,7 +227,8 @@ def _misfit(distiller: Distiller, x: Any, error: str) -> Exception | None:
         own = f"{parameter.dtype} of the student's parameters"
         rule = f"have the dtype {own} (distiller.to converts both models)"
         return TypeError(f"Distiller: teacher must {rule}, got {of_teacher.dtype}")
-    # a convolution's words, with a bias and without: pixels as bytes; other layers may take integers
+    # a convolution's words, with a bias and without: pixels as bytes; other layers may take
+    # integers
     integers = "Input type" in error or "expected scalar type" in error
     if x.dtype != parameter.dtype and (x.is_floating_point() or integers):
         rule = f"have the dtype {parameter.dtype} of the student's parameters"
@@ -237,7 +241,7 @@ def _first(model: nn.Module) -> nn.Parameter | None:
     return next((p for p in unwrapped(model).parameters() if p.is_floating_point()), None)
 
 
-# ---------------------------------------------------------------------------------------- after a step
+# ------------------------------------------------------------------------------------- after a step
 
 
 def check_finite(losses: Mapping[str, Tensor], maps: Mapping[str, Tensor]) -> None:
@@ -254,7 +258,8 @@ def check_finite(losses: Mapping[str, Tensor], maps: Mapping[str, Tensor]) -> No
         bad = [layer for layer, features in maps.items() if not features.isfinite().all()]
         where = f"{bad[0]} is not finite either" if bad else "the maps of all layers are finite"
         raise FloatingPointError(
-            f"Distiller: {name} must be finite, got {loss.item()}; {where} (check_finite=False lets it pass)"
+            f"Distiller: {name} must be finite, got {loss.item()}; {where} (check_finite=False "
+            f"lets it pass)"
         )
 
 
@@ -268,8 +273,9 @@ def look(
     """
     watch, student = Watch.of(distiller), distiller.student
     used = "loss_ce" in losses or distiller.needs_logits
-    if not _is_trained(student) and any(True for _ in student.parameters()):
-        watch.warn(FROZEN)
+    if not _is_trained(student):
+        if any(True for _ in student.parameters()):
+            watch.warn(FROZEN)
     elif used and logits is not None and not logits.requires_grad:
         watch.warn(LOGITS_WITHOUT_GRADIENT)
     elif (

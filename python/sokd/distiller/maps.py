@@ -112,8 +112,9 @@ def check_pair(student: Tensor, teacher: Tensor, names: tuple[str, str]) -> None
     """Refuse two maps that an adapter would fit together without a reason to.
 
     Raises:
-        ValueError: of other batches; one a vector and the other a map; of another aspect, by more than the
-            rounding of strides: a transposed map, dimensions in another order, or a wrong grid of tokens.
+        ValueError: of other batches; one a vector and the other a map; of another aspect, by more
+            than the rounding of strides: a transposed map, dimensions in another order, or a wrong
+            grid of tokens.
     """
     (of_student, of_teacher), shape = names, list(student.shape)
     wanted: str | None = None
@@ -140,7 +141,7 @@ def same_aspect(one: Grid, other: Grid) -> bool:
     return abs(high * w / wide - h) <= 1 or abs(h * wide / w - high) <= 1
 
 
-# ----------------------------------------------------------------------------------------- one for each pair
+# -------------------------------------------------------------------------------- one for each pair
 
 
 def layouts(side: str, pairs: int, tokens: Any, grid: Any, order: Any) -> list[Layout]:
@@ -153,7 +154,8 @@ def layouts(side: str, pairs: int, tokens: Any, grid: Any, order: Any) -> list[L
     for value in columns["order"]:
         if value is not None and value not in ORDERS:
             raise ValueError(
-                f"Distiller: {side}_order must be {', '.join(map(repr, ORDERS))} or None, got {value!r}"
+                f"Distiller: {side}_order must be {', '.join(map(repr, ORDERS))} or None, got "
+                f"{value!r}"
             )
     rows: Sequence[tuple[Any, ...]] = list(zip(*columns.values(), strict=True))
     return [Layout(*row) for row in rows]

@@ -1,4 +1,4 @@
-"""How a model is called, and what is read from its output: logits, and losses that it computes itself."""
+"""Calls of a model, and what is read from its output: logits and its own losses."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ __all__ = [
     "untrained_entries",
 ]
 
-# How logits are found: a key or an index of the output, or a function of it; None: where they usually are.
+# How logits are found: a key or an index of the output, or a function of it; None: where they
+# usually are.
 Logits: TypeAlias = str | int | Callable[[Any], Tensor] | None
 # The task's loss: see `sokd.Distiller`.
 Task: TypeAlias = Literal["auto", "model"] | Callable[[Any, Any], Tensor] | None
@@ -44,13 +45,12 @@ def call(model: nn.Module, x: Any, *target: Any) -> Any:
 
 
 def is_for_model(target: Any) -> bool:
-    """Whether a target can only be meant for the model itself: torchvision's detectors take a list of
-    dicts."""
+    """Whether a target is meant for the model itself, as torchvision's detectors take it."""
     return isinstance(target, (list, tuple)) and len(target) > 0 and isinstance(target[0], Mapping)
 
 
 def own_losses(output: Any) -> dict[str, Tensor]:
-    """The losses that a model computed itself: a dict of scalars alone, or the entry "loss" of any output.
+    """The losses that a model computed itself: a dict of scalars, or the entry "loss" of an output.
 
     Named `loss_<key>`, or by a key that says so already; the entry "loss" is `loss_task`.
     """
@@ -173,7 +173,7 @@ def untrained_entries(output: Any, logits: Tensor | None) -> tuple[str, list[str
     return (taken, list(rest)) if rest else None
 
 
-# -------------------------------------------------------------------------------------------------- the task
+# ----------------------------------------------------------------------------------------- the task
 
 
 def checked_task(task: Any) -> Task:
@@ -241,6 +241,9 @@ OTHER_LOSSES = (
 )
 
 
+_ROUNDING = 0.02  # of a row of probabilities that was once in half precision
+
+
 def _cross_entropy(logits: Tensor, target: Any, look: bool) -> Tensor:
     if logits.dim() > 1 and logits.shape[1] == 1:
         rule = f"have 2 classes or more for the cross entropy ({OTHER_LOSSES})"
@@ -281,11 +284,13 @@ def _check_probabilities(target: Tensor) -> None:
     """Raise ValueError for soft targets whose rows are not probabilities; read on the CPU alone."""
     if target.device.type != "cpu" or not is_eager(target) or target.numel() == 0:
         return
-    rows, tolerance = target.detach().to(torch.float64), 1e-3 if target.itemsize > 2 else 2e-2
-    sums = rows.sum(1)
-    wrong = ((sums - 1).abs() > tolerance) | (rows.amin(1) < -tolerance)
+    rows = target.detach().to(torch.float64)
+    wrong = ((rows.sum(1) - 1).abs() > _ROUNDING) | (rows.amin(1) < -_ROUNDING)
     if wrong.any():
-        rule = f"hold rows of probabilities, which sum to 1, where it is floating point ({OTHER_LOSSES})"
+        rule = (
+            f"hold rows of probabilities, which sum to 1, where it is floating point "
+            f"({OTHER_LOSSES})"
+        )
         first = rows.movedim(1, -1)[wrong][0]
         got = f"a row from {first.min():.4g} to {first.max():.4g} with the sum {first.sum():.4g}"
         raise ValueError(f"Distiller: target must {rule}, got {got}")
@@ -298,10 +303,11 @@ def labels_of(target: Any) -> Tensor | None:
 
 
 _HINTS = {
-    "logits": "logits must be found in what both models return for method {name!r} (name them by logits=)",
+    "logits": "logits must be found in what both models return for method {name!r} (name them by "
+    "logits=)",
     "target": "target must be class indices [B] for method {name!r}, as in distiller(x, y)",
-    "index": "index must be the samples' places in the training set, int64 [B], for method {name!r}, as in "
-    "distiller(x, y, index=i)",
+    "index": "index must be the samples' places in the training set, int64 [B], for method "
+    "{name!r}, as in distiller(x, y, index=i)",
 }
 
 

@@ -1,4 +1,4 @@
-"""The Distiller's `method=`: names, callables or modules with their weights, and the options of each."""
+"""The Distiller's `method=`: names, callables or modules, with weights and options."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ Chosen = str | Method | FeatureLoss | Mapping[Any, float] | None
 
 
 class Called(Method):
-    """Any loss(f_s, f_t) as a method: maps of one shape, masked where there is a mask, summed over the
-    layers."""
+    """Any loss(f_s, f_t) as a method, on masked maps of one shape; the sum over the layers."""
 
     name: ClassVar[str] = "feature"
     needs: ClassVar[frozenset[str]] = frozenset({"features"})
@@ -78,7 +77,7 @@ def chosen(method: Chosen, options: Mapping[str, Any]) -> list[Recipe]:
 
     Raises:
         TypeError: no method of any kind, or an option that none of them has.
-        ValueError: no such name, two of one name, or a weight that is none.
+        ValueError: no such name, two of one name, or a weight out of range.
     """
     weighted: list[tuple[Any, Any]] = [] if method is None else [(method, None)]
     if isinstance(method, Mapping):
@@ -96,7 +95,10 @@ def chosen(method: Chosen, options: Mapping[str, Any]) -> list[Recipe]:
             possible = sorted(
                 {o for r in made if isinstance(r.source, str) for o in options_of(r.source)}
             )
-            rule = f"be arguments of Distiller or options of its methods ({', '.join(possible) or 'none'})"
+            rule = (
+                f"be arguments of Distiller or options of its methods "
+                f"({', '.join(possible) or 'none'})"
+            )
             raise TypeError(f"Distiller: options must {rule}, got {option}")
     return made
 

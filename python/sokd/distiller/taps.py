@@ -1,4 +1,4 @@
-"""The outputs of a model's named layers, read by one forward hook for each, without changing the model.
+"""The outputs of a model's named layers, read by one forward hook for each.
 
 A hook does nothing until it is armed for the length of a forward pass, so the model by itself keeps
 nothing of a pass and computes what it always did. Gradient checkpointing runs the layers again in
@@ -29,15 +29,15 @@ WHY_COMPILED = (
 )
 WHY_SCRIPTED = (
     "it is inside a TorchScript module, whose parts run without hooks: pass the module that was "
-    "scripted or traced"
+    "scripted or traced, or name a layer outside it"
 )
 WHY_SKIPPED = (
     "the model skipped it in this pass (LayerDrop, a branch): name a layer that always runs"
 )
 REPLACED = (
-    "Distiller: {which} must be the module that it was when the Distiller was made, got another one "
-    "(convert_sync_batchnorm, an adapter such as LoRA or a rebuilt part): change the model first, then "
-    "make its Distiller"
+    "Distiller: {which} must be the module that it was when the Distiller was made, got another "
+    "one (convert_sync_batchnorm, an adapter such as LoRA or a rebuilt part): change the model "
+    "first, then make its Distiller"
 )
 RAN_AGAIN = "sokd: {which} runs several times in a forward pass; its first output is distilled"
 OVERWRITTEN = (
@@ -63,7 +63,7 @@ class Tap:
             return
         self.value = output
         if self.version is not None and isinstance(output, Tensor):
-            self.version = output._version
+            self.version = _version(output)
 
     def take(self) -> Any:
         """What was kept; the tap is disarmed and empty afterwards."""
@@ -96,9 +96,14 @@ class Taps:
             name = _split(layer)[0]
             if name not in modules or not name:
                 raise ValueError(_no_such_layer(side, name, modules, other))
-            if name not in self.taps:
-                self.taps[name] = Tap()
+            if name in self.taps:
+                continue
+            self.taps[name] = Tap()
+            try:
                 modules[name].register_forward_hook(self.taps[name])
+            except RuntimeError as error:  # of TorchScript
+                label = f"the {side}'s layer {layer!r}"
+                raise RuntimeError(NEVER_RAN.format(which=label, why=WHY_SCRIPTED)) from error
 
     def check_in_place(self, model: nn.Module) -> None:
         """Raise RuntimeError if another module is now where a layer was."""
@@ -143,7 +148,7 @@ class Taps:
             tap = self.taps[_split(layer)[0]]
             if tap.again:
                 warnings.warn(RAN_AGAIN.format(which=label), stacklevel=3)
-            elif ":" not in layer and tensor._version != tap.version:
+            elif ":" not in layer and tap.version not in (None, _version(tensor)):
                 warnings.warn(OVERWRITTEN.format(which=label), stacklevel=3)
 
     def _chosen(self, layer: str, label: str, taken: Mapping[str, Any]) -> Tensor:
@@ -159,6 +164,11 @@ class Taps:
             return named[key]
         hint = f" with {names}: name one, as in '{name}:{next(iter(named))}'" if named else ""
         raise TypeError(f"Distiller: {label} must give a tensor, got {type(value).__name__}{hint}")
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often the tensor was written to; None for one of inference mode, which does not count."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def layer_pairs(layers: Layers) -> list[Pair]:

@@ -1,5 +1,4 @@
-"""Looking at a run: the policy as a table and over time, the areas on the input image, figures for others to
-read.
+"""Views of a run: the policy as a table and over time, the areas on images, exported figures.
 
     trajectory = sokd.inspect.Trajectory(kd)
     trajectory.record(step)                                    # every so often in training
@@ -8,9 +7,9 @@ read.
     sokd.inspect.draw_areas(images, sokd.inspect.areas(distiller, images), "areas.png")
     sokd.inspect.log(writer, kd, step)                         # any writer with add_scalar
 
-Whatever is looked at, a `SoKD`, a `Policy` or a `Distiller`, is left as it is: no draw is taken, no mode
-changed. Reading numbers waits for the device; so these are for now and then, not for every step. Pictures
-need matplotlib, which is imported when the first is drawn.
+Whatever is looked at, a `SoKD`, a `Policy` or a `Distiller`, is left as it is: no draw is taken, no
+mode changed. Reading numbers waits for the device; so these are for now and then, not for every
+step. Pictures need matplotlib, which is imported when the first is drawn.
 """
 
 from __future__ import annotations
@@ -51,16 +50,18 @@ LayerAreas = dict[str, Areas]  # "teacher", "student", "mutual"
 
 
 class Writer(Protocol):
-    """What TensorBoard's SummaryWriter and its like have."""
+    """A writer such as TensorBoard's SummaryWriter."""
 
     def add_scalar(self, tag: str, scalar_value: Any, global_step: Any) -> Any: ...
 
 
-# -------------------------------------------------------------------------------------------- the policy now
+# ----------------------------------------------------------------------------------- the policy now
 
 
 def table(subject: nn.Module, *, top: int | None = None) -> str:
     """The policy as text: a line for each sub-policy, the likeliest first.
+
+        print(sokd.inspect.table(sokd.SoKD(8, 16), top=5))
 
     Args:
         subject: a `Policy`, or a `SoKD` or `Distiller` with one.
@@ -87,7 +88,7 @@ def _strengths(row: dict[str, Any]) -> str:
 
 @torch.no_grad()
 def entropy(subject: nn.Module) -> float:
-    """Of the choice of the sub-policy, in nats: log K where all are alike, 0 where one is always drawn."""
+    """Entropy of the draw of a sub-policy, in nats: log K if uniform, 0 if one is always drawn."""
     return float(_policy_of("entropy", subject).diagnostics()["entropy"])
 
 
@@ -118,7 +119,7 @@ def _kind_of(subject: Any) -> str:
     return type(subject).__name__ + waits
 
 
-# ------------------------------------------------------------------------------------------ the policy's way
+# --------------------------------------------------------------------------------- the policy's way
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Snapshot:
 
 
 class Trajectory:
-    """How a policy moved: snapshots, in the order of their steps.
+    """The history of a policy: snapshots, in the order of their steps.
 
     Args:
         subject: a `Policy`, or a `SoKD` or `Distiller` with one.
@@ -176,7 +177,7 @@ class Trajectory:
         _write(path, state)
 
     def load(self, path: Path) -> None:
-        """Take over the snapshots of a file, in place of those here; to go on after a resumed run."""
+        """Replace the snapshots by those of a file, to continue after a resumed run."""
         with open(path) as file:
             state = json.load(file)
         if [tuple(pair) for pair in state["operations"]] != self.operations:
@@ -193,17 +194,18 @@ class Trajectory:
         policy_over_time(self.snapshots, self.policy.policies, path, caption=caption)
 
 
-# ----------------------------------------------------------------------------------------------------- areas
+# -------------------------------------------------------------------------------------------- areas
 
 
 @torch.no_grad()
 def areas(subject: nn.Module, *inputs: Any) -> list[LayerAreas]:
     """The areas of the teacher, of the student and of both, one dict for each layer.
 
-    areas(distiller, images), or areas(kd, student_features, teacher_features), also for what `sokd.wrap`
-    returns.
+    areas(distiller, images), or areas(kd, student_features, teacher_features), also for what
+    `sokd.wrap` returns.
 
-    The teacher's features are taken as they are, not refined: what is drawn does not hang on a draw.
+    The teacher's features are taken as they are, not refined: what is drawn does not hang on a
+    draw.
     """
     subject = unwrapped(subject)
     kd = _kd_of(subject)
@@ -252,8 +254,8 @@ def draw_areas(
     """Write a picture: the images, and on them the areas of teacher, student and both.
 
     Args:
-        images: [B, 3 or 1, H, W], the input or anything of its aspect; shown from their smallest to their
-            largest number. B columns, so a few: they may be the first of those `found` is of.
+        images: [B, 3 or 1, H, W], the input or anything of its aspect; shown from their smallest to
+            their largest number. B columns, so a few: they may be the first of those `found` is of.
         found: what `areas` returned, or the dict of one layer.
         layer: which of several layers.
         titles: B of them, above the images.
@@ -282,15 +284,15 @@ def draw_areas(
     areas_on_images(images, chosen, shares(chosen), path, titles=titles, caption=caption)
 
 
-# ------------------------------------------------------------------------------------------------ for others
+# --------------------------------------------------------------------------------------- for others
 
 
 def export_json(subject: nn.Module, path: Path | None = None) -> dict[str, Any]:
-    """All there is to read of a SoKD or Distiller as plain data, written to `path` if there is one.
+    """The figures of a SoKD or Distiller as plain data, written to `path` if it is given.
 
-    "policy": `Policy.table()`; "entropy"; "diagnostics": those of the last step; for a Distiller "layers" and
-    "weights" too. A part that is not there has no entry. In the file a number that is NaN or infinite is
-    null: JSON has no such numbers.
+    "policy": `Policy.table()`; "entropy"; "diagnostics": those of the last step; for a Distiller
+    "layers" and "weights" too. A part that is not there has no entry. In the file a number that is
+    NaN or infinite is null: JSON has no such numbers.
     """
     subject = unwrapped(subject)
     kd = _kd_of(subject)
@@ -312,13 +314,13 @@ def export_json(subject: nn.Module, path: Path | None = None) -> dict[str, Any]:
 def log(
     writer: Writer, subject: nn.Module, step: int, *, losses: Any = None, prefix: str = "sokd"
 ) -> None:
-    """Hand the last step's figures to the user's own writer, `writer.add_scalar(tag, value, step)`.
+    """Write the last step's figures with `writer.add_scalar(tag, value, step)`.
 
-    `diagnostics()` of a SoKD, of a Distiller's, or of a Policy under `{prefix}/`, and of `losses`, a
-    Distiller's dict, each entry.
+    `diagnostics()` of a SoKD, of a Distiller's, or of a Policy under `{prefix}/`, and of `losses`,
+    a Distiller's dict, each entry.
 
     Raises:
-        TypeError: the subject is none of these.
+        TypeError: the subject is of another type.
     """
     subject = unwrapped(subject)
     source = subject if isinstance(subject, Policy) else _kd_of(subject)
@@ -339,7 +341,7 @@ def _write(path: Path, state: Any) -> None:
 
 
 def _strict(state: Any) -> Any:
-    """Plain data with None in place of numbers that are none."""
+    """Plain data with None in place of numbers that are not finite."""
     if isinstance(state, dict):
         return {key: _strict(value) for key, value in state.items()}
     if isinstance(state, (list, tuple)):

@@ -1,7 +1,7 @@
-"""The pictures of `sokd.inspect`: the policy over time, and areas on images. Imported with the first of them.
+"""The pictures of `sokd.inspect`: the policy over time, and areas on images.
 
-Figures are made without pyplot: no display is needed, and the user's own figures and backend stay as they
-    are.
+Figures are made without pyplot: no display is needed, and the user's own figures and backend stay
+as they are.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Path = str | os.PathLike[str]
 Pairs = Sequence[Sequence[int]]  # the operations of each sub-policy
 
 GREY, INK = "#b9bec6", "#30343b"
-# Those of Okabe and Ito that show on white, which the colour-blind tell apart, then three more.
+# Okabe and Ito's colour-blind safe colours that show on white, then three more.
 COLOURS = (
     *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"),
     *("#56b4e9", "#30343b", "#8a8f98", "#7a4a21"),
@@ -43,11 +43,11 @@ STYLE: Any = {
 }
 
 
-# -------------------------------------------------------------------------------------- the policy over time
+# ----------------------------------------------------------------------------- the policy over time
 
 
 def of_operation(probabilities: Array, values: Array, operation: int, pairs: Pairs) -> Array:
-    """[T]: mean of values [T, K, 2] over the operation's sub-policies, weighted by probabilities [T, K]."""
+    """[T]: mean of values [T, K, 2] over an operation's sub-policies, weighted by probabilities."""
     places = [(k, list(pair).index(operation)) for k, pair in enumerate(pairs) if operation in pair]
     rows, sides = zip(*places, strict=True)
     weight = probabilities[:, rows]
@@ -58,7 +58,7 @@ def of_operation(probabilities: Array, values: Array, operation: int, pairs: Pai
 def policy_over_time(
     snapshots: Sequence[Any], pairs: Pairs, path: Path, *, caption: str = ""
 ) -> None:
-    """Write the policy's way as a picture: choice, entropy, firing, magnitudes, over training steps.
+    """Write a picture of the policy over training steps: choice, entropy, firing, magnitudes.
 
     Args:
         snapshots: each with `step`, `probabilities` [K], `fire` [K, 2] and `magnitude` [K, 2].
@@ -132,7 +132,8 @@ def _draw_entropy(axes: Any, steps: list[int], probabilities: Array) -> None:
     axes.set_ylim(0, count * 1.08)
     axes.axhline(count, color=INK, lw=0.7, ls=":")
     axes.set_title(
-        f"Sub-policies in use, exp(entropy of the draw)\n(entropy {entropy[0]:.3f} to {entropy[-1]:.3f} nats)"
+        f"Sub-policies in use, exp(entropy of the draw)\n(entropy {entropy[0]:.3f} to "
+        f"{entropy[-1]:.3f} nats)"
     )
 
 
@@ -151,14 +152,14 @@ def _draw_by_operation(
     _label_ends(axes, steps, lines)
 
 
-# ------------------------------------------------------------------------------------------- areas on images
+# ---------------------------------------------------------------------------------- areas on images
 
 
 def areas_on_images(
     images: Tensor, found: Mapping[str, Areas], shares: Mapping[str, float], path: Path, *,
     titles: Sequence[str] | None = None, caption: str = "",
 ) -> None:  # fmt: skip
-    """Write images [B, 3 or 1, H, W], in a row each below them the areas of `found` on the same images.
+    """Write images [B, 3 or 1, H, W], and below them the areas of `found` in a row each.
 
     Deeper colour where areas overlap; the boxes are the areas' borders.
     """

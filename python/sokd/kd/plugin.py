@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sokd.kd import sanity
 from sokd.kd.dam import masked
 from sokd.kd.features import Features, described
-from sokd.kd.sokd import Match, SoKD
+from sokd.kd.sokd import Match, SoKD, named_kd
 from sokd.kd.virtual import unwrapped
 
 __all__ = ["Wrapped", "wrap"]
@@ -69,7 +69,7 @@ class Wrapped(nn.Module):
         if not callable(any_loss):
             raise TypeError(f"wrap: any_loss must be callable, got {type(any_loss).__name__}")
         if not isinstance(kd, SoKD):
-            raise TypeError(f"wrap: kd must be a sokd.SoKD, got {type(kd).__name__}")
+            raise TypeError(f"wrap: kd must be a sokd.SoKD, got {named_kd(kd)}")
         self.any_loss, self.kd, self.adds_agreement = any_loss, kd, agreement
         self._places = {
             "student": _place("student", student),

@@ -27,6 +27,7 @@ from sokd.kd.features import Features, Size, checked_maps, layouts, one_of, per_
 from sokd.kd.policy import Draw, Policy
 from sokd.kd.virtual import unwrapped
 from sokd.ops.masked_mse import scaled_mse
+from sokd.ops.runtime import savable
 
 __all__ = ["Match", "SoKD", "Terms", "loss", "part_of"]
 
@@ -84,9 +85,17 @@ def loss(
         ValueError: rank, channels, batch, device or the number of layers do not fit.
     """
     if not isinstance(kd, nn.Module) or not (torch.compiler.is_compiling() or _holds_sokd(kd)):
-        raise TypeError(f"loss: kd must be a sokd.SoKD, got {type(kd).__name__}")
+        raise TypeError(f"loss: kd must be a sokd.SoKD, got {named_kd(kd)}")
     result: Tensor | Terms = kd(student_features, teacher_features, return_terms=return_terms)
     return result
+
+
+def named_kd(kd: object) -> str:
+    """The type of what is not a SoKD, as an error names it."""
+    name = type(kd).__name__
+    if name != "SoKD":
+        return name
+    return "a SoKD of another import of sokd (make kd again after the reload)"
 
 
 def _holds_sokd(kd: nn.Module) -> bool:
@@ -145,6 +154,7 @@ class SoKD(nn.Module):
 
     statistics: Tensor
 
+    @torch.inference_mode(False)
     def __init__(
         self, student_channels: int | Sequence[int], teacher_channels: int | Sequence[int], *,
         student_size: PerLayer[int | Size] = None, teacher_size: PerLayer[int | Size] = None,
@@ -245,7 +255,7 @@ class SoKD(nn.Module):
             if compared:
                 adapted = apply_adapter(adapters[index], student, refined)
             if policy is None or differentiable:  # otherwise the refined features are new tensors
-                refined = _savable(refined)
+                refined = savable(refined)
             if policy is not None:
                 with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
                     refined = policy(refined, draw, layer=index, differentiable=differentiable)
@@ -429,13 +439,6 @@ def _variance_and_share(attention: Attention | None, nothing: Tensor) -> list[Te
     heat = attention.heat.to(torch.float32)
     variance = (heat - heat.mean((0, 2, 3), keepdim=True)).square_().mean()
     return [variance, (attention.coverage > 0).to(torch.float32).mean()]
-
-
-def _savable(teacher: Tensor) -> Tensor:
-    """A tensor made under torch.inference_mode() as one that autograd may save."""
-    if torch.compiler.is_compiling() or not teacher.is_inference():
-        return teacher
-    return teacher.clone()
 
 
 def _sum(terms: list[Tensor]) -> Tensor:

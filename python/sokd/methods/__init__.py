@@ -1,4 +1,4 @@
-"""Distillation methods: each a loss of its own, and each by name for a `Distiller` (`build`)."""
+"""Distillation methods, each as a loss function or module and by name for a `Distiller`."""
 
 from sokd.methods.at import at
 from sokd.methods.catkd import catkd, class_maps

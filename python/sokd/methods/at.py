@@ -1,10 +1,11 @@
 """Attention transfer: the student's energy over the map is spread as the teacher's.
 
-    E[b,y,x] = omega[b,y,x] * sum_c F[b,c,y,x]^2;   Q = E / |E|_2 for each sample;   d_F = 2 * omega * F * d_E
+    E[b,y,x] = omega[b,y,x] * sum_c F[b,c,y,x]^2;   Q = E / |E|_2 for each sample
+    d_F = 2 * omega * F * d_E
     at = sum over layers of  mean_{b,y,x} (Q_s - Q_t)^2
 
-Source: Zagoruyko, Komodakis, "Paying More Attention to Attention" (ICLR 2017, arXiv 1612.03928, section 3.1,
-p = 2). omega, 1 without a mask: docs/method.md 4.
+Source: Zagoruyko, Komodakis, "Paying More Attention to Attention" (ICLR 2017, arXiv 1612.03928,
+section 3.1, p = 2). omega, 1 without a mask: docs/method.md 4.
 """
 
 from __future__ import annotations
@@ -23,18 +24,21 @@ __all__ = ["AT", "at"]
 def at(student: Maps, teacher: Maps, weight: Weights = None) -> Tensor:
     """The mean squared difference of normalised attention maps.
 
+        f_s, f_t = torch.randn(2, 4, 14, 14, requires_grad=True), torch.randn(2, 8, 7, 7)
+        sokd.methods.at(f_s, f_t).backward()
+
     Args:
         student: [B, C_s, H_s, W_s], any channels, any size, or a list of them, one a layer.
         teacher: [B, C, H, W], constant, or an equally long list.
         weight: omega [B, H, W] at the teacher's size, or one (or None) for each layer.
 
     Returns:
-        [] float32 (float64 for float64), the sum over the layers; 0 for an empty batch. The usual weight:
-        1000.
+        [] float32 (float64 for float64), the sum over the layers; 0 for an empty batch. The usual
+        weight: 1000.
 
-    Where the sizes differ the larger map is averaged down to the smaller first, as in the usual code bases
-    (on
-    each axis by itself: settled here), and so is omega. A map of zeros has the attention 0, with gradient 0.
+    Where the sizes differ the larger map is averaged down to the smaller first, as in the usual
+    code bases (on each axis by itself: settled here), and so is omega. A map of zeros has the
+    attention 0, with gradient 0.
     """
     return total([_transfer(*pair) for pair in layer_pairs("at", student, teacher, weight)])
 

@@ -1,7 +1,8 @@
 """Class attention transfer: the map of each class's evidence, not the features behind it.
 
     A[b,k,y,x] = sum_c head[k,c] * F[b,c,y,x]          class activation maps
-    P = averages of A over r x r regions;   catkd = 1 / (B K r^2) * sum_{b,k} | P_s / |P_s| - P_t / |P_t| |^2
+    P = averages of A over r x r regions
+    catkd = 1 / (B K r^2) * sum_{b,k} | P_s / |P_s| - P_t / |P_t| |^2
 
 Source: Guo, Yan, Li, Lin, "Class Attention Transfer Based Knowledge Distillation" (CVPR 2023, arXiv
 2304.12777, section 3).
@@ -45,14 +46,17 @@ def catkd(
 ) -> Tensor:
     """The mean squared difference of pooled class activation maps.
 
+        f_s, f_t = torch.randn(2, 10, 7, 7, requires_grad=True), torch.randn(2, 10, 7, 7)
+        sokd.methods.catkd(f_s, f_t, resolution=2).backward()
+
     Args:
         student: class activation maps [B, K, H_s, W_s] (see `class_maps`), or a list of them.
         teacher: [B, K, H, W], constant, or an equally long list.
-        weight: omega [B, H, W] at the teacher's size: both sides are multiplied by its root before the
-            pooling.
+        weight: omega [B, H, W] at the teacher's size: both sides are multiplied by its root before
+            the pooling.
         resolution: r; the paper: 2 on CIFAR-100, 4 on ImageNet.
-        normalise: whether each pooled map is divided by its length. The authors' weights: 40 with it
-            (ResNet50 -> MobileNetV2), 15 without it (ResNet32x4 -> ResNet8x4).
+        normalise: whether each pooled map is divided by its length. The authors' weights: 40 with
+            it (ResNet50 -> MobileNetV2), 15 without it (ResNet32x4 -> ResNet8x4).
 
     Returns:
         [] float32 (float64 for float64), the sum over the pairs; 0 for an empty batch.
@@ -82,9 +86,12 @@ def _distance(student: Tensor, teacher: Tensor, normalise: bool) -> Tensor:
 def class_maps(features: Tensor, head: Head) -> Tensor:
     """features [B, C, H, W] -> class activation maps [B, K, H, W].
 
+        maps = sokd.methods.class_maps(torch.randn(2, 16, 7, 7), torch.nn.Linear(16, 10))
+        assert maps.shape == (2, 10, 7, 7)
+
     Args:
-        head: the linear layer or 1x1 convolution that follows the global average pooling, or its weight
-            [K, C]. Its bias says nothing about places and is left out (settled here).
+        head: the linear layer or 1x1 convolution that follows the global average pooling, or its
+            weight [K, C]. Its bias says nothing about places and is left out (settled here).
     """
     with unmixed(features):
         weight = wide(_head_weight(head, features.shape[1]))
@@ -110,9 +117,10 @@ class CATKD(Method):
     """`catkd` by name, on the last layer pair.
 
     Options:
-        student_head, teacher_head: the models' classifiers (see `class_maps`). The student's is trained
-            through its maps too, as in the paper; neither becomes a submodule. Without them the last maps
-            have to be class activation maps already, with one channel for each of the logits.
+        student_head, teacher_head: the models' classifiers (see `class_maps`). The student's is
+            trained through its maps too, as in the paper; neither becomes a submodule. Without them
+            the last maps have to be class activation maps already, with one channel for each of the
+            logits.
         resolution, normalise: see `catkd`.
     """
 
@@ -121,8 +129,9 @@ class CATKD(Method):
     default_weight: ClassVar[float] = 40.0
 
     def __init__(
-        self, student_shapes: Shapes = (), teacher_shapes: Shapes = (), *, student_head: Head | None = None,
-        teacher_head: Head | None = None, resolution: int = 2, normalise: bool = True,
+        self, student_shapes: Shapes = (), teacher_shapes: Shapes = (), *,
+        student_head: Head | None = None, teacher_head: Head | None = None,
+        resolution: int = 2, normalise: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(student_shapes, teacher_shapes)
         # in a tuple: the models own them, and save them

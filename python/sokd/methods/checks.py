@@ -1,4 +1,4 @@
-"""Checks of the methods' arguments, and what they return: layers as lists, constant teachers."""
+"""Checks of the methods' arguments; they return layers as lists and teachers as constants."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def logits_pair(
     """Both sides' logits [B, K], checked; float32 or float64, the teacher's constant.
 
     Args:
-        dense: whether [B, K, H, W] (or [B, K, D, H, W]) is taken too, as [B * H * W, K]. Not [B, K, N]: with
-            as many dimensions others put K last.
+        dense: whether [B, K, H, W] (or [B, K, D, H, W]) is taken too, as [B * H * W, K]. Not [B, K,
+            N]: with as many dimensions others put K last.
     """
     _check_tensors(op, "student_logits", student, "teacher_logits", teacher)
     rank = student.dim()
@@ -103,7 +103,7 @@ def check_labels(op: str, target: Tensor, classes: int, ignored: int) -> None:
 
 
 def wrong_class(target: Tensor, classes: int, ignored: int = -100) -> str:
-    """The rule for class indices and the first that breaks it, as an error puts it; "" if none does."""
+    """The rule for class indices and the first index that breaks it; "" if none does."""
     wrong = target[((target < 0) | (target >= classes)) & (target != ignored)]
     rule = f"be class indices 0 .. {classes - 1} ({ignored} is ignored)"
     return f"target must {rule}, got {int(wrong[0])}" if wrong.numel() else ""

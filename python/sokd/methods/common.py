@@ -1,8 +1,9 @@
-"""What a method is given in each step, what it says of itself, and the ground all of them stand on.
+"""The inputs of a method in each step, its base class, and functions that the methods share.
 
-Every method is usable in two ways: as a loss of its own (`sokd.methods.kd(student_logits, teacher_logits)`)
-and by name (`build("kd", ...)`), when it is called with a `Step`. All compute in float32 (float64 for float64
-input) whatever autocast says, never send a gradient to the teacher, and give 0 for an empty batch.
+Every method is usable in two ways: as a loss of its own (`sokd.methods.kd(student_logits,
+teacher_logits)`) and by name (`build("kd", ...)`), when it is called with a `Step`. All compute in
+float32 (float64 for float64 input) whatever autocast says, never send a gradient to the teacher,
+and give 0 for an empty batch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sokd.kd.dam import masked, resized, root
-from sokd.ops.runtime import accumulator, apply
+from sokd.ops.runtime import accumulator, apply, savable
 
 __all__ = [
     "Maps", "Method", "Shape", "Shapes", "Step", "Weights", "masked", "resized", "root",
@@ -31,7 +32,7 @@ Weights = Tensor | Sequence[Tensor | None] | None
 
 @dataclass
 class Step:
-    """What one training step offers a method."""
+    """The inputs of a method in one training step."""
 
     student_logits: Tensor | None  # [B, K], or dense, [B, K, H, W]
     teacher_logits: Tensor | None  # of that shape, constant
@@ -76,13 +77,8 @@ class Method(nn.Module):
 
 
 def constant(tensor: Tensor) -> Tensor:
-    """The tensor without its graph; a copy if it was made under `torch.inference_mode()`.
-
-    PyTorch refuses to save the latter for a backward.
-    """
-    if not torch.compiler.is_compiling() and tensor.is_inference():
-        return tensor.clone()
-    return tensor.detach()
+    """The tensor without its graph, as one that autograd can save."""
+    return savable(tensor).detach()
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -98,14 +94,15 @@ def unmixed(tensor: Tensor) -> torch.autocast:
 def unit(vectors: Tensor, dim: int) -> Tensor:
     """The vectors along `dim`, divided by their lengths; zeros stay, with a bounded gradient.
 
-    `F.normalize` divides the gradient of a zero by its eps of 1e-12: one dead unit, and the step is lost.
+    `F.normalize` divides the gradient of a zero by its eps of 1e-12: one dead unit, and the step is
+    lost.
     """
     length = torch.linalg.vector_norm(vectors, dim=dim, keepdim=True)
     return vectors / torch.where(length > 0, length, 1.0)
 
 
 def squares(features: Tensor, dim: int) -> Tensor:
-    """The sum of squares along `dim`; its backward is one product, not the several passes of autograd."""
+    """The sum of squares along `dim`; its backward is one product, where autograd takes several."""
     return (
         cast(Tensor, apply(_Squares, features, dim))
         if features.requires_grad
@@ -163,7 +160,7 @@ def total(terms: Sequence[Tensor]) -> Tensor:
 
 
 def given(op: str, name: str, tensor: Tensor | None, what: str) -> Tensor:
-    """What a step has to offer for this method."""
+    """A part of the step that this method requires."""
     if tensor is None:
         raise ValueError(f"{op}: {name} must be given ({what}), got None")
     return tensor

@@ -18,8 +18,9 @@ from sokd.methods.common import once
 
 __all__ = ["noise_contrast"]
 
-# So many rows of the bank for each row picked: up to here a product with the whole bank is faster than going
-# to the picked rows. Measured (64 x 16385 rows of 128): 18 against 66 ms at 3, 500 against 200 ms at 78.
+# So many rows of the bank for each row picked: up to here a product with the whole bank is faster
+# than going to the picked rows. Measured (64 x 16385 rows of 128): 18 against 66 ms at 3, 500
+# against 200 ms at 78.
 _DENSE_UP_TO = 8
 
 
@@ -33,12 +34,14 @@ def noise_contrast(
         picked: [B, K + 1] int64, rows of the bank: the own one first, then the others.
         known: [] log Z, or NaN: taken from these scores.
     """
-    loss, _, log_z = _NoiseContrast.apply(anchor, bank, picked, known, temperature)  # type: ignore[no-untyped-call]
+    loss, _, log_z = _NoiseContrast.apply(  # type: ignore[no-untyped-call]
+        anchor, bank, picked, known, temperature
+    )
     return loss, log_z
 
 
 class _NoiseContrast(torch.autograd.Function):
-    """(loss, d_anchor, log Z): the gradient in the forward, so that the B x K scores are not kept for later.
+    """(loss, d_anchor, log Z): the forward computes the gradient, so it does not keep B x K scores.
 
     It has to be: by the time of the backward the bank is another one.
     """
@@ -70,7 +73,7 @@ class _NoiseContrast(torch.autograd.Function):
 
 
 class _Similarities:
-    """<anchor_b, bank[picked_bk]> [B, K + 1], and the way back; never the [B, K + 1, D] rows themselves."""
+    """<anchor_b, bank[picked_bk]> [B, K + 1], and its backward, without the rows [B, K + 1, D]."""
 
     def __init__(self, anchor: Tensor, bank: Tensor, picked: Tensor) -> None:
         self.anchor, self.bank, self.picked = anchor, bank, picked

@@ -1,13 +1,15 @@
-"""Contrastive representation distillation: tell the own teacher's embedding from those of other samples.
+"""Contrastive representation distillation: a sample's teacher embedding against those of others.
 
     v = W x / |W x|, W for each side;   h(v, m) = exp(<v, m> / tau) / Z;   c = K / N
-    L(v, M) = -1/B * sum_b [log h(v_b, M_b) / (h(v_b, M_b) + c) + sum_{K others k} log c / (h(v_b, M_k) + c)]
+    L(v, M) = -1/B * sum_b [log h(v_b, M_b) / (h(v_b, M_b) + c)
+                            + sum_{K others k} log c / (h(v_b, M_k) + c)]
     crd = L(v_student, M_teacher) + L(v_teacher, M_student)
-    then, in training, on each side:   M[index] <- normalise(momentum * M[index] + (1 - momentum) * v)
+    then, in training, on each side:
+    M[index] <- normalise(momentum * M[index] + (1 - momentum) * v)
 
-Source: Tian, Krishnan, Isola, "Contrastive Representation Distillation" (ICLR 2020, arXiv 1910.10699,
-section 3; Z, the banks and their momentum as in the authors' code, whose 1e-7 in the denominators, which
-adds about 1e-7 N to each side's value, is left out).
+Source: Tian, Krishnan, Isola, "Contrastive Representation Distillation" (ICLR 2020, arXiv
+1910.10699, section 3; Z, the banks and their momentum as in the authors' code, whose 1e-7 in the
+denominators, which adds about 1e-7 N to each side's value, is left out).
 """
 
 from __future__ import annotations
@@ -37,15 +39,19 @@ def crd(
     temperature: float = 0.07, momentum: float = 0.5, labels: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> CRDLoss:  # fmt: skip
-    """The loss module for embeddings of these sizes and a training set of `num_samples`; see `CRDLoss`."""
+    """The loss module for embeddings of these sizes and `num_samples` samples; see `CRDLoss`."""
     return CRDLoss(
-        student_dim, teacher_dim, num_samples, dim=dim, negatives=negatives, temperature=temperature,
-        momentum=momentum, labels=labels, generator=generator,
+        student_dim, teacher_dim, num_samples, dim=dim, negatives=negatives,
+        temperature=temperature, momentum=momentum, labels=labels, generator=generator,
     )  # fmt: skip
 
 
 class CRDLoss(nn.Module):
-    """`crd(...)(student [B, D_s], teacher [B, D], index [B])`: the contrast of both sides, a scalar.
+    """`crd(...)(student [B, D_s], teacher [B, D], index [B])`: both sides' contrast, a scalar.
+
+        loss = sokd.methods.crd(16, 64, num_samples=1000, negatives=32)
+        student, teacher = torch.randn(8, 16, requires_grad=True), torch.randn(8, 64)
+        loss(student, teacher, torch.arange(8)).backward()
 
     Args:
         student_dim, teacher_dim: D_s and D.
@@ -53,16 +59,17 @@ class CRDLoss(nn.Module):
         dim: of the embeddings; the paper: 128.
         negatives: K for each sample; the paper: 16384. Drawn independently, as the formula has it.
         temperature, momentum: tau and the banks' momentum; the paper: 0.07 and 0.5 (weight 0.8).
-        labels: [N] int64, the training set's classes: negatives are then of other classes (the authors'
-            "exact" mode); None: any other samples.
-        generator: where the seed of banks and negatives is taken from; None: `sokd.manual_seed`'s source,
-            else PyTorch's.
+        labels: [N] int64, the training set's classes: negatives are then of other classes (the
+            authors' "exact" mode); None: any other samples.
+        generator: where the seed of banks and negatives is taken from; None: `sokd.manual_seed`'s
+            source, else PyTorch's.
 
-    Parameters: the two embeddings. Buffers: the banks, Z's logarithms (NaN until the first batch sets them,
-    as the authors do), seed and counter of the negatives: a checkpoint resumes bit for bit. All float32 under
-    autocast. Under torch.distributed every rank's embeddings go into the banks of all; the first batch has
-    each rank's own Z, those after it the mean over the ranks. Second derivatives are refused, torch.compile
-    breaks its graph here. Rows given twice in one batch: the last stays (on a GPU: either).
+    Parameters: the two embeddings. Buffers: the banks, Z's logarithms (NaN until the first batch
+    sets them, as the authors do), seed and counter of the negatives: a checkpoint resumes bit for
+    bit. All float32 under autocast. Under torch.distributed every rank's embeddings go into the
+    banks of all; the first batch has each rank's own Z, those after it the mean over the ranks.
+    Second derivatives are refused, torch.compile breaks its graph here. Rows given twice in one
+    batch: the last stays (on a GPU: either).
     """
 
     student_bank: Tensor
@@ -70,9 +77,9 @@ class CRDLoss(nn.Module):
     log_normaliser: Tensor
 
     def __init__(
-        self, student_dim: int, teacher_dim: int, num_samples: int, *, dim: int = 128, negatives: int = 16384,
-        temperature: float = 0.07, momentum: float = 0.5, labels: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        self, student_dim: int, teacher_dim: int, num_samples: int, *, dim: int = 128,
+        negatives: int = 16384, temperature: float = 0.07, momentum: float = 0.5,
+        labels: Tensor | None = None, generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         for name, size in (
@@ -94,8 +101,8 @@ class CRDLoss(nn.Module):
         self.register_buffer("teacher_bank", start[1])
         self.register_buffer("log_normaliser", torch.full((2,), math.nan))
 
-    # A compiled graph may put off what the gradient reads from a bank until the bank has been changed: wrong
-    # gradients, seen with torch 2.13. Outside of it, this loss runs as it is.
+    # A compiled graph may put off what the gradient reads from a bank until the bank has been
+    # changed: wrong gradients, seen with torch 2.13. Outside of it, this loss runs as it is.
     @eager_only
     def forward(
         self, student: Tensor, teacher: Tensor, index: Tensor, contrast: Tensor | None = None
@@ -103,8 +110,10 @@ class CRDLoss(nn.Module):
         """Contrast, then (in training) put the new embeddings into the banks.
 
         Args:
-            student, teacher: [B, D_s] and [B, D]; the teacher's embedding is trained, the teacher is not.
-            index: [B] int64, the samples' places in the training set, 0 .. N - 1 (checked on the CPU).
+            student, teacher: [B, D_s] and [B, D]; the teacher's embedding is trained, the teacher
+                is not.
+            index: [B] int64, the samples' places in the training set, 0 .. N - 1 (checked on the
+                CPU).
             contrast: [B, K] int64, the negatives; None: drawn.
 
         Returns:
@@ -135,13 +144,13 @@ class CRDLoss(nn.Module):
 
     @torch.no_grad()
     def _settle(self, used: Tensor) -> None:
-        """Z of the first batch, over all ranks, from then on."""
+        """Set Z from the first batch, over all ranks."""
         known, fresh = self.log_normaliser, _mean_of_exp(everyones(used.unsqueeze(0)))
         known.copy_(torch.where(known.isnan(), fresh, known))
 
     @torch.no_grad()
     def _remember(self, index: Tensor, *embeddings: Tensor) -> None:
-        """The new embeddings, those of all ranks on each: the banks stay alike."""
+        """Write the new embeddings of all ranks into the banks, which stay equal on every rank."""
         if place()[1] > 1:  # one exchange for both
             index, embeddings = everyones(index), everyones(torch.cat(embeddings, 1)).chunk(2, 1)
         for bank, embedding in zip((self.student_bank, self.teacher_bank), embeddings, strict=True):
@@ -178,7 +187,7 @@ class CRDLoss(nn.Module):
 
 
 def _mean_of_exp(logs: Tensor) -> Tensor:
-    """log of the mean of exp(logs [R, 2]) over R, without those that are NaN (a rank without samples)."""
+    """log of the mean of exp(logs [R, 2]) over R, without NaN (of ranks without samples)."""
     there = ~logs.isnan()
     total = torch.where(there, logs, -math.inf).logsumexp(0)
     return torch.where(there.any(0), total - there.sum(0).log(), math.nan)
@@ -189,11 +198,13 @@ def _embed(features: Tensor, embedding: nn.Linear) -> Tensor:
 
 
 def pooled(features: Tensor, weight: Tensor | None = None) -> Tensor:
-    """[B, C, H, W] -> [B, C] float32 (float64): the average over the cells, weighted by sqrt(omega).
+    """[B, C, H, W] -> [B, C] float32 (float64): the mean over the cells, weighted by sqrt(omega).
 
-    Settled here, for the mask on top of CRD (docs/method.md 4: refine, mask, then pool): the weights are
-    divided by their sum, so that the size of the areas does not scale the embedding; where omega is 0 all
-    over, 0.
+        assert sokd.methods.pooled(torch.randn(2, 16, 7, 7)).shape == (2, 16)
+
+    Settled here, for the mask on top of CRD (docs/method.md 4: refine, mask, then pool): the
+    weights are divided by their sum, so that the size of the areas does not scale the embedding;
+    where omega is 0 all over, 0.
     """
     features = wide(features)
     if weight is None:
@@ -205,15 +216,16 @@ def pooled(features: Tensor, weight: Tensor | None = None) -> Tensor:
 
 
 class CRD(Method):
-    """`crd` by name, on the last layer pair, pooled; options as of `CRDLoss`, `num_samples` required."""
+    """`crd` by name, on the pooled last layer pair; options as of `CRDLoss`."""
 
     name: ClassVar[str] = "crd"
     needs: ClassVar[frozenset[str]] = frozenset({"features", "index"})
     default_weight: ClassVar[float] = 0.8
 
     def __init__(
-        self, student_shapes: Shapes = (), teacher_shapes: Shapes = (), *, num_samples: int | None = None,
-        dim: int = 128, negatives: int = 16384, temperature: float = 0.07, momentum: float = 0.5,
+        self, student_shapes: Shapes = (), teacher_shapes: Shapes = (), *,
+        num_samples: int | None = None, dim: int = 128, negatives: int = 16384,
+        temperature: float = 0.07, momentum: float = 0.5,
         labels: Tensor | None = None, generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
         super().__init__(student_shapes, teacher_shapes)

@@ -1,11 +1,12 @@
-"""DIST: correlation in place of divergence, over the classes of a sample and over the samples of a class.
+"""DIST: correlation in place of divergence, over a sample's classes and over a class's samples.
 
-    p = softmax(logits / T) [B, K];   r(u, v) = <u - mean u, v - mean v> / (|u - mean u| |v - mean v| + 1e-8)
+    p = softmax(logits / T) [B, K]
+    r(u, v) = <u - mean u, v - mean v> / (|u - mean u| |v - mean v| + 1e-8)
     dist = T^2 * (beta  * (1 - mean_b r(p_s[b, :], p_t[b, :]))           inter-class
                 + gamma * (1 - mean_k r(p_s[:, k], p_t[:, k])))          intra-class
 
-Source: Huang, You, Wang, Qian, Xu, "Knowledge Distillation from A Stronger Teacher" (NeurIPS 2022, arXiv
-2205.10536, section 3).
+Source: Huang, You, Wang, Qian, Xu, "Knowledge Distillation from A Stronger Teacher" (NeurIPS 2022,
+arXiv 2205.10536, section 3).
 """
 
 from __future__ import annotations
@@ -31,17 +32,22 @@ def dist(
 ) -> Tensor:  # fmt: skip
     """One minus Pearson's correlation of the predictions, by rows and by columns.
 
+        student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+        sokd.methods.dist(student, teacher).backward()
+
     Args:
-        student_logits, teacher_logits: [B, K], K >= 2, any floating-point dtypes; [B, K, H, W] counts as
-            B * H * W samples, as in the authors' code for segmentation.
-        beta, gamma: weights of the two relations; the paper's 2 and 2 are `default_weight` times these.
+        student_logits, teacher_logits: [B, K], K >= 2, any floating-point dtypes; [B, K, H, W]
+            counts as B * H * W samples, as in the authors' code for segmentation.
+        beta, gamma: weights of the two relations; the paper's 2 and 2 are `default_weight` times
+            these.
         temperature: T; the paper: 4 on CIFAR-100, 1 on ImageNet. T^2 as in the authors' code.
 
     Returns:
         [] float32 (float64 for float64); 0 for an empty batch. Second derivatives are refused.
 
-    Without variance (a batch of one, a student that says the same of everything) a correlation counts as 0,
-    with gradient 0: the formula's own is 1e8 there, at the first step of a head that starts at zero.
+    Without variance (a batch of one, a student that says the same of everything) a correlation
+    counts as 0, with gradient 0: the formula's own is 1e8 there, at the first step of a head that
+    starts at zero.
     """
     _check_options(beta, gamma, temperature)
     student, teacher = logits_pair("dist", student_logits, teacher_logits)
@@ -63,8 +69,10 @@ def _check_options(beta: float, gamma: float, temperature: float) -> None:
 
 
 class _Relations(torch.autograd.Function):
-    """(loss, d_p_s): with a the student's and b the teacher's centred vector, r = <a, b> / (|a| |b| + 1e-8)
-    has d_a = (b - r |b| / |a| a) / (|a| |b| + 1e-8), which is centred, so it is d_p too.
+    """(loss, d_p_s), with a the student's and b the teacher's centred vector.
+
+    r = <a, b> / (|a| |b| + 1e-8) has d_a = (b - r |b| / |a| a) / (|a| |b| + 1e-8), which is
+    centred, so it is d_p too.
     """
 
     generate_vmap_rule = True
@@ -93,7 +101,7 @@ class _Relations(torch.autograd.Function):
 
 
 def _correlation(a: Tensor, b: Tensor, dim: int, noise: Tensor | float) -> tuple[Tensor, Tensor]:
-    """The sum of the cosines along `dim`, and its gradient; both 0 where a is no longer than `noise`."""
+    """The sum of the cosines along `dim`, and its gradient; both 0 where |a| is at most `noise`."""
     length_a, length_b = ((each * each).sum(dim, keepdim=True).sqrt_() for each in (a, b))
     varies = length_a > noise
     lengths = torch.where(varies, length_a * length_b + _EPS, torch.inf)
@@ -103,7 +111,7 @@ def _correlation(a: Tensor, b: Tensor, dim: int, noise: Tensor | float) -> tuple
 
 
 class DIST(Method):
-    """`dist` by name. SoKD's mask is about features and does not enter."""
+    """`dist` by name. SoKD's mask, which is for features, is not used."""
 
     name: ClassVar[str] = "dist"
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})

@@ -1,10 +1,10 @@
-"""Decoupled knowledge distillation: the target's probability and the distribution over the others, apart.
+"""Decoupled knowledge distillation: the target's probability and the others' distribution, apart.
 
     b = (p_y, 1 - p_y);   q = softmax over the classes but y           (of logits / T, on each side)
     dkd = T^2 / B * sum_b  alpha * KL(b_t || b_s) + beta * KL(q_t || q_s)
 
-Source: Zhao, Cui, Song, Qiu, Liang, "Decoupled Knowledge Distillation" (CVPR 2022, arXiv 2203.08679,
-section 3).
+Source: Zhao, Cui, Song, Qiu, Liang, "Decoupled Knowledge Distillation" (CVPR 2022, arXiv
+2203.08679, section 3).
 """
 
 from __future__ import annotations
@@ -26,20 +26,24 @@ def dkd(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, alpha: float = 1.0,
     beta: float = 8.0, temperature: float = 4.0, ignore_index: int = -100,
 ) -> Tensor:  # fmt: skip
-    """TCKD and NCKD, weighted apart.
+    """TCKD and NCKD, each with its weight.
+
+        student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+        sokd.methods.dkd(student, teacher, torch.randint(0, 10, (8,)), beta=8.0).backward()
 
     Args:
         student_logits, teacher_logits: [B, K], K >= 2, any floating-point dtypes.
         target: [B] int64, the true classes, or `ignore_index`.
-        alpha, beta: weights of the two parts; the paper: 1 and 8 for most CIFAR-100 pairs (0.25 to 8), 1 and
-            0.5 on ImageNet.
+        alpha, beta: weights of the two parts; the paper: 1 and 8 for most CIFAR-100 pairs (0.25 to
+            8), 1 and 0.5 on ImageNet.
         temperature: T; the paper: 4 on CIFAR-100, 1 on ImageNet.
         ignore_index: the label of samples that are left out of the loss and its mean, as in
             `F.cross_entropy`.
 
     Returns:
-        [] float32 (float64 for float64); 0 for an empty batch. All in logarithms, so that predictions without
-        doubt (p_y = 1) stay finite. The paper raises the weight linearly over the first 20 epochs.
+        [] float32 (float64 for float64); 0 for an empty batch. All in logarithms, so that
+        predictions without doubt (p_y = 1) stay finite. The paper raises the weight linearly over
+        the first 20 epochs.
     """
     _check_options(alpha, beta, temperature)
     student, teacher = logits_pair("dkd", student_logits, teacher_logits, dense=False)
@@ -59,13 +63,13 @@ def dkd(
 
 
 def _in_two(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """log p [B, K], and log (1 - p_y) [B] from the other classes' p, exact where p_y rounds to 1."""
+    """log p [B, K], and log (1 - p_y) [B] from the other classes, exact where p_y rounds to 1."""
     log = F.log_softmax(logits, dim=1)
     return log, log.scatter(1, target, _never(log)).logsumexp(1)
 
 
 def _never(log: Tensor) -> float:
-    """The logarithm of no probability at all; finite, and still so when another one is taken off."""
+    """A finite logarithm of probability 0, which stays finite when another one is subtracted."""
     return torch.finfo(log.dtype).min / 2
 
 
@@ -85,7 +89,7 @@ def _check_target(target: Tensor, logits: Tensor, ignore_index: int) -> None:
 
 
 class DKD(Method):
-    """`dkd` by name. SoKD's mask is about features and does not enter."""
+    """`dkd` by name. SoKD's mask, which is for features, is not used."""
 
     name: ClassVar[str] = "dkd"
     needs: ClassVar[frozenset[str]] = frozenset({"logits", "target"})

@@ -1,8 +1,10 @@
 """Knowledge distillation: the student's softened class probabilities follow the teacher's.
 
-    p = softmax(logits / T) [B, K];   kd = T^2 / B * sum_b KL(p_t || p_s);   d_student = T / B * (p_s - p_t)
+    p = softmax(logits / T) [B, K];   kd = T^2 / B * sum_b KL(p_t || p_s)
+    d_student = T / B * (p_s - p_t)
 
-Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531, section 2).
+Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531,
+section 2).
 """
 
 from __future__ import annotations
@@ -21,15 +23,19 @@ __all__ = ["KD", "kd"]
 def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4.0) -> Tensor:
     """KL divergence of the softened predictions, times T^2, the mean over the batch.
 
+        student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+        sokd.methods.kd(student, teacher, temperature=4.0).backward()
+
     Args:
-        student_logits, teacher_logits: [B, K] or [B, K, H, W] (segmentation), K >= 2, any floating-point
-            dtypes. Of one logit z for a sigmoid: torch.stack([z, 0 * z], 1).
-        temperature: T. The usual CIFAR-100 recipe: T = 4, weight 0.9 beside 0.1 for the cross-entropy.
+        student_logits, teacher_logits: [B, K] or [B, K, H, W] (segmentation), K >= 2, any
+            floating-point dtypes. Of one logit z for a sigmoid: torch.stack([z, 0 * z], 1).
+        temperature: T. The usual CIFAR-100 recipe: T = 4, weight 0.9 beside 0.1 for the cross
+            entropy.
 
     Returns:
-        [] float32 (float64 for float64): exactly 0 for equal logits; 0 for an empty batch. Of dense logits
-        the mean over the positions too, as in Liu et al., "Structured Knowledge Distillation for Dense
-        Prediction" (arXiv 1903.04197, pixel-wise distillation, times T^2).
+        [] float32 (float64 for float64): exactly 0 for equal logits; 0 for an empty batch. Of dense
+        logits the mean over the positions too, as in Liu et al., "Structured Knowledge Distillation
+        for Dense Prediction" (arXiv 1903.04197, pixel-wise distillation, times T^2).
     """
     number("kd", "temperature", temperature, above=0)
     student, teacher = logits_pair("kd", student_logits, teacher_logits)
@@ -45,7 +51,7 @@ def softened_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 class KD(Method):
-    """`kd` by name. SoKD's mask is about features and does not enter."""
+    """`kd` by name. SoKD's mask, which is for features, is not used."""
 
     name: ClassVar[str] = "kd"
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})

@@ -1,6 +1,7 @@
-"""Knowledge distillation of standardised logits: the student keeps the teacher's relations, not its range.
+"""Knowledge distillation of standardised logits: the relations count, not the range.
 
-    z = (logits - mean) / std, over the classes;   p = softmax(z / T);   lskd = T^2 / B * sum_b KL(p_t || p_s)
+    z = (logits - mean) / std, over the classes;   p = softmax(z / T)
+    lskd = T^2 / B * sum_b KL(p_t || p_s)
 
 Source: Sun, Ren, Li, Wang, Cao, "Logit Standardization in Knowledge Distillation" (CVPR 2024, arXiv
 2403.01427, section 4).
@@ -27,17 +28,22 @@ _SMALLEST_VARIANCE = 1e-14  # the square of the 1e-7 that the authors' code adds
 def lskd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 2.0) -> Tensor:
     """`kd` of logits that have mean 0 and standard deviation 1 over the classes, on both sides.
 
+        student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+        sokd.methods.lskd(student, teacher, temperature=2.0).backward()
+
     Args:
-        student_logits, teacher_logits: [B, K] or, for each position, [B, K, H, W]; K >= 2, any floating-point
-            dtypes.
-        temperature: the base temperature; the paper: 2 (3 for some pairs), weight 9 beside 0.1 for the
-            cross-entropy.
+        student_logits, teacher_logits: [B, K] or, for each position, [B, K, H, W]; K >= 2, any
+            floating-point dtypes.
+        temperature: the base temperature; the paper: 2 (3 for some pairs), weight 9 beside 0.1 for
+            the cross-entropy.
 
     Returns:
-        [] float32 (float64 for float64); 0 for an empty batch. Finite for logits up to 1e18 in float32.
+        [] float32 (float64 for float64); 0 for an empty batch. Finite for logits up to 1e18 in
+        float32.
 
-    The deviation is the authors' code's, divided by K - 1. Settled here: logits equal over all classes count
-    as a uniform prediction, with gradient 0 (a head may start at zero, where the formula's own is 1e7).
+    The deviation is the authors' code's, divided by K - 1. Settled here: logits equal over all
+    classes count as a uniform prediction, with gradient 0 (a head may start at zero, where the
+    formula's own is 1e7).
     """
     number("lskd", "temperature", temperature, above=0)
     student, teacher = logits_pair("lskd", student_logits, teacher_logits)
@@ -45,7 +51,7 @@ def lskd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float =
 
 
 def _standardised(logits: Tensor) -> Tensor:
-    """By one fused kernel, which divides by the deviation with K; the factor makes it that with K - 1."""
+    """By a fused kernel, whose deviation divides by K; the factor makes it K - 1."""
     classes = logits.shape[1]
     low, high = logits.detach().aminmax(dim=1, keepdim=True)
     logits = torch.where(low < high, logits, 0.0)
@@ -55,7 +61,7 @@ def _standardised(logits: Tensor) -> Tensor:
 
 
 class LSKD(Method):
-    """`lskd` by name. SoKD's mask is about features and does not enter."""
+    """`lskd` by name. SoKD's mask, which is for features, is not used."""
 
     name: ClassVar[str] = "lskd"
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})

@@ -1,11 +1,12 @@
 """Masked generative distillation: from a part of the student's features, generate the teacher's.
 
-    keep ~ Bernoulli(1 - ratio) for each channel, or each cell, of each sample;   G = conv3x3, ReLU, conv3x3
+    keep ~ Bernoulli(1 - ratio) for each channel, or each cell, of each sample
+    G = conv3x3, ReLU, conv3x3
     mgd = sum over layers of  1 / B * sum_{b,c,y,x} omega[b,y,x] * (G(keep * Phi(F_s)) - F_t)^2
 
-Source: Yang, Li, Shao, Shi, Yuan, Yuan, "Masked Generative Distillation" (ECCV 2022, arXiv 2205.01529,
-section 3; the authors' code masks cells in detection, channels in classification). omega, 1 without a mask:
-settled here.
+Source: Yang, Li, Shao, Shi, Yuan, Yuan, "Masked Generative Distillation" (ECCV 2022, arXiv
+2205.01529, section 3; the authors' code masks cells in detection, channels in classification).
+omega, 1 without a mask: settled here.
 """
 
 from __future__ import annotations
@@ -37,15 +38,20 @@ def mgd(
 class MGDLoss(nn.Module):
     """`mgd(channels)(student, teacher, weight=None)` for one layer.
 
+        loss = sokd.methods.mgd(8)
+        f_s, f_t = torch.randn(2, 8, 7, 7, requires_grad=True), torch.randn(2, 8, 7, 7)
+        loss(f_s, f_t).backward()
+
     Args:
         channels: C of the teacher's map.
-        ratio: the share that is masked; None: 0.15 of the channels, 0.65 of the cells, as the authors.
+        ratio: the share that is masked; None: 0.15 of the channels, 0.65 of the cells, as the
+            authors.
         over: "channels" or "cells".
-        generator: where the seed of the masks is taken from; None: `sokd.manual_seed`'s source, else
-            PyTorch's.
+        generator: where the seed of the masks is taken from; None: `sokd.manual_seed`'s source,
+            else PyTorch's.
 
-    The masks are a function of the buffers `seed` and `counter` (int64 [1]): a checkpoint resumes bit for
-    bit. The authors' weights: 7e-5 (classification), 2e-5 (detection).
+    The masks are a function of the buffers `seed` and `counter` (int64 [1]): a checkpoint resumes
+    bit for bit. The authors' weights: 7e-5 (classification), 2e-5 (detection).
     """
 
     seed: Tensor
@@ -79,7 +85,8 @@ class MGDLoss(nn.Module):
             weight: omega [B, H, W]: generated and teacher's map are multiplied by its root.
 
         Returns:
-            [] float32 (float64 for float64); 0 for an empty batch. Autocast applies to the convolutions.
+            [] float32 (float64 for float64); 0 for an empty batch. Autocast applies to the
+            convolutions.
         """
         ((student, teacher, weight),) = layer_pairs("mgd", student, teacher, weight, same="shape")
         generated = self.generation(student * self._keep(student))
@@ -108,8 +115,9 @@ class MGD(Method):
     default_weight: ClassVar[float] = 7e-5
 
     def __init__(
-        self, student_shapes: Shapes = (), teacher_shapes: Shapes = (), *, ratio: float | None = None,
-        over: str = "channels", generator: torch.Generator | None = None,
+        self, student_shapes: Shapes = (), teacher_shapes: Shapes = (), *,
+        ratio: float | None = None, over: str = "channels",
+        generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
         super().__init__(student_shapes, teacher_shapes)
         self.layers = nn.ModuleList(

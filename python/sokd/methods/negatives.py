@@ -1,6 +1,7 @@
 """CRD's negatives: for each sample of a batch, K places of other samples in the training set.
 
-Uniform and independent, with repetition; a function of two int64 buffers alone, as `sokd.Policy`'s draws.
+Uniform and independent, with repetition; a function of two int64 buffers alone, as `sokd.Policy`'s
+draws.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from sokd.ops.distributed import place
 
 __all__ = ["Negatives"]
 
-# The uniforms have 23 bits. Up to here no place is 1 % likelier than another; beyond, two of them make one.
+# The uniforms have 23 bits. Up to here no place is 1 % likelier than another; beyond, two of them
+# make one.
 _ONE_DRAW_UP_TO = 2**16
 
 
@@ -22,7 +24,8 @@ class Negatives(nn.Module):
     """index [B] -> [B, K] int64: other samples, with `labels` those of other classes.
 
     The samples in the order of their labels make the own class one run, which is stepped over:
-        r uniform in 0 .. N - size(class) - 1;   place = order[r + (r >= start(class)) * size(class)]
+        r uniform in 0 .. N - size(class) - 1
+        place = order[r + (r >= start(class)) * size(class)]
     Without labels each sample is a class of its own.
     """
 
@@ -40,7 +43,7 @@ class Negatives(nn.Module):
             self._sort(labels)
 
     def _sort(self, labels: Tensor) -> None:
-        """Order of the samples by label; for each sample, where its class starts in it, and its size."""
+        """The samples in the order of their labels; for each, the start and size of its class."""
         labels = torch.as_tensor(labels)
         if labels.shape != (self.num_samples,) or labels.dtype != torch.int64:
             got = f"{list(labels.shape)} {labels.dtype}"
@@ -65,7 +68,7 @@ class Negatives(nn.Module):
         return self.get_buffer("_order")[place + (place >= start) * size]
 
     def _integers(self, batch: int, bound: int | Tensor) -> Tensor:
-        """[B, K] uniform in 0 .. bound - 1 (bound [B, 1] or one for all); in training the next draw."""
+        """[B, K] uniform in 0 .. bound - 1, bound [B, 1] or an int; in training the next draw."""
         draws = 1 if self.num_samples <= _ONE_DRAW_UP_TO else 2
         rank, ranks = place()  # each its own draws, and all the same counter
         uniforms, _ = draw(self.seed, self.counter + rank, draws * batch * self.count)

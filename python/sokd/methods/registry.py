@@ -34,6 +34,9 @@ def build(
 ) -> Method:
     """The method of that name for layer pairs of these shapes (C, H, W), with its own options.
 
+        shapes = [(8, 7, 7)]
+        method = sokd.methods.build("mgd", student_shapes=shapes, teacher_shapes=shapes, ratio=0.5)
+
     Raises:
         ValueError: no such method (the nearest names are given), or shapes that it cannot serve.
         TypeError: an option that it does not have, or one that it cannot do without.
@@ -49,14 +52,14 @@ def build(
 
 
 def one_of_names(name: str) -> str:
-    """What to say of a name that no method has, the nearest given."""
+    """The rule for a method's name that does not exist, with the nearest names."""
     near = nearest(str(name).lower(), METHODS)
     hint = f" (nearest: {', '.join(near)})" if near else ""
     return f"be one of {', '.join(METHODS)}{hint}, got {name!r}"
 
 
 def nearest(name: str, known: Iterable[str]) -> list[str]:
-    """The names that somebody may have meant, at most three."""
+    """The names most like this one, at most three."""
     return difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
 
 

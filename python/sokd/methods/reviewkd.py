@@ -1,13 +1,13 @@
-"""Knowledge review: a stage of the teacher guides the student's own and, fused into it, all deeper stages.
+"""Knowledge review: a teacher's stage guides the student's, into which all deeper ones are fused.
 
-    from the deepest stage up:  x = conv1x1(F_s);   y = the fused map of the stage below, upsampled to x
-    a = sigmoid(conv1x1([x, y])) [B, 2, H, W];   fused = a_0 * x + a_1 * y, resized to the teacher's map
-    out = conv3x3(fused) [B, C, H, W]                          (ABF; BatchNorm after the first and last conv)
+    from the deepest stage up:  x = conv1x1(F_s);   y = the next deeper fused map, upsampled to x
+    a = sigmoid(conv1x1([x, y])) [B, 2, H, W];   fused = a_0 * x + a_1 * y, at the teacher's size
+    out = conv3x3(fused) [B, C, H, W]                (ABF; BatchNorm after the first and last conv)
     hcl(out, F_t) = (mse + 1/2 mse at 4x4 + 1/4 mse at 2x2 + 1/8 mse at 1x1) / (1 + 1/2 + 1/4 + 1/8)
     reviewkd = sum over stages of  hcl(sqrt(omega) out, sqrt(omega) F_t)
 
-Source: Chen, Liu, Zhao, Jia, "Distilling Knowledge via Knowledge Review" (CVPR 2021, arXiv 2104.09044,
-section 3). omega, 1 without a mask: docs/method.md 4.
+Source: Chen, Liu, Zhao, Jia, "Distilling Knowledge via Knowledge Review" (CVPR 2021, arXiv
+2104.09044, section 3). omega, 1 without a mask: docs/method.md 4.
 """
 
 from __future__ import annotations
@@ -37,17 +37,20 @@ def reviewkd(
 def hcl(student: Maps, teacher: Maps, weight: Weights = None) -> Tensor:
     """The hierarchical context loss: mean squared differences at several resolutions.
 
+        f_s, f_t = torch.randn(2, 8, 7, 7, requires_grad=True), torch.randn(2, 8, 7, 7)
+        sokd.methods.hcl(f_s, f_t).backward()
+
     Args:
         student: [B, C, H, W] of the teacher's shape, or a list of them, one a stage.
         teacher: [B, C, H, W], constant, or an equally long list.
-        weight: omega [B, H, W], or one (or None) for each stage: both sides are multiplied by its root first.
+        weight: omega [B, H, W], or one (or None) for each stage: both sides are multiplied by its
+            root first.
 
     Returns:
         [] float32 (float64 for float64), the sum over the stages; 0 for an empty batch.
 
-    Levels of 4, 2 and 1 cells a side are left out where a side of the map is not larger. One difference is
-    pooled
-    in place of two maps: pooling is linear.
+    Levels of 4, 2 and 1 cells a side are left out where a side of the map is not larger. One
+    difference is pooled in place of two maps: pooling is linear.
     """
     return total(
         [_context(*pair) for pair in layer_pairs("hcl", student, teacher, weight, same="shape")]
@@ -76,13 +79,18 @@ def _mean_square(difference: Tensor) -> Tensor:
 class ReviewKDLoss(nn.Module):
     """`reviewkd(...)(student_maps, teacher_maps, weight=None)`: fusion and HCL, a scalar.
 
+        loss = sokd.methods.reviewkd([4, 8], [16, 32])
+        students = [torch.randn(2, 4, 14, 14), torch.randn(2, 8, 7, 7)]
+        teachers = [torch.randn(2, 16, 14, 14), torch.randn(2, 32, 7, 7)]
+        loss(students, teachers).backward()
+
     Args:
         student_channels, teacher_channels: of the stages, the shallowest first, equally many.
-        hidden: channels of the fused maps; None: those of the deepest student stage, at most 512 (the
-            authors').
+        hidden: channels of the fused maps; None: those of the deepest student stage, at most 512
+            (the authors').
 
-    The authors' weights: 0.6 to 8 by pair on CIFAR-100 (5 for most), 1 on ImageNet, raised linearly over the
-    first 20 epochs; they also take the pooled feature as one more stage of 1 x 1 cells.
+    The authors' weights: 0.6 to 8 by pair on CIFAR-100 (5 for most), 1 on ImageNet, raised linearly
+    over the first 20 epochs; they also take the pooled feature as one more stage of 1 x 1 cells.
     """
 
     def __init__(
@@ -104,6 +112,7 @@ class ReviewKDLoss(nn.Module):
         ):
             for count in counts:
                 number("reviewkd", name, count, least=1, whole=True)
+        self.student_channels = list(student_channels)
         deepest = len(student_channels) - 1
         self.fusions = nn.ModuleList(
             ABF(of_student, hidden, of_teacher, fuse=stage < deepest)
@@ -118,11 +127,13 @@ class ReviewKDLoss(nn.Module):
         """The stages' HCL.
 
         Args:
-            student: maps [B, C_s, H_s, W_s], the shallowest first; teacher: [B, C, H, W], constants.
+            student: maps [B, C_s, H_s, W_s], the shallowest first; teacher: [B, C, H, W],
+                constants.
             weight: omega [B, H, W] at the teacher's sizes, one (or None) for each stage.
 
         Returns:
-            [] float32 (float64 for float64); 0 for an empty batch. Autocast applies to the fusions alone.
+            [] float32 (float64 for float64); 0 for an empty batch. Autocast applies to the fusions
+            alone.
         """
         pairs = layer_pairs("reviewkd", list(student), list(teacher), weight)
         if len(pairs) != len(self.fusions):
@@ -138,9 +149,9 @@ class ReviewKDLoss(nn.Module):
         """The ABF outputs, of the teacher's shapes, the shallowest first."""
         outputs: list[Tensor] = []
         fused: Tensor | None = None
-        stages = list(zip(self.fusions, student, teacher, strict=True))
-        for fusion, of_student, of_teacher in reversed(stages):
-            self._check(of_student, fusion.reduce[0].in_channels)
+        stages = list(zip(self.fusions, self.student_channels, student, teacher, strict=True))
+        for fusion, channels, of_student, of_teacher in reversed(stages):
+            self._check(of_student, channels)
             output, fused = fusion(of_student, fused, of_teacher.shape[2:])
             outputs.insert(0, output)
         return outputs
@@ -150,7 +161,10 @@ class ReviewKDLoss(nn.Module):
             rule = f"have the {channels} channels of its stage (student_channels)"
             raise ValueError(f"reviewkd: student must {rule}, got {list(features.shape)}")
         if self.training and features.shape[0] * features.shape[2] * features.shape[3] == 1:
-            rule = "have more than one value a channel in training, for BatchNorm (drop_last=True in the "
+            rule = (
+                "have more than one value a channel in training, for BatchNorm (drop_last=True in "
+                "the "
+            )
             rule += "DataLoader)"
             raise ValueError(f"reviewkd: student must {rule}, got {list(features.shape)}")
 
@@ -174,8 +188,12 @@ class ABF(nn.Module):
     def forward(
         self, features: Tensor, deeper: Tensor | None, size: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """features [B, C_s, H_s, W_s] and the deeper [B, hidden, h, w] or None -> the output [B, C, *size]
-        and the fused map [B, hidden, *size]."""
+        """The output [B, C, *size] and the fused map [B, hidden, *size].
+
+        Args:
+            features: [B, C_s, H_s, W_s].
+            deeper: the fused map of the next deeper stage [B, hidden, h, w], or None.
+        """
         fused = self.reduce(features)
         if self.attention is not None and deeper is not None:
             fused = self._fuse(fused, deeper, self.attention)
@@ -183,8 +201,10 @@ class ABF(nn.Module):
         return self.expand(fused), fused
 
     def _fuse(self, own: Tensor, deeper: Tensor, attention: nn.Conv2d) -> Tensor:
-        """Attention of [own, deeper], in two halves: nothing is concatenated, and the deeper half is weighed
-        at its own size (a 1x1 convolution and an upsampling commute)."""
+        """Attention of [own, deeper] without concatenating them.
+
+        The deeper half is convolved at its own size: a 1x1 convolution and an upsampling commute.
+        """
         for_own, for_deeper = attention.weight.chunk(2, dim=1)
         size = (own.shape[2], own.shape[3])
         logits = F.conv2d(own, for_own, attention.bias)

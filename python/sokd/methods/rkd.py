@@ -1,9 +1,11 @@
-"""Relational knowledge distillation: distances and angles between samples, not the features themselves.
+"""Relational knowledge distillation: distances and angles between samples.
 
     d_ij = |x_i - x_j| / their mean over the pairs that differ;   e_ij = (x_j - x_i) / |x_j - x_i|
-    rkd = distance * mean_{ij} huber(d_ij^s, d_ij^t) + angle * mean_{ijk} huber(<e_ij,e_ik>^s, <e_ij,e_ik>^t)
+    rkd = distance * mean_{ij} huber(d_ij^s, d_ij^t)
+        + angle * mean_{ijk} huber(<e_ij,e_ik>^s, <e_ij,e_ik>^t)
 
-Source: Park, Kim, Lu, Cho, "Relational Knowledge Distillation" (CVPR 2019, arXiv 1904.05068, section 3);
+Source: Park, Kim, Lu, Cho, "Relational Knowledge Distillation" (CVPR 2019, arXiv 1904.05068,
+section 3);
 huber: the smooth L1 with threshold 1. omega, 1 without a mask: settled here.
 """
 
@@ -43,18 +45,22 @@ def rkd(
 ) -> Tensor:
     """Huber losses of the distances and the angles within the batch.
 
+        f_s, f_t = torch.randn(8, 4, requires_grad=True), torch.randn(8, 16)
+        sokd.methods.rkd(f_s, f_t).backward()
+
     Args:
-        student: [B, D_s], or maps [B, C_s, H_s, W_s], which are averaged over their cells; or a list of them.
+        student: [B, D_s], or maps [B, C_s, H_s, W_s], which are averaged over their cells; or a
+            list of them.
         teacher: [B, D] or [B, C, H, W], constant, or an equally long list.
-        weight: omega [B, H, W] at the teacher's size (maps only), or one (or None) for each layer: both sides
-            are multiplied by its root before the average.
+        weight: omega [B, H, W] at the teacher's size (maps only), or one (or None) for each layer:
+            both sides are multiplied by its root before the average.
         distance, angle: weights of the two parts; the paper's for classification: 25 and 50.
 
     Returns:
         [] float32 (float64 for float64), the sum over the layers; 0 for batches of none and one.
 
-    Memory: B^2 D and B^3 numbers. Settled here: two samples at one place have the direction 0 and do not
-    count in the mean distance; their gradient is bounded.
+    Memory: B^2 D and B^3 numbers. Settled here: two samples at one place have the direction 0 and
+    do not count in the mean distance; their gradient is bounded.
     """
     _check_options(distance, angle)
     pairs = layer_pairs("rkd", student, teacher, weight, embeddings=True)

@@ -1,10 +1,11 @@
 """Similarity preserving: samples that excite the teacher alike excite the student alike.
 
-    A = sqrt(omega) F as rows [B, C*H*W];   G = A A^T [B, B];   G~ = G with each row divided by its length
+    A = sqrt(omega) F as rows [B, C*H*W];   G = A A^T [B, B]
+    G~ = G with each row divided by its length
     sp = sum over layers of  1 / B^2 * |G~_s - G~_t|^2
 
-Source: Tung, Mori, "Similarity-Preserving Knowledge Distillation" (ICCV 2019, arXiv 1907.09682, section 3).
-omega, 1 without a mask: settled here.
+Source: Tung, Mori, "Similarity-Preserving Knowledge Distillation" (ICCV 2019, arXiv 1907.09682,
+section 3). omega, 1 without a mask: settled here.
 """
 
 from __future__ import annotations
@@ -24,17 +25,21 @@ __all__ = ["SP", "products", "sp"]
 def sp(student: Maps, teacher: Maps, weight: Weights = None) -> Tensor:
     """The mean squared difference of the batches' similarity matrices.
 
+        f_s, f_t = torch.randn(8, 4, 7, 7, requires_grad=True), torch.randn(8, 16)
+        sokd.methods.sp(f_s, f_t).backward()
+
     Args:
-        student: [B, C_s, H_s, W_s] or [B, D_s], any channels, any size, or a list of them, one a layer.
+        student: [B, C_s, H_s, W_s] or [B, D_s], any channels, any size, or a list of them, one a
+            layer.
         teacher: [B, C, H, W] or [B, D], constant, or an equally long list.
         weight: omega [B, H, W] at the teacher's size (maps only), or one (or None) for each layer.
 
     Returns:
-        [] float32 (float64 for float64), the sum over the layers; 0 for an empty batch, and for a batch of
-        one (its only similarity is 1 on both sides). The usual weight: 3000.
+        [] float32 (float64 for float64), the sum over the layers; 0 for an empty batch, and for a
+        batch of one (its only similarity is 1 on both sides). The usual weight: 3000.
 
-    The products are float32 under autocast too: features of a deep layer overflow half precision when
-    squared.
+    The products are float32 under autocast too: features of a deep layer overflow half precision
+    when squared.
     """
     pairs = layer_pairs("sp", student, teacher, weight, embeddings=True)
     return total([_difference(*pair) for pair in pairs])

@@ -26,6 +26,7 @@ from sokd.ops.runtime import (
     is_meta,
     register,
     resources,
+    savable,
     second_derivative,
 )
 from sokd.reference import layout_of
@@ -248,6 +249,8 @@ def scaled_mse(
         return reference.mutual_mse(student, teacher, weight, normalise=normalise, scale=scale)
     tracked = student.requires_grad or teacher.requires_grad or not is_eager(student)
     gradient = torch.is_grad_enabled() and tracked
+    if gradient:
+        teacher, weight = savable(teacher), None if weight is None else savable(weight)
     rest: float | Tensor = 1.0
     if half:
         scale, rest = _split_scale(student, weight, normalise, scale)

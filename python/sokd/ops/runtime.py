@@ -262,3 +262,10 @@ def accumulator(dtype: Any) -> Any:
     if isinstance(dtype, torch.dtype):
         return torch.float64 if dtype == torch.float64 else torch.float32
     return np.float64 if dtype == np.float64 else np.float32
+
+
+def savable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one made under `torch.inference_mode()`, which autograd cannot save."""
+    if torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    return tensor.clone()

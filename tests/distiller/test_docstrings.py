@@ -1,0 +1,45 @@
+"""Runs the docstring examples of the Distiller, the methods and the inspection."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import textwrap
+
+import pytest
+import torch
+from support.distiller_cases import SMALL, batch, make, models, one_thread  # noqa: F401
+
+import sokd
+from sokd import methods
+from sokd.methods.crd import CRDLoss
+from sokd.methods.mgd import MGDLoss
+from sokd.methods.reviewkd import ReviewKDLoss
+
+EXPLAINED = [
+    sokd.Distiller, sokd.Distiller.step, methods.at, methods.build, methods.catkd,
+    methods.class_maps, methods.dist, methods.dkd, methods.fitnet, methods.hcl, methods.kd,
+    methods.lskd, methods.pooled, methods.rkd, methods.sp, CRDLoss, MGDLoss, ReviewKDLoss,
+    sokd.inspect.table,
+]  # fmt: skip
+
+
+def example_of(subject: object) -> str:
+    """The first indented block of the docstring."""
+    lines = inspect.getdoc(subject).splitlines()
+    after = itertools.dropwhile(lambda line: not line.startswith("    "), lines)
+    block = itertools.takewhile(lambda line: line.startswith("    ") or not line, after)
+    return textwrap.dedent("\n".join(block))
+
+
+@pytest.mark.parametrize("subject", EXPLAINED, ids=lambda subject: subject.__qualname__)
+def test_the_example_runs(subject, capsys):
+    teacher, student = models()
+    images, labels = batch()
+    names = {
+        "distiller": make(sokd=SMALL), "images": images, "labels": labels, "sokd": sokd,
+        "student": student, "teacher": teacher, "torch": torch, "x": images, "y": labels,
+    }  # fmt: skip
+    example = example_of(subject)
+    assert 1 <= len(example.splitlines()) <= 6
+    exec(example, names)

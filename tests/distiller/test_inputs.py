@@ -1,0 +1,174 @@
+"""The teacher changes nothing that the student sees, nor the batch of the caller."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+
+import pytest
+import torch
+from support.distiller_cases import Answering, Net, batch, make, objective, one_thread  # noqa: F401
+from torch import Tensor, nn
+
+from sokd.distiller.inputs import changed, copied
+
+
+class Normalising(nn.Module):
+    """Normalises its input in place, once for each tensor in it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net, self.seen = Net(width), []
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        tensors = (
+            args[0] if isinstance(args[0] if args else None, list) else [*args, *kwargs.values()]
+        )
+        for each in tensors:
+            self.seen.append(each.mean().item())
+            each.sub_(0.5).div_(0.25)
+        images = torch.stack(tensors) if tensors[0].dim() == 3 else sum(tensors)
+        return self.net(images)
+
+
+class Reading(Normalising):
+    """Takes the same and leaves it as it is."""
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        return super().forward(*copied(args), **copied(kwargs))
+
+
+def ones(*shape: int) -> Tensor:
+    return torch.ones(shape)
+
+
+FORMS = {
+    "tensor": lambda: ones(4, 3, 16, 16),
+    "keywords": lambda: {"a": ones(4, 3, 16, 16), "b": ones(4, 3, 16, 16)},
+    "list of images": lambda: [ones(3, 16, 16) for _ in range(4)],
+}
+
+
+def values(x) -> list[float]:
+    tensors = [x] if isinstance(x, Tensor) else x.values() if isinstance(x, dict) else x
+    return [value for each in tensors for value in each.unique().tolist()]
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("options", [
+    {"layers": "net.stage1"}, {"layers": "auto"},
+    {"layers": "net.stage1", "example": None},
+    {"method": "kd", "sokd": False, "example": None},  # without a dry run
+], ids=["named", "auto", "first batch", "no layers"])  # fmt: skip
+def test_a_teacher_that_normalises_in_place(form, options):
+    teacher, student = Normalising(6), Reading(3)
+    example = form()
+    distiller = make(models=(teacher, student), **{"example": example, **options})
+    assert set(values(example)) == {1.0}, "the example is left as it was"
+    for _ in range(3):
+        x, y = form(), batch()[1]
+        teacher.seen.clear()
+        student.seen.clear()
+        distiller(x, y)
+        assert set(student.seen) == {1.0} and set(values(x)) == {1.0}
+        assert teacher.seen.count(1.0) == len(teacher.seen) > 0
+
+
+def test_both_normalise_in_place_and_each_sees_the_batch_once():
+    pair = Normalising(6), Normalising(3)
+    distiller = make(models=pair, layers="net.stage1", example=ones(4, 3, 16, 16))
+    for net in pair:
+        net.seen.clear()
+    x = ones(4, 3, 16, 16)
+    distiller(x, batch()[1])
+    assert pair[0].seen == pair[1].seen == [1.0]
+    assert values(x) == [2.0], "the student's own change, as without a Distiller"
+
+
+def test_features_leave_the_batch_alone():
+    pair = Normalising(6), Normalising(3)
+    distiller = make(models=pair, layers="net.stage1", example=ones(4, 3, 16, 16))
+    for net in pair:
+        net.seen.clear()
+    x = ones(4, 3, 16, 16)
+    distiller.features(x)
+    assert values(x) == [1.0] and pair[0].seen == pair[1].seen == [1.0]
+
+
+def test_a_teacher_that_starts_to_write_is_refused():
+    class Late(Reading):
+        def forward(self, x):
+            if len(self.seen) > 2:
+                x.zero_()
+            return super().forward(x)
+
+    distiller = make(models=(Late(6), Reading(3)), layers="net.stage1", example=ones(4, 3, 16, 16))
+    with pytest.raises(RuntimeError, match="Distiller: the teacher changed its input in place"):
+        for _ in range(5):
+            distiller(ones(4, 3, 16, 16), batch()[1])
+
+
+def test_a_teacher_that_reads_costs_no_copy(monkeypatch):
+    distiller = make()
+    objective(distiller)
+    monkeypatch.setattr("sokd.distiller.distiller.copied", lambda x: pytest.fail("copied"))
+    objective(distiller)
+
+
+def test_inference_tensors_have_no_version():
+    with torch.inference_mode():
+        x = batch()[0] + 0
+    assert not changed(x)()
+    students, teachers = make(example=x).features(x)
+    assert all(maps.isfinite().all() for maps in students + teachers)
+
+
+def test_a_dict_keeps_its_keys():
+    class Popping(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.net = Net(width)
+
+        def forward(self, **given):
+            return self.net(given.pop("img"))
+
+    x = {"img": batch()[0]}
+    distiller = make(models=(Popping(6), Popping(3)), layers="net.stage1", example=x)
+    assert objective(distiller, x, batch()[1]).isfinite() and list(x) == ["img"]
+
+
+def test_inputs_that_hold_tensors_in_an_object_pass_through():
+    """DETR's pair of tensors and mask: of it the versions are not known."""
+
+    class Holder:
+        def __init__(self, tensors):
+            self.tensors = tensors
+
+    class Masked(Answering):
+        def forward(self, x):
+            return super().forward(x.tensors)
+
+    pair = Masked(Net(6), lambda z: z), Masked(Net(3), lambda z: z)
+    x = Holder(batch()[0])
+    assert objective(make(models=pair, layers="net.stage1", example=x), x, batch()[1]).isfinite()
+
+
+Pair = namedtuple("Pair", "image mask")
+
+
+@pytest.mark.parametrize("x", [
+    torch.ones(2), [torch.ones(2), {"a": (torch.ones(2), 3)}], Pair(torch.ones(2), None),
+], ids=["tensor", "nested", "namedtuple"])  # fmt: skip
+def test_copies(x):
+    twin = copied(x)
+    assert type(twin) is type(x) and repr(twin) == repr(x)
+    was_changed = changed(x)
+    first = twin
+    while not isinstance(first, Tensor):
+        first = first[0]
+    first.zero_()
+    assert not was_changed()
+    first = x
+    while not isinstance(first, Tensor):
+        first = first[0]
+    first.zero_()
+    assert was_changed()

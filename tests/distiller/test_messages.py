@@ -1,0 +1,235 @@
+"""Errors that name what really happened."""
+
+from __future__ import annotations
+
+import copy
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.distiller_cases import (
+    SMALL,
+    Net,
+    batch,
+    make,
+    models,
+    objective,
+    one_thread,  # noqa: F401
+)
+from torch import nn
+
+import sokd
+from sokd import methods
+
+REPLACED = (
+    "Distiller: the student's layer {!r} must be the module that it was when the Distiller was "
+    "made, got another one (convert_sync_batchnorm, an adapter such as LoRA or a rebuilt part): "
+    "change the model first, then make its Distiller"
+)
+
+
+def refused(error: type[Exception], text: str, call) -> None:
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value) == text
+
+
+# ------------------------------------------------------------------------ layers that are elsewhere
+
+
+class Wrapped(nn.Module):
+    """A frozen layer with something trained beside it."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base, self.scale = base, nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.base(x) * self.scale
+
+
+def inject(student: Net) -> None:
+    student.requires_grad_(False)
+    student.stage1[1] = Wrapped(student.stage1[1])
+
+
+CHANGES = {
+    "rebuilt": lambda student: setattr(student, "stage1", Net._stage(3, 6, 2, True, False)),
+    "wrapped": inject,
+    "synchronised": lambda student: setattr(
+        student, "stage1", nn.SyncBatchNorm.convert_sync_batchnorm(student.stage1)
+    ),
+    "moved": lambda student: (
+        setattr(student, "other", nn.Sequential(*student.stage1)),
+        setattr(student, "stage1", student.other),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_layer_that_was_replaced_later(change, steps):
+    layers = ["stage1.1", "stage2"]
+    distiller = make(layers=layers)
+    for _ in range(steps):
+        objective(distiller)
+    change(distiller.student)
+    if is_tapped(distiller.student.stage1[1]):
+        assert objective(distiller).isfinite(), "the very layer moved along"
+    else:
+        refused(RuntimeError, REPLACED.format("stage1.1"), lambda: objective(distiller))
+
+
+def is_tapped(module: nn.Module) -> bool:
+    return any(type(hook).__name__ == "Tap" for hook in module._forward_hooks.values())
+
+
+def test_a_teachers_layer_that_was_replaced():
+    distiller = make()
+    distiller.teacher.stage1 = copy.deepcopy(distiller.teacher.stage2)
+    text = REPLACED.replace("the student's", "the teacher's").format("stage1")
+    refused(RuntimeError, text, lambda: objective(distiller))
+
+
+class Dropping(Net):
+    """Skips a stage in some passes, as LayerDrop does."""
+
+    drop = False
+
+    def features(self, x):
+        maps = self.stage1(self.stem(x))
+        return maps.tile(1, 2, 1, 1)[:, :, ::2, ::2] if self.drop else self.stage2(maps)
+
+
+def test_a_layer_that_is_skipped_in_a_pass():
+    student = Dropping(3)
+    distiller = make(models=(Net(6), student))
+    assert objective(distiller).isfinite()
+    student.drop = True
+    text = (
+        "Distiller: the student's layer 'stage2' must run in every forward pass, got no call; the "
+        "model skipped it in this pass (LayerDrop, a branch): name a layer that always runs"
+    )
+    refused(RuntimeError, text, lambda: objective(distiller))
+
+
+# ----------------------------------------------------------------------------------- a swapped pair
+
+
+class Renamed(nn.Module):
+    def __init__(self, net: Net) -> None:
+        super().__init__()
+        self.early, self.late, self.head = nn.Sequential(net.stem, net.stage1), net.stage2, net.head
+
+    def forward(self, x):
+        return self.head(self.late(self.early(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("layers", [{"late": "stage2"}, [("late", "stage2")]], ids=str)
+def test_a_pair_written_teacher_first(layers):
+    teacher, student = models()
+    with pytest.raises(ValueError) as caught:
+        make(models=(Renamed(teacher), student), layers=layers)
+    order = "a layer of the teacher: pairs and dicts go student layer -> teacher layer"
+    assert str(caught.value).endswith(f", got 'late', {order}")
+
+
+def test_a_name_of_neither_model_says_nothing_of_the_order():
+    with pytest.raises(ValueError, match=r"got 'lat'$"):
+        make(layers="lat")
+
+
+# ------------------------------------------------------------------------------------------- labels
+
+
+@pytest.mark.parametrize("wrong", [-1, 5, 255])
+def test_dkd_and_a_label_that_is_no_class(wrong):
+    target = torch.tensor([0, 1, wrong, -100])
+    text = f"dkd: target must be class indices 0 .. 4 (-100 is ignored), got {wrong}"
+    refused(ValueError, text, lambda: methods.dkd(torch.randn(4, 5), torch.randn(4, 5), target))
+
+
+def test_dkd_leaves_ignored_samples_out():
+    student, teacher = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5)
+    target = torch.tensor([0, -100, 2, 4, -100, 1])
+    kept = target != -100
+    found = methods.dkd(student, teacher, target)
+    expected = methods.dkd(student[kept], teacher[kept], target[kept])
+    torch.testing.assert_close(found, expected)
+    own = torch.autograd.grad(found, student)[0]
+    torch.testing.assert_close(own, torch.autograd.grad(expected, student)[0])
+    assert not own[~kept].any()
+    named = methods.dkd(student, teacher, target.where(kept, -1), ignore_index=-1)
+    torch.testing.assert_close(named, expected)
+    assert methods.dkd(student, teacher, torch.full((6,), -100)) == 0
+
+
+def test_dkd_by_name_honours_the_ignored_label():
+    x, y = batch()
+    ignored = y.clone()
+    ignored[0] = -100
+    losses = make(method="dkd", sokd=False)(x, ignored)[1]
+    alone = make(method="dkd", sokd=False)
+    expected = methods.dkd(*(net(x)[1:] for net in (alone.student, alone.teacher)), y[1:])
+    torch.testing.assert_close(losses["loss_dkd"], expected)
+    ignored[0] = -1
+    task = nn.CrossEntropyLoss(ignore_index=-1)
+    named = make(method="dkd", sokd=False, task=task, ignore_index=-1)(x, ignored)[1]
+    torch.testing.assert_close(named["loss_dkd"], expected)
+
+
+# ------------------------------------------------------------------------------------------ reloads
+
+
+def reloaded_sokd() -> nn.Module:
+    """A SoKD of the class as it was before a notebook's reload."""
+    old = sokd.SoKD(3, 3, **SMALL)
+    old.__class__ = type("SoKD", (nn.Module,), dict(vars(nn.Module)))
+    return old
+
+
+@pytest.mark.parametrize("call", [
+    lambda kd: sokd.loss(torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), kd),
+    lambda kd: sokd.wrap(nn.MSELoss(), kd),
+    lambda kd: make(sokd=kd),
+], ids=["loss", "wrap", "Distiller"])  # fmt: skip
+def test_a_kd_of_another_import(call):
+    got = "got a SoKD of another import of sokd (make kd again after the reload)"
+    with pytest.raises(TypeError, match=re.escape(got)):
+        call(reloaded_sokd())
+
+
+def test_a_kd_of_a_real_reload():
+    script = (
+        "import sys, torch, sokd\n"
+        "kd = sokd.SoKD(3, 3)\n"
+        "for name in ['sokd.kd.sokd']:\n"
+        "    import importlib; importlib.reload(sys.modules[name])\n"
+        "maps = torch.randn(2, 3, 8, 8)\n"
+        "try:\n"
+        "    sys.modules['sokd.kd.sokd'].loss(maps, maps, kd)\n"
+        "except TypeError as error:\n"
+        "    assert 'another import of sokd' in str(error), error\n"
+        "else:\n"
+        "    raise SystemExit('accepted')\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+# -------------------------------------------------------------------------- the order of the models
+
+
+def test_a_student_larger_than_its_teacher():
+    counts = [sum(p.numel() for p in Net(width).parameters()) for width in (6, 3)]
+    text = (
+        f"sokd: the student has {counts[0]:,} parameters, more than the teacher's {counts[1]:,}; "
+        f"the order "
+        "is Distiller(student, teacher)"
+    )
+    with pytest.warns(UserWarning) as caught:
+        distiller = make(models=(Net(3), Net(6)))
+        objective(distiller)
+    assert [str(warning.message) for warning in caught] == [text]
+    assert objective(make(models=(Net(3), Net(3)))).isfinite()
