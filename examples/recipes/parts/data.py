@@ -33,10 +33,10 @@ class Data(NamedTuple):
 
 
 class Seeded(Dataset):
-    """`data[epoch, index]` is (image, label, index), by the transform under a seed of these numbers.
+    """`data[epoch, index]` is (image, label, index); (seed, epoch, index) seeds the transform.
 
-    The transform may use PyTorch's random numbers (as transforms.v2 do). Neither the number of workers
-    nor where a run stopped and went on changes what a sample looks like in an epoch.
+    The transform may use PyTorch's random numbers, as transforms.v2 do. Neither the number of workers
+    nor the place where a run stopped changes what a sample looks like in an epoch.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Seeded(Dataset):
 
 
 class TrainOrder:
-    """Batches of one rank, as keys: a `DistributedSampler`'s order, from batch `first` of `epoch` on.
+    """One rank's batches, as keys, from batch `first` of `epoch` on, by a `DistributedSampler`.
 
     Over all ranks together a step's samples do not depend on the number of ranks. What is left over
     after the last full step of an epoch is not used in it.
@@ -110,7 +110,7 @@ def loaders(
             persistent_workers=workers > 0,
             prefetch_factor=4 if workers else None,
             worker_init_fn=_ignore_sigterm,
-            generator=torch.Generator(),  # so that an epoch begun twice draws nothing from PyTorch's
+            generator=torch.Generator(),  # a resumed epoch draws nothing from the default one
         )
         for part, order in ((data.train, train), (data.test, test))
     )
@@ -130,7 +130,7 @@ def subset(samples: int, size: int | None) -> Tensor | None:
     return torch.randperm(samples, generator=torch.Generator().manual_seed(0))[:size]
 
 
-# ---------------------------------------------------------------------------------- images of 32 x 32
+# -------------------------------------------------------------------------------- images of 32 x 32
 
 
 class Images(Dataset):
@@ -213,11 +213,11 @@ def of_32x32(name: str, root: str, download: bool, size: int | None, seed: int) 
     )
 
 
-# ---------------------------------------------------------------------------------- folders of images
+# -------------------------------------------------------------------------------- folders of images
 
 
 def imagenet(root: str, image: int, size: int | None, seed: int) -> Data:
-    """DIR/train/CLASS/* and DIR/val/CLASS/*, with ImageNet's usual augmentation at image x image."""
+    """DIR/train/CLASS/* and DIR/val/CLASS/*, with ImageNet's usual augmentation at this size."""
     folders = [Path(root) / part for part in ("train", "val")]
     for folder in folders:
         if not folder.is_dir():

@@ -5,20 +5,21 @@ teachers load. All features are outputs of modules, after their ReLU; WRN blocks
 start as in these repositories.
 
 Sources: He et al. 2016 (resnet, ResNet50), Zagoruyko and Komodakis 2016 (wrn), Simonyan and
-Zisserman 2015 (vgg), Sandler et al. 2018 (MobileNetV2), Zhang et al. 2018 (ShuffleV1), Ma et al. 2018
-(ShuffleV2).
+Zisserman 2015 (vgg), Sandler et al. 2018 (MobileNetV2), Zhang et al. 2018 (ShuffleV1), Ma et al.
+2018 (ShuffleV2).
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Block = Callable[[int, int, int], nn.Module]  # of channels in, channels out, stride
 Layers = tuple[list[str], str]  # the stages, and the last map before the pooling
 
 
@@ -42,8 +43,8 @@ def layers_of(name: str) -> Layers:
 
 
 def layers(methods: Iterable[str], student: Layers, teacher: Layers) -> list[tuple[str, str]]:
-    """The pairs (student's layer, teacher's layer) that the methods distil in the tables: FitNet the
-    second stage, AT and ReviewKD all stages, the other methods and SoKD alone the last map."""
+    """The pairs (student's layer, teacher's layer) that the tables distil: FitNet the second stage,
+    AT and ReviewKD all stages, the other methods and SoKD alone the last map."""
     stages = list(zip(reversed(student[0]), reversed(teacher[0]), strict=False))[::-1]
     pairs = [*stages, (student[1], teacher[1])]
     wanted = {"fitnet": [stages[1]], "at": stages, "reviewkd": stages}
@@ -87,13 +88,13 @@ def start(model: nn.Module, linear: float | None = None) -> None:
             nn.init.zeros_(module.bias)
 
 
-def stage(block: Callable[..., nn.Module], inputs: int, outputs: int, count: int, stride: int):
+def stage(block: Block, inputs: int, outputs: int, count: int, stride: int) -> nn.Sequential:
     """`count` blocks in a row, the first of them with the stride."""
     first = block(inputs, outputs, stride)
     return nn.Sequential(first, *(block(outputs, outputs, 1) for _ in range(count - 1)))
 
 
-# --------------------------------------------------------------------------------------------- ResNets
+# ------------------------------------------------------------------------------------------ ResNets
 
 
 class BasicBlock(nn.Module):
@@ -160,7 +161,7 @@ class ResNet50(nn.Module):
         return self.linear(self.layer4(self.layer3(x)).mean((2, 3)))
 
 
-# ---------------------------------------------------------------------------------------- Wide ResNets
+# ------------------------------------------------------------------------------------- Wide ResNets
 
 
 class WideBlock(nn.Module):
@@ -211,11 +212,11 @@ class WideResNet(nn.Module):
         return self.fc(self.relu(self.bn1(x)).mean((2, 3)))
 
 
-# ------------------------------------------------------------------------------------------------- VGG
+# ---------------------------------------------------------------------------------------------- VGG
 
 
 class VGG(nn.Module):
-    """VGG with BatchNorm: `counts` convolutions in each block, pooling after the first three blocks."""
+    """VGG with BatchNorm: `counts` convolutions a block, pooling after the first three blocks."""
 
     def __init__(self, counts: tuple[int, ...], num_classes: int = 100) -> None:
         super().__init__()
@@ -235,7 +236,7 @@ class VGG(nn.Module):
         return self.classifier(self.block4(self.block3(x)).mean((2, 3)))
 
 
-# ------------------------------------------------------------------------------------- mobile networks
+# ---------------------------------------------------------------------------------- mobile networks
 
 
 class InvertedResidual(nn.Module):
@@ -260,12 +261,8 @@ class MobileNetV2(nn.Module):
         super().__init__()
         self.conv1 = nn.Sequential(*conv_bn(3, 16, 3, 2), nn.ReLU())
         self.blocks, inputs = nn.ModuleList(), 16
-        widths, counts, strides = (
-            (8, 12, 16, 32, 48, 80, 160),
-            (1, 2, 3, 4, 3, 3, 1),
-            (1, 1, 2, 2, 1, 2, 1),
-        )
-        for width, count, stride in zip(widths, counts, strides, strict=True):
+        widths, counts = (8, 12, 16, 32, 48, 80, 160), (1, 2, 3, 4, 3, 3, 1)
+        for width, count, stride in zip(widths, counts, (1, 1, 2, 2, 1, 2, 1), strict=True):
             block = partial(InvertedResidual, expansion=6 if len(self.blocks) else 1)
             self.blocks.append(stage(block, inputs, width, count, stride))
             inputs = width
@@ -342,8 +339,9 @@ class ShuffleNet(nn.Module):
     """ShuffleNetV1 (three groups) or V2 (width 1) with a stem for 32x32: a 1x1 convolution."""
 
     def __init__(
-        self, unit, widths, counts, head: int | None = None, num_classes: int = 100
-    ) -> None:
+        self, unit: Block, widths: Sequence[int], counts: Sequence[int], head: int | None = None,
+        num_classes: int = 100,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.conv1, self.bn1 = conv_bn(3, 24)
         self.layer1 = stage(unit, 24, widths[0], counts[0], 2)

@@ -21,8 +21,10 @@ def read_options(
     own: dict[str, dict[str, Any]],
     **defaults: Any,
 ) -> argparse.Namespace:
-    """The options, a recipe's `own` among them; those not given are the `settings` that the pair and
-    its methods were published with, then the defaults."""
+    """The options, a recipe's `own` among them.
+
+    Those not given are the `settings` that the pair and its methods were published with, then the
+    defaults."""
     parser = _parser(description)
     for name, kind in own.items():
         parser.add_argument(name, **kind)
@@ -69,9 +71,7 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     add("--method-option", nargs="*", default=[], type=_option, metavar="NAME=VALUE")
     add("--sokd", action=yes_or_no, default=True, help="refined teacher features and mutual areas")
     add("--sokd-option", nargs="*", default=[], type=_option, metavar="NAME=VALUE")
-    add(
-        "--layers", nargs="*", metavar="STUDENT=TEACHER", help="in place of the methods' own layers"
-    )
+    add("--layers", nargs="*", metavar="STUDENT=TEACHER", help="other layers than the tables'")
     add("--search-epochs", type=int, help="how long SoKD's policy is searched; 0: not at all")
     add("--search-every", type=int, default=1, help="steps between two steps of the search")
     add("--data", default="data", help="folder of the data set")
@@ -90,13 +90,9 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     add("--amp", choices=("no", "bf16", "fp16"), default="no")
     add("--compile", action="store_true")
     add("--channels-last", action="store_true")
-    add(
-        "--sync-bn", action="store_true", help="BatchNorm over all ranks (GPUs only; never run yet)"
-    )
+    add("--sync-bn", action="store_true", help="BatchNorm over all ranks (GPUs; never run yet)")
     add("--ema", type=float, metavar="DECAY", help="average the student's weights, e.g. 0.9999")
-    add(
-        "--workers", type=int, default=None, help="of the loader, for each rank; None: by CPU count"
-    )
+    add("--workers", type=int, help="of the loader, for each rank")
     add("--out", default="out/recipe", help="folder for the checkpoint, the logs and the student")
     add("--resume", default="no", help="auto: go on where OUT's checkpoint is; no; or a file")
     add("--max-steps", type=int, help="end the run after so many steps")

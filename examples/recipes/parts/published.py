@@ -1,4 +1,4 @@
-"""Accepted figures (top-1, %) of the tables that the field compares on, and the settings behind them.
+"""Accepted figures (top-1, %) of the tables that the field compares on, and their settings.
 
 CIFAR-100: 240 epochs, batch 64, mean of the published runs, from the READMEs of RepDistiller and
 mdistiller, which most later papers copy. ImageNet: 100 epochs, batch 256 or 512, from the methods'
@@ -78,7 +78,7 @@ def accepted(row: Row, pairs: tuple[str, ...], table: dict[str, str], source: st
 
 
 def cifar100_settings(teacher: str, student: str, methods: list[str]) -> dict[str, Any]:
-    """What the published runs of a pair were trained with, by option; the rest is the script's default."""
+    """What the published runs of a pair were trained with, by option, beside the defaults."""
     found: dict[str, Any] = {"lr": 0.01 if student in _MOBILE else 0.05, "weights": {}}
     found["search_epochs"] = 50 if (teacher, student) == ("resnet32x4", "resnet8x4") else 20
     if student.startswith("vgg"):

@@ -92,7 +92,7 @@ class Run:
         self.say("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
         return figures
 
-    # ------------------------------------------------------------------------------------------- models
+    # --------------------------------------------------------------------------------------- models
 
     def parallel(self, learner: nn.Module) -> nn.Module:
         """The learner on its device, compiled and in DistributedDataParallel as the options ask."""
@@ -106,7 +106,7 @@ class Run:
             learner.compile()
         if self.ranks == 1:
             return learner
-        # Statistics of BatchNorm are rank 0's (`evaluate`), banks and policies keep themselves equal.
+        # BatchNorm's statistics are rank 0's (`evaluate`); banks and policies keep equal by themselves.
         place = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(learner, device_ids=place, broadcast_buffers=False)
 
@@ -131,7 +131,7 @@ class Run:
             dist.all_reduce(numbers)
         return numbers
 
-    # ---------------------------------------------------------------------------------- epochs and steps
+    # ----------------------------------------------------------------------------- epochs and steps
 
     def epochs(self) -> Iterator[int]:
         """The epochs that are left, from 0."""
@@ -139,7 +139,7 @@ class Run:
             yield self.epoch
 
     def steps(self, train: DataLoader) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
-        """The steps of the epoch that are left: each the batches (x, y, index) whose gradients add up.
+        """The steps of the epoch that are left: batches (x, y, index) whose gradients add up.
 
         After the last one a checkpoint is written. After any, SIGTERM ends the run with one.
         """
@@ -179,7 +179,7 @@ class Run:
         self.stop = True
 
     def _stopping(self) -> bool:
-        """Whether some rank had SIGTERM; read one step later, so that no step waits for the answer."""
+        """Whether some rank had SIGTERM; read one step later, so that no step waits for it."""
         if self.ranks == 1:
             return self.stop
         if self.vote is not None:
@@ -201,9 +201,8 @@ class Run:
         for step, names, values in self.unread:
             for name, value in zip(names, values.tolist(), strict=True):
                 if not math.isfinite(value):
-                    raise SystemExit(
-                        f"{name} is {value} at step {step} of epoch {self.epoch + 1}; {self._last()}"
-                    )
+                    where = f"step {step} of epoch {self.epoch + 1}"
+                    raise SystemExit(f"{name} is {value} at {where}; {self._last()}")
                 self.sums[name] = self.sums.get(name, 0.0) + value
         self.unread.clear()
 
@@ -261,16 +260,13 @@ class Run:
                 counts[2] += F.cross_entropy(logits, y, reduction="sum")
                 counts[3] += len(y)
             top1, top5, loss, images = self.total(counts).tolist()
-        return {
-            "top1": 100 * top1 / images,
-            "top5": 100 * top5 / images,
-            "test_loss": loss / images,
-        }
+        percent = 100 / images
+        return {"top1": percent * top1, "top5": percent * top5, "test_loss": loss / images}
 
-    # --------------------------------------------------------------------------------------- checkpoints
+    # ---------------------------------------------------------------------------------- checkpoints
 
     def track(self, **parts: Any) -> None:
-        """What a checkpoint holds beside the place in the run; goes on from one as --resume says."""
+        """What a checkpoint holds beside the run's place; goes on from one as --resume says."""
         self.parts = parts
         torch.manual_seed(self.args.seed + self.rank)  # from here on ranks draw differently
         path = self.out / "checkpoint.pt"
@@ -282,8 +278,8 @@ class Run:
             return
         if self.args.resume == "no":
             raise SystemExit(
-                f"--out: {path} is there from an earlier run; --resume auto goes on with it, another "
-                "--out starts anew"
+                f"--out: {path} is there from an earlier run; --resume auto goes on with it, "
+                "another --out starts anew"
             )
         self._load(path)
 
@@ -337,7 +333,7 @@ class Run:
         return {name: value for name, value in vars(self.args).items() if name not in FREE}
 
     def finish(self, **networks: nn.Module | None) -> dict[str, Any]:
-        """Write OUT/NAME.pt, {"model": state_dict, "epoch": ...}, for each network, and result.json."""
+        """Write OUT/result.json and, for each network, OUT/NAME.pt: {"model": state_dict, ...}."""
         last = self.rows[-1] if self.rows else {"epoch": 0, "top1": math.nan}
         best = max(self.rows, key=lambda row: row["top1"], default=last)
         result = {
@@ -374,7 +370,7 @@ class Alone(nn.Module):
 
 
 def objective(losses: dict[str, Tensor], ce_weight: float, rise: float) -> Tensor:
-    """The sum of the terms: the cross entropy weighted, the distillation's as far as they have risen."""
+    """The sum of the terms: the cross entropy by its weight, the others by their rise (0 to 1)."""
     return sum((ce_weight if name == "loss_ce" else rise) * term for name, term in losses.items())
 
 
@@ -406,7 +402,7 @@ def load_weights(network: nn.Module, path: str, what: str) -> None:
     """Load a checkpoint: a state_dict, or a dict with one as "model" or "state_dict".
 
     Raises:
-        SystemExit: no such file, no such dict, or keys and shapes that are not the network's; names them.
+        SystemExit: no such file, no such dict, or keys or shapes of another network, with their names.
     """
     try:
         with torch.serialization.safe_globals([Namespace]):  # RepDistiller keeps its options beside
@@ -438,7 +434,7 @@ def load_weights(network: nn.Module, path: str, what: str) -> None:
 
 
 class Clock:
-    """Seconds by name: of the host on a CPU and for "data", else of the device, read without a wait.
+    """Seconds by name: the host's on a CPU and for "data", else the device's, read without a wait.
 
     `watch` parts what runs under "loss" in two: "forward" is what the networks take of it.
     """
