@@ -35,8 +35,8 @@ class Data(NamedTuple):
 class Seeded(Dataset):
     """`data[epoch, index]` is (image, label, index); (seed, epoch, index) seeds the transform.
 
-    The transform may use PyTorch's random numbers, as transforms.v2 do. Neither the number of workers
-    nor the place where a run stopped changes what a sample looks like in an epoch.
+    The transform may use PyTorch's random numbers, as transforms.v2 do. Neither the number of
+    workers nor the place where a run stopped changes what a sample looks like in an epoch.
     """
 
     def __init__(

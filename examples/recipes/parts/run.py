@@ -20,6 +20,7 @@ import math
 import os
 import signal
 import time
+import warnings
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -45,14 +46,11 @@ class Run:
 
     def __init__(self, args: Namespace, writer: Any = None) -> None:
         self.args, self.writer, self.out = args, writer, Path(args.out)
-        self.rank, self.ranks = (
-            int(os.environ.get("RANK", "0")),
-            int(os.environ.get("WORLD_SIZE", "1")),
-        )
+        self.rank, self.ranks = _from_torchrun("RANK", 0), _from_torchrun("WORLD_SIZE", 1)
         self.main = self.rank == 0
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            self.device = torch.device("cuda", _from_torchrun("LOCAL_RANK", 0))
             torch.cuda.set_device(self.device)
         self.clock = Clock(self.device)
         self.epoch = self.step = 0  # where the run is; steps count in the epoch
@@ -72,9 +70,7 @@ class Run:
         if self.main:
             self.out.mkdir(parents=True, exist_ok=True)
         if self.main and self.args.tensorboard and self.writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(self.out / "tensorboard"))
+            self.writer = _tensorboard(self.out / "tensorboard")
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
@@ -106,7 +102,7 @@ class Run:
             learner.compile()
         if self.ranks == 1:
             return learner
-        # BatchNorm's statistics are rank 0's (`evaluate`); banks and policies keep equal by themselves.
+        # BatchNorm's statistics are rank 0's (`evaluate`); banks and policies stay equal anyway.
         place = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(learner, device_ids=place, broadcast_buffers=False)
 
@@ -303,6 +299,8 @@ class Run:
         if not self.main:  # those of all ranks are rank 0's now
             self.sums = dict.fromkeys(self.sums, 0.0)
         self.clock.seconds.update(saved["seconds"])
+        # The optimiser's steps were taken before the checkpoint; PyTorch sees the schedule's alone.
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
         _set_rng(saved["rng"][self.rank if self.rank < len(saved["rng"]) else 0])
         self.say(f"goes on from {path}: epoch {self.epoch + 1} after step {self.step}")
 
@@ -357,6 +355,18 @@ class Run:
         return result
 
 
+def _from_torchrun(name: str, alone: int) -> int:
+    return int(os.environ.get(name, alone))
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise SystemExit("--tensorboard needs the package tensorboard: pip install it") from None
+    return SummaryWriter(str(folder))
+
+
 class Alone(nn.Module):
     """A network trained by cross entropy, called as a Distiller is."""
 
@@ -402,7 +412,7 @@ def load_weights(network: nn.Module, path: str, what: str) -> None:
     """Load a checkpoint: a state_dict, or a dict with one as "model" or "state_dict".
 
     Raises:
-        SystemExit: no such file, no such dict, or keys or shapes of another network, with their names.
+        SystemExit: no such file or dict, or keys or shapes of another network, with their names.
     """
     try:
         with torch.serialization.safe_globals([Namespace]):  # RepDistiller keeps its options beside
