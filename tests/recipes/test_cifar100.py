@@ -13,6 +13,7 @@ import pytest
 import torch
 from parts import published
 from parts.networks import NETWORKS, build
+from support.cases import compiles
 from support.recipes import DISTIL, checkpoint, differences, options, write_idx
 from torch import nn
 
@@ -145,6 +146,7 @@ def test_every_kind_of_run(run, more, tmp_path):
     assert checkpoint(tmp_path / "out")["step"] == 1
 
 
+@compiles
 def test_compiled(run, monkeypatch):
     """By dynamo and its eager backend; inductor would take a minute."""
     seen = []

@@ -13,7 +13,6 @@ from typing import Any
 
 import cifar100
 import torch
-from recipes import RECIPES  # noqa: F401  (its folder is on the path from here on)
 
 START = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 FAULTS = json.loads(os.environ["FAULTS"])

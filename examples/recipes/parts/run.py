@@ -25,6 +25,7 @@ from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,8 @@ class Run:
         torch.manual_seed(args.seed)
 
     def __enter__(self) -> Run:
-        self.handler = signal.signal(signal.SIGTERM, self._terminate)
         if self.ranks > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+            _meet("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
         if self.main:
             self.out.mkdir(parents=True, exist_ok=True)
         if self.main and self.args.tensorboard and self.writer is None:
@@ -74,7 +74,6 @@ class Run:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        signal.signal(signal.SIGTERM, self.handler)
         if self.ranks > 1:
             if kind is None and self.vote is not None:
                 self.vote[0].wait()
@@ -104,7 +103,9 @@ class Run:
             return learner
         # BatchNorm's statistics are rank 0's (`evaluate`); banks and policies stay equal anyway.
         place = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(learner, device_ids=place, broadcast_buffers=False)
+        known = signature(DistributedDataParallel).parameters  # its name since PyTorch 2.13
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        return DistributedDataParallel(learner, device_ids=place, **{name: False})
 
     def accumulating(self, model: nn.Module, last: bool) -> Any:
         """Gradients are averaged over the ranks in the last part of a step alone."""
@@ -137,8 +138,18 @@ class Run:
     def steps(self, train: DataLoader) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
         """The steps of the epoch that are left: batches (x, y, index) whose gradients add up.
 
-        After the last one a checkpoint is written. After any, SIGTERM ends the run with one.
+        After the last one a checkpoint is written. After any, SIGTERM ends the run with one; outside
+        of the steps it ends the run at once, for nothing is lost then.
         """
+        handler = signal.signal(signal.SIGTERM, self._terminate)
+        try:
+            yield from self._steps(train)
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        self._read_losses()
+        self.save()
+
+    def _steps(self, train: DataLoader) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
         order = train.batch_sampler
         order.epoch, order.first = self.epoch, self.step * self.args.accumulate
         batches = iter(train)
@@ -163,8 +174,6 @@ class Run:
                     where = f"step {self.step} of epoch {self.epoch + 1}"
                     self.say(f"stopped by SIGTERM after {where}; --resume auto goes on there")
                     raise SystemExit(STOPPED)
-        self._read_losses()
-        self.save()
 
     def _moved(self, x: Tensor, y: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.args.channels_last:
@@ -357,6 +366,14 @@ class Run:
 
 def _from_torchrun(name: str, alone: int) -> int:
     return int(os.environ.get(name, alone))
+
+
+def _meet(backend: str) -> None:
+    """Join the other ranks, in a store of this start: after --max-restarts torchrun 2.13 hands out the
+    old store, and Gloo would connect to the addresses of ranks that are gone."""
+    store, rank, ranks = next(dist.rendezvous("env://"))
+    own = dist.PrefixStore(f"start {_from_torchrun('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=ranks)
 
 
 def _tensorboard(folder: Path) -> Any:
