@@ -107,8 +107,8 @@ def measure(steps: int) -> dict[str, list[float]]:
         try:
             cifar100.main([
                 *("--dataset", "fashion-mnist", "--data", name, "--out", f"{name}/out"),
-                *("--teacher", "resnet20", "--student", "resnet8", "--teacher-weights", str(teacher)),
-                *("--method", "fitnet=1", "--no-sokd", "--workers", "0"),
+                *("--teacher", "resnet20", "--teacher-weights", str(teacher)),
+                *("--student", "resnet8", "--method", "fitnet=1", "--no-sokd", "--workers", "0"),
                 *("--max-steps", str(steps), "--batch-size", str(BATCH)),
             ])  # fmt: skip
         finally:

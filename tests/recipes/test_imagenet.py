@@ -12,16 +12,8 @@ from torchvision import models
 
 PHOTOGRAPHS = ("astronaut", "cat", "coffee")  # of scikit-image; each a class
 SMALL = [
-    "--epochs",
-    "1",
-    "--batch-size",
-    "4",
-    "--size",
-    "32",
-    "--workers",
-    "0",
-    "--train-samples",
-    "8",
+    *("--epochs", "1", "--batch-size", "4", "--workers", "0"),
+    *("--size", "32", "--train-samples", "8"),
 ]
 
 
@@ -45,26 +37,43 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-def test_the_row_of_the_paper(folder, tmp_path, capsys):
-    """A teacher by the script, then ReviewKD with SoKD, resumed and evaluated."""
-    given = [*SMALL, "--data", str(folder)]
-    teacher = ["--teacher-only", "--teacher", "resnet34", "--max-steps", "1"]
-    imagenet.main([*given, *teacher, "--out", str(tmp_path / "t")])
-    weights = str(tmp_path / "t" / "teacher.pt")
-    given += ["--row", "resnet34:resnet18:reviewkd+sokd", "--teacher-weights", weights]
+@pytest.fixture
+def teacher(tmp_path):
+    """A resnet34 whose BatchNorm statistics are those of a batch, so that its maps are of order 1."""
+    made = models.resnet34(num_classes=3)
+    for module in made.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    with torch.no_grad():
+        made(torch.randn(16, 3, 32, 32))
+    torch.save({"state_dict": made.state_dict()}, tmp_path / "teacher.pt")
+    return str(tmp_path / "teacher.pt")
+
+
+def test_the_row_of_the_paper(folder, teacher, tmp_path, capsys):
+    """ReviewKD with SoKD, resumed and evaluated."""
+    given = [*SMALL, "--data", str(folder), "--teacher-weights", teacher]
+    given += ["--row", "resnet34:resnet18:reviewkd+sokd", "--lr", "0.001"]
     given += ["--out", str(tmp_path / "out"), "--search-every", "2"]
     imagenet.main(given)
     printed = capsys.readouterr().out
     assert "accepted: reviewkd+sokd 72.53, reviewkd 71.61, student alone 69.75" in printed
     saved = checkpoint(tmp_path / "out")
     assert saved["step"] == 2 and saved["parts"]["model"].keys() >= {"student.fc.weight"}
-    expected = {"search_epochs": 5, "lr": 0.1, "weight_decay": 1e-4, "milestones": [30, 60, 90]}
+    expected = {"search_epochs": 5, "lr": 0.001, "weight_decay": 1e-4, "milestones": [30, 60, 90]}
     assert expected.items() <= saved["options"].items()
     student = models.resnet18(num_classes=3)
     student.load_state_dict(torch.load(tmp_path / "out" / "student.pt")["model"])
     result = imagenet.main([*given, "--resume", "auto"])
     figures = imagenet.main([*given, "--eval-only"])
     assert figures["top1"] == result["last_top1"] and figures["top5"] == 100
+
+
+def test_a_teacher_of_ones_own(folder, tmp_path):
+    given = [*SMALL, "--data", str(folder), "--out", str(tmp_path / "out"), "--max-steps", "1"]
+    imagenet.main([*given, "--teacher-only", "--teacher", "resnet18"])
+    saved = torch.load(tmp_path / "out" / "teacher.pt")["model"]
+    models.resnet18(num_classes=3).load_state_dict(saved)
 
 
 def test_other_networks_find_their_layers(folder, tmp_path):

@@ -1,8 +1,8 @@
 """The networks against the state_dicts and feature maps of RepDistiller and mdistiller.
 
 state_dicts.json was made by running RepDistiller (commit b84f547) with 100 classes. Of each network
-it has the parameters, the number of keys, SHA-256 of the lines "key [shape]" in order, some of these
-in words, the shapes of the stages for an image of 32x32, and the channels that are pooled.
+it has the parameters, the number of keys, SHA-256 of the lines "key [shape]" in order, some
+of them in words, the shapes of the stages for an image of 32x32, and the channels that are pooled.
 mdistiller (a08d46f) has the same keys and shapes in the same order.
 """
 

@@ -138,8 +138,8 @@ class Run:
     def steps(self, train: DataLoader) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
         """The steps of the epoch that are left: batches (x, y, index) whose gradients add up.
 
-        After the last one a checkpoint is written. After any, SIGTERM ends the run with one; outside
-        the steps, where nothing would be lost, it ends the run at once.
+        After the last one a checkpoint is written. After any, SIGTERM ends the run with one.
+        Outside the steps, where nothing would be lost, it ends the run at once.
         """
         handler = signal.signal(signal.SIGTERM, self._terminate)
         try:
@@ -371,8 +371,9 @@ def _from_torchrun(name: str, alone: int) -> int:
 def _meet(backend: str) -> None:
     """Join the other ranks, in a store of this start alone.
 
-    When torchrun 2.13 restarts its workers it hands out the old store, and Gloo would connect to the
-    addresses of ranks that are gone."""
+    When torchrun 2.13 restarts its workers it hands out the old store, and Gloo would connect to
+    the addresses of ranks that are gone.
+    """
     store, rank, ranks = next(dist.rendezvous("env://"))
     own = dist.PrefixStore(f"start {_from_torchrun('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, store=own, rank=rank, world_size=ranks)
