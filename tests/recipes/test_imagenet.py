@@ -39,7 +39,7 @@ def one_thread():
 
 @pytest.fixture
 def teacher(tmp_path):
-    """A resnet34 whose BatchNorm statistics are those of a batch, so that its maps are of order 1."""
+    """A resnet34 with BatchNorm statistics of one batch, so that its maps are of order 1."""
     made = models.resnet34(num_classes=3)
     for module in made.modules():
         if isinstance(module, nn.BatchNorm2d):
