@@ -347,6 +347,8 @@ def test_every_cell_of_the_tables_has_a_figure():
     row = published.parse_row("resnet34:resnet18:reviewkd+sokd")
     imagenet = published.IMAGENET_PAIRS, published.IMAGENET, "source"
     assert published.accepted(row, *imagenet).startswith("reviewkd+sokd 72.53, reviewkd 71.61")
+    row = published.parse_row("WRN-40-2:wrn-16-2:crd")
+    assert published.accepted(row, *table).startswith("crd 75.48, student alone 73.26")
     row = published.parse_row("vgg19:vgg8:kd")
     assert published.accepted(row, *table) == "no accepted figure for vgg19 -> vgg8"
 
@@ -354,6 +356,7 @@ def test_every_cell_of_the_tables_has_a_figure():
 def test_published_settings():
     settings = published.cifar100_settings
     assert settings("vgg13", "MobileNetV2", ["kd"])["lr"] == 0.01
+    assert settings("resnet32x4", "shufflev2", ["reviewkd"])["weights"]["reviewkd"] == 8
     assert settings("resnet56", "resnet20", ["reviewkd"])["weights"]["reviewkd"] == 0.6
     assert settings("resnet32x4", "resnet8x4", ["fitnet"])["search_epochs"] == 50
     dkd = settings("wrn_40_2", "wrn_16_2", ["dkd"])

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parts.published import plain
+
 Block = Callable[[int, int, int], nn.Module]  # of channels in, channels out, stride
 Layers = tuple[list[str], str]  # the stages, and the last map before the pooling
 
@@ -29,16 +31,16 @@ def build(name: str, num_classes: int = 100) -> nn.Module:
     Raises:
         SystemExit: no such network; the nearest names are given.
     """
-    known = {_plain(each): each for each in NETWORKS}
-    if _plain(name) not in known:
-        near = difflib.get_close_matches(_plain(name), known, n=3) or list(known)
+    known = {plain(each): each for each in NETWORKS}
+    if plain(name) not in known:
+        near = difflib.get_close_matches(plain(name), known, n=3) or list(known)
         raise SystemExit(f"no network {name!r} here (nearest: {', '.join(near)})")
-    return NETWORKS[known[_plain(name)]](num_classes=num_classes)
+    return NETWORKS[known[plain(name)]](num_classes=num_classes)
 
 
 def layers_of(name: str) -> Layers:
     """The stages of a network, and its last map before the pooling."""
-    stages, last = next(of for start, of in LAYERS.items() if _plain(name).startswith(start))
+    stages, last = next(of for start, of in LAYERS.items() if plain(name).startswith(start))
     return stages.split(), last
 
 
@@ -63,10 +65,6 @@ LAYERS = {
     "shufflev1": ("layer1 layer2 layer3", "layer3"),
     "shufflev2": ("layer1 layer2 layer3", "relu"),
 }
-
-
-def _plain(name: str) -> str:
-    return name.lower().replace("-", "_")
 
 
 def conv_bn(inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1):

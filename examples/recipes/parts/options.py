@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 import sokd
@@ -24,7 +25,8 @@ def read_options(
     """The options, a recipe's `own` among them.
 
     Those not given are the `settings` that the pair and its methods were published with, then the
-    defaults."""
+    defaults.
+    """
     parser = _parser(description)
     for name, kind in own.items():
         parser.add_argument(name, **kind)
@@ -48,11 +50,15 @@ def read_options(
     args.method = {m: weights.get(m) if w is None else w for m, w in args.method.items()}
     args.method_option = published.pop("method_option", {}) | dict(args.method_option)
     args.sokd_option = dict(args.sokd_option)
+    if "search" in signature(sokd.SoKD).parameters:  # else PolicySearch is the only one there is
+        args.sokd_option.setdefault("search", None)
     if args.eval_only and args.student_weights is None:
         args.student_weights = f"{args.out}/student.pt"
     for name, value in ({"ce_weight": 1.0, "warmup_epochs": 0} | published).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.sokd_option.get("search") is not None:  # SoKD searches by itself
+        args.search_epochs = 0
     return args
 
 

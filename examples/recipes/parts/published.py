@@ -33,12 +33,17 @@ IMAGENET = {
     "reviewkd": "71.61", "reviewkd+sokd": "72.53",
 }  # fmt: skip
 
-_MOBILE = ("MobileNetV2", "ShuffleV1", "ShuffleV2")
+_MOBILE = ("mobilenetv2", "shufflev1", "shufflev2")
 _DKD_BETA = {
     **dict.fromkeys(("resnet20", "resnet32"), 2.0),
     **dict.fromkeys(("vgg8", "wrn_16_2", "wrn_40_1"), 6.0),
 }
-_REVIEWKD = {"resnet20": 0.6, "resnet32": 1.0, "ShuffleV2": 8.0}
+_REVIEWKD = {"resnet20": 0.6, "resnet32": 1.0, "shufflev2": 8.0}
+
+
+def plain(name: str) -> str:
+    """A network's name without what does not matter in it: case, and `-` for `_`."""
+    return name.lower().replace("-", "_")
 
 
 class Row(NamedTuple):
@@ -67,9 +72,10 @@ def accepted(row: Row, pairs: tuple[str, ...], table: dict[str, str], source: st
     """The accepted figure of a row in words, or that there is none."""
     base = "+".join(row.methods)
     names = [f"{base}+sokd", base] if row.sokd else [base]
-    if f"{row.teacher}:{row.student}" not in pairs:
+    columns = [plain(pair) for pair in pairs]
+    if plain(f"{row.teacher}:{row.student}") not in columns:
         return f"no accepted figure for {row.teacher} -> {row.student}"
-    column = pairs.index(f"{row.teacher}:{row.student}")
+    column = columns.index(plain(f"{row.teacher}:{row.student}"))
     cell = {name: figures.split()[column] for name, figures in table.items()}
     found = [f"{name} {cell[name]}" for name in names if name in cell]
     missing = [f"none published for {name}" for name in names if name not in cell]
@@ -79,6 +85,7 @@ def accepted(row: Row, pairs: tuple[str, ...], table: dict[str, str], source: st
 
 def cifar100_settings(teacher: str, student: str, methods: list[str]) -> dict[str, Any]:
     """What the published runs of a pair were trained with, by option, beside the defaults."""
+    teacher, student = plain(teacher), plain(student)
     found: dict[str, Any] = {"lr": 0.01 if student in _MOBILE else 0.05, "weights": {}}
     found["search_epochs"] = 50 if (teacher, student) == ("resnet32x4", "resnet8x4") else 20
     if student.startswith("vgg"):
