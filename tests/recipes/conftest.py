@@ -1,4 +1,4 @@
-"""Puts examples/recipes on the path, where its scripts find `parts`; without what they need, no tests."""
+"""Puts examples/recipes on the path; where its scripts lack a package there are no tests."""
 
 from importlib.util import find_spec
 
