@@ -118,6 +118,11 @@ def test_cifar100_missing_half_there_and_read(tmp_path, monkeypatch):
     (folder / "train").write_bytes(b"half")
     with pytest.raises(SystemExit, match="cifar-100-python/train is damaged"):
         read()
+    fetched = []
+    monkeypatch.setattr(CIFAR100, "download", lambda self: fetched.append(self.root))
+    with pytest.raises(RuntimeError, match="not found or corrupted"):  # nothing came
+        data.of_32x32("cifar100", str(tmp_path), True, None, 0)
+    assert fetched == [str(tmp_path)]
     for name in ("train", "test"):
         pixels = np.arange(4 * 3072, dtype=np.uint8).reshape(4, 3072)
         content = {"data": pixels, "fine_labels": [0, 99, 3, 4]}

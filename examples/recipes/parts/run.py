@@ -265,8 +265,9 @@ class Run:
                 counts[2] += F.cross_entropy(logits, y, reduction="sum")
                 counts[3] += len(y)
             top1, top5, loss, images = self.total(counts).tolist()
-        percent = 100 / images
-        return {"top1": percent * top1, "top5": percent * top5, "test_loss": loss / images}
+        shares = {"top1": top1 / images, "top5": top5 / images}
+        percent = {name: round(100 * share, 4) for name, share in shares.items()}
+        return percent | {"test_loss": loss / images}
 
     # ---------------------------------------------------------------------------------- checkpoints
 
@@ -295,12 +296,14 @@ class Run:
             raise SystemExit(f"--resume: {path} is no checkpoint of a recipe: {error}") from None
         if not isinstance(saved, dict) or "options" not in saved:
             raise SystemExit(f"--resume: {path} is no checkpoint of a recipe")
-        now = self._options()
-        for name in now.keys() | saved["options"].keys():
-            then, given = saved["options"].get(name), now.get(name)
-            if then != given:
-                option = f"--{name.replace('_', '-')}"
-                raise SystemExit(f"--resume: {path} was made with {option} {then}, got {given}")
+        then, now = saved["options"], self._options()
+        other = [
+            f"--{name.replace('_', '-')} {then.get(name)}, got {now.get(name)}"
+            for name in sorted(then.keys() | now.keys())
+            if then.get(name) != now.get(name)
+        ]
+        if other:
+            raise SystemExit(f"--resume: {path} was made with {'; '.join(other)}")
         for name, part in self.parts.items():
             part.load_state_dict(saved["parts"][name])
         for name in ("epoch", "step", "rows", "sums"):
