@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import signal
+import sys
 
 import cifar100
 import pytest
@@ -312,7 +313,9 @@ def test_public_teachers_load(run, tmp_path, teacher):
     run("out", "--teacher-weights", str(tmp_path / "public.pt"), "--max-steps", "1")
 
 
-def test_options_that_are_none(run):
+def test_options_that_are_none(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert "--tensorboard needs the package" in refused(run, "out", "--tensorboard")
     assert "--method must be among none, fitnet, at" in refused(run, "out", "--method", "fitnot")
     assert "must be NAME or NAME=WEIGHT" in refused(run, "out", "--method", "kd=much")
     assert "no network 'resnet9'" in refused(run, "out", "--student", "resnet9")
