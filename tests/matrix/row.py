@@ -169,7 +169,10 @@ def write() -> str:
 
 if __name__ == "__main__":
     print(
-        {"bits": check_bits, "training": check_training, "compile": check_compile, "--write": write}[
-            sys.argv[1]
-        ]()
+        {
+            "bits": check_bits,
+            "training": check_training,
+            "compile": check_compile,
+            "--write": write,
+        }[sys.argv[1]]()
     )
