@@ -79,7 +79,9 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     if hasattr(torch.nn.utils, "get_total_norm"):
         norm: Tensor = torch.nn.utils.get_total_norm(tensors)
         return norm
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors]))
+    norms = torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors])
+    overall: Tensor = torch.linalg.vector_norm(norms)
+    return overall
 
 
 def raw_stream(index: int) -> int:
