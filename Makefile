@@ -53,6 +53,7 @@ build: $(VENV)/.stamp-build  ## the extension, compiled and installed into .venv
 tch: $(VENV)/.stamp-tch  ## sokd_tch, which reads tensors through libtorch, compiled against the torch of .venv
 
 wheel: $(RELEASE)/.stamp needs-rust  ## dist/*.whl for every Linux since 2014, checked as PyPI does (PLATFORM=aarch64: untested)
+	@if command -v rustup >/dev/null; then rustup target add $(TARGET); fi
 	$(IN_RELEASE) maturin build --release --locked --zig --target $(TARGET) --compatibility manylinux2014 --auditwheel check --out dist
 	@for wheel in dist/sokd-*$(PLATFORM).whl; do set -ex; $(IN_RELEASE) auditwheel show "$$wheel"; \
 		$(IN_RELEASE) abi3audit --strict --report "$$wheel"; $(IN_RELEASE) twine check --strict "$$wheel"; \

@@ -10,7 +10,17 @@ import time
 from benches.harness import Options, machine, run
 from benches.report import write_pages
 
-NAMES = ("refine", "masked_mse", "areas", "loss", "methods", "distiller", "warmup", "readers")
+NAMES = (
+    "refine",
+    "masked_mse",
+    "areas",
+    "loss",
+    "methods",
+    "distiller",
+    "warmup",
+    "readers",
+    "recipes",
+)
 
 
 def main() -> int:

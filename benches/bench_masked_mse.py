@@ -13,7 +13,7 @@ from support import eager
 
 import sokd
 from benches.bench_refine import LARGE, MAIN, gradients
-from benches.harness import LAYOUTS, MEMORY, Case, Options, check_close, compiled
+from benches.harness import LAYOUTS, MEMORY, Case, Options, check_close, compiled, name_of
 from sokd import reference
 
 
@@ -54,8 +54,16 @@ def case(
     if targets["eager"] > 1:
         sides[MEMORY] = lambda: torch.sub(student.detach(), teacher)
     moved = 3 * student.nbytes + weight.nbytes
-    name = str(dtype).removeprefix("torch.")
-    return Case("masked_mse, forward + backward", shape, sides, moved, targets, check, name, layout)
+    return Case(
+        "masked_mse, forward + backward",
+        shape,
+        sides,
+        moved,
+        targets,
+        check,
+        name_of(dtype),
+        layout,
+    )
 
 
 def cases(options: Options) -> Iterator[Case]:

@@ -1,19 +1,23 @@
-"""The readers of tensors: 100 calls of `masked_mse` on a map of 16 cells, where a call is mostly overhead.
+"""The readers of tensors: 100 calls of `masked_mse` on a map of 16 cells, mostly overhead.
 
-The first side is the reader that is selected by default where sokd_tch is not installed.
+The side "sokd" has the reader that is the default without sokd_tch, DLPack's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 import sokd
-from benches.harness import Case, Options, check_close
+from benches.harness import Case, Options, Side, check_close
 from sokd import _core
 
+_Reader = Literal["dlpack", "tch", "portable"]
+READERS: tuple[_Reader, ...] = ("dlpack", "tch", "portable")
 CALLS = 100
 SHAPE = (1, 1, 4, 4)
 
@@ -35,18 +39,22 @@ def cases(options: Options) -> Iterator[Case]:
         ("forward", forward, truth),
         ("forward + backward", both, (student - teacher) / 8),
     ):
-        sides = {name: _with_reader(name, call) for name in ("dlpack", "tch", "portable")}
+        sides: dict[str, Side] = {name: _with_reader(name, call) for name in READERS}
         yield Case(
             f"{CALLS} x masked_mse, {work}, by reader",
             SHAPE,
             {"sokd": sides.pop("dlpack"), **sides},
-            check=lambda call=call, expected=expected: check_close(call(), expected),
+            check=partial(_check, call, expected),
             note="sokd: reader dlpack",
         )
 
 
-def _with_reader(name: str, call: Callable[[], object]) -> Callable[[], None]:
-    """A side fails, and says so in its row, where its reader is not available."""
+def _check(call: Callable[[], Tensor], expected: Tensor) -> None:
+    check_close(call(), expected)
+
+
+def _with_reader(name: _Reader, call: Callable[[], object]) -> Side:
+    """A side raises where its reader is not available; its row then holds the failure."""
 
     def side() -> None:
         before = _core.build_info()["reader"]

@@ -15,7 +15,7 @@ from support import eager
 from torch import Tensor
 
 import sokd
-from benches.harness import LAYOUTS, MEMORY, Case, Options, check_close, compiled
+from benches.harness import LAYOUTS, MEMORY, Case, Options, check_close, compiled, name_of
 from sokd import reference
 from sokd.ops.masked_mse import scaled_mse as any_mse
 
@@ -94,7 +94,7 @@ def forward_case(
     moved = 2 * plan["features"].nbytes
     work = "refine forward, five parts" + ("" if groups == 1 else ", a plan per sample")
     targets = {"eager": target}
-    return Case(work, shape, sides, moved, targets, check, _name(dtype), layout)
+    return Case(work, shape, sides, moved, targets, check, name_of(dtype), layout)
 
 
 def affine_case(shape: tuple[int, ...], dtype: torch.dtype, layout: str, *, target: float) -> Case:
@@ -116,7 +116,7 @@ def affine_case(shape: tuple[int, ...], dtype: torch.dtype, layout: str, *, targ
         sides[MEMORY] = features.clone
     work = "refine forward, affine only"
     return Case(
-        work, shape, sides, 2 * features.nbytes, {"eager": target}, check, _name(dtype), layout
+        work, shape, sides, 2 * features.nbytes, {"eager": target}, check, name_of(dtype), layout
     )
 
 
@@ -158,11 +158,7 @@ def loss_case(
     moved = 7 * student.nbytes
     targets = {"eager": target, "compile": target}
     work = "refine + masked_mse, forward + backward"
-    return Case(work, shape, sides, moved, targets, check, _name(dtype), layout)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return Case(work, shape, sides, moved, targets, check, name_of(dtype), layout)
 
 
 def cases(options: Options) -> Iterator[Case]:

@@ -15,7 +15,7 @@ from torch import Tensor
 import sokd
 from benches.bench_areas import HEATS
 from benches.bench_refine import SEED, gradients, make
-from benches.harness import LAYOUTS, Case, Side, check_close, compiled
+from benches.harness import LAYOUTS, Case, Side, check_close, compiled, name_of
 from sokd import reference
 
 PLANS = 4  # of refine_dots
@@ -49,7 +49,7 @@ def _case(
     moved: int,
     check: Callable[[], None],
 ) -> Case:
-    dtype = str(features.dtype).removeprefix("torch.")
+    dtype = name_of(features.dtype)
     return Case(work, features.shape, sides, moved, check=check, dtype=dtype, layout=layout)
 
 

@@ -90,6 +90,10 @@ def check_close(ours: Any, truth: Any, *, rtol: float = 1e-5, atol: float = 1e-5
     torch.testing.assert_close(ours, truth, rtol=rtol, atol=atol, check_dtype=False)
 
 
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` by torch.compile, for one shape, in one graph."""
     torch._dynamo.reset()

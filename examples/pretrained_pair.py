@@ -85,14 +85,16 @@ def fitted(
     warnings.filterwarnings("ignore", "sokd: no parameter of the student requires grad")
     optimizer = torch.optim.Adam(distiller.own_parameters(), lr=1e-3)
     generator, history = torch.Generator().manual_seed(0), []
-    for _ in range(steps):
-        distiller.train()
-        student.eval()  # its BatchNorms keep their statistics
-        _, losses = distiller(normalised(crops(pixels, generator)))
-        optimizer.zero_grad()
-        sum(losses.values()).backward()
-        optimizer.step()
-        history.append({name: loss.item() for name, loss in losses.items()})
+    with warnings.catch_warnings():  # the student is frozen on purpose
+        warnings.filterwarnings("ignore", "sokd: no parameter of the student requires grad")
+        for _ in range(steps):
+            distiller.train()
+            student.eval()  # its BatchNorms keep their statistics
+            _, losses = distiller(normalised(crops(pixels, generator)))
+            optimizer.zero_grad()
+            sum(losses.values()).backward()
+            optimizer.step()
+            history.append({name: loss.item() for name, loss in losses.items()})
     return distiller, history
 
 

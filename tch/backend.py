@@ -1,8 +1,8 @@
-"""The build backend: maturin, with the Python that runs it as the one that torch-sys asks for its torch.
+"""The build backend: maturin, with the running Python first in PATH.
 
-torch-sys' build script runs `python` where VIRTUAL_ENV is set, else `python3`, whichever comes first in PATH.
-Under `path/to/venv/bin/pip install .`, without the venv being active, that is another Python, which cannot
-import the torch of pip's isolated build environment.
+torch-sys builds against the torch of `python` where VIRTUAL_ENV is set, else of `python3`. Under
+`path/to/venv/bin/pip install ./tch`, without an active venv, that is another Python, which has no
+access to the torch of pip's isolated build environment.
 """
 
 import os

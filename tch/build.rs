@@ -1,7 +1,7 @@
 //! Tells the linker where torch's libraries are now, and the code which release they are of.
 //!
-//! torch-sys remembers the folder from when it was compiled, and pip removes its build environment after a build: the next
-//! build in the same tree would link against a folder that no longer exists.
+//! torch-sys keeps the folder of its compilation, and pip removes its build environment after a
+//! build: the next build in the same tree would link against a folder that no longer exists.
 
 use std::{env, process::Command};
 

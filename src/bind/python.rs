@@ -1,7 +1,7 @@
-//! The functions of `_core`: read the arguments, release the GIL, call the operator, raise the error.
+//! The functions of `_core`: read the arguments, release the GIL, call the operator, raise errors.
 //!
-//! Every output is allocated by the caller. The resources of a call are torch's thread count, and for CUDA torch's stream and
-//! allocator of the device.
+//! Every output is allocated by the caller. The resources of a call are torch's thread count, and
+//! for CUDA torch's stream and allocator of the device.
 
 use crate::bind::read::{self, raise};
 use crate::ops::{self, areas, masked_mse, refine};
@@ -35,8 +35,8 @@ fn read_all<const N: usize>(
     Ok(views.map(|view| view.expect("the loop fills every entry")))
 }
 
-/// Runs an operator without the GIL. The arguments stay alive: Python's caller holds them; scratch memory lives until the return,
-/// and torch's allocator gives it to nobody but later work of the same stream.
+/// Runs an operator without the GIL. The Python caller keeps the arguments alive. Scratch memory
+/// lives until the return; torch's allocator then reuses it for later work of the same stream only.
 fn released<F>(py: Python<'_>, (threads, stream, allocate): Resources, work: F) -> PyResult<()>
 where
     F: FnOnce(Run) -> Checked<()> + Send,
@@ -222,7 +222,8 @@ fn check_areas(
 }
 
 #[pyfunction]
-#[pyo3(name = "masked_mse", signature = (loss, d_student, student, teacher, weight, normalise, scale, resources))]
+#[pyo3(name = "masked_mse")]
+#[pyo3(signature = (loss, d_student, student, teacher, weight, normalise, scale, resources))]
 #[allow(clippy::too_many_arguments)]
 fn masked_mse_forward(
     py: Python<'_>,
@@ -269,7 +270,7 @@ fn check_masked_mse(
         .map_err(raise)
 }
 
-/// Uniforms f32 [n] and the seed of the noise, int64 [1], from the seed and the counter of a policy.
+/// Uniforms f32 [n] and a noise seed int64 [1] from a policy's seed and counter.
 #[pyfunction]
 fn draw(
     py: Python,
@@ -289,7 +290,8 @@ fn draw(
     released(py, resources, |run| args.forward(&uniforms, &noise_seed, &run))
 }
 
-/// Selects the reader of torch tensors: "portable"; "dlpack" from torch 2.10 on; "tch" after `use_tch_reader`.
+/// Selects the reader of torch tensors: "portable"; "dlpack" from torch 2.10 on; "tch" after
+/// `use_tch_reader`.
 #[pyfunction]
 fn select_reader(py: Python<'_>, name: &str) -> PyResult<()> {
     read::select(py, name)
@@ -301,7 +303,7 @@ fn use_tch_reader(reader: Object) -> PyResult<()> {
     read::use_tch(reader)
 }
 
-/// What this build has and uses.
+/// The version, the selected reader, the SIMD level, and whether CUDA kernels are included.
 #[pyfunction]
 fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     let info = PyDict::new(py);

@@ -1,9 +1,11 @@
-//! The arguments of the kernels: the structures of `common.cuh`, field by field, and the grid of a map.
+//! The arguments of the kernels: the structures of `common.cuh`, field by field, and the grid of a
+//! map.
 
 use crate::tensor::{Check, DType, Error, Result, TensorView};
 
-/// A structure of kernel arguments, with its fields' names and types for the test that compares it with the C++ one. Every field is 8
-/// bytes wide, or a structure of such, so both compilers lay it out alike.
+/// A structure of kernel arguments, with its fields' names and types for the test that compares it
+/// with the C++ one. Every field is 8 bytes wide, or a structure of such, so both compilers lay it
+/// out alike.
 macro_rules! mirror {
     ($(#[$about:meta])* $name:ident { $($(#[$of:meta])* $field:ident: $type:ty),* $(,)? }) => {
         $(#[$about])*
@@ -81,7 +83,8 @@ impl Order {
         }
     }
 
-    /// Whether all of these maps, of one shape and dtype, may be read and written 16 bytes at a time.
+    /// Whether all of these maps, of one shape and dtype, may be read and written 16 bytes at a
+    /// time.
     pub(crate) fn is_wide(self, maps: &[&TensorView]) -> bool {
         let sizes = maps[0].sizes();
         let inner = match self {
@@ -188,7 +191,8 @@ fn strides(view: &TensorView) -> [i64; 4] {
 const LARGE: usize = 1 << 23;
 
 impl Grid {
-    /// The grid of a map, defined in `common.cuh`. It depends on shape, dtype and order alone, and so do the sums' bits.
+    /// The grid of a map, defined in `common.cuh`. It depends on shape, dtype and order alone, and
+    /// so do the sums' bits.
     pub(crate) fn new(check: Check, map: &TensorView, order: Order, grows: bool) -> Result<Self> {
         let [batch, channels, height, width] = [0, 1, 2, 3].map(|i| map.sizes()[i]);
         let positions = height * width;
@@ -386,8 +390,8 @@ pub(crate) mod tests {
     fn more_blocks_than_a_launch_takes_are_refused() {
         let map = view(0, DType::F32, [1 << 31, 1, 32, 32], false);
         let error = Grid::new(Check("refine"), &map, Order::Planes, false).unwrap_err();
-        let expected = "refine: maps of shape [2147483648, 1, 32, 32] on cuda:0; supported: fewer than 2147483648 channels, \
-                        positions and blocks";
+        let expected = "refine: maps of shape [2147483648, 1, 32, 32] on cuda:0; \
+                        supported: fewer than 2147483648 channels, positions and blocks";
         assert_eq!(error.to_string(), expected);
     }
 }

@@ -1,8 +1,9 @@
 //! Compiled kernels on disk, so that a later process does not compile them again.
 //!
-//! One file for each image: a line that says what it is, then the image. Files appear whole (written beside their place, then
-//! renamed), so two processes at once do no harm. A file that is cut off, altered or of another key counts as absent and is
-//! written anew; a folder that cannot be read or written costs the time of compiling, and nothing else.
+//! One file for each image: a line that says what it is, then the image. Files appear whole
+//! (written beside their place, then renamed), so two processes at once do no harm. A file that is
+//! cut off, altered or of another key counts as absent and is written anew; a folder that cannot be
+//! read or written costs the time of compiling, and nothing else.
 
 use std::env;
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -11,8 +12,9 @@ use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Where images are kept: `SOKD_CACHE_DIR`, else `sokd` in the user's cache folder. `None`: nowhere (`SOKD_CACHE_DIR` is empty, or
-/// there is no home). Asked every time: a test or a script may change its environment.
+/// Where images are kept: `SOKD_CACHE_DIR`, else `sokd` in the user's cache folder. `None`: nowhere
+/// (`SOKD_CACHE_DIR` is empty, or there is no home). Read on every call: a test or a script may
+/// change its environment.
 pub(crate) fn folder() -> Option<PathBuf> {
     let given = |name: &str| env::var_os(name).map(PathBuf::from);
     if let Some(own) = given("SOKD_CACHE_DIR") {
@@ -27,7 +29,7 @@ pub(crate) fn folder() -> Option<PathBuf> {
     user.or_else(home).map(|path| path.join("sokd"))
 }
 
-/// What an image was made from: a digest of all of it.
+/// The sources and options of an image, as a digest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Key {
     /// A readable part of the file name: `masked_mse-sm_90`.
@@ -59,7 +61,7 @@ impl Key {
     }
 }
 
-/// FNV-1a of 128 bits: no defence against forgery, which would need the user's own rights, but against accidents.
+/// FNV-1a of 128 bits: against accidents, not forgery, which would need the user's own rights.
 struct Digest(u128);
 
 impl Default for Digest {
@@ -107,7 +109,7 @@ fn write(path: &Path, key: &Key, image: &[u8]) -> io::Result<()> {
     file.write_all(image)
 }
 
-/// The folder, for its owner alone where we make it: it holds code.
+/// Creates the folder, readable by its owner alone: it holds code.
 fn make(folder: &Path) -> io::Result<()> {
     let mut builder = DirBuilder::new();
     builder.recursive(true);

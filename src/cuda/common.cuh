@@ -1,39 +1,56 @@
-// What all kernels share: the structures that the host fills, dtypes, vector memory access, sums.
+// What all kernels share: the argument structures, dtypes, vector memory access, sums.
 //
-// How a kernel.cu is compiled (by NVRTC at run time, and by a C++ compiler for the emulator in tests/support/emulator):
-//   headers   common.cuh, philox.cuh and sampling.cuh, handed over by these names; nothing else is included
+// How a kernel.cu is compiled (by NVRTC at run time, and by a C++ compiler for the emulator in
+// tests/support/emulator):
+//   headers   common.cuh, philox.cuh and sampling.cuh, under these names; nothing else is included
 //   options   --std=c++17 --fmad=false --gpu-architecture=sm_XX -default-device
-//             (fused multiply-adds are written out, so that no compiler decides about bits)
-//   choice    -DSOKD_DTYPES=.. (1 f32, 2 f16, 4 bf16, 8 f64), -DSOKD_ORDERS=.. (1 planes, 2 lanes), -DSOKD_KERNELS=.. (see each kernel.cu):
-//             one bit each gives the shortest compilation; all bits are the default
-//   entries   {kernel}_{f32|f16|bf16|f64}_{planes|lanes}, extern "C", one structure by value, no static launch attributes
-// Launch: 256 threads a block, one dimension; no dynamic shared memory; blocks in x unless said otherwise; a grid of 0 blocks is not launched.
-// Every field of every structure is 8 bytes wide: pointers as unsigned long long, numbers as long long or double. Strides count elements.
+//             (fused multiply-adds are written out, so the bits do not depend on the compiler)
+//   choice    -DSOKD_DTYPES=.. (1 f32, 2 f16, 4 bf16, 8 f64), -DSOKD_ORDERS=.. (1 planes, 2 lanes),
+//             -DSOKD_KERNELS=.. (see each kernel.cu): one bit each gives the shortest compilation;
+//             all bits are the default
+//   entries   {kernel}_{f32|f16|bf16|f64}_{planes|lanes}, extern "C", one structure by value,
+//             no static launch attributes
+// Launch: 256 threads a block, one dimension; no dynamic shared memory; blocks in x unless stated
+// otherwise; a grid of 0 blocks is not launched.
+// Every field of every structure is 8 bytes wide: pointers as unsigned long long, numbers as
+// long long or double. Strides count elements.
 //
-// Orders of work, chosen by the output's memory (where there is none, by the first input's):
+// Orders of work, by the output's memory (by the first input's where there is no output map):
 //   planes    threads follow the positions of a plane: the output is contiguous [B, C, H, W]
-//   lanes     threads follow the channels of a position: the output is channels_last (and not contiguous, too)
-// Both take inputs of any strides. `wide` = 1 allows 128-bit access on every map of the call; it must only be set if
-//   planes    every map is contiguous, and P = H*W is a multiple of E = max(4, 16 / size) (f32 4, f16 and bf16 8, f64 4)
+//   lanes     threads follow the channels of a position: the output is channels_last (and not
+//             contiguous, too)
+// Both take inputs of any strides. `wide` = 1 allows 128-bit access on every map of the call; it is
+// set only if
+//   planes    every map is contiguous, and P = H*W is a multiple of E = max(4, 16 / size)
+//             (f32 4, f16 and bf16 8, f64 4)
 //   lanes     every map is channels_last, and C is a multiple of E
 //   and every map's pointer is a multiple of 16.
 // Geometry, the same for all kernels that take a Grid (size = bytes of an element):
-//   planes    positions_per_block = clamp(next_power_of_two(P), 32, 256);   lane_bits = log2(positions_per_block)
-//             channels_per_block  = 4096 / positions_per_block, or 8192 / positions_per_block if B*C*P >= 2^23 (never so for refine_dots)
-//   lanes     channels_per_block  = min(C, 128);   lanes = max(4, next_power_of_two(ceil(channels_per_block / E)));   lane_bits = log2(lanes)
+//   planes    positions_per_block = clamp(next_power_of_two(P), 32, 256)
+//             lane_bits = log2(positions_per_block)
+//             channels_per_block = 4096 / positions_per_block, or 8192 / positions_per_block if
+//             B*C*P >= 2^23 (never so for refine_dots)
+//   lanes     channels_per_block = min(C, 128)
+//             lanes = max(4, next_power_of_two(ceil(channels_per_block / E)))
+//             lane_bits = log2(lanes)
 //             positions_per_block = 1024 / lanes
-//   tiles = ceil(P / positions_per_block);   chunks = ceil(C / channels_per_block);   blocks = B * chunks * tiles
-// Block i works on tile i % tiles, chunk i / tiles % chunks, sample i / tiles / chunks. blocks, C and P are below 2^31.
+//   tiles = ceil(P / positions_per_block)
+//   chunks = ceil(C / channels_per_block)
+//   blocks = B * chunks * tiles
+// Block i works on tile i % tiles, chunk i / tiles % chunks, sample i / tiles / chunks. blocks, C
+// and P are below 2^31.
 #pragma once
 
-// A map [B, C, H, W]: where it lies (0: there is none) and its strides.
+// A map [B, C, H, W]: its address (0: absent) and its strides.
 struct Map {
     unsigned long long pointer;
     long long n, c, y, x;
 };
 
-// A part of a plan, of any dtype that the checks let through. `group` is 0 if the part has one group for all samples.
-//   theta: a = stride of the rows, b = of the columns;  hole: a = of the four numbers;  perm, keep: a = of the channels;  sigma: none
+// A part of a plan, of any dtype that the checks accept. `group` is 0 if the part has one
+// group for all samples.
+//   theta: a = stride of the rows, b = of the columns;  hole: a = of the four numbers
+//   perm, keep: a = of the channels;  sigma: no further stride
 struct Part {
     unsigned long long pointer;  // 0: absent
     long long dtype;             // a DType below
@@ -42,23 +59,34 @@ struct Part {
     long long a, b;
 };
 
-// A gradient [G, ..] that goes out.
+// A gradient [G, ..].
 struct Out {
-    unsigned long long pointer;  // 0: not wanted
+    unsigned long long pointer;  // 0: absent
     long long dtype;             // of the float dtypes
     long long groups;            // G: 1, or the batch
     long long group, a, b;       // strides as in Part
 };
 
-// Sizes, and how the work is cut (see above).
+// Sizes of a map, and its tiles and chunks (see above).
 struct Grid {
     long long batch, channels, height, width;
     long long positions_per_block, channels_per_block, lane_bits, tiles, chunks;
 };
 
-enum DType { F32 = 0, F16 = 1, BF16 = 2, F64 = 3, I64 = 4, I32 = 5, I16 = 6, I8 = 7, U8 = 8, BOOL = 9 };
+enum DType {
+    F32 = 0,
+    F16 = 1,
+    BF16 = 2,
+    F64 = 3,
+    I64 = 4,
+    I32 = 5,
+    I16 = 6,
+    I8 = 7,
+    U8 = 8,
+    BOOL = 9
+};
 
-// ------------------------------------------------------------------------------------------------------------------ compilation
+// ------------------------------------------------------------------------------------- compilation
 #ifndef SOKD_DTYPES
 #define SOKD_DTYPES 15
 #endif
@@ -79,26 +107,32 @@ constexpr int PLANES = 0, LANES = 1;
 #endif
 #define SOKD_DEVICE __device__ __forceinline__
 
-// Four blocks of 256 threads on a multiprocessor: 64 registers each, which is half of the occupancy of the largest ones. Of doubles, which
-// are there to check gradients, two blocks: 128 registers.
-#define SOKD_ENTRY_OF(name, Args, BLOCKS, ...)                                                               \
-    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) name(const __grid_constant__ Args args) {  \
-        __VA_ARGS__(args);                                                                                   \
-    }                                                                                                        \
+// Four blocks of 256 threads on a multiprocessor: 64 registers each, which is half of the occupancy
+// of the largest ones. For doubles, which serve to check gradients, two blocks: 128 registers.
+#define SOKD_ENTRY_OF(name, Args, BLOCKS, ...)              \
+    extern "C" __global__ void                              \
+    __launch_bounds__(THREADS, BLOCKS)                      \
+    name(const __grid_constant__ Args args) {               \
+        __VA_ARGS__(args);                                  \
+    }                                                       \
     SOKD_REGISTER(name, Args)
 #define SOKD_ENTRY(name, Args, ...) SOKD_ENTRY_OF(name, Args, 4, __VA_ARGS__)
 
 #if SOKD_ORDERS & 1
-#define SOKD_IN_PLANES(name, Args, function, T) SOKD_ENTRY_OF(name##_planes, Args, sizeof(T) == 8 ? 2 : 4, function<T, PLANES>)
+#define SOKD_IN_PLANES(name, Args, function, T) \
+    SOKD_ENTRY_OF(name##_planes, Args, sizeof(T) == 8 ? 2 : 4, function<T, PLANES>)
 #else
 #define SOKD_IN_PLANES(...)
 #endif
 #if SOKD_ORDERS & 2
-#define SOKD_IN_LANES(name, Args, function, T) SOKD_ENTRY_OF(name##_lanes, Args, sizeof(T) == 8 ? 2 : 4, function<T, LANES>)
+#define SOKD_IN_LANES(name, Args, function, T) \
+    SOKD_ENTRY_OF(name##_lanes, Args, sizeof(T) == 8 ? 2 : 4, function<T, LANES>)
 #else
 #define SOKD_IN_LANES(...)
 #endif
-#define SOKD_IN_ORDERS(name, Args, function, T) SOKD_IN_PLANES(name, Args, function, T) SOKD_IN_LANES(name, Args, function, T)
+#define SOKD_IN_ORDERS(name, Args, function, T) \
+    SOKD_IN_PLANES(name, Args, function, T)     \
+    SOKD_IN_LANES(name, Args, function, T)
 #if SOKD_DTYPES & 1
 #define SOKD_IF_F32(...) __VA_ARGS__
 #else
@@ -119,14 +153,14 @@ constexpr int PLANES = 0, LANES = 1;
 #else
 #define SOKD_IF_F64(...)
 #endif
-// One entry for each dtype and order that is asked for.
+// One entry for each selected dtype and order.
 #define SOKD_ENTRIES(name, Args, function)                        \
     SOKD_IF_F32(SOKD_IN_ORDERS(name##_f32, Args, function, float))   \
     SOKD_IF_F16(SOKD_IN_ORDERS(name##_f16, Args, function, Half))    \
     SOKD_IF_BF16(SOKD_IN_ORDERS(name##_bf16, Args, function, BFloat)) \
     SOKD_IF_F64(SOKD_IN_ORDERS(name##_f64, Args, function, double))
 
-// ------------------------------------------------------------------------------------------------------------------- dtypes
+// ------------------------------------------------------------------------------------------ dtypes
 struct Half {
     unsigned short bits;
 };
@@ -134,7 +168,7 @@ struct BFloat {
     unsigned short bits;
 };
 
-// What a dtype is computed in.
+// The accumulator dtype.
 template <class T>
 struct Real {
     using type = float;
@@ -161,7 +195,7 @@ SOKD_DEVICE float to_acc(Half value) {
 
 SOKD_DEVICE void from_acc(float value, float& out) { out = value; }
 SOKD_DEVICE void from_acc(double value, double& out) { out = value; }
-// By integers: the instruction is there from sm_80 on alone.
+// By integers: the instruction exists from sm_80 on.
 SOKD_DEVICE void from_acc(float value, BFloat& out) {
     const unsigned bits = __float_as_uint(value);
     const unsigned rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -180,7 +214,7 @@ SOKD_DEVICE double fused(double a, double b, double c) { return fma(a, b, c); }
 SOKD_DEVICE float root(float value) { return sqrtf(value); }
 SOKD_DEVICE double root(double value) { return sqrt(value); }
 
-// A number of any dtype at an element's offset.
+// A number of any dtype at an offset in elements.
 template <class T>
 SOKD_DEVICE T load(unsigned long long pointer, long long offset) {
     return ((const T*)pointer)[offset];
@@ -198,21 +232,23 @@ SOKD_DEVICE long long load_int(unsigned long long pointer, long long dtype, long
     if (dtype == I8) return load<signed char>(pointer, offset);
     return load<unsigned char>(pointer, offset);
 }
-SOKD_DEVICE void store_real(unsigned long long pointer, long long dtype, long long offset, double value) {
+SOKD_DEVICE void store_real(
+    unsigned long long pointer, long long dtype, long long offset, double value) {
     if (dtype == F32) ((float*)pointer)[offset] = (float)value;
     else if (dtype == F64) ((double*)pointer)[offset] = value;
     else if (dtype == F16) from_acc((float)value, ((Half*)pointer)[offset]);
     else from_acc((float)value, ((BFloat*)pointer)[offset]);
 }
 
-// -------------------------------------------------------------------------------------------------------------- 128-bit access
+// ---------------------------------------------------------------------------------- 128-bit access
 struct Pack {
     unsigned w[4];
 };
 template <class T>
 constexpr int WIDTH = 16 / sizeof(T);
 
-// Inputs are never written by the kernel that reads them, so the read-only path holds; the compiler may move these loads freely.
+// Inputs are never written by the kernel that reads them, so the read-only path holds; the compiler
+// may move these loads freely.
 SOKD_DEVICE Pack load_pack(const void* from) {
     Pack pack;
 #ifdef SOKD_EMULATOR
@@ -225,7 +261,7 @@ SOKD_DEVICE Pack load_pack(const void* from) {
 #endif
     return pack;
 }
-// Of memory that the same kernel writes.
+// From memory that the same kernel writes.
 SOKD_DEVICE Pack load_own_pack(const void* from) {
     Pack pack;
 #ifdef SOKD_EMULATOR
@@ -243,8 +279,9 @@ SOKD_DEVICE void store_pack(void* to, const Pack& pack) {
     emulator::check_aligned(to);
     *(Pack*)to = pack;
 #else
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(pack.w[0]), "r"(pack.w[1]), "r"(pack.w[2]), "r"(pack.w[3])
-                 : "memory");
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(pack.w[0]),
+        "r"(pack.w[1]), "r"(pack.w[2]), "r"(pack.w[3])
+        : "memory");
 #endif
 }
 
@@ -274,7 +311,8 @@ SOKD_DEVICE void set_element(Pack& pack, int i, Acc<T> value) {
     }
 }
 
-// What a thread has at a time: E elements that follow one another (four at least, because noise comes by fours).
+// What a thread holds at a time: E consecutive elements (at least four, as noise is drawn in
+// fours).
 template <class T>
 constexpr int RUN = WIDTH<T> < 4 ? 4 : WIDTH<T>;
 template <class T>
@@ -297,37 +335,42 @@ struct Run {
     }
 };
 
-// -------------------------------------------------------------------------------------------------------------- which work is mine
-// The piece of the map that a block has.
-struct Piece {
+// -------------------------------------------------------------------------------- tiles of a block
+// The tile of a map that a block works on: positions, and the channels of a chunk.
+struct Tile {
     long long n;
     int channel, channels;        // from, up to
     unsigned position, positions;  // from, up to
 };
-SOKD_DEVICE Piece piece_of(const Grid& grid) {
+SOKD_DEVICE Tile tile_of(const Grid& grid) {
     const unsigned tiles = (unsigned)grid.tiles, chunks = (unsigned)grid.chunks;
-    const unsigned tile = blockIdx.x % tiles, rest = blockIdx.x / tiles, chunk = rest % chunks;
-    Piece piece;
-    piece.n = rest / chunks;
-    piece.channel = (int)(chunk * grid.channels_per_block);
-    piece.channels = (int)(grid.channels - piece.channel < grid.channels_per_block ? grid.channels : piece.channel + grid.channels_per_block);
-    const long long first = tile * grid.positions_per_block, all = grid.height * grid.width;
-    piece.position = (unsigned)first;
-    piece.positions = (unsigned)(all - first < grid.positions_per_block ? all : first + grid.positions_per_block);
-    return piece;
+    const unsigned index = blockIdx.x % tiles, rest = blockIdx.x / tiles, chunk = rest % chunks;
+    Tile tile;
+    tile.n = rest / chunks;
+    tile.channel = (int)(chunk * grid.channels_per_block);
+    tile.channels = (int)(grid.channels - tile.channel < grid.channels_per_block
+                               ? grid.channels
+                               : tile.channel + grid.channels_per_block);
+    const long long first = index * grid.positions_per_block, all = grid.height * grid.width;
+    tile.position = (unsigned)first;
+    tile.positions =
+        (unsigned)(all - first < grid.positions_per_block ? all : first + grid.positions_per_block);
+    return tile;
 }
 
-// Lanes: four threads side by side have the four positions of a quad, then come the runs of channels, then further quads. A thread goes on
-// by `step` positions, four times in all.
+// Lanes: four adjacent threads hold the four positions of a quad; runs of channels come next, then
+// further quads. A thread advances by `step` positions, four times in all.
 struct Spot {
-    int channel;        // of its run's first element; past the piece's end for idle threads
+    int channel;        // of its run's first element; past the tile's end for idle threads
     unsigned position;  // the first of its four
     unsigned step;
 };
 template <class T>
-SOKD_DEVICE Spot spot_of(const Grid& grid, const Piece& piece) {
-    const unsigned lane = (threadIdx.x >> 2) & ((1u << grid.lane_bits) - 1), slot = threadIdx.x >> (2 + grid.lane_bits);
-    return {piece.channel + (int)lane * RUN<T>, piece.position + slot * 4 + (threadIdx.x & 3), (unsigned)grid.positions_per_block / 4};
+SOKD_DEVICE Spot spot_of(const Grid& grid, const Tile& tile) {
+    const unsigned lane = (threadIdx.x >> 2) & ((1u << grid.lane_bits) - 1),
+                   slot = threadIdx.x >> (2 + grid.lane_bits);
+    return {tile.channel + (int)lane * RUN<T>, tile.position + slot * 4 + (threadIdx.x & 3),
+        (unsigned)grid.positions_per_block / 4};
 }
 
 template <class T>
@@ -339,7 +382,7 @@ SOKD_DEVICE long long place(const Map& map, unsigned position, unsigned width) {
     return (long long)(position / width) * map.y + (long long)(position % width) * map.x;
 }
 
-// --------------------------------------------------------------------------------------------------------------------- sums
+// -------------------------------------------------------------------------------------------- sums
 // Always the same tree, so the same bits on every run.
 template <class A>
 SOKD_DEVICE A warp_sum(A value) {
@@ -347,7 +390,8 @@ SOKD_DEVICE A warp_sum(A value) {
     return value;
 }
 
-// The block's sum, in thread 0, of what the first lane of every warp brings. `room` is shared; a barrier must lie between two uses.
+// The block's sum, in thread 0, of the first lane of every warp. `room` is shared; a
+// barrier must lie between two uses.
 SOKD_DEVICE double block_total(double of_warp, double (&room)[WARPS]) {
     if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = of_warp;
     __syncthreads();
@@ -365,7 +409,8 @@ SOKD_DEVICE double sum_of(const double* values, long long count, double (&room)[
     return block_total(warp_sum(sum), room);
 }
 
-// Eight sums of a warp by nine exchanges: halves of the lanes go on with halves of the numbers. Every lane gets that of number (lane / 4).
+// Eight sums of a warp by nine exchanges: halves of the lanes go on with halves of the numbers.
+// Every lane gets that of number (lane / 4).
 template <class A>
 SOKD_DEVICE A warp_sums(A (&values)[8]) {
 #pragma unroll
@@ -373,7 +418,8 @@ SOKD_DEVICE A warp_sums(A (&values)[8]) {
         const bool upper = threadIdx.x & step;
 #pragma unroll
         for (int i = 0; i < count; i++) {
-            const A other = __shfl_xor_sync(0xffffffffu, upper ? values[i] : values[i + count], step);
+            const A other = __shfl_xor_sync(
+                0xffffffffu, upper ? values[i] : values[i + count], step);
             values[i] = (upper ? values[i + count] : values[i]) + other;
         }
     }

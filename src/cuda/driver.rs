@@ -1,16 +1,18 @@
-//! The CUDA driver, opened at run time: sixteen functions of its stable C interface, and nothing of a toolkit.
+//! The CUDA driver, opened at run time: sixteen functions of its stable C interface, and nothing of
+//! a toolkit.
 //!
-//! Bound by hand rather than through cudarc, for three reasons. Its result codes are Rust enums, so a code that a newer driver
-//! returns would be undefined behaviour, and here they are numbers. It panics where a library or a symbol is missing; here that
-//! is a [`Failure`]. And it takes the first NVRTC on the path, but it must be the one that torch uses.
+//! Bound by hand rather than through cudarc, for three reasons. Its result codes are Rust enums, so
+//! a code that a newer driver returns would be undefined behaviour, and here they are numbers. It
+//! panics where a library or a symbol is missing; here that is a [`Failure`]. And it takes the
+//! first NVRTC on the path, but it must be the one that torch uses.
 
 use super::bindings;
 use crate::tensor::CudaFailure as Failure;
 use std::ffi::{c_char, c_int, c_uint, c_void, CStr};
 use std::ptr::null_mut;
 
-/// A context, module, function or stream of the driver. Streams are torch's, and null is the default one; the others are never
-/// released.
+/// A context, module, function or stream of the driver. Streams are torch's, and null is the
+/// default one; the others are never released.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(transparent)]
 pub(crate) struct Handle(*mut c_void);
@@ -23,7 +25,7 @@ unsafe impl Sync for Handle {}
 impl Handle {
     const NULL: Self = Self(null_mut());
 
-    /// A handle that torch names by its address.
+    /// A handle from its address in torch.
     pub(crate) fn at(address: usize) -> Self {
         Self(address as *mut c_void)
     }
@@ -37,13 +39,17 @@ bindings! {
         error_string = "cuGetErrorString"(code: c_int, text: *mut *const c_char),
         device_count = "cuDeviceGetCount"(count: *mut c_int),
         device_get = "cuDeviceGet"(device: *mut c_int, ordinal: c_int),
-        device_attribute = "cuDeviceGetAttribute"(value: *mut c_int, attribute: c_int, device: c_int),
+        device_attribute = "cuDeviceGetAttribute"(
+            value: *mut c_int, attribute: c_int, device: c_int
+        ),
         primary_retain = "cuDevicePrimaryCtxRetain"(context: *mut Handle, device: c_int),
         context_get = "cuCtxGetCurrent"(context: *mut Handle),
         context_push = "cuCtxPushCurrent_v2"(context: Handle),
         context_pop = "cuCtxPopCurrent_v2"(context: *mut Handle),
         module_load = "cuModuleLoadData"(module: *mut Handle, image: *const c_void),
-        module_function = "cuModuleGetFunction"(function: *mut Handle, module: Handle, name: *const c_char),
+        module_function = "cuModuleGetFunction"(
+            function: *mut Handle, module: Handle, name: *const c_char
+        ),
         capture_mode = "cuThreadExchangeStreamCaptureMode"(mode: *mut c_int),
         is_capturing = "cuStreamIsCapturing"(stream: Handle, status: *mut c_int),
         launch = "cuLaunchKernel"(
@@ -74,7 +80,7 @@ pub(crate) struct Driver {
 type Result<T> = std::result::Result<T, Failure>;
 
 impl Driver {
-    /// Opens the library. Nothing is initialised, so a later fork is as free as without us.
+    /// Opens the library. Nothing is initialised, so the process may still fork.
     pub(crate) fn open() -> Result<Self> {
         Ok(Self { api: Api::open(NAMES.iter().map(|name| (*name).to_owned()))? })
     }
@@ -82,14 +88,15 @@ impl Driver {
     /// Initialises the driver (again is free); number of devices.
     pub(crate) fn init(&self) -> Result<usize> {
         let mut count = 0;
-        // SAFETY: `Api` holds the library's own functions with the signatures of its header; so in every block of this file.
+        // SAFETY: `Api` holds the library's own functions with the signatures of its header; so in
+        // every block of this file.
         self.check("cuInit", unsafe { (self.api.init)(0) })?;
         // SAFETY: a place for one int.
         self.check("cuDeviceGetCount", unsafe { (self.api.device_count)(&mut count) })?;
         Ok(usize::try_from(count).unwrap_or(0))
     }
 
-    /// The newest CUDA that this driver serves, as (major, minor).
+    /// The newest CUDA version of this driver, (major, minor).
     pub(crate) fn version(&self) -> Result<(i32, i32)> {
         let mut version = 0;
         // SAFETY: a place for one int.
@@ -97,7 +104,8 @@ impl Driver {
         Ok((version / 1000, version % 1000 / 10))
     }
 
-    /// A device's primary context, torch's own, retained for the process's life; and its compute capability, as 90 for 9.0.
+    /// A device's primary context, torch's own, retained for the process's life; and its compute
+    /// capability, as 90 for 9.0.
     pub(crate) fn device(&self, ordinal: usize) -> Result<(Handle, u32)> {
         let (mut device, mut context) = (0, Handle::NULL);
         let ordinal = c_int::try_from(ordinal).unwrap_or(c_int::MAX);
@@ -138,7 +146,8 @@ impl Driver {
 
     /// Does `work`, which adds nothing to a stream, as if no stream were being captured.
     ///
-    /// By default a capture of any thread's forbids loading a module in every thread, and is spoilt by the attempt.
+    /// By default a capture of any thread's forbids loading a module in every thread, and is spoilt
+    /// by the attempt.
     pub(crate) fn beside_captures<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
         const CALL: &str = "cuThreadExchangeStreamCaptureMode";
         let mut mode = CAPTURE_MODE_RELAXED;
@@ -166,7 +175,8 @@ impl Driver {
         self.check("cuModuleGetFunction", code).map(|()| function)
     }
 
-    /// Whether work on this stream is being recorded into a graph, or may not be given while another's is.
+    /// Whether work on this stream is being recorded into a graph, or may not be given while
+    /// another's is.
     pub(crate) fn is_capturing(&self, stream: Handle) -> Result<bool> {
         let mut status = 0;
         // SAFETY: a live stream of torch's, in the current context.
@@ -180,8 +190,8 @@ impl Driver {
     /// Puts one kernel on a stream.
     ///
     /// # Safety
-    /// `parameters` points to the kernel's one argument, of the type that the kernel takes; the memory that it names is the
-    /// device's and lives until the stream has passed this kernel.
+    /// `parameters` points to the kernel's one argument, of the type that the kernel takes; the
+    /// memory that it names is the device's and lives until the stream has passed this kernel.
     pub(crate) unsafe fn launch(
         &self,
         function: Handle,
@@ -190,7 +200,8 @@ impl Driver {
         argument: *mut c_void,
     ) -> Result<()> {
         let mut parameters = [argument];
-        // SAFETY: the driver copies the argument before it returns; the rest is the caller's promise.
+        // SAFETY: the driver copies the argument before it returns; the rest is the caller's
+        // promise.
         let code = unsafe {
             (self.api.launch)(
                 function,
@@ -229,12 +240,12 @@ impl Driver {
     }
 }
 
-/// Whether the device's memory was too short.
+/// Whether the device was out of memory.
 pub(crate) fn is_out_of_memory(failure: &Failure) -> bool {
     matches!(failure, Failure::Driver { code: OUT_OF_MEMORY, .. })
 }
 
-/// Whether loading failed for what the image is, rather than for want of memory or a broken device.
+/// Whether the image itself is unsuitable, rather than memory or the device.
 pub(crate) fn is_bad_image(failure: &Failure) -> bool {
     matches!(failure, Failure::Driver { code, .. } if BAD_IMAGE.contains(code))
 }

@@ -1,4 +1,5 @@
-//! A kernel from its name to a stream: compiled or fetched from the disk, loaded once for each device, launched.
+//! A kernel from its name to a stream: compiled or fetched from the disk, loaded once for each
+//! device, launched.
 
 use super::args::{code, Order};
 use super::driver::{is_bad_image, is_out_of_memory, Handle};
@@ -14,17 +15,18 @@ type Result<T> = std::result::Result<T, Failure>;
 
 /// A file that kernels include, by its name there, and its text.
 type Header = (&'static str, &'static str);
-/// Those that are there for all kernels.
+/// The headers of all kernels.
 pub(crate) const HEADERS: [Header; 3] = [
     ("common.cuh", include_str!("common.cuh")),
     ("philox.cuh", include_str!("philox.cuh")),
     ("sampling.cuh", include_str!("sampling.cuh")),
 ];
-/// Fused multiply-adds are written out in the kernels, so that no compiler decides about bits.
+/// Fused multiply-adds are written out in the kernels, so the bits do not depend on the compiler.
 const OPTIONS: [&str; 3] = ["--std=c++17", "--fmad=false", "-default-device"];
-/// The first compute capability with all that the kernels use: `__grid_constant__`, and shuffles with a mask.
+/// The first compute capability with all that the kernels use: `__grid_constant__`, and shuffles
+/// with a mask.
 const OLDEST: u32 = 70;
-/// Of every kernel.
+/// Threads a block, of every kernel.
 const THREADS: u32 = 256;
 
 /// A kernel.cu.
@@ -197,7 +199,8 @@ pub(crate) fn on_device<T>(
     let cuda = opened().map_err(failed)?;
     let device = cuda.device(ordinal).map_err(failed)?;
     let queue = Queue { op, cuda, ordinal, device, stream: Handle::at(run.stream) };
-    // The context's own failures must not swallow those of the work, which are no failures of the driver alone.
+    // The context's own failures must not swallow those of the work, which are no failures of the
+    // driver alone.
     cuda.driver.within(device.context, || Ok(work(&queue))).map_err(failed)?
 }
 
@@ -205,8 +208,8 @@ impl Queue {
     /// Puts one kernel on the stream; a grid of no blocks is no launch.
     ///
     /// # Safety
-    /// `args` is the argument structure of this kernel, filled as kernel.cu defines it, with memory of this device that torch keeps
-    /// for this stream.
+    /// `args` is the argument structure of this kernel, filled as kernel.cu defines it, with memory
+    /// of this device that torch keeps for this stream.
     pub(crate) unsafe fn launch<A: Copy>(
         &self,
         kernel: &'static Kernel,
@@ -249,7 +252,8 @@ impl Queue {
         if let Some(function) = functions.read().unwrap_or_else(PoisonError::into_inner).get(&key) {
             return Ok(*function);
         }
-        // A module loads a kernel on its first use, so this holds for a kernel of a loaded module, too.
+        // A module loads a kernel on its first use, so this holds for a kernel of a loaded module,
+        // too.
         if self.cuda.driver.is_capturing(self.stream)? {
             let float64 = variant.dtype == Some(DType::F64);
             return Err(Failure::Capturing {

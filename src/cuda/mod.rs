@@ -1,8 +1,10 @@
-//! CUDA from the host's side: [`driver`] and [`nvrtc`] are libraries found at run time, [`cache`] keeps what was compiled,
-//! [`args`] mirrors the structures of the kernels, [`launch`] puts kernels on torch's streams.
+//! CUDA from the host's side: [`driver`] and [`nvrtc`] are libraries found at run time, [`cache`]
+//! keeps what was compiled, [`args`] mirrors the structures of the kernels, [`launch`] puts kernels
+//! on torch's streams.
 //!
-//! Nothing here synchronises, allocates device memory or unloads a module (which a graph capture would forbid). Without a driver
-//! or NVRTC, [`open`] returns the reason, and the Python package uses its reference path.
+//! Nothing here synchronises, allocates device memory or unloads a module (which a graph capture
+//! would forbid). Without a driver or NVRTC, [`open`] returns the reason, and the Python package
+//! uses its reference path.
 
 pub(crate) mod args;
 pub(crate) mod cache;
@@ -20,16 +22,20 @@ use nvrtc::Nvrtc;
 use std::error::Error as _;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-/// The functions of a library as a structure of pointers. Every one is looked up when the library is opened, so that a missing one
-/// is an error there and not a crash later.
+/// The functions of a library as a structure of pointers. Every one is looked up when the library
+/// is opened, so that a missing one is an error there and not a crash later.
 macro_rules! bindings {
     (@returns) => { std::ffi::c_int };
     (@returns $type:ty) => { $type };
     ($api:ident, $library:literal {
-        $($field:ident = $symbol:literal($($argument:ident: $type:ty),* $(,)?) $(-> $returned:ty)?),* $(,)?
+        $($field:ident = $symbol:literal(
+            $($argument:ident: $type:ty),* $(,)?
+        ) $(-> $returned:ty)?),* $(,)?
     }) => {
         struct $api {
-            $($field: unsafe extern "C" fn($($argument: $type),*) -> bindings!(@returns $($returned)?)),*
+            $($field: unsafe extern "C" fn(
+                $($argument: $type),*
+            ) -> bindings!(@returns $($returned)?)),*
         }
 
         impl $api {
@@ -88,7 +94,8 @@ pub(crate) struct Cuda {
 
 static CUDA: OnceLock<Cuda> = OnceLock::new();
 
-/// Opens the driver and the first NVRTC of these names or paths. It initialises nothing, costs little, and later calls are free.
+/// Opens the driver and the first NVRTC of these names or paths. It initialises nothing, costs
+/// little, and later calls are free.
 ///
 /// `release` is called where the driver is out of memory for a kernel's code, before a second try.
 pub(crate) fn open(nvrtc: &[String], release: fn()) -> Result<&'static Cuda, Failure> {
@@ -105,7 +112,8 @@ fn opened() -> Result<&'static Cuda, Failure> {
     CUDA.get().ok_or(Failure::NotOpen)
 }
 
-/// Compiles and loads kernels, given by operator, for these dtypes and orders on one device, several at a time.
+/// Compiles and loads kernels, given by operator, for these dtypes and orders on one device,
+/// several at a time.
 pub(crate) fn warmup(
     op: &'static str,
     ordinal: usize,
@@ -117,7 +125,8 @@ pub(crate) fn warmup(
     let kernels = kernels.iter().copied().flatten();
     let mut variants: Vec<Variant> =
         kernels.flat_map(|kernel| kernel.variants(dtypes, orders)).collect();
-    // Variants of one translation unit would wait for one another: the few that share one come last.
+    // Variants of one translation unit would wait for one another: the few that share one come
+    // last.
     variants.sort_by_key(Variant::shares_unit);
     let (stream, failed) = (Run { allocate: None, ..run }, Mutex::new(None));
     parallel::for_each(run.threads, variants.len(), |i| {
@@ -129,7 +138,8 @@ pub(crate) fn warmup(
     failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }
 
-/// Why no kernel can run on this device: it is too old for the kernels or for the compiler. `None` if they can.
+/// Why no kernel can run on this device: it is too old for the kernels or for the compiler. `None`
+/// if they can.
 pub(crate) fn why_not(op: &'static str, ordinal: usize) -> Checked<Option<String>> {
     let why = |failure: Failure| match failure {
         Failure::OldDevice { .. } | Failure::UnknownArch { .. } => Ok(Some(failure.to_string())),
@@ -151,7 +161,6 @@ pub(crate) struct Info {
     pub cached: usize,
 }
 
-/// Versions and counts.
 pub(crate) fn info(op: &'static str) -> Checked<Info> {
     let info = || {
         let cuda = opened()?;

@@ -1,4 +1,5 @@
-//! NVRTC, the compiler that every CUDA build of torch brings: CUDA C++ to machine code, in this process, without a toolkit.
+//! NVRTC, the compiler that every CUDA build of torch brings: CUDA C++ to machine code, in this
+//! process, without a toolkit.
 
 use super::bindings;
 use crate::tensor::CudaFailure as Failure;
@@ -20,7 +21,9 @@ bindings! {
             headers: c_int, texts: *const *const c_char, names: *const *const c_char
         ),
         destroy = "nvrtcDestroyProgram"(program: *mut Handle),
-        compile = "nvrtcCompileProgram"(program: Handle, options: c_int, texts: *const *const c_char),
+        compile = "nvrtcCompileProgram"(
+            program: Handle, options: c_int, texts: *const *const c_char
+        ),
         log_size = "nvrtcGetProgramLogSize"(program: Handle, size: *mut usize),
         log = "nvrtcGetProgramLog"(program: Handle, text: *mut c_char),
         cubin_size = "nvrtcGetCUBINSize"(program: Handle, size: *mut usize),
@@ -46,7 +49,8 @@ pub(crate) struct Nvrtc {
 pub(crate) enum Target {
     /// Machine code for this architecture, which runs on it and on later ones of its generation.
     Cubin(u32),
-    /// PTX for this architecture: the driver translates it for a generation that this NVRTC does not know yet.
+    /// PTX for this architecture: the driver translates it for a generation that this NVRTC does
+    /// not know yet.
     Ptx(u32),
 }
 
@@ -60,26 +64,25 @@ impl Target {
     }
 }
 
-/// A translation unit: the file, the headers that it includes by name, the options beside the architecture.
+/// A translation unit: the file, the headers that it includes by name, the options beside the
+/// architecture.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Program<'a> {
-    /// The name that stands in the compiler's messages.
+    /// Its name in the compiler's messages.
     pub name: &'a str,
-    /// CUDA C++.
     pub text: &'a str,
-    /// (name, text)
     pub headers: &'a [(&'a str, &'a str)],
     /// As on the command line.
     pub options: &'a [&'a str],
 }
 
 impl Nvrtc {
-    /// Opens the first of these libraries that there is.
     pub(crate) fn open(names: impl Iterator<Item = String>) -> Result<Self> {
         let names = names.inspect(|name| open_builtins(Path::new(name)));
         let mut nvrtc = Self { api: Api::open(names)?, version: (0, 0), archs: Vec::new() };
         let (mut major, mut minor, mut count) = (0, 0, 0);
-        // SAFETY: `Api` holds the library's own functions with the signatures of its header; so in every block of this file.
+        // SAFETY: `Api` holds the library's own functions with the signatures of its header; so in
+        // every block of this file.
         nvrtc.check("nvrtcVersion", unsafe { (nvrtc.api.version)(&mut major, &mut minor) })?;
         // SAFETY: a place for one int.
         nvrtc.check("nvrtcGetNumSupportedArchs", unsafe {
@@ -172,7 +175,8 @@ impl Nvrtc {
     }
 }
 
-/// Opens NVRTC's builtins library. NVRTC opens it by name alone, which does not find it in a wheel's folder.
+/// Opens NVRTC's builtins library. NVRTC opens it by name alone, which does not find it in a
+/// wheel's folder.
 fn open_builtins(nvrtc: &Path) {
     let Some(files) = nvrtc.parent().and_then(|folder| folder.read_dir().ok()) else { return };
     for file in files
@@ -189,7 +193,8 @@ fn open_builtins(nvrtc: &Path) {
 /// Architectures of embedded devices.
 const TEGRA: [u32; 4] = [72, 87, 101, 110];
 
-/// The newest architecture of the device's own generation that does not go beyond it; else PTX of the newest one before it.
+/// The newest architecture of the device's own generation that does not go beyond it; else PTX of
+/// the newest one before it.
 ///
 /// Machine code for a Tegra runs on it alone, and it runs no other.
 fn target(archs: &[u32], capability: u32) -> Option<Target> {

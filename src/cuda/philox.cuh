@@ -1,8 +1,10 @@
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) and normals from it: the bits of src/philox.rs.
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) and normals
+// from it: the bits of src/random/philox.rs.
 //
-// Counter words: (position / 4, 0, plane low, plane high) with plane = n*C + c, position = y*W + x; the key is the seed. The four words
-// make the normals of the positions 4*q .. 4*q+3. Every operation rounds as on the CPU (multiply-adds are written out), so the normals have
-// the same bits, too.
+// Counter words: (position / 4, 0, plane low, plane high) with plane = n*C + c, position = y*W + x;
+// the key is the seed. The four words make the normals of the positions 4*q .. 4*q+3. Every
+// operation rounds as on the CPU (multiply-adds are written out), so the normals have the same
+// bits, too.
 #pragma once
 #include "common.cuh"
 
@@ -13,10 +15,11 @@ struct Normals {
     float of[4];
 };
 
-SOKD_DEVICE Words philox(unsigned key0, unsigned key1, unsigned c0, unsigned c1, unsigned c2, unsigned c3) {
+SOKD_DEVICE Words philox(
+    unsigned key0, unsigned key1, unsigned c0, unsigned c1, unsigned c2, unsigned c3) {
 #ifndef SOKD_EMULATOR
-    // The keys of the rounds are two additions each; known to be the same in every turn of a loop, all twenty would be kept in registers,
-    // and what the plane makes of the first rounds, too.
+    // The keys of a round are two additions. The compiler would hoist all twenty out of a loop into
+    // registers, and the part of the first rounds that depends on the plane, too.
     asm volatile("" : "+r"(key0), "+r"(key1), "+r"(c2));
 #endif
 #pragma unroll
@@ -50,7 +53,8 @@ SOKD_DEVICE float natural_log(float x) {
     return fmaf(exponent, 355.0f / 512.0f, fmaf(-0.5f, square, tail) + f);
 }
 
-// The square root of 0 or of 1e-7 .. 46, correctly rounded: what the compiler makes of sqrtf, without the call for numbers out of that range.
+// The square root of 0 or of 1e-7 .. 46, correctly rounded: the compiler's code for
+// sqrtf, without its call for numbers out of that range.
 SOKD_DEVICE float radius_of(float square) {
 #ifdef SOKD_EMULATOR
     return sqrtf(square);
@@ -73,8 +77,10 @@ SOKD_DEVICE Turn turn_of(unsigned turn) {
     const float s = fmaf(fmaf(-1.9515296e-4f, z, 8.332161e-3f), z, -1.6666655e-1f);
     const float c = fmaf(fmaf(2.4433157e-5f, z, -1.3887316e-3f), z, 4.1666646e-2f);
     const float sine = fmaf(s * z, x, x), cosine = fmaf(c * z, z, fmaf(-0.5f, z, 1.0f));
-    const unsigned swap = (unsigned)quadrant & 1u, flip_s = ((unsigned)quadrant & 2u) << 30, flip_c = ((unsigned)(quadrant + 1) & 2u) << 30;
-    return {__uint_as_float(__float_as_uint(swap ? cosine : sine) ^ flip_s), __uint_as_float(__float_as_uint(swap ? sine : cosine) ^ flip_c)};
+    const unsigned swap = (unsigned)quadrant & 1u, flip_s = ((unsigned)quadrant & 2u) << 30,
+                   flip_c = ((unsigned)(quadrant + 1) & 2u) << 30;
+    return {__uint_as_float(__float_as_uint(swap ? cosine : sine) ^ flip_s),
+        __uint_as_float(__float_as_uint(swap ? sine : cosine) ^ flip_c)};
 }
 
 // The four positions of block `quad` of a plane.
@@ -83,7 +89,8 @@ SOKD_DEVICE Normals normals(unsigned key0, unsigned key1, unsigned long long pla
     Normals out;
 #pragma unroll
     for (int pair = 0; pair < 4; pair += 2) {
-        const float uniform = fmaf((float)words.w[pair], 1.0f / 4294967296.0f, 0.5f / 4294967296.0f);
+        const float uniform = fmaf(
+            (float)words.w[pair], 1.0f / 4294967296.0f, 0.5f / 4294967296.0f);
         const float radius = radius_of(-2.0f * natural_log(uniform));
         const Turn turn = turn_of(words.w[pair + 1]);
         out.of[pair] = radius * turn.cosine;

@@ -1,5 +1,6 @@
-//! The operators, a folder each: the formula and the arguments (mod.rs), the CPU kernel (cpu.rs), the CUDA kernel and its launch
-//! (kernel.cu, cuda.rs), and the formula as plain loops, which the tests compare with (naive.rs).
+//! The operators, a folder each: the formula and the arguments (mod.rs), the CPU kernel (cpu.rs),
+//! the CUDA kernel and its launch (kernel.cu, cuda.rs), and the formula as plain loops, which the
+//! tests compare with (naive.rs).
 
 pub(crate) mod areas;
 pub(crate) mod draw;

@@ -1,7 +1,8 @@
 //! Work on several threads, with the same bits whatever their number.
 //!
-//! Work is split into chunks that depend on the shapes alone. Threads claim chunks dynamically, each chunk writes its own output, and
-//! reductions run afterwards in the order of the chunks. The threads are those of PyTorch's OpenMP where it is loaded, else a rayon pool's.
+//! Work is split into chunks that depend on the shapes alone. Threads claim chunks dynamically,
+//! each chunk writes its own output, and reductions run afterwards in the order of the chunks. The
+//! threads are those of PyTorch's OpenMP where it is loaded, else a rayon pool's.
 
 mod openmp;
 mod pool;
@@ -13,10 +14,11 @@ use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Runs `work(i)` for every `i` below `chunks` on at most `threads` threads, the calling one included.
+/// Runs `work(i)` for every `i` below `chunks` on at most `threads` threads, the calling one
+/// included.
 ///
-/// The calling thread begins at once and returns when every chunk is done. It does not wait for every helper to wake up, which
-/// takes longer than a small call.
+/// The calling thread begins at once and returns when every chunk is done. It does not wait for
+/// every helper to wake up, which takes longer than a small call.
 pub(crate) fn for_each(threads: usize, chunks: usize, work: impl Fn(usize) + Sync) {
     let helpers = threads.min(chunks).saturating_sub(1);
     if helpers == 0 {
@@ -26,26 +28,27 @@ pub(crate) fn for_each(threads: usize, chunks: usize, work: impl Fn(usize) + Syn
     if on_openmp(threads, chunks, work) {
         return;
     }
-    // SAFETY: the reference is not used after its lifetime: `Chunks::drain` follows it for claimed chunks alone, and this
-    // function returns after every chunk has been claimed and finished.
+    // SAFETY: the reference is not used after its lifetime: `Chunks::drain` follows it for claimed
+    // chunks alone, and this function returns after every chunk has been claimed and finished.
     let work: &'static (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(work) };
-    let all = Arc::new(Chunks::new(threads, chunks, work));
+    let queue = Arc::new(Chunks::new(threads, chunks, work));
     if let Some(pool) = pool::of(helpers) {
         for _ in 0..helpers {
-            let all = Arc::clone(&all);
-            pool.spawn(move || all.drain());
+            let queue = Arc::clone(&queue);
+            pool.spawn(move || queue.drain());
         }
     }
-    all.drain();
-    all.wait();
+    queue.drain();
+    queue.wait();
 }
 
-/// The same on OpenMP's threads, if there are any. Always all of them: OpenMP would create a team of another size anew.
+/// The same on OpenMP's threads, if there are any. Always all of them: OpenMP would create a team
+/// of another size anew.
 fn on_openmp(threads: usize, chunks: usize, work: &(dyn Fn(usize) + Sync)) -> bool {
-    let all = Chunks::new(threads, chunks, work);
-    let done = openmp::run(threads, &|| all.drain());
+    let queue = Chunks::new(threads, chunks, work);
+    let done = openmp::run(threads, &|| queue.drain());
     if done {
-        all.resume_panic();
+        queue.resume_panic();
     }
     done
 }
@@ -66,7 +69,8 @@ impl<'a> Chunks<'a> {
         Self { work, count, step, next: 0.into(), finished: 0.into(), panic: Mutex::default() }
     }
 
-    /// Claims chunks until none are left; a helper that starts too late claims none and never touches `work`.
+    /// Claims chunks until none are left; a helper that starts too late claims none and never
+    /// touches `work`.
     fn drain(&self) {
         loop {
             let first = self.next.fetch_add(self.step, Ordering::Relaxed);

@@ -1,7 +1,8 @@
 //! The OpenMP threads of PyTorch, where this process has them.
 //!
-//! After each operator they spin for milliseconds, waiting for the next one. A second set of threads would compete with them for the
-//! cores and take twice as long, so work runs on them. Without them (no PyTorch, another system), `parallel` uses its own pool.
+//! After each operator they spin for milliseconds, waiting for the next one. A second set of
+//! threads would compete with them for the cores and take twice as long, so work runs on them.
+//! Without them (no PyTorch, another system), `parallel` uses its own pool.
 
 use std::ffi::{c_char, c_uint, c_void, CStr};
 use std::process;
@@ -13,13 +14,15 @@ type Parallel = unsafe extern "C" fn(Region, *mut c_void, c_uint, c_uint);
 /// The entry of a parallel region in GNU's OpenMP; LLVM's and Intel's export it for compatibility.
 const NAME: &CStr = c"GOMP_parallel";
 
-/// Runs `work` on `threads` threads, the calling one included; returns when all have finished. False: nothing ran, there is no OpenMP.
+/// Runs `work` on `threads` threads, the calling one included; returns when all have finished.
+/// False: nothing ran, there is no OpenMP.
 ///
 /// `work` must not panic.
 pub(crate) fn run(threads: usize, work: &(dyn Fn() + Sync)) -> bool {
     let Some(parallel) = parallel() else { return false };
     let mut work = work;
-    // SAFETY: `region` gets a pointer to `work`, which outlives the call: it returns when all threads have finished.
+    // SAFETY: `region` gets a pointer to `work`, which outlives the call: it returns when all
+    // threads have finished.
     unsafe { parallel(region, (&raw mut work).cast(), c_uint::try_from(threads).unwrap_or(1), 0) };
     true
 }
@@ -30,7 +33,8 @@ extern "C" fn region(work: *mut c_void) {
     work();
 }
 
-/// Records the process that loaded the library: threads do not survive a fork, and OpenMP in the child would wait for them for ever.
+/// Records the process that loaded the library: threads do not survive a fork, and OpenMP in the
+/// child would wait for them for ever.
 #[cfg(feature = "python")]
 pub(crate) fn remember_process() {
     OWNER.get_or_init(process::id);
@@ -49,9 +53,11 @@ fn find() -> Option<Parallel> {
     extern "C" {
         fn dlsym(handle: *mut c_void, name: *const c_char) -> *mut c_void;
     }
-    // SAFETY: the null handle is RTLD_DEFAULT, the global symbols of the process; the name is a C string.
+    // SAFETY: the null handle is RTLD_DEFAULT, the global symbols of the process; the name is a C
+    // string.
     let symbol = unsafe { dlsym(std::ptr::null_mut(), NAME.as_ptr()) };
-    // SAFETY: a function of this name has this type in every OpenMP library (its ABI has not changed since GCC 4.9).
+    // SAFETY: a function of this name has this type in every OpenMP library (its ABI has not
+    // changed since GCC 4.9).
     (!symbol.is_null()).then(|| unsafe { std::mem::transmute::<*mut c_void, Parallel>(symbol) })
 }
 

@@ -1,4 +1,5 @@
-//! The noise of [`LANES`] planes in the registers of AVX2: eight lanes at a time, from the counters to the normals.
+//! The noise of [`LANES`] planes in the registers of AVX2: eight lanes at a time, from the counters
+//! to the normals.
 
 use super::philox::{Planes, COS, LN, LN_TWO, LOW, MULTIPLIERS, ROOT_HALF, SIN, TURN};
 use crate::simd::{Avx2, LANES};
@@ -58,7 +59,8 @@ fn pair(radius: __m256i, angle: __m256i) -> (__m256, __m256) {
     (_mm256_mul_ps(r, cos), _mm256_mul_ps(r, sin))
 }
 
-/// From unsigned integers, for which there is no instruction: both halves are exact, and their sum is rounded once.
+/// From unsigned integers, for which there is no instruction: both halves are exact, and their sum
+/// is rounded once.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn float(word: __m256i) -> __m256 {
@@ -118,8 +120,9 @@ fn flip(value: __m256, bits: __m256i) -> __m256 {
 
 /// The four words of eight planes, `from` 0 or 8, for one block of four positions.
 ///
-/// Four counters in each register, their words in the low halves of 64-bit lanes; high halves are left dirty. The rounds of one chain
-/// depend on each other: the chains of even and odd planes run in parallel.
+/// Four counters in each register, their words in the low halves of 64-bit lanes; high halves are
+/// left dirty. The rounds of one chain depend on each other: the chains of even and odd planes run
+/// in parallel.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn registers(planes: &Planes, quad: u32, from: usize) -> [__m256i; 4] {

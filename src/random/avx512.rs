@@ -1,4 +1,5 @@
-//! The noise of [`LANES`] planes in the registers of AVX-512: the compiler does not emit the multiplier that the generator needs.
+//! The noise of [`LANES`] planes in the registers of AVX-512: the compiler does not emit the
+//! multiplier that the generator needs.
 
 use super::philox::{Planes, COS, LN, LN_TWO, LOW, MULTIPLIERS, ROOT_HALF, SIN, TURN};
 use crate::simd::{Avx512, LANES};
@@ -113,8 +114,9 @@ fn flip_avx512(value: __m512, bits: __m512i) -> __m512 {
 
 /// The words of `N` blocks of four positions.
 ///
-/// Eight counters in each register, their words in the low halves of 64-bit lanes; high halves are left dirty. The rounds of one chain
-/// depend on each other: the chains of several blocks run in parallel.
+/// Eight counters in each register, their words in the low halves of 64-bit lanes; high halves are
+/// left dirty. The rounds of one chain depend on each other: the chains of several blocks run in
+/// parallel.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn registers<const N: usize>(planes: &Planes, quad: u32) -> [[__m512i; 4]; N] {

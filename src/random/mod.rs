@@ -1,4 +1,5 @@
-//! Random numbers: Philox with its vector forms, and the seeds that it takes. Mirrored in cuda/philox.cuh.
+//! Random numbers: Philox with its vector forms, and the seeds that it takes. Mirrored in
+//! cuda/philox.cuh.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;

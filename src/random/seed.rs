@@ -1,11 +1,10 @@
-//! 64 bits for a generator: a number, or a tensor of the device that draws.
+//! A 64-bit seed of a generator: a number, or a tensor on the device that draws.
 
 use crate::tensor::{Check, DType, Result, TensorView};
 
-/// A 64-bit argument of a kernel.
+/// A 64-bit seed.
 #[derive(Clone, Debug)]
 pub(crate) enum Seed {
-    /// A number.
     Value(u64),
     /// int64 `[1]`, on the device of the work.
     Tensor(TensorView),
@@ -18,14 +17,14 @@ impl From<u64> for Seed {
 }
 
 impl Seed {
-    /// A tensor's dtype and shape.
+    /// Checks a tensor's dtype and shape.
     pub(crate) fn check(&self, check: Check, name: &str) -> Result<()> {
         let Self::Tensor(view) = self else { return Ok(()) };
         check.of_dtype(name, view, DType::I64)?;
         check.sizes(name, view, "[1]", &[1])
     }
 
-    /// A tensor's device: that of another argument.
+    /// Checks a tensor's dtype, shape and device; the device must be that of another argument.
     pub(crate) fn check_beside(
         &self,
         check: Check,

@@ -1,4 +1,5 @@
-//! Elements in memory and the dtype that they are computed in: loads and stores of one, of a row and of a square.
+//! Elements in memory and the dtype that they are computed in: loads and stores of one, of a row
+//! and of a square.
 
 use super::transpose::{self, Square};
 use super::{Simd, Vector, LANES};
@@ -18,17 +19,13 @@ pub(crate) trait Real:
 {
     /// [`LANES`] of them in the registers of a level.
     type Vector<S: Simd>: Vector<Self, S>;
-    /// Rounds from f64.
     fn of(value: f64) -> Self;
     /// Widens (or keeps) an f32.
     fn of_f32(value: f32) -> Self;
-    /// Widens to f64.
     fn to_f64(self) -> f64;
     /// self * b + c, rounded once.
     fn fma(self, b: Self, c: Self) -> Self;
-    /// Square root.
     fn root(self) -> Self;
-    /// All bits set, or none.
     fn mask(set: bool) -> Self;
     /// Bitwise and.
     fn and(self, other: Self) -> Self;
@@ -88,7 +85,6 @@ pub(crate) trait Element: Copy + Send + Sync + 'static {
     type Acc: Real;
     /// Whether it is its own accumulator dtype.
     const IS_ACC: bool = false;
-    /// From memory.
     fn load(self) -> Self::Acc;
     /// To memory, rounded to nearest, ties to even.
     fn store(value: Self::Acc) -> Self;
@@ -182,14 +178,6 @@ impl Element for f32 {
     fn store(value: f32) -> Self {
         value
     }
-    #[inline(always)]
-    fn load_row(from: [Self; LANES], to: &mut [Self; LANES]) {
-        *to = from;
-    }
-    #[inline(always)]
-    fn store_row(from: &[Self; LANES]) -> [Self; LANES] {
-        *from
-    }
 }
 
 impl Element for f64 {
@@ -202,14 +190,6 @@ impl Element for f64 {
     #[inline(always)]
     fn store(value: f64) -> Self {
         value
-    }
-    #[inline(always)]
-    fn load_row(from: [Self; LANES], to: &mut [Self; LANES]) {
-        *to = from;
-    }
-    #[inline(always)]
-    fn store_row(from: &[Self; LANES]) -> [Self; LANES] {
-        *from
     }
 }
 
@@ -242,7 +222,8 @@ impl Element for F16 {
     type Acc = f32;
     #[inline(always)]
     fn load(self) -> f32 {
-        // The exponent's bias differs by 112: a multiplication by 2^112 mends it, for subnormals too.
+        // The exponent's bias differs by 112: a multiplication by 2^112 mends it, for subnormals
+        // too.
         let magnitude = u32::from(self.0 & 0x7fff) << 13;
         let scaled = f32::from_bits(magnitude) * f32::from_bits((127 + 112) << 23);
         let infinite = scaled >= 65536.0;
@@ -265,7 +246,8 @@ impl Element for F16 {
     }
 }
 
-/// Evaluates `$body` with `$t` as the element type of a floating-point dtype, which the checks require.
+/// Evaluates `$body` with `$t` as the element type of a floating-point dtype, which the checks
+/// require.
 macro_rules! by_dtype {
     ($dtype:expr, $t:ident => $body:expr) => {
         by_dtype!(@arms $dtype, $t, $body, F64 f64, F16 $crate::simd::F16, BF16 $crate::simd::Bf16)

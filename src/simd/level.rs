@@ -1,4 +1,5 @@
-//! Instruction sets, found at run time. Code for a level takes its token ([`Scalar`], `Avx2`, `Avx512`), which only detection makes.
+//! Instruction sets, found at run time. Code for a level takes its token ([`Scalar`], `Avx2`,
+//! `Avx512`), which only detection makes.
 
 use super::element::Real;
 use super::vector::{self, Vector};
@@ -43,7 +44,8 @@ impl Level {
     }
 }
 
-/// The level in use: the best one, or the one that the environment variable `SOKD_SIMD` names, if the CPU has it.
+/// The level in use: the best one, or the one that the environment variable `SOKD_SIMD` names, if
+/// the CPU has it.
 pub(crate) fn level() -> Level {
     static LEVEL: OnceLock<Level> = OnceLock::new();
     *LEVEL.get_or_init(|| {
@@ -54,7 +56,8 @@ pub(crate) fn level() -> Level {
     })
 }
 
-/// A level's token. It takes no memory; that a value exists proves that the CPU has the features of the level.
+/// A level's token. It takes no memory; that a value exists proves that the CPU has the features of
+/// the level.
 pub(crate) trait Simd: Copy {
     /// [`LANES`] numbers of f32 in the registers of this level.
     type F32: Vector<f32, Self>;
@@ -62,7 +65,6 @@ pub(crate) trait Simd: Copy {
     type F64: Vector<f64, Self>;
     /// The level, known when compiling.
     fn level(self) -> Level;
-    /// From memory.
     #[inline(always)]
     fn load<A: Real>(self, from: &[A; LANES]) -> A::Vector<Self> {
         A::Vector::<Self>::load(self, from)
@@ -72,7 +74,6 @@ pub(crate) trait Simd: Copy {
     fn load_f32<A: Real>(self, from: &[f32; LANES]) -> A::Vector<Self> {
         A::Vector::<Self>::load_f32(self, from)
     }
-    /// One number in all lanes.
     #[inline(always)]
     fn splat<A: Real>(self, value: A) -> A::Vector<Self> {
         A::Vector::<Self>::splat(self, value)
@@ -92,11 +93,10 @@ impl Simd for Scalar {
     }
 }
 
-/// Work that is compiled once for every level. `with_simd` and all that it calls must be `#[inline(always)]`.
+/// Work that is compiled once for every level. `with_simd` and all that it calls must be
+/// `#[inline(always)]`.
 pub(crate) trait WithSimd {
-    /// What it returns.
     type Out;
-    /// Does the work.
     fn with_simd<S: Simd>(self, simd: S) -> Self::Out;
 }
 
@@ -118,7 +118,8 @@ pub(crate) fn run_at<W: WithSimd>(level: Level, work: W) -> W::Out {
     }
 }
 
-/// A level of x86: its features are listed once, for the detection and for the code that is compiled for it.
+/// A level of x86: its features are listed once, for the detection and for the code that is
+/// compiled for it.
 #[cfg(target_arch = "x86_64")]
 macro_rules! level {
     ($(#[$about:meta])* $name:ident, $f32:ident, $f64:ident, [$($feature:tt),*]) => {
@@ -166,7 +167,8 @@ level!(
 #[cfg(target_arch = "x86_64")]
 level!(
     /// The token of [`Level::Avx512`].
-    Avx512, Avx512F32, Avx512F64, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "bmi2"]
+    Avx512, Avx512F32, Avx512F64,
+    ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "bmi2"]
 );
 
 #[cfg(all(test, target_arch = "x86_64"))]

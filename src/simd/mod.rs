@@ -1,7 +1,8 @@
-//! Vector code on stable Rust: loops over `[T; LANES]` that the compiler vectorises, compiled once for every instruction set and
-//! picked at run time.
+//! Vector code on stable Rust: loops over `[T; LANES]` that the compiler vectorises, compiled once
+//! for every instruction set and picked at run time.
 //!
-//! Every level runs the same operations in the same order (fused multiply-adds are written out), so the bits do not depend on the CPU.
+//! Every level runs the same operations in the same order (fused multiply-adds are written out), so
+//! the bits do not depend on the CPU.
 
 mod element;
 mod level;
@@ -17,5 +18,6 @@ pub(crate) use level::{level, run, Level, Simd, WithSimd};
 pub(crate) use level::{Avx2, Avx512};
 pub(crate) use vector::Vector;
 
-/// Elements that the kernels work on side by side (channels, in nearly all of them): one AVX-512 register of f32.
+/// Elements that the kernels work on side by side (channels, in nearly all of them): one AVX-512
+/// register of f32.
 pub(crate) const LANES: usize = 16;

@@ -1,29 +1,29 @@
-//! Tiles: `LANES` channels side by side at every position, `[positions][LANES]`, whatever the tensor's strides.
+//! Tiles: `LANES` channels side by side at every position, `[positions][LANES]`, whatever the
+//! tensor's strides.
 //!
-//! All kernels work on tiles, so contiguous, channels_last, sliced and expanded tensors run the same arithmetic; only loading and
-//! storing differ. Planes that are rows of consecutive elements are transposed 16 x 16 at a time.
+//! All kernels work on tiles, so contiguous, channels_last, sliced and expanded tensors run the
+//! same arithmetic; only loading and storing differ. Planes that are rows of consecutive elements
+//! are transposed 16 x 16 at a time.
 
 use crate::simd::{self, Element, Real, Simd, WithSimd, LANES};
 use crate::tensor::TensorView;
+use std::cell::RefCell;
 use std::ops::Range;
 
 /// The memory layout of `[B, C, H, W]`, without its dtype.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Layout {
-    /// Strides of C, H, W in elements.
-    pub c: isize,
-    /// Rows.
-    pub h: isize,
-    /// Columns.
-    pub w: isize,
-    /// Samples.
+    /// Strides of B, C, H, W in elements.
     pub n: isize,
-    /// Positions in one row after which the row stride applies (H*W when rows follow one another without a gap).
+    pub c: isize,
+    pub h: isize,
+    pub w: isize,
+    /// Positions in one row after which the row stride applies (H*W when rows follow one another
+    /// without a gap).
     pub run: usize,
 }
 
 impl Layout {
-    /// Of a 4-d view.
     pub(crate) fn of(view: &TensorView) -> Self {
         let (sizes, strides) = (view.sizes(), view.strides());
         let (height, width) = (sizes[2], sizes[3]);
@@ -38,7 +38,8 @@ impl Layout {
         }
     }
 
-    /// Channels lie side by side, and planes are not rows of consecutive elements as well (as they are when C is 1).
+    /// Channels lie side by side, and planes are not rows of consecutive elements as well (as they
+    /// are when C is 1).
     pub(crate) fn interleaves(&self) -> bool {
         self.c == 1 && self.w != 1
     }
@@ -48,7 +49,8 @@ impl Layout {
         (p / self.run) as isize * self.h + (p % self.run) as isize * self.w
     }
 
-    /// Positions `from .. from + count` in runs of equal steps: the part of the tile, and the offset of its first position.
+    /// Positions `from .. from + count` in runs of equal steps: the part of the tile, and the
+    /// offset of its first position.
     #[inline(always)]
     fn runs(&self, from: usize, count: usize) -> impl Iterator<Item = (Range<usize>, isize)> {
         let (layout, mut done) = (*self, 0);
@@ -124,7 +126,8 @@ impl<T> Map<T> {
         std::array::from_fn(|l| self.plane(n, channels.at[l]))
     }
 
-    /// Prefetches positions `from .. from + count`: sixteen planes at a time are too many for the hardware prefetcher.
+    /// Prefetches positions `from .. from + count`: sixteen planes at a time are too many for the
+    /// hardware prefetcher.
     #[inline(always)]
     pub(crate) fn prefetch(&self, n: usize, channels: &Channels, from: usize, count: usize) {
         let layout = &self.layout;
@@ -347,7 +350,8 @@ unsafe fn store_any<T: Element>(
     }
 }
 
-/// A tile in memory that this thread reuses: planes are too large for the stack, and fresh pages cost more than the work on them.
+/// A tile in memory that this thread reuses: planes are too large for the stack, and fresh pages
+/// cost more than the work on them.
 ///
 /// Taken from a stack of buffers and returned when dropped, so nested tiles do not overlap.
 pub(crate) struct Scratch<A> {
@@ -367,9 +371,9 @@ impl<A: Real> Scratch<A> {
         Self { store, positions, element: std::marker::PhantomData }
     }
 
-    /// The rows.
     pub(crate) fn tile(&mut self) -> &mut [[A; LANES]] {
-        // SAFETY: `new` made room for these rows; any bits are valid floats; 64-byte alignment is enough for f32 and f64.
+        // SAFETY: `new` made room for these rows; any bits are valid floats; 64-byte alignment is
+        // enough for f32 and f64.
         unsafe { std::slice::from_raw_parts_mut(self.store.as_mut_ptr().cast(), self.positions) }
     }
 }
@@ -385,5 +389,5 @@ impl<A> Drop for Scratch<A> {
 struct Line(#[allow(dead_code)] [u8; 64]);
 
 thread_local! {
-    static SCRATCH: std::cell::RefCell<Vec<Vec<Line>>> = const { std::cell::RefCell::new(Vec::new()) };
+    static SCRATCH: RefCell<Vec<Vec<Line>>> = const { RefCell::new(Vec::new()) };
 }

@@ -96,14 +96,8 @@ mod x86 {
     #[inline]
     #[target_feature(enable = "avx512f")]
     pub(crate) fn transpose_avx512(_: Avx512, from: &Square<f32>, to: &mut Square<f32>) {
-        for quarter in 0..4 {
-            // SAFETY: four floats of each row from 4*quarter, below LANES.
-            let part = |row: usize| unsafe { _mm_loadu_ps(from[row].as_ptr().add(4 * quarter)) };
-            for (row, column) in to[4 * quarter..].iter_mut().zip(columns(part)) {
-                // SAFETY: each row is 16 floats.
-                unsafe { _mm512_storeu_ps(row.as_mut_ptr(), column) };
-            }
-        }
+        // SAFETY: four floats of a row of 16, from 0, 4, 8 or 12.
+        fill_avx512(to, |row, at| unsafe { _mm_loadu_ps(from[row].as_ptr().add(at)) });
     }
 
     #[inline]
@@ -114,11 +108,18 @@ mod x86 {
         at: isize,
         to: &mut Square<f32>,
     ) {
-        for quarter in 0..4 {
-            let from = at + 4 * quarter as isize;
-            // SAFETY: four of the sixteen floats of each plane that the caller promises.
-            let part = |row: usize| unsafe { _mm_loadu_ps(planes[row].wrapping_offset(from)) };
-            for (row, column) in to[4 * quarter..].iter_mut().zip(columns(part)) {
+        // SAFETY: four of the sixteen floats of each plane that the caller promises.
+        fill_avx512(to, |row, from| unsafe {
+            _mm_loadu_ps(planes[row].wrapping_offset(at + from as isize))
+        });
+    }
+
+    /// Row and first column of four floats in.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn fill_avx512(to: &mut Square<f32>, part: impl Fn(usize, usize) -> __m128) {
+        for quarter in [0, 4, 8, 12] {
+            for (row, column) in to[quarter..].iter_mut().zip(columns(|row| part(row, quarter))) {
                 // SAFETY: each row is 16 floats.
                 unsafe { _mm512_storeu_ps(row.as_mut_ptr(), column) };
             }
@@ -148,7 +149,8 @@ mod x86 {
         }
     }
 
-    /// Four columns, of four floats of every row: loads bring rows side by side, and all shuffles stay within 128 bits.
+    /// Four columns, of four floats of every row: loads bring rows side by side, and all shuffles
+    /// stay within 128 bits.
     #[inline]
     #[target_feature(enable = "avx512f")]
     fn columns(part: impl Fn(usize) -> __m128) -> [__m512; 4] {
@@ -172,9 +174,7 @@ mod x86 {
     #[target_feature(enable = "avx2")]
     pub(crate) fn transpose_avx2(_: Avx2, from: &Square<f32>, to: &mut Square<f32>) {
         // SAFETY: four floats of a row of 16, from 0, 4, 8 or 12.
-        let part = |row: usize, from_column: usize| unsafe {
-            _mm_loadu_ps(from[row][from_column..].as_ptr())
-        };
+        let part = |row: usize, at: usize| unsafe { _mm_loadu_ps(from[row][at..].as_ptr()) };
         // SAFETY: eight floats of a row of 16, from 0 or 8.
         columns_avx2(part, |row, half, lanes| unsafe {
             _mm256_storeu_ps(to[row][half..].as_mut_ptr(), lanes)

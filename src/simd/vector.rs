@@ -1,26 +1,22 @@
 //! A vector of [`LANES`] numbers and what is done with vectors, in the registers of a level.
 //!
-//! For plain arrays the compiler sometimes emits scalar code, or gathers and scatters over several rows. Every implementation rounds alike.
+//! For plain arrays the compiler sometimes emits scalar code, or gathers and scatters over several
+//! rows. Every implementation rounds alike.
 
 use super::{Real, Simd, LANES};
 
-/// [`LANES`] numbers side by side. Constructors take the token of the level `S`; a vector that exists proves the level.
+/// [`LANES`] numbers side by side. Constructors take the token of the level `S`; a vector that
+/// exists proves the level.
 pub(crate) trait Vector<A: Real, S>: Copy {
-    /// From memory.
     fn load(simd: S, from: &[A; LANES]) -> Self;
     /// From memory, widened if need be.
     fn load_f32(simd: S, from: &[f32; LANES]) -> Self;
-    /// One number in all lanes.
     fn splat(simd: S, value: A) -> Self;
-    /// To memory.
     fn store(self, to: &mut [A; LANES]);
     /// self * b + c, rounded once.
     fn fma(self, b: Self, c: Self) -> Self;
-    /// self * other
     fn times(self, other: Self) -> Self;
-    /// self + other
     fn plus(self, other: Self) -> Self;
-    /// self - other
     fn minus(self, other: Self) -> Self;
     /// self where it is greater than other, else other (which may be NaN).
     fn larger(self, other: Self) -> Self;
@@ -94,7 +90,8 @@ impl<A: Real, S: Simd> Vector<A, S> for Plain<A> {
     }
 }
 
-/// The registers of AVX2 and AVX-512. Only a level's token makes a vector, so the CPU has the instructions.
+/// The registers of AVX2 and AVX-512. Only a level's token makes a vector, so the CPU has the
+/// instructions.
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod x86 {
     use super::{Vector, LANES};
@@ -102,7 +99,11 @@ pub(crate) mod x86 {
     use std::arch::x86_64::*;
 
     macro_rules! vector {
-        ($name:ident, $level:ident, $a:ty, $register:ty, $parts:expr, $load:ident, $widen:expr, $store:ident, $splat:ident, $fma:ident, $mul:ident, $add:ident, $sub:ident, $max:ident, $and:ident) => {
+        (
+            $name:ident, $level:ident, $a:ty, $register:ty, $parts:expr, $load:ident, $widen:expr,
+            $store:ident, $splat:ident, $fma:ident, $mul:ident, $add:ident, $sub:ident, $max:ident,
+            $and:ident
+        ) => {
             /// A vector in registers.
             #[derive(Clone, Copy)]
             pub(crate) struct $name([$register; $parts]);
@@ -123,8 +124,8 @@ pub(crate) mod x86 {
             impl Vector<$a, $level> for $name {
                 #[inline(always)]
                 fn load(_: $level, from: &[$a; LANES]) -> Self {
-                    // SAFETY: within the row; the token proves that the CPU has these instructions, a vector
-                    // in all that follows.
+                    // SAFETY: within the row; the token proves that the CPU has these instructions,
+                    // a vector in all that follows.
                     Self::each(|i| unsafe { $load(from.as_ptr().add(i * LANES / $parts)) })
                 }
                 #[inline(always)]
@@ -177,72 +178,24 @@ pub(crate) mod x86 {
             }
         };
     }
-    vector!(
-        Avx512F32,
-        Avx512,
-        f32,
-        __m512,
-        1,
-        _mm512_loadu_ps,
-        _mm512_loadu_ps,
-        _mm512_storeu_ps,
-        _mm512_set1_ps,
-        _mm512_fmadd_ps,
-        _mm512_mul_ps,
-        _mm512_add_ps,
-        _mm512_sub_ps,
-        _mm512_max_ps,
-        _mm512_and_ps
-    );
-    vector!(
-        Avx512F64,
-        Avx512,
-        f64,
-        __m512d,
-        2,
-        _mm512_loadu_pd,
-        |from| _mm512_cvtps_pd(_mm256_loadu_ps(from)),
-        _mm512_storeu_pd,
-        _mm512_set1_pd,
-        _mm512_fmadd_pd,
-        _mm512_mul_pd,
-        _mm512_add_pd,
-        _mm512_sub_pd,
-        _mm512_max_pd,
-        _mm512_and_pd
-    );
-    vector!(
-        Avx2F32,
-        Avx2,
-        f32,
-        __m256,
-        2,
-        _mm256_loadu_ps,
-        _mm256_loadu_ps,
-        _mm256_storeu_ps,
-        _mm256_set1_ps,
-        _mm256_fmadd_ps,
-        _mm256_mul_ps,
-        _mm256_add_ps,
-        _mm256_sub_ps,
-        _mm256_max_ps,
-        _mm256_and_ps
-    );
-    vector!(
-        Avx2F64,
-        Avx2,
-        f64,
-        __m256d,
-        4,
-        _mm256_loadu_pd,
-        |from| _mm256_cvtps_pd(_mm_loadu_ps(from)),
-        _mm256_storeu_pd,
-        _mm256_set1_pd,
-        _mm256_fmadd_pd,
-        _mm256_mul_pd,
-        _mm256_add_pd,
-        _mm256_sub_pd,
-        _mm256_max_pd,
-        _mm256_and_pd
-    );
+    vector! {
+        Avx512F32, Avx512, f32, __m512, 1, _mm512_loadu_ps, _mm512_loadu_ps, _mm512_storeu_ps,
+        _mm512_set1_ps, _mm512_fmadd_ps, _mm512_mul_ps, _mm512_add_ps, _mm512_sub_ps,
+        _mm512_max_ps, _mm512_and_ps
+    }
+    vector! {
+        Avx512F64, Avx512, f64, __m512d, 2, _mm512_loadu_pd,
+        |from| _mm512_cvtps_pd(_mm256_loadu_ps(from)), _mm512_storeu_pd, _mm512_set1_pd,
+        _mm512_fmadd_pd, _mm512_mul_pd, _mm512_add_pd, _mm512_sub_pd, _mm512_max_pd, _mm512_and_pd
+    }
+    vector! {
+        Avx2F32, Avx2, f32, __m256, 2, _mm256_loadu_ps, _mm256_loadu_ps, _mm256_storeu_ps,
+        _mm256_set1_ps, _mm256_fmadd_ps, _mm256_mul_ps, _mm256_add_ps, _mm256_sub_ps,
+        _mm256_max_ps, _mm256_and_ps
+    }
+    vector! {
+        Avx2F64, Avx2, f64, __m256d, 4, _mm256_loadu_pd,
+        |from| _mm256_cvtps_pd(_mm_loadu_ps(from)), _mm256_storeu_pd, _mm256_set1_pd,
+        _mm256_fmadd_pd, _mm256_mul_pd, _mm256_add_pd, _mm256_sub_pd, _mm256_max_pd, _mm256_and_pd
+    }
 }

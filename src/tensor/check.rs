@@ -1,4 +1,5 @@
-//! All checks of shape, dtype, device and strides. They read metadata alone, so tensors may be on any device.
+//! All checks of shape, dtype, device and strides. They read metadata alone, so tensors may be on
+//! any device.
 
 use crate::tensor::{DType, Device, Error, Result, TensorView};
 use std::fmt::Display;
@@ -20,7 +21,6 @@ impl Check {
         Ok([s[0], s[1], s[2], s[3]])
     }
 
-    /// A floating-point dtype.
     pub(crate) fn float(self, argument: &str, view: &TensorView) -> Result<()> {
         if view.dtype.is_float() {
             return Ok(());
@@ -29,7 +29,6 @@ impl Check {
         Err(Error::of_type(self.0, argument, rule, view.dtype))
     }
 
-    /// An integer dtype.
     pub(crate) fn int(self, argument: &str, view: &TensorView) -> Result<()> {
         if view.dtype.is_int() {
             return Ok(());
@@ -37,7 +36,6 @@ impl Check {
         Err(Error::of_type(self.0, argument, "be of an integer dtype", view.dtype))
     }
 
-    /// The same dtype as another argument.
     pub(crate) fn same_dtype(
         self,
         argument: &str,
@@ -52,7 +50,6 @@ impl Check {
         Err(Error::of_type(self.0, argument, rule, view.dtype))
     }
 
-    /// Exactly this dtype.
     pub(crate) fn of_dtype(self, argument: &str, view: &TensorView, dtype: DType) -> Result<()> {
         if view.dtype == dtype {
             return Ok(());
@@ -80,7 +77,6 @@ impl Check {
         Err(self.value(argument, "be contiguous", format_args!("strides {:?}", view.strides())))
     }
 
-    /// The same device as another argument.
     pub(crate) fn same_device(
         self,
         argument: &str,
@@ -109,7 +105,6 @@ impl Check {
         Err(self.shape(argument, format!("have the shape {layout}"), view))
     }
 
-    /// Exactly this shape.
     pub(crate) fn sizes(
         self,
         argument: &str,

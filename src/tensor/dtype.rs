@@ -5,30 +5,19 @@ use std::fmt;
 /// Element types that sokd reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum DType {
-    /// IEEE double.
     F64,
-    /// IEEE single.
     F32,
-    /// IEEE half.
     F16,
-    /// Upper half of a single.
     BF16,
-    /// 64-bit integer.
     I64,
-    /// 32-bit integer.
     I32,
-    /// 16-bit integer.
     I16,
-    /// Signed byte.
     I8,
-    /// Byte.
     U8,
-    /// One byte, 0 or 1.
     Bool,
 }
 
 impl DType {
-    /// Bytes of one element.
     pub(crate) fn size(self) -> usize {
         match self {
             Self::F64 | Self::I64 => 8,
@@ -38,7 +27,6 @@ impl DType {
         }
     }
 
-    /// A floating-point type.
     pub(crate) fn is_float(self) -> bool {
         matches!(self, Self::F64 | Self::F32 | Self::F16 | Self::BF16)
     }

@@ -18,16 +18,12 @@ pub(crate) enum Class {
 /// A failure. `Display` is its message.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Error {
-    /// An argument has the wrong type or dtype.
     #[error("{op}: {argument} must {rule}, got {value}")]
     Type { op: &'static str, argument: String, rule: String, value: String },
-    /// An argument has a bad shape or value.
     #[error("{op}: {argument} must {rule}, got {value}")]
     Value { op: &'static str, argument: String, rule: String, value: String },
-    /// A valid request that this build cannot serve.
     #[error("{op}: {what}; supported: {supported}")]
     Unsupported { op: &'static str, what: String, supported: String },
-    /// CUDA failed.
     #[error("{op}: {failure}")]
     Cuda { op: &'static str, failure: CudaFailure },
 }
@@ -35,35 +31,47 @@ pub(crate) enum Error {
 /// How CUDA can fail.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum CudaFailure {
-    /// Nothing to open.
     #[error("no {library} here: {reason}")]
     NoLibrary { library: &'static str, reason: String },
     /// Something was opened that is too old, or something else.
     #[error("the {library} lacks {symbol}")]
     NoSymbol { library: &'static str, symbol: &'static str },
-    /// A call before the libraries were opened.
     #[error("the CUDA driver and NVRTC are not open; sokd.show_config() says why")]
     NotOpen,
-    /// An ordinal beyond the devices.
     #[error("device cuda:{ordinal} must be one of the {count} that the CUDA driver has")]
     NoDevice { ordinal: usize, count: usize },
-    /// A call of the driver's.
     #[error("the CUDA driver failed in {call}: {name} ({text})")]
     Driver { call: &'static str, code: i32, name: String, text: String },
-    /// A call of the compiler's.
     #[error("NVRTC failed in {call}: {reason}")]
     Nvrtc { call: &'static str, reason: String },
-    /// A kernel that the compiler refuses.
-    #[error("NVRTC {}.{} could not compile {name} for {arch}: {reason}\n{log}", version.0, version.1)]
+    #[error(
+        "NVRTC {}.{} could not compile {name} for {arch}: {reason}\n{log}",
+        version.0,
+        version.1
+    )]
     Compile { version: (i32, i32), name: String, arch: String, reason: String, log: String },
     /// A device older than the oldest architecture of the compiler.
-    #[error("NVRTC {}.{} compiles for no device of compute capability {}.{}", version.0, version.1, capability / 10, capability % 10)]
+    #[error(
+        "NVRTC {}.{} compiles for no device of compute capability {}.{}",
+        version.0,
+        version.1,
+        capability / 10,
+        capability % 10
+    )]
     UnknownArch { version: (i32, i32), capability: u32 },
     /// A device that lacks what the kernels use.
-    #[error("cuda:{ordinal} has compute capability {}.{}, and the kernels need 7.0", capability / 10, capability % 10)]
+    #[error(
+        "cuda:{ordinal} has compute capability {}.{}, and the kernels need 7.0",
+        capability / 10,
+        capability % 10
+    )]
     OldDevice { ordinal: usize, capability: u32 },
     /// A kernel is compiled and loaded when it is first used, which a capture forbids.
-    #[error("kernel {kernel} is not loaded on cuda:{ordinal}, and a CUDA graph is being captured; call sokd.warmup({}) before the capture", warmup(*ordinal, *float64))]
+    #[error(
+        "kernel {kernel} is not loaded on cuda:{ordinal}, and a CUDA graph is being captured; \
+         call sokd.warmup({}) before the capture",
+        warmup(*ordinal, *float64)
+    )]
     Capturing { kernel: String, ordinal: usize, float64: bool },
 }
 
@@ -77,7 +85,6 @@ fn warmup(ordinal: usize, float64: bool) -> String {
 pub(crate) type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
-    /// A wrong type or dtype.
     pub(crate) fn of_type(
         op: &'static str,
         argument: &str,
@@ -92,7 +99,6 @@ impl Error {
         }
     }
 
-    /// A bad shape or value.
     pub(crate) fn of_value(
         op: &'static str,
         argument: &str,
@@ -107,7 +113,6 @@ impl Error {
         }
     }
 
-    /// The Python class for this failure.
     pub(crate) fn class(&self) -> Class {
         match self {
             Self::Type { .. } => Class::Type,

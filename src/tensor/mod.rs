@@ -1,4 +1,5 @@
-//! What operators are given: views of tensors, the resources of a call, and the checks and errors of arguments.
+//! What operators are given: views of tensors, the resources of a call, and the checks and errors
+//! of arguments.
 
 mod check;
 mod dtype;

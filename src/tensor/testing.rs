@@ -1,4 +1,5 @@
-//! Tensors for tests: any shape, dtype and strides, with memory of their own and a watch on the bytes around them.
+//! Tensors for tests: any shape, dtype and strides, with memory of their own and a watch on the
+//! bytes around them.
 
 use crate::tensor::{DType, Device, TensorView};
 use proptest::prelude::*;

@@ -6,9 +6,7 @@ use std::fmt;
 /// Where the memory lies.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Device {
-    /// Host memory.
     Cpu,
-    /// An NVIDIA device, by ordinal.
     Cuda(usize),
     /// Anything else, by the name torch gives it.
     Other(String),
@@ -33,7 +31,6 @@ pub(crate) const MAX_RANK: usize = 8;
 #[derive(Clone, Debug)]
 pub(crate) struct TensorView {
     ptr: *mut u8,
-    /// Element type.
     pub dtype: DType,
     /// Where the memory lies.
     pub device: Device,
@@ -42,7 +39,8 @@ pub(crate) struct TensorView {
     strides: [isize; MAX_RANK],
 }
 
-// SAFETY: a view is plain metadata; the kernels that follow its pointer from several threads write disjoint elements.
+// SAFETY: a view is plain metadata; the kernels that follow its pointer from several threads write
+// disjoint elements.
 unsafe impl Send for TensorView {}
 // SAFETY: as above.
 unsafe impl Sync for TensorView {}
@@ -51,8 +49,8 @@ impl TensorView {
     /// A view from its parts; `None` when the rank is above [`MAX_RANK`].
     ///
     /// # Safety
-    /// Every element that `sizes` and `strides` reach from `ptr` must be readable (writable, if the view is an output) for as long as
-    /// the view is used.
+    /// Every element that `sizes` and `strides` reach from `ptr` must be readable (writable, if the
+    /// view is an output) for as long as the view is used.
     pub(crate) unsafe fn new(
         ptr: *mut u8,
         dtype: DType,
@@ -76,12 +74,10 @@ impl TensorView {
         Some(view)
     }
 
-    /// Number of dimensions.
     pub(crate) fn rank(&self) -> usize {
         self.rank
     }
 
-    /// Sizes, outermost first.
     pub(crate) fn sizes(&self) -> &[usize] {
         &self.sizes[..self.rank]
     }
@@ -91,17 +87,14 @@ impl TensorView {
         &self.strides[..self.rank]
     }
 
-    /// Number of elements.
     pub(crate) fn numel(&self) -> usize {
         self.sizes().iter().product()
     }
 
-    /// The address of the first element.
     pub(crate) fn ptr(&self) -> *mut u8 {
         self.ptr
     }
 
-    /// The first element as `T`.
     pub(crate) fn as_ptr<T>(&self) -> *mut T {
         self.ptr.cast()
     }
@@ -150,7 +143,8 @@ impl TensorView {
     /// The view must be in host memory and `index` within its sizes.
     pub(crate) unsafe fn read_f64(&self, index: &[usize]) -> f64 {
         let offset: isize = index.iter().zip(self.strides()).map(|(&i, &s)| i as isize * s).sum();
-        // SAFETY: the caller keeps `index` within the sizes; the caller of `new` promised that memory.
+        // SAFETY: the caller keeps `index` within the sizes; the caller of `new` promised that
+        // memory.
         unsafe {
             match self.dtype {
                 DType::F64 => *self.as_ptr::<f64>().offset(offset),
@@ -168,7 +162,8 @@ impl TensorView {
     /// As for [`TensorView::read_f64`].
     pub(crate) unsafe fn read_i64(&self, index: &[usize]) -> i64 {
         let offset: isize = index.iter().zip(self.strides()).map(|(&i, &s)| i as isize * s).sum();
-        // SAFETY: the caller keeps `index` within the sizes; the caller of `new` promised that memory.
+        // SAFETY: the caller keeps `index` within the sizes; the caller of `new` promised that
+        // memory.
         unsafe {
             match self.dtype {
                 DType::I64 => *self.as_ptr::<i64>().offset(offset),
@@ -187,7 +182,8 @@ impl TensorView {
     /// As for [`TensorView::read_f64`], and no other thread may use that element meanwhile.
     pub(crate) unsafe fn write_f64(&self, index: &[usize], value: f64) {
         let offset: isize = index.iter().zip(self.strides()).map(|(&i, &s)| i as isize * s).sum();
-        // SAFETY: the caller keeps `index` within the sizes; the caller of `new` promised that memory.
+        // SAFETY: the caller keeps `index` within the sizes; the caller of `new` promised that
+        // memory.
         unsafe {
             match self.dtype {
                 DType::F64 => *self.as_ptr::<f64>().offset(offset) = value,

@@ -1,7 +1,8 @@
-//! Reads a tensor's metadata through libtorch's C++ API, for sokd's `_core`, which links nothing of torch.
+//! Reads a tensor's metadata through libtorch, for sokd's `_core`, which links nothing of torch.
 //!
-//! The module holds one capsule, `reader`: the address of [`read`]. It must only be imported on a torch release that it
-//! is proven on; elsewhere the layout of a tensor can differ.
+//! The module holds one capsule, `reader`: the address of [`read`]. Import it only on a torch
+//! release that it is proven on (`sokd.config.PROVEN`); elsewhere the layout of a tensor can
+//! differ.
 
 use pyo3::ffi::{PyCapsule_New, PyObject as RawObject};
 use pyo3::prelude::*;
@@ -29,8 +30,9 @@ pub struct View {
     strides: [i64; MAX_RANK],
 }
 
-/// Fills `view` from a tensor and returns 0. Any other object returns 1, and so does a tensor that is not strided, is
-/// neither on the CPU nor on CUDA, or has more than `MAX_RANK` dimensions: then only the version is written.
+/// Fills `view` from a tensor and returns 0. Returns 1 for any other object, and for a tensor that
+/// is not strided, neither on the CPU nor on CUDA, or above `MAX_RANK`: then only the version is
+/// written.
 ///
 /// # Safety
 /// The caller holds the GIL and `object`, and `view` can be written.
@@ -55,7 +57,8 @@ unsafe extern "C" fn read(object: *mut RawObject, view: *mut View) -> c_int {
 fn fields(tensor: &Tensor) -> Option<View> {
     let pointer = tensor.as_ptr().cast_mut();
     let (mut sizes, mut strides) = ([0; MAX_RANK], [0; MAX_RANK]);
-    // SAFETY: a live tensor; the arrays have room for `rank` numbers. An exception becomes an error to be cleared.
+    // SAFETY: a live tensor; the arrays have room for `rank` numbers. torch-sys stores a C++
+    // exception for `no_exception`.
     unsafe {
         let rank = torch_sys::at_dim(pointer);
         if rank > MAX_RANK {

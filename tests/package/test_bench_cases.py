@@ -7,7 +7,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benches import bench_areas, bench_loss, bench_masked_mse, bench_methods, bench_refine
+from benches import (
+    bench_areas,
+    bench_loss,
+    bench_masked_mse,
+    bench_methods,
+    bench_readers,
+    bench_refine,
+)
 from benches.harness import LAYOUTS, Case, Options, run_case
 
 SHAPE = (3, 8, 6, 5)
@@ -25,6 +32,11 @@ def test_operators(dtype: torch.dtype, layout: str) -> None:
 
 def test_areas() -> None:
     bench_areas.case(2, 16, 16, target=1).check()
+
+
+def test_readers() -> None:
+    for case in bench_readers.cases(Options(quick=True)):
+        case.check()
 
 
 def method_cases(patch: pytest.MonkeyPatch) -> Iterator[Case]:

@@ -318,7 +318,7 @@ def test_the_whole_demo_in_one_and_in_two_processes(
         student="tiny", workers=2, save=tmp_path,
     )  # fmt: skip
     first = demo.demo(synthetic(), options)
-    assert "teacher, epoch 0" in capsys.readouterr().out
+    assert "teacher, epoch 1" in capsys.readouterr().out
     options.workers = 1
     second = demo.demo(synthetic(), options)
     printed = capsys.readouterr().out

@@ -113,7 +113,8 @@ def train_teacher(data: DataSet, size: str, solver: Solver, path: Path) -> Net:
 
     if not path.exists():
         for epoch in fit(teacher.parameters(), loss_of, len(labels), solver, order):
-            print(f"teacher, epoch {epoch}: {accuracy(teacher, data.validation):.2%}", flush=True)
+            score = accuracy(teacher, data.validation)
+            print(f"teacher, epoch {epoch + 1}: validation {score:.2%}", flush=True)
         torch.save(teacher.state_dict(), path)
     teacher.load_state_dict(torch.load(path, weights_only=True))
     return teacher.requires_grad_(False).eval()

@@ -11,15 +11,15 @@ import torch
 
 from sokd import _core
 
-# torch releases on which sokd_tch is proven. Elsewhere the layout of a tensor in libtorch may differ, and
-# reading it would abort the process: the release is compared before the import.
+# torch releases on which sokd_tch is proven. Elsewhere the layout of a tensor in libtorch can differ
+# and reading one can abort the process, so the release is checked before the import.
 PROVEN = ("2.13", "2.14", "2.15")
 
 _why_not_tch: str | None = None
 
 
 def choose_reader() -> None:
-    """Select "tch" where it is installed and proven on the running torch, else "dlpack" or "portable"."""
+    """Select the reader "tch" where it is installed and proven, else "dlpack" or "portable"."""
     global _why_not_tch
     try:
         _core.select_reader("dlpack")

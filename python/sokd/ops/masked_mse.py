@@ -23,6 +23,7 @@ from sokd.ops.runtime import (
     checked_by,
     has_kernel,
     is_eager,
+    is_meta,
     register,
     resources,
     savable,
@@ -242,7 +243,7 @@ def scaled_mse(
         return _masked_mse_numpy(student, teacher, weight, normalise, scale)
     _refuse_gradients(weight=weight, **({} if mutual else {"teacher": teacher}))
     served, half = has_kernel(student), student.dtype == torch.float16
-    if half or student.is_meta or not served:
+    if half or is_meta(student, teacher, weight) or not served:
         _check(student, teacher, weight, normalise=normalise)
     if not served:
         return reference.mutual_mse(student, teacher, weight, normalise=normalise, scale=scale)

@@ -24,6 +24,7 @@ from sokd.ops.runtime import (
     checked_by,
     has_kernel,
     is_eager,
+    is_meta,
     register,
     resources,
     second_derivative,
@@ -218,7 +219,7 @@ def refine(
         return refined
     parts = {"hole": hole, "sigma": sigma, "perm": perm, "keep": keep, "straight": straight}
     served = has_kernel(features)
-    if straight is not None or features.is_meta or not served:
+    if straight is not None or not served or is_meta(features, theta, *parts.values()):
         _check(features, theta, seed=seed, **parts)
     if not served:
         return reference.refine(features, theta, seed=seed, **parts)
@@ -263,7 +264,7 @@ def refine_dots(
         return dots
     _refuse_gradients({"features": features, "upstream": upstream, **parts})
     served = has_kernel(features)
-    if features.is_meta or not served:
+    if not served or is_meta(features, upstream, *plan):
         _check_dots(features, upstream, plan)
     if not served:
         return reference.refine_dots(features, upstream, plan)

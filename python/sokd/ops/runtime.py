@@ -218,9 +218,9 @@ def check_device(op: str, name: str, tensor: Tensor, of: str, other: Any) -> Non
 
 
 def checked_by(check: Callable[..., None]) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Let `check` word the errors of an operator, with the operator's arguments and only after it has failed.
+    """Call `check` with an operator's arguments after the operator raised, for the error's message.
 
-    The kernels check their own arguments; a check before each call would read every tensor's metadata twice.
+    The kernels validate their arguments; a check before each call would read the metadata twice.
     """
 
     def wrap(operator: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -241,6 +241,11 @@ def checked_by(check: Callable[..., None]) -> Callable[[Callable[_P, _R]], Calla
         return call
 
     return wrap
+
+
+def is_meta(*arguments: Any) -> bool:
+    """Whether one is on the meta device: the call then reaches no kernel that checks the others."""
+    return any(isinstance(argument, Tensor) and argument.is_meta for argument in arguments)
 
 
 def check_kind(op: str, of: str, first: Any, **others: Any) -> None:

@@ -1,4 +1,5 @@
-//! The CUDA functions of `_core`: open, describe, warm up. Builds without the feature `cuda` raise NotImplementedError.
+//! The CUDA functions of `_core`: open, describe, warm up. Builds without the feature `cuda` raise
+//! NotImplementedError.
 
 use super::{read_all, released, Object, Resources};
 use crate::bind::read::raise;
@@ -27,7 +28,7 @@ fn absent<T>(op: &'static str) -> PyResult<T> {
     }))
 }
 
-/// Opens the driver and the first NVRTC of these names or paths; an exception says what is missing.
+/// Opens the driver and the first NVRTC of these names or paths; raises what is missing.
 #[pyfunction]
 #[allow(unused_variables)]
 pub(crate) fn cuda_open(nvrtc: Vec<String>) -> PyResult<()> {
@@ -37,13 +38,13 @@ pub(crate) fn cuda_open(nvrtc: Vec<String>) -> PyResult<()> {
     absent("cuda_open")
 }
 
-/// Torch's own. What it raises is of no use here: the second try will say what is wrong.
+/// `torch.cuda.empty_cache`. Its errors are ignored: the retried allocation reports the failure.
 #[cfg(feature = "cuda")]
 fn empty_cache() {
     let _ = Python::attach(|py| py.import("torch.cuda")?.call_method0("empty_cache").map(|_| ()));
 }
 
-/// Why no kernel can run on this device; None: they do.
+/// The reason that no kernel can run on this device; None where kernels run.
 #[pyfunction]
 #[allow(unused_variables)]
 pub(crate) fn cuda_why_not(py: Python<'_>, device: usize) -> PyResult<Option<String>> {
@@ -53,7 +54,7 @@ pub(crate) fn cuda_why_not(py: Python<'_>, device: usize) -> PyResult<Option<Str
     absent("cuda_why_not")
 }
 
-/// Versions, the cache's folder, and how many translation units were compiled or came from there.
+/// Versions, the cache folder, and the numbers of units compiled and loaded from the cache.
 #[pyfunction]
 pub(crate) fn cuda_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     #[cfg(feature = "cuda")]
@@ -74,7 +75,7 @@ pub(crate) fn cuda_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     }
 }
 
-/// Compiles and loads every kernel for these dtypes and layouts, which `sokd.warmup` has checked, on a device.
+/// Compiles and loads every kernel on a device, for dtypes and layouts that `sokd.warmup` checked.
 #[pyfunction]
 #[pyo3(signature = (device, dtypes, layouts, threads, stream=0))]
 #[allow(unused_variables)]

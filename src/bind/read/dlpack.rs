@@ -1,5 +1,6 @@
-//! The reader for torch 2.10 and later: one call of the C function that torch publishes for libraries such as this one, DLPack's
-//! `__dlpack_c_exchange_api__`. Its layout is a versioned standard, so no release of torch needs to be proven.
+//! Reads a tensor by DLPack's `__dlpack_c_exchange_api__`, one C function in torch 2.10 and later.
+//!
+//! The table and the tensor it describes are a versioned standard, independent of torch's releases.
 
 use super::build;
 use crate::tensor::{DType, Device, TensorView};
@@ -60,8 +61,8 @@ fn find(py: Python<'_>) -> PyResult<Option<Torch>> {
     else {
         return Ok(None);
     };
-    // SAFETY: by its name, the capsule points at such a table, which lives as long as the process. The version comes first in
-    // every version; the rest is read where the major version is the one above.
+    // SAFETY: by its name, the capsule points at such a table, which lives as long as the process.
+    // Every version begins with the version; the rest is read where the major version is 1.
     let read = unsafe {
         let api = address.cast::<ExchangeApi>().as_ptr();
         if (*api).major != 1 {
@@ -73,8 +74,8 @@ fn find(py: Python<'_>) -> PyResult<Option<Torch>> {
     Ok(Some(Torch { read, types }))
 }
 
-/// `None` where the object is left to the next reader: not exactly a tensor, not strided, on a device without kernels or of a
-/// dtype that sokd does not read. The next one reads it or words the error.
+/// `None` leaves the object to the portable reader, which reads it or raises the error: not exactly
+/// a tensor, not strided, on a device without kernels, or of a dtype that sokd does not read.
 pub(crate) fn read(object: &Bound<'_, PyAny>) -> Option<TensorView> {
     let py = object.py();
     let torch = TORCH.get(py)?.as_ref()?;

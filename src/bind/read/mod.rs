@@ -1,15 +1,14 @@
-//! A Python object -> `TensorView`. The readers stand behind one function; the rest of the crate never sees a Python object.
+//! Reads a Python object into a `TensorView`.
 //!
-//! `tch` and `dlpack` read a torch tensor in one call of C. What they do not read, and every tensor where neither is selected,
-//! `portable` reads by its Python attributes; `numpy` reads arrays.
+//! `tch` and `dlpack` read a torch tensor in one C call. `portable` reads by Python attributes:
+//! what those two leave, and every tensor where neither is selected. `numpy` reads arrays.
 
 mod dlpack;
 mod numpy;
 mod portable;
 mod tch;
 
-use crate::tensor::Error;
-use crate::tensor::{DType, Device, TensorView};
+use crate::tensor::{DType, Device, Error, TensorView};
 use pyo3::prelude::*;
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -115,8 +114,8 @@ fn build(
     sizes: &[usize],
     strides: &[isize],
 ) -> PyResult<TensorView> {
-    // SAFETY: torch or NumPy vouches that these sizes and strides lie within memory that the object keeps alive; the caller of `view`
-    // holds the object.
+    // SAFETY: by torch or NumPy, these sizes and strides lie within memory that the object keeps
+    // alive, and the caller of `view` holds the object.
     let view = unsafe { TensorView::new(pointer as *mut u8, dtype, device, sizes, strides) };
     view.ok_or_else(|| {
         let rule = format!("have at most {} dimensions", crate::tensor::MAX_RANK);

@@ -1,8 +1,7 @@
-//! The reader for NumPy arrays, for offline analysis: CPU only, no gradients.
+//! Reads a NumPy array, for offline analysis: CPU only, no gradients.
 
 use super::{build, raise, unknown_dtype};
-use crate::tensor::Error;
-use crate::tensor::{DType, Device, TensorView};
+use crate::tensor::{DType, Device, Error, TensorView};
 use numpy::{PyArrayDescrMethods, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 

@@ -1,14 +1,13 @@
-//! The reader for every torch: the tensor's own Python attributes.
+//! Reads a tensor of any torch release by its Python attributes.
 
 use super::{build, from_name, raise, unknown_dtype};
-use crate::tensor::Error;
-use crate::tensor::{DType, Device, TensorView};
+use crate::tensor::{DType, Device, Error, TensorView};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyString, PyTuple};
 
-/// Objects of torch that are compared by identity.
+/// Objects of torch that are recognised by identity.
 struct Torch {
     strided: Py<PyAny>,
     dtypes: Vec<(Py<PyAny>, DType)>,

@@ -1,10 +1,10 @@
-//! The reader for torch releases that sokd_tch is proven on: one call of a C function that reads libtorch's tensor.
+//! Reads a tensor through libtorch, by one C function of sokd_tch.
 //!
-//! sokd_tch (in `tch/`) links libtorch and hands over the function's address in a capsule; this crate links nothing of torch.
+//! sokd_tch (in `tch/`) links libtorch and passes the function's address in a capsule. This crate
+//! links nothing of torch.
 
 use super::{build, raise};
-use crate::tensor::Error;
-use crate::tensor::{DType, Device, TensorView, MAX_RANK};
+use crate::tensor::{DType, Device, Error, TensorView, MAX_RANK};
 use pyo3::ffi::PyObject as RawObject;
 use pyo3::prelude::*;
 use pyo3::types::PyCapsule;
@@ -51,7 +51,8 @@ pub(crate) fn open(reader: &Bound<'_, PyAny>) -> PyResult<()> {
     // SAFETY: by its name, the capsule holds the address of such a function.
     let read = unsafe { std::mem::transmute::<*mut c_void, Read>(address.as_ptr()) };
     let mut view = View::empty();
-    // SAFETY: the GIL is held. None is not a tensor: of any version's view, only the first field is written.
+    // SAFETY: the GIL is held. None is not a tensor, so only the first field is written, which
+    // every version of the view has.
     unsafe { read(reader.py().None().as_ptr(), &mut view) };
     if view.version != VERSION {
         let got = format!("version {}; install the sokd-tch of this sokd", view.version);
@@ -61,8 +62,8 @@ pub(crate) fn open(reader: &Bound<'_, PyAny>) -> PyResult<()> {
     Ok(())
 }
 
-/// `None` where the object is left to the next reader: not a tensor, not strided, on a device without kernels or of a dtype that
-/// sokd does not read. The next one reads it or words the error.
+/// `None` leaves the object to the portable reader, which reads it or raises the error: not a
+/// tensor, not strided, on a device without kernels, or of a dtype that sokd does not read.
 pub(crate) fn read(object: &Bound<'_, PyAny>) -> Option<TensorView> {
     let (read, mut view) = (READ.get()?, View::empty());
     // SAFETY: the GIL and the object are held; the version of the view was checked.

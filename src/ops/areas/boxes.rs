@@ -40,11 +40,11 @@ pub(super) struct BoxWriter<T: Element> {
     width: usize,
 }
 
-// SAFETY: the maps are only read; the outputs of an image are written by the one thread that has it.
+// SAFETY: the maps are only read; the outputs of an image are written by the one thread that has
+// it.
 unsafe impl<T: Element> Sync for BoxWriter<T> {}
 
 impl<T: Element> BoxWriter<T> {
-    /// Of a checked call.
     pub(crate) fn new(args: &Args, outputs: &Outputs) -> Self {
         Self {
             student: [Pair::new(args.size), Pair::new(args.offset)],

@@ -8,13 +8,13 @@ use crate::parallel;
 use crate::simd::{self, Element, Simd, WithSimd};
 use std::ops::Range;
 
-/// Cells of a chunk.
 const CHUNK: usize = 1 << 16;
 
 /// Writes coverage, boxes and scores.
 ///
 /// # Safety
-/// The maps have the dtype `T`, the shapes agree, the outputs are contiguous and of their dtypes, and all are in host memory.
+/// The maps have the dtype `T`, the shapes agree, the outputs are contiguous and of their dtypes,
+/// and all are in host memory.
 pub(crate) unsafe fn forward<T: Element>(args: &Args, outputs: &Outputs, threads: usize) {
     let heat =
         Heat::<T>::new(args.heat, args.teacher.map(|teacher| teacher[0]), args.kernel as usize);

@@ -11,7 +11,7 @@ static PICK: Kernel = Kernel::new(SOURCE, 2, "areas_pick", (true, false));
 /// All of them, for `sokd.warmup()`.
 pub(crate) static KERNELS: [&Kernel; 2] = [&SCAN, &PICK];
 
-/// Cells that one block of the scan looks at.
+/// Cells of a block of the scan.
 const CHUNK: usize = 2048;
 
 mirror! {
@@ -59,7 +59,8 @@ pub(crate) unsafe fn forward(
     call.candidate_scores = call.candidate_cells + candidates * 8;
     let variant = (args.heat.dtype, order);
     on_device(CHECK.0, ordinal, run, |queue| {
-        // SAFETY: `Areas` is what these kernels take, filled as kernel.cu defines it; the memory is the caller's promise.
+        // SAFETY: `Areas` is what these kernels take, filled as kernel.cu defines it; the memory is
+        // the caller's promise.
         unsafe {
             queue.launch(&SCAN, variant, [call.batch * call.chunks, 1], &call)?;
             queue.launch(&PICK, variant, [call.batch, 1], &call)

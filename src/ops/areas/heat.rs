@@ -1,4 +1,5 @@
-//! The heat of an image in the order of memory, whatever the strides: rows of equal steps, split into tiles.
+//! The heat of an image in the order of memory, whatever the strides: rows of equal steps, split
+//! into tiles.
 
 use super::larger;
 use crate::simd::tile::prefetch_line;
@@ -45,7 +46,6 @@ pub(crate) struct Heat<T> {
 unsafe impl<T: Element> Sync for Heat<T> {}
 
 impl<T: Element> Heat<T> {
-    /// Of a checked call.
     pub(crate) fn new(heat: &TensorView, teacher: Option<&TensorView>, kernel: usize) -> Self {
         let other = teacher.unwrap_or(heat);
         let (sizes, strides) = (heat.sizes(), [heat.strides(), other.strides()]);
@@ -65,17 +65,14 @@ impl<T: Element> Heat<T> {
         }
     }
 
-    /// Cells of an image.
     pub(crate) fn cells(&self) -> usize {
         self.axes.iter().map(|axis| axis.size).product()
     }
 
-    /// Tiles of an image.
     pub(crate) fn tiles(&self) -> usize {
         self.dims[0].size * self.dims[1].size * self.dims[2].size.div_ceil(TILE)
     }
 
-    /// One image.
     #[inline(always)]
     pub(crate) fn image(&self, n: usize) -> Image<'_, T> {
         let bases = [0, 1].map(|i| self.bases[i].wrapping_offset(n as isize * self.samples[i]));
@@ -83,7 +80,8 @@ impl<T: Element> Heat<T> {
     }
 }
 
-/// Outermost in memory first; neighbours that follow one another in memory and in the flat index become one.
+/// Outermost in memory first; neighbours that follow one another in memory and in the flat index
+/// become one.
 fn in_memory_order(mut axes: [Dim; 3]) -> [Dim; 3] {
     axes.sort_by_key(|dim| {
         Reverse(if dim.size > 1 { dim.steps[0].unsigned_abs() } else { usize::MAX })
@@ -105,20 +103,17 @@ fn in_memory_order(mut axes: [Dim; 3]) -> [Dim; 3] {
 #[derive(Clone, Copy)]
 pub(crate) struct Tile {
     offsets: [isize; 2],
-    /// How many.
     pub length: usize,
     /// The flat index of the first, which is the lowest.
     pub flat: usize,
 }
 
-/// One sample's heat.
 pub(crate) struct Image<'a, T> {
     heat: &'a Heat<T>,
     bases: [*const T; 2],
 }
 
 impl<T: Element> Image<'_, T> {
-    /// A tile by its number.
     #[inline(always)]
     pub(crate) fn tile(&self, index: usize) -> Tile {
         let [outer, inner, run] = self.heat.dims;
@@ -134,7 +129,8 @@ impl<T: Element> Image<'_, T> {
         Tile { offsets: [step(0), step(1)], length: TILE.min(run.size - first), flat }
     }
 
-    /// The maximum over a tile without NaN. For products it is taken before the root, which keeps the order.
+    /// The maximum over a tile without NaN. For products it is taken before the root, which keeps
+    /// the order.
     #[inline(always)]
     pub(crate) fn bound<S: Simd>(&self, simd: S, index: usize) -> T::Acc {
         let tile = self.tile(index);

@@ -1,13 +1,19 @@
-//! Areas of interest: the k best local maxima of the heat, a box around each, and how many boxes cover each cell.
+//! Areas of interest: the k best local maxima of the heat, a box around each, and how many boxes
+//! cover each cell.
 //!
-//! heat = sqrt(heat_s * heat_t), size and offset = (student + teacher) / 2, where a teacher is given
+//! heat = sqrt(heat_s * heat_t), size and offset = (student + teacher) / 2, where a teacher is
+//! given
 //!
-//! peak: heat[b,a,y,x] >= every cell of the kernel x kernel window around it (outside the map: ignored), none of them NaN
+//! peak: heat[b,a,y,x] >= every cell of the kernel x kernel window around it (outside the map:
+//! ignored), none of them NaN
 //!
-//! box = trunc(clamp(cell + offset -+ size / 2, 0, side - 1)), both corners inclusive;   coverage[b,y,x] = boxes over the cell
+//! box = trunc(clamp(cell + offset -+ size / 2, 0, side - 1)), both corners inclusive
 //!
-//! Peaks are ordered by (heat descending, flat index (a*H + y)*W + x ascending). Missing ones: box (0, 0, -1, -1), score 0. A NaN in
-//! size or offset makes 0 of the corners it reaches. All is computed in f32 (f64 for f64). No gradient flows through areas.
+//! coverage[b,y,x] = boxes over the cell
+//!
+//! Peaks are ordered by (heat descending, flat index (a*H + y)*W + x ascending). Missing ones: box
+//! (0, 0, -1, -1), score 0. A NaN in size or offset makes 0 of the corners it reaches. All is
+//! computed in f32 (f64 for f64). No gradient flows through areas.
 
 mod boxes;
 mod cpu;
@@ -85,7 +91,8 @@ impl Args<'_> {
             Device::Cuda(ordinal) => unsafe { cuda::forward(self, outputs, ordinal, run) },
             _ => {
                 CHECK.on_cpu("heat", self.heat)?;
-                // SAFETY: checked above: T is heat's dtype, the shapes agree, everything is in host memory.
+                // SAFETY: checked above: T is heat's dtype, the shapes agree, everything is in host
+                // memory.
                 by_dtype!(self.heat.dtype, T => unsafe {
                     cpu::forward::<T>(self, outputs, run.threads)
                 });

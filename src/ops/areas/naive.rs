@@ -130,7 +130,7 @@ impl Case {
     }
 }
 
-/// What the heat looks like.
+/// The kind of heat.
 #[derive(Clone, Copy, Debug)]
 enum Heat {
     /// Any number in [0, 1).
@@ -199,7 +199,7 @@ fn maps(shape: [usize; 4], dtype: DType, lays: [Lay; 3], heat: Heat, seed: u64) 
     ]
 }
 
-/// Odd sides, one block and several, one image larger than a thread's share.
+/// Odd sides, one tile and several, one image larger than a chunk.
 fn any_shape() -> impl Strategy<Value = [usize; 4]> {
     prop_oneof![
         8 => [0..4usize, 1..30usize, 1..12usize, 1..12usize],
@@ -217,11 +217,16 @@ proptest! {
 
     #[test]
     fn areas_agree_with_the_definition(
-        shape in any_shape(), dtype in any_float(), lays in [lays(), lays()], teacher in any::<bool>(), heat in any_heat(),
-        share in 0.0..1.0f64, few in 1..20usize, reach in 0..3usize, threads in 0..4usize, seed in any::<u64>(),
+        shape in any_shape(), dtype in any_float(), lays in [lays(), lays()],
+        teacher in any::<bool>(), heat in any_heat(), share in 0.0..1.0f64, few in 1..20usize,
+        reach in 0..3usize, threads in 0..4usize, seed in any::<u64>(),
     ) {
         let cells: usize = shape[1..].iter().product();
-        let k = if cells > 4000 || share < 0.7 { few.min(cells) } else { 1 + (share * share * cells as f64) as usize };
+        let k = if cells > 4000 || share < 0.7 {
+            few.min(cells)
+        } else {
+            1 + (share * share * cells as f64) as usize
+        };
         let student = maps(shape, dtype, lays[0], heat, seed);
         let teacher = teacher.then(|| maps(shape, dtype, lays[1], heat, seed ^ 77));
         let case = Case { shape, dtype, student, teacher, k: k.min(cells), kernel: 2 * reach + 1 };

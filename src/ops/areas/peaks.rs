@@ -1,7 +1,8 @@
 //! The k best peaks of an image, with hardly more than one reading of its heat.
 //!
-//! Every tile of cells has its maximum. The k best peaks lie in tiles whose maximum is not below the k-th best peak, so with a good
-//! guess of that score few tiles are read again; after a bad guess, a lower one is tried.
+//! Every tile of cells has its maximum. The k best peaks lie in tiles whose maximum is not below
+//! the k-th best peak, so with a good guess of that score few tiles are read again; after a bad
+//! guess, a lower one is tried.
 
 use super::heat::{Image, Tile};
 use super::larger;
@@ -107,7 +108,8 @@ fn lowest<A: Real>() -> A {
     A::of(f64::NEG_INFINITY)
 }
 
-/// A score that most likely k peaks reach, and few other cells: of 2k or more groups of tiles, the 3/2 k-th best maximum.
+/// A score that most likely k peaks reach, and few other cells: of 2k or more groups of tiles, the
+/// 3/2 k-th best maximum.
 #[inline(always)]
 fn guess<A: Real>(bounds: &[A], k: usize) -> A {
     let groups = (2 * k).next_multiple_of(LANES);

@@ -1,6 +1,8 @@
 //! A policy's random draws: uniforms in (0, 1) and a seed for the noise, from a seed and a counter.
 //!
-//! word = philox4x32_10(counter = (block, 0xFFFFFFFF, counter), key = seed);   noise_seed = words 0 and 1 of block 0
+//! word = philox4x32_10(counter = (block, 0xFFFFFFFF, counter), key = seed)
+//!
+//! noise_seed = words 0 and 1 of block 0
 //!
 //! uniforms[i] = ((word i % 4 of block 1 + i / 4) >> 9) + 1/2) * 2^-23
 

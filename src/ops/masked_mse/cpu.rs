@@ -1,4 +1,5 @@
-//! The CPU kernel: regions of a sample in the order of memory; student, teacher and weight are read once, the gradient is written once.
+//! The CPU kernel: regions of a sample in the order of memory; student, teacher and weight are read
+//! once, the gradient is written once.
 
 use super::grid::{Grid, Order, Region};
 use super::weights::Weights;
@@ -29,7 +30,8 @@ pub(crate) unsafe fn forward<T: Element>(
     let divisor = if area { total * args.student.sizes()[1] as f64 } else { numel as f64 };
     if numel == 0 || divisor == 0.0 {
         if let Some(d_student) = d_student {
-            // SAFETY: the gradient is dense, so numel elements lie here; zero bits are 0.0 in every float dtype.
+            // SAFETY: the gradient is dense, so numel elements lie here; zero bits are 0.0 in every
+            // float dtype.
             unsafe { d_student.ptr().write_bytes(0, numel * d_student.dtype.size()) };
         }
         return Ok(0.0);
@@ -220,7 +222,8 @@ fn clear_from<A: Real>(lane: usize, tile: &mut [[A; LANES]; POSITIONS]) {
     }
 }
 
-/// Each weight in all lanes. Not inlined: for AVX-512 the compiler would emit scatters, which are far slower.
+/// Each weight in all lanes. Not inlined: for AVX-512 the compiler would emit scatters, which are
+/// far slower.
 #[inline(never)]
 fn spread<A: Real>(weights: &[A], tile: &mut [[A; LANES]; POSITIONS]) {
     tile.iter_mut().zip(weights).for_each(|(row, weight)| *row = [*weight; LANES]);
@@ -230,7 +233,8 @@ impl<T: Element> Maps<'_, T> {
     /// Consecutive elements, one for each weight.
     ///
     /// # Safety
-    /// From the element `from` on, they must lie within the maps, which all run in the same order, and belong to this thread.
+    /// From the element `from` on, they must lie within the maps, which all run in the same order,
+    /// and belong to this thread.
     #[inline(always)]
     unsafe fn tile<S: Simd>(&self, simd: S, from: usize, weights: &[T::Acc]) -> f64 {
         let (mut sums, factor) = (simd.splat(T::Acc::default()), simd.splat(self.factor));

@@ -1,9 +1,9 @@
-//! The split of the maps into regions, and of small regions into chunks, by the shapes and the order of memory.
+//! The split of the maps into regions, and of small regions into chunks, by the shapes and the
+//! order of memory.
 
 use crate::simd::LANES;
 use std::ops::Range;
 
-/// Elements of a chunk.
 const CHUNK: usize = 1 << 15;
 
 /// The order of elements in memory.
@@ -13,18 +13,17 @@ pub(crate) enum Order {
     Planes,
     /// `[B, H, W, C]` without gaps.
     Lanes,
-    /// Any strides.
     Any,
 }
 
-/// Channels and positions of one sample.
 pub(crate) struct Region {
     pub n: usize,
     pub channels: Range<usize>,
     pub positions: Range<usize>,
 }
 
-/// Regions of about [`CHUNK`] elements, and chunks of small regions; they depend on the shapes and the order alone.
+/// Regions of about [`CHUNK`] elements, and chunks of small regions; they depend on the shapes and
+/// the order alone.
 pub(crate) struct Grid {
     sizes: [usize; 3],
     /// Channels and positions of a region.
@@ -53,18 +52,15 @@ impl Grid {
         self.sizes[0] * self.cuts()[0] * self.cuts()[1]
     }
 
-    /// How many chunks there are.
     pub(crate) fn chunks(&self) -> usize {
         self.all_regions().div_ceil(self.regions_per_chunk)
     }
 
-    /// The regions of a chunk.
     pub(crate) fn regions(&self, chunk: usize) -> Range<usize> {
         let first = chunk * self.regions_per_chunk;
         first..self.all_regions().min(first + self.regions_per_chunk)
     }
 
-    /// A region by its number.
     pub(crate) fn at(&self, region: usize) -> Region {
         let [by_channels, by_positions] = self.cuts();
         let (n, rest) =

@@ -1,25 +1,30 @@
 // loss = scale / N * sum over b, c, y, x of weight[b,y,x] * (student - teacher)[b,c,y,x]^2
 // d_student = 2 * scale / N * weight * (student - teacher)
-// N is B*C*H*W (elements) or C * sum of weight (area); N = 0: loss 0 and gradient 0. See common.cuh for options, orders, wide, Grid.
+// N is B*C*H*W (elements) or C * sum of weight (area); N = 0: loss 0 and gradient 0.
+// See common.cuh for options, orders, wide, Grid.
 //
 // gradient *= upstream, in the backward
 //
-// Launches of the forward, all with the one structure MaskedMse, in this order:
-//   bit 2 masked_mse_area                     only if area = 1: grid area_blocks = clamp(ceil(B*H*W / 4096), 1, 128); sums of weights -> areas
-//   bit 2 masked_mse_norm                     only if area = 1: grid 1; areas -> norm
-//   bit 1 masked_mse_{dtype}_{order}          grid blocks (none if the maps are empty)
-//   bit 2 masked_mse_finish                   grid 1; partials -> loss. With blocks = 0 it writes 0.
+// Launches of the forward, all with the structure MaskedMse, in this order:
+//   bit 2 masked_mse_area             only if area = 1: grid area_blocks =
+//                                     clamp(ceil(B*H*W / 4096), 1, 128); sums of weights -> areas
+//   bit 2 masked_mse_norm             only if area = 1: grid 1; areas -> norm
+//   bit 1 masked_mse_{dtype}_{order}  grid blocks (none if the maps are empty)
+//   bit 2 masked_mse_finish           grid 1; partials -> loss. With blocks = 0 it writes 0.
 // Launch of the backward, with the structure Scale:
-//   bit 4 masked_mse_scale_{dtype}            grid blocks = min(ceil(count / (1024 E)), 2048)
-// The kernels of bit 2 have neither dtype nor order in their names; compile them with SOKD_KERNELS=2.
-// Scratch (device memory, no initial content): partials blocks * 8 bytes; areas area_blocks * 8 bytes; norm 24 bytes; each 8-byte aligned.
-// `wide` looks at student, teacher and, where wanted, d_student; the order follows d_student, or student where no gradient is wanted.
+//   bit 4 masked_mse_scale_{dtype}    grid blocks = min(ceil(count / (1024 E)), 2048)
+// The kernels of bit 2 have neither dtype nor order in their names; compile them with
+// SOKD_KERNELS=2.
+// Scratch (device memory, no initial content): partials blocks * 8 bytes; areas area_blocks * 8
+// bytes; norm 24 bytes; each 8-byte aligned.
+// `wide` depends on student, teacher and d_student if present; the order is that of d_student, or
+// of student without a gradient.
 #include "common.cuh"
 
 struct MaskedMse {
     Map student;
     Map teacher;
-    Map d_student;      // pointer 0: not wanted
+    Map d_student;      // pointer 0: absent
     Map weight;         // [B, H, W]: c is not used; pointer 0: one everywhere (then area = 0)
     Grid grid;
     long long weight_dtype;
@@ -43,15 +48,19 @@ struct Scale {
     long long wide;  // the gradient's pointer is a multiple of 16
 };
 
-// Bytes an element: student and teacher once in, the gradient once out (3 maps); the weight once for each chunk of channels (1/16 of a map
-// or less in f32). A thread keeps the weights of its positions in registers and runs over channels (planes), or takes one weight for
-// all channels of its vectors (lanes). Scaling: the gradient once in, once out, and nothing at all where upstream is one. A thread's sum is in the accumulator's dtype over 16 or 32 elements, then a tree of the warp; from there in f64.
+// Bytes an element: student and teacher once in, the gradient once out (3 maps); the weight once
+// for each chunk of channels (1/16 of a map or less in f32). A thread keeps the weights of its
+// positions in registers and runs over channels (planes), or takes one weight for all channels of
+// its vectors (lanes). Scaling: the gradient once in, once out, and nothing at all where upstream
+// is one. A thread's sum is in the accumulator's dtype over 16 or 32 elements, then a tree of the
+// warp; from there in f64.
 
 #if SOKD_KERNELS & 1
 template <class A>
 SOKD_DEVICE A weight_at(const MaskedMse& args, long long n, unsigned position) {
     if (args.weight.pointer == 0) return A(1);
-    const long long offset = n * args.weight.n + place(args.weight, position, (unsigned)args.grid.width);
+    const long long offset = n * args.weight.n +
+                             place(args.weight, position, (unsigned)args.grid.width);
     return A(load_real(args.weight.pointer, args.weight_dtype, offset));
 }
 
@@ -68,28 +77,31 @@ SOKD_DEVICE Term<A> compare(A student, A teacher, A weight, A factor, bool empty
 
 // Threads along positions, a run each; STEPS channels are under way at a time.
 template <class T>
-SOKD_DEVICE Acc<T> planes_wide(const MaskedMse& args, const Piece& piece, Acc<T> factor, bool empty) {
+SOKD_DEVICE Acc<T> planes_wide(
+    const MaskedMse& args, const Tile& tile, Acc<T> factor, bool empty) {
     constexpr int E = RUN<T>, STEPS = sizeof(T) == 8 ? 1 : 2;
     const int row = (int)args.grid.positions_per_block / E, rows = THREADS / row;
-    const unsigned position = piece.position + threadIdx.x % row * E;
-    if (position >= piece.positions) return 0;
-    const T *student = sample_of<T>(args.student, piece.n) + position, *teacher = sample_of<T>(args.teacher, piece.n) + position;
-    T* d_student = args.d_student.pointer ? sample_of<T>(args.d_student, piece.n) + position : nullptr;
+    const unsigned position = tile.position + threadIdx.x % row * E;
+    if (position >= tile.positions) return 0;
+    const T *student = sample_of<T>(args.student, tile.n) + position,
+            *teacher = sample_of<T>(args.teacher, tile.n) + position;
+    T* d_student = args.d_student.pointer ? sample_of<T>(args.d_student, tile.n) + position
+                                          : nullptr;
     const long long plane = args.grid.height * args.grid.width;
     Acc<T> weights[E], sum = 0;
 #pragma unroll
-    for (int i = 0; i < E; i++) weights[i] = weight_at<Acc<T>>(args, piece.n, position + i);
-    for (int c = piece.channel + threadIdx.x / row; c < piece.channels; c += STEPS * rows) {
+    for (int i = 0; i < E; i++) weights[i] = weight_at<Acc<T>>(args, tile.n, position + i);
+    for (int c = tile.channel + threadIdx.x / row; c < tile.channels; c += STEPS * rows) {
         Run<T> s[STEPS], t[STEPS];
 #pragma unroll
         for (int i = 0; i < STEPS; i++) {
-            if (c + i * rows >= piece.channels) continue;
+            if (c + i * rows >= tile.channels) continue;
             s[i].read(student + (c + i * rows) * plane);
             t[i].read(teacher + (c + i * rows) * plane);
         }
 #pragma unroll
         for (int i = 0; i < STEPS; i++) {
-            if (c + i * rows >= piece.channels) continue;
+            if (c + i * rows >= tile.channels) continue;
 #pragma unroll
             for (int j = 0; j < E; j++) {
                 const auto term = compare(s[i].at(j), t[i].at(j), weights[j], factor, empty);
@@ -104,18 +116,22 @@ SOKD_DEVICE Acc<T> planes_wide(const MaskedMse& args, const Piece& piece, Acc<T>
 
 // Threads along positions, one each, any strides.
 template <class T>
-SOKD_DEVICE Acc<T> planes_narrow(const MaskedMse& args, const Piece& piece, Acc<T> factor, bool empty) {
+SOKD_DEVICE Acc<T> planes_narrow(
+    const MaskedMse& args, const Tile& tile, Acc<T> factor, bool empty) {
     const int row = (int)args.grid.positions_per_block, rows = THREADS / row;
-    const unsigned position = piece.position + threadIdx.x % row, width = (unsigned)args.grid.width;
-    if (position >= piece.positions) return 0;
-    const T* student = sample_of<T>(args.student, piece.n) + place(args.student, position, width);
-    const T* teacher = sample_of<T>(args.teacher, piece.n) + place(args.teacher, position, width);
-    T* d_student = args.d_student.pointer ? sample_of<T>(args.d_student, piece.n) + place(args.d_student, position, width) : nullptr;
-    const Acc<T> weight = weight_at<Acc<T>>(args, piece.n, position);
+    const unsigned position = tile.position + threadIdx.x % row, width = (unsigned)args.grid.width;
+    if (position >= tile.positions) return 0;
+    const T* student = sample_of<T>(args.student, tile.n) + place(args.student, position, width);
+    const T* teacher = sample_of<T>(args.teacher, tile.n) + place(args.teacher, position, width);
+    T* d_student = args.d_student.pointer ? sample_of<T>(args.d_student, tile.n) +
+                                                place(args.d_student, position, width)
+                                          : nullptr;
+    const Acc<T> weight = weight_at<Acc<T>>(args, tile.n, position);
     Acc<T> sum = 0;
 #pragma unroll 4
-    for (int c = piece.channel + threadIdx.x / row; c < piece.channels; c += rows) {
-        const auto term = compare(to_acc(student[c * args.student.c]), to_acc(teacher[c * args.teacher.c]), weight, factor, empty);
+    for (int c = tile.channel + threadIdx.x / row; c < tile.channels; c += rows) {
+        const auto term = compare(to_acc(student[c * args.student.c]),
+            to_acc(teacher[c * args.teacher.c]), weight, factor, empty);
         sum += term.square;
         if (d_student) from_acc(term.gradient, d_student[c * args.d_student.c]);
     }
@@ -124,20 +140,23 @@ SOKD_DEVICE Acc<T> planes_narrow(const MaskedMse& args, const Piece& piece, Acc<
 
 // Threads along channels, a run each, at four positions.
 template <class T>
-SOKD_DEVICE Acc<T> lanes(const MaskedMse& args, const Piece& piece, Acc<T> factor, bool empty) {
+SOKD_DEVICE Acc<T> lanes(const MaskedMse& args, const Tile& tile, Acc<T> factor, bool empty) {
     constexpr int E = RUN<T>;
-    const Spot spot = spot_of<T>(args.grid, piece);
+    const Spot spot = spot_of<T>(args.grid, tile);
     const unsigned width = (unsigned)args.grid.width;
-    if (spot.channel >= piece.channels) return 0;
+    if (spot.channel >= tile.channels) return 0;
     Acc<T> sum = 0;
 #pragma unroll 2
     for (int i = 0; i < 4; i++) {
         const unsigned position = spot.position + i * spot.step;
-        if (position >= piece.positions) continue;
-        const T* student = sample_of<T>(args.student, piece.n) + place(args.student, position, width) + spot.channel * args.student.c;
-        const T* teacher = sample_of<T>(args.teacher, piece.n) + place(args.teacher, position, width) + spot.channel * args.teacher.c;
-        T* d_student = sample_of<T>(args.d_student, piece.n) + place(args.d_student, position, width) + spot.channel * args.d_student.c;
-        const Acc<T> weight = weight_at<Acc<T>>(args, piece.n, position);
+        if (position >= tile.positions) continue;
+        const T* student = sample_of<T>(args.student, tile.n) +
+                           place(args.student, position, width) + spot.channel * args.student.c;
+        const T* teacher = sample_of<T>(args.teacher, tile.n) +
+                           place(args.teacher, position, width) + spot.channel * args.teacher.c;
+        T* d_student = sample_of<T>(args.d_student, tile.n) +
+                       place(args.d_student, position, width) + spot.channel * args.d_student.c;
+        const Acc<T> weight = weight_at<Acc<T>>(args, tile.n, position);
         if (args.wide) {
             Run<T> s, t;
             s.read(student);
@@ -151,10 +170,12 @@ SOKD_DEVICE Acc<T> lanes(const MaskedMse& args, const Piece& piece, Acc<T> facto
             if (args.d_student.pointer) s.write(d_student);
         } else {
 #pragma unroll 4
-            for (int j = 0; j < E && spot.channel + j < piece.channels; j++) {
-                const auto term = compare(to_acc(student[j * args.student.c]), to_acc(teacher[j * args.teacher.c]), weight, factor, empty);
+            for (int j = 0; j < E && spot.channel + j < tile.channels; j++) {
+                const auto term = compare(to_acc(student[j * args.student.c]),
+                    to_acc(teacher[j * args.teacher.c]), weight, factor, empty);
                 sum += term.square;
-                if (args.d_student.pointer) from_acc(term.gradient, d_student[j * args.d_student.c]);
+                if (args.d_student.pointer)
+                    from_acc(term.gradient, d_student[j * args.d_student.c]);
             }
         }
     }
@@ -164,15 +185,16 @@ SOKD_DEVICE Acc<T> lanes(const MaskedMse& args, const Piece& piece, Acc<T> facto
 template <class T, int ORDER>
 SOKD_DEVICE void loss_and_gradient(const MaskedMse& args) {
     SOKD_SHARED(double, room, [WARPS]);
-    const Piece piece = piece_of(args.grid);
+    const Tile tile = tile_of(args.grid);
     const double* norm = (const double*)args.norm;
     const bool empty = args.area && norm[0] == 0.0;
     const Acc<T> factor = Acc<T>(args.area ? norm[1] : args.factor);
     Acc<T> sum;
     if constexpr (ORDER == PLANES) {
-        sum = args.wide ? planes_wide<T>(args, piece, factor, empty) : planes_narrow<T>(args, piece, factor, empty);
+        sum = args.wide ? planes_wide<T>(args, tile, factor, empty)
+                        : planes_narrow<T>(args, tile, factor, empty);
     } else {
-        sum = lanes<T>(args, piece, factor, empty);
+        sum = lanes<T>(args, tile, factor, empty);
     }
     const double total = block_total(warp_sum(sum), room);
     if (threadIdx.x == 0) ((double*)args.partials)[blockIdx.x] = total;
@@ -186,10 +208,14 @@ SOKD_ENTRIES(masked_mse, MaskedMse, loss_and_gradient)
 SOKD_DEVICE void sum_weights(const MaskedMse& args) {
     SOKD_SHARED(double, room, [WARPS]);
     const unsigned width = (unsigned)args.grid.width;
-    const long long positions = args.grid.height * args.grid.width, all = args.grid.batch * positions;
+    const long long positions = args.grid.height * args.grid.width,
+                    all = args.grid.batch * positions;
     double sum = 0;
-    for (long long i = blockIdx.x * (long long)THREADS + threadIdx.x; i < all; i += args.area_blocks * THREADS) {
-        const long long n = i / positions, offset = n * args.weight.n + place(args.weight, (unsigned)(i - n * positions), width);
+    for (long long i = blockIdx.x * (long long)THREADS + threadIdx.x;
+         i < all; i += args.area_blocks * THREADS) {
+        const long long n = i / positions,
+                        offset = n * args.weight.n +
+                                 place(args.weight, (unsigned)(i - n * positions), width);
         sum += load_real(args.weight.pointer, args.weight_dtype, offset);
     }
     sum = block_total(warp_sum(sum), room);
@@ -211,7 +237,8 @@ SOKD_DEVICE void finish_loss(const MaskedMse& args) {
     const double sum = sum_of((const double*)args.partials, args.blocks, room);
     if (threadIdx.x != 0) return;
     const double divisor = args.area ? *(const double*)args.norm : args.divisor;
-    store_real(args.loss, args.loss_dtype, 0, divisor == 0.0 || args.blocks == 0 ? 0.0 : sum * (args.scale / divisor));
+    store_real(args.loss, args.loss_dtype, 0,
+        divisor == 0.0 || args.blocks == 0 ? 0.0 : sum * (args.scale / divisor));
 }
 
 SOKD_ENTRY(masked_mse_area, MaskedMse, sum_weights)
@@ -220,14 +247,16 @@ SOKD_ENTRY(masked_mse_finish, MaskedMse, finish_loss)
 #endif
 
 #if SOKD_KERNELS & 4
-// Every block looks at upstream by itself: nobody waits for the device, and no map is moved for a factor of one.
+// Every block reads upstream itself: the host does not synchronise, and a factor of one moves no
+// map.
 template <class T>
 SOKD_DEVICE void scale_gradient(const Scale& args) {
     constexpr int E = RUN<T>, STEPS = 4;
     const Acc<T> factor = Acc<T>(load_real(args.upstream, args.upstream_dtype, 0));
     if (factor == Acc<T>(1)) return;
     T* gradient = (T*)args.gradient;
-    const long long first = blockIdx.x * (long long)THREADS + threadIdx.x, step = args.blocks * THREADS;
+    const long long first = blockIdx.x * (long long)THREADS + threadIdx.x,
+                    step = args.blocks * THREADS;
     const long long runs = args.wide ? args.count / E : 0;
     for (long long i = first; i < runs; i += STEPS * step) {
         Run<T> run[STEPS];
@@ -243,7 +272,8 @@ SOKD_DEVICE void scale_gradient(const Scale& args) {
             run[k].write(gradient + (i + k * step) * E);
         }
     }
-    for (long long i = runs * E + first; i < args.count; i += step) from_acc(to_acc(gradient[i]) * factor, gradient[i]);
+    for (long long i = runs * E + first; i < args.count; i += step)
+        from_acc(to_acc(gradient[i]) * factor, gradient[i]);
 }
 
 SOKD_IF_F32(SOKD_ENTRY(masked_mse_scale_f32, Scale, scale_gradient<float>))

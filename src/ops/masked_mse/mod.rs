@@ -1,11 +1,13 @@
-//! Masked distillation: the weighted mean squared difference of two feature maps, and its gradient, in one pass over memory.
+//! Masked distillation: the weighted mean squared difference of two feature maps, and its gradient,
+//! in one pass over memory.
 //!
 //! loss = scale / N * sum over b, c, y, x of weight[b,y,x] * (student - teacher)[b,c,y,x]^2
 //!
 //! d_student = 2 * scale / N * weight * (student - teacher)
 //!
-//! N is B*C*H*W (`elements`) or C * sum of weight (`area`); N = 0: loss 0 and gradient 0. The teacher's gradient is the opposite of
-//! the student's; the weight counts as a constant. Sums run in f32 over 2048 elements at a time (f64 for f64), then in f64.
+//! N is B*C*H*W (`elements`) or C * sum of weight (`area`); N = 0: loss 0 and gradient 0. The
+//! teacher's gradient is the opposite of the student's; the weight counts as a constant. Sums run
+//! in f32 over 2048 elements at a time (f64 for f64), then in f64.
 
 mod cpu;
 #[cfg(feature = "cuda")]
@@ -58,8 +60,8 @@ impl Args<'_> {
         Err(CHECK.value("normalise", "be \"elements\" or \"area\"", found))
     }
 
-    /// Computes the loss, one element: f32, or f64 for f64 features; and the gradient where there is room for it, like student
-    /// (contiguous or channels_last).
+    /// Computes the loss, one element: f32, or f64 for f64 features; and the gradient where there
+    /// is room for it, like student (contiguous or channels_last).
     pub(crate) fn forward(
         &self,
         loss: &TensorView,
@@ -78,7 +80,8 @@ impl Args<'_> {
             Device::Cuda(ordinal) => unsafe { cuda::forward(self, loss, d_student, ordinal, run) },
             _ => {
                 CHECK.on_cpu("student", student)?;
-                // SAFETY: checked above: T is the maps' dtype, all shapes agree, everything is in host memory.
+                // SAFETY: checked above: T is the maps' dtype, all shapes agree, everything is in
+                // host memory.
                 let value = by_dtype!(student.dtype, T => unsafe {
                     cpu::forward::<T>(self, d_student, run.threads)
                 })?;

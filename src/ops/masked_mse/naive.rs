@@ -1,4 +1,5 @@
-//! The truth: the formula of the module as plain f64 loops, one element at a time, and tests of the kernel against it.
+//! The truth: the formula of the module as plain f64 loops, one element at a time, and tests of the
+//! kernel against it.
 
 use super::*;
 use crate::tensor::testing::{any_float, any_lay, indices, Lay, Owned, Uniform};
@@ -56,7 +57,7 @@ impl Case {
         Self { student, teacher, weight, normalise: "elements", scale: 1.0 }
     }
 
-    /// The loss and the gradient, or the sentence of the error.
+    /// The loss and the gradient, or the message of the error.
     fn run(&self, gradient: Lay, threads: usize) -> std::result::Result<(f64, Owned), String> {
         let dtype = self.student.view.dtype;
         let loss = Owned::empty(&[], dtype.accumulator(), Lay::Contiguous);
@@ -95,7 +96,8 @@ fn close(actual: f64, expected: f64, tolerance: f64) -> bool {
         || (actual - expected).abs() <= tolerance
 }
 
-/// Half a unit in the last place of a gradient in its dtype, and the rounding of the arithmetic before it.
+/// Half a unit in the last place of a gradient in its dtype, and the rounding of the arithmetic
+/// before it.
 fn rounding(dtype: DType, value: f64) -> f64 {
     match dtype {
         DType::F64 => 1e-15 * value.abs(),
@@ -128,7 +130,7 @@ fn weights(shape: [usize; 4], rank: usize, dtype: DType, lay: Lay, seed: u64) ->
     Owned::new(&sizes, dtype, lay, |i| (4.0 * values[i]).floor())
 }
 
-/// Planes of a few cells, planes above a block, more channels than a block has lanes, empty ones.
+/// Planes of a few cells, planes above a tile, more channels than a tile has lanes, empty ones.
 fn any_shape() -> impl Strategy<Value = [usize; 4]> {
     prop_oneof![
         6 => [0..4usize, 0..40usize, 0..12usize, 0..12usize],
@@ -145,8 +147,9 @@ proptest! {
 
     #[test]
     fn loss_and_gradient_agree_with_the_formula(
-        shape in any_shape(), dtypes in [any_float(), any_float()], lays in [any_lay(), any_lay(), any_lay()],
-        last in any::<bool>(), rank in 2..5usize, area in any::<bool>(), threads in 0..4usize, seed in any::<u64>(),
+        shape in any_shape(), dtypes in [any_float(), any_float()],
+        lays in [any_lay(), any_lay(), any_lay()], last in any::<bool>(), rank in 2..5usize,
+        area in any::<bool>(), threads in 0..4usize, seed in any::<u64>(),
     ) {
         let weight = (rank > 2).then(|| weights(shape, rank, dtypes[1], lays[2], seed));
         let mut case = Case::new(shape, dtypes[0], [lays[0], lays[1]], weight, seed);
@@ -157,7 +160,8 @@ proptest! {
 
     #[test]
     fn the_fast_paths_agree_with_the_formula(
-        shape in any_shape(), dtype in any_float(), weighted in any::<bool>(), last in any::<bool>(), seed in any::<u64>(),
+        shape in any_shape(), dtype in any_float(), weighted in any::<bool>(),
+        last in any::<bool>(), seed in any::<u64>(),
     ) {
         let lay = if last { Lay::ChannelsLast } else { Lay::Contiguous };
         let weight = weighted.then(|| weights(shape, 3, DType::F32, Lay::Contiguous, seed));

@@ -1,4 +1,5 @@
-//! The weights `[B, H, W]` for the kernel: contiguous, in the accumulator dtype, summed and checked.
+//! The weights `[B, H, W]` for the kernel: contiguous, in the accumulator dtype, summed and
+//! checked.
 
 use super::CHECK;
 use crate::parallel;
@@ -6,12 +7,10 @@ use crate::simd::{self, by_dtype, Element, Real, Simd, WithSimd, LANES};
 use crate::tensor::{DType, Result, TensorView};
 use std::slice;
 
-/// Weights of a chunk.
 const CHUNK: usize = 1 << 16;
 
 /// The weights `[B * H * W]`: a view where possible, else a copy.
 pub(crate) enum Weights<'a, A> {
-    /// 1 everywhere.
     Ones,
     /// The caller's memory.
     Borrowed(&'a [A]),

@@ -1,4 +1,5 @@
-//! The backward pass on the CPU: theta, sigma and features from one reading of upstream; the straight-through sum from another.
+//! The backward pass on the CPU: theta, sigma and features from one reading of upstream; the
+//! straight-through sum from another.
 
 use super::forward::{clear_hole, clear_lanes, planes, sources, Cover, TILE};
 use super::lanes::{DotNoise, Places, Slopes, Spread, Sum};
@@ -9,10 +10,10 @@ use crate::simd::tile::{Channels, Map, Scratch};
 use crate::simd::{self, Element, LANES};
 use crate::tensor::TensorView;
 
-/// Sums over one chunk: d_theta (6) and d_sigma. In f64, and added in the order of the chunks: the same bits on every run.
+/// Sums over one chunk: d_theta (6) and d_sigma. In f64, and added in the order of the chunks: the
+/// same bits on every run.
 type Sums = [f64; 7];
 
-/// Computes the gradients.
 pub(super) fn backward<T: Element>(
     gradients: &Gradients,
     upstream: &TensorView,
@@ -55,7 +56,8 @@ pub(super) fn backward<T: Element>(
     }
 }
 
-/// Writes `[G, ..]` with `count` entries a group: the entry of each sample, or their sum in order when there is one group.
+/// Writes `[G, ..]` with `count` entries a group: the entry of each sample, or their sum in order
+/// when there is one group.
 fn write_groups(
     view: &TensorView,
     count: usize,
@@ -140,7 +142,8 @@ impl<T: Element> Chunk<'_, T> {
         let zeros = [[T::Acc::default(); LANES]; TILE];
         for from in (0..positions).step_by(TILE) {
             let tile = &zeros[..TILE.min(positions - from)];
-            // SAFETY: perm is a permutation, so no other chunk has the source planes of these channels.
+            // SAFETY: perm is a permutation, so no other chunk has the source planes of these
+            // channels.
             unsafe { target.store(tile, self.n, channels, from) };
         }
     }

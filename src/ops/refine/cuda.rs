@@ -66,7 +66,7 @@ mirror! {
 }
 
 mirror! {
-    /// What the two kernels of the dots take.
+    /// The argument of the two kernels of the dots.
     RefineDots {
         features: Map,
         upstream: Map,
@@ -108,7 +108,8 @@ impl Plan {
 /// refined, from features and a plan.
 ///
 /// # Safety
-/// The arguments are checked, and all of them lie on the CUDA device `ordinal`; so in the other functions.
+/// The arguments are checked, and all of them lie on the CUDA device `ordinal`; so in the other
+/// functions.
 pub(crate) unsafe fn forward(
     args: &Args,
     refined: &TensorView,
@@ -127,7 +128,8 @@ pub(crate) unsafe fn forward(
         wide: i64::from(wide),
     };
     on_device(REFINE.0, ordinal, run, |queue| {
-        // SAFETY: `Refine` is what this kernel takes, filled as kernel.cu defines it; the memory is the caller's promise.
+        // SAFETY: `Refine` is what this kernel takes, filled as kernel.cu defines it; the memory is
+        // the caller's promise.
         unsafe { queue.launch(&FORWARD, (features.dtype, order), [grid.blocks(), 1], &call) }
     })
 }
@@ -169,7 +171,8 @@ pub(crate) unsafe fn backward(
     });
     let adjoint = adjoint.transpose()?;
     on_device(REFINE.0, ordinal, run, |queue| {
-        // SAFETY: `RefineBackward` is what these kernels take, filled as kernel.cu defines it; the memory is the caller's promise.
+        // SAFETY: `RefineBackward` is what these kernels take, filled as kernel.cu defines it; the
+        // memory is the caller's promise.
         unsafe {
             if groups > 0 {
                 queue.launch(&BACKWARD, (features.dtype, order), [sums.blocks, 1], &sums)?;
@@ -218,7 +221,8 @@ pub(crate) unsafe fn dots(
     };
     on_device(DOTS.0, ordinal, run, |queue| {
         let variant = (features.dtype, order);
-        // SAFETY: `RefineDots` is what these kernels take, filled as kernel.cu defines it; the memory is the caller's promise.
+        // SAFETY: `RefineDots` is what these kernels take, filled as kernel.cu defines it; the
+        // memory is the caller's promise.
         unsafe {
             if plans > 0 {
                 queue.launch(&ALL_DOTS, variant, [blocks, 1], &call)?;

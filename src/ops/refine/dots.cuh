@@ -1,8 +1,10 @@
 // Inner products with many plans at once: a part of kernel.cu, where the structures are.
 //
-// Bytes an element: upstream and features once from memory (2 maps), whatever the number of plans: a block applies one plan after the other
-// to the same piece, which stays in the cache (a plan that permutes reads other planes, from the second-level cache). Bound by the
-// corner loads and the arithmetic from a handful of plans on. upstream * eps, the same for all plans, is kept in shared memory.
+// Bytes an element: upstream and features once from memory (2 maps), whatever the number of plans:
+// a block applies one plan after the other to the same tile, which stays in the cache (a plan that
+// permutes reads other planes, from the second-level cache). Bound by the corner loads and the
+// arithmetic from a handful of plans on. upstream * eps, the same for all plans, is kept in shared
+// memory.
 
 #if SOKD_KERNELS & 16
 constexpr int BATCH = 32;          // plans whose sums are written together
@@ -10,11 +12,12 @@ constexpr int CHANNELS_EACH = 16;  // of a thread, at most
 
 // This thread's part of plan v: sum of upstream * keep * (hole * bilinear + sigma * eps).
 template <class T>
-SOKD_DEVICE Acc<T> dot_planes(const RefineDots& args, const Piece& piece, const SamplePlan& plan, bool moves, const Acc<T> (*noise)[THREADS]) {
+SOKD_DEVICE Acc<T> dot_planes(const RefineDots& args, const Tile& tile, const SamplePlan& plan,
+    bool moves, const Acc<T> (*noise)[THREADS]) {
     using A = Acc<T>;
     const int row = (int)args.grid.positions_per_block;
-    const unsigned position = piece.position + threadIdx.x % row, width = (unsigned)args.grid.width;
-    if (position >= piece.positions) return 0;
+    const unsigned position = tile.position + threadIdx.x % row, width = (unsigned)args.grid.width;
+    if (position >= tile.positions) return 0;
     const bool shown = !in_hole(plan, position, width);
     Corners<A> at{};
     A weights[4] = {};
@@ -22,20 +25,24 @@ SOKD_DEVICE Acc<T> dot_planes(const RefineDots& args, const Piece& piece, const 
         at = corners_of<A>(plan, args.grid, position);
         for (int i = 0; i < 4; i++) weights[i] = at.weight(i);
     }
-    const T* upstream = sample_of<T>(args.upstream, piece.n) + place(args.upstream, position, width);
+    const T* upstream = sample_of<T>(args.upstream, tile.n) +
+                        place(args.upstream, position, width);
     const long long from = place(args.features, position, width);
     const A sigma = (A)plan.sigma;
     A sum = 0;
     int k = 0;
-    for (int first = piece.channel + threadIdx.x / row * 4; first < piece.channels; first += THREADS / row * 4, k += 4) {
+    for (int first = tile.channel + threadIdx.x / row * 4; first < tile.channels;
+        first += THREADS / row * 4, k += 4) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const int source = first + i < piece.channels ? plan.source[first + i - piece.channel] : DROPPED;
+            const int source = first + i < tile.channels ? plan.source[first + i - tile.channel]
+                                                          : DROPPED;
             if (source == INVALID) sum = not_a_number<A>();
             if (source < 0) continue;
-            const T* plane = sample_of<T>(args.features, piece.n) + source * args.features.c;
+            const T* plane = sample_of<T>(args.features, tile.n) + source * args.features.c;
             if (shown) {
-                const A value = moves ? bilinear<T>(plane, args.features, at, weights) : to_acc(plane[from]);
+                const A value = moves ? bilinear<T>(plane, args.features, at, weights)
+                                      : to_acc(plane[from]);
                 sum = fused(to_acc(upstream[(first + i) * args.upstream.c]), value, sum);
             }
             if (sigma != 0) sum = fused(sigma, noise[k + i][threadIdx.x], sum);
@@ -46,46 +53,57 @@ SOKD_DEVICE Acc<T> dot_planes(const RefineDots& args, const Piece& piece, const 
 
 // upstream * eps of each channel of this thread.
 template <class T>
-SOKD_DEVICE void noise_planes(Acc<T> (*noise)[THREADS], const RefineDots& args, const Piece& piece, const SamplePlan& plan) {
+SOKD_DEVICE void noise_planes(
+    Acc<T> (*noise)[THREADS], const RefineDots& args, const Tile& tile, const SamplePlan& plan) {
     const int row = (int)args.grid.positions_per_block;
-    const unsigned position = piece.position + threadIdx.x % row, width = (unsigned)args.grid.width;
-    const bool within = position < piece.positions;
-    const T* upstream = sample_of<T>(args.upstream, piece.n) + place(args.upstream, position, width);
+    const unsigned position = tile.position + threadIdx.x % row, width = (unsigned)args.grid.width;
+    const bool within = position < tile.positions;
+    const T* upstream = sample_of<T>(args.upstream, tile.n) +
+                        place(args.upstream, position, width);
     int k = 0;
-    for (int first = piece.channel + threadIdx.x / row * 4; first < piece.channels; first += THREADS / row * 4, k += 4) {
-        Normals drawn = noise_of(plan, args.grid, piece.n, first + (int)(threadIdx.x & 3), position);
+    for (int first = tile.channel + threadIdx.x / row * 4; first < tile.channels;
+        first += THREADS / row * 4, k += 4) {
+        Normals drawn = noise_of(
+            plan, args.grid, tile.n, first + (int)(threadIdx.x & 3), position);
         transpose(drawn);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const bool live = within && first + i < piece.channels;
-            noise[k + i][threadIdx.x] = live ? to_acc(upstream[(first + i) * args.upstream.c]) * (Acc<T>)drawn.of[i] : Acc<T>(0);
+            const bool live = within && first + i < tile.channels;
+            noise[k + i][threadIdx.x] = live ? to_acc(upstream[(first + i) * args.upstream.c]) *
+                                                   (Acc<T>)drawn.of[i]
+                                             : Acc<T>(0);
         }
     }
 }
 
 // Lanes, every channel in its own place.
 template <class T>
-SOKD_DEVICE Acc<T> dot_runs(const RefineDots& args, const Piece& piece, const SamplePlan& plan, const Corners<Acc<T>>* table) {
+SOKD_DEVICE Acc<T> dot_runs(const RefineDots& args, const Tile& tile, const SamplePlan& plan,
+    const Corners<Acc<T>>* table) {
     using A = Acc<T>;
     constexpr int E = RUN<T>;
-    const Spot spot = spot_of<T>(args.grid, piece);
-    const unsigned width = (unsigned)args.grid.width, shown = shown_of<E>(plan, piece, spot.channel);
+    const Spot spot = spot_of<T>(args.grid, tile);
+    const unsigned width = (unsigned)args.grid.width,
+                   shown = shown_of<E>(plan, tile, spot.channel);
     A sum = 0;
 #pragma unroll 1
     for (int step = 0; step < 4; step++) {
         const unsigned position = spot.position + step * spot.step;
-        if (spot.channel >= piece.channels || position >= piece.positions || in_hole(plan, position, width)) continue;
-        const T* features = sample_of<T>(args.features, piece.n) + spot.channel;
+        if (spot.channel >= tile.channels || position >= tile.positions ||
+            in_hole(plan, position, width))
+            continue;
+        const T* features = sample_of<T>(args.features, tile.n) + spot.channel;
         A values[E] = {};
         Run<T> own;
         if (table) {
-            sample_run<T>(values, features, args.features, table[position - piece.position]);
+            sample_run<T>(values, features, args.features, table[position - tile.position]);
         } else {
             own.read(features + place(args.features, position, width));
 #pragma unroll
             for (int i = 0; i < E; i++) values[i] = own.at(i);
         }
-        own.read(sample_of<T>(args.upstream, piece.n) + place(args.upstream, position, width) + spot.channel);
+        own.read(sample_of<T>(args.upstream, tile.n) + place(args.upstream, position, width) +
+                 spot.channel);
 #pragma unroll
         for (int i = 0; i < E; i++) {
             if (shown >> i & 1) sum = fused(own.at(i), values[i], sum);
@@ -96,28 +114,31 @@ SOKD_DEVICE Acc<T> dot_runs(const RefineDots& args, const Piece& piece, const Sa
 
 // Lanes, channels from wherever they are, and any strides.
 template <class T>
-SOKD_DEVICE Acc<T> dot_each(const RefineDots& args, const Piece& piece, const SamplePlan& plan, const Corners<Acc<T>>* table) {
+SOKD_DEVICE Acc<T> dot_each(const RefineDots& args, const Tile& tile, const SamplePlan& plan,
+    const Corners<Acc<T>>* table) {
     using A = Acc<T>;
-    const Spot spot = spot_of<T>(args.grid, piece);
+    const Spot spot = spot_of<T>(args.grid, tile);
     const unsigned width = (unsigned)args.grid.width;
     A sum = 0;
 #pragma unroll 1
     for (int step = 0; step < 4; step++) {
         const unsigned position = spot.position + step * spot.step;
-        if (position >= piece.positions) continue;
+        if (position >= tile.positions) continue;
         const bool visible = !in_hole(plan, position, width);
-        const T* upstream = sample_of<T>(args.upstream, piece.n) + place(args.upstream, position, width);
+        const T* upstream = sample_of<T>(args.upstream, tile.n) +
+                            place(args.upstream, position, width);
         const long long from = place(args.features, position, width);
         Corners<A> at{};
-        if (table) at = table[position - piece.position];
+        if (table) at = table[position - tile.position];
         const A weights[4] = {at.weight(0), at.weight(1), at.weight(2), at.weight(3)};
 #pragma unroll 1
-        for (int c = spot.channel; c < spot.channel + RUN<T> && c < piece.channels; c++) {
-            const int source = plan.source[c - piece.channel];
+        for (int c = spot.channel; c < spot.channel + RUN<T> && c < tile.channels; c++) {
+            const int source = plan.source[c - tile.channel];
             if (source == INVALID) sum = not_a_number<A>();
             if (source < 0 || !visible) continue;
-            const T* plane = sample_of<T>(args.features, piece.n) + source * args.features.c;
-            const A value = table ? bilinear<T>(plane, args.features, at, weights) : to_acc(plane[from]);
+            const T* plane = sample_of<T>(args.features, tile.n) + source * args.features.c;
+            const A value = table ? bilinear<T>(plane, args.features, at, weights)
+                                  : to_acc(plane[from]);
             sum = fused(to_acc(upstream[c * args.upstream.c]), value, sum);
         }
     }
@@ -126,8 +147,9 @@ SOKD_DEVICE Acc<T> dot_each(const RefineDots& args, const Piece& piece, const Sa
 
 // sigma times upstream * eps of the channels that are shown.
 template <class T>
-SOKD_DEVICE Acc<T> dot_noise(const RefineDots& args, const Piece& piece, const SamplePlan& plan, const Acc<T> (*noise)[THREADS]) {
-    const unsigned shown = shown_of<RUN<T>>(plan, piece, spot_of<T>(args.grid, piece).channel);
+SOKD_DEVICE Acc<T> dot_noise(const RefineDots& args, const Tile& tile, const SamplePlan& plan,
+    const Acc<T> (*noise)[THREADS]) {
+    const unsigned shown = shown_of<RUN<T>>(plan, tile, spot_of<T>(args.grid, tile).channel);
     Acc<T> sum = 0;
 #pragma unroll
     for (int i = 0; i < RUN<T>; i++) {
@@ -138,21 +160,26 @@ SOKD_DEVICE Acc<T> dot_noise(const RefineDots& args, const Piece& piece, const S
 
 // upstream * eps of each channel of this thread, summed over its positions.
 template <class T>
-SOKD_DEVICE void noise_lanes(Acc<T> (*noise)[THREADS], const RefineDots& args, const Piece& piece, const SamplePlan& plan) {
-    const Spot spot = spot_of<T>(args.grid, piece);
+SOKD_DEVICE void noise_lanes(
+    Acc<T> (*noise)[THREADS], const RefineDots& args, const Tile& tile, const SamplePlan& plan) {
+    const Spot spot = spot_of<T>(args.grid, tile);
 #pragma unroll 1
     for (int i = 0; i < RUN<T>; i += 4) {
         Acc<T> sums[4] = {};
 #pragma unroll 1
         for (int step = 0; step < 4; step++) {
             const unsigned position = spot.position + step * spot.step;
-            const T* upstream = sample_of<T>(args.upstream, piece.n) + place(args.upstream, position, (unsigned)args.grid.width);
-            Normals drawn = noise_of(plan, args.grid, piece.n, spot.channel + i + (int)(threadIdx.x & 3), position);
+            const T* upstream = sample_of<T>(args.upstream, tile.n) +
+                                place(args.upstream, position, (unsigned)args.grid.width);
+            Normals drawn = noise_of(
+                plan, args.grid, tile.n, spot.channel + i + (int)(threadIdx.x & 3), position);
             transpose(drawn);
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 const int c = spot.channel + i + j;
-                if (position < piece.positions && c < piece.channels) sums[j] = fused(to_acc(upstream[c * args.upstream.c]), (Acc<T>)drawn.of[j], sums[j]);
+                if (position < tile.positions && c < tile.channels)
+                    sums[j] = fused(
+                        to_acc(upstream[c * args.upstream.c]), (Acc<T>)drawn.of[j], sums[j]);
             }
         }
 #pragma unroll
@@ -163,26 +190,28 @@ SOKD_DEVICE void noise_lanes(Acc<T> (*noise)[THREADS], const RefineDots& args, c
 template <class T, int ORDER>
 SOKD_DEVICE void refine_dots(const RefineDots& args) {
     using A = Acc<T>;
-    // Two of them: while slower threads are at plan v, faster ones read plan v + 1; the barrier within keeps them from v + 2.
+    // Two of them: while slower threads are at plan v, faster ones read plan v + 1; the barrier
+    // within keeps them from v + 2.
     SOKD_SHARED(SamplePlan, read, [2]);
     SOKD_SHARED(A, noise, [ORDER == PLANES ? CHANNELS_EACH : RUN<T>][THREADS]);
     SOKD_SHARED(double, sums, [BATCH][WARPS]);
-    const Piece piece = piece_of(args.grid);
+    const Tile tile = tile_of(args.grid);
     for (long long v = 0; v < args.plans; v++) {
         const SamplePlan& plan = read[v & 1];
-        const bool moves = read_plan(read[v & 1], args.plan, args.grid, piece, v);
+        const bool moves = read_plan(read[v & 1], args.plan, args.grid, tile, v);
         A sum;
         if constexpr (ORDER == PLANES) {
-            if (v == 0 && args.plan.sigma.pointer) noise_planes<T>(noise, args, piece, plan);
-            sum = dot_planes<T>(args, piece, plan, moves, noise);
+            if (v == 0 && args.plan.sigma.pointer) noise_planes<T>(noise, args, tile, plan);
+            sum = dot_planes<T>(args, tile, plan, moves, noise);
         } else {
             SOKD_SHARED(Corners<A>, table, [THREADS]);
-            if (v == 0 && args.plan.sigma.pointer) noise_lanes<T>(noise, args, piece, plan);
-            if (moves) fill_table(table, plan, args.grid, piece);
+            if (v == 0 && args.plan.sigma.pointer) noise_lanes<T>(noise, args, tile, plan);
+            if (moves) fill_table(table, plan, args.grid, tile);
             const Corners<A>* corners = moves ? table : nullptr;
-            const bool in_place = all_in_place(plan, piece, args.wide);
-            sum = in_place ? dot_runs<T>(args, piece, plan, corners) : dot_each<T>(args, piece, plan, corners);
-            if (plan.sigma != 0) sum += dot_noise<T>(args, piece, plan, noise);
+            const bool in_place = all_in_place(plan, tile, args.wide);
+            sum = in_place ? dot_runs<T>(args, tile, plan, corners)
+                           : dot_each<T>(args, tile, plan, corners);
+            if (plan.sigma != 0) sum += dot_noise<T>(args, tile, plan, noise);
         }
         const double of_warp = warp_sum(sum);
         const int slot = (int)(v % BATCH);

@@ -1,7 +1,8 @@
 //! <upstream, refine(features; plan)> for many plans at once: the gradient of a discrete choice.
 //!
-//! A chunk is up to 16 channels of one sample, or all of them. Features and upstream are loaded once and every plan is applied to them
-//! in the cache; the noise is the same for all plans and drawn once.
+//! A chunk is up to 16 channels of one sample, or all of them. Features and upstream are loaded
+//! once and every plan is applied to them in the cache; the noise is the same for all plans and
+//! drawn once.
 
 use super::forward::{clear_hole, planes, TILE};
 use super::lanes::{Dot, DotNoise};
@@ -30,7 +31,8 @@ pub(super) fn dots<T: Element>(
         tables: plans.iter().map(shared).collect(),
     };
     let per_sample = first.shape.channels.div_ceil(LANES);
-    // The table of one sample alone is made once for all its channels; with shared tables, 16 channels are a chunk.
+    // The table of one sample alone is made once for all its channels; with shared tables, 16
+    // channels are a chunk.
     let (chunks, each) = if call.tables.iter().all(Option::is_some) {
         (first.shape.batch * per_sample, 1)
     } else {

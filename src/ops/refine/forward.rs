@@ -1,7 +1,8 @@
 //! The forward pass on the CPU.
 //!
-//! A chunk is up to 16 channels of one sample. Its source planes are loaded into the cache; tiles of 64 positions are sampled from
-//! them, get their hole and their noise, and are stored: every input is read once, every output is written once.
+//! A chunk is up to 16 channels of one sample. Its source planes are loaded into the cache; tiles
+//! of 64 positions are sampled from them, get their hole and their noise, and are stored: every
+//! input is read once, every output is written once.
 
 use super::direct::{self, Direct};
 use super::lanes::{AddNoise, ClearLanes, Sample};
@@ -46,8 +47,8 @@ struct Chunk<'a, T: Element> {
 
 /// The channels of a chunk: those to compute and those to clear.
 ///
-/// Planes can be picked one by one, so tiles have no dropped channels; with channels side by side (`stride_c` 1) a tile has all
-/// channels, and dropped lanes are cleared before the store.
+/// Planes can be picked one by one, so tiles have no dropped channels; with channels side by side
+/// (`stride_c` 1) a tile has all channels, and dropped lanes are cleared before the store.
 pub(super) struct Cover {
     pub live: Option<Channels>,
     pub dropped: Option<Channels>,
@@ -79,7 +80,6 @@ impl Cover {
     }
 }
 
-/// The source channel of every lane.
 pub(super) fn sources(channels: &Channels, group: &SamplePlan) -> Channels {
     group.perm.map_or(*channels, |perm| Channels {
         at: channels.at.map(|c| perm[c]),
@@ -87,7 +87,6 @@ pub(super) fn sources(channels: &Channels, group: &SamplePlan) -> Channels {
     })
 }
 
-/// The noise planes of every lane.
 pub(super) fn planes<'a>(
     keys: &'a Keys,
     channels: &Channels,
@@ -155,7 +154,8 @@ impl<T: Element> Chunk<'_, T> {
     fn clear(&self, channels: &Channels) {
         if self.gapless(&self.target.layout) {
             for c in &channels.at[..channels.used] {
-                // SAFETY: a whole plane of the target, which belongs to this chunk; zero bits are 0.0.
+                // SAFETY: a whole plane of the target, which belongs to this chunk; zero bits are
+                // 0.0.
                 unsafe {
                     self.target.plane(self.n, *c).write_bytes(0, self.plan.shape.positions())
                 };
@@ -176,7 +176,8 @@ impl<T: Element> Chunk<'_, T> {
         let (from, positions) = (sources(live, group), self.plan.shape.positions());
         for l in 0..live.used {
             let target = self.target.plane(self.n, live.at[l]);
-            // SAFETY: both planes are gapless (`copies_planes`), and the target's belongs to this chunk.
+            // SAFETY: both planes are gapless (`copies_planes`), and the target's belongs to this
+            // chunk.
             unsafe {
                 std::ptr::copy_nonoverlapping(
                     self.source.plane(self.n, from.at[l]).cast_const(),

@@ -1,27 +1,37 @@
-// refined[n,c,y,x] = keep[g,c] * ( hole_g(y,x) * bilinear(features[n, perm[g,c]], theta_g (x,y)) + sigma_g * eps(seed, n, c, y, x) )
+// refined[n,c,y,x] = keep[g,c] * ( hole_g(y,x) * bilinear(features[n, perm[g,c]], theta_g (x,y))
+//                                  + sigma_g * eps(seed, n, c, y, x) )
 // In pixels about the map's centre, cx = (W-1)/2, cy = (H-1)/2:
-//   ix = t00 (x-cx) + t01 (W/H) (y-cy) + t02 W/2 + cx        iy = t10 (H/W) (x-cx) + t11 (y-cy) + t12 H/2 + cy
-// Gradients for upstream u, with v = keep * u: d_theta = sum v * hole * (d bilinear / d ix * d ix / d theta + the same for iy);
-//   d_sigma = sum v * eps;   d_straight = sum u;   d_features = the adjoint of the sampling, brought back through perm
-// dots[v] = <u, refine(features; plan v)>. See common.cuh for options, orders, wide, Grid.
+//   ix = t00 (x-cx) + t01 (W/H) (y-cy) + t02 W/2 + cx
+//   iy = t10 (H/W) (x-cx) + t11 (y-cy) + t12 H/2 + cy
+// Gradients for upstream u, with v = keep * u:
+//   d_theta = sum v * hole * (d bilinear / d ix * d ix / d theta + the same for iy)
+//   d_sigma = sum v * eps
+//   d_straight = sum u
+//   d_features = the adjoint of the sampling, through the inverse of perm
+// dots[v] = <u, refine(features; plan v)>
+// See common.cuh for options, orders, wide, Grid.
 //
-// Launches:
-//   refine           bit 1  refine_forward_{dtype}_{order}    structure Refine; grid blocks. Order and wide by refined (wide: and features).
-//   refine_backward  bit 2  refine_backward_{dtype}_{order}   structure RefineBackward; grid blocks; only if d_theta, d_sigma or d_straight is
-//                                                             wanted. Order and wide by upstream (wide: and features).
-//                    bit 8  refine_finish                     same structure; grid (max of the wanted G, 8); partials -> d_theta, d_sigma,
-//                                                             d_straight. With blocks = 0 it writes zeros. No dtype, no order in its name.
-//                    bit 4  refine_adjoint_{dtype}_{order}    same structure, with its own Grid and wide; grid blocks; only if d_features is
-//                                                             wanted. Order and wide by d_features (wide: and upstream).
-//   refine_dots      bit 16 refine_dots_{dtype}_{order}       structure RefineDots; grid blocks (none if plans = 0). Order and wide by upstream
-//                                                             (wide: and features). The Grid never has the 8192 of large maps.
-//                    bit 8  refine_dots_finish                same structure; grid plans. With blocks = 0 it writes zeros.
+// Launches of the forward, with the structure Refine:
+//   bit 1  refine_forward_{dtype}_{order}   grid blocks
+//          order and wide by refined (wide: and features)
+// Launches of the backward, with the structure RefineBackward:
+//   bit 2  refine_backward_{dtype}_{order}  grid blocks; only for d_theta, d_sigma or d_straight
+//          order and wide by upstream (wide: and features)
+//   bit 8  refine_finish                    grid (max of their G, 8); partials -> d_theta, d_sigma,
+//          d_straight; with blocks = 0 it writes zeros; no dtype, no order in its name
+//   bit 4  refine_adjoint_{dtype}_{order}   grid blocks; only for d_features; its own Grid and wide
+//          order and wide by d_features (wide: and upstream)
+// Launches of refine_dots, with the structure RefineDots:
+//   bit 16 refine_dots_{dtype}_{order}      grid blocks (none if plans = 0)
+//          order and wide by upstream (wide: and features); its Grid has no 8192 for large maps
+//   bit 8  refine_dots_finish               grid plans; with blocks = 0 it writes zeros
 // The kernels of bit 2 are in backward.cuh, of bit 4 in adjoint.cuh, of bit 16 in dots.cuh.
-// "Order by upstream": lanes if it is channels_last and not contiguous, else planes, whatever its strides.
-// Scratch (no initial content, 8-byte aligned): RefineBackward.partials 8 * blocks * 8 bytes; RefineDots.partials plans * blocks * 8 bytes.
+// "Order by upstream": lanes if it is channels_last and not contiguous, else planes.
+// Scratch (no initial content, 8-byte aligned): RefineBackward.partials 8 * blocks * 8 bytes;
+// RefineDots.partials plans * blocks * 8 bytes.
 // The seed: read from seed_pointer (int64) if that is not 0, else the number in `seed`.
-// A perm that names a channel below 0 or above C-1 makes NaN of its output channel: no memory outside a map is ever read. A channel that
-// no entry of perm names has gradient zero.
+// An entry of perm below 0 or above C-1 makes NaN of its output channel: no memory outside a map is
+// read. A channel that is not in perm has gradient zero.
 #include "common.cuh"
 #include "sampling.cuh"  // struct Plan is there
 
@@ -36,7 +46,7 @@ struct Refine {
 struct RefineBackward {
     Map upstream;
     Map features;
-    Map d_features;  // pointer 0: not wanted
+    Map d_features;  // pointer 0: absent
     Grid grid;
     Plan plan;
     Out d_theta, d_sigma, d_straight;
@@ -59,115 +69,135 @@ struct RefineDots {
     long long wide;
 };
 
-// ------------------------------------------------------------------------------------------------------------------- forward
-// Bytes an element: features once in, refined once out (2 maps). Planes: a theta that moves nothing streams 128-bit vectors; else a lane has
-// a position, whose coordinates serve all channels of the block, and gathers corners that neighbours share through the cache, with
-// 32 positions side by side in every load and store. Lanes: four positions by one vector of channels a thread, corners as 128-bit vectors.
+// ----------------------------------------------------------------------------------------- forward
+// Bytes an element: features once in, refined once out (2 maps). Planes: a theta that moves nothing
+// streams 128-bit vectors; else a lane has a position, whose coordinates serve all channels of the
+// block, and gathers corners that neighbours share through the cache, with 32 positions side by
+// side in every load and store. Lanes: four positions by one vector of channels a thread, corners
+// as 128-bit vectors.
 
 #if SOKD_KERNELS & 1
 // values += sigma * eps, a run along positions.
 template <class T>
-SOKD_DEVICE void add_noise(Run<T>& values, Acc<T> sigma, const SamplePlan& plan, const Grid& grid, long long n, int c, unsigned position) {
+SOKD_DEVICE void add_noise(Run<T>& values, Acc<T> sigma, const SamplePlan& plan, const Grid& grid,
+    long long n, int c, unsigned position) {
 #pragma unroll
     for (int quad = 0; quad < RUN<T>; quad += 4) {
         const Normals noise = noise_of(plan, grid, n, c, position + quad);
 #pragma unroll
-        for (int i = 0; i < 4; i++) values.set(quad + i, fused(sigma, (Acc<T>)noise.of[i], values.at(quad + i)));
+        for (int i = 0; i < 4; i++)
+            values.set(quad + i, fused(sigma, (Acc<T>)noise.of[i], values.at(quad + i)));
     }
 }
 
 // Planes, nothing moved: runs along positions, STEPS channels under way at a time.
 template <class T, int STEPS>
-SOKD_DEVICE void copy_planes(const Refine& args, const Piece& piece, const SamplePlan& plan) {
+SOKD_DEVICE void copy_planes(const Refine& args, const Tile& tile, const SamplePlan& plan) {
     constexpr int E = RUN<T>;
     const int row = (int)args.grid.positions_per_block / E, rows = THREADS / row;
-    const unsigned position = piece.position + threadIdx.x % row * E;
-    if (position >= piece.positions) return;
-    const T* features = sample_of<T>(args.features, piece.n) + position;
-    T* refined = sample_of<T>(args.refined, piece.n) + position;
+    const unsigned position = tile.position + threadIdx.x % row * E;
+    if (position >= tile.positions) return;
+    const T* features = sample_of<T>(args.features, tile.n) + position;
+    T* refined = sample_of<T>(args.refined, tile.n) + position;
     unsigned holes = 0;
-    for (int i = 0; i < E; i++) holes |= (unsigned)in_hole(plan, position + i, (unsigned)args.grid.width) << i;
+    for (int i = 0; i < E; i++)
+        holes |= (unsigned)in_hole(plan, position + i, (unsigned)args.grid.width) << i;
     const Acc<T> sigma = (Acc<T>)plan.sigma;
-    for (int first = piece.channel + threadIdx.x / row; first < piece.channels; first += STEPS * rows) {
+    for (int first = tile.channel + threadIdx.x / row; first < tile.channels;
+        first += STEPS * rows) {
         Run<T> values[STEPS] = {};
 #pragma unroll
         for (int step = 0; step < STEPS; step++) {
-            const int c = first + step * rows, source = c < piece.channels ? plan.source[c - piece.channel] : DROPPED;
+            const int c = first + step * rows,
+                      source = c < tile.channels ? plan.source[c - tile.channel] : DROPPED;
             if (source >= 0) values[step].read(features + source * args.features.c);
         }
 #pragma unroll
         for (int step = 0; step < STEPS; step++) {
-            const int c = first + step * rows, source = c < piece.channels ? plan.source[c - piece.channel] : DROPPED;
-            if (c >= piece.channels) continue;
+            const int c = first + step * rows,
+                      source = c < tile.channels ? plan.source[c - tile.channel] : DROPPED;
+            if (c >= tile.channels) continue;
             if (holes || source == INVALID) {
 #pragma unroll
                 for (int i = 0; i < E; i++) {
-                    if (holes >> i & 1 || source == INVALID) values[step].set(i, source == INVALID ? not_a_number<Acc<T>>() : Acc<T>(0));
+                    if (holes >> i & 1 || source == INVALID)
+                        values[step].set(i, source == INVALID ? not_a_number<Acc<T>>() : Acc<T>(0));
                 }
             }
-            if (STEPS == 1 && source >= 0) add_noise(values[step], sigma, plan, args.grid, piece.n, c, position);
+            if (STEPS == 1 && source >= 0)
+                add_noise(values[step], sigma, plan, args.grid, tile.n, c, position);
             values[step].write(refined + c * args.refined.c);
         }
     }
 }
 
-// Planes of any strides: a lane has a position, and four channels at a time.
+// Planes of any strides: a lane has a position and four channels at a time.
 template <class T>
-SOKD_DEVICE void sample_planes(const Refine& args, const Piece& piece, const SamplePlan& plan, bool moves) {
+SOKD_DEVICE void sample_planes(
+    const Refine& args, const Tile& tile, const SamplePlan& plan, bool moves) {
     using A = Acc<T>;
     const int row = (int)args.grid.positions_per_block;
-    const unsigned position = piece.position + threadIdx.x % row, width = (unsigned)args.grid.width;
-    const bool within = position < piece.positions, shown = within && !in_hole(plan, position, width);
+    const unsigned position = tile.position + threadIdx.x % row, width = (unsigned)args.grid.width;
+    const bool within = position < tile.positions,
+               shown = within && !in_hole(plan, position, width);
     Corners<A> at{};
     A weights[4] = {};
     if (moves) {
         at = corners_of<A>(plan, args.grid, position);
         for (int i = 0; i < 4; i++) weights[i] = at.weight(i);
     }
-    const long long from = place(args.features, position, width), to = place(args.refined, position, width);
+    const long long from = place(args.features, position, width),
+                    to = place(args.refined, position, width);
     const A sigma = (A)plan.sigma;
-    for (int first = piece.channel + threadIdx.x / row * 4; first < piece.channels; first += THREADS / row * 4) {
+    for (int first = tile.channel + threadIdx.x / row * 4; first < tile.channels;
+        first += THREADS / row * 4) {
         A values[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const int source = first + i < piece.channels ? plan.source[first + i - piece.channel] : DROPPED;
-            const T* plane = sample_of<T>(args.features, piece.n) + source * args.features.c;
+            const int source = first + i < tile.channels ? plan.source[first + i - tile.channel]
+                                                          : DROPPED;
+            const T* plane = sample_of<T>(args.features, tile.n) + source * args.features.c;
             values[i] = A(0);
-            if (source >= 0 && shown) values[i] = moves ? bilinear<T>(plane, args.features, at, weights) : to_acc(plane[from]);
+            if (source >= 0 && shown)
+                values[i] = moves ? bilinear<T>(plane, args.features, at, weights)
+                                  : to_acc(plane[from]);
         }
         if (sigma != 0) {
-            Normals noise = noise_of(plan, args.grid, piece.n, first + (int)(threadIdx.x & 3), position);
+            Normals noise = noise_of(
+                plan, args.grid, tile.n, first + (int)(threadIdx.x & 3), position);
             transpose(noise);
 #pragma unroll
             for (int i = 0; i < 4; i++) values[i] = fused(sigma, (A)noise.of[i], values[i]);
         }
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            if (!within || first + i >= piece.channels) continue;
-            const int source = plan.source[first + i - piece.channel];
+            if (!within || first + i >= tile.channels) continue;
+            const int source = plan.source[first + i - tile.channel];
             const A value = source >= 0 ? values[i] : source == INVALID ? not_a_number<A>() : A(0);
-            from_acc(value, sample_of<T>(args.refined, piece.n)[(first + i) * args.refined.c + to]);
+            from_acc(value, sample_of<T>(args.refined, tile.n)[(first + i) * args.refined.c + to]);
         }
     }
 }
 
 // Lanes, every channel in its own place: a position and a run of channels at a time, four times.
 template <class T>
-SOKD_DEVICE void sample_runs(const Refine& args, const Piece& piece, const SamplePlan& plan, const Corners<Acc<T>>* table) {
+SOKD_DEVICE void sample_runs(
+    const Refine& args, const Tile& tile, const SamplePlan& plan, const Corners<Acc<T>>* table) {
     using A = Acc<T>;
     constexpr int E = RUN<T>;
-    const Spot spot = spot_of<T>(args.grid, piece);
-    const unsigned width = (unsigned)args.grid.width, shown = shown_of<E>(plan, piece, spot.channel);
+    const Spot spot = spot_of<T>(args.grid, tile);
+    const unsigned width = (unsigned)args.grid.width,
+                   shown = shown_of<E>(plan, tile, spot.channel);
     const A sigma = (A)plan.sigma;
 #pragma unroll 1
     for (int step = 0; step < 4; step++) {
         const unsigned position = spot.position + step * spot.step;
-        const bool within = position < piece.positions && spot.channel < piece.channels;
+        const bool within = position < tile.positions && spot.channel < tile.channels;
         A values[E] = {};
         if (within && !in_hole(plan, position, width)) {
-            const T* features = sample_of<T>(args.features, piece.n) + spot.channel;
+            const T* features = sample_of<T>(args.features, tile.n) + spot.channel;
             if (table) {
-                sample_run<T>(values, features, args.features, table[position - piece.position]);
+                sample_run<T>(values, features, args.features, table[position - tile.position]);
             } else {
                 Run<T> own;
                 own.read(features + place(args.features, position, width));
@@ -178,59 +208,73 @@ SOKD_DEVICE void sample_runs(const Refine& args, const Piece& piece, const Sampl
         if (sigma != 0) {
 #pragma unroll
             for (int i = 0; i < E; i += 4) {
-                // Its own channel of four, then its own position of four: all threads of the warp take part.
-                Normals noise = noise_of(plan, args.grid, piece.n, spot.channel + i + (int)(threadIdx.x & 3), position);
+                // Its own channel of four, then its own position of four: all threads of the warp
+                // take part.
+                Normals noise = noise_of(
+                    plan, args.grid, tile.n, spot.channel + i + (int)(threadIdx.x & 3), position);
                 transpose(noise);
 #pragma unroll
-                for (int j = 0; j < 4; j++) values[i + j] = fused(sigma, (A)noise.of[j], values[i + j]);
+                for (int j = 0; j < 4; j++)
+                    values[i + j] = fused(sigma, (A)noise.of[j], values[i + j]);
             }
         }
         if (!within) continue;
         Run<T> out{};
 #pragma unroll
         for (int i = 0; i < E; i++) out.set(i, shown >> i & 1 ? values[i] : A(0));
-        out.write(sample_of<T>(args.refined, piece.n) + place(args.refined, position, width) + spot.channel);
+        out.write(sample_of<T>(args.refined, tile.n) + place(args.refined, position, width) +
+                  spot.channel);
     }
 }
 
-// Lanes, channels from wherever they are, and any strides: four of them at a time.
+// Lanes, any source channels and any strides: four of them at a time.
 template <class T>
-SOKD_DEVICE void sample_fours(const Refine& args, const Piece& piece, const SamplePlan& plan, const Corners<Acc<T>>* table) {
+SOKD_DEVICE void sample_fours(
+    const Refine& args, const Tile& tile, const SamplePlan& plan, const Corners<Acc<T>>* table) {
     using A = Acc<T>;
-    const Spot spot = spot_of<T>(args.grid, piece);
+    const Spot spot = spot_of<T>(args.grid, tile);
     const unsigned width = (unsigned)args.grid.width;
     const A sigma = (A)plan.sigma;
 #pragma unroll 1
     for (int i = 0; i < 4 * RUN<T>; i += 4) {
         const int first = spot.channel + i % RUN<T>;
         const unsigned position = spot.position + i / RUN<T> * spot.step;
-        const bool within = position < piece.positions, visible = within && !in_hole(plan, position, width);
+        const bool within = position < tile.positions,
+                   visible = within && !in_hole(plan, position, width);
         A values[4] = {};
         if (visible) {
-            const T* features = sample_of<T>(args.features, piece.n);
+            const T* features = sample_of<T>(args.features, tile.n);
             const long long from = place(args.features, position, width);
             Corners<A> at{};
-            if (table) at = table[position - piece.position];
+            if (table) at = table[position - tile.position];
             const A weights[4] = {at.weight(0), at.weight(1), at.weight(2), at.weight(3)};
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                const int source = first + j < piece.channels ? plan.source[first + j - piece.channel] : DROPPED;
+                const int source = first + j < tile.channels
+                                       ? plan.source[first + j - tile.channel]
+                                       : DROPPED;
                 const T* plane = features + source * args.features.c;
-                if (source >= 0) values[j] = table ? bilinear<T>(plane, args.features, at, weights) : to_acc(plane[from]);
+                if (source >= 0)
+                    values[j] = table ? bilinear<T>(plane, args.features, at, weights)
+                                      : to_acc(plane[from]);
             }
         }
         if (sigma != 0) {
-            Normals noise = noise_of(plan, args.grid, piece.n, first + (int)(threadIdx.x & 3), position);
+            Normals noise = noise_of(
+                plan, args.grid, tile.n, first + (int)(threadIdx.x & 3), position);
             transpose(noise);
 #pragma unroll
             for (int j = 0; j < 4; j++) values[j] = fused(sigma, (A)noise.of[j], values[j]);
         }
-        T* refined = sample_of<T>(args.refined, piece.n) + place(args.refined, position, width);
+        T* refined = sample_of<T>(args.refined, tile.n) + place(args.refined, position, width);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            if (!within || first + j >= piece.channels) continue;
-            const int source = plan.source[first + j - piece.channel];
-            from_acc(source >= 0 ? values[j] : source == INVALID ? not_a_number<A>() : A(0), refined[(first + j) * args.refined.c]);
+            if (!within || first + j >= tile.channels) continue;
+            const int source = plan.source[first + j - tile.channel];
+            from_acc(source >= 0         ? values[j]
+                     : source == INVALID ? not_a_number<A>()
+                                         : A(0),
+                refined[(first + j) * args.refined.c]);
         }
     }
 }
@@ -238,17 +282,19 @@ SOKD_DEVICE void sample_fours(const Refine& args, const Piece& piece, const Samp
 template <class T, int ORDER>
 SOKD_DEVICE void refine_forward(const Refine& args) {
     SOKD_SHARED(SamplePlan, plan, );
-    const Piece piece = piece_of(args.grid);
-    const bool moves = read_plan(plan, args.plan, args.grid, piece, 0);
+    const Tile tile = tile_of(args.grid);
+    const bool moves = read_plan(plan, args.plan, args.grid, tile, 0);
     if constexpr (ORDER == PLANES) {
-        if (args.wide && !moves && plan.sigma == 0) copy_planes<T, sizeof(T) == 8 ? 2 : 4>(args, piece, plan);
-        else if (args.wide && !moves) copy_planes<T, 1>(args, piece, plan);
-        else sample_planes<T>(args, piece, plan, moves);
+        if (args.wide && !moves && plan.sigma == 0)
+            copy_planes<T, sizeof(T) == 8 ? 2 : 4>(args, tile, plan);
+        else if (args.wide && !moves) copy_planes<T, 1>(args, tile, plan);
+        else sample_planes<T>(args, tile, plan, moves);
     } else {
         SOKD_SHARED(Corners<Acc<T>>, table, [THREADS]);
-        if (moves) fill_table(table, plan, args.grid, piece);
-        if (all_in_place(plan, piece, args.wide)) sample_runs<T>(args, piece, plan, moves ? table : nullptr);
-        else sample_fours<T>(args, piece, plan, moves ? table : nullptr);
+        if (moves) fill_table(table, plan, args.grid, tile);
+        if (all_in_place(plan, tile, args.wide))
+            sample_runs<T>(args, tile, plan, moves ? table : nullptr);
+        else sample_fours<T>(args, tile, plan, moves ? table : nullptr);
     }
 }
 
@@ -259,7 +305,7 @@ SOKD_ENTRIES(refine_forward, Refine, refine_forward)
 #include "adjoint.cuh"
 #include "dots.cuh"
 
-// ------------------------------------------------------------------------------------------------------------- second stages
+// ----------------------------------------------------------------------------------- second stages
 #if SOKD_KERNELS & 8
 // Block (g, i): sum i of group g, from its samples' blocks; all of them where there is one group.
 SOKD_DEVICE void finish_backward(const RefineBackward& args) {
@@ -272,7 +318,8 @@ SOKD_DEVICE void finish_backward(const RefineBackward& args) {
     const double* first = (const double*)args.partials + i * args.blocks + (all ? 0 : g * each);
     const double sum = sum_of(first, args.blocks == 0 ? 0 : all ? args.blocks : each, room);
     if (threadIdx.x != 0) return;
-    const double scales[8] = {1.0, args.plan.width_by_height, (double)args.grid.width / 2, args.plan.height_by_width, 1.0, (double)args.grid.height / 2, 1.0, 1.0};
+    const double scales[8] = {1.0, args.plan.width_by_height, (double)args.grid.width / 2,
+        args.plan.height_by_width, 1.0, (double)args.grid.height / 2, 1.0, 1.0};
     double scale = 1.0;
 #pragma unroll
     for (int k = 0; k < 8; k++) scale = k == i ? scales[k] : scale;
@@ -282,8 +329,10 @@ SOKD_DEVICE void finish_backward(const RefineBackward& args) {
 
 SOKD_DEVICE void finish_dots(const RefineDots& args) {
     SOKD_SHARED(double, room, [WARPS]);
-    const double sum = sum_of((const double*)args.partials + blockIdx.x * args.blocks, args.blocks, room);
-    if (threadIdx.x == 0) store_real(args.dots, args.dots_dtype, blockIdx.x * args.dots_stride, sum);
+    const double sum = sum_of(
+        (const double*)args.partials + blockIdx.x * args.blocks, args.blocks, room);
+    if (threadIdx.x == 0)
+        store_real(args.dots, args.dots_dtype, blockIdx.x * args.dots_stride, sum);
 }
 
 SOKD_ENTRY(refine_finish, RefineBackward, finish_backward)

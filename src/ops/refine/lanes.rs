@@ -111,7 +111,6 @@ impl<A: Real> WithSimd for Dot<'_, A> {
     }
 }
 
-/// For each lane, the sum of the tile.
 pub(super) struct Sum<'a, A>(pub &'a Tile<A>);
 
 impl<A: Real> WithSimd for Sum<'_, A> {
@@ -127,7 +126,6 @@ impl<A: Real> WithSimd for Sum<'_, A> {
     }
 }
 
-/// Clears the lanes that are not kept.
 pub(super) struct ClearLanes<'a, A> {
     pub tile: &'a mut Tile<A>,
     pub keep: &'a [bool; LANES],
@@ -142,7 +140,8 @@ impl<A: Real> WithSimd for ClearLanes<'_, A> {
         for l in 0..LANES {
             masks[l] = A::mask(self.keep[l]);
         }
-        // Hidden from the compiler, which would emit masked stores: many times slower on some processors.
+        // Hidden from the compiler, which would emit masked stores: many times slower on some
+        // processors.
         let mask = simd.load(&std::hint::black_box(masks));
         for row in self.tile {
             simd.load(row).and(mask).store(row);
@@ -150,7 +149,8 @@ impl<A: Real> WithSimd for ClearLanes<'_, A> {
     }
 }
 
-/// The corners of the positions from `from` on: from the table, or those of a map that is not resampled.
+/// The corners of the positions from `from` on: from the table, or those of a map that is not
+/// resampled.
 #[derive(Clone, Copy)]
 pub(super) struct Places<'a, A> {
     pub table: Option<&'a Table<A>>,

@@ -1,14 +1,21 @@
-//! The refinement of teacher features: one affine resampling, one hole, noise, a channel permutation and dropped channels.
+//! The refinement of teacher features: one affine resampling, one hole, noise, a channel
+//! permutation and dropped channels.
 //!
-//! refined[n,c,y,x] = keep[g,c] * ( hole_g(y,x) * bilinear(features[n, perm[g,c]], theta_g (x,y)) + sigma_g * eps(seed, n, c, y, x) )
+//! refined[n,c,y,x] = keep[g,c] * ( hole_g(y,x) * bilinear(features[n, perm[g,c]], theta_g (x,y))
+//!                                  + sigma_g * eps(seed, n, c, y, x) )
 //!
-//! with g = n, or 0 where a part has one group. In pixels about the map's centre, cx = (W-1)/2, cy = (H-1)/2:
+//! with g = n, or 0 where a part has one group. In pixels about the map's centre,
+//! cx = (W-1)/2, cy = (H-1)/2:
 //!
-//! ix = t00 (x-cx) + t01 (W/H) (y-cy) + t02 W/2 + cx        iy = t10 (H/W) (x-cx) + t11 (y-cy) + t12 H/2 + cy
+//! ix = t00 (x-cx) + t01 (W/H) (y-cy) + t02 W/2 + cx
+//!
+//! iy = t10 (H/W) (x-cx) + t11 (y-cy) + t12 H/2 + cy
 //!
 //! Gradients for upstream u, with v = keep * u:
-//! d_theta = sum v * hole * (d bilinear / d ix * d ix / d theta + the same for iy);   d_sigma = sum v * eps;
-//! d_straight = sum u;   d_features = the adjoint of the sampling, brought back through perm.
+//! d_theta = sum v * hole * (d bilinear / d ix * d ix / d theta + the same for iy);
+//! d_sigma = sum v * eps;
+//! d_straight = sum u;
+//! d_features = the adjoint of the sampling, through the inverse of perm.
 
 mod backward;
 #[cfg(feature = "cuda")]
@@ -29,7 +36,8 @@ use plan::SamplePlans;
 const REFINE: Check = Check("refine");
 const DOTS: Check = Check("refine_dots");
 
-/// A plan as it comes from the caller; each part has its own number of groups G, 1 or B. In a stack of plans every part has a leading V.
+/// A plan as it comes from the caller; each part has its own number of groups G, 1 or B. In a stack
+/// of plans every part has a leading V.
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {
     /// `[G, 2, 3]`, normalised coordinates.
@@ -104,9 +112,7 @@ pub(crate) struct Args<'a> {
 pub(crate) struct Gradients<'a> {
     /// Like features (contiguous or channels_last).
     pub d_features: Option<&'a TensorView>,
-    /// Like theta.
     pub d_theta: Option<&'a TensorView>,
-    /// Like sigma.
     pub d_sigma: Option<&'a TensorView>,
     /// `[G]`.
     pub d_straight: Option<&'a TensorView>,
@@ -216,7 +222,8 @@ impl Args<'_> {
         Ok(count)
     }
 
-    /// dots[v] = <upstream, refine(features; plan v)> for a stack of plans, all of them in one pass over memory.
+    /// dots[v] = <upstream, refine(features; plan v)> for a stack of plans, all of them in one pass
+    /// over memory.
     pub(crate) fn dots(&self, dots: &TensorView, upstream: &TensorView, run: &Run) -> Result<()> {
         let features = self.features;
         let count = self.check_dots(upstream)?;
@@ -237,7 +244,8 @@ impl Args<'_> {
                     dots::dots::<T>(features, upstream, &plans, run.threads)
                 });
                 for (v, value) in values.into_iter().enumerate() {
-                    // SAFETY: `dots` was checked to have V elements, in host memory as features are.
+                    // SAFETY: `dots` was checked to have V elements, in host memory as features
+                    // are.
                     unsafe { dots.write_f64(&[v], value) };
                 }
                 Ok(())

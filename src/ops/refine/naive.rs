@@ -1,4 +1,5 @@
-//! The truth: the formula of the module as plain f64 loops, one element at a time, and tests of the kernels against it.
+//! The truth: the formula of the module as plain f64 loops, one element at a time, and tests of the
+//! kernels against it.
 
 use super::*;
 use crate::random::philox::normal;
@@ -23,7 +24,8 @@ fn group<T>(part: &Option<Vec<T>>, n: usize) -> Option<&T> {
     part.as_ref().map(|groups| &groups[if groups.len() == 1 { 0 } else { n }])
 }
 
-/// One sampled value and its derivatives by ix and iy; `touch` sees every corner inside the map with its weight.
+/// One sampled value and its derivatives by ix and iy; `touch` sees every corner inside the map
+/// with its weight.
 fn bilinear(
     plane: &dyn Fn(usize, usize) -> f64,
     h: usize,
@@ -186,10 +188,14 @@ prop_compose! {
             std::array::from_fn(|i| base[i] + (uniform() - 0.5) * 0.9)
         }).collect());
         let mut side = |s: usize| (uniform() * (s as f64 + 1.0)) as i64;
-        let hole = some(present[1]).map(|g| (0..g).map(|_| [side(h) - 1, side(w) - 1, side(h), side(w) + 1]).collect());
+        let hole = some(present[1]).map(|g| {
+            (0..g).map(|_| [side(h) - 1, side(w) - 1, side(h), side(w) + 1]).collect()
+        });
         let sigma = some(present[2]).map(|g| (0..g).map(|_| uniform() * 0.5).collect());
-        let perm = some(present[3]).map(|g| (0..g).map(|i| shuffled(c, random ^ i as u64)).collect());
-        let keep = some(present[4]).map(|g| (0..g).map(|_| (0..c).map(|_| uniform() > 0.4).collect()).collect());
+        let perm = some(present[3])
+            .map(|g| (0..g).map(|i| shuffled(c, random ^ i as u64)).collect());
+        let keep = some(present[4])
+            .map(|g| (0..g).map(|_| (0..c).map(|_| uniform() > 0.4).collect()).collect());
         Case { shape, features, upstream, theta, hole, sigma, perm, keep, seed: random }
     }
 }
@@ -215,7 +221,10 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(150))]
 
     #[test]
-    fn forward_is_the_formula(mut case in case(), dtype in any_float(), lay in any_lay(), out in 0..2usize, threads in 1..4usize) {
+    fn forward_is_the_formula(
+        mut case in case(), dtype in any_float(), lay in any_lay(), out in 0..2usize,
+        threads in 1..4usize,
+    ) {
         let features = Owned::new(&case.shape, dtype, lay, |i| case.features[i]);
         case.features = features.values();
         let out = [Lay::Contiguous, Lay::ChannelsLast][out];
@@ -225,13 +234,17 @@ proptest! {
     }
 
     #[test]
-    fn backward_is_the_gradient(mut case in case(), dtype in any_float(), lays in [any_lay(), any_lay()], out in 0..2usize, threads in 1..4usize) {
+    fn backward_is_the_gradient(
+        mut case in case(), dtype in any_float(), lays in [any_lay(), any_lay()],
+        out in 0..2usize, threads in 1..4usize,
+    ) {
         let features = Owned::new(&case.shape, dtype, lays[0], |i| case.features[i]);
         let upstream = Owned::new(&case.shape, dtype, lays[1], |i| case.upstream[i]);
         (case.features, case.upstream) = (features.values(), upstream.values());
         let b = case.shape[0];
         let plain = |shape: &[usize]| Owned::new(shape, DType::F64, Lay::Contiguous, |_| f64::NAN);
-        let d_features = Owned::new(&case.shape, dtype, [Lay::Contiguous, Lay::ChannelsLast][out], |_| f64::NAN);
+        let out = [Lay::Contiguous, Lay::ChannelsLast][out];
+        let d_features = Owned::new(&case.shape, dtype, out, |_| f64::NAN);
         let (d_theta, d_sigma, d_straight) = (plain(&[b, 2, 3]), plain(&[1]), plain(&[b]));
         let gradients = Gradients {
             d_features: Some(&d_features.view),
@@ -239,28 +252,37 @@ proptest! {
             d_sigma: Some(&d_sigma.view),
             d_straight: Some(&d_straight.view),
         };
-        OwnedPlan::of(&case).args(&features).backward(&gradients, &upstream.view, &threads.into()).unwrap();
+        let plan = OwnedPlan::of(&case);
+        plan.args(&features).backward(&gradients, &upstream.view, &threads.into()).unwrap();
         let truth = truth(&case);
         close(&d_features.values(), &truth.d_features, 4.0 * tolerance(dtype), "d_features");
-        let scale = if dtype == DType::F64 { 1e-11 } else { 3e-6 } * case.shape.iter().product::<usize>() as f64 * 4.0;
+        let each = if dtype == DType::F64 { 1e-11 } else { 3e-6 };
+        let scale = each * case.shape.iter().product::<usize>() as f64 * 4.0;
         close(&d_theta.values(), truth.d_theta.as_flattened(), scale, "d_theta");
         close(&d_sigma.values(), &[truth.d_sigma.iter().sum()], scale, "d_sigma");
         close(&d_straight.values(), &truth.d_straight, scale, "d_straight");
     }
 
     #[test]
-    fn dots_are_inner_products_with_the_forward(mut cases in proptest::collection::vec(case(), 1..6), dtype in any_float(), lay in any_lay(), threads in 1..4usize) {
+    fn dots_are_inner_products_with_the_forward(
+        mut cases in proptest::collection::vec(case(), 1..6), dtype in any_float(),
+        lay in any_lay(), threads in 1..4usize,
+    ) {
         let first = cases[0].clone();
         let features = Owned::new(&first.shape, dtype, lay, |i| first.features[i]);
         let upstream = Owned::new(&first.shape, dtype, Lay::Contiguous, |i| first.upstream[i]);
         let [b, c, ..] = first.shape;
         for (v, case) in cases.iter_mut().enumerate() {
-            // Every plan on the first case's map: parts that all plans have, for one group or for all.
+            // Every plan on the first case's map: parts that all plans have, for one group or for
+            // all.
             let identity = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0];
-            case.theta = Some(vec![case.theta.as_ref().map_or(identity, |t| t[0]); if v % 2 == 0 && b > 1 { b } else { 1 }]);
+            let groups = if v % 2 == 0 && b > 1 { b } else { 1 };
+            case.theta = Some(vec![case.theta.as_ref().map_or(identity, |t| t[0]); groups]);
             case.hole = Some(vec![case.hole.as_ref().map_or([0; 4], |h| h[0])]);
             case.sigma = Some(vec![case.sigma.as_ref().map_or(0.0, |s| s[0])]);
-            case.perm = Some(vec![if v % 3 == 0 { (0..c as i64).collect() } else { shuffled(c, v as u64) }]);
+            let in_order = v % 3 == 0;
+            let perm = if in_order { (0..c as i64).collect() } else { shuffled(c, v as u64) };
+            case.perm = Some(vec![perm]);
             case.keep = Some(vec![(0..c).map(|i| (i + v) % 4 > 0).collect()]);
             (case.shape, case.seed) = (first.shape, first.seed);
             (case.features, case.upstream) = (features.values(), upstream.values());
@@ -277,7 +299,8 @@ proptest! {
         let hole = stack(&[1, 4], DType::I64, &|p, i| cases[p].hole.as_ref().unwrap()[0][i] as f64);
         let sigma = stack(&[1], DType::F64, &|p, _| cases[p].sigma.as_ref().unwrap()[0]);
         let perm = stack(&[1, c], DType::I64, &|p, i| cases[p].perm.as_ref().unwrap()[0][i] as f64);
-        let keep = stack(&[1, c], DType::Bool, &|p, i| f64::from(cases[p].keep.as_ref().unwrap()[0][i]));
+        let kept = |p: usize, i: usize| f64::from(cases[p].keep.as_ref().unwrap()[0][i]);
+        let keep = stack(&[1, c], DType::Bool, &kept);
         let stacked = OwnedPlan::new([theta, hole, sigma, perm, keep].map(Some), first.seed);
         let out = Owned::new(&[v], DType::F64, Lay::Contiguous, |_| f64::NAN);
         stacked.args(&features).dots(&out.view, &upstream.view, &threads.into()).unwrap();

@@ -23,13 +23,13 @@ impl Shape {
         Self { batch: s[0], channels: s[1], height: s[2], width: s[3] }
     }
 
-    /// H * W.
     pub(super) fn positions(&self) -> usize {
         self.height * self.width
     }
 }
 
-/// The plan of each sample. Parts that are no-ops (an identity theta, an empty hole, sigma 0, ..) are `None` from here on.
+/// The plan of each sample. Parts that are no-ops (an identity theta, an empty hole, sigma 0, ..)
+/// are `None` from here on.
 pub(super) struct SamplePlans {
     theta: Vec<Option<[f64; 6]>>,
     hole: Vec<Option<Hole>>,
@@ -186,7 +186,8 @@ fn read_keep(view: &TensorView, g: usize) -> Option<Vec<bool>> {
     keep.contains(&false).then_some(keep)
 }
 
-/// Where one position samples: four corners (`positions` itself for a corner outside the map) and their weights.
+/// Where one position samples: four corners (`positions` itself for a corner outside the map) and
+/// their weights.
 #[derive(Clone, Copy)]
 pub(super) struct Corners<A> {
     pub at: [u32; 4],
@@ -212,7 +213,8 @@ impl<A: Real> Table<A> {
     }
 }
 
-/// Makes a table. Compiled for every level because `floor` is a function call without the newer instructions.
+/// Makes a table. Compiled for every level because `floor` is a function call without the newer
+/// instructions.
 struct MakeTable<'a, A> {
     theta: &'a [f64; 6],
     shape: Shape,

@@ -226,6 +226,15 @@ def test_an_empty_area_has_no_difference_even_of_nan(cuda: MockMemory) -> None:
     assert loss == 0 and torch.equal(d_student, torch.zeros_like(student))
 
 
+def test_an_access_past_a_tensor_is_an_error(cuda: MockMemory) -> None:
+    """What the other tests rely on."""
+    short = cuda.on(torch.randn(1, 4, 4, 4))
+    shape, strides = (1, 5, 4, 4), (80, 16, 4, 1)
+    longer = cuda.at(short.data_ptr(), 4 * 80, shape, strides, torch.float32, 0)
+    with pytest.raises(RuntimeError, match="an access to memory that is not mapped"):
+        ops.refine(longer)
+
+
 SANITISED = """
 from support.cuda.checks import *
 from support.cuda.memory import cuda_memory

@@ -108,8 +108,8 @@ FAULTS = [
     ),
     Fault(
         "skipped tail: channels past a step", "masked_mse", 3, KERNEL,
-        "c < piece.channels; c += STEPS * rows)",
-        "c + (STEPS - 1) * rows < piece.channels; c += STEPS * rows)",
+        "c < tile.channels; c += STEPS * rows)",
+        "c + (STEPS - 1) * rows < tile.channels; c += STEPS * rows)",
         mse_wide,
     ),
     Fault(
@@ -126,8 +126,8 @@ FAULTS = [
     ),
     Fault(
         "off by one: a run past the channels", "masked_mse", 3, KERNEL,
-        "if (spot.channel >= piece.channels) return 0;",
-        "if (spot.channel > piece.channels) return 0;",
+        "if (spot.channel >= tile.channels) return 0;",
+        "if (spot.channel > tile.channels) return 0;",
         mse_lanes,
     ),
     Fault(

@@ -1,0 +1,112 @@
+"""Accepted figures (top-1, %) of the tables that the field compares on, and their settings.
+
+CIFAR-100: 240 epochs, batch 64, mean of the published runs, from the READMEs of RepDistiller and
+mdistiller, which most later papers copy. ImageNet: 100 epochs, batch 256 or 512, from the methods'
+papers and mdistiller's README.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+CIFAR100_SOURCE = "RepDistiller and mdistiller READMEs, CIFAR-100 top-1, 240 epochs"
+IMAGENET_SOURCE = "mdistiller README and the methods' papers, ImageNet top-1, 100 epochs"
+
+CIFAR100_PAIRS = (
+    *("resnet56:resnet20", "resnet110:resnet32", "resnet32x4:resnet8x4", "wrn_40_2:wrn_16_2"),
+    *("wrn_40_2:wrn_40_1", "vgg13:vgg8", "vgg13:MobileNetV2", "ResNet50:MobileNetV2"),
+    *("resnet32x4:ShuffleV1", "resnet32x4:ShuffleV2", "wrn_40_2:ShuffleV1"),
+)
+CIFAR100 = {
+    "teacher": "72.34 74.31 79.42 75.61 75.61 74.64 74.64 79.34 79.42 79.42 75.61",
+    "none": "69.06 71.14 72.50 73.26 71.98 70.36 64.60 64.60 70.50 71.82 70.50",
+    "kd": "70.66 73.08 73.33 74.92 73.54 72.98 67.37 67.35 74.07 74.45 74.83",
+    "fitnet": "69.21 71.06 73.50 73.58 72.24 71.02 64.14 63.16 73.59 73.54 73.73",
+    "at": "70.55 72.31 73.44 74.08 72.77 71.43 59.40 58.58 71.73 72.73 73.32",
+    "crd": "71.16 73.48 75.51 75.48 74.14 73.94 69.73 69.11 75.11 75.65 76.05",
+    "reviewkd": "71.89 73.89 75.63 76.12 75.09 74.84 70.37 69.89 77.45 77.78 77.14",
+    "dkd": "71.97 74.11 76.32 76.23 74.81 74.68 69.71 70.35 76.45 77.07 76.70",
+}
+IMAGENET_PAIRS = ("resnet34:resnet18",)
+IMAGENET = {
+    "teacher": "73.31", "none": "69.75", "kd": "70.7-71.0", "at": "70.69", "crd": "71.17",
+    "reviewkd": "71.61", "reviewkd+sokd": "72.53",
+}  # fmt: skip
+
+_MOBILE = ("mobilenetv2", "shufflev1", "shufflev2")
+_DKD_BETA = {
+    **dict.fromkeys(("resnet20", "resnet32"), 2.0),
+    **dict.fromkeys(("vgg8", "wrn_16_2", "wrn_40_1"), 6.0),
+}
+_REVIEWKD = {"resnet20": 0.6, "resnet32": 1.0, "shufflev2": 8.0}
+
+
+def plain(name: str) -> str:
+    """A network's name without what does not matter in it: case, and `-` for `_`."""
+    return name.lower().replace("-", "_")
+
+
+class Row(NamedTuple):
+    """One cell of a table: `teacher:student:method[+method ...][+sokd]`."""
+
+    teacher: str
+    student: str
+    methods: list[str]
+    sokd: bool
+
+
+def parse_row(text: str) -> Row:
+    """`resnet32x4:resnet8x4:fitnet+sokd` as its parts.
+
+    Raises:
+        SystemExit: another form.
+    """
+    parts = text.split(":")
+    if len(parts) != 3 or not all(parts):
+        raise SystemExit(f"--row must be TEACHER:STUDENT:METHOD[+sokd], got {text!r}")
+    methods = parts[2].split("+")
+    return Row(parts[0], parts[1], [m for m in methods if m != "sokd"], "sokd" in methods)
+
+
+def accepted(row: Row, pairs: tuple[str, ...], table: dict[str, str], source: str) -> str:
+    """The accepted figure of a row in words, or that there is none."""
+    base = "+".join(row.methods)
+    names = [f"{base}+sokd", base] if row.sokd else [base]
+    columns = [plain(pair) for pair in pairs]
+    if plain(f"{row.teacher}:{row.student}") not in columns:
+        return f"no accepted figure for {row.teacher} -> {row.student}"
+    column = columns.index(plain(f"{row.teacher}:{row.student}"))
+    cell = {name: figures.split()[column] for name, figures in table.items()}
+    found = [f"{name} {cell[name]}" for name in names if name in cell]
+    missing = [f"none published for {name}" for name in names if name not in cell]
+    figures = [*found, *missing, f"student alone {cell['none']}", f"teacher {cell['teacher']}"]
+    return f"{', '.join(figures)} ({source})"
+
+
+def cifar100_settings(teacher: str, student: str, methods: list[str]) -> dict[str, Any]:
+    """What the published runs of a pair were trained with, by option, beside the defaults."""
+    teacher, student = plain(teacher), plain(student)
+    found: dict[str, Any] = {"lr": 0.01 if student in _MOBILE else 0.05, "weights": {}}
+    found["search_epochs"] = 50 if (teacher, student) == ("resnet32x4", "resnet8x4") else 20
+    if student.startswith("vgg"):
+        found["search_epochs"] = 10
+    if methods == ["kd"]:
+        found["ce_weight"] = 0.1
+    if "dkd" in methods or "reviewkd" in methods:
+        found["warmup_epochs"] = 20
+    if "dkd" in methods:
+        found["method_option"] = {"beta": _DKD_BETA.get(student, 8.0)}
+    found["weights"]["reviewkd"] = _REVIEWKD.get(student, 5.0)
+    return found
+
+
+def imagenet_settings(teacher: str, student: str, methods: list[str]) -> dict[str, Any]:
+    """As `cifar100_settings`."""
+    found: dict[str, Any] = {"lr": 0.1, "weights": {"kd": 0.5}, "search_epochs": 5}
+    if methods == ["kd"]:
+        found |= {"ce_weight": 0.5, "method_option": {"temperature": 1.0}}
+    if "dkd" in methods:
+        found |= {"warmup_epochs": 1, "method_option": {"temperature": 1.0, "beta": 0.5}}
+    if "reviewkd" in methods:
+        found["warmup_epochs"] = 1
+    return found

@@ -1,0 +1,26 @@
+"""proof.py on a few random images: its rows, and that a second call trains nothing."""
+
+from __future__ import annotations
+
+import csv
+
+import cifar100
+import proof
+import torch
+from support.recipes import write_idx
+
+
+def test_rows_and_a_second_call(tmp_path, monkeypatch, capsys):
+    torch.set_num_threads(1)
+    monkeypatch.setattr(proof, "METHODS", ("none", "kd"))
+    small = ["--samples", "8", "--epochs", "1", "--batch-size", "4"]
+    given = [*small, "--data", str(write_idx(tmp_path / "idx")), "--out", str(tmp_path / "out")]
+    proof.main([*given, "--seeds", "1"])
+    with (tmp_path / "out" / "runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    named = {(row["method"], row["seed"]) for row in rows}
+    assert named == {("teacher (resnet20)", "0"), ("none", "0"), ("kd", "0"), ("kd+sokd", "0")}
+    assert all(0 <= float(row["last_top1"]) <= 100 and row["threads"] == "1" for row in rows)
+    assert capsys.readouterr().out.count("\n| kd") == 2
+    monkeypatch.setattr(cifar100, "main", None)
+    proof.main([*given, "--seeds", "1"])
