@@ -168,7 +168,8 @@ class Taps:
 
 def _version(tensor: Tensor) -> int | None:
     """How often the tensor was written to; None for one of inference mode, which does not count."""
-    return None if tensor.is_inference() else tensor._version
+    uncounted = not torch.compiler.is_compiling() and tensor.is_inference()
+    return None if uncounted else tensor._version
 
 
 def layer_pairs(layers: Layers) -> list[Pair]:
