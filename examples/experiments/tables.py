@@ -115,9 +115,7 @@ def summary(rows: Sequence[Row], dataset: str) -> str:
 
 def trials(rows: Sequence[Row], dataset: str) -> str:
     """What the settings were chosen from: validation accuracy in % at the last epoch."""
-    lines: list[tuple[str, ...]] = [
-        ("student alone", _tried(rows, dataset, "student", "lr"), "")
-    ]
+    lines: list[tuple[str, ...]] = [("student alone", _tried(rows, dataset, "student", "lr"), "")]
     for method, label in LABELS.items():
         cells = [_tried(rows, dataset, name, "share") for name in (method, f"{method}+sokd")]
         lines.append((label, *cells))

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-import itertools
-import textwrap
-
 import pytest
 import torch
 from support.distiller_cases import SMALL, batch, make, models, one_thread  # noqa: F401
+from support.docstrings import run_example
 
 import sokd
 from sokd import methods
@@ -24,14 +21,6 @@ EXPLAINED = [
 ]  # fmt: skip
 
 
-def example_of(subject: object) -> str:
-    """The first indented block of the docstring."""
-    lines = inspect.getdoc(subject).splitlines()
-    after = itertools.dropwhile(lambda line: not line.startswith("    "), lines)
-    block = itertools.takewhile(lambda line: line.startswith("    ") or not line, after)
-    return textwrap.dedent("\n".join(block))
-
-
 @pytest.mark.parametrize("subject", EXPLAINED, ids=lambda subject: subject.__qualname__)
 def test_the_example_runs(subject, capsys):
     teacher, student = models()
@@ -40,6 +29,4 @@ def test_the_example_runs(subject, capsys):
         "distiller": make(sokd=SMALL), "images": images, "labels": labels, "sokd": sokd,
         "student": student, "teacher": teacher, "torch": torch, "x": images, "y": labels,
     }  # fmt: skip
-    example = example_of(subject)
-    assert 1 <= len(example.splitlines()) <= 6
-    exec(example, names)
+    run_example(subject, names)

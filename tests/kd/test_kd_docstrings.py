@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-import itertools
-import textwrap
 from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.docstrings import run_example
 from support.kd_cases import features
 from torch import nn
 
@@ -33,14 +31,6 @@ class Student(nn.Module):
         return self.head(maps.mean((2, 3))), maps
 
 
-def example_of(subject: object) -> str:
-    """The first indented block of the docstring."""
-    lines = inspect.getdoc(subject).splitlines()
-    after = itertools.dropwhile(lambda line: not line.startswith("    "), lines)
-    block = itertools.takewhile(lambda line: line.startswith("    ") or not line, after)
-    return textwrap.dedent("\n".join(block))
-
-
 @pytest.mark.parametrize("subject", EXPLAINED, ids=lambda subject: subject.__qualname__)
 def test_the_example_runs(subject):
     student, kd = Student(), sokd.SoKD(64, 256, heat_channels=3)
@@ -52,6 +42,4 @@ def test_the_example_runs(subject):
         "student": student, "teacher_features": lambda x: features(len(x), 256, 7, 7),
         "tokens_to_map": tokens_to_map, "torch": torch, "writer": Mock(), "y": y,
     }  # fmt: skip
-    example = example_of(subject)
-    assert 1 <= len(example.splitlines()) <= 8
-    exec(example, names)
+    run_example(subject, names)
