@@ -25,12 +25,13 @@ TCH := $(shell $(PYTHON) -c 'import sys; print("tch" if sys.version_info < (3, 1
 IN_RELEASE = VIRTUAL_ENV="$(CURDIR)/$(RELEASE)" PATH="$(CURDIR)/$(RELEASE)/bin:$$PATH" CARGO_TARGET_DIR="$(CURDIR)/target"
 DEMO ?=
 BENCH ?=
+SOAK ?=
 PYTEST ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test bench bench-gpu build tch venv cargo-test pytest format lint types wheel sdist clean needs needs-python needs-rust needs-cxx
+.PHONY: help demo test bench bench-gpu build tch docs soak venv cargo-test pytest format lint types wheel sdist clean needs needs-python needs-rust needs-cxx
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +63,13 @@ wheel: $(RELEASE)/.stamp needs-rust  ## dist/*.whl for every Linux since 2014, c
 sdist: $(RELEASE)/.stamp needs-rust  ## dist/*.tar.gz, which builds without torch
 	$(IN_RELEASE) maturin sdist --out dist
 	$(IN_RELEASE) twine check --strict dist/sokd-*.tar.gz
+
+docs: build $(VENV)/.stamp-docs  ## the documentation site, in out/docs; warnings are errors
+	$(BIN)/python -m sphinx -n -W --keep-going -q -b html docs out/docs
+	$(BIN)/python -m pytest -q tests/package/test_docs.py
+
+soak: build  ## random programs, memory, valgrind, faults for minutes; writes docs/reliability.md (SOAK="--scale 100": hours)
+	PYTHONPATH=tests $(BIN)/python -W ignore -m soak $(SOAK)
 
 venv: $(VENV)/.stamp-needs  ## .venv with the maturin that the build needs
 
@@ -116,6 +124,10 @@ $(VENV)/.stamp-tch: $(VENV)/.stamp-build $(TCH_FILES) | needs needs-cxx
 $(RELEASE)/.stamp: pyproject.toml | needs-python
 	$(PYTHON) -m venv $(RELEASE)
 	$(RELEASE)/bin/python -m pip install --quiet $(call needs_of,release)
+	@touch $@
+
+$(VENV)/.stamp-docs: pyproject.toml $(VENV)/.stamp-build
+	$(BIN)/python -m pip install --quiet $(call needs_of,docs)
 	@touch $@
 
 # animal-mnist declares tensorflow, mlxtend scikit-learn and pandas, which nothing here needs.

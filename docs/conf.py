@@ -1,7 +1,5 @@
 """The documentation site: `make docs` builds it into out/docs, with warnings as errors."""
 
-import inspect
-
 import sokd
 
 project = "sokd"
@@ -16,7 +14,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx-mathjax-offline",
 ]
-exclude_patterns = ["conf.py", "results/*", "demo/*", "README.md"]
+exclude_patterns = ["results/*", "demo/*"]
 myst_enable_extensions = ["dollarmath", "amsmath", "deflist"]
 myst_heading_anchors = 3
 # Links from a page to files of the repository are those of the forge; on the site they stay text.
@@ -30,6 +28,7 @@ napoleon_google_docstring = True
 napoleon_use_rtype = False
 napoleon_use_param = False
 nitpicky = True
+nitpick_ignore = [("py:class", "torch.nn.modules.module.Module")]
 
 html_theme = "furo"
 html_title = "sokd"
@@ -38,12 +37,14 @@ html_show_sphinx = False
 templates_path = []
 
 
-def _verbatim_module_docstring(app, what, name, obj, options, lines):
-    """Modules and operators open with formulas in plain text: keep their line breaks."""
-    if what == "module":
-        text = inspect.getdoc(obj) or ""
-        lines[:] = [text.splitlines()[0], "", "::", "", *("   " + x for x in text.splitlines()[1:]), ""]
+def _code_blocks(app, what, name, obj, options, lines):
+    """Indented blocks after a paragraph are code: examples and formulas in plain text."""
+    for index in reversed(range(1, len(lines))):
+        starts = lines[index].startswith("    ") and not lines[index - 1].strip()
+        before = next((line for line in reversed(lines[:index]) if line.strip()), " ")
+        if starts and not before.startswith(" "):
+            lines[index:index] = [".. code-block:: python", ""]
 
 
 def setup(app):
-    app.connect("autodoc-process-docstring", _verbatim_module_docstring)
+    app.connect("autodoc-process-docstring", _code_blocks, priority=400)  # before napoleon

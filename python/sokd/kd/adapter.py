@@ -66,7 +66,7 @@ class Adapter(nn.Module):
         )
 
     def forward(self, features: Tensor, size: Size | None = None) -> Tensor:
-        """features [B, C_s, H_s, W_s] -> [B, C, *size]; `size` None: that of the convolution.
+        """features [B, C_s, H_s, W_s] -> `[B, C, *size]`; `size` None: that of the convolution.
 
         Dtype and memory format are the convolution's (autocast applies, channels_last is kept).
         """
@@ -82,7 +82,7 @@ class Adapter(nn.Module):
 
 
 def resize(features: Tensor, size: Size) -> Tensor:
-    """features [B, C, H, W] -> [B, C, *size]; equal sizes: the tensor itself.
+    """features [B, C, H, W] -> `[B, C, *size]`; equal sizes: the tensor itself.
 
     Settled here: where neither axis grows, the mean of the cells each new cell covers
     (`adaptive_avg_pool2d`, no aliasing), otherwise bilinear with align_corners=False.

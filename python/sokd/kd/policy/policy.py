@@ -108,8 +108,8 @@ class Policy(nn.Module):
         refined = policy(torch.randn(8, 256, 7, 7))       # the next draw, for the whole batch
         print(policy.table())
 
-    Args, all keyword-only:
-        policies: sub-policies, pairs of operations by name or index
+    Args:
+        policies: keyword-only, as all others: pairs of operations by name or index
             (`sokd.kd.policy.plan.OPERATIONS`); None: all 36.
         estimator: "gumbel" [P] or "relax" [A]: the search's gradient of the discrete choices.
         magnitude_gradient: "straight_through" [P] or "pathwise" [S]: exact through theta and sigma.
