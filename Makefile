@@ -19,11 +19,12 @@ PY_PATHS   := python tests benches examples backend.py
 DEMO ?=
 BENCH ?=
 PYTEST ?=
+MATRIX ?= all
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test check bench bench-gpu build venv cargo-test pytest format lint types clean needs needs-python needs-rust
+.PHONY: help demo test check bench bench-gpu build venv cargo-test pytest format lint types matrix clean needs needs-python needs-rust
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -108,3 +109,6 @@ needs-rust:
 	@rustc --version | awk '{split($$2, v, "."); exit !(v[1] > 1 || v[2] >= 89)}' \
 		|| { echo "sokd needs Rust 1.89 or newer, found $$(rustc --version): rustup update stable" >&2; exit 1; }
 	@set -- $${CXX:-c++}; command -v "$$1" >/dev/null || { echo "sokd needs a C++ compiler: sudo apt-get install g++ (or dnf install gcc-c++, xcode-select --install)" >&2; exit 1; }
+
+matrix: wheel  ## the wheel in fresh environments of torch, Python and NumPy; writes docs/compatibility.md (MATRIX=ci: two rows)
+	$(BIN)/python tests/matrix $$(ls -t dist/sokd-*$$(uname -m).whl | head -n 1) --rows $(MATRIX)

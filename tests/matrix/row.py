@@ -5,7 +5,7 @@
     python tests/matrix/row.py compile    torch.compile(fullgraph=True) of both
     python tests/matrix/row.py --write    write golden.json
 
-Each prints one line. The inputs are arithmetic, not random: a generator may change from torch to torch.
+Each prints one line. The inputs are arithmetic, because a generator may change with torch.
 """
 
 from __future__ import annotations
@@ -169,7 +169,10 @@ def write() -> str:
 
 if __name__ == "__main__":
     print(
-        {"bits": check_bits, "training": check_training, "compile": check_compile, "--write": write}[
-            sys.argv[1]
-        ]()
+        {
+            "bits": check_bits,
+            "training": check_training,
+            "compile": check_compile,
+            "--write": write,
+        }[sys.argv[1]]()
     )

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from sokd.kd.adapter import resize
-from sokd.ops.runtime import accumulator, apply
+from sokd.ops.runtime import apply
+from sokd.reference import accumulator
 
 __all__ = ["Maps", "Method", "Shape", "Shapes", "Step", "Weights"]
 

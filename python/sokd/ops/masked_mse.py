@@ -16,10 +16,9 @@ from torch import Tensor
 
 from sokd import _core, reference
 from sokd.ops import torch_internals
+from sokd.ops.checks import check_kind
 from sokd.ops.runtime import (
-    accumulator,
     apply,
-    check_kind,
     has_kernel,
     is_eager,
     register,
@@ -27,7 +26,7 @@ from sokd.ops.runtime import (
     second_derivative,
     stream_of,
 )
-from sokd.reference import layout_of
+from sokd.reference import accumulator, layout_of
 
 
 def _kernel(

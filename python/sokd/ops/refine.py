@@ -17,18 +17,16 @@ from torch import Tensor
 
 from sokd import _core, reference
 from sokd.ops import torch_internals
+from sokd.ops.checks import check_kind, split_seed
 from sokd.ops.runtime import (
-    accumulator,
     apply,
-    check_kind,
     has_kernel,
     is_eager,
     register,
     resources,
     second_derivative,
-    split_seed,
 )
-from sokd.reference import Plan, layout_of
+from sokd.reference import Plan, accumulator, layout_of
 
 __all__ = ["Plan", "refine", "refine_dots"]
 

@@ -78,8 +78,9 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The 2-norm of all elements. `torch.nn.utils.get_total_norm` is public, but only since 2.6."""
     if hasattr(torch.nn.utils, "get_total_norm"):
         norm: Tensor = torch.nn.utils.get_total_norm(tensors)
-        return norm
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors]))
+    else:
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors]))
+    return norm
 
 
 def raw_stream(index: int) -> int:
