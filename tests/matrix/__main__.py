@@ -49,12 +49,13 @@ def rows() -> Iterator[Row]:
 
 
 def interpreter(version: str) -> str | None:
-    """A CPython of this version: on PATH, else of pyenv."""
-    if found := shutil.which(f"python{version}"):
-        return found
+    """A CPython of this version that runs, on PATH or of pyenv (whose link on PATH may be dead)."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
-    installed = sorted(pyenv.glob(f"{version}.*/bin/python"))
-    return str(installed[-1]) if installed else None
+    candidates = [f"python{version}", *map(str, sorted(pyenv.glob(f"{version}.*/bin/python")))]
+    for candidate in candidates:
+        if shutil.which(candidate) and run(candidate, "-c", "import venv").returncode == 0:
+            return candidate
+    return None
 
 
 def run(*command: str, timeout: int = 3600) -> subprocess.CompletedProcess[str]:
