@@ -27,11 +27,12 @@ DEMO ?=
 BENCH ?=
 SOAK ?=
 PYTEST ?=
+MATRIX ?= all
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test bench bench-gpu build tch docs soak venv cargo-test pytest format lint types wheel sdist clean needs needs-python needs-rust needs-cxx
+.PHONY: help demo test bench bench-gpu build tch docs soak venv cargo-test pytest format lint types wheel sdist matrix clean needs needs-python needs-rust needs-cxx
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -151,3 +152,6 @@ needs-rust:
 
 needs-cxx:
 	@set -- $${CXX:-c++}; command -v "$$1" >/dev/null || { echo "sokd-tch needs a C++ compiler: sudo apt-get install g++ (or dnf install gcc-c++, xcode-select --install)" >&2; exit 1; }
+
+matrix: wheel  ## the wheel in fresh environments of torch, Python and NumPy; writes docs/compatibility.md (MATRIX=ci: two rows)
+	$(BIN)/python tests/matrix $$(ls -t dist/sokd-*$$(uname -m).whl | head -n 1) --rows $(MATRIX)

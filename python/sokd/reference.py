@@ -182,9 +182,11 @@ def _exactly(computed: Tensor, exact: Tensor, when: Tensor) -> Tensor:
     return _Exactly.apply(computed, exact.detach(), when)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What is computed in: float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def accumulator(dtype: Any) -> Any:
+    """The dtype of sums and scores: float64 for float64, else float32; by name for a NumPy dtype."""
+    if isinstance(dtype, torch.dtype):
+        return torch.promote_types(dtype, torch.float32)
+    return "float64" if dtype == "float64" else "float32"
 
 
 def layout_of(features: Tensor) -> torch.memory_format:
@@ -254,7 +256,7 @@ def _refined(
     seed: int | Tensor = 0,
 ) -> Tensor:  # fmt: skip
     """`refine` without `straight`, in the dtype that is computed in."""
-    out = features.to(_wide(features.dtype))
+    out = features.to(accumulator(features.dtype))
     if perm is not None:
         out = out.gather(1, perm.long()[..., None, None].expand(out.shape))
     if theta is not None:
@@ -292,7 +294,7 @@ def refine_dots(
 ) -> Tensor:
     """<upstream, refine(features; plan_v)> for V plans, as `sokd.ops.refine_dots`, in plain PyTorch: [V]."""
     plan = Plans.of(plans)
-    wide = upstream.to(_wide(features.dtype))
+    wide = upstream.to(accumulator(features.dtype))
     dots = [(wide * _refined(features, seed=plan.seed, **parts)).sum() for parts in _each(plan)]
     return torch.stack(dots) if dots else wide.new_zeros(0)
 
@@ -311,7 +313,7 @@ def areas(
     teacher: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Areas:  # fmt: skip
     """The k best peaks of heat [B, A, H, W], their boxes and the cells they cover. No gradient."""
-    wide = _wide(heat.dtype)
+    wide = accumulator(heat.dtype)
     heat, size, offset = (part.detach().to(wide) for part in (heat, size, offset))
     if teacher is not None:
         heat_t, size_t, offset_t = (part.detach().to(wide) for part in teacher)
@@ -390,7 +392,7 @@ def mutual_mse(
     student: Tensor, teacher: Tensor, weight: Tensor | None, *, normalise: str, scale: float = 1.0
 ) -> Tensor:
     """`masked_mse` times `scale`, with the gradient of both features; the weight counts as a constant."""
-    wide = _wide(student.dtype)
+    wide = accumulator(student.dtype)
     difference = student.to(wide) - teacher.to(wide)
     share = scale / max(difference.numel(), 1)
     if weight is None:

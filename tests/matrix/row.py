@@ -5,7 +5,7 @@
     python tests/matrix/row.py compile    torch.compile(fullgraph=True) of both
     python tests/matrix/row.py --write    write golden.json
 
-Each prints one line. The inputs are arithmetic, not random: a generator may change from torch to torch.
+Each prints one line. The inputs are arithmetic, because a generator may change with torch.
 """
 
 from __future__ import annotations

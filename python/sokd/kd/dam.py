@@ -23,7 +23,7 @@ from sokd.kd.features import positive
 from sokd.ops import Areas
 from sokd.ops import areas as find_areas
 from sokd.ops.masked_mse import scaled_mse
-from sokd.ops.runtime import accumulator
+from sokd.reference import accumulator
 
 __all__ = ["DAM", "Attention", "Heads", "apply_dam", "masked", "resized", "root"]
 

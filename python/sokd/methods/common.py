@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from sokd.kd.dam import masked, resized, root
-from sokd.ops.runtime import accumulator, apply, savable
+from sokd.ops.runtime import apply, savable
+from sokd.reference import accumulator
 
 __all__ = [
     "Maps", "Method", "Shape", "Shapes", "Step", "Weights", "masked", "resized", "root",

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from sokd import _core, reference
-from sokd.ops.runtime import accumulator, check_kind, has_kernel, is_eager, register, resources
-from sokd.reference import Areas
+from sokd.ops.checks import check_kind
+from sokd.ops.runtime import has_kernel, is_eager, register, resources
+from sokd.reference import Areas, accumulator
 
 _Maps = tuple[Tensor, Tensor, Tensor]
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sokd import _core, reference
-from sokd.ops.runtime import check_device, check_word, has_kernel, register, resources
+from sokd.ops.checks import check_device, check_word
+from sokd.ops.runtime import has_kernel, register, resources
 
 
 def _kernel(seed: Tensor, counter: Tensor, n: int) -> tuple[Tensor, Tensor]:

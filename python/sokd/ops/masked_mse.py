@@ -16,10 +16,9 @@ from torch import Tensor
 
 from sokd import _core, reference
 from sokd.ops import torch_internals
+from sokd.ops.checks import check_kind
 from sokd.ops.runtime import (
-    accumulator,
     apply,
-    check_kind,
     checked_by,
     has_kernel,
     is_eager,
@@ -29,7 +28,7 @@ from sokd.ops.runtime import (
     savable,
     second_derivative,
 )
-from sokd.reference import layout_of
+from sokd.reference import accumulator, layout_of
 
 
 def _kernel(
@@ -105,7 +104,9 @@ class _MaskedMse(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
+        # The vmap of torch 2.5 to 2.7 takes no missing gradient; elsewhere zeros would cost a map.
+        eager = torch.compiler.is_compiling() or not torch_internals.is_transforming()
+        ctx.set_materialize_grads(not eager)
         ctx.save_for_backward(output[1], *inputs[:3])
         ctx.options = inputs[3:5]
         ctx.to_refine = _is_refined(inputs[1])

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from sokd import _core, reference
 from sokd.ops import torch_internals
+from sokd.ops.checks import check_kind, split_seed
 from sokd.ops.runtime import (
-    accumulator,
     apply,
-    check_kind,
     checked_by,
     has_kernel,
     is_eager,
@@ -28,9 +27,8 @@ from sokd.ops.runtime import (
     register,
     resources,
     second_derivative,
-    split_seed,
 )
-from sokd.reference import Plan, Plans, layout_of
+from sokd.reference import Plan, Plans, accumulator, layout_of
 
 __all__ = ["Plan", "Plans", "refine", "refine_dots"]
 

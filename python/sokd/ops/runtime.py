@@ -1,4 +1,4 @@
-"""What every operator needs to become one of PyTorch's: registration, the choice of path, the seed, NumPy."""
+"""Registration with PyTorch, the choice between kernel and reference, the resources of a call."""
 
 from __future__ import annotations
 
@@ -179,44 +179,6 @@ def resources(tensor: Any) -> tuple[int, int, Callable[[int], Tensor] | None]:
     return 1, stream_of(device), partial(torch.empty, dtype=torch.uint8, device=device)
 
 
-def split_seed(op: str, seed: int | Tensor, features: Any) -> tuple[int, Tensor | None]:
-    """A seed as the pair a schema can carry: an int in int64's range, or 0 and the tensor."""
-    if isinstance(seed, Tensor):
-        check_word(op, "seed", seed)
-        if isinstance(features, np.ndarray):
-            return int(seed), None
-        # a tensor of another device, meta for one, would take the whole call to that device's kernel
-        check_device(op, "seed", seed, "features", features)
-        return 0, seed
-    if not isinstance(seed, (int, np.integer)):
-        raise TypeError(
-            f"{op}: seed must be an int or an int64 tensor [1], got {type(seed).__name__}"
-        )
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"{op}: seed must fit in 64 bits, got {seed}")
-    return int(seed) - (2**64 if seed >= 2**63 else 0), None
-
-
-def check_word(op: str, name: str, tensor: Tensor) -> None:
-    """Whether it is one 64-bit word, int64 [1]."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: {name} must be an int64 tensor [1], got {type(tensor).__name__}")
-    if tensor.dtype != torch.int64:
-        raise TypeError(
-            f"{op}: {name} must be int64, got {str(tensor.dtype).removeprefix('torch.')}"
-        )
-    if tensor.shape != (1,):
-        raise ValueError(f"{op}: {name} must have the shape [1], got shape {list(tensor.shape)}")
-
-
-def check_device(op: str, name: str, tensor: Tensor, of: str, other: Any) -> None:
-    """Whether the two are on one device; what is no tensor is for other checks to judge."""
-    if isinstance(other, Tensor) and tensor.device != other.device:
-        raise ValueError(
-            f"{op}: {name} must be on the device of {of}, {other.device}, got {tensor.device}"
-        )
-
-
 def checked_by(check: Callable[..., None]) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Call `check` with an operator's arguments after the operator raised, for the error's message.
 
@@ -246,22 +208,6 @@ def checked_by(check: Callable[..., None]) -> Callable[[Callable[_P, _R]], Calla
 def is_meta(*arguments: Any) -> bool:
     """Whether one is on the meta device: the call then reaches no kernel that checks the others."""
     return any(isinstance(argument, Tensor) and argument.is_meta for argument in arguments)
-
-
-def check_kind(op: str, of: str, first: Any, **others: Any) -> None:
-    """Whether nothing is a NumPy array where `first` is a tensor; the other way round it can be read."""
-    if not isinstance(first, Tensor):
-        return
-    for name, other in others.items():
-        if isinstance(other, np.ndarray):
-            raise TypeError(f"{op}: {name} must be a torch.Tensor like {of}, got ndarray")
-
-
-def accumulator(dtype: Any) -> Any:
-    """The dtype of sums and scores: float64 for float64, float32 for the others; PyTorch's or NumPy's."""
-    if isinstance(dtype, torch.dtype):
-        return torch.float64 if dtype == torch.float64 else torch.float32
-    return np.float64 if dtype == np.float64 else np.float32
 
 
 def savable(tensor: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sokd.ops import Plans, refine, refine_dots
-from sokd.ops.runtime import accumulator
+from sokd.reference import accumulator
 
 __all__ = ["with_choices"]
 

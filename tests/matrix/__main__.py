@@ -1,0 +1,163 @@
+"""`make matrix`: the wheel in a fresh environment for each row of environments.txt, one table out.
+
+Every environment is made in a temporary folder and deleted after its row. A row passes when the
+operators give the golden bits, a training with SoKD, search and Distiller gives the known losses,
+`torch.compile(fullgraph=True)` traces both, and the tests of the operators and of kd pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parents[1]
+COLUMNS = ("torch", "CPython", "NumPy", "bits", "training", "compile", "tests", "seconds")
+TEST_NEEDS = ("pytest>=8", "hypothesis>=6", "scipy>=1.10")
+# What depends on torch. The rest of the suite tests the build, CUDA or the demonstration.
+TESTS = ("tests/operators", "tests/kd")
+# Older releases warn of things that the newest, with which `make test` runs, does not.
+PYTEST = ("-q", "-p", "no:cacheprovider", "-o", "filterwarnings=", "--tb=line", *TESTS)
+UNTRACEABLE = "Dynamo is not supported on Python"
+
+
+@dataclass
+class Row:
+    """An environment, and what was found in it, by column."""
+
+    torch: str
+    python: str
+    numpy: str
+    ci: bool
+    cells: dict[str, str] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)  # the output of what failed, by column
+
+
+def rows() -> Iterator[Row]:
+    for line in (FOLDER / "environments.txt").read_text().splitlines():
+        if words := line.partition("#")[0].split():
+            yield Row(*words[:3], ci=words[3:] == ["ci"])
+
+
+def interpreter(version: str) -> str | None:
+    """A CPython of this version that runs, on PATH or of pyenv (whose link on PATH may be dead)."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    candidates = [f"python{version}", *map(str, sorted(pyenv.glob(f"{version}.*/bin/python")))]
+    for candidate in candidates:
+        if shutil.which(candidate) and run(candidate, "-c", "import venv").returncode == 0:
+            return candidate
+    return None
+
+
+def run(*command: str, timeout: int = 3600) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(
+        command, cwd=ROOT, env=clean, text=True, timeout=timeout,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def check(row: Row, wheel: Path) -> None:
+    """Fill in the row's cells."""
+    found = interpreter(row.python)
+    row.cells.update(torch=row.torch, CPython=row.python, NumPy=row.numpy)
+    if found is None:
+        row.cells["bits"] = f"not run: no CPython {row.python} here"
+        return
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="sokd-matrix-") as folder:
+        python = f"{folder}/bin/python"
+        made = run(found, "-m", "venv", "--without-pip", folder)
+        if made.returncode == 0:
+            made = run(
+                *(sys.executable, "-m", "pip", "--python", python, "install", "--quiet"),
+                *("--no-cache-dir", str(wheel), row.torch, row.numpy, *TEST_NEEDS),
+            )
+        if made.returncode:
+            row.cells["bits"] = "not installed"
+            row.failures["bits"] = made.stdout
+        else:
+            fill(row, python)
+    row.cells["seconds"] = f"{time.monotonic() - started:.0f}"
+
+
+def fill(row: Row, python: str) -> None:
+    code = "import platform, torch, numpy; print(torch.__version__, platform.python_version(), "
+    names = run(python, "-W", "ignore", "-c", f"{code}numpy.__version__)").stdout.split()
+    row.cells.update(zip(("torch", "CPython", "NumPy"), names, strict=False))
+    checks = {
+        **{name: (f"{FOLDER}/row.py", name) for name in ("bits", "training", "compile")},
+        "tests": ("-m", "pytest", *PYTEST),
+    }
+    for name, arguments in checks.items():
+        done = run(python, "-W", "ignore", *arguments)
+        last = done.stdout.strip().splitlines()[-1:] or ["no output"]
+        if name == "compile" and UNTRACEABLE in done.stdout:
+            row.cells[name] = "not by this torch"
+        elif name == "tests":
+            row.cells[name] = re.sub(r",? ?\d+ (warnings?|deselected)| in [\d.]+s.*", "", last[0])
+        else:
+            row.cells[name] = last[0] if done.returncode == 0 else "fails"
+        if done.returncode and row.cells[name] != "not by this torch":
+            row.failures[name] = done.stdout
+
+
+def table(done: list[Row]) -> str:
+    lines = [COLUMNS, ("---",) * len(COLUMNS)]
+    lines += [tuple(row.cells.get(name, "") for name in COLUMNS) for row in done]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+PAGE = """# Compatibility
+
+One wheel serves CPython 3.10 and later and torch 2.5 and later. `make matrix` wrote this table. For
+each row it installed the wheel into a fresh environment and ran:
+
+- **bits**: every operator and its gradients in four dtypes, compared bit by bit with
+  `tests/matrix/golden.json`;
+- **training**: three steps with SoKD, `PolicySearch` and `Distiller`, the same losses;
+- **compile**: `sokd.loss` and a `Distiller` step under `torch.compile(fullgraph=True)`;
+- **tests**: the tests of the operators and of `sokd.kd`.
+
+{table}
+
+An older torch is refused at import. Where torch lacks a private name that sokd reads, a fallback
+gives the same numbers (`python/sokd/ops/torch_internals.py`): on torch 2.5 to 2.7 the backward of
+`masked_mse` allocates one more map, and `torch.compile(dynamic=True)` may break the graph where two
+calls share a number.
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make matrix", description=__doc__)
+    parser.add_argument("wheel", type=Path)
+    parser.add_argument("--rows", default="all", help="all, ci, or part of a row's torch (2.5)")
+    options = parser.parse_args()
+    chosen = [
+        row
+        for row in rows()
+        if options.rows == "all" or (row.ci if options.rows == "ci" else options.rows in row.torch)
+    ]
+    started = time.monotonic()
+    for row in chosen:
+        check(row, options.wheel.resolve())
+        print(table([row]).splitlines()[-1], flush=True)
+        for name, output in row.failures.items():
+            print(f"--- {name}\n{output[-4000:]}", flush=True)
+    print(f"\n{table(chosen)}\n\nmatrix: {time.monotonic() - started:.0f} seconds")
+    if options.rows == "all":
+        (ROOT / "docs" / "compatibility.md").write_text(PAGE.format(table=table(chosen)))
+    return int(not chosen or any(row.failures for row in chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

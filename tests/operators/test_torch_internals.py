@@ -1,0 +1,62 @@
+"""The fallbacks for PyTorch's private names: a torch without any of them gives the same numbers."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+import types
+
+import pytest
+import torch
+from support.cases import everything
+
+from sokd import ops
+from sokd.ops import torch_internals
+from sokd.ops.masked_mse import _masked_mse
+
+SHAPE = (2, 3, 5, 6)
+
+
+@pytest.fixture
+def without_private_names(monkeypatch):
+    """Every name that `_find` looks up, as on a torch that has none of them."""
+    bare = types.ModuleType("torch")
+    bare.__version__, bare.Tensor = "2.5.0", torch.Tensor
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch", bare)
+        found = runpy.run_path(torch_internals.__file__)
+    names = [name for name, value in found.items() if getattr(value, "__name__", "") == "<lambda>"]
+    assert {"is_transforming", "saved_tensor_hooks", "negative_view"} <= set(names)
+    for name in names:
+        monkeypatch.setattr(torch_internals, name, found[name])
+    monkeypatch.setattr(torch_internals, "TRACES_GUARDS", found["TRACES_GUARDS"])
+
+
+def numbers() -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    plan = everything(SHAPE, 2, torch.float32)
+    features, student = torch.randn(2, *SHAPE).unbind()
+    inputs = [features, student, plan.pop("theta"), plan.pop("sigma")]
+    for each in inputs:
+        each.requires_grad_()
+    refined = ops.refine(inputs[0], inputs[2], sigma=inputs[3], seed=3, **plan)
+    loss = _masked_mse(student, refined, None, normalise="elements", scale=2.0, mutual=True)
+    gradients = torch.autograd.grad(3 * loss, inputs)
+    dots = ops.refine_dots(features.detach(), student.detach(), {"sigma": torch.ones(2, 1)})
+    return [refined, loss, *gradients, dots]
+
+
+def test_the_same_numbers_without_them(request):
+    expected = numbers()
+    request.getfixturevalue("without_private_names")
+    assert torch_internals.is_transforming()  # as is assumed without the name
+    assert all(map(torch.equal, numbers(), expected))
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_the_norm_of_all_elements(monkeypatch, private):
+    if private:
+        monkeypatch.delattr(torch.nn.utils, "get_total_norm", raising=False)
+    tensors = [torch.randn(3, 4), torch.randn(5), torch.randn(())]
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    torch.testing.assert_close(torch_internals.total_norm(tensors), flat.norm())
