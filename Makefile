@@ -20,6 +20,10 @@ TCH_FILES  := $(wildcard tch/*.* tch/.cargo/* tch/src/*)
 PY_PATHS   := python tests benches examples tch/backend.py
 PLATFORM ?= $(shell uname -m)
 TARGET    = $(PLATFORM)-unknown-linux-gnu
+# The Rust tests of another platform run under qemu: apt-get install qemu-user gcc-aarch64-linux-gnu
+CARGO_OF  = CARGO_TARGET_$(shell echo $(TARGET) | tr a-z- A-Z_)
+EMULATED  = $(if $(filter-out $(shell uname -m),$(PLATFORM)),$(CARGO_OF)_LINKER=$(PLATFORM)-linux-gnu-gcc \
+	$(CARGO_OF)_RUNNER="qemu-$(PLATFORM) -L /usr/$(PLATFORM)-linux-gnu" CARGO_BUILD_TARGET=$(TARGET))
 # pyo3-tch knows CPython up to 3.13; elsewhere the portable reader is the one that is tested.
 TCH := $(shell $(PYTHON) -c 'import sys; print("tch" if sys.version_info < (3, 14) else "")' 2>/dev/null)
 IN_RELEASE = VIRTUAL_ENV="$(CURDIR)/$(RELEASE)" PATH="$(CURDIR)/$(RELEASE)/bin:$$PATH" CARGO_TARGET_DIR="$(CURDIR)/target"
@@ -54,7 +58,7 @@ build: $(VENV)/.stamp-build  ## the extension, compiled and installed into .venv
 
 tch: $(VENV)/.stamp-tch  ## sokd_tch, which reads tensors through libtorch, compiled against the torch of .venv
 
-wheel: $(RELEASE)/.stamp needs-rust  ## dist/*.whl for every Linux since 2014, checked as PyPI does (PLATFORM=aarch64: untested)
+wheel: $(RELEASE)/.stamp needs-rust  ## dist/*.whl for every Linux since 2014, checked as PyPI does (PLATFORM=aarch64)
 	@if command -v rustup >/dev/null; then rustup target add $(TARGET); fi
 	$(IN_RELEASE) maturin build --release --locked --zig --target $(TARGET) --compatibility manylinux2014 --auditwheel check --out dist
 	@for wheel in dist/sokd-*$(PLATFORM).whl; do set -ex; $(IN_RELEASE) auditwheel show "$$wheel"; \
@@ -74,8 +78,8 @@ soak: build  ## random programs, memory, valgrind, faults for minutes; writes do
 
 venv: $(VENV)/.stamp-needs  ## .venv with the maturin that the build needs
 
-cargo-test: | needs-rust  ## the Rust tests alone: no Python, no torch
-	$(ACTIVE) cargo test --locked --features cuda
+cargo-test: | needs-rust  ## the Rust tests alone: no Python, no torch (PLATFORM=aarch64: under qemu, slow)
+	$(ACTIVE) $(EMULATED) cargo test --locked --features cuda
 
 pytest: build $(VENV)/.stamp-data  ## the Python tests alone (PYTEST="-k masked_mse")
 	$(BIN)/python -m pytest $(PYTEST)
