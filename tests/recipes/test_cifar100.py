@@ -278,8 +278,8 @@ def test_resume_with_other_options_is_refused(run, tmp_path):
     assert "is there from an earlier run; --resume auto" in refused(run, "out")
     said = refused(run, "out", "--resume", "auto", "--lr", "0.1")
     assert said == f"--resume: {path} was made with --lr 0.05, got 0.1"
-    said = refused(run, "out", "--resume", "auto", "--student", "resnet14", "--seed", "3")
-    assert "with --seed 0, got 3; --student resnet8w8, got resnet14" in said
+    said = refused(run, "out", "--resume", "auto", "--student", "resnet8", "--seed", "3")
+    assert "with --seed 0, got 3; --student resnet8w8, got resnet8" in said
     assert "not.pt is not there" in refused(run, "new", "--resume", str(tmp_path / "not.pt"))
     path.write_bytes(b"damaged")
     assert "is no checkpoint of a recipe" in refused(run, "out", "--resume", "auto")

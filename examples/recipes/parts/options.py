@@ -62,10 +62,12 @@ def read_options(
     return args
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The description as it is written, and the defaults."""
+
+
 def _parser(description: str | None) -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    made = argparse.ArgumentParser(description=description, formatter_class=_Help)
     add, yes_or_no = made.add_argument, argparse.BooleanOptionalAction
     add("--row", help="a row of a table, TEACHER:STUDENT:METHOD[+sokd]; prints the accepted figure")
     add("--teacher", help="network")
