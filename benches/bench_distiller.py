@@ -34,8 +34,8 @@ def distiller(plugged: bool) -> Distiller:
     teacher, student = ResNet(32), ResNet(8)
     method = None if plugged else "fitnet"
     return Distiller(
-        teacher,
         student,
+        teacher,
         layers="stage2",
         method=method,
         sokd=plugged,

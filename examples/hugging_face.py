@@ -1,6 +1,6 @@
 """Hugging Face: two vision transformers, batches as dicts of keywords, the library's own Trainer.
 
-    distiller = vision_pair(teacher, student)
+    distiller = vision_pair(student, teacher)
     DistillationTrainer(model=distiller, args=arguments, train_dataset=data).train()
     distiller.export().save_pretrained("student")
 
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 import sokd
 
 
-def vision_pair(teacher: nn.Module, student: nn.Module, **options: Any) -> sokd.Distiller:
+def vision_pair(student: nn.Module, teacher: nn.Module, **options: Any) -> sokd.Distiller:
     """A Distiller of two ViTForImageClassification: the last patch tokens and the logits."""
     side, channels = student.config.image_size, student.config.num_channels
     example = {"pixel_values": torch.zeros(2, channels, side, side)}
     given = {"layers": "vit.layernorm", "method": {"fitnet": 1.0, "kd": 1.0}, "example": example}
-    return sokd.Distiller(teacher, student, **{**given, **options})
+    return sokd.Distiller(student, teacher, **{**given, **options})
 
 
 class DistillationTrainer(transformers.Trainer):

@@ -1,6 +1,6 @@
 """Lightning: a LightningModule around a `sokd.Distiller`.
 
-    module = Distillation(teacher, student, example=images, layers="layer3", method="reviewkd")
+    module = Distillation(student, teacher, example=images, layers="layer3", method="reviewkd")
     lightning.Trainer(max_epochs=240).fit(module, train_loader, validation_loader)
     torch.save(module.distiller.export().state_dict(), "student.pt")
 
@@ -25,8 +25,8 @@ class Distillation(lightning.LightningModule):
 
     def __init__(
         self,
-        teacher: nn.Module,
         student: nn.Module,
+        teacher: nn.Module,
         *,
         example: Tensor,
         lr: float = 0.05,
@@ -34,7 +34,7 @@ class Distillation(lightning.LightningModule):
     ) -> None:
         super().__init__()
         self.lr = lr
-        self.distiller = sokd.Distiller(teacher, student, example=example, **options)
+        self.distiller = sokd.Distiller(student, teacher, example=example, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.distiller.student(x)

@@ -15,8 +15,8 @@ import sokd
 
 
 def distil(
-    teacher: nn.Module,
     student: nn.Module,
+    teacher: nn.Module,
     loader: Iterable[tuple[Tensor, Tensor]],
     *,
     epochs: int = 1,
@@ -24,7 +24,7 @@ def distil(
 ) -> nn.Module:
     """Train the student; `options` are those of `sokd.Distiller`: layers=..., method=..."""
     images, _ = next(iter(loader))
-    distiller = sokd.Distiller(teacher, student, example=images, **options)
+    distiller = sokd.Distiller(student, teacher, example=images, **options)
     # the student's parameters, and those of adapters and heads
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.05, momentum=0.9)
     search = sokd.PolicySearch(distiller.kd, distiller.student, epochs=20)
@@ -55,7 +55,7 @@ def main() -> None:
     torch.manual_seed(0)
     loader = [(torch.randn(8, 3, 32, 32), torch.randint(0, 10, (8,))) for _ in range(4)]
     student = distil(
-        small_net(32), small_net(8), loader, epochs=2, layers="3", method={"fitnet": 1.0, "kd": 1.0}
+        small_net(8), small_net(32), loader, epochs=2, layers="3", method={"fitnet": 1.0, "kd": 1.0}
     )
     torch.save(student.state_dict(), "student.pt")
 

@@ -74,11 +74,11 @@ def crops(pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def fitted(
-    teacher: nn.Module, student: nn.Module, pixels: Tensor, steps: int
+    student: nn.Module, teacher: nn.Module, pixels: Tensor, steps: int
 ) -> tuple[sokd.Distiller, list[dict[str, float]]]:
     """A Distiller whose adapter and heads were trained for some steps, and the losses of each."""
     distiller = sokd.Distiller(
-        teacher, student.requires_grad_(False), layers=LAYERS, method={"fitnet": 1.0},
+        student.requires_grad_(False), teacher, layers=LAYERS, method={"fitnet": 1.0},
         sokd={"lambda_agreement": 1.0}, task=None, example=normalised(pixels),
     )  # fmt: skip
     # on purpose: the adapter and the heads are trained alone
@@ -112,7 +112,7 @@ def main(path: str = "areas.jpg", *, steps: int = 20) -> None:
     torch.manual_seed(0)
     (teacher, student), pixels = pair(), photographs()
     said = [guesses(model, pixels) for model in (teacher, student)]
-    distiller, history = fitted(teacher, student, pixels, steps)
+    distiller, history = fitted(student, teacher, pixels, steps)
     for name in history[0]:
         print(f"{name}: {history[0][name]:.4f} -> {history[-1][name]:.4f} in {steps} steps")
     (of_student,), (of_teacher,) = distiller.features(normalised(pixels))

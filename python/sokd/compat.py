@@ -56,7 +56,7 @@ class MDistiller(Distiller):
             options["example"] = _example(cfg, student)
         if num_data is not None and _takes(options.get("method"), "num_samples"):
             options.setdefault("num_samples", num_data)
-        super().__init__(teacher, student, **options)
+        super().__init__(student, teacher, **options)
         self.cfg = cfg
 
     def forward(  # type: ignore[override]

@@ -201,7 +201,7 @@ def test_the_dry_run_leaves_no_trace():
     student.stem.eval()  # a mode of the user's own
     before, modes = copy.deepcopy(student.state_dict()), [m.training for m in student.modules()]
     state = torch.get_rng_state()
-    Distiller(teacher, student, layers="stage1", example=batch()[0], method="at", sokd=False)
+    Distiller(student, teacher, layers="stage1", example=batch()[0], method="at", sokd=False)
     assert torch.equal(torch.get_rng_state(), state)
     assert [m.training for m in student.modules()] == modes
     assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
@@ -223,11 +223,11 @@ def test_the_first_batch_serves_as_example():
 
 def test_a_distiller_that_waits_can_be_shown_and_looked_at():
     teacher, student = models()
-    lazy = Distiller(teacher, student, sokd=SMALL)
+    lazy = Distiller(student, teacher, sokd=SMALL)
     assert "layers: none, weights: fitnet=100" in repr(lazy)
     students, teachers = lazy.features(batch()[0])
     assert len(students) == len(teachers) == len(lazy.pairs) == 3
-    other = Distiller(*models(), sokd=SMALL)
+    other = Distiller(*reversed(models()), sokd=SMALL)
     task, *_ = other.step(other.student, batch())
     assert task.isfinite() and len(other.pairs) == 3
 

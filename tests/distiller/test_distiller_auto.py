@@ -235,7 +235,7 @@ def test_auto_on_tokens():
 def test_auto_without_a_map():
     net = nn.Sequential(nn.Flatten(), nn.Linear(768, 5))
     with pytest.raises(ValueError) as caught:
-        Distiller(net, nn.Sequential(nn.Flatten(), nn.Linear(768, 5)), example=batch()[0])
+        Distiller(nn.Sequential(nn.Flatten(), nn.Linear(768, 5)), net, example=batch()[0])
     rule = "be named, for no layer of the student with a gradient gives a map or a square of tokens"
     assert str(caught.value) == f"Distiller: layers must {rule}, got 'auto'"
 

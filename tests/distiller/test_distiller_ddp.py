@@ -157,7 +157,7 @@ def _sharded(x: torch.Tensor, y: torch.Tensor) -> dict[str, Any]:
 def _wrapped_inside() -> str:
     teacher, student = models(norm=False)
     subject = Distiller(
-        teacher, DistributedDataParallel(student), layers="stage1", sokd=SMALL, example=batch()[0]
+        DistributedDataParallel(student), teacher, layers="stage1", sokd=SMALL, example=batch()[0]
     )
     try:
         objective(subject)

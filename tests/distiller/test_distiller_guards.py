@@ -47,10 +47,10 @@ def test_models_that_are_none():
     refused(
         TypeError,
         "teacher must be an nn.Module, got function",
-        lambda: Distiller(lambda x: x, student),
+        lambda: Distiller(student, lambda x: x),
     )
     refused(
-        TypeError, "student must be an nn.Module, got str", lambda: Distiller(teacher, "resnet18")
+        TypeError, "student must be an nn.Module, got str", lambda: Distiller("resnet18", teacher)
     )
 
 
@@ -60,7 +60,7 @@ def test_a_model_in_data_parallel():
         "the model must run in one thread a process, got torch.nn.DataParallel; "
         "use DistributedDataParallel(distiller)"
     )
-    refused(TypeError, text, lambda: Distiller(teacher, nn.DataParallel(student)))
+    refused(TypeError, text, lambda: Distiller(nn.DataParallel(student), teacher))
 
 
 def test_a_teacher_that_is_the_student():

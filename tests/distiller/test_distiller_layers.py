@@ -94,7 +94,7 @@ def test_a_name_like_none_of_them():
 def shaped(student, teacher=lambda maps: maps, *, layers="here", **options):
     torch.manual_seed(0)
     given = {"example": batch()[0], "sokd": SMALL, "method": "fitnet", **options}
-    return Distiller(Shaped(teacher), Shaped(student), layers=layers, **given)
+    return Distiller(Shaped(student), Shaped(teacher), layers=layers, **given)
 
 
 def tokens(prefix: int):

@@ -92,7 +92,7 @@ def check_step(distiller: Distiller, *given: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("teacher", "student", "options"), PAIRS.values(), ids=PAIRS)
 def test_classifiers(teacher, student, options):
     x, y = torch.randn(2, 3, SIDE, SIDE), torch.tensor([1, 7])
-    distiller = Distiller(teacher(), student(), example=x, sokd=SMALL, **options)
+    distiller = Distiller(student(), teacher(), example=x, sokd=SMALL, **options)
     losses = check_step(distiller, x, y)
     assert next(iter(losses)) == "loss_ce" and "loss_agreement" in losses
     assert distiller.eval()(x).shape == (2, 10)

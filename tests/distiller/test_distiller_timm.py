@@ -25,7 +25,9 @@ def test_one_step(teacher, student, layers):
         timm.create_model(name, pretrained=False, **options[name]) for name in (teacher, student)
     ]
     x, y = torch.randn(2, 3, 64, 64), torch.tensor([1, 7])
-    distiller = Distiller(*nets, layers=layers, example=x, sokd={"heat_channels": 4, "k": 2})
+    distiller = Distiller(
+        *reversed(nets), layers=layers, example=x, sokd={"heat_channels": 4, "k": 2}
+    )
     _, losses = distiller(x, y)
     torch.stack(list(losses.values())).sum().backward()
     assert all(loss.isfinite() for loss in losses.values())

@@ -107,7 +107,7 @@ IMAGES, LABELS = pattern((8, 3, 32, 32), torch.float32), torch.arange(8)
 def distiller() -> sokd.Distiller:
     torch.manual_seed(0)
     sokd.manual_seed(0)
-    made = sokd.Distiller(network(16), network(8), layers="2", method="fitnet", example=IMAGES)
+    made = sokd.Distiller(network(8), network(16), layers="2", method="fitnet", example=IMAGES)
     return made.train()
 
 

@@ -46,7 +46,7 @@ def test_lightning(tmp_path):
     teacher, student = models()
     x, y = batch()
     module = example("lightning_module").Distillation(
-        teacher, student, example=x, layers="stage2", method="fitnet", sokd=SMALL
+        student, teacher, example=x, layers="stage2", method="fitnet", sokd=SMALL
     )
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = lightning.Trainer(max_epochs=2, accelerator="cpu", default_root_dir=tmp_path, **quiet)
@@ -92,7 +92,7 @@ def test_hugging_face(tmp_path):
 
     huggingface = example("hugging_face")
     student = vit(1, 16)
-    distiller = huggingface.vision_pair(vit(2, 24), student, sokd=SMALL)
+    distiller = huggingface.vision_pair(student, vit(2, 24), sokd=SMALL)
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2,
         remove_unused_columns=False, report_to=[], use_cpu=True, save_strategy="no",
@@ -138,7 +138,7 @@ def test_a_pretrained_pair_is_what_it_says(pretrained):
 def test_a_pretrained_pair_is_fitted_and_drawn(pretrained, tmp_path):
     (teacher, student), pixels = pretrained.pair(), pretrained.photographs(112)
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    distiller, history = pretrained.fitted(teacher, student, pixels, 3)
+    distiller, history = pretrained.fitted(student, teacher, pixels, 3)
     assert history[-1]["loss_fitnet"] < history[0]["loss_fitnet"]
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     (of_student,), (of_teacher,) = distiller.features(pixels)
@@ -154,7 +154,7 @@ def test_a_pretrained_pair_by_itself(pretrained):
     teacher, student = pretrained.pair()
     x = pretrained.normalised(pretrained.photographs(64))
     distiller = sokd.Distiller(
-        teacher, student, method={"sp": 1.0, "kd": 1.0}, sokd=False, example=x
+        student, teacher, method={"sp": 1.0, "kd": 1.0}, sokd=False, example=x
     )
     sizes = [tuple(maps.shape[2:]) for maps in distiller.features(x)[0]]
     assert sizes == [(side, side) for side in (32, 16, 8, 4, 2)]

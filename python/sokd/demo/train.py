@@ -128,7 +128,7 @@ def build(run: Run, task: Task) -> sokd.Distiller:
     teacher = Recorded(task.teacher, task.outputs)
     teacher.rows = torch.arange(2)
     example = task.data.train[0][teacher.rows]
-    return sokd.Distiller(teacher, student, layers={"body": "body"}, example=example, **run.method)
+    return sokd.Distiller(student, teacher, layers={"body": "body"}, example=example, **run.method)
 
 
 def train(run: Run, task: Task, *, test: bool = True) -> Run:

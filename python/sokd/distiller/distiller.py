@@ -79,7 +79,7 @@ class Distiller(nn.Module):
     skips the checks for common mistakes.
 
     Args:
-        teacher, student: any two modules. They are called as `model(x)`, or `model(**x)` for a
+        student, teacher: any two modules. They are called as `model(x)`, or `model(**x)` for a
             dict. Under DistributedDataParallel wrap the Distiller; for FSDP,
             `fully_shard(distiller, ignored_params=set(distiller.kd.policy.parameters()))`. A
             compiled model may be passed.
@@ -117,7 +117,7 @@ class Distiller(nn.Module):
     """
 
     def __init__(
-        self, teacher: nn.Module, student: nn.Module, *, layers: Layers = "auto",
+        self, student: nn.Module, teacher: nn.Module, *, layers: Layers = "auto",
         method: Chosen = "fitnet",
         sokd: Plug = True, task: Task = "auto", logits: Logits = None,
         example: Any = None, student_tokens: Any = None, teacher_tokens: Any = None,
@@ -126,7 +126,7 @@ class Distiller(nn.Module):
         check_finite: bool = True, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
-        guards.check_models(teacher, student)
+        guards.check_models(student, teacher)
         self.student = student
         for parameter in teacher.parameters():  # TorchScript modules have no requires_grad_()
             parameter.requires_grad = False

@@ -94,9 +94,9 @@ SHARDED_INSIDE = (
 )
 
 
-def check_models(teacher: Any, student: Any) -> None:
+def check_models(student: Any, teacher: Any) -> None:
     """Raise TypeError or ValueError unless these are two modules that share no parameter."""
-    for name, model in (("teacher", teacher), ("student", student)):
+    for name, model in (("student", student), ("teacher", teacher)):
         if not isinstance(model, nn.Module):
             raise TypeError(f"Distiller: {name} must be an nn.Module, got {type(model).__name__}")
         if isinstance(model, nn.DataParallel):
