@@ -15,6 +15,7 @@ from support.cases import compiles
 from support.kd_cases import features, make, pair, rewound
 from torch import nn
 
+import sokd
 from sokd.kd.plugin import wrap
 from sokd.kd.sokd import loss
 
@@ -251,7 +252,7 @@ WRONG = {
         "wrap: kd must be a sokd.SoKD, got Identity",
     ),
     "no such argument": (
-        lambda: wrap(scaled, make(), student="f_s")(*pair()),
+        lambda: wrap(scaled, make(), student="f_s", teacher="teacher")(*pair()),
         "wrap: student must be among the arguments of any_loss as 'f_s', got [0, 1]",
     ),
     "a place that is none": (
@@ -304,3 +305,19 @@ def test_arguments_that_are_no_features(call, text):
     with pytest.raises(ValueError) as caught:
         call()
     assert str(caught.value) == text
+
+
+def test_places_that_are_swapped():
+    def loss_of(teacher_maps, student_maps):
+        return F.mse_loss(student_maps, teacher_maps)
+
+    kd = sokd.SoKD(3, 4, heat_channels=3)
+    rule = "be the argument of the student's features"
+    text = f"wrap: student must {rule}, got 0, which is 'teacher_maps'"
+    with pytest.raises(ValueError) as caught:
+        wrap(loss_of, kd)
+    assert str(caught.value) == text
+    with pytest.raises(ValueError, match="got 'teacher_maps', which is 'teacher_maps'"):
+        wrap(loss_of, kd, student="teacher_maps", teacher=0)
+    assert wrap(loss_of, kd, student=1, teacher=0) is not None
+    assert wrap(lambda student_teacher, y: y, kd) is not None, "a name of both says nothing"

@@ -76,7 +76,18 @@ class Wrapped(nn.Module):
             "teacher": _place("teacher", teacher),
         }
         self._names = _parameter_names(any_loss)
+        self._check_names("student", "teacher")
+        self._check_names("teacher", "student")
         self.agreement: Tensor | None = None
+
+    def _check_names(self, side: str, other: str) -> None:
+        """Refuse a place whose name in any_loss is that of the other side."""
+        place = self._places[side]
+        by_place = isinstance(place, int) and place < len(self._names)
+        name = self._names[place] if by_place else str(place)  # type: ignore[index]
+        if other in name and side not in name:
+            rule = f"be the argument of the {side}'s features"
+            raise ValueError(f"wrap: {side} must {rule}, got {place!r}, which is {name!r}")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """`any_loss(*args, **kwargs)` on refined and masked features."""
