@@ -10,13 +10,14 @@ import torch
 
 from sokd import _core
 
-# torch releases on which reading tensors through libtorch's C++ API was proven for this build. Elsewhere the
-# layout may differ and reading would abort the process, so the choice is made before the first such call.
+# torch releases on which reading tensors through libtorch's C++ API was proven for this build.
+# Elsewhere the layout may differ and reading would abort the process, so the choice is made before
+# the first such call.
 PROVEN = ("2.13", "2.14", "2.15")
 
 
 def choose_reader() -> None:
-    """Select "tch" where this build has it and the running torch is a proven one, else "portable"."""
+    """Select "tch" where this build has it and the running torch is proven, else "portable"."""
     running = ".".join(torch.__version__.split(".")[:2])
     built = _core.build_info()["tch_built_for"] is not None
     _core.select_reader("tch" if built and running in PROVEN else "portable")
@@ -40,13 +41,13 @@ def why_no_cuda() -> str | None:
 
 
 def nvrtc_names(release: str) -> list[str]:
-    """Where NVRTC of this CUDA release can be: what torch has loaded, NVIDIA's wheels, torch itself."""
+    """Candidate paths of NVRTC: what torch has loaded, NVIDIA's wheels, torch itself."""
     major = release.split(".")[0]
     name = f"libnvrtc.so.{major}"
     wheels = find_spec("nvidia")
     roots = [Path(root) for root in (wheels and wheels.submodule_search_locations) or ()]
     paths = [root / part / "lib" / name for root in roots for part in (f"cu{major}", "cuda_nvrtc")]
-    # some builds carry it under a name of their own; its second half and its variant beside it are not it
+    # some builds bundle it under another name, beside its builtins and its variant
     bundled = sorted((Path(torch.__file__).parent / "lib").glob("libnvrtc*.so*"))
     paths += [path for path in bundled if "builtins" not in path.name and ".alt." not in path.name]
     return [name, *(str(path) for path in paths if path.is_file())]
