@@ -215,7 +215,8 @@ def masked_mse(
 
     Gradient: student alone (second derivatives by plain PyTorch: right, not fast); a teacher or
     weight that requires grad is refused. NaN propagates. On the CPU a negative weight is a
-    ValueError. NumPy arrays give a NumPy array []. Source: method 3 [A: "elements"; settled here: "area"].
+    ValueError. NumPy arrays give a NumPy array [].
+    Source: method 3 [A: "elements"; settled here: "area"].
     """
     return _masked_mse(student, teacher, weight, normalise=normalise, scale=1.0)
 
