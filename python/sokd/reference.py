@@ -1,8 +1,9 @@
-"""The operators in plain PyTorch: their definition, the path of devices without a kernel, the tests' twin.
+"""The operators in plain PyTorch: their definition, and the path of devices without a kernel.
 
-Same names, signatures and numbers as `sokd.ops`; differentiable by autograd; nothing here reads a value on
-the host, so it runs on any device without a synchronisation. Half precision computes in float32, rounds once.
-Only metadata that PyTorch itself rejects is refused here; `sokd.ops` checks everything, in words.
+Same names, signatures and numbers as `sokd.ops`; differentiable by autograd; nothing here reads a
+value on the host, so it runs on any device without a synchronisation. Half precision computes in
+float32, rounds once. Only metadata that PyTorch itself rejects is refused here; `sokd.ops` checks
+everything, in words.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Areas(NamedTuple):
     """The boxes `areas` found and what they cover."""
 
     coverage: Tensor  # [B, H, W] float32: how many of the boxes cover the cell
-    boxes: Tensor  # [B, k, 4] int64: y0 x0 y1 x1, inclusive; (0, 0, -1, -1) where peaks were fewer than k
+    boxes: Tensor  # [B, k, 4] int64: y0 x0 y1 x1, inclusive; (0, 0, -1, -1): no further peak
     scores: Tensor  # [B, k]: heat of each peak, best first; 0 for the missing ones
 
 
@@ -48,13 +49,11 @@ class Plan(NamedTuple):
     perm: Tensor | None = None  # [G, C]
     keep: Tensor | None = None  # [G, C] bool
     seed: int | Tensor = 0  # of the noise
-    straight: Tensor | None = (
-        None  # [G]: no effect on the value, carries a straight-through gradient
-    )
+    straight: Tensor | None = None  # [G]: not part of the value; a straight-through gradient
 
 
 class Plans(NamedTuple):
-    """V plans for `refine_dots`: the arguments of `refine`, stacked in front; G is 1 or B; None: unused."""
+    """V plans for `refine_dots`: the arguments of `refine`, stacked; G is 1 or B; None: unused."""
 
     theta: Tensor | None = None  # [V, G, 2, 3]
     hole: Tensor | None = None  # [V, G, 4]
@@ -84,7 +83,7 @@ class Plans(NamedTuple):
         return {name: part for name, part in zip(_PARTS, self[:5], strict=True) if part is not None}
 
 
-# ------------------------------------------------------------------------------------------ random numbers
+# ---------------------------------------------------------------- random numbers
 
 
 def philox(
@@ -92,13 +91,13 @@ def philox(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 (Salmon, Moraes, Dror, Shaw, 2011): four 32-bit words for each counter.
 
-    `counter` and `key` hold 32-bit words as int64 tensors or Python ints, broadcast against each other; at
-    least one counter word is a tensor. Returns int64 tensors with values in [0, 2**32).
+    `counter` and `key` hold 32-bit words as int64 tensors or Python ints, broadcast against each
+    other; at least one counter word is a tensor. Returns int64 tensors with values in [0, 2**32).
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        # int64 products wrap modulo 2**64, so the masked shift gives the high word of the unsigned product
+        # int64 products wrap modulo 2**64: the masked shift is the unsigned product's high word
         product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         high0, low0 = (product0 >> 32) & _LOW32, product0 & _LOW32
         high1, low1 = (product1 >> 32) & _LOW32, product1 & _LOW32
@@ -128,7 +127,8 @@ def normals(
 ) -> Tensor:
     """Standard normals [B, C, H, W] float32: a function of the seed and the logical index alone.
 
-    Counter words: the block of four positions (y*W + x) >> 2 as low and high half, then the plane n*C + c as
+    Counter words: the block of four positions (y*W + x) >> 2 as low and high half, then the plane
+    n*C + c as
     low and high half; the block's four words make normals 0..3 in pairs by Box-Muller.
     """
     batch, channels, height, width = shape
@@ -141,11 +141,11 @@ def normals(
 
 
 def draw(seed: Tensor, counter: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """`n` uniforms in the open interval (0, 1) and a seed for `refine`, from two int64 tensors [1] alone.
+    """`n` uniforms in the open interval (0, 1) and a seed for `refine`, from two int64 tensors [1].
 
-    Returns `uniforms` [n] float32 and `noise_seed` [1] int64. Counter words: block, 0xFFFFFFFF (which
-    `normals` never uses), low and high half of `counter`. Block 0 makes the noise seed, each other block four
-    uniforms.
+    Returns `uniforms` [n] float32 and `noise_seed` [1] int64. Counter words: block, 0xFFFFFFFF
+    (which `normals` never uses), low and high half of `counter`. Block 0 makes the noise seed, each
+    other block four uniforms.
     """
     block = torch.arange(1 + (n + 3) // 4, device=seed.device)
     words = philox((block, _LOW32, counter & _LOW32, (counter >> 32) & _LOW32), _key(seed))
@@ -154,13 +154,14 @@ def draw(seed: Tensor, counter: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return (mantissas.to(torch.float32) + 0.5) * 2.0**-23, noise_seed
 
 
-# -------------------------------------------------------------------------------------------------- refine
+# ---------------------------------------------------------------- refine
 
 
 class _Exactly(torch.autograd.Function):
     """The value of `exact` where `when` holds, the gradient of `computed` everywhere.
 
-    The two are equal there but for rounding, the sign of zero and NaN * 0: an identity theta, a sigma of 0.
+    The two are equal there but for rounding, the sign of zero and NaN * 0: an identity theta, a
+    sigma of 0.
     """
 
     generate_vmap_rule = True
@@ -183,14 +184,14 @@ def _exactly(computed: Tensor, exact: Tensor, when: Tensor) -> Tensor:
 
 
 def accumulator(dtype: Any) -> Any:
-    """The dtype of sums and scores: float64 for float64, else float32; by name for a NumPy dtype."""
+    """The dtype of sums: float64 for float64, else float32; by name for a NumPy dtype."""
     if isinstance(dtype, torch.dtype):
         return torch.promote_types(dtype, torch.float32)
     return "float64" if dtype == "float64" else "float32"
 
 
 def layout_of(features: Tensor) -> torch.memory_format:
-    """The memory format of what is made from `features`: channels_last where the features are just that."""
+    """The memory format of results: channels_last where the features are that alone."""
     last = (
         features.is_contiguous(memory_format=torch.channels_last) and not features.is_contiguous()
     )
@@ -200,8 +201,9 @@ def layout_of(features: Tensor) -> torch.memory_format:
 def _coordinates(theta: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Source column and row of each output cell, [G, H, W] each.
 
-    `affine_grid(align_corners=False)`, then the un-normalisation of `grid_sample`, around the map's centre,
-    in float64 (float32 where the device has none), so that the identity gives whole numbers.
+    `affine_grid(align_corners=False)`, then the un-normalisation of `grid_sample`, around the map's
+    centre, in float64 (float32 where the device has none), so that the identity gives whole
+    numbers.
     """
     theta = theta.to(torch.float32 if theta.device.type == "mps" else torch.float64)
     centre_x, centre_y = (width - 1) / 2, (height - 1) / 2
@@ -215,7 +217,7 @@ def _coordinates(theta: Tensor, height: int, width: int) -> tuple[Tensor, Tensor
 
 
 def _corner(features: Tensor, column: Tensor, row: Tensor) -> Tensor:
-    """features[n, c, row, column] for whole `column`, `row` [G, H, W]; exactly 0 outside the map."""
+    """features[n, c, row, column] for integral `column`, `row` [G, H, W]; 0 outside the map."""
     batch, channels, height, width = features.shape
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
     cell = torch.where(inside, row * width + column, 0).long()
@@ -225,7 +227,7 @@ def _corner(features: Tensor, column: Tensor, row: Tensor) -> Tensor:
 
 
 def _bilinear(features: Tensor, theta: Tensor) -> Tensor:
-    """features [B, C, H, W] sampled at theta's coordinates, zeros outside; right derivative at the kinks."""
+    """features [B, C, H, W] sampled at theta's coordinates, 0 outside; right derivatives."""
     column, row = _coordinates(theta, *features.shape[2:])
     left, top = column.detach().floor(), row.detach().floor()
     right_share = (column - left).to(features.dtype).unsqueeze(1)
@@ -279,8 +281,9 @@ def refine(
 ) -> Tensor:  # fmt: skip
     """keep * (hole * bilinear(features[:, perm], theta) + sigma * eps(seed)), as `sokd.ops.refine`.
 
-    features [B, C, H, W]; theta [G, 2, 3]; hole [G, 4]; sigma [G]; perm [G, C]; keep [G, C] bool; straight
-    [G]; each G is 1 or B. Gradients: features, theta, sigma, straight (the sum of the upstream gradient).
+    features [B, C, H, W]; theta [G, 2, 3]; hole [G, 4]; sigma [G]; perm [G, C]; keep [G, C] bool;
+    straight [G]; each G is 1 or B. Gradients: features, theta, sigma, straight (the sum of the
+    upstream gradient).
     """
     out = _refined(features, theta, hole, sigma, perm, keep, seed)
     if straight is not None:
@@ -292,7 +295,7 @@ def refine(
 def refine_dots(
     features: Tensor, upstream: Tensor, plans: Plans | Plan | Mapping[str, Any]
 ) -> Tensor:
-    """<upstream, refine(features; plan_v)> for V plans, as `sokd.ops.refine_dots`, in plain PyTorch: [V]."""
+    """<upstream, refine(features; plan_v)> for V plans, as `sokd.ops.refine_dots`: [V]."""
     plan = Plans.of(plans)
     wide = upstream.to(accumulator(features.dtype))
     dots = [(wide * _refined(features, seed=plan.seed, **parts)).sum() for parts in _each(plan)]
@@ -305,7 +308,7 @@ def _each(plan: Plans) -> Iterator[dict[str, Any]]:
         yield {name: part[index] for name, part in parts.items()}
 
 
-# --------------------------------------------------------------------------------------------------- areas
+# ---------------------------------------------------------------- areas
 
 
 def areas(
@@ -326,7 +329,7 @@ def areas(
 
 
 def _root(product: Tensor) -> Tensor:
-    """The square root, correctly rounded; PyTorch's own (MKL's) is not, which would order equal peaks."""
+    """The square root, correctly rounded; MKL's is not, and would order equal peaks."""
     wide = product.to(product.dtype if product.device.type == "mps" else torch.float64)
     root = wide.sqrt()
     # one Newton step, the square exact: root = high + low, each of half the bits
@@ -338,7 +341,7 @@ def _root(product: Tensor) -> Tensor:
 
 
 def _best_peaks(heat: Tensor, k: int, kernel: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Flat index, score and existence of the k best local maxima, [B, k] each; ties to the lower index."""
+    """Flat index, score, existence of the k best local maxima, [B, k]; ties to the lower index."""
     # a NaN is not equal to itself and max_pool2d hands it to all its neighbours: neither is a peak
     peak = (
         heat == torch.nn.functional.max_pool2d(heat, kernel, stride=1, padding=kernel // 2)
@@ -351,7 +354,7 @@ def _best_peaks(heat: Tensor, k: int, kernel: int) -> tuple[Tensor, Tensor, Tens
 
 
 def _boxes(flat: Tensor, size: Tensor, offset: Tensor) -> Tensor:
-    """Cells y0 x0 y1 x1 (inclusive) of the boxes around the peaks at `flat` [B, k]: [B, k, 4] int64."""
+    """Cells y0 x0 y1 x1 (inclusive) of the boxes around peaks `flat` [B, k]: [B, k, 4] int64."""
     height, width = size.shape[2:]
     cell = flat % (height * width)
     span, shift = (
@@ -373,13 +376,13 @@ def _covered(boxes: Tensor, height: int, width: int) -> Tensor:
     return ((y >= y0) & (y <= y1) & (x >= x0) & (x <= x1)).sum(1).to(torch.float32)
 
 
-# ---------------------------------------------------------------------------------------------- masked_mse
+# ---------------------------------------------------------------- masked_mse
 
 
 def masked_mse(
     student: Tensor, teacher: Tensor, weight: Tensor | None = None, *, normalise: str = "elements"
 ) -> Tensor:
-    """sum(weight * (student - teacher)**2), divided by B*C*H*W ("elements") or C * sum(weight) ("area")."""
+    """sum(weight * (student - teacher)**2) / (B*C*H*W), or / (C * sum(weight)) with "area"."""
     for name, value in (("teacher", teacher), ("weight", weight)):
         if value is not None and value.requires_grad and torch.is_grad_enabled():
             raise ValueError(
@@ -391,7 +394,7 @@ def masked_mse(
 def mutual_mse(
     student: Tensor, teacher: Tensor, weight: Tensor | None, *, normalise: str, scale: float = 1.0
 ) -> Tensor:
-    """`masked_mse` times `scale`, with the gradient of both features; the weight counts as a constant."""
+    """`masked_mse` times `scale`, with the gradient of both features; the weight is a constant."""
     wide = accumulator(student.dtype)
     difference = student.to(wide) - teacher.to(wide)
     share = scale / max(difference.numel(), 1)

@@ -71,8 +71,8 @@ def test_two_versions_over_each_other_are_refused(copy: Path) -> None:
     file = copy / "ops" / "installation.py"
     file.write_text(file.read_text().replace(f'"{sokd.__version__}"', '"0.0.9"'))
     assert the_last_line(run("import sokd", path=copy.parent)) == (
-        f"ImportError: sokd: two versions are installed over each other, 0.0.9 and {sokd.__version__} "
-        "(the compiled module): pip install --force-reinstall sokd"
+        f"ImportError: sokd: two versions are installed over each other, 0.0.9 and "
+        f"{sokd.__version__} (the compiled module): pip install --force-reinstall sokd"
     )
 
 
@@ -94,12 +94,13 @@ def test_a_compiled_module_that_does_not_load_is_refused(copy: Path, damage: str
 
 
 def test_no_file_is_written_beside_the_package() -> None:
-    """A read-only site-packages serves: `import sokd`, a call and its backward open no file to write."""
+    """A read-only site-packages serves: `import sokd`, a call and its backward write no file."""
     code = """
 import os, sys, torch
 written = []
 def hook(event, args):
-    if event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and args[0] != os.devnull:
+    writing = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    if writing and args[0] != os.devnull:
         written.append(args[0])
     if event in ("os.mkdir", "os.rename", "os.remove"):
         written.append(args[0])

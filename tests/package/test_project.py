@@ -142,6 +142,16 @@ def test_no_text_names_a_folder_of_one_machine() -> None:
     assert {name: folders for name, folders in found.items() if folders} == {}
 
 
+def test_private_names_of_torch_are_in_one_file() -> None:
+    private = re.compile(r"(?<!\")\btorch(?:\.\w+)*\._[a-zA-Z]\w*")
+    found = {
+        str(path.relative_to(ROOT)): private.findall(path.read_text())
+        for path in (ROOT / "python" / "sokd").rglob("*.py")
+        if path.name != "torch_internals.py"
+    }
+    assert {name: names for name, names in found.items() if names} == {}
+
+
 def test_imports_go_down() -> None:
     """Operators below the method, the method below what users make of it."""
     up = [

@@ -1,7 +1,8 @@
-"""Areas of interest: the k best local maxima of the heat, a box around each, how many boxes cover each cell.
+"""Areas of interest: the k best local maxima of the heat, a box around each, the cells covered.
 
     heat = sqrt(heat_s * heat_t), size and offset the means, where a teacher is given
-    peaks: cells of heat >= all neighbours in the kernel; the k best of all maps, ties to the lower flat index
+    peaks: cells of heat >= all neighbours in the kernel; the k best of all maps, ties to the lower
+    flat index
     box  = trunc(clamp(cell + offset -+ size / 2)), filled inclusively
 No gradient flows through areas [method 3].
 """
@@ -45,8 +46,8 @@ def _fake(
 
 
 _areas = register(
-    "areas(Tensor heat, Tensor size, Tensor offset, Tensor? heat_t, Tensor? size_t, Tensor? offset_t, int k, "
-    "int kernel) -> (Tensor, Tensor, Tensor)",
+    "areas(Tensor heat, Tensor size, Tensor offset, Tensor? heat_t, Tensor? size_t, "
+    "Tensor? offset_t, int k, int kernel) -> (Tensor, Tensor, Tensor)",
     _kernel,
     _fake,
 )
@@ -70,9 +71,9 @@ def areas(
         teacher: the same three maps of the teacher, for the areas of mutual interest.
 
     Returns:
-        Areas: coverage [B, H, W] float32; boxes [B, k, 4] int64, y0 x0 y1 x1 inclusive; scores [B, k] float32
-        (float64 for float64). With fewer peaks than k the missing boxes are (0, 0, -1, -1) with score 0. A
-        NaN is no peak and neither are its neighbours.
+        Areas: coverage [B, H, W] float32; boxes [B, k, 4] int64, y0 x0 y1 x1 inclusive; scores
+        [B, k] float32 (float64 for float64). With fewer peaks than k the missing boxes
+        are (0, 0, -1, -1) with score 0. A NaN is no peak and neither are its neighbours.
 
     NumPy arrays give NumPy arrays. Source: method 3 [P, A]; ties and missing peaks settled here.
     """

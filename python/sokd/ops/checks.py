@@ -15,7 +15,7 @@ def split_seed(op: str, seed: int | Tensor, features: Any) -> tuple[int, Tensor 
         check_word(op, "seed", seed)
         if isinstance(features, np.ndarray):
             return int(seed), None
-        # a tensor of another device, meta for one, would take the whole call to that device's kernel
+        # a seed on another device, meta for one, would dispatch the call to that device's kernel
         check_device(op, "seed", seed, "features", features)
         return 0, seed
     if not isinstance(seed, (int, np.integer)):
@@ -48,7 +48,7 @@ def check_device(op: str, name: str, tensor: Tensor, of: str, other: Any) -> Non
 
 
 def check_kind(op: str, of: str, first: Any, **others: Any) -> None:
-    """Whether nothing is a NumPy array where `first` is a tensor; the other way round it can be read."""
+    """Raise where `first` is a tensor and another argument a NumPy array."""
     if not isinstance(first, Tensor):
         return
     for name, other in others.items():

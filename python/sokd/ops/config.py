@@ -55,13 +55,13 @@ def why_no_cuda() -> str | None:
 
 
 def nvrtc_names(release: str) -> list[str]:
-    """Where NVRTC of this CUDA release can be: what torch has loaded, NVIDIA's wheels, torch itself."""
+    """Candidate paths of NVRTC: what torch has loaded, NVIDIA's wheels, torch itself."""
     major = release.split(".")[0]
     name = f"libnvrtc.so.{major}"
     wheels = find_spec("nvidia")
     roots = [Path(root) for root in (wheels and wheels.submodule_search_locations) or ()]
     paths = [root / part / "lib" / name for root in roots for part in (f"cu{major}", "cuda_nvrtc")]
-    # some builds carry it under a name of their own; its second half and its variant beside it are not it
+    # some builds bundle it under another name, beside its builtins and its variant
     bundled = sorted((Path(torch.__file__).parent / "lib").glob("libnvrtc*.so*"))
     paths += [path for path in bundled if "builtins" not in path.name and ".alt." not in path.name]
     return [name, *(str(path) for path in paths if path.is_file())]

@@ -1,4 +1,4 @@
-"""The ranks of torch.distributed, where there are several: what one needs of the others. Alone: itself."""
+"""Reductions and gathers over the ranks of torch.distributed; no-ops on a single rank."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def agreed(tensor: Tensor) -> Tensor:
 def everyones(rows: Tensor) -> Tensor:
     """rows [B, ...] of all ranks, in the ranks' order; B may differ among them. Without a gradient.
 
-    All ranks have to call it, and wait for each other; each then waits for its device too, to read the Bs.
+    All ranks have to call it, and wait for each other; each then waits for its device too, to read
+    the Bs.
     """
     _, count = place()
     if count == 1:

@@ -1,8 +1,8 @@
-"""The policy's random draws: two int64 buffers in, uniforms and a noise seed out; no generator touched.
+"""The policy's random draws: uniforms and a noise seed from two int64 buffers, no generator.
 
 word = philox4x32_10(counter = (block, 0xFFFFFFFF, counter), key = seed)
 noise_seed  = words 0 and 1 of block 0
-uniforms[i] = ((word i % 4 of block 1 + i // 4) >> 9) + 1/2) * 2^-23        in (0, 1), both ends excluded
+uniforms[i] = ((word i % 4 of block 1 + i // 4) >> 9) + 1/2) * 2^-23    in the open interval (0, 1)
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def draw(seed: Tensor, counter: Tensor, n: int) -> tuple[Tensor, Tensor]:
     Returns:
         uniforms [n] float32 in the open interval (0, 1); noise_seed [1] int64.
 
-    Source: settled here, so that a run resumes bit for bit from two buffers in its state_dict, and draws the
-    same on each rank and under `torch.compile`.
+    Source: settled here, so that a run resumes bit for bit from two buffers in its state_dict, and
+    draws the same on each rank and under `torch.compile`.
     """
     check_word("draw", "seed", seed)
     check_word("draw", "counter", counter)

@@ -34,8 +34,8 @@ def check() -> None:
     compiled = core.build_info()["version"]
     if compiled != VERSION:
         raise ImportError(
-            f"sokd: two versions are installed over each other, {VERSION} and {compiled} (the compiled "
-            "module): pip install --force-reinstall sokd"
+            f"sokd: two versions are installed over each other, {VERSION} and {compiled} "
+            "(the compiled module): pip install --force-reinstall sokd"
         )
 
 

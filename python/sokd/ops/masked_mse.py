@@ -1,4 +1,4 @@
-"""Masked distillation: the weighted mean squared difference of two maps and its gradient, in one pass.
+"""Masked distillation: the weighted mean squared difference and its gradient, in one pass.
 
 loss      = scale / norm * sum weight[b,y,x] * (student - teacher)[b,c,y,x]^2
 d_student = 2 * scale / norm * weight * (student - teacher)
@@ -60,8 +60,8 @@ def _fake(
 
 
 _forward = register(
-    "masked_mse(Tensor student, Tensor teacher, Tensor? weight, str normalise, float scale, bool gradient) "
-    "-> (Tensor, Tensor)",
+    "masked_mse(Tensor student, Tensor teacher, Tensor? weight, str normalise, float scale, "
+    "bool gradient) -> (Tensor, Tensor)",
     _kernel,
     _fake,
 )
@@ -76,7 +76,8 @@ def _scale_kernel(gradient: Tensor, upstream: Tensor) -> None:
         gradient.mul_(factor)
 
 
-# gradient *= upstream; nothing is written where upstream is one, and no device is waited for to know.
+# gradient *= upstream; nothing is written where upstream is one, and no device is waited for to
+# know.
 _scale = register(
     "masked_mse_scale(Tensor(a!) gradient, Tensor upstream) -> ()",
     _scale_kernel,
@@ -85,7 +86,7 @@ _scale = register(
 
 
 class _MaskedMse(torch.autograd.Function):
-    """Returns (loss, d_student); the gradient is an output only so that `setup_context` can save it."""
+    """Returns (loss, d_student): the gradient is an output so that `setup_context` can save it."""
 
     generate_vmap_rule = True
 
@@ -126,14 +127,14 @@ class _MaskedMse(torch.autograd.Function):
 
 
 class _MaskedMseBackward(torch.autograd.Function):
-    """The backward as a function of its own, for a second derivative: that one is `sokd.reference`'s."""
+    """The backward, differentiable: its own gradient is that of `sokd.reference`."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        upstream: Tensor, d_student: Tensor, student: Tensor, teacher: Tensor, weight: Tensor | None,
-        normalise: str, scale: float,
+        upstream: Tensor, d_student: Tensor, student: Tensor, teacher: Tensor,
+        weight: Tensor | None, normalise: str, scale: float,
     ) -> Tensor:  # fmt: skip
         return _multiplied(d_student, upstream)
 
@@ -163,9 +164,9 @@ def _is_refined(teacher: Tensor) -> bool:
 
 
 def _negated(d_student: Tensor, ctx: Any) -> Tensor:
-    """-d_student; as a view with its sign set where `refine` alone gets it, which reads such a view as it is.
+    """-d_student; a negative view where only `refine`, which reads one at no cost, receives it.
 
-    Nobody else may: whoever kept the view as a gradient would share its memory with the student's.
+    A view kept as a gradient elsewhere would share memory with the student's.
     """
     return (
         torch_internals.negative_view(d_student)
@@ -177,7 +178,7 @@ def _negated(d_student: Tensor, ctx: Any) -> Tensor:
 def _multiplied(gradient: Tensor, upstream: Tensor) -> Tensor:
     """gradient * upstream, rounded once, in new memory."""
     if gradient.dtype.itemsize == 2 and is_eager(gradient, upstream):
-        # with a dimension upstream counts for the product's dtype; the cast is part of the write: one pass
+        # with a dimension upstream takes part in the product's dtype; the cast is part of the write
         return torch.mul(gradient, upstream.reshape(1), out=torch.empty_like(gradient))
     return (gradient.to(accumulator(gradient.dtype)) * upstream).to(gradient.dtype)
 
@@ -194,7 +195,7 @@ def _scaled(gradient: Tensor, upstream: Tensor, is_hooked: bool) -> Tensor:
 
 
 def _is_last_walk() -> bool:
-    """Whether the running backward frees what the graph saved: not for `retain_graph`, nor when traced."""
+    """Whether the running backward frees the saved tensors: not with `retain_graph` or traced."""
     if torch.compiler.is_compiling() or torch_internals.is_transforming():
         return False
     return not torch_internals.is_graph_retained()
@@ -208,14 +209,16 @@ def masked_mse(
     Args:
         student, teacher: [B, C, H, W], one shape and dtype: float64, float32, float16 or bfloat16.
         weight: [B, H, W] or [B, 1, H, W], any float dtype, not negative; None: one everywhere.
-        normalise: "elements": divided by B*C*H*W; "area": by C * sum(weight). The same without a weight.
+        normalise: "elements": divided by B*C*H*W; "area": by C * sum(weight). The same without a
+            weight.
 
     Returns:
         [] float32 (float64 for float64): 0, with gradient 0, for an empty batch or an area of 0.
 
-    Gradient: student alone (second derivatives by plain PyTorch: right, not fast); a teacher or weight that
-    requires grad is refused. NaN propagates. On the CPU a negative weight is a ValueError. NumPy arrays give
-    a NumPy array []. Source: method 3 [A: "elements"; settled here: "area"].
+    Gradient: student alone (second derivatives by plain PyTorch: right, not fast); a teacher or
+    weight that requires grad is refused. NaN propagates. On the CPU a negative weight is a
+    ValueError. NumPy arrays give a NumPy array [].
+    Source: method 3 [A: "elements"; settled here: "area"].
     """
     return scaled_mse(student, teacher, weight, normalise=normalise, scale=1.0)
 
@@ -235,9 +238,10 @@ def scaled_mse(
     student: Tensor, teacher: Tensor, weight: Tensor | None, *, normalise: str, scale: float,
     mutual: bool = False,
 ) -> Tensor:  # fmt: skip
-    """`masked_mse` times `scale`; with `mutual` the teacher gets its gradient too, minus the student's.
+    """`masked_mse` times `scale`; with `mutual` the teacher's gradient, minus the student's, too.
 
-    A factor inside the operator keeps the upstream gradient at one, and so saves a pass over the map.
+    A factor inside the operator keeps the upstream gradient at one, and so saves a pass over the
+    map.
     """
     check_kind("masked_mse", "student", student, teacher=teacher, weight=weight)
     if isinstance(student, np.ndarray):
@@ -265,9 +269,10 @@ def _split_scale(
 ) -> tuple[float, float | Tensor]:
     """`scale` for "elements" as two factors: the operator's, and the rest for its loss.
 
-    The gradient is kept in float16, which cannot hold a millionth precisely and nothing above 65504. With the
-    first factor 1/64 to 1/32 of B*C*H*W it is weight * difference / 32 to / 16, in range up to a weighted
-    difference of a million; the rest and upstream (a loss scale, mostly) multiply it afterwards, in float32.
+    The gradient is kept in float16, which cannot hold a millionth precisely and nothing above
+    65504. With the first factor 1/64 to 1/32 of B*C*H*W it is weight * difference / 32 to / 16, in
+    range up to a weighted difference of a million; the rest and upstream (a loss scale, mostly)
+    multiply it afterwards, in float32.
     """
     elements = student.numel()
     if weight is not None and normalise == "area":  # which may be one cell, and is not waited for

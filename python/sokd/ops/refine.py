@@ -1,4 +1,4 @@
-"""Refinement of features by one augmentation plan for each group of samples, in one pass [method 2.3].
+"""Refinement of features by one plan for each group of samples, in one pass [method 2.3].
 
 refined[n,c,y,x] = keep[g,c] * (hole_g(y,x) * bilinear(features[n, perm[g,c]], theta_g (x,y))
                                 + sigma_g * eps(seed, n, c, y, x))
@@ -113,7 +113,7 @@ class _Refine(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[_Part, ...]:
         wanted = list(ctx.needs_input_grad[:4])
         twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        # The map behind a view with its sign set (see `masked_mse`) spares a pass; the results are small.
+        # Reading the map behind a negative view (see `masked_mse`) saves a pass.
         negated = is_eager(upstream) and not (wanted[0] or twice) and upstream.is_neg()
         if negated:
             upstream = torch_internals.negative_view(upstream)
@@ -128,7 +128,7 @@ class _Refine(torch.autograd.Function):
 
 
 class _RefineBackward(torch.autograd.Function):
-    """The backward as a function of its own, for a second derivative: that one is `sokd.reference`'s."""
+    """The backward, differentiable: its own gradient is that of `sokd.reference`."""
 
     generate_vmap_rule = True
 
@@ -190,8 +190,10 @@ def refine(
     """Refine features by a plan: permute channels, resample, cut a hole, add noise, drop channels.
 
     Args:
-        features: [B, C, H, W] float64, float32, float16 or bfloat16; any strides, channels_last native.
-        theta: [G, 2, 3] as `affine_grid` + `grid_sample(align_corners=False)` read it; identity copies.
+        features: [B, C, H, W] float64, float32, float16 or bfloat16; any strides, channels_last
+            native.
+        theta: [G, 2, 3] as `affine_grid` + `grid_sample(align_corners=False)` read it; identity
+            copies.
         hole: [G, 4] ints y0 x0 y1 x1, half open, set to zero (the noise is added on top).
         sigma: [G], standard deviation of the noise.
         perm: [G, C] ints: output channel c shows input channel perm[g, c].
@@ -203,10 +205,10 @@ def refine(
     Returns:
         refined, with the shape and dtype of the features; channels_last if they are.
 
-    Gradients: features, theta, sigma, straight (second derivatives by plain PyTorch: right, not fast). Under
-    vmap all entries draw the noise of the one seed.
-    NaN features propagate. On the CPU, a theta or sigma that is not finite and a perm that is no permutation
-    are a ValueError. NumPy arrays give a NumPy array. Source: method 2.3, settled here.
+    Gradients: features, theta, sigma, straight (second derivatives by plain PyTorch: right, not
+    fast). Under vmap all entries draw the noise of the one seed.
+    NaN features propagate. On the CPU, a theta or sigma that is not finite and a perm that is no
+    permutation are a ValueError. NumPy arrays give a NumPy array. Source: method 2.3, settled here.
     """
     number, seed_tensor = split_seed("refine", seed, features)
     _check_kinds(features, theta, hole, sigma, perm, keep, straight)
@@ -242,14 +244,15 @@ def refine_dots(
 
     Args:
         features, upstream: [B, C, H, W], one shape and dtype.
-        plans: `Plans`, or a mapping of its names: theta [V, G, 2, 3], hole [V, G, 4], sigma [V, G], perm and
-            keep [V, G, C], each optional but not all of them; seed one int or int64 tensor [1] for all plans.
+        plans: `Plans`, or a mapping of its names: theta [V, G, 2, 3], hole [V, G, 4], sigma [V,
+            G], perm and keep [V, G, C], each optional but not all of them; seed one int or int64
+            tensor [1] for all plans.
 
     Returns:
         [V] float32 (float64 for float64 features).
 
-    These are gradients already (of the gates and the choice of a sub-policy), so no gradient flows through:
-    inputs that require grad are refused while grad mode is on. Source: method 2.4.
+    These are gradients already (of the gates and the choice of a sub-policy), so no gradient flows
+    through: inputs that require grad are refused while grad mode is on. Source: method 2.4.
     """
     plan = Plans.of(plans)
     parts = plan.parts()

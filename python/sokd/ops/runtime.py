@@ -21,8 +21,9 @@ _R = TypeVar("_R")
 
 LIBRARY = torch.library.Library("sokd", "DEF")  # type: ignore[no-untyped-call]
 
-# Devices whose kernels are in `_core`, and PyTorch's dispatch key for them. Another device plugs in here: the
-# registered functions allocate the outputs on the inputs' device, and `_core` chooses by that device.
+# Devices whose kernels are in `_core`, and PyTorch's dispatch key for them. Another device plugs in
+# here: the registered functions allocate the outputs on the inputs' device, and `_core` chooses by
+# that device.
 KERNELS = {"cpu": "CPU"}
 if why_no_cuda() is None:
     KERNELS["cuda"] = "CUDA"
@@ -31,7 +32,7 @@ _warned: set[str] = set()
 
 
 def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """A library op from `schema`, its kernel, fake and (if it returns something) vmap rule; what calls it."""
+    """Register a library op: schema, kernel, fake and, if it returns something, vmap rule."""
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
     name = schema.split("(")[0]
     for key in KERNELS.values():
@@ -44,7 +45,7 @@ def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) 
 
 
 def _looped(op: Any) -> Callable[..., Any]:
-    """vmap by one call for each entry: noise is keyed by the index in a call, folding would change it."""
+    """vmap by one call for each entry: the noise depends on the index within a call."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         def entry(index: int) -> Any:
@@ -66,8 +67,8 @@ def _looped(op: Any) -> Callable[..., Any]:
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """`function.apply(*args)`, in the form that every compiler traces.
 
-    A compiler finds plain numbers among the arguments; and where no gradient is wanted `forward` itself,
-    because that of torch 2.5 to 2.7 passes a context to it.
+    A compiler finds plain numbers among the arguments; and where no gradient is wanted `forward`
+    itself, because that of torch 2.5 to 2.7 passes a context to it.
     """
     if torch.compiler.is_compiling():
         args = tuple(torch_internals.without_symbols(args))
@@ -113,10 +114,10 @@ def eager_only(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def second_derivative(
-    value: Callable[..., Tensor], upstream: Tensor, inputs: Sequence[Tensor | None], wanted: Sequence[bool],
-    incoming: Sequence[Tensor],
+    value: Callable[..., Tensor], upstream: Tensor, inputs: Sequence[Tensor | None],
+    wanted: Sequence[bool], incoming: Sequence[Tensor],
 ) -> list[Tensor | None]:  # fmt: skip
-    """The backward of a backward, from the plain PyTorch `value(*inputs)`: to `upstream`, then `inputs`.
+    """Gradients of a backward, by plain PyTorch `value(*inputs)`: of `upstream`, then `inputs`.
 
     `incoming` are the gradients that arrive at the gradients of those inputs that are `wanted`.
     """
@@ -139,7 +140,7 @@ def second_derivative(
 
 
 def has_kernel(tensor: Tensor) -> bool:
-    """Whether `_core` serves this tensor's device; if not, says once for each device type who does."""
+    """Whether `_core` has kernels for this tensor's device; warns once a device type if not."""
     device, compiling, too_old = tensor.device.type, torch.compiler.is_compiling(), None
     if device == "cuda" and device in KERNELS and not compiling:
         too_old = _why_too_old(tensor.device.index)
@@ -156,7 +157,7 @@ def has_kernel(tensor: Tensor) -> bool:
 
 @cache
 def _why_too_old(index: int) -> str | None:
-    """Why this CUDA device is too old for the kernels or the compiler; None: it is not, or it is not here."""
+    """Why this CUDA device is too old for the kernels or NVRTC; None: it is not, or is absent."""
     try:
         return _core.cuda_why_not(index)
     except RuntimeError:  # a fake tensor's; and a real one's call will say what is wrong
@@ -169,9 +170,10 @@ def stream_of(device: torch.device) -> int:
 
 
 def resources(tensor: Any) -> tuple[int, int, Callable[[int], Tensor] | None]:
-    """The resources of a call on this tensor's device: threads, a stream, an allocator of scratch memory.
+    """The resources of a call on this tensor's device: threads, stream, scratch allocator.
 
-    Scratch is torch's own memory: freed on return, it goes to nobody but later work of the same stream.
+    Scratch is torch's own memory: freed on return, it goes to nobody but later work of the same
+    stream.
     """
     if isinstance(tensor, np.ndarray) or tensor.device.type != "cuda":
         return torch.get_num_threads(), 0, None
@@ -211,7 +213,7 @@ def is_meta(*arguments: Any) -> bool:
 
 
 def savable(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of one made under `torch.inference_mode()`, which autograd cannot save."""
+    """The tensor, or a copy of an inference tensor, which autograd cannot save."""
     if torch.compiler.is_compiling() or not tensor.is_inference():
         return tensor
     return tensor.clone()

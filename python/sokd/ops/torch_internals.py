@@ -1,7 +1,7 @@
-"""PyTorch's private names: what each is for, the first release that has it, and what serves without it.
+"""PyTorch's private names: the use of each, its first release, and what serves without it.
 
-All of them exist in torch 2.5 to 2.15 unless said otherwise. Nothing else in the package reads a private
-name of PyTorch, and every fallback gives the same numbers.
+All of them exist in torch 2.5 to 2.15 unless said otherwise. Nothing else in the package reads a
+private name of PyTorch, and every fallback gives the same numbers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ is_functorch_wrapper: Callable[[Tensor], bool] = _find(
     "_C._functorch.is_functorch_wrapped_tensor", lambda tensor: True
 )
 
-# Whether a tensor is batched by `torch.autograd.grad(is_grads_batched=True)`. Since 2.0. Without: as above.
+# Whether a tensor is batched by `torch.autograd.grad(is_grads_batched=True)`. Since 2.0. Without:
+# as above.
 is_legacy_batched: Callable[[Tensor], bool] = _find(
     "_C._functorch.is_legacy_batchedtensor", lambda tensor: True
 )
@@ -53,19 +54,20 @@ is_graph_retained: Callable[[], bool] = _find(
     "_C._autograd._get_current_graph_task_keep_graph", lambda: True
 )
 
-# The number of the running backward pass, -1 outside of one: a draw inside of one would differ from the
-# forward's. Since 1.11. Without: such a draw is not refused.
+# The number of the running backward pass, -1 outside of one: a draw inside of one would differ from
+# the forward's. Since 1.11. Without: such a draw is not refused.
 running_backward: Callable[[], int] = _find("_C._current_graph_task_id", lambda: -1)
 
-# -tensor as a view that shares memory, which `refine` reads at no cost. Since 1.10. Without: a copy.
+# -tensor as a view that shares memory, which `refine` reads at no cost. Since 1.10. Without: a
+# copy.
 negative_view: Callable[[Tensor], Tensor] = _find("_neg_view", lambda tensor: -tensor)
 
 
 def without_symbols(args: Sequence[Any]) -> list[Any]:
     """For use while compiling: the numbers that `dynamic=True` made symbols, as plain numbers.
 
-    A symbol that two autograd functions share breaks the graph. A compiler traces `guard_scalar` since 2.8.
-    Without: the arguments as they are.
+    A symbol that two autograd functions share breaks the graph. A compiler traces `guard_scalar`
+    since 2.8. Without: the arguments as they are.
     """
     if not TRACES_GUARDS:
         return list(args)
@@ -85,7 +87,7 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def raw_stream(index: int) -> int:
-    """The handle of a CUDA device's current stream, without a `torch.cuda.Stream` object. Since 1.9."""
+    """The handle of a CUDA device's current stream, without a Stream object. Since 1.9."""
     if hasattr(torch._C, "_cuda_getCurrentRawStream"):
         return torch._C._cuda_getCurrentRawStream(index)
     handle: int = torch.cuda.current_stream(index).cuda_stream
