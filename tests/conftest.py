@@ -1,4 +1,5 @@
-"""Common ground of the tests: seeds, threads, the readers of tensors, a count of what was skipped and why."""
+"""Common ground of the tests: seeds, threads, the readers of tensors, a count of what was skipped
+and why."""
 
 from __future__ import annotations
 

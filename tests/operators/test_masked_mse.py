@@ -131,7 +131,8 @@ def test_float16_gradients_do_not_underflow():
 
 
 def test_float16_gradients_of_a_small_area_do_not_overflow():
-    """The area may be one cell of ten thousand: what is kept for the backward must not grow by that."""
+    """The area may be one cell of ten thousand: what is kept for the backward must not grow by
+    that."""
     student = torch.zeros(2, 256, 100, 100).half()
     teacher = torch.full_like(student, 40)
     weight = torch.zeros(2, 100, 100)
@@ -233,7 +234,7 @@ def test_the_product_with_upstream_is_rounded_once(dtype, memory_format):
 )
 @pytest.mark.parametrize("upstream", [1.0, 3.0])
 def test_the_saved_gradient_is_handed_on_where_the_graph_ends(upstream):
-    """And not before: a gradient that somebody changes is no part of a graph that is walked again."""
+    """And not before: changing a gradient does not change a graph that runs backward again."""
     student, teacher = torch.randn(2, 2, 3, 4, 5)
     student.requires_grad_()
     loss = ops.masked_mse(student, teacher)
@@ -286,7 +287,8 @@ def test_mutual_gradients_are_opposite():
 @pytest.mark.parametrize("of_features", [False, True])
 @pytest.mark.parametrize("twice", [False, True])
 def test_the_gradient_of_refined_features_goes_on_without_a_copy(of_features, twice):
-    """`refine` reads the student's gradient with its sign set; what comes out is an ordinary tensor."""
+    """`refine` reads the student's gradient with its sign set; what comes out is an ordinary
+    tensor."""
     features = torch.randn(2, 5, 6, 6, dtype=torch.float64, requires_grad=of_features)
     student = torch.randn(2, 5, 6, 6, dtype=torch.float64, requires_grad=True)
     theta = torch.tensor(

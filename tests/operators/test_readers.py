@@ -1,4 +1,5 @@
-"""The readers of torch tensors, the reader of NumPy arrays, forked processes, and the page about it."""
+"""The readers of torch tensors, the reader of NumPy arrays, forked processes, and the page about
+it."""
 
 from __future__ import annotations
 

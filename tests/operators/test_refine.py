@@ -1,4 +1,5 @@
-"""ops.refine and ops.refine_dots: values and gradients against the twin, naive loops and PyTorch itself."""
+"""ops.refine and ops.refine_dots: values and gradients against the twin, naive loops and PyTorch
+itself."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ GRADIENT = {
 
 
 def assert_near(actual, expected, dtype):
-    """Close for the full precisions; for the half ones one rounding (half a unit in the last place) more."""
+    """Close for the full precisions; for the half ones one rounding (half a unit in the last place)
+    more."""
     assert actual.dtype == dtype and actual.shape == expected.shape
     if dtype in CLOSE:
         torch.testing.assert_close(actual, expected.to(dtype), **CLOSE[dtype])
@@ -154,7 +156,8 @@ def test_a_far_theta_empties_the_map():
 
 
 def test_corners_outside_are_zero_even_next_to_nan():
-    """A NaN's own share is NaN; a corner outside the map adds nothing, whatever lies at its address."""
+    """A NaN's own share is NaN; a corner outside the map adds nothing, whatever lies at its
+    address."""
     features = torch.full((1, 1, 3, 3), math.nan)
     features[0, 0, 1, 1] = 1.0
     theta = torch.tensor(
@@ -259,7 +262,7 @@ def test_gradgradcheck():
 
 
 def test_a_gradient_penalty_is_the_twins():
-    """d/d theta of |d refined / d theta|^2: a backward whose upstream needs no gradient of its own."""
+    """d/d theta of |d refined / d theta|^2: a backward whose upstream requires no gradient."""
     (features, theta, sigma), plan = _leaves()
 
     def penalty(refine):

@@ -65,7 +65,8 @@ def test_twin_has_the_same_signature(operator: str) -> None:
 
 
 def test_one_version_everywhere() -> None:
-    """Cargo.toml states it and the changelog has its section; `installation` compares the two halves."""
+    """Cargo.toml states it and the changelog has its section; `installation` compares the two
+    halves."""
     released = re.search(r"^## \[(\d.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     stating = [
         path for path in TEXTS if path.suffix in {*CODE, ".toml"} and VERSION in path.read_text()

@@ -1,4 +1,5 @@
-"""A long soak: `make soak` takes minutes, `make soak SOAK="--scale 100"` hours. Writes docs/reliability.md.
+"""A long soak: `make soak` takes minutes, `make soak SOAK="--scale 100"` hours. Writes
+docs/reliability.md.
 
 Each part reports what it ran and what it found; the exit status is 1 where anything was found.
 """
@@ -70,7 +71,8 @@ def found(report: Any) -> list[str]:
 def page(record: dict[str, Any]) -> str:
     lines = [
         "# Reliability", "",
-        "What `make soak` ran and found; the command writes this page. `make soak SOAK=\"--scale 100\"` runs",
+        "What `make soak` ran and found; the command writes this page. `make soak SOAK=\"--scale "
+        "100\"` runs",
         "a hundred times as much.", "",
         f"sokd {record['sokd']} at commit {record['commit']}, torch {record['torch']}, Python "
         f"{record['python']}, SIMD {record['simd']}, scale {record['scale']:g}.", "",

@@ -1,4 +1,4 @@
-"""What happens around a run: interrupts, a read-only home, a broken or half-written kernel cache."""
+"""Around a run: interrupts, a read-only home, forked workers, a broken kernel cache."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ print("done", flush=True)
 def _start(steps: int, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", STEPS.format(steps=steps)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, **environment},
     )  # fmt: skip
 
 
 def interrupted(rounds: int) -> dict[str, Any]:
-    """SIGINT in the middle of steps ends in KeyboardInterrupt, never in a crash; the next run works."""
+    """SIGINT in the middle of steps ends in KeyboardInterrupt, never in a crash; the next run
+    works."""
     wrong = []
     for index in range(rounds):
         process = _start(10**9)
@@ -63,7 +65,8 @@ import torch, sokd
 from torch.utils.data import DataLoader, Dataset
 class Refined(Dataset):
     def __len__(self): return 16
-    def __getitem__(self, i): return sokd.ops.refine(torch.randn(1, 4, 8, 8), sigma=torch.ones(1), seed=i)
+    def __getitem__(self, i):
+        return sokd.ops.refine(torch.randn(1, 4, 8, 8), sigma=torch.ones(1), seed=i)
 sokd.ops.refine(torch.randn(8, 64, 16, 16), sigma=torch.ones(1))
 print(sum(len(b) for b in DataLoader(Refined(), 4, num_workers=2)))
 """

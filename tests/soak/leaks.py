@@ -1,4 +1,5 @@
-"""Resident memory over many steps of `sokd.loss`, a Distiller and a search: its slope after a warm-up."""
+"""Resident memory over many steps of `sokd.loss`, a Distiller and a search: slope
+after a warm-up."""
 
 from __future__ import annotations
 
@@ -88,7 +89,8 @@ def search_step() -> Callable[[], None]:
 
 
 def run(steps: int) -> dict[str, Any]:
-    """Slopes in bytes a step; a search step does the work of several, so it runs a tenth of the steps."""
+    """Slopes in bytes a step; a search step does the work of several, so it runs a tenth of the
+    steps."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     work = {"loss": (loss_step, steps), "distiller": (distiller_step, steps),

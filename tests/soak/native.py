@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 def property_tests(cases: int) -> dict[str, Any]:
     """Every operator against its naive loops, with so many random cases for each property.
 
-    Shapes, strides, offsets, dtypes and special values; every byte around an output has to stay as it was.
+    Shapes, strides, offsets, dtypes, special values; no byte around an output may change.
     """
     environment = {**os.environ, "SOKD_PROPTEST_CASES": str(cases)}
     command = ["cargo", "test", "--release", "--features", "cuda", "--lib", "naive"]
@@ -56,7 +56,7 @@ def valgrind(tool: str, level: str, pattern: str) -> dict[str, Any]:
 
 
 def thread_bits(rounds: int) -> dict[str, Any]:
-    """The same bits from 1 to 16 threads, changed between calls, while torch uses the pool as well."""
+    """The same bits from 1 to 16 threads, changed between calls, beside torch's own use."""
     torch.manual_seed(0)
     features = torch.randn(8, 33, 17, 19)
     theta = torch.tensor([[[0.9, 0.1, 0.05], [-0.1, 1.1, 0.0]]])

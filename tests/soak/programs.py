@@ -1,7 +1,8 @@
-"""Random programs of the public API: sequences of make, train, save, copy, cast, freeze, replace, compile.
+"""Random programs of the public API: sequences of make, train, save, copy, cast, freeze, replace,
+compile.
 
-Each action either works, with finite losses and the right parameters moving, or raises one of sokd's own
-errors: a sentence that begins with the name of what was called.
+Each action either works, with finite losses and the right parameters moving, or raises an error of
+sokd: a sentence that begins with the name of what was called.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ import torch
 
 from sokd import _core
 
-# torch releases on which sokd_tch is proven. Elsewhere the layout of a tensor in libtorch can differ
-# and reading one can abort the process, so the release is checked before the import.
+# torch releases on which sokd_tch is proven. Elsewhere the layout of a tensor in libtorch can
+# differ and reading one can abort the process, so the release is checked before the import.
 PROVEN = ("2.13", "2.14", "2.15")
 
 _why_not_tch: str | None = None

@@ -70,7 +70,8 @@ _forward = register(
 def _scale_kernel(gradient: Tensor, upstream: Tensor) -> None:
     if gradient.device.type != "cpu":
         _core.masked_mse_scale(gradient, upstream, resources(gradient))
-        # A backward that fails after this and is repeated would scale twice: autograd refuses instead.
+        # A backward that fails after this and is repeated would scale twice: autograd refuses
+        # instead.
         torch.autograd.graph.increment_version(gradient)
     elif (factor := upstream.item()) != 1.0:
         gradient.mul_(factor)

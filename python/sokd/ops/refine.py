@@ -33,7 +33,10 @@ from sokd.reference import Plan, Plans, accumulator, layout_of
 __all__ = ["Plan", "Plans", "refine", "refine_dots"]
 
 _Part = Tensor | None
-_PARTS = "Tensor? theta, Tensor? hole, Tensor? sigma, Tensor? perm, Tensor? keep, Tensor? seed_tensor, int seed"
+_PARTS = (
+    "Tensor? theta, Tensor? hole, Tensor? sigma, Tensor? perm, Tensor? keep, "
+    "Tensor? seed_tensor, int seed"
+)
 
 
 def _forward_kernel(features: Tensor, *plan: Any) -> Tensor:
@@ -99,8 +102,8 @@ class _Refine(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        features: Tensor, theta: _Part, sigma: _Part, straight: _Part, hole: _Part, perm: _Part, keep: _Part,
-        seed_tensor: _Part, seed: int,
+        features: Tensor, theta: _Part, sigma: _Part, straight: _Part, hole: _Part, perm: _Part,
+        keep: _Part, seed_tensor: _Part, seed: int,
     ) -> Tensor:  # fmt: skip
         return _forward(features, theta, hole, sigma, perm, keep, seed_tensor, seed)  # type: ignore[no-any-return]
 
@@ -134,8 +137,8 @@ class _RefineBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        upstream: Tensor, features: Tensor, theta: _Part, sigma: _Part, straight: _Part, hole: _Part,
-        perm: _Part, keep: _Part, seed_tensor: _Part, seed: int, wanted: list[bool],
+        upstream: Tensor, features: Tensor, theta: _Part, sigma: _Part, straight: _Part,
+        hole: _Part, perm: _Part, keep: _Part, seed_tensor: _Part, seed: int, wanted: list[bool],
     ) -> tuple[Tensor, ...]:  # fmt: skip
         plan = (theta, hole, sigma, perm, keep, seed_tensor, seed)
         return _backward(upstream, features, *plan, straight, wanted)  # type: ignore[no-any-return]
