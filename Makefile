@@ -18,6 +18,8 @@ needs_of = $(shell sed -n "s/^$(1) = \[\(.*\)\]/\1/p" pyproject.toml | sed "s/\"
 RUST_FILES := Cargo.toml Cargo.lock .cargo/config.toml $(shell find src -name '*.rs' -o -name '*.cu' -o -name '*.cuh')
 TCH_FILES  := $(wildcard tch/*.* tch/.cargo/* tch/src/*)
 PY_PATHS   := python tests benches examples tch/backend.py
+# The release that sokd_tch builds against and the tests' torchvision requires; the wheel requires no particular one.
+DEV_TORCH := 'torch==2.13.*'
 PLATFORM ?= $(shell uname -m)
 TARGET    = $(PLATFORM)-unknown-linux-gnu
 # The Rust tests of another platform run under qemu: apt-get install qemu-user gcc-aarch64-linux-gnu
@@ -114,7 +116,7 @@ $(VENV)/pyvenv.cfg: | needs
 
 $(VENV)/.stamp-needs: pyproject.toml $(VENV)/pyvenv.cfg | needs
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)  # it was left half made
-	$(BIN)/python -m pip install --quiet $(call needs_of,requires)
+	$(BIN)/python -m pip install --quiet $(call needs_of,requires) $(DEV_TORCH)
 	@touch $@
 
 $(VENV)/.stamp-build: $(VENV)/.stamp-needs $(RUST_FILES) | needs
