@@ -12,7 +12,7 @@ from support.cases import everything
 
 from sokd import ops
 from sokd.ops import torch_internals
-from sokd.ops.masked_mse import _masked_mse
+from sokd.ops.masked_mse import scaled_mse
 
 SHAPE = (2, 3, 5, 6)
 
@@ -40,7 +40,7 @@ def numbers() -> list[torch.Tensor]:
     for each in inputs:
         each.requires_grad_()
     refined = ops.refine(inputs[0], inputs[2], sigma=inputs[3], seed=3, **plan)
-    loss = _masked_mse(student, refined, None, normalise="elements", scale=2.0, mutual=True)
+    loss = scaled_mse(student, refined, None, normalise="elements", scale=2.0, mutual=True)
     gradients = torch.autograd.grad(3 * loss, inputs)
     dots = ops.refine_dots(features.detach(), student.detach(), {"sigma": torch.ones(2, 1)})
     return [refined, loss, *gradients, dots]

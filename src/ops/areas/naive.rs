@@ -213,7 +213,7 @@ fn lays() -> impl Strategy<Value = [Lay; 3]> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
+    #![proptest_config(crate::tensor::testing::cases(400))]
 
     #[test]
     fn areas_agree_with_the_definition(

@@ -143,7 +143,7 @@ fn any_shape() -> impl Strategy<Value = [usize; 4]> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(300))]
+    #![proptest_config(crate::tensor::testing::cases(300))]
 
     #[test]
     fn loss_and_gradient_agree_with_the_formula(

@@ -218,7 +218,7 @@ fn tolerance(dtype: DType) -> f64 {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(150))]
+    #![proptest_config(crate::tensor::testing::cases(150))]
 
     #[test]
     fn forward_is_the_formula(
