@@ -19,6 +19,9 @@ def replace(names: list[str]) -> None:
     config.nvrtc_names = lambda release: names
     for name in packages:
         del sys.modules[name]
-    import sokd.ops
+    import sokd.ops  # noqa: F401
 
-    sokd.ops.config = config
+    for name, module in list(sys.modules.items()):  # imported before their packages
+        package, _, child = name.rpartition(".")
+        if package in packages and not hasattr(sys.modules[package], child):
+            setattr(sys.modules[package], child, module)
