@@ -5,7 +5,7 @@ student alone tries three learning rates (the best is used for all methods), and
 three weights, plain and with SoKD. The unit of the weights is `methods.balance`, so that no method
 profits from a hand-picked range. The choices are used on the other set too, where nothing is tried.
 Each run is a line of runs.csv as soon as it is done and is not repeated: an interrupted comparison
-goes on where it was.
+resumes where it stopped.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def refused(error: type[Exception], text: str, make_or_call) -> None:
 # ------------------------------------------------------------------------------------- construction
 
 
-def test_models_that_are_none():
+def test_invalid_models():
     teacher, student = models()
     refused(
         TypeError,
@@ -125,7 +125,7 @@ def test_a_task_that_is_none():
     (1.0, "be True, False, a dict of SoKD's options or a SoKD, got 1.0"),
     ({"layers": 3}, "hold options of SoKD (nearest: areas, adapter, teacher_size), got 'layers'"),
 ])  # fmt: skip
-def test_a_sokd_that_is_none(plug, text):
+def test_an_invalid_sokd(plug, text):
     refused(TypeError, f"sokd must {text}", lambda: make(sokd=plug))
 
 
@@ -433,7 +433,7 @@ def test_a_teacher_in_train_mode():
     assert torch.equal(distiller.teacher.stage1[1].running_mean, before)
 
 
-def test_a_mask_of_everything_is_said():
+def test_a_mask_of_everything_warns_once():
     distiller = make(sokd={"heat_channels": 3, "k": 48})
     with pytest.warns(UserWarning, match="the areas covered every cell for 10 steps"):
         for _ in range(10):

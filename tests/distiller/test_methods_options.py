@@ -64,7 +64,7 @@ def test_numbers_out_of_range(way, name, option, rule, value):
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize(("name", "option"), RULES)
 @pytest.mark.parametrize("value", ["4", [2], 1 + 2j], ids=str)
-def test_numbers_that_are_none(way, name, option, value):
+def test_invalid_numbers(way, name, option, value):
     kind = "a whole number" if RULES[name, option] in (COUNT, "be 2 or more") else "a number"
     with pytest.raises(TypeError) as caught:
         way(name, **{option: value})

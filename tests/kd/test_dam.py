@@ -176,9 +176,9 @@ def test_channels_last_gives_the_same():
     [
         ({"channels": 0}, "DAM: channels must be positive, got 0"),
         ({"heat_channels": 0}, "DAM: heat_channels must be positive, got 0"),
-        ({"heads": "free"}, "DAM: heads must be one of 'bounded', 'paper', got 'free'"),
-        ({"areas": "both"}, "DAM: areas must be one of 'mutual', 'student', 'teacher', got 'both'"),
-        ({"overlap": "max"}, "DAM: overlap must be one of 'sum', 'square', 'union', got 'max'"),
+        ({"heads": "free"}, "DAM: heads must be 'bounded' or 'paper', got 'free'"),
+        ({"areas": "both"}, "DAM: areas must be 'mutual' or 'student' or 'teacher', got 'both'"),
+        ({"overlap": "max"}, "DAM: overlap must be 'sum' or 'square' or 'union', got 'max'"),
         ({"k": 0}, "DAM: k must be positive, got 0"),
         ({"k": 2.5}, "DAM: k must be a whole number, got 2.5"),
         ({"kernel": 2}, "DAM: kernel must be odd, got 2"),

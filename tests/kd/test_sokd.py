@@ -368,7 +368,7 @@ def test_a_part_that_the_loss_could_not_call_is_refused(options, text):
     assert str(caught.value) == f"SoKD: {text}"
 
 
-def test_a_generator_that_is_none():
+def test_an_invalid_generator():
     with pytest.raises(TypeError) as caught:
         make(generator=3)
     assert str(caught.value) == "Policy: generator must be a torch.Generator or None, got int"

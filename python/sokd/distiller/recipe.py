@@ -30,7 +30,7 @@ class Called(Method):
 
     def __init__(self, loss: FeatureLoss) -> None:
         super().__init__()
-        self.loss = loss  # a module among them is one of ours, and its parameters are trained
+        self.loss = loss  # where it is a module, a submodule: its parameters are trained
 
     def forward(self, step: Step) -> Tensor:
         total: Tensor | None = None

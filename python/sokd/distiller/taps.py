@@ -7,7 +7,6 @@ the backward pass; the hooks are not armed then.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from sokd.distiller.outputs import entries
 from sokd.kd.virtual import unwrapped
 from sokd.methods.registry import nearest
+from sokd.ops.runtime import warn_user
 
 __all__ = ["Layers", "Pair", "Tap", "Taps", "layer_pairs"]
 
@@ -147,9 +147,9 @@ class Taps:
         for layer, label, tensor in zip(self.layers, self.labels, chosen, strict=True):
             tap = self.taps[_split(layer)[0]]
             if tap.again:
-                warnings.warn(RAN_AGAIN.format(which=label), stacklevel=3)
+                warn_user(RAN_AGAIN.format(which=label))
             elif ":" not in layer and tap.version not in (None, _version(tensor)):
-                warnings.warn(OVERWRITTEN.format(which=label), stacklevel=3)
+                warn_user(OVERWRITTEN.format(which=label))
 
     def _chosen(self, layer: str, label: str, taken: Mapping[str, Any]) -> Tensor:
         name, key = _split(layer)

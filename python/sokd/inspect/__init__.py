@@ -99,8 +99,8 @@ def _policy_of(op: str, subject: Any) -> Policy:
         getattr(subject, "policy", None),
         getattr(getattr(subject, "kd", None), "policy", None),
     ):
-        if isinstance(found, Policy):
-            return found
+        if isinstance(policy := unwrapped(found), Policy):
+            return policy
     rule = "be a Policy, or a SoKD or Distiller that has one"
     raise TypeError(f"{op}: subject must {rule}, got {_kind_of(subject)}")
 

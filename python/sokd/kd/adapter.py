@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sokd.kd.features import Size, positive
+from sokd.kd.virtual import unwrapped
 
 __all__ = ["Adapter", "apply_adapter", "resize"]
 
@@ -105,9 +106,9 @@ def apply_adapter(adapter: nn.Module | None, student: Tensor, teacher: Tensor) -
         ValueError: `loss: student_features must {rule}, got {value}`: the shapes differ, or a
             BatchNorm has one value a channel.
     """
-    if isinstance(adapter, Adapter):
-        _check_values(adapter, teacher)
-        student = adapter(student, (teacher.shape[2], teacher.shape[3]))
+    if isinstance(own := unwrapped(adapter), Adapter):
+        _check_values(own, teacher)
+        student = cast(nn.Module, adapter)(student, (teacher.shape[2], teacher.shape[3]))
     elif adapter is not None:
         student = adapter(student)
     if student.shape != teacher.shape:

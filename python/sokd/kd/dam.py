@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sokd.kd.adapter import resize
-from sokd.kd.features import positive
+from sokd.kd.features import one_of, positive
 from sokd.ops import Areas
 from sokd.ops import areas as find_areas
 from sokd.ops.masked_mse import scaled_mse
@@ -32,9 +32,8 @@ _AREAS = ("mutual", "student", "teacher")
 _OVERLAP = ("sum", "square", "union")
 
 
-_Sides = tuple[
-    tuple[Tensor, Tensor], tuple[Tensor, Tensor]
-]  # (points, size) of student and teacher
+# (points, size) of student and teacher
+_Sides = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Heads(NamedTuple):
@@ -81,9 +80,13 @@ class DAM(nn.Module):
         super().__init__()
         self.channels = positive("DAM", "channels", channels)
         self.heat_channels = positive("DAM", "heat_channels", heat_channels)
-        self.heads = _one_of("heads", heads, _HEADS)
-        self.areas = _one_of("areas", areas, _AREAS)
-        self.overlap = _one_of("overlap", overlap, _OVERLAP)
+        for name, value, choices in (
+            ("heads", heads, _HEADS), ("areas", areas, _AREAS), ("overlap", overlap, _OVERLAP)
+        ):  # fmt: skip
+            one_of("DAM", name, value, choices)
+        self.heads = heads
+        self.areas = areas
+        self.overlap = overlap
         self.k = positive("DAM", "k", k)
         self.kernel = positive("DAM", "kernel", kernel)
         if kernel % 2 == 0:
@@ -219,10 +222,3 @@ def _in_cells(share: Tensor) -> Tensor:
         return share * width
     across, down = share.chunk(2, dim=1)
     return torch.cat((across * width, down * height), dim=1)
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        rule = f"be one of {', '.join(map(repr, choices))}"
-        raise ValueError(f"DAM: {name} must {rule}, got {value!r}")
-    return value

@@ -67,7 +67,7 @@ def per_layer(
 
 
 def one_of(op: str, name: str, value: Any, choices: Sequence[Any]) -> None:
-    """Refuse an option that is none of `choices`, which have one type."""
+    """Refuse an option that is not among `choices`, which have one type."""
     fits = isinstance(value, type(choices[0])) and not isinstance(value, bool)
     if not fits or value not in choices:
         rule = " or ".join(map(repr, choices))
@@ -121,9 +121,10 @@ def checked_maps(
         _check_features(f"student_features{which}", student, channels[index][0])
         _check_features(f"teacher_features{which}", teacher, channels[index][1])
         _check_match(f"teacher_features{which}", student, teacher)
-        student = _as_map("student_features", student, layouts[index][0])
-        _check_parameter(student, parameters[index])
-        maps.append((student, _as_map("teacher_features", teacher.detach(), layouts[index][1])))
+        student = _as_map(f"student_features{which}", student, layouts[index][0])
+        _check_parameter(f"student_features{which}", student, parameters[index])
+        teacher = _as_map(f"teacher_features{which}", teacher.detach(), layouts[index][1])
+        maps.append((student, teacher))
     return maps
 
 
@@ -206,16 +207,16 @@ def _check_match(name: str, student: Tensor, teacher: Tensor) -> None:
         raise TypeError(f"loss: {name} must {rule}, got {teacher.dtype}")
 
 
-def _check_parameter(student: Tensor, parameter: Tensor | None) -> None:
+def _check_parameter(name: str, student: Tensor, parameter: Tensor | None) -> None:
     """Device and dtype of the first parameter, in place of the convolution's own message."""
     if parameter is None:
         return
     if student.device != parameter.device:
         rule = f"be on the device of kd's parameters, {parameter.device} (see kd.to)"
-        raise ValueError(f"loss: student_features must {rule}, got {student.device}")
+        raise ValueError(f"loss: {name} must {rule}, got {student.device}")
     if student.dtype != parameter.dtype and not mixed_dtypes_allowed(student):
         rule = f"have the dtype {parameter.dtype} of kd's parameters (see kd.to and torch.autocast)"
-        raise TypeError(f"loss: student_features must {rule}, got {student.dtype}")
+        raise TypeError(f"loss: {name} must {rule}, got {student.dtype}")
 
 
 def _token_layout(

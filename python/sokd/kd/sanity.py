@@ -7,8 +7,6 @@ functorch transform or a dispatch mode nothing is looked at.
 
 from __future__ import annotations
 
-import sys
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,8 +18,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
+from sokd.kd.features import tensors_of
 from sokd.ops import torch_internals
-from sokd.ops.runtime import is_eager
+from sokd.ops.runtime import is_eager, warn_user
 
 if TYPE_CHECKING:
     from sokd.kd.features import Features
@@ -92,10 +91,7 @@ class Watch:
         if text in self._given:
             return
         self._given.add(text)
-        level, frame = 1, sys._getframe()
-        while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in _INSIDE:
-            level, frame = level + 1, frame.f_back
-        warnings.warn(text.format(**values), stacklevel=level)
+        warn_user(text.format(**values))
 
     def teacher(self, features: Iterable[Tensor]) -> None:
         """Warn of a teacher with gradients, and of one whose graph shows train mode."""
@@ -180,7 +176,6 @@ class Watch:
             self.warn(MASK_EMPTY, steps=PATIENCE)
 
 
-_INSIDE = ("sokd", "torch")  # packages whose lines a warning does not point at
 _watches: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()
 
 # One hook for all modules, there while one of them waits.
@@ -220,10 +215,10 @@ def look(kd: SoKD, student_features: Features, teacher_features: Features) -> No
     if not is_eager(kd.statistics) or not torch.is_grad_enabled():
         return
     watch = Watch.of(kd)
-    watch.teacher(_tensors(teacher_features))
+    watch.teacher(tensors_of(teacher_features))
     # at a weight of 0 the heads have no gradient to train on
     parts = {"kd.adapter": kd.adapter, "kd.dam": kd.dam if kd.lambda_agreement else None}
-    students = _tensors(student_features)
+    students = tensors_of(student_features)
     idle = kd.training and not all(each.requires_grad for each in students)
     watch.optimiser(leaves(students), parts, idle=idle)
     look_at_mask(kd)
@@ -238,10 +233,6 @@ def look_at_mask(kd: SoKD) -> None:
 def transformed() -> bool:
     """Whether a functorch transform runs eagerly: nothing may be kept from inside it."""
     return not torch.compiler.is_compiling() and torch_internals.is_transforming()
-
-
-def _tensors(features: Features) -> list[Tensor]:
-    return [features] if isinstance(features, Tensor) else list(features)
 
 
 def _trains(node: Any) -> bool:

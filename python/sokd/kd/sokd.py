@@ -413,6 +413,7 @@ class SoKD(nn.Module):
 
 def _first_parameter(adapter: nn.Module | None, dam: nn.Module | None) -> Tensor | None:
     """The weight of the first convolution that the student's map enters, where it is known."""
+    adapter, dam = unwrapped(adapter), unwrapped(dam)
     if isinstance(adapter, Adapter):
         return adapter.match.weight
     return dam.first.weight if isinstance(dam, DAM) else None

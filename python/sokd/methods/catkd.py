@@ -91,7 +91,7 @@ def class_maps(features: Tensor, head: Head) -> Tensor:
 
     Args:
         head: the linear layer or 1x1 convolution that follows the global average pooling, or its
-            weight [K, C]. Its bias says nothing about places and is left out (settled here).
+            weight [K, C]. Its bias is constant over positions and is left out (settled here).
     """
     with unmixed(features):
         weight = wide(_head_weight(head, features.shape[1]))

@@ -2,7 +2,7 @@
 
 Every method is usable in two ways: as a loss of its own (`sokd.methods.kd(student_logits,
 teacher_logits)`) and by name (`build("kd", ...)`), when it is called with a `Step`. All compute in
-float32 (float64 for float64 input) whatever autocast says, never send a gradient to the teacher,
+float32 (float64 for float64 input) regardless of autocast, never send a gradient to the teacher,
 and give 0 for an empty batch.
 """
 
@@ -40,12 +40,8 @@ class Step:
     target: Tensor | None  # [B] class indices (int64)
     student: list[Tensor]  # one map [B, C_s, H_s, W_s] for each layer pair, as the student gave it
     teacher: list[Tensor]  # [B, C, H, W], constants; refined where SoKD is plugged in
-    adapted: list[
-        Tensor
-    ]  # the student's maps in the teacher's shapes; empty unless the method's `adapts`
-    weight: list[
-        Tensor | None
-    ]  # omega [B, H, W] (teacher's size) of the mutual areas; None: no mask
+    adapted: list[Tensor]  # in the teacher's shapes where a method `adapts`, else as `student`
+    weight: list[Tensor | None]  # omega [B, H, W] at the teacher's size; None: no mask
     index: Tensor | None  # [B] int64: the samples' places in the training set
 
 

@@ -158,7 +158,7 @@ class _MaskedMseBackward(torch.autograd.Function):
 
 
 def _is_refined(teacher: Tensor) -> bool:
-    """Whether its gradient goes to `refine`, and to nobody else."""
+    """Whether its gradient goes to `refine` only."""
     if not is_eager(teacher):
         return False
     return teacher.grad_fn is not None and teacher.grad_fn.name() == "_RefineBackward"

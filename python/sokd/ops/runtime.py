@@ -151,8 +151,16 @@ def has_kernel(tensor: Tensor) -> bool:
         why = f" ({too_old or why_no_cuda()})" if device == "cuda" else ""
         serves = "the plain PyTorch path (sokd.reference) serves"
         text = f"sokd: no kernels for {device} in this build{why}, {serves}"
-        warnings.warn(text, stacklevel=4)
+        warn_user(text)
     return False
+
+
+def warn_user(text: str) -> None:
+    """Give a warning at the line of the user's code that led here."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("sokd", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)
 
 
 @cache
@@ -172,8 +180,8 @@ def stream_of(device: torch.device) -> int:
 def resources(tensor: Any) -> tuple[int, int, Callable[[int], Tensor] | None]:
     """The resources of a call on this tensor's device: threads, stream, scratch allocator.
 
-    Scratch is torch's own memory: freed on return, it goes to nobody but later work of the same
-    stream.
+    Scratch is torch's own memory: freed on return, it is reused only by later work of the
+    same stream.
     """
     if isinstance(tensor, np.ndarray) or tensor.device.type != "cuda":
         return torch.get_num_threads(), 0, None

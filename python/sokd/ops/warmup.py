@@ -30,7 +30,7 @@ def warmup(
 
     Where no CUDA kernels serve (see `sokd.show_config`), there is nothing to compile and nothing
     happens.
-    ValueError: a dtype or layout that is none of these. RuntimeError: a kernel does not compile or
+    ValueError: a dtype or layout not listed above. RuntimeError: a kernel does not compile or
     load.
     Source: settled here.
     """
