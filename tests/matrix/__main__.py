@@ -166,15 +166,15 @@ def main() -> int:
             print(f"--- {name}\n{output[-4000:]}", flush=True)
     done = [row.cells for row in chosen]
     print(f"\n{table(done)}\n\nmatrix: {time.monotonic() - started:.0f} seconds")
-    if options.rows != "ci":
-        write_page(chosen)
+    write_page(chosen)
     return int(not chosen or any(row.failures for row in chosen))
 
 
 def write_page(done: list[Row]) -> None:
-    """The page with these rows as they are now, and all others as they were when they last ran."""
+    """The page with these rows as they are now; what did not run stays as it last was."""
     known: dict[str, dict[str, str]] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    known |= {row.name: row.cells for row in done}
+    for row in done:
+        known[row.name] = {**known.get(row.name, {}), **row.cells}
     RECORD.write_text(json.dumps(known, indent=1) + "\n")
     not_run = {"bits": "not run yet"}
     cells = [
