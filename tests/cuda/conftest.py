@@ -138,5 +138,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.fixture
 def memory() -> Iterator[MockMemory]:
     """CUDA tensors in the mock driver's memory: for tests that run in a child process."""
+    torch.set_num_threads(1)  # several children share the cores
     with cuda_memory() as memory:
         yield memory
