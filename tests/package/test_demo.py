@@ -29,6 +29,9 @@ import sokd
 from sokd.demo import __main__ as demo
 from sokd.demo import data, networks, train
 
+# The tests' teachers are tiny.
+pytestmark = pytest.mark.filterwarnings("ignore:sokd. the student has:UserWarning")
+
 SOLVER = train.Solver(epochs=4, batch=15)
 LINE = r"^sokd.demo: .+ must be installed: pip install [^\n]+\n$"
 

@@ -19,6 +19,9 @@ from sokd.demo.data import DataSet
 from sokd.demo.train import METHODS, Run, Solver, Task, build, train
 from sokd.methods import METHODS as NAMES
 
+# The tests' teachers are tiny.
+pytestmark = pytest.mark.filterwarnings("ignore:sokd. the student has:UserWarning")
+
 
 @pytest.fixture(autouse=True)
 def _one_thread(_same_start: None) -> None:
