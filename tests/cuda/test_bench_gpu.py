@@ -53,7 +53,7 @@ def test_every_work_has_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert not row["ratio"].startswith("failed"), row
         assert int(row["bytes_moved"]) == MOVED[row["work"]], row["work"]
         copy = float(row["copy_gb_per_s"])
-        share, rounding = float(row["gb_per_s"]) / copy, 0.01 / copy  # both have two decimals
+        share, rounding = float(row["gb_per_s"]) / copy, 0.1 / copy  # of two and one decimals
         assert float(row["share_of_copy"]) == pytest.approx(share, abs=1e-3 + rounding)
         assert row["device"] == "cpu" and row["torch"] == torch.__version__ and row["commit"]
     assert {row["side"] for row in rows} == {"sokd", "eager"}
