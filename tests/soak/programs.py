@@ -140,7 +140,8 @@ class Program:
         state = torch.load(buffer)
         self.distiller.load_state_dict(state)
         for name, value in self.distiller.state_dict().items():
-            assert torch.equal(value, state[name]), name
+            same = torch.equal(value.nan_to_num(7.0), state[name].nan_to_num(7.0))
+            assert same, name  # crd: NaN stands for a normaliser that no batch has set
 
     def copy(self) -> None:
         self.distiller = copy.deepcopy(self.distiller)
