@@ -5,8 +5,10 @@ Tokens [B, N, C] are maps with H * W = N, prefix tokens dropped [docs/method.md 
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -126,6 +128,11 @@ def checked_maps(
         teacher = _as_map(f"teacher_features{which}", teacher.detach(), layouts[index][1])
         maps.append((student, teacher))
     return maps
+
+
+def total(terms: Sequence[Tensor]) -> Tensor:
+    """The sum of the layers' terms."""
+    return functools.reduce(operator.add, terms)
 
 
 def tensors_of(features: Features) -> list[Tensor]:

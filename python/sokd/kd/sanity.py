@@ -19,14 +19,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from sokd.kd.features import tensors_of
-from sokd.ops import torch_internals
 from sokd.ops.runtime import is_eager, warn_user
 
 if TYPE_CHECKING:
     from sokd.kd.features import Features
     from sokd.kd.sokd import SoKD
 
-__all__ = ["Watch", "leaves", "look", "look_at_mask", "transformed"]
+__all__ = ["Watch", "leaves", "look", "look_at_mask"]
 
 PATIENCE = 10  # steps in a row before a mistake is warned of
 
@@ -228,11 +227,6 @@ def look_at_mask(kd: SoKD) -> None:
     """Look at the mask alone, of a step whose statistics are just recorded."""
     if kd.dam is not None and is_eager(kd.statistics):
         Watch.of(kd).mask(kd.statistics[:, -1])
-
-
-def transformed() -> bool:
-    """Whether a functorch transform runs eagerly: nothing may be kept from inside it."""
-    return not torch.compiler.is_compiling() and torch_internals.is_transforming()
 
 
 def _trains(node: Any) -> bool:

@@ -13,7 +13,6 @@ import functools
 import inspect
 import math
 import numbers
-import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast, overload
 
@@ -23,11 +22,11 @@ from torch import Tensor, nn
 from sokd.kd import sanity
 from sokd.kd.adapter import Adapter, apply_adapter
 from sokd.kd.dam import DAM, Attention, apply_dam
-from sokd.kd.features import Features, Size, checked_maps, layouts, one_of, per_layer
+from sokd.kd.features import Features, Size, checked_maps, layouts, one_of, per_layer, total
 from sokd.kd.policy import Draw, Policy
 from sokd.kd.virtual import unwrapped
 from sokd.ops.masked_mse import scaled_mse
-from sokd.ops.runtime import savable
+from sokd.ops.runtime import savable, transformed
 
 __all__ = ["Match", "SoKD", "Terms", "loss", "part_of"]
 
@@ -298,7 +297,10 @@ class SoKD(nn.Module):
             self.record(matches, areas)
             sanity.look(self, student_features, teacher_features)
         agreement = [match.attention.agreement for match in matches if match.attention is not None]
-        terms = {"agreement": _sum(agreement or [torch.zeros_like(areas[0])]), "areas": _sum(areas)}
+        terms = {
+            "agreement": total(agreement or [torch.zeros_like(areas[0])]),
+            "areas": total(areas),
+        }
         return {**terms, "total": terms["agreement"] + terms["areas"]}
 
     def consistency(
@@ -315,7 +317,7 @@ class SoKD(nn.Module):
             student_features, teacher_features,
             draw=draw, attend=False, differentiable=differentiable,
         )  # fmt: skip
-        return _sum([self._distance(match, 0.5, differentiable) for match in matches])
+        return total([self._distance(match, 0.5, differentiable) for match in matches])
 
     def distances(self, matches: Sequence[Match], *, differentiable: bool = False) -> list[Tensor]:
         """lambda_DA * L_DA of each layer: the masked squared distance of student and refined.
@@ -346,7 +348,7 @@ class SoKD(nn.Module):
             matches: what `match` returned for the step.
             areas: the features' term of each layer, or one entry for all layers together.
         """
-        if sanity.transformed():
+        if transformed():
             return
         nothing = self.statistics.new_zeros(())
         values = []
@@ -440,10 +442,6 @@ def _variance_and_share(attention: Attention | None, nothing: Tensor) -> list[Te
     heat = attention.heat.to(torch.float32)
     variance = (heat - heat.mean((0, 2, 3), keepdim=True)).square_().mean()
     return [variance, (attention.coverage > 0).to(torch.float32).mean()]
-
-
-def _sum(terms: list[Tensor]) -> Tensor:
-    return functools.reduce(operator.add, terms)
 
 
 # ------------------------------------------------------------------------------- SoKD's own options

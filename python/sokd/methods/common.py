@@ -8,8 +8,6 @@ and give 0 for an empty batch.
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -18,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from sokd.kd.dam import masked, resized, root
+from sokd.kd.features import total
 from sokd.ops.runtime import apply, savable
 from sokd.reference import accumulator
 
 __all__ = [
-    "Maps", "Method", "Shape", "Shapes", "Step", "Weights", "masked", "resized", "root",
+    "Maps", "Method", "Shape", "Shapes", "Step", "Weights", "masked", "resized", "root", "total",
 ]  # fmt: skip
 
 Shape = tuple[int, int, int]  # (C, H, W)
@@ -149,11 +148,6 @@ class _Once(torch.autograd.Function):
         raise RuntimeError(
             f"{ctx.op}: the loss must be differentiated once only, got a second backward"
         )
-
-
-def total(terms: Sequence[Tensor]) -> Tensor:
-    """The sum of the layers' terms."""
-    return functools.reduce(operator.add, terms)
 
 
 def given(op: str, name: str, tensor: Tensor | None, what: str) -> Tensor:

@@ -100,6 +100,11 @@ def _has_memory(subject: object) -> bool:
     return not isinstance(subject, Tensor) or type(subject) is torch.nn.Parameter
 
 
+def transformed() -> bool:
+    """Whether a functorch transform runs eagerly: nothing may be kept from inside it."""
+    return not torch.compiler.is_compiling() and torch_internals.is_transforming()
+
+
 def eager_only(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """`torch.compiler.disable`, without its import of the compiler (a second) when it decorates."""
 

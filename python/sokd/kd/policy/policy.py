@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from sokd.kd import sanity
 from sokd.kd.features import one_of
 from sokd.kd.policy.gumbel import with_choices
 from sokd.kd.policy.plan import (
@@ -36,6 +35,7 @@ from sokd.kd.policy.plan import (
 )
 from sokd.ops import Plan, Plans, refine, torch_internals
 from sokd.ops import draw as draw_uniforms
+from sokd.ops.runtime import transformed
 
 __all__ = ["Draw", "Policy", "Sample", "fresh_seed", "manual_seed"]
 
@@ -218,7 +218,7 @@ class Policy(nn.Module):
         """
         if not torch.compiler.is_compiling() and torch_internals.running_backward() != -1:
             raise RuntimeError(_DRAWN_AGAIN)
-        if sanity.transformed():
+        if transformed():
             raise RuntimeError(_TRANSFORMED)
         drawn = self.draw_at(self.seed, self.counter, batch)
         self.counter.add_(1)
