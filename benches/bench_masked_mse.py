@@ -55,15 +55,9 @@ def case(
         sides[MEMORY] = lambda: torch.sub(student.detach(), teacher)
     moved = 3 * student.nbytes + weight.nbytes
     return Case(
-        "masked_mse, forward + backward",
-        shape,
-        sides,
-        moved,
-        targets,
-        check,
-        name_of(dtype),
+        "masked_mse, forward + backward", shape, sides, moved, targets, check, name_of(dtype),
         layout,
-    )
+    )  # fmt: skip
 
 
 def cases(options: Options) -> Iterator[Case]:

@@ -232,17 +232,13 @@ def test_a_distiller_that_waits_can_be_shown_and_looked_at():
     assert task.isfinite() and len(other.pairs) == 3
 
 
-@pytest.mark.parametrize(
-    ("form", "where", "task"),
-    [
-        (lambda z: {"loss": z.sum() * 0 + 9, "logits": z}, None, "loss_task"),
-        (lambda z: {"aux": z + 1, "out": z}, None, "loss_ce"),
-        (lambda z: (z, [z + 1]), None, "loss_ce"),
-        (lambda z: (z + 1, z), 1, "loss_ce"),
-        (lambda z: {"hidden": {"z": z}}, lambda output: output["hidden"]["z"], "loss_ce"),
-    ],
-    ids=["logits and loss", "out", "tuple", "index", "function"],
-)
+@pytest.mark.parametrize(("form", "where", "task"), [
+    (lambda z: {"loss": z.sum() * 0 + 9, "logits": z}, None, "loss_task"),
+    (lambda z: {"aux": z + 1, "out": z}, None, "loss_ce"),
+    (lambda z: (z, [z + 1]), None, "loss_ce"),
+    (lambda z: (z + 1, z), 1, "loss_ce"),
+    (lambda z: {"hidden": {"z": z}}, lambda output: output["hidden"]["z"], "loss_ce"),
+], ids=["logits and loss", "out", "tuple", "index", "function"])  # fmt: skip
 def test_logits_are_found(form, where, task):
     teacher, student = (Answering(net, form) for net in models())
     layers = ["net.stage1", "net.stage2"]

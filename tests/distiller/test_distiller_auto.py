@@ -121,25 +121,15 @@ class Summed(nn.Module):
         return self.head(self.body(x))
 
 
-@pytest.mark.parametrize(
-    ("net", "layers"),
-    [
-        (Segmenting, ["mid", "dec"]),
-        (lambda width: Segmenting(width, nn.Sigmoid()), ["mid", "dec"]),
-        (
-            lambda width: nn.Sequential(OrderedDict(net=Segmenting(width, nn.Softmax(1)))),
-            ["net.mid", "net.dec"],
-        ),
-        (
-            lambda width: Answering(
-                Segmenting(width), lambda z: {"aux": z.mean((1, 2, 3)), "out": z}
-            ),
-            ["net.mid", "net.dec"],
-        ),
-        (Summed, ["body"]),
-    ],
-    ids=["unet", "sigmoid", "inside", "dict", "sum"],
-)
+@pytest.mark.parametrize(("net", "layers"), [
+    (Segmenting, ["mid", "dec"]),
+    (lambda width: Segmenting(width, nn.Sigmoid()), ["mid", "dec"]),
+    (lambda width: nn.Sequential(OrderedDict(net=Segmenting(width, nn.Softmax(1)))),
+     ["net.mid", "net.dec"]),
+    (lambda width: Answering(Segmenting(width), lambda z: {"aux": z.mean((1, 2, 3)), "out": z}),
+     ["net.mid", "net.dec"]),
+    (Summed, ["body"]),
+], ids=["unet", "sigmoid", "inside", "dict", "sum"])  # fmt: skip
 def test_auto_does_not_take_the_logits(net, layers):
     assert make(models=(net(6), net(3)), layers="auto", method="at").pairs == [
         (name, name) for name in layers

@@ -192,13 +192,9 @@ def contrasted(rank: int, ranks: int) -> dict[str, Any]:
 def _crd_by_name(rank: int) -> dict[str, torch.Tensor]:
     """A Distiller with CRD whose ranks have two samples each, then one and two."""
     subject = make(
-        models=models(norm=False),
-        layers="stage2",
-        method="crd",
-        sokd=False,
-        num_samples=11,
+        models=models(norm=False), layers="stage2", method="crd", sokd=False, num_samples=11,
         negatives=4,
-    )
+    )  # fmt: skip
     wrapped = DistributedDataParallel(subject)
     x, y = (part.chunk(RANKS)[rank] for part in batch(SAMPLES))
     index = torch.arange(SAMPLES).chunk(RANKS)[rank]

@@ -73,26 +73,20 @@ def test_a_teacher_that_is_the_student():
 
 WEIGHT = "method must have a finite weight, 0 or more, for 'at', got"
 METHODS = {
-    "a number": (
-        3,
-        TypeError,
-        "method must be a name, a dict of name -> weight, or a callable (f_s, f_t) -> scalar, got "
-        "int",
-    ),
+    "a number":
+        (3, TypeError,
+         "method must be a name, a dict of name -> weight, or a callable (f_s, f_t) -> scalar, "
+         "got int"),
     "a weight that is none": ({"at": "much"}, ValueError, f"{WEIGHT} 'much'"),
     "a negative weight": ({"at": -1}, ValueError, f"{WEIGHT} -1"),
-    "a list": (
-        ["at", "kd"],
-        TypeError,
-        "method must be a name, a dict of name -> weight, or a callable (f_s, f_t) -> scalar, got "
-        "list",
-    ),
-    "two of one name": (
-        {nn.MSELoss(): 1.0, nn.MSELoss(reduction="sum"): 1.0},
-        ValueError,
-        "method must have one entry for each name, got 'mseloss' twice",
-    ),
-}
+    "a list":
+        (["at", "kd"], TypeError,
+         "method must be a name, a dict of name -> weight, or a callable (f_s, f_t) -> scalar, "
+         "got list"),
+    "two of one name":
+        ({nn.MSELoss(): 1.0, nn.MSELoss(reduction="sum"): 1.0}, ValueError,
+         "method must have one entry for each name, got 'mseloss' twice"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("method", "error", "text"), METHODS.values(), ids=METHODS)
@@ -400,15 +394,11 @@ def test_a_right_script_is_left_alone():
     assert trained(distiller, distiller.parameters()) == []
 
 
-@pytest.mark.parametrize(
-    ("options", "parts"),
-    [
-        ({"sokd": False}, "distiller.adapters"),
-        ({}, "distiller.kd.adapter and distiller.kd.dam"),
-        ({"sokd": False, "method": "reviewkd"}, "distiller.methods.reviewkd"),
-    ],
-    ids=["adapters", "sokd", "method"],
-)
+@pytest.mark.parametrize(("options", "parts"), [
+    ({"sokd": False}, "distiller.adapters"),
+    ({}, "distiller.kd.adapter and distiller.kd.dam"),
+    ({"sokd": False, "method": "reviewkd"}, "distiller.methods.reviewkd"),
+], ids=["adapters", "sokd", "method"])  # fmt: skip
 def test_parameters_that_no_optimiser_holds(options, parts):
     distiller = make(**options)
     assert trained(distiller, distiller.student.parameters()) == [UNHELD.format(parts)]

@@ -28,16 +28,13 @@ from sokd.distiller.taps import Tap, layer_pairs
 MUST = "Distiller: layers must "
 
 
-@pytest.mark.parametrize(
-    ("layers", "pairs"),
-    [
-        ("a", [("a", "a")]),
-        (["a", "b"], [("a", "a"), ("b", "b")]),
-        ([("a", "b")], [("a", "b")]),
-        ({"a": "b", "c": "d"}, [("a", "b"), ("c", "d")]),
-        ((("a", "b"), "c"), [("a", "b"), ("c", "c")]),
-    ],
-)
+@pytest.mark.parametrize(("layers", "pairs"), [
+    ("a", [("a", "a")]),
+    (["a", "b"], [("a", "a"), ("b", "b")]),
+    ([("a", "b")], [("a", "b")]),
+    ({"a": "b", "c": "d"}, [("a", "b"), ("c", "d")]),
+    ((("a", "b"), "c"), [("a", "b"), ("c", "c")]),
+])  # fmt: skip
 def test_layers_in_every_form(layers, pairs):
     assert layer_pairs(layers) == pairs
 
@@ -139,54 +136,37 @@ def test_an_entry_of_a_dict_or_tuple():
 
 
 WRONG = {
-    "a dict": (
-        lambda maps: {"fine": maps, "coarse": maps},
-        TypeError,
-        "the student's layer 'here' must give a tensor, got dict with 'fine', 'coarse': name one, "
-        "as in 'here:fine'",
-    ),
-    "no tensor": (
-        lambda maps: 3,
-        TypeError,
-        "the student's layer 'here' must give a tensor, got int",
-    ),
-    "integers": (
-        lambda maps: maps.long(),
-        TypeError,
-        "the student's layer 'here' must be floating point, got torch.int64",
-    ),
-    "five dimensions": (
-        lambda maps: maps[None],
-        ValueError,
-        "the student's layer 'here' must be a map [B, C, H, W], tokens [B, N, C] or a vector [B, "
-        "C], got [1, 4, 4, 8, 8]",
-    ),
-    "a batch of its own": (
-        lambda maps: torch.cat([maps, maps]),
-        ValueError,
-        "the student's layer 'here' must have the batch size of x, 4, in its first dimension, got "
-        "[8, 4, 8, 8]",
-    ),
-    "a vector": (
-        lambda maps: maps.mean((2, 3)),
-        ValueError,
-        "the student's layer 'here' must be a map where the teacher's layer 'here' is one, [4, 4, "
-        "8, 8], got [4, 4, 1, 1]",
-    ),
-    "another aspect": (
-        lambda maps: maps[:, :, :2],
-        ValueError,
-        "the student's layer 'here' must have the aspect of the teacher's layer 'here', [4, 4, 8, "
-        "8] (name student_order='BHWC', student_grid or the teacher's where another layout is "
-        "meant), got [4, 4, 2, 8]",
-    ),
-    "tokens without a grid": (
-        tokens(3),
-        ValueError,
-        "the student's layer 'here' must hold 0, 1, 2, 4 or 5 prefix tokens and a square grid (or "
-        "name tokens and grid), got 67 tokens",
-    ),
-}
+    "a dict":
+        (lambda maps: {"fine": maps, "coarse": maps}, TypeError,
+         "the student's layer 'here' must give a tensor, got dict with 'fine', 'coarse': name "
+         "one, as in 'here:fine'"),
+    "no tensor":
+        (lambda maps: 3, TypeError, "the student's layer 'here' must give a tensor, got int"),
+    "integers":
+        (lambda maps: maps.long(), TypeError,
+         "the student's layer 'here' must be floating point, got torch.int64"),
+    "five dimensions":
+        (lambda maps: maps[None], ValueError,
+         "the student's layer 'here' must be a map [B, C, H, W], tokens [B, N, C] or a vector "
+         "[B, C], got [1, 4, 4, 8, 8]"),
+    "a batch of its own":
+        (lambda maps: torch.cat([maps, maps]), ValueError,
+         "the student's layer 'here' must have the batch size of x, 4, in its first dimension, "
+         "got [8, 4, 8, 8]"),
+    "a vector":
+        (lambda maps: maps.mean((2, 3)), ValueError,
+         "the student's layer 'here' must be a map where the teacher's layer 'here' is one, [4, "
+         "4, 8, 8], got [4, 4, 1, 1]"),
+    "another aspect":
+        (lambda maps: maps[:, :, :2], ValueError,
+         "the student's layer 'here' must have the aspect of the teacher's layer 'here', [4, 4, "
+         "8, 8] (name student_order='BHWC', student_grid or the teacher's where another layout "
+         "is meant), got [4, 4, 2, 8]"),
+    "tokens without a grid":
+        (tokens(3), ValueError,
+         "the student's layer 'here' must hold 0, 1, 2, 4 or 5 prefix tokens and a square grid "
+         "(or name tokens and grid), got 67 tokens"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("form", "error", "text"), WRONG.values(), ids=WRONG)

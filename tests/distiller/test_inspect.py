@@ -198,28 +198,18 @@ def test_pictures(tmp_path):
 
 
 WRONG_PICTURES = {
-    "channels": (
-        (torch.zeros(2, 2, 16, 16),),
-        {},
-        "images must be [B, 3, H, W] or [B, 1, H, W], got [2, 2, 16, 16]",
-    ),
-    "a list": (
-        ([torch.zeros(3, 16, 16)],),
-        {},
-        "images must be [B, 3, H, W] or [B, 1, H, W], got list",
-    ),
+    "channels":
+        ((torch.zeros(2, 2, 16, 16),), {},
+         "images must be [B, 3, H, W] or [B, 1, H, W], got [2, 2, 16, 16]"),
+    "a list":
+        (([torch.zeros(3, 16, 16)],), {}, "images must be [B, 3, H, W] or [B, 1, H, W], got list"),
     "too many": ((torch.zeros(5, 3, 16, 16),), {}, "images must be 1 to 4, as found is of, got 5"),
-    "no such layer": (
-        (torch.zeros(4, 3, 16, 16),),
-        {"layer": 2},
-        "layer must be one of the 2 in found, got 2",
-    ),
-    "titles": (
-        (torch.zeros(4, 3, 16, 16),),
-        {"titles": ["a"]},
-        "titles must be 4, one for each image, got 1",
-    ),
-}
+    "no such layer":
+        ((torch.zeros(4, 3, 16, 16),), {"layer": 2}, "layer must be one of the 2 in found, got 2"),
+    "titles":
+        ((torch.zeros(4, 3, 16, 16),), {"titles": ["a"]},
+         "titles must be 4, one for each image, got 1"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("images", "options", "text"), WRONG_PICTURES.values(), ids=WRONG_PICTURES)

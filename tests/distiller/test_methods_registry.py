@@ -17,19 +17,8 @@ from sokd.methods import METHODS, Method, Step, build
 STUDENT, TEACHER = [(3, 8, 6), (4, 4, 3)], [(5, 8, 6), (6, 2, 2)]
 CLASSES, BATCH, SAMPLES = 7, 4, 20
 NAMES = [
-    "fitnet",
-    "at",
-    "crd",
-    "reviewkd",
-    "kd",
-    "dkd",
-    "lskd",
-    "dist",
-    "sp",
-    "rkd",
-    "catkd",
-    "mgd",
-]
+    "fitnet", "at", "crd", "reviewkd", "kd", "dkd", "lskd", "dist", "sp", "rkd", "catkd", "mgd",
+]  # fmt: skip
 
 
 def made(name: str) -> Method:

@@ -15,28 +15,18 @@ from sokd.kd.search import PolicySearch
 from sokd.kd.sokd import SoKD
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"objective": "loss"},
-            "PolicySearch: objective must be 'consistency' or 'task' or 'total', got 'loss'",
-        ),
-        ({"estimator": "none"}, "PolicySearch: estimator must be 'gumbel' or 'relax', got 'none'"),
-        ({"order": 3}, "PolicySearch: order must be 1 or 2, got 3"),
-        (
-            {"order": 1, "objective": "task"},
-            "PolicySearch: order must be 2 for objective 'task', got 1",
-        ),
-        ({"unroll": -1}, "PolicySearch: unroll must be a finite number, 0 or more, got -1"),
-        (
-            {"unroll": float("nan")},
-            "PolicySearch: unroll must be a finite number, 0 or more, got nan",
-        ),
-        ({"epochs": -1}, "PolicySearch: epochs must be a whole number, 0 or more, got -1"),
-        ({"epochs": "a"}, "PolicySearch: epochs must be a whole number, 0 or more, got 'a'"),
-    ],
-)
+@pytest.mark.parametrize(("options", "message"), [
+    ({"objective": "loss"},
+     "PolicySearch: objective must be 'consistency' or 'task' or 'total', got 'loss'"),
+    ({"estimator": "none"}, "PolicySearch: estimator must be 'gumbel' or 'relax', got 'none'"),
+    ({"order": 3}, "PolicySearch: order must be 1 or 2, got 3"),
+    ({"order": 1, "objective": "task"},
+     "PolicySearch: order must be 2 for objective 'task', got 1"),
+    ({"unroll": -1}, "PolicySearch: unroll must be a finite number, 0 or more, got -1"),
+    ({"unroll": float("nan")}, "PolicySearch: unroll must be a finite number, 0 or more, got nan"),
+    ({"epochs": -1}, "PolicySearch: epochs must be a whole number, 0 or more, got -1"),
+    ({"epochs": "a"}, "PolicySearch: epochs must be a whole number, 0 or more, got 'a'"),
+])  # fmt: skip
 def test_options_are_checked(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as caught:
         made(**options)
@@ -66,39 +56,20 @@ def test_a_compiled_policy_is_searched_as_it_is() -> None:
 STEP = "PolicySearch: step must return (loss, student features, teacher features), got "
 
 
-@pytest.mark.parametrize(
-    ("result", "kind", "message"),
-    [
-        (lambda task, f_s, f_t: task, TypeError, STEP + "Tensor"),
-        (lambda task, f_s, f_t: (task, f_s), TypeError, STEP + "2 values"),
-        (
-            lambda task, f_s, f_t: (f_s, f_s, f_t),
-            TypeError,
-            "PolicySearch: loss must be a scalar tensor, got shape [3, 3, 6, 5]",
-        ),
-        (
-            lambda task, f_s, f_t: (1.0, f_s, f_t),
-            TypeError,
-            "PolicySearch: loss must be a scalar tensor, got float",
-        ),
-        (
-            lambda task, f_s, f_t: (task, f_s, None),
-            TypeError,
-            "PolicySearch: teacher features must be a tensor or a list of tensors, got NoneType",
-        ),
-        (
-            lambda task, f_s, f_t: (task, [f_s, 1], f_t),
-            TypeError,
-            "PolicySearch: student features must be a tensor or a list of tensors, "
-            "got a list with int",
-        ),
-        (
-            lambda task, f_s, f_t: (task, f_s, f_t.requires_grad_()),
-            ValueError,
-            "PolicySearch: teacher features must not require grad, got a tensor that requires grad",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("result", "kind", "message"), [
+    (lambda task, f_s, f_t: task, TypeError, STEP + "Tensor"),
+    (lambda task, f_s, f_t: (task, f_s), TypeError, STEP + "2 values"),
+    (lambda task, f_s, f_t: (f_s, f_s, f_t), TypeError,
+     "PolicySearch: loss must be a scalar tensor, got shape [3, 3, 6, 5]"),
+    (lambda task, f_s, f_t: (1.0, f_s, f_t), TypeError,
+     "PolicySearch: loss must be a scalar tensor, got float"),
+    (lambda task, f_s, f_t: (task, f_s, None), TypeError,
+     "PolicySearch: teacher features must be a tensor or a list of tensors, got NoneType"),
+    (lambda task, f_s, f_t: (task, [f_s, 1], f_t), TypeError,
+     "PolicySearch: student features must be a tensor or a list of tensors, got a list with int"),
+    (lambda task, f_s, f_t: (task, f_s, f_t.requires_grad_()), ValueError,
+     "PolicySearch: teacher features must not require grad, got a tensor that requires grad"),
+])  # fmt: skip
 def test_what_a_step_returns_is_checked(result: Any, kind: type[Exception], message: str) -> None:
     _, _, search = made()
     with pytest.raises(kind) as caught:
@@ -161,14 +132,11 @@ def test_a_student_without_anything_to_train() -> None:
     assert PolicySearch(kd, student, order=1).step(step, batch_of()).isfinite()
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "text"),
-    [
-        ("estimator", "relax", "estimator must be the state's, 'gumbel', got 'relax'"),
-        ("objective", "total", "objective must be the state's, 'consistency', got 'total'"),
-        ("order", 1, "order must be the state's, 2, got 1"),
-    ],
-)
+@pytest.mark.parametrize(("option", "value", "text"), [
+    ("estimator", "relax", "estimator must be the state's, 'gumbel', got 'relax'"),
+    ("objective", "total", "objective must be the state's, 'consistency', got 'total'"),
+    ("order", 1, "order must be the state's, 2, got 1"),
+])  # fmt: skip
 def test_a_state_of_another_search_is_refused(option: str, value: Any, text: str) -> None:
     state, search = made()[2].state_dict(), made(**{option: value})[2]
     before = copy.deepcopy(search.state_dict())

@@ -247,33 +247,26 @@ def test_teacher_gradients_are_warned_of():
 
 WRONG = {
     "no loss": (lambda: wrap(3, make()), "wrap: any_loss must be callable, got int"),
-    "no kd": (
-        lambda: wrap(F.mse_loss, nn.Identity()),
-        "wrap: kd must be a sokd.SoKD, got Identity",
-    ),
-    "no such argument": (
-        lambda: wrap(scaled, make(), student="f_s", teacher="teacher")(*pair()),
-        "wrap: student must be among the arguments of any_loss as 'f_s', got [0, 1]",
-    ),
-    "a place that is none": (
-        lambda: wrap(scaled, make(), student=-1),
-        "wrap: student must be a place (0 or more) or a name, got -1",
-    ),
-    "no place": (
-        lambda: wrap(scaled, make(), teacher=True),
-        "wrap: teacher must be a place (0 or more) or a name, got True",
-    ),
-    "no tensor": (
-        lambda: wrap(lambda f_s, f_t: {"loss": f_s.sum()}, make())(*pair()),
-        "wrap: any_loss must return a scalar tensor to add the agreement to (agreement=False "
-        "leaves it in .agreement), got dict",
-    ),
-    "no scalar": (
-        lambda: wrap(lambda f_s, f_t: f_s.sum((1, 2, 3)), make())(*pair()),
-        "wrap: any_loss must return a scalar tensor to add the agreement to (agreement=False "
-        f"leaves it in .agreement), got shape [{len(pair()[0])}]",
-    ),
-}
+    "no kd":
+        (lambda: wrap(F.mse_loss, nn.Identity()), "wrap: kd must be a sokd.SoKD, got Identity"),
+    "no such argument":
+        (lambda: wrap(scaled, make(), student="f_s", teacher="teacher")(*pair()),
+         "wrap: student must be among the arguments of any_loss as 'f_s', got [0, 1]"),
+    "a place that is none":
+        (lambda: wrap(scaled, make(), student=-1),
+         "wrap: student must be a place (0 or more) or a name, got -1"),
+    "no place":
+        (lambda: wrap(scaled, make(), teacher=True),
+         "wrap: teacher must be a place (0 or more) or a name, got True"),
+    "no tensor":
+        (lambda: wrap(lambda f_s, f_t: {"loss": f_s.sum()}, make())(*pair()),
+         "wrap: any_loss must return a scalar tensor to add the agreement to (agreement=False "
+         "leaves it in .agreement), got dict"),
+    "no scalar":
+        (lambda: wrap(lambda f_s, f_t: f_s.sum((1, 2, 3)), make())(*pair()),
+         "wrap: any_loss must return a scalar tensor to add the agreement to (agreement=False "
+         f"leaves it in .agreement), got shape [{len(pair()[0])}]"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("call", "text"), WRONG.values(), ids=WRONG)
@@ -285,19 +278,16 @@ def test_what_is_refused(call, text):
 
 LEAD = "lead to features [B, C, H, W] or [B, N, C], or a list of them, among any_loss's arguments"
 ELSEWHERE = {
-    "logits first": (
-        lambda: wrap(of_a_task, make())(torch.randn(2, 5), torch.arange(2), *pair()),
-        f"wrap: student must {LEAD}, got float32 [2, 5] at 0",
-    ),
-    "a dict": (
-        lambda: wrap(F.mse_loss, make())(pair()[0], {"map": pair()[1]}),
-        f"wrap: teacher must {LEAD}, got dict at 1",
-    ),
-    "one for both": (
-        lambda: wrap(F.mse_loss, make(), student=1, teacher="target")(*pair()),
-        "wrap: teacher must be another argument of any_loss than student, got 1 for both",
-    ),
-}
+    "logits first":
+        (lambda: wrap(of_a_task, make())(torch.randn(2, 5), torch.arange(2), *pair()),
+         f"wrap: student must {LEAD}, got float32 [2, 5] at 0"),
+    "a dict":
+        (lambda: wrap(F.mse_loss, make())(pair()[0], {"map": pair()[1]}),
+         f"wrap: teacher must {LEAD}, got dict at 1"),
+    "one for both":
+        (lambda: wrap(F.mse_loss, make(), student=1, teacher="target")(*pair()),
+         "wrap: teacher must be another argument of any_loss than student, got 1 for both"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("call", "text"), ELSEWHERE.values(), ids=ELSEWHERE)

@@ -89,15 +89,12 @@ def choose(monkeypatch):
     _core.select_reader(before)
 
 
-@pytest.mark.parametrize(
-    "release, chosen",
-    [
-        ("2.13.0", "tch"),
-        ("2.15.1+cu130", "tch"),
-        ("2.12.1", f"{FALLBACK} (sokd_tch is proven on torch 2.13, 2.14, 2.15)"),
-        ("2.16.0", f"{FALLBACK} (sokd_tch is proven on torch 2.13, 2.14, 2.15)"),
-    ],
-)
+@pytest.mark.parametrize("release, chosen", [
+    ("2.13.0", "tch"),
+    ("2.15.1+cu130", "tch"),
+    ("2.12.1", f"{FALLBACK} (sokd_tch is proven on torch 2.13, 2.14, 2.15)"),
+    ("2.16.0", f"{FALLBACK} (sokd_tch is proven on torch 2.13, 2.14, 2.15)"),
+])  # fmt: skip
 def test_the_guard_chooses_by_the_running_torch(release, chosen, choose):
     assert choose(pytest.importorskip("sokd_tch"), release) == chosen
 
@@ -141,16 +138,11 @@ def capsule_of(function):
     return new(ctypes.cast(function, ctypes.c_void_p), NAME, None)
 
 
-@pytest.mark.parametrize(
-    "reader, why",
-    [
-        (
-            capsule_of(read_version_2),
-            "must fill version 1 of the view, got version 2; install the sokd-tch of this sokd",
-        ),
-        (None, "must be the capsule sokd_tch.reader, got None"),
-    ],
-)
+@pytest.mark.parametrize("reader, why", [
+    (capsule_of(read_version_2),
+     "must fill version 1 of the view, got version 2; install the sokd-tch of this sokd"),
+    (None, "must be the capsule sokd_tch.reader, got None"),
+])  # fmt: skip
 def test_another_view_is_refused(reader, why, choose):
     expected = f"{FALLBACK} (sokd_tch does not load: use_tch_reader: reader {why})"
     assert choose(SimpleNamespace(reader=reader)) == expected
@@ -206,15 +198,12 @@ def test_numpy_arrays_give_the_same_as_tensors(dtype):
     assert isinstance(dots, np.ndarray) and np.array_equal(dots, twin.numpy())
 
 
-@pytest.mark.parametrize(
-    "view",
-    [
-        lambda a: a[:, ::-1],
-        lambda a: a[..., ::2],
-        lambda a: a.transpose(0, 2, 1, 3),
-        lambda a: a[:, :, 1:],
-    ],
-)
+@pytest.mark.parametrize("view", [
+    lambda a: a[:, ::-1],
+    lambda a: a[..., ::2],
+    lambda a: a.transpose(0, 2, 1, 3),
+    lambda a: a[:, :, 1:],
+])  # fmt: skip
 def test_numpy_views_of_any_stride(view):
     features = view(np.random.randn(*SHAPE))
     sigma = np.ones(1)

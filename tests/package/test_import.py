@@ -16,15 +16,9 @@ import sokd
 PACKAGE = Path(sokd.__file__).parent
 
 SLOW = (
-    "torch._dynamo",
-    "torch._inductor",
-    "torch.distributed.tensor",
-    "torch.fx.experimental.symbolic_shapes",
-    "sympy",
-    "scipy",
-    "matplotlib",
-    "torchvision",
-)
+    "torch._dynamo", "torch._inductor", "torch.distributed.tensor",
+    "torch.fx.experimental.symbolic_shapes", "sympy", "scipy", "matplotlib", "torchvision",
+)  # fmt: skip
 
 
 def test_import_loads_no_compiler_and_no_optional_package() -> None:

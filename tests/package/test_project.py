@@ -121,13 +121,9 @@ def test_sokd_tch_is_built_with_the_torch_of_the_python_that_builds() -> None:
     )
     other = {"PATH": os.defpath, "VIRTUAL_ENV": "elsewhere"}
     done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT / "tch",
-        env=other,
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", script], cwd=ROOT / "tch", env=other, capture_output=True, text=True,
         check=True,
-    )
+    )  # fmt: skip
     assert done.stdout.split() == [str(Path(sys.executable).parent / "python"), "False"]
 
 

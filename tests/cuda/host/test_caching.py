@@ -33,17 +33,13 @@ def test_a_later_process_compiles_nothing(own_cache: Path) -> None:
     assert own_cache.stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda path: path.write_bytes(b""),
-        lambda path: path.write_bytes(path.read_bytes()[:-1]),
-        lambda path: path.write_bytes(path.read_bytes()[:-9] + b"corrupted"),
-        lambda path: path.write_bytes(b"\xff" * 4096),
-        lambda path: (path.unlink(), path.mkdir()),
-    ],
-    ids=["empty", "cut off", "altered", "garbage", "a folder"],
-)
+@pytest.mark.parametrize("damage", [
+    lambda path: path.write_bytes(b""),
+    lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    lambda path: path.write_bytes(path.read_bytes()[:-9] + b"corrupted"),
+    lambda path: path.write_bytes(b"\xff" * 4096),
+    lambda path: (path.unlink(), path.mkdir()),
+], ids=["empty", "cut off", "altered", "garbage", "a folder"])  # fmt: skip
 def test_a_corrupt_file_is_compiled_again(damage: Callable[[Path], Any], own_cache: Path) -> None:
     fresh(_once)
     (path,) = own_cache.iterdir()

@@ -116,14 +116,11 @@ def fields(structure: str, text: str) -> int:
     )
 
 
-@pytest.mark.parametrize(
-    "operator, kernel, structure",
-    [
-        ("masked_mse", "masked_mse_finish", "MaskedMse"),
-        ("masked_mse", "masked_mse_scale_f32", "Scale"),
-        ("draw", "draw", "Draw"),
-    ],
-)
+@pytest.mark.parametrize("operator, kernel, structure", [
+    ("masked_mse", "masked_mse_finish", "MaskedMse"),
+    ("masked_mse", "masked_mse_scale_f32", "Scale"),
+    ("draw", "draw", "Draw"),
+])  # fmt: skip
 def test_every_field_of_an_argument_structure_is_8_bytes(
     operator: str, kernel: str, structure: str
 ) -> None:

@@ -35,12 +35,8 @@ def test_a_call_initialises_loads_and_launches_in_order() -> None:
     mode = "cuThreadExchangeStreamCaptureMode"
     load = [mode, "cuModuleLoadData", "cuModuleGetFunction", mode, "cuLaunchKernel"]
     device = [
-        "cuInit",
-        "cuDeviceGetCount",
-        "cuDeviceGet",
-        "cuDeviceGetAttribute",
-        "cuDeviceGetAttribute",
-    ]
+        "cuInit", "cuDeviceGetCount", "cuDeviceGet", "cuDeviceGetAttribute", "cuDeviceGetAttribute",
+    ]  # fmt: skip
     assert calls == [
         *device, "cuDevicePrimaryCtxRetain", "cuCtxGetCurrent", "cuCtxPushCurrent_v2",
         "cuStreamIsCapturing", *load, "cuStreamIsCapturing", *load, "cuCtxPopCurrent_v2",

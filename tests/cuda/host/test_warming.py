@@ -209,16 +209,13 @@ def test_show_config(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert "compiled kernels are not kept; 2 devices" in config.describe()
 
 
-@pytest.mark.parametrize(
-    "variables, folder",
-    [
-        ({"SOKD_CACHE_DIR": "/a", "XDG_CACHE_HOME": "/b", "HOME": "/c"}, "/a"),
-        ({"XDG_CACHE_HOME": "/b", "HOME": "/c"}, "/b/sokd"),
-        ({"XDG_CACHE_HOME": "relative", "HOME": "/c"}, "/c/.cache/sokd"),
-        ({"HOME": "/c"}, "/c/.cache/sokd"),
-        ({}, None),
-    ],
-)
+@pytest.mark.parametrize("variables, folder", [
+    ({"SOKD_CACHE_DIR": "/a", "XDG_CACHE_HOME": "/b", "HOME": "/c"}, "/a"),
+    ({"XDG_CACHE_HOME": "/b", "HOME": "/c"}, "/b/sokd"),
+    ({"XDG_CACHE_HOME": "relative", "HOME": "/c"}, "/c/.cache/sokd"),
+    ({"HOME": "/c"}, "/c/.cache/sokd"),
+    ({}, None),
+])  # fmt: skip
 def test_where_compiled_kernels_are_kept(
     variables: dict[str, str], folder: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -199,15 +199,10 @@ def test_a_perm_outside_the_channels_makes_nan_of_its_channel_alone(
     assert gradients["theta"].isnan().any()
 
 
-@pytest.mark.parametrize(
-    "theta",
-    [
-        [[0, 0, 0], [0, 0, 0]],
-        [[1, 1, 0], [1, 1, 0]],
-        [[1e-7, 0, 0], [0, 1, 0]],
-        [[3, 0, 0.2], [0, 0.1, 0]],
-    ],
-)
+@pytest.mark.parametrize("theta", [
+    [[0, 0, 0], [0, 0, 0]], [[1, 1, 0], [1, 1, 0]], [[1e-7, 0, 0], [0, 1, 0]],
+    [[3, 0, 0.2], [0, 0.1, 0]],
+])  # fmt: skip
 def test_the_adjoint_of_a_theta_without_a_good_inverse(
     theta: list[list[float]], cuda: MockMemory
 ) -> None:
