@@ -87,9 +87,8 @@ def rank_of_two(rank: int, folder: str) -> None:
         torch.save(_work(rank), f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
-    os._exit(
-        0
-    )  # DDP's destructor holds the GIL and may wait for ever for gloo's thread, which wants it
+    # DDP's destructor holds the GIL and may deadlock with gloo's thread, which needs it
+    os._exit(0)
 
 
 def _work(rank: int) -> dict[str, Any]:
@@ -279,9 +278,8 @@ def test_the_search_moves_one_policy(ranks):
     assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
     start = chi(distiller())
     assert all(not torch.equal(*pair) for pair in zip(one, start, strict=True))
-    for found, expected in zip(
-        one, one_process()["chi"], strict=True
-    ):  # rank 1's own seed is not heard
+    # rank 1's own seed is not heard
+    for found, expected in zip(one, one_process()["chi"], strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
 
 

@@ -154,9 +154,8 @@ def test_a_batch_of_one_with_batch_norm():
     refused(ValueError, text, lambda: objective(distiller, *batch(1)))
     assert objective(distiller, *batch(2)).isfinite()
     nets = [nn.Sequential(nn.Conv2d(3, 5, 16), nn.Flatten()) for _ in range(2)]  # maps of one cell
-    refused(
-        ValueError, text, lambda: objective(make(models=nets, layers={"0": "0"}), *batch(1))
-    )  # adapter's
+    # adapter's
+    refused(ValueError, text, lambda: objective(make(models=nets, layers={"0": "0"}), *batch(1)))
 
 
 def test_a_teacher_on_another_device():

@@ -103,9 +103,8 @@ def test_negatives_are_others_and_all_of_them(samples):
     assert drawn.shape == (3, 4000) and drawn.min() >= 0 and drawn.max() < samples
     assert not (drawn == index.unsqueeze(1)).any()
     share = (drawn < samples // 2).double().mean().item()
-    assert (
-        abs(share - 0.5) < 0.02 + 1 / samples
-    )  # 4 standard deviations, and the own place left out
+    # 4 standard deviations, and the own place left out
+    assert abs(share - 0.5) < 0.02 + 1 / samples
     if samples == 12:
         assert all(len(row.unique()) == 11 for row in drawn)
         counts = torch.stack([row.bincount(minlength=12) for row in drawn]).double()

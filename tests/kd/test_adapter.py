@@ -34,9 +34,8 @@ def test_the_convolution_matches_the_sizes_it_was_made_for(student, teacher, kin
     assert (adapter.match.kernel_size, adapter.match.stride) == (kernel, stride)
     features = torch.randn(2, 3, *student)
     assert adapter(features, teacher).shape == (2, 5, *teacher)
-    if (
-        kernel != (1, 1) or student == teacher
-    ):  # the convolution alone gives the size, nothing is resized
+    # the convolution alone gives the size, nothing is resized
+    if kernel != (1, 1) or student == teacher:
         assert adapter.match(features).shape == (2, 5, *teacher)
 
 

@@ -66,9 +66,8 @@ def test_normals_are_independent():
     assert correlation(values[:, :, 1:], values[:, :, :-1]) < bound
     assert correlation(values[:, 1:], values[:, :-1]) < bound  # channels
     assert correlation(values[1:], values[:-1]) < bound  # samples
-    assert (
-        correlation(values[..., 0::2] ** 2 - 1, values[..., 1::2] ** 2 - 1) < bound * 2
-    )  # Box-Muller's pairs
+    # Box-Muller's pairs
+    assert correlation(values[..., 0::2] ** 2 - 1, values[..., 1::2] ** 2 - 1) < bound * 2
     for seed in (12, -11, 11 + 2**32, 11 << 32):
         assert correlation(values, reference.normals(shape, seed).double()) < bound
 

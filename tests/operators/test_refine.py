@@ -160,9 +160,8 @@ def test_corners_outside_are_zero_even_next_to_nan():
     address."""
     features = torch.full((1, 1, 3, 3), math.nan)
     features[0, 0, 1, 1] = 1.0
-    theta = torch.tensor(
-        [[[1.0, 0, 2 / 3 * 3], [0, 1, 0]]]
-    )  # three columns to the side: all outside
+    # three columns to the side: all outside
+    theta = torch.tensor([[[1.0, 0, 2 / 3 * 3], [0, 1, 0]]])
     assert torch.equal(ops.refine(features, theta), torch.zeros(1, 1, 3, 3))
 
 

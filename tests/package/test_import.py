@@ -76,9 +76,8 @@ def test_a_compiled_module_that_does_not_load_is_refused(copy: Path, damage: str
     content = bytearray(library.read_bytes())
     library.unlink()
     if damage == "of another machine":
-        content[18:20] = (
-            b"\xb7\x00" if content[18:20] != b"\xb7\x00" else b"\x3e\x00"
-        )  # ELF's e_machine
+        # ELF's e_machine
+        content[18:20] = b"\xb7\x00" if content[18:20] != b"\xb7\x00" else b"\x3e\x00"
         library.write_bytes(content)
     elif damage == "not a library":
         library.write_text("version https://git-lfs.github.com/spec/v1")

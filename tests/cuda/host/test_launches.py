@@ -29,9 +29,8 @@ def _launches() -> list[str]:
 
 def test_a_call_initialises_loads_and_launches_in_order() -> None:
     calls = [call.split()[0] for call in fresh(_launches)]
-    calls = calls[:1] + [
-        call for call in calls[1:] if call not in {"cuInit", "cuDriverGetVersion"}
-    ]  # NVRTC's own
+    # NVRTC's own
+    calls = calls[:1] + [call for call in calls[1:] if call not in {"cuInit", "cuDriverGetVersion"}]
     mode = "cuThreadExchangeStreamCaptureMode"
     load = [mode, "cuModuleLoadData", "cuModuleGetFunction", mode, "cuLaunchKernel"]
     device = [
