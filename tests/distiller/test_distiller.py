@@ -21,6 +21,7 @@ from support.distiller_cases import (
     one_thread,  # noqa: F401
     rewound,
 )
+from support.raises import raises
 from torch import nn
 
 import sokd
@@ -273,9 +274,8 @@ def test_features_beside_the_logits(features, shape):
         "logits must be found in what both models return for method 'kd' (name them by logits=), "
         "got none"
     )
-    with pytest.raises(ValueError) as caught:
+    with raises(ValueError, f"Distiller: {text}"):
         objective(make(**given, method="kd", task=None))
-    assert str(caught.value) == f"Distiller: {text}"
     _, losses = make(**given, method={"fitnet": None, "kd": None}, logits=1)(*batch())
     _, plain = make(layers="stage1", sokd=False, method="kd")(*batch())
     assert torch.equal(losses["loss_kd"], plain["loss_kd"])

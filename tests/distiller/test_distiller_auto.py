@@ -18,6 +18,7 @@ from support.distiller_cases import (
     models,
     one_thread,  # noqa: F401
 )
+from support.raises import raises
 from torch import nn
 
 from sokd.distiller import Distiller
@@ -224,10 +225,9 @@ def test_auto_on_tokens():
 
 def test_auto_without_a_map():
     net = nn.Sequential(nn.Flatten(), nn.Linear(768, 5))
-    with pytest.raises(ValueError) as caught:
-        Distiller(nn.Sequential(nn.Flatten(), nn.Linear(768, 5)), net, example=batch()[0])
     rule = "be named, for no layer of the student with a gradient gives a map or a square of tokens"
-    assert str(caught.value) == f"Distiller: layers must {rule}, got 'auto'"
+    with raises(ValueError, f"Distiller: layers must {rule}, got 'auto'"):
+        Distiller(nn.Sequential(nn.Flatten(), nn.Linear(768, 5)), net, example=batch()[0])
 
 
 # ------------------------------------------------------------------------ layers without a gradient
@@ -289,9 +289,8 @@ def test_auto_where_only_the_head_is_trained():
     student = models()[1].requires_grad_(False)
     student.head.requires_grad_(True)
     rule = "be named, for no layer of the student with a gradient gives a map or a square of tokens"
-    with pytest.raises(ValueError) as caught:
+    with raises(ValueError, f"Distiller: layers must {rule}, got 'auto'"):
         make(models=(Net(6), student), layers="auto")
-    assert str(caught.value) == f"Distiller: layers must {rule}, got 'auto'"
 
 
 def test_auto_on_a_frozen_student_takes_what_it_would_otherwise():

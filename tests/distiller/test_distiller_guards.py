@@ -18,6 +18,7 @@ from support.distiller_cases import (  # noqa: F401
     objective,
     one_thread,
 )
+from support.raises import raises, warns
 from torch import nn
 
 import sokd
@@ -34,9 +35,8 @@ TEACHER_TRAINS = (
 
 
 def refused(error: type[Exception], text: str, make_or_call) -> None:
-    with pytest.raises(error) as caught:
+    with raises(error, f"Distiller: {text}"):
         make_or_call()
-    assert str(caught.value) == f"Distiller: {text}"
 
 
 # ------------------------------------------------------------------------------------- construction
@@ -411,11 +411,10 @@ def test_a_teacher_in_train_mode():
     distiller = make()
     distiller.teacher.stage1.train()
     before = distiller.teacher.stage1[1].running_mean.clone()
-    with pytest.warns(UserWarning) as caught:
+    with warns(TEACHER_TRAINS) as caught:
         objective(distiller)
         distiller.teacher.train()
         objective(distiller)
-    assert [str(warning.message) for warning in caught] == [TEACHER_TRAINS]
     assert caught[0].filename == __file__.replace(
         "distiller/test_distiller_guards", "support/distiller_cases"
     )

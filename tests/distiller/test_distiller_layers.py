@@ -18,6 +18,7 @@ from support.distiller_cases import (
     objective,
     one_thread,  # noqa: F401
 )
+from support.raises import raises, warns
 from torch import nn
 
 from sokd.distiller import Distiller
@@ -56,10 +57,9 @@ def test_pairs_are_student_then_teacher():
         ("third", "stem")
     ]
     order = "pairs and dicts go student layer -> teacher layer"
-    with pytest.raises(ValueError) as caught:
-        make(models=(teacher, student), layers={"stem": "third"}, example=None)
     rule = "be layers of the teacher (named_modules; nearest: 'head')"
-    assert str(caught.value) == f"{MUST}{rule}, got 'third', a layer of the student: {order}"
+    with raises(ValueError, f"{MUST}{rule}, got 'third', a layer of the student: {order}"):
+        make(models=(teacher, student), layers={"stem": "third"}, example=None)
 
 
 @pytest.mark.parametrize(
@@ -67,22 +67,20 @@ def test_pairs_are_student_then_teacher():
     [("stage3", "'stage2', 'stage1', 'stage2.2'"), ("satge1", "'stage1', 'stage2.1', 'stage1.2'")],
 )
 def test_the_nearest_names(name, nearest):
-    with pytest.raises(ValueError) as caught:
+    with raises(
+        ValueError,
+        f"{MUST}be layers of the student (named_modules; nearest: {nearest}), got {name!r}",
+    ):
         make(layers=name)
-    assert (
-        str(caught.value)
-        == f"{MUST}be layers of the student (named_modules; nearest: {nearest}), got {name!r}"
-    )
 
 
 def test_a_name_like_none_of_them():
-    with pytest.raises(ValueError) as caught:
-        make(layers="xyzzyx")
     text = (
         "(named_modules; nearest: 'stem', 'stem.0', 'stem.1', 'stem.2', 'stage1', ...), got "
         "'xyzzyx'"
     )
-    assert str(caught.value) == f"{MUST}be layers of the student {text}"
+    with raises(ValueError, f"{MUST}be layers of the student {text}"):
+        make(layers="xyzzyx")
 
 
 # ------------------------------------------------------------------------------------------- shapes
@@ -171,9 +169,8 @@ WRONG = {
 
 @pytest.mark.parametrize(("form", "error", "text"), WRONG.values(), ids=WRONG)
 def test_what_no_adapter_should_hide(form, error, text):
-    with pytest.raises(error) as caught:
+    with raises(error, f"Distiller: {text}"):
         shaped(form)
-    assert str(caught.value) == f"Distiller: {text}"
 
 
 @pytest.mark.parametrize(
@@ -264,30 +261,27 @@ def test_a_layer_that_never_ran():
         "Distiller: the student's layer 'stage1' must run in every forward pass, got no call; the "
         "model skipped it in this pass (LayerDrop, a branch): name a layer that always runs"
     )
-    with pytest.raises(RuntimeError) as caught:
+    with raises(RuntimeError, text):
         objective(distiller)
-    assert str(caught.value) == text
 
 
 def test_a_layer_that_runs_twice_is_pointed_out():
     teacher, student = models()
     student.stage1[2] = student.stem[2]  # one ReLU for both
-    with pytest.warns(UserWarning) as caught:
-        make(models=(teacher, student), layers={"stem.2": "stem.2"})
     what = "runs several times in a forward pass; its first output is distilled"
     text = f"sokd: the student's layer 'stem.2' {what}"
-    assert [str(warning.message) for warning in caught] == [text]
+    with warns(text):
+        make(models=(teacher, student), layers={"stem.2": "stem.2"})
 
 
 def test_a_layer_that_is_overwritten_is_pointed_out():
     teacher, _ = models()
-    with pytest.warns(UserWarning) as caught:
-        make(models=(teacher, Net(3, inplace=True)), layers={"stage1.1": "stage1.1"})
     text = (
         "sokd: the student's layer 'stage1.1' is overwritten in place by the layer after it, and "
         "the overwritten map is distilled; name that layer instead"
     )
-    assert [str(warning.message) for warning in caught] == [text]
+    with warns(text):
+        make(models=(teacher, Net(3, inplace=True)), layers={"stage1.1": "stage1.1"})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make(models=(teacher, Net(3, inplace=True)))

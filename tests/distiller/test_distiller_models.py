@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.distiller_cases import one_thread  # noqa: F401
+from support.raises import raises
 from torch import nn
 
 from sokd.distiller import Distiller
@@ -146,9 +147,9 @@ def test_a_detector_with_an_fpn():
 
 def test_a_detectors_dict_of_maps_is_pointed_out():
     images = [torch.rand(3, 96, 96)]
-    with pytest.raises(TypeError) as caught:
-        Distiller(faster_rcnn(), faster_rcnn(), layers="backbone.fpn", example=images)
-    assert str(caught.value) == (
+    with raises(
+        TypeError,
         "Distiller: the student's layer 'backbone.fpn' must give a tensor, got OrderedDict with "
-        "'0', '1', 'pool': name one, as in 'backbone.fpn:0'"
-    )
+        "'0', '1', 'pool': name one, as in 'backbone.fpn:0'",
+    ):
+        Distiller(faster_rcnn(), faster_rcnn(), layers="backbone.fpn", example=images)

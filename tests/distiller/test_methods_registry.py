@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from support.cases import compiles
+from support.raises import raises
 from torch import nn
 
 from sokd import methods
@@ -269,6 +270,5 @@ ERRORS = [
 
 @pytest.mark.parametrize("mistake, kind, text", ERRORS, ids=[text for _, _, text in ERRORS])
 def test_mistakes(mistake, kind, text):
-    with pytest.raises(kind) as error:
+    with raises(kind, text):
         mistake()
-    assert type(error.value) is kind and str(error.value) == text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from support.raises import raises
 from torch import nn
 
 from sokd.kd.adapter import Adapter, resize
@@ -164,9 +165,8 @@ def test_a_map_of_tokens_is_a_view_in_channels_last():
      "name tokens and grid), got 0 tokens"),
 ])  # fmt: skip
 def test_tokens_that_do_not_fit_are_refused(count, options, text):
-    with pytest.raises(ValueError) as caught:
+    with raises(ValueError, text):
         tokens_to_map(torch.zeros(2, count, 3), **options)
-    assert str(caught.value) == text
 
 
 @pytest.mark.parametrize(("arguments", "options", "text"), [
@@ -181,6 +181,5 @@ def test_tokens_that_do_not_fit_are_refused(count, options, text):
     (("3", 5), {}, "Adapter: student_channels must be a whole number, got '3'"),
 ])  # fmt: skip
 def test_bad_options_are_refused(arguments, options, text):
-    with pytest.raises(ValueError) as caught:
+    with raises(ValueError, text):
         Adapter(*arguments, **options)
-    assert str(caught.value) == text

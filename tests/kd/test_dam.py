@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from support.raises import raises
 
 from sokd import reference
 from sokd.kd.dam import DAM
@@ -183,6 +184,5 @@ def test_channels_last_gives_the_same():
     ({"kernel": 0}, "DAM: kernel must be positive, got 0"),
 ])  # fmt: skip
 def test_bad_options_are_refused(options, text):
-    with pytest.raises(ValueError) as caught:
+    with raises(ValueError, text):
         DAM(**{"channels": 3, **options})
-    assert str(caught.value) == text

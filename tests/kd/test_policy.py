@@ -11,6 +11,7 @@ import re
 import pytest
 import torch
 from support.cases import compiles
+from support.raises import raises
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -402,6 +403,5 @@ def test_projection() -> None:
     ],
 )
 def test_options_are_checked(options: dict, message: str) -> None:
-    with pytest.raises(ValueError) as caught:
+    with raises(ValueError, message):
         Policy(**options)
-    assert str(caught.value) == message

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.cases import compiles
+from support.raises import raises
 from test_search import Student, batch_of, made, same, step
 
 from sokd.kd.policy import Policy
@@ -28,18 +29,15 @@ from sokd.kd.sokd import SoKD
     ({"epochs": "a"}, "PolicySearch: epochs must be a whole number, 0 or more, got 'a'"),
 ])  # fmt: skip
 def test_options_are_checked(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError) as caught:
+    with raises(ValueError, message):
         made(**options)
-    assert str(caught.value) == message
 
 
 def test_a_policy_is_needed() -> None:
-    with pytest.raises(ValueError) as caught:
+    with raises(
+        ValueError, "PolicySearch: kd must have a Policy as kd.policy, got SoKD with NoneType"
+    ):
         PolicySearch(SoKD(3, 4, policy=None), Student())
-    assert (
-        str(caught.value)
-        == "PolicySearch: kd must have a Policy as kd.policy, got SoKD with NoneType"
-    )
 
 
 @compiles
@@ -72,9 +70,8 @@ STEP = "PolicySearch: step must return (loss, student features, teacher features
 ])  # fmt: skip
 def test_what_a_step_returns_is_checked(result: Any, kind: type[Exception], message: str) -> None:
     _, _, search = made()
-    with pytest.raises(kind) as caught:
+    with raises(kind, message):
         search.step(lambda model, batch: result(*step(model, batch)), batch_of())
-    assert str(caught.value) == message
 
 
 def test_a_loss_cut_off_from_the_weights_is_refused() -> None:
@@ -84,36 +81,31 @@ def test_a_loss_cut_off_from_the_weights_is_refused() -> None:
         task, f_s, f_t = step(model, batch)
         return task.detach(), f_s, f_t
 
-    with pytest.raises(ValueError) as caught:
+    with raises(
+        ValueError, "PolicySearch: loss must depend on the weights, got one without a gradient"
+    ):
         search.step(cut, batch_of())
-    assert (
-        str(caught.value)
-        == "PolicySearch: loss must depend on the weights, got one without a gradient"
-    )
 
 
 @pytest.mark.parametrize("name", ["alpha", "magnitude"])
 def test_a_frozen_policy_is_not_searched(name: str) -> None:
     _, kd, search = made()
     getattr(kd.policy, name).requires_grad_(False)
-    with pytest.raises(ValueError) as caught:
+    with raises(
+        ValueError, f"PolicySearch: kd.policy.{name} must require grad, got one that is frozen"
+    ):
         search.step(step, batch_of())
-    assert (
-        str(caught.value)
-        == f"PolicySearch: kd.policy.{name} must require grad, got one that is frozen"
-    )
 
 
 def test_a_step_that_runs_another_student_is_refused() -> None:
     _, _, search = made()
     other = Student()
-    with pytest.raises(ValueError) as caught:
-        search.step(lambda _, batch: step(other, batch), batch_of())
     text = (
         "PolicySearch: step must run the model it is called with, with gradients, got a loss that "
         "none of the student's parameters enters"
     )
-    assert str(caught.value) == text
+    with raises(ValueError, text):
+        search.step(lambda _, batch: step(other, batch), batch_of())
 
 
 def test_a_student_without_anything_to_train() -> None:
@@ -122,13 +114,12 @@ def test_a_student_without_anything_to_train() -> None:
     student.requires_grad_(False)
     assert search.step(step, batch_of()).isfinite()
     kd.requires_grad_(False)
-    with pytest.raises(ValueError) as caught:
-        search.step(step, batch_of())
     text = (
         "PolicySearch: student must have parameters that require grad (or kd.adapter or kd.dam "
         "some), for its virtual step, got none; order=1 does without"
     )
-    assert str(caught.value) == text
+    with raises(ValueError, text):
+        search.step(step, batch_of())
     assert PolicySearch(kd, student, order=1).step(step, batch_of()).isfinite()
 
 
@@ -150,9 +141,8 @@ def test_a_state_that_lacks_something_is_refused() -> None:
     state = search.state_dict()
     names = ", ".join(state)
     del state["order"]
-    with pytest.raises(ValueError) as caught:
+    with raises(ValueError, f"PolicySearch: state must have {names}, got {', '.join(state)}"):
         search.load_state_dict(state)
-    assert str(caught.value) == f"PolicySearch: state must have {names}, got {', '.join(state)}"
 
 
 @pytest.mark.parametrize(("estimator", "adam"), [("gumbel", "adam"), ("relax", "control_adam")])

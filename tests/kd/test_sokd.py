@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from support.cases import compiles
 from support.kd_cases import features, make, pair, rewound
+from support.raises import raises
 from torch import nn
 
 from sokd.kd.policy import Policy
@@ -261,18 +262,15 @@ STUDENT, TEACHER = torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4, 4)
      "tokens and grid), got 7 tokens"),
 ])  # fmt: skip
 def test_features_that_do_not_fit_are_refused(error, student, teacher, text):
-    with pytest.raises(error) as caught:
+    with raises(error, f"loss: {text}"):
         loss(student, teacher, make())
-    assert str(caught.value) == f"loss: {text}"
 
 
 def test_the_layer_is_named():
-    with pytest.raises(ValueError) as caught:
+    with raises(
+        ValueError, "loss: teacher_features[1] must be [B, 4, H, W] or [B, N, 4], got [2, 3, 4, 4]"
+    ):
         loss([STUDENT] * 2, [TEACHER, STUDENT], make([3, 3], [4, 4]))
-    assert (
-        str(caught.value)
-        == "loss: teacher_features[1] must be [B, 4, H, W] or [B, N, 4], got [2, 3, 4, 4]"
-    )
 
 
 def test_shapes_that_no_adapter_makes_equal_are_refused():
@@ -282,31 +280,28 @@ def test_shapes_that_no_adapter_makes_equal_are_refused():
     shape = "loss: student_features must have the teacher's shape [2, 4, 4, 4]"
     assert str(caught.value) == f"{shape} (kd.adapter is None), got [2, 3, 4, 4]"
     kd.adapter = nn.Conv2d(3, 4, 3)
-    with pytest.raises(ValueError) as caught:
-        loss(STUDENT, TEACHER, kd)
     rule = "have the teacher's shape [2, 4, 4, 4] after kd.adapter"
-    assert str(caught.value) == f"loss: student_features must {rule}, got [2, 4, 2, 2]"
+    with raises(ValueError, f"loss: student_features must {rule}, got [2, 4, 2, 2]"):
+        loss(STUDENT, TEACHER, kd)
 
 
 @pytest.mark.parametrize(
     ("kd", "got"), [({}, "dict"), (nn.Linear(1, 1), "Linear")], ids=["dict", "Linear"]
 )
 def test_kd_must_be_a_sokd(kd, got):
-    with pytest.raises(TypeError) as caught:
+    with raises(TypeError, f"loss: kd must be a sokd.SoKD, got {got}"):
         loss(STUDENT, TEACHER, kd)
-    assert str(caught.value) == f"loss: kd must be a sokd.SoKD, got {got}"
 
 
 def test_one_value_a_channel_is_refused_in_training():
     kd, student, teacher = make(), torch.randn(1, 3, 1, 1), torch.randn(1, 4, 1, 1)
-    with pytest.raises(ValueError) as caught:
-        loss(student, teacher, kd)
     want = (
         "loss: student_features must give the BatchNorm of kd.adapter more than 1 value per "
         "channel in train mode, got 1 sample of 1 cell (drop_last=True in the DataLoader, or "
         "larger batches)"
     )
-    assert str(caught.value) == want
+    with raises(ValueError, want):
+        loss(student, teacher, kd)
     kd.adapter.eval()
     assert loss(student, teacher, kd).isfinite()
 
@@ -323,24 +318,21 @@ def test_one_value_a_channel_is_refused_in_training():
      "adapter must be 'default', None or an nn.Module, got builtin_function_or_method"),
 ])  # fmt: skip
 def test_a_part_that_the_loss_could_not_call_is_refused(options, text):
-    with pytest.raises(TypeError) as caught:
+    with raises(TypeError, f"SoKD: {text}"):
         SoKD(3, 4, **options)
-    assert str(caught.value) == f"SoKD: {text}"
 
 
 def test_an_invalid_generator():
-    with pytest.raises(TypeError) as caught:
+    with raises(TypeError, "Policy: generator must be a torch.Generator or None, got int"):
         make(generator=3)
-    assert str(caught.value) == "Policy: generator must be a torch.Generator or None, got int"
 
 
 def test_a_part_put_in_later_must_give_what_the_loss_needs():
     kd = make()
     kd.dam = nn.Bilinear(4, 4, 4)
     kd.dam.forward = lambda student, refined, scale: student
-    with pytest.raises(TypeError) as caught:
+    with raises(TypeError, "loss: kd.dam must return an Attention, got Tensor"):
         loss(*pair(), kd)
-    assert str(caught.value) == "loss: kd.dam must return an Attention, got Tensor"
 
 
 @compiles
@@ -353,10 +345,9 @@ def test_parts_of_ones_own_are_taken():
 
 
 def test_features_of_another_dtype_than_the_parameters_are_refused():
-    with pytest.raises(TypeError) as caught:
-        loss(STUDENT.double(), TEACHER.double(), make())
     rule = "have the dtype torch.float32 of kd's parameters (see kd.to and torch.autocast)"
-    assert str(caught.value) == f"loss: student_features must {rule}, got torch.float64"
+    with raises(TypeError, f"loss: student_features must {rule}, got torch.float64"):
+        loss(STUDENT.double(), TEACHER.double(), make())
 
 
 @pytest.mark.parametrize(("arguments", "options", "text"), [
@@ -375,6 +366,5 @@ def test_features_of_another_dtype_than_the_parameters_are_refused():
     ((3, 4), {"policies": 5}, "Policy: policies must be a list of pairs of operations, got 5"),
 ])  # fmt: skip
 def test_bad_options_are_refused(arguments, options, text):
-    with pytest.raises(ValueError) as caught:
+    with raises(ValueError, text):
         SoKD(*arguments, **options)
-    assert str(caught.value) == text

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from support.cases import compiles
 from support.kd_cases import features, make, pair, rewound
+from support.raises import raises
 from torch import nn
 
 import sokd
@@ -271,9 +272,8 @@ WRONG = {
 
 @pytest.mark.parametrize(("call", "text"), WRONG.values(), ids=WRONG)
 def test_what_is_refused(call, text):
-    with pytest.raises(TypeError) as caught:
+    with raises(TypeError, text):
         call()
-    assert str(caught.value) == text
 
 
 LEAD = "lead to features [B, C, H, W] or [B, N, C], or a list of them, among any_loss's arguments"
@@ -292,9 +292,8 @@ ELSEWHERE = {
 
 @pytest.mark.parametrize(("call", "text"), ELSEWHERE.values(), ids=ELSEWHERE)
 def test_arguments_that_are_no_features(call, text):
-    with pytest.raises(ValueError) as caught:
+    with raises(ValueError, text):
         call()
-    assert str(caught.value) == text
 
 
 def test_places_that_are_swapped():
@@ -304,9 +303,8 @@ def test_places_that_are_swapped():
     kd = sokd.SoKD(3, 4, heat_channels=3)
     rule = "be the argument of the student's features"
     text = f"wrap: student must {rule}, got 0, which is 'teacher_maps'"
-    with pytest.raises(ValueError) as caught:
+    with raises(ValueError, text):
         wrap(loss_of, kd)
-    assert str(caught.value) == text
     with pytest.raises(ValueError, match="got 'teacher_maps', which is 'teacher_maps'"):
         wrap(loss_of, kd, student="teacher_maps", teacher=0)
     assert wrap(loss_of, kd, student=1, teacher=0) is not None

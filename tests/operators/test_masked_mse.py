@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from support import naive
 from support.cases import DTYPES, LAYOUTS, SHAPES, laid_out
+from support.raises import raises
 
 from sokd import ops, reference
 from sokd.ops import torch_internals
@@ -326,12 +327,10 @@ def test_other_gradients_are_refused(name, module):
         "weight": torch.ones(1, 2, 2),
     }
     inputs[name].requires_grad_()
-    with pytest.raises(ValueError) as error:
+    with raises(
+        ValueError, f"masked_mse: {name} must not require grad, got a tensor that requires grad"
+    ):
         module.masked_mse(**inputs)
-    assert (
-        str(error.value)
-        == f"masked_mse: {name} must not require grad, got a tensor that requires grad"
-    )
     with torch.no_grad():
         assert module.masked_mse(**inputs).item() == 0
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from support.cases import DTYPES, LAYOUTS, everything, laid_out
+from support.raises import raises
 
 import sokd
 from sokd import _core, ops, reference
@@ -219,10 +220,9 @@ def test_numpy_arrays_that_are_not_aligned_are_refused():
     memory = np.zeros(4 * 5 * 6 * 7 * 4 + 4, np.uint8)
     offset = (1 - memory.ctypes.data) % 4
     features = memory[offset:][: 4 * 5 * 6 * 7 * 4].view(np.float32).reshape(4, 5, 6, 7)
-    with pytest.raises(ValueError) as caught:
-        ops.masked_mse(features, features)
     message = "masked_mse: student must be aligned to its elements, got an address 1 bytes off"
-    assert str(caught.value) == message
+    with raises(ValueError, message):
+        ops.masked_mse(features, features)
 
 
 def test_numpy_arrays_that_may_not_be_written_are_only_read():

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from support import naive
 from support.cases import DTYPES, LAYOUTS, SHAPES, everything, laid_out, pair, same_bits
+from support.raises import raises
 
 from sokd import ops, reference
 
@@ -332,12 +333,10 @@ def test_refine_dots_refuse_gradients(name):
     }
     inputs[name] = inputs[name].clone().requires_grad_()
     plans = {"theta": inputs.pop("theta")}
-    with pytest.raises(ValueError) as error:
+    with raises(
+        ValueError, f"refine_dots: {name} must not require grad, got a tensor that requires grad"
+    ):
         ops.refine_dots(**inputs, plans=plans)
-    assert (
-        str(error.value)
-        == f"refine_dots: {name} must not require grad, got a tensor that requires grad"
-    )
     with torch.no_grad():
         assert ops.refine_dots(**inputs, plans=plans).tolist() == [4.0]
 
