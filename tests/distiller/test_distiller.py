@@ -18,7 +18,6 @@ from support.distiller_cases import (
     make,
     models,
     objective,
-    one_thread,  # noqa: F401
     rewound,
 )
 from support.raises import raises
@@ -351,12 +350,6 @@ def test_a_task_of_ones_own():
     logits, losses = make(task=smooth)(*batch())
     torch.testing.assert_close(losses["loss_task"], smooth(logits, batch()[1]))
     assert "loss_ce" not in make(task=None)(*batch())[1]
-
-
-def test_soft_targets():
-    x, y = batch()
-    _, losses = make(method="fitnet")(x, F.one_hot(y, CLASSES).float())
-    assert losses["loss_ce"].isfinite()
 
 
 def test_vectors_and_tokens_meet_maps_of_one_kind():

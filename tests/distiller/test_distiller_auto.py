@@ -8,16 +8,7 @@ from collections import OrderedDict
 import pytest
 import torch
 import torch.nn.functional as F
-from support.distiller_cases import (
-    CLASSES,
-    Answering,
-    Net,
-    Shaped,
-    batch,
-    make,
-    models,
-    one_thread,  # noqa: F401
-)
+from support.distiller_cases import CLASSES, Answering, Net, Shaped, batch, make, models
 from support.raises import raises
 from torch import nn
 

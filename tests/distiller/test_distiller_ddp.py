@@ -17,16 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from support.distiller_cases import (  # noqa: F401
-    SMALL,
-    batch,
-    gradients,
-    make,
-    models,
-    objective,
-    one_thread,
-    rewound,
-)
+from support.distiller_cases import SMALL, batch, gradients, make, models, objective, rewound
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

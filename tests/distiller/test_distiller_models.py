@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.distiller_cases import one_thread  # noqa: F401
 from support.raises import raises
 from torch import nn
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.distiller_cases import one_thread  # noqa: F401
 
 from sokd.distiller import Distiller
 

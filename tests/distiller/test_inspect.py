@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from support.distiller_cases import SMALL, batch, make, objective, one_thread  # noqa: F401
+from support.distiller_cases import SMALL, batch, make, objective
 from support.raises import raises
 from torch import nn
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from support.distiller_cases import make, one_thread  # noqa: F401
+from support.distiller_cases import make
 from support.raises import raises
 
 from sokd import methods

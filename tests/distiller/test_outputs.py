@@ -7,21 +7,11 @@ from collections import namedtuple
 import pytest
 import torch
 import torch.nn.functional as F
-from support.distiller_cases import (
-    SMALL,
-    Answering,
-    Net,
-    batch,
-    make,
-    models,
-    objective,
-    one_thread,  # noqa: F401
-)
+from support.distiller_cases import Answering, Net, batch, make, models, objective
 from support.raises import raises, warns
 from torch import Tensor, nn
 
 import sokd
-from sokd.compat import MDistiller
 
 
 class Detector(nn.Module):
@@ -139,14 +129,6 @@ def test_a_task_that_returns_no_scalar(reduction, got):
         objective(make(task=task))
     one = make(task=lambda output, y: F.cross_entropy(output, y)[None])
     assert one(*batch())[1]["loss_task"].dim() == 0
-
-
-def test_mdistiller_returns_logits_as_before():
-    teacher, student = (Answering(net, lambda z: (z, {"feats": []})) for net in models())
-    distiller = MDistiller(student, teacher, layers="net.stage1", example=batch()[0], sokd=SMALL)
-    logits, _ = distiller(image=batch()[0], target=batch()[1])
-    assert logits.shape == (4, 5)
-    assert distiller.eval()(image=batch()[0]).shape == (4, 5)
 
 
 # ---------------------------------------------------------------- one of several tensors of a width
