@@ -190,8 +190,7 @@ ERRORS = [
      "kd: teacher_logits must be given (this method compares logits [B, K]), got None"),
     (lambda: build("catkd", **SHAPES)(step()), ValueError,
      "catkd: student_head must be given (student's last linear layer), or its last map have 7 "
-     "channels, "
-     "got 4"),
+     "channels, got 4"),
     # logits
     (lambda: methods.kd([1.0], LOGITS), TypeError, "kd: student_logits must be a tensor, got list"),
     (lambda: methods.kd(LOGITS, LOGITS.long()), TypeError,
@@ -263,8 +262,7 @@ ERRORS = [
      "reviewkd: student must have one map for each of the 1 stages, got 2"),
     (lambda: methods.reviewkd([3], [3])([M[:1, :, :1, :1]], [M[:1]]), ValueError,
      "reviewkd: student must have more than one value a channel in training, for BatchNorm "
-     "(drop_last=True "
-     "in the DataLoader), got [1, 3, 1, 1]"),
+     "(drop_last=True in the DataLoader), got [1, 3, 1, 1]"),
 ]  # fmt: skip
 
 
