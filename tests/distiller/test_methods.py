@@ -1,4 +1,4 @@
-"""Distillation losses without state: values against loops, gradients, edges, compilation."""
+"""Distillation losses without state: values against loops, gradients, edges."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import support.naive_methods as naive
 import torch
-from support.cases import compiles
 from support.raises import raises
 from torch import Tensor
 
@@ -306,7 +305,7 @@ def test_samples_at_one_place():
     assert student.grad.abs().max() < 1e3
 
 
-# --- precision, layouts, compilation
+# --- precision, layouts
 
 
 @pytest.mark.parametrize("name", LOGITS + FEATURES)
@@ -342,20 +341,3 @@ def test_layouts(name):
         actual = function(leaf, layout(teacher), weight.unsqueeze(1))
         actual.backward()
         torch.testing.assert_close(actual, expected)
-
-
-@compiles
-@pytest.mark.parametrize("name", LOGITS + FEATURES)
-def test_compiles_in_one_graph(name):
-    loss, student = loss_of(name, dtype=torch.float32)
-    function, rest = loss.args
-    torch._dynamo.reset()
-    fast = torch.compile(function, fullgraph=True, backend="aot_eager")
-    for run in (fast, function):
-        leaf = student.clone().requires_grad_()
-        value = run(leaf, *rest)
-        value.backward()
-        if run is fast:
-            kept = (value.detach(), leaf.grad)
-    torch.testing.assert_close(kept[0], value.detach())
-    torch.testing.assert_close(kept[1], leaf.grad)
