@@ -213,6 +213,7 @@ class SoKD(nn.Module):
     def match(
         self, student_features: Features, teacher_features: Features, *, draw: Draw | None = None,
         adapt: bool = True, refine: bool = True, attend: bool = True, differentiable: bool = False,
+        valid: Sequence[Tensor | None] | None = None,
     ) -> list[Match]:  # fmt: skip
         """Adapt the student's maps, refine the teacher's, find the areas: a `Match` each layer.
 
@@ -232,6 +233,8 @@ class SoKD(nn.Module):
             refine: False: no draw is taken and `refined` is the clean teacher.
             attend: False: the DAM does not run and `attention` is None.
             differentiable: whether `refined` carries the policy's gradient.
+            valid: for each layer [B, 1, H, W] at the teacher's size, 0 for cells of padding: there
+                the adapted and the refined map and omega are 0, and no area is found.
 
         Raises:
             TypeError, ValueError: as `sokd.loss`.
@@ -261,7 +264,11 @@ class SoKD(nn.Module):
             if compared and adapted.dtype != refined.dtype:  # only under autocast
                 dtype = torch.promote_types(adapted.dtype, refined.dtype)
                 adapted, refined = adapted.to(dtype), refined.to(dtype)
-            attention = apply_dam(dams[index], adapted, refined, self.lambda_agreement)
+            cells = None if valid is None else valid[index]
+            if cells is not None:
+                refined = refined * cells.to(refined.dtype)
+                adapted = adapted * cells.to(adapted.dtype) if compared else adapted
+            attention = apply_dam(dams[index], adapted, refined, self.lambda_agreement, cells)
             matches.append(Match(adapted if adapt else student, refined, attention))
         return matches
 
