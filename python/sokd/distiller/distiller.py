@@ -503,6 +503,7 @@ class Distiller(nn.Module):
 
 def _omega(match: Match, cells: Tensor | None) -> Tensor | None:
     """omega [B, H, W] of a layer: SoKD's, else 1 in the images and 0 in the padding."""
-    if match.attention is not None:
-        return match.attention.weight
-    return None if cells is None else cells[:, 0]
+    own = None if match.attention is None else match.attention.weight
+    if cells is None or own is None:
+        return own if cells is None else cells[:, 0]
+    return own * cells[:, 0]

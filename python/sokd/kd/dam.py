@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from sokd.kd.adapter import resize
 from sokd.kd.features import one_of, positive
-from sokd.kd.virtual import unwrapped
 from sokd.ops import Areas
 from sokd.ops import areas as find_areas
 from sokd.ops.masked_mse import scaled_mse
@@ -97,24 +96,17 @@ class DAM(nn.Module):
         self.size = nn.Conv2d(channels, 2, 1)
         self.offset = nn.Conv2d(channels, 2, 1)
 
-    def forward(
-        self, student: Tensor, teacher: Tensor, *, scale: float = 1.0, valid: Tensor | None = None
-    ) -> Attention:
+    def forward(self, student: Tensor, teacher: Tensor, *, scale: float = 1.0) -> Attention:
         """Agreement and areas of student and teacher, [B, C, H, W] each, as one batch.
 
         The teacher's features are constants; both sides train the heads. `scale` multiplies L_D.
-        `valid` [B, 1, H, W]: no area has its peak where it is 0.
         """
         points, size = self._heads(torch.cat((student, teacher.detach())))
         batch = student.shape[0]
         agreement = self._agreement(_sides(points, size, batch), scale)
         detached = _sides(points.detach(), size.detach(), batch)
         of_student, of_teacher = (self._named(*side) for side in detached)
-        held = [
-            side if valid is None else side._replace(heat=side.heat * valid.to(side.heat.dtype))
-            for side in (of_student, of_teacher)
-        ]
-        found = self._areas(*held)
+        found = self._areas(of_student, of_teacher)
         weight = self._weight(found.coverage)
         return Attention(agreement, weight, found.coverage, found.boxes, of_student.heat)
 
@@ -165,24 +157,16 @@ class DAM(nn.Module):
 
 
 def apply_dam(
-    dam: nn.Module | None, student: Tensor, refined: Tensor, scale: float,
-    valid: Tensor | None = None,
-) -> Attention | None:  # fmt: skip
+    dam: nn.Module | None, student: Tensor, refined: Tensor, scale: float
+) -> Attention | None:
     """The output of `dam`, a `DAM` or a module called as one is; None without one.
-
-    Args:
-        valid: [B, 1, H, W]; omega is 0 where it is 0.
 
     Raises:
         TypeError: the module returns something else than an `Attention`.
     """
-    only = {} if valid is None or not isinstance(unwrapped(dam), DAM) else {"valid": valid}
-    found = None if dam is None else dam(student, refined, scale=scale, **only)
-    if isinstance(found, Attention):
-        weight = found.weight
-        return found if valid is None else found._replace(weight=weight * valid[:, 0].to(weight))
-    if found is None:
-        return None
+    found = None if dam is None else dam(student, refined, scale=scale)
+    if found is None or isinstance(found, Attention):
+        return found
     raise TypeError(f"loss: kd.dam must return an Attention, got {type(found).__name__}")
 
 

@@ -234,7 +234,7 @@ class SoKD(nn.Module):
             attend: False: the DAM does not run and `attention` is None.
             differentiable: whether `refined` carries the policy's gradient.
             valid: for each layer [B, 1, H, W] at the teacher's size, 0 for cells of padding: there
-                the adapted and the refined map and omega are 0, and no area is found.
+                the adapted and the refined map are 0, and so are their agreement's terms.
 
         Raises:
             TypeError, ValueError: as `sokd.loss`.
@@ -268,7 +268,7 @@ class SoKD(nn.Module):
             if cells is not None:
                 refined = refined * cells.to(refined.dtype)
                 adapted = adapted * cells.to(adapted.dtype) if compared else adapted
-            attention = apply_dam(dams[index], adapted, refined, self.lambda_agreement, cells)
+            attention = apply_dam(dams[index], adapted, refined, self.lambda_agreement)
             matches.append(Match(adapted if adapt else student, refined, attention))
         return matches
 
