@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from parts import detection, published
 from parts.data import loaders
-from parts.detection import Once
+from parts.detection import BackboneAlone, Once
 from parts.options import read_options
 from parts.run import Run, load_weights, objective
 from torch import Tensor, nn
@@ -44,12 +44,12 @@ def with_teacher(args: Any, student: nn.Module, classes: int) -> sokd.Distiller:
         detection.pretrained(teacher, args.teacher)
     else:
         load_weights(teacher, args.teacher_weights, "--teacher-weights")
-    pairs = detection.levels(student, teacher, (args.student, args.teacher))
+    pairs: list[Any] = detection.levels(student, teacher, (args.student, args.teacher))
     if args.layers:
         pairs = [tuple(pair.split("=", 1)) for pair in args.layers]
     return sokd.Distiller(
-        student=student, teacher=teacher.backbone, layers=pairs, method=args.method, task="model",
-        sokd=args.sokd and args.sokd_option, check_finite=False,
+        student=student, teacher=BackboneAlone(teacher), layers=pairs, method=args.method,
+        task="model", sokd=args.sokd and args.sokd_option, check_finite=False,
         example=torch.zeros(2, 3, 128, 128), **args.method_option,
     )  # fmt: skip
 

@@ -316,8 +316,8 @@ def _load(network: nn.Module, given: dict[str, Tensor], name: str) -> None:
     load_weights(network, given, f"torchvision's {name}")
 
 
-def levels(student: nn.Module, teacher: nn.Module, names: Sequence[str]) -> list[tuple[str, str]]:
-    """The pairs of layers: the levels of the feature pyramids, which must be the same."""
+def levels(student: nn.Module, teacher: nn.Module, names: Sequence[str]) -> list[str]:
+    """The layers: the levels of the feature pyramids, which both networks must have."""
     found = []
     for side, network, name in zip(("student", "teacher"), (student, teacher), names, strict=True):
         backbone = getattr(network, "backbone", None)
@@ -331,7 +331,18 @@ def levels(student: nn.Module, teacher: nn.Module, names: Sequence[str]) -> list
     if found[0] != found[1]:
         each = (f"{n}: {', '.join(map(repr, f))}" for n, f in zip(names, found, strict=True))
         raise SystemExit(f"--student must have the teacher's levels, got {'; '.join(each)}")
-    return [(f"backbone.fpn:{key}", f"fpn:{key}") for key in found[0]]
+    return [f"backbone.fpn:{key}" for key in found[0]]
+
+
+class BackboneAlone(nn.Module):
+    """A teacher of whose detector only the backbone runs: its heads would double the step."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.detector = detector.backbone, detector
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return self.backbone(x)
 
 
 class Once(nn.Module):
