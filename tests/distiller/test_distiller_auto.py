@@ -236,7 +236,8 @@ def test_auto_without_a_map():
     net = nn.Sequential(nn.Flatten(), nn.Linear(768, 5))
     with pytest.raises(ValueError) as caught:
         Distiller(nn.Sequential(nn.Flatten(), nn.Linear(768, 5)), net, example=batch()[0])
-    rule = "be named, for no layer of the student with a gradient gives a map or a square of tokens"
+    rule = "be named, because no layer of the student with a gradient returns a map or a square of "
+    rule += "tokens"
     assert str(caught.value) == f"Distiller: layers must {rule}, got 'auto'"
 
 
@@ -298,7 +299,8 @@ def test_auto_on_a_student_whose_backbone_runs_without_a_graph():
 def test_auto_where_only_the_head_is_trained():
     student = models()[1].requires_grad_(False)
     student.head.requires_grad_(True)
-    rule = "be named, for no layer of the student with a gradient gives a map or a square of tokens"
+    rule = "be named, because no layer of the student with a gradient returns a map or a square of "
+    rule += "tokens"
     with pytest.raises(ValueError) as caught:
         make(models=(Net(6), student), layers="auto")
     assert str(caught.value) == f"Distiller: layers must {rule}, got 'auto'"

@@ -139,8 +139,8 @@ def test_a_step_that_runs_another_student_is_refused() -> None:
     with pytest.raises(ValueError) as caught:
         search.step(lambda _, batch: step(other, batch), batch_of())
     text = (
-        "PolicySearch: step must run the model it is called with, with gradients, got a loss that "
-        "none of the student's parameters enters"
+        "PolicySearch: step must run the model it is called with, with gradients, got a loss "
+        "that does not depend on the student's parameters"
     )
     assert str(caught.value) == text
 
@@ -155,7 +155,7 @@ def test_a_student_without_anything_to_train() -> None:
         search.step(step, batch_of())
     text = (
         "PolicySearch: student must have parameters that require grad (or kd.adapter or kd.dam "
-        "some), for its virtual step, got none; order=1 does without"
+        "some), for its virtual step, got none; order=1 needs none"
     )
     assert str(caught.value) == text
     assert PolicySearch(kd, student, order=1).step(step, batch_of()).isfinite()

@@ -41,7 +41,7 @@ def checked_plug(plug: Any) -> Plug:
 
 
 class Needs:
-    """What the methods of a Distiller need from the layers."""
+    """What the methods of a Distiller require."""
 
     def __init__(self, recipes: Sequence[Recipe], plug: Plug) -> None:
         # no method reads features, so SoKD's own masked term does
@@ -78,7 +78,7 @@ def make_kd(
         return plug
     options = dict(plug) if isinstance(plug, Mapping) else {}
     if not needs.adapted and options.get("dam", "default") is None:
-        options.setdefault("adapter", None)  # nothing would train it
+        options.setdefault("adapter", None)  # no loss would train it
     sizes: list[Any] = [[shape[1:] for shape in side] for side in (students, teachers)]
     return SoKD(*channels, **{"student_size": sizes[0], "teacher_size": sizes[1], **options})
 
@@ -86,7 +86,7 @@ def make_kd(
 def find_heads(
     recipe: Recipe, models: Sequence[nn.Module], shapes: Sequence[Sequence[Shape]]
 ) -> dict[str, nn.Module]:
-    """The models' classifiers for a method that reads them, if its options do not name them.
+    """The models' classifiers for a method that needs them, unless its options give them.
 
     A classifier is the last linear layer or 1x1 convolution with the channels of the last map.
     """

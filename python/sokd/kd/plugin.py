@@ -1,11 +1,11 @@
-"""Any feature loss with SoKD plugged in: the same signature, its features refined and masked.
+"""`sokd.wrap`: any feature loss, called with refined and masked features.
 
     wrapped(f_s, f_t, ...) = any_loss(sqrt(omega) * adapter(f_s), sqrt(omega) * policy(f_t), ...)
                              + agreement
 
 Source: docs/method.md 4, "any loss(f_s, f_t): called with both sides masked and the teacher
-refined" [P]. Settled here: the root of the mask, so that a squared difference carries omega once;
-the agreement term in the result, because nothing else trains the DAM that finds the mask.
+refined" [P]. Settled here: the root of the mask, so that a squared difference has omega as its
+weight; the agreement term in the result, because nothing else trains the DAM that finds the mask.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ def wrap(
     any_loss: Callable[..., Any], kd: nn.Module, *, student: int | str = 0, teacher: int | str = 1,
     agreement: bool = True,
 ) -> Wrapped:  # fmt: skip
-    """`any_loss` with SoKD plugged in, called with the same arguments as `any_loss`.
+    """Wrap a feature loss with SoKD; the result has the signature of `any_loss`.
 
         kd = sokd.SoKD(student_channels=64, teacher_channels=256)
         loss = sokd.wrap(F.mse_loss, kd)
         loss(f_s, f_t).backward()                     # kd's adapter, policy and mask, then MSE
 
     Args:
-        any_loss: takes the student's and the teacher's features, and any other arguments. It is
-            called with maps [B, C, H, W] of the teacher's shape, or with lists of them where it is
-            given lists.
+        any_loss: a loss of the student's and the teacher's features, with any other arguments. It
+            is called with maps [B, C, H, W] of the teacher's shape, or with lists of maps if lists
+            were passed.
         kd: a `sokd.SoKD` for these features. Train its parameters, as for `sokd.loss`:
             `wrapped.parameters()` holds them and those of `any_loss`, if it is a module.
         student, teacher: which arguments of `any_loss` are the features: position (from 0) or name.
             A call may pass them either way.
-        agreement: add lambda_agreement * L_D to the result, a tensor of one number; False leaves it
-            in `wrapped.agreement`, to be added by hand: for losses that return a dict or a tuple.
+        agreement: add lambda_agreement * L_D to the result, a tensor of one number. False stores it
+            in `wrapped.agreement` instead, for losses that return a dict or a tuple.
 
     Returns:
         A module with the signature of `any_loss`.
 
     Raises:
-        TypeError: arguments of another kind; with `agreement`, a result that is not a tensor of one
+        TypeError: arguments of another type; with `agreement`, a result that is not a tensor of one
             number.
-        ValueError: arguments that are not features; features that `sokd.loss` refuses.
+        ValueError: arguments that are not features, or features for which `sokd.loss` raises.
     """
     return Wrapped(any_loss, kd, student=student, teacher=teacher, agreement=agreement)
 
@@ -157,7 +157,7 @@ def _place(side: str, value: Any) -> int | str:
     """`student=` or `teacher=`, checked."""
     is_place = isinstance(value, int) and not isinstance(value, bool) and value >= 0
     if not is_place and not isinstance(value, str):
-        raise TypeError(f"wrap: {side} must be a place (0 or more) or a name, got {value!r}")
+        raise TypeError(f"wrap: {side} must be a position (0 or more) or a name, got {value!r}")
     return cast("int | str", value)
 
 
@@ -166,7 +166,7 @@ def _features(side: str, key: int | str, given: Any) -> Features:
     tensors = given if isinstance(given, (list, tuple)) else [given]
     if not all(isinstance(each, Tensor) and each.dim() in (3, 4) for each in tensors):
         shapes = "features [B, C, H, W] or [B, N, C], or a list of them"
-        rule = f"lead to {shapes}, among any_loss's arguments"
+        rule = f"select {shapes}, among the arguments of any_loss"
         got = f"{', '.join(map(described, tensors))} at {key!r}"
         raise ValueError(f"wrap: {side} must {rule}, got {got}")
     return cast(Features, given)

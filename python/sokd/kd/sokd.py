@@ -100,7 +100,7 @@ def loss(
 
 
 def named_kd(kd: object) -> str:
-    """The type of what is not a SoKD, as an error names it."""
+    """The type of a value that is not a SoKD, for an error."""
     name = type(kd).__name__
     if name != "SoKD":
         return name
@@ -127,12 +127,12 @@ class SoKD(nn.Module):
         loss = F.cross_entropy(logits, y) + kd(f_s, f_t)          # or sokd.loss(f_s, f_t, kd)
 
     `parameters()`, of this module and of any module that holds it, are those the student's
-    optimiser trains: adapter and DAM. The policy is trained by `PolicySearch` alone:
+    optimiser trains: adapter and DAM. The policy is trained by `PolicySearch` only:
     `kd.policy.parameters()`; `state_dict()`, `buffers()`, `.to()` and `.train()` include it. Draws
     continue in `eval()`: a validation loss is refined as the training loss is (`kd.policy = None`
     for one that is not). Several ranks: wrap kd in DistributedDataParallel, or put it into the
-    module that is wrapped; otherwise adapters and DAMs diverge between ranks. All ranks draw alike
-    if `sokd.manual_seed` was called with the same seed on all of them before kd was made.
+    module that is wrapped; otherwise adapters and DAMs diverge between ranks. Draws are the same
+    on all ranks if `sokd.manual_seed` was called with the same seed before kd was made.
     `kd.adapter`, `kd.policy` and `kd.dam` can be replaced or set to None: no adapter (shapes must
     be equal already), no refinement, no mask (the plain mean squared error). With several layers
     `kd.adapter` and `kd.dam` are ModuleLists, or one module that the layers share.
@@ -230,12 +230,12 @@ class SoKD(nn.Module):
             difference = match.student - match.refined            # [B, C, H, W]
             weight = match.attention.weight                       # omega [B, H, W]
 
-        `sokd.loss`, `sokd.wrap`, `sokd.Distiller`, `sokd.PolicySearch` and `sokd.inspect` are made
-        of this. It records no statistics and warns about nothing.
+        `sokd.loss`, `sokd.wrap`, `sokd.Distiller`, `sokd.PolicySearch` and `sokd.inspect` call this
+        method. It records no statistics and gives no warnings.
 
         Args:
             student_features, teacher_features: as `sokd.loss` takes them.
-            draw: the result of `self.policy.draw(batch)`, to evaluate twice alike; None: the next
+            draw: the result of `self.policy.draw(batch)`, to repeat an evaluation; None: the next
                 draw. All layers share one draw: the same sub-policy, gates and magnitudes.
             adapt: False: `student` is the map as given. A DAM compares maps of one shape and reads
                 an adapted copy.
@@ -296,7 +296,7 @@ class SoKD(nn.Module):
             student_features, teacher_features: as `sokd.loss` takes them.
             draw: see `match`.
             differentiable: whether the policy gets a gradient (from "areas" alone: in the agreement
-                the teacher's features are constants). Such a call leaves no statistics.
+                the teacher's features are constants). Such a call records no statistics.
         """
         matches = self.match(
             student_features, teacher_features, draw=draw, differentiable=differentiable
