@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from support.cases import compiles
+from support.raises import raises
 from torch import nn
 
 from sokd import methods
@@ -17,19 +18,8 @@ from sokd.methods import METHODS, Method, Step, build
 STUDENT, TEACHER = [(3, 8, 6), (4, 4, 3)], [(5, 8, 6), (6, 2, 2)]
 CLASSES, BATCH, SAMPLES = 7, 4, 20
 NAMES = [
-    "fitnet",
-    "at",
-    "crd",
-    "reviewkd",
-    "kd",
-    "dkd",
-    "lskd",
-    "dist",
-    "sp",
-    "rkd",
-    "catkd",
-    "mgd",
-]
+    "fitnet", "at", "crd", "reviewkd", "kd", "dkd", "lskd", "dist", "sp", "rkd", "catkd", "mgd",
+]  # fmt: skip
 
 
 def made(name: str) -> Method:
@@ -199,8 +189,8 @@ ERRORS = [
     (without("kd", teacher_logits=None), ValueError,
      "kd: teacher_logits must be given (this method compares logits [B, K]), got None"),
     (lambda: build("catkd", **SHAPES)(step()), ValueError,
-     "catkd: student_head must be given unless the student's last map has 7 channels, one for each "
-     "class, got 4"),
+     "catkd: student_head must be given unless the student's last map has 7 channels, one for "
+     "each class, got 4"),
     # logits
     (lambda: methods.kd([1.0], LOGITS), TypeError, "kd: student_logits must be a tensor, got list"),
     (lambda: methods.kd(LOGITS, LOGITS.long()), TypeError,
@@ -245,11 +235,6 @@ ERRORS = [
     (lambda: methods.sp(LOGITS, LOGITS, torch.ones(2, 4, 5)), ValueError,
      "sp: weight must be None for features [B, D], got a weight"),
     # modules
-    (lambda: crd(temperature=0), ValueError, "crd: temperature must be positive and finite, got 0"),
-    (lambda: crd(momentum=1), ValueError, "crd: momentum must be in [0, 1), got 1"),
-    (lambda: methods.crd(3, 4, 1), ValueError, "crd: num_samples must be 2 or more, got 1"),
-    (lambda: methods.crd(3, 4, 5, negatives=0), ValueError,
-     "crd: negatives must be 1 or more, got 0"),
     (lambda: crd(labels=torch.zeros(5).long()), ValueError,
      "crd: labels must be of at least 2 classes, got 1"),
     (lambda: crd(labels=torch.zeros(4).long()), ValueError,
@@ -265,7 +250,6 @@ ERRORS = [
      "crd: student must be [B, D] (see sokd.methods.pooled for maps), got [2, 3, 4, 5]"),
     (lambda: methods.mgd(3, over="rows"), ValueError,
      "mgd: over must be one of channels, cells, got 'rows'"),
-    (lambda: methods.mgd(3, ratio=1.0), ValueError, "mgd: ratio must be in [0, 1), got 1.0"),
     (lambda: methods.reviewkd([3], []), ValueError,
      "reviewkd: teacher_channels must be as many as student_channels (1), at least one, got 0"),
     (lambda: methods.reviewkd([3], [3])([M, M], [M, M]), ValueError,
@@ -278,6 +262,5 @@ ERRORS = [
 
 @pytest.mark.parametrize("mistake, kind, text", ERRORS, ids=[text for _, _, text in ERRORS])
 def test_mistakes(mistake, kind, text):
-    with pytest.raises(kind) as error:
+    with raises(kind, text):
         mistake()
-    assert type(error.value) is kind and str(error.value) == text
