@@ -270,8 +270,8 @@ def test_features_beside_the_logits(features, shape):
         objective(make(**given))
     assert str(caught.value) == f"Distiller: {text}"
     text = (
-        "logits must be found in what both models return for method 'kd' (name them by logits=), "
-        "got none"
+        "logits must be in the output of both models for method 'kd' (select them by "
+        "logits=), got none"
     )
     with raises(ValueError, f"Distiller: {text}"):
         objective(make(**given, method="kd", task=None))

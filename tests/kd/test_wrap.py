@@ -255,10 +255,10 @@ WRONG = {
          "wrap: student must be among the arguments of any_loss as 'f_s', got [0, 1]"),
     "a place that is none":
         (lambda: wrap(scaled, make(), student=-1),
-         "wrap: student must be a place (0 or more) or a name, got -1"),
+         "wrap: student must be a position (0 or more) or a name, got -1"),
     "no place":
         (lambda: wrap(scaled, make(), teacher=True),
-         "wrap: teacher must be a place (0 or more) or a name, got True"),
+         "wrap: teacher must be a position (0 or more) or a name, got True"),
     "no tensor":
         (lambda: wrap(lambda f_s, f_t: {"loss": f_s.sum()}, make())(*pair()),
          "wrap: any_loss must return a scalar tensor to add the agreement to (agreement=False "
@@ -276,7 +276,9 @@ def test_what_is_refused(call, text):
         call()
 
 
-LEAD = "lead to features [B, C, H, W] or [B, N, C], or a list of them, among any_loss's arguments"
+LEAD = (
+    "select features [B, C, H, W] or [B, N, C], or a list of them, among the arguments of any_loss"
+)
 ELSEWHERE = {
     "logits first":
         (lambda: wrap(of_a_task, make())(torch.randn(2, 5), torch.arange(2), *pair()),

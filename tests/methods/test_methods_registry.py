@@ -175,7 +175,7 @@ ERRORS = [
     (lambda: build("kd", temprature=2, **SHAPES), TypeError,
      "kd: options must be among temperature, got temprature"),
     (lambda: build("at", p=2, **SHAPES), TypeError,
-     "at: options must be left out (it has none), got p"),
+     "at: options must be empty (it has none), got p"),
     (lambda: build("crd", **SHAPES), TypeError,
      "crd: num_samples must be given (the size of the training set), got None"),
     (lambda: build("catkd", student_head=nn.Linear(5, 7), **SHAPES), ValueError,
@@ -183,14 +183,14 @@ ERRORS = [
     (lambda: build("catkd", student_head=nn.ReLU(), **SHAPES), TypeError,
      "catkd: head must be a linear layer, a 1x1 convolution or a weight [K, C], got ReLU"),
     (without("crd", index=None), ValueError,
-     "crd: index must be given (the samples' places in the training set, int64 [B]), got None"),
+     "crd: index must be given (the samples' indices in the training set, int64 [B]), got None"),
     (without("dkd", target=None), ValueError,
-     "dkd: target must be given (it tells the target class from the others), got None"),
+     "dkd: target must be given (the target class has its own term), got None"),
     (without("kd", teacher_logits=None), ValueError,
      "kd: teacher_logits must be given (this method compares logits [B, K]), got None"),
     (lambda: build("catkd", **SHAPES)(step()), ValueError,
-     "catkd: student_head must be given (student's last linear layer), or its last map have 7 "
-     "channels, got 4"),
+     "catkd: student_head must be given unless the student's last map has 7 channels, one for "
+     "each class, got 4"),
     # logits
     (lambda: methods.kd([1.0], LOGITS), TypeError, "kd: student_logits must be a tensor, got list"),
     (lambda: methods.kd(LOGITS, LOGITS.long()), TypeError,
@@ -220,8 +220,8 @@ ERRORS = [
     (lambda: methods.rkd(M[:, :, :0], M), ValueError,
      "rkd: student must have at least one cell, got [2, 3, 0, 5]"),
     (lambda: methods.fitnet(M[:, :2], M), ValueError,
-     "fitnet: student must have the teacher's shape [2, 3, 4, 5] (an adapter brings it there), "
-     "got [2, 2, 4, 5]"),
+     "fitnet: student must have the teacher's shape [2, 3, 4, 5] (see sokd.Adapter), got [2, "
+     "2, 4, 5]"),
     (lambda: methods.catkd(M[:, :2], M), ValueError,
      "catkd: student must have the teacher's 3 channels, got 2"),
     (lambda: methods.at([M, M], [M]), ValueError,
@@ -247,7 +247,7 @@ ERRORS = [
     (lambda: crd()(*VECTORS, INDEX - 1), ValueError,
      "crd: index must lie in 0 .. 4 (num_samples), got -1"),
     (lambda: crd()(M, M, INDEX), ValueError,
-     "crd: student must be [B, D] (sokd.methods.pooled makes it of a map), got [2, 3, 4, 5]"),
+     "crd: student must be [B, D] (see sokd.methods.pooled for maps), got [2, 3, 4, 5]"),
     (lambda: methods.mgd(3, over="rows"), ValueError,
      "mgd: over must be one of channels, cells, got 'rows'"),
     (lambda: methods.reviewkd([3], []), ValueError,
@@ -255,8 +255,8 @@ ERRORS = [
     (lambda: methods.reviewkd([3], [3])([M, M], [M, M]), ValueError,
      "reviewkd: student must have one map for each of the 1 stages, got 2"),
     (lambda: methods.reviewkd([3], [3])([M[:1, :, :1, :1]], [M[:1]]), ValueError,
-     "reviewkd: student must have more than one value a channel in training, for BatchNorm "
-     "(drop_last=True in the DataLoader), got [1, 3, 1, 1]"),
+     "reviewkd: student must have more than one value per channel in train mode, for "
+     "BatchNorm (drop_last=True in the DataLoader), got [1, 3, 1, 1]"),
 ]  # fmt: skip
 
 

@@ -354,7 +354,8 @@ def test_a_device_without_kernels_uses_the_twin_and_says_so_once(monkeypatch):
     inputs, plan = leaves()
     heads = maps()
     sentence = (
-        "sokd: no kernels for cpu in this build, the plain PyTorch path \\(sokd.reference\\) serves"
+        "sokd: no kernels for cpu in this build; "
+        r"the plain PyTorch path \(sokd.reference\) is used"
     )
     with pytest.warns(UserWarning, match=sentence):
         loss = objective(*inputs, plan, heads)

@@ -48,12 +48,12 @@ _LEFT_OUT = (
     "look for inf or NaN in the batch, the features and the losses"
 )
 _ANOTHER_MODEL = (
-    "PolicySearch: step must run the model it is called with, with gradients, got a loss that none "
-    "of the student's parameters enters"
+    "PolicySearch: step must run the model it is called with, with gradients, got a loss that does "
+    "not depend on the student's parameters"
 )
 _NOTHING_TRAINED = (
     "PolicySearch: student must have parameters that require grad (or kd.adapter or kd.dam some), "
-    "for its virtual step, got none; order=1 does without"
+    "for its virtual step, got none; order=1 needs none"
 )
 
 
@@ -150,7 +150,7 @@ class PolicySearch:
                 teacher's without gradient. Called up to four times with the student itself, whose
                 weights are virtual meanwhile. Order 2 refuses a `step` that runs another model;
                 order 1, which uses no gradient of the student, cannot detect it.
-            batch: for L_train, and for L_up too unless there is `held_out` [A].
+            batch: for L_train, and for L_up too if `held_out` is None [A].
             held_out: for L_up.
 
         Mixed precision: call this method under torch.autocast, since kd's terms are computed after
@@ -198,7 +198,7 @@ class PolicySearch:
     def _update(self, found: list[Tensor]) -> None:
         """Adam's steps of chi, then of the control variate; none if any gradient is not finite."""
         found = [averaged(gradient) for gradient in found]
-        # of the average, so that all ranks decide alike; squared, as Adam's state holds the squares
+        # of the average, so that all ranks agree; squared, because Adam's state has the squares
         finite = torch.stack([gradient.square().isfinite().all() for gradient in found]).all()
         _apply(self._adam, self._chi, found[:3], finite)
         if self._control is not None:
@@ -309,11 +309,11 @@ class PolicySearch:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load the `state_dict` of a search with the same objective, estimator and order.
 
-        The step sizes, lr and unroll, are loaded too, as torch.optim loads its lr; `epochs` is not,
-        so that a search may be prolonged.
+        The step sizes lr and unroll are loaded too, as torch.optim loads its lr; `epochs` is not,
+        so that a search can be extended.
 
         Raises:
-            ValueError: the state of another search or another policy; nothing is loaded then.
+            ValueError: the state of another search or another policy; nothing has been loaded then.
         """
         self._check_state(state)
         self.unroll = state["unroll"]

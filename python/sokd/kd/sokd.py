@@ -121,7 +121,7 @@ def loss(
 
 
 def named_kd(kd: object) -> str:
-    """The type of what is not a SoKD, as an error names it."""
+    """The type of a value that is not a SoKD, for an error."""
     name = type(kd).__name__
     if name != "SoKD":
         return name
@@ -285,12 +285,12 @@ class SoKD(nn.Module):
             difference = match.student - match.refined            # [B, C, H, W]
             weight = match.attention.weight                       # omega [B, H, W]
 
-        `sokd.loss`, `sokd.wrap`, `sokd.Distiller`, `sokd.PolicySearch` and `sokd.inspect` are made
-        of this. It records no statistics and warns about nothing.
+        `sokd.loss`, `sokd.wrap`, `sokd.Distiller`, `sokd.PolicySearch` and `sokd.inspect` call this
+        method. It records no statistics and gives no warnings.
 
         Args:
             student_features, teacher_features: as `sokd.loss` takes them.
-            draw: the result of `self.policy.draw(batch)`, to evaluate twice alike; None: the next
+            draw: the result of `self.policy.draw(batch)`, to repeat an evaluation; None: the next
                 draw. All layers share one draw: the same sub-policy, gates and magnitudes.
             adapt: False: `student` is the map as given. Trained heads compare maps of one shape and
                 read an adapted copy.
@@ -360,7 +360,7 @@ class SoKD(nn.Module):
             student_features, teacher_features: as `sokd.loss` takes them.
             draw: see `match`.
             differentiable: whether the policy gets a gradient (from "areas" alone: in the agreement
-                the teacher's features are constants). Such a call leaves no statistics.
+                the teacher's features are constants). Such a call records no statistics.
         """
         matches = self.match(
             student_features, teacher_features, draw=draw, differentiable=differentiable

@@ -1,4 +1,4 @@
-"""Checks of the methods' arguments; they return layers as lists and teachers as constants."""
+"""Checks of the methods' arguments, which return layers as lists and teachers as constants."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Pair = tuple[Tensor, Tensor, Tensor | None]  # student, teacher, omega
 def logits_pair(
     op: str, student: Tensor, teacher: Tensor, *, dense: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Both sides' logits [B, K], checked; float32 or float64, the teacher's constant.
+    """Check both sides' logits; return them as [B, K], float32 or float64, the teacher's constant.
 
     Args:
-        dense: whether [B, K, H, W] (or [B, K, D, H, W]) is taken too, as [B * H * W, K]. Not [B, K,
-            N]: with as many dimensions others put K last.
+        dense: whether [B, K, H, W] (or [B, K, D, H, W]) is accepted too, as [B * H * W, K]. [B, K,
+            N] is not, because many models put K last there.
     """
     _check_tensors(op, "student_logits", student, "teacher_logits", teacher)
     rank = student.dim()
@@ -44,11 +44,11 @@ def layer_pairs(
     op: str, student: Maps, teacher: Maps, weight: Weights = None, *, embeddings: bool = False,
     same: str = "",
 ) -> list[Pair]:  # fmt: skip
-    """The layers' features and weights as lists, checked; the teacher's constant, dtypes as given.
+    """Check the layers' features and weights and return them as lists, the teacher's constant.
 
     Args:
-        embeddings: whether [B, D] is taken beside [B, C, H, W].
-        same: "shape" or "channels", what the two sides have to have in common beside the batch.
+        embeddings: whether [B, D] is accepted too.
+        same: "shape" or "channels", what the two sides must share besides the batch size.
     """
     students, teachers = _as_list(student), _as_list(teacher)
     weights = (
@@ -66,10 +66,10 @@ def number(
     op: str, name: str, value: Any, *, above: float | None = None, least: float | None = None,
     below: float = math.inf, whole: bool = False,
 ) -> Any:  # fmt: skip
-    """An option that is a number, checked; a tensor, such as a learned temperature, is not read.
+    """Check an option that is a number; a tensor, such as a learned temperature, is not read.
 
     Args:
-        above, least, below: bounds; `least` is in the range, the others are not.
+        above, least, below: bounds; `least` is inclusive, the others are exclusive.
         whole: whether it must be a whole number.
 
     Raises:
@@ -95,7 +95,7 @@ def number(
 
 
 def check_labels(op: str, target: Tensor, classes: int, ignored: int) -> None:
-    """Raise ValueError for labels that are not classes; read on the CPU alone."""
+    """Raise ValueError for labels that are not classes; labels are read on the CPU only."""
     if target.device.type == "cpu" and is_eager(target) and target.numel():
         text = wrong_class(target, classes, ignored)
         if text:
@@ -116,7 +116,7 @@ def _layer_pair(
     _check_rank(op, "student", student, embeddings)
     _check_rank(op, "teacher", teacher, embeddings)
     if same == "shape" and student.shape != teacher.shape:
-        rule = f"have the teacher's shape {list(teacher.shape)} (an adapter brings it there)"
+        rule = f"have the teacher's shape {list(teacher.shape)} (see sokd.Adapter)"
         raise ValueError(f"{op}: student must {rule}, got {list(student.shape)}")
     if same == "channels" and student.shape[1] != teacher.shape[1]:
         raise ValueError(f"{op}: student must have the teacher's {teacher.shape[1]} channels, "
