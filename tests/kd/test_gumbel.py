@@ -46,10 +46,7 @@ def plain(
         draw.seed,
     )
     plan = alone.plan(own, features.shape)
-    return sokd.reference.refine(
-        features, plan.theta, hole=plan.hole, sigma=plan.sigma, perm=plan.perm, keep=plan.keep,
-        seed=plan.seed,
-    )  # fmt: skip
+    return sokd.reference.refine(features, **plan._asdict())
 
 
 def dense(features: Tensor, policy: Policy, draw: Draw) -> Tensor:
