@@ -290,8 +290,7 @@ fn draw(
     released(py, resources, |run| args.forward(&uniforms, &noise_seed, &run))
 }
 
-/// Selects the reader of torch tensors: "portable"; "dlpack" from torch 2.10 on; "tch" after
-/// `use_tch_reader`.
+/// Selects the reader: "portable"; "dlpack" from torch 2.10 on; "tch" after `use_tch_reader`.
 #[pyfunction]
 fn select_reader(py: Python<'_>, name: &str) -> PyResult<()> {
     read::select(py, name)

@@ -1,5 +1,4 @@
-//! A kernel from its name to a stream: compiled or fetched from the disk, loaded once for each
-//! device, launched.
+//! A kernel from its name to a stream: compiled or read from disk, loaded once a device, launched.
 
 use super::args::{code, Order};
 use super::driver::{is_bad_image, is_out_of_memory, Handle};
@@ -23,8 +22,7 @@ pub(crate) const HEADERS: [Header; 3] = [
 ];
 /// Fused multiply-adds are written out in the kernels, so the bits do not depend on the compiler.
 const OPTIONS: [&str; 3] = ["--std=c++17", "--fmad=false", "-default-device"];
-/// The first compute capability with all that the kernels use: `__grid_constant__`, and shuffles
-/// with a mask.
+/// The first capability with what the kernels use: `__grid_constant__`, shuffles with a mask.
 const OLDEST: u32 = 70;
 /// Threads a block, of every kernel.
 const THREADS: u32 = 256;
@@ -199,8 +197,7 @@ pub(crate) fn on_device<T>(
     let cuda = opened().map_err(failed)?;
     let device = cuda.device(ordinal).map_err(failed)?;
     let queue = Queue { op, cuda, ordinal, device, stream: Handle::at(run.stream) };
-    // The context's own failures must not swallow those of the work, which are no failures of the
-    // driver alone.
+    // The errors of the context must not replace those of the work.
     cuda.driver.within(device.context, || Ok(work(&queue))).map_err(failed)?
 }
 
@@ -252,8 +249,7 @@ impl Queue {
         if let Some(function) = functions.read().unwrap_or_else(PoisonError::into_inner).get(&key) {
             return Ok(*function);
         }
-        // A module loads a kernel on its first use, so this holds for a kernel of a loaded module,
-        // too.
+        // A module loads a kernel on its first use: this holds for those of a loaded module, too.
         if self.cuda.driver.is_capturing(self.stream)? {
             let float64 = variant.dtype == Some(DType::F64);
             return Err(Failure::Capturing {

@@ -1,5 +1,4 @@
-//! Elements in memory and the dtype that they are computed in: loads and stores of one, of a row
-//! and of a square.
+//! Elements in memory and their accumulator dtype: loads and stores of one, a row, a square.
 
 use super::transpose::{self, Square};
 use super::{Simd, Vector, LANES};
@@ -222,8 +221,7 @@ impl Element for F16 {
     type Acc = f32;
     #[inline(always)]
     fn load(self) -> f32 {
-        // The exponent's bias differs by 112: a multiplication by 2^112 mends it, for subnormals
-        // too.
+        // The exponent's bias differs by 112: times 2^112, for subnormals too.
         let magnitude = u32::from(self.0 & 0x7fff) << 13;
         let scaled = f32::from_bits(magnitude) * f32::from_bits((127 + 112) << 23);
         let infinite = scaled >= 65536.0;
@@ -246,8 +244,7 @@ impl Element for F16 {
     }
 }
 
-/// Evaluates `$body` with `$t` as the element type of a floating-point dtype, which the checks
-/// require.
+/// Evaluates `$body` with `$t` as the element type of a floating-point dtype.
 macro_rules! by_dtype {
     ($dtype:expr, $t:ident => $body:expr) => {
         by_dtype!(@arms $dtype, $t, $body, F64 f64, F16 $crate::simd::F16, BF16 $crate::simd::Bf16)

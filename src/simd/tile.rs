@@ -1,5 +1,4 @@
-//! Tiles: `LANES` channels side by side at every position, `[positions][LANES]`, whatever the
-//! tensor's strides.
+//! Tiles: `LANES` channels side by side at every position, `[positions][LANES]`, for any strides.
 //!
 //! All kernels work on tiles, so contiguous, channels_last, sliced and expanded tensors run the
 //! same arithmetic; only loading and storing differ. Planes that are rows of consecutive elements
@@ -18,8 +17,7 @@ pub(crate) struct Layout {
     pub c: isize,
     pub h: isize,
     pub w: isize,
-    /// Positions in one row after which the row stride applies (H*W when rows follow one another
-    /// without a gap).
+    /// Positions in a row, after which the row stride applies (H*W for rows without gaps).
     pub run: usize,
 }
 
@@ -49,8 +47,7 @@ impl Layout {
         (p / self.run) as isize * self.h + (p % self.run) as isize * self.w
     }
 
-    /// Positions `from .. from + count` in runs of equal steps: the part of the tile, and the
-    /// offset of its first position.
+    /// Positions `from .. from + count` in runs of equal steps: part of the tile, first offset.
     #[inline(always)]
     fn runs(&self, from: usize, count: usize) -> impl Iterator<Item = (Range<usize>, isize)> {
         let (layout, mut done) = (*self, 0);
@@ -126,8 +123,7 @@ impl<T> Map<T> {
         std::array::from_fn(|l| self.plane(n, channels.at[l]))
     }
 
-    /// Prefetches positions `from .. from + count`: sixteen planes at a time are too many for the
-    /// hardware prefetcher.
+    /// Prefetches these positions: sixteen planes at a time are too many for the hardware.
     #[inline(always)]
     pub(crate) fn prefetch(&self, n: usize, channels: &Channels, from: usize, count: usize) {
         let layout = &self.layout;
@@ -350,8 +346,7 @@ unsafe fn store_any<T: Element>(
     }
 }
 
-/// A tile in memory that this thread reuses: planes are too large for the stack, and fresh pages
-/// cost more than the work on them.
+/// A tile in memory that this thread reuses: too large for the stack, slow as fresh pages.
 ///
 /// Taken from a stack of buffers and returned when dropped, so nested tiles do not overlap.
 pub(crate) struct Scratch<A> {
@@ -372,8 +367,7 @@ impl<A: Real> Scratch<A> {
     }
 
     pub(crate) fn tile(&mut self) -> &mut [[A; LANES]] {
-        // SAFETY: `new` made room for these rows; any bits are valid floats; 64-byte alignment is
-        // enough for f32 and f64.
+        // SAFETY: `new` made room for these rows, aligned to 64 bytes; any bits are valid floats.
         unsafe { std::slice::from_raw_parts_mut(self.store.as_mut_ptr().cast(), self.positions) }
     }
 }

@@ -149,8 +149,7 @@ mod x86 {
         }
     }
 
-    /// Four columns, of four floats of every row: loads bring rows side by side, and all shuffles
-    /// stay within 128 bits.
+    /// Four columns of four floats of every row; all shuffles stay within 128 bits.
     #[inline]
     #[target_feature(enable = "avx512f")]
     fn columns(part: impl Fn(usize) -> __m128) -> [__m512; 4] {

@@ -1,5 +1,4 @@
-//! All checks of shape, dtype, device and strides. They read metadata alone, so tensors may be on
-//! any device.
+//! All checks of shape, dtype, device and strides: of metadata alone, on any device.
 
 use crate::tensor::{DType, Device, Error, Result, TensorView};
 use std::fmt::Display;

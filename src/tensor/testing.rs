@@ -1,5 +1,4 @@
-//! Tensors for tests: any shape, dtype and strides, with memory of their own and a watch on the
-//! bytes around them.
+//! Tensors for tests: any shape, dtype and strides, with a watch on the bytes around them.
 
 use crate::tensor::{DType, Device, TensorView};
 use proptest::prelude::*;

@@ -39,8 +39,7 @@ pub(crate) struct TensorView {
     strides: [isize; MAX_RANK],
 }
 
-// SAFETY: a view is plain metadata; the kernels that follow its pointer from several threads write
-// disjoint elements.
+// SAFETY: a view is plain metadata; kernels write disjoint elements from several threads.
 unsafe impl Send for TensorView {}
 // SAFETY: as above.
 unsafe impl Sync for TensorView {}
@@ -143,8 +142,7 @@ impl TensorView {
     /// The view must be in host memory and `index` within its sizes.
     pub(crate) unsafe fn read_f64(&self, index: &[usize]) -> f64 {
         let offset: isize = index.iter().zip(self.strides()).map(|(&i, &s)| i as isize * s).sum();
-        // SAFETY: the caller keeps `index` within the sizes; the caller of `new` promised that
-        // memory.
+        // SAFETY: `index` is within the sizes; the caller of `new` promised that memory.
         unsafe {
             match self.dtype {
                 DType::F64 => *self.as_ptr::<f64>().offset(offset),
@@ -162,8 +160,7 @@ impl TensorView {
     /// As for [`TensorView::read_f64`].
     pub(crate) unsafe fn read_i64(&self, index: &[usize]) -> i64 {
         let offset: isize = index.iter().zip(self.strides()).map(|(&i, &s)| i as isize * s).sum();
-        // SAFETY: the caller keeps `index` within the sizes; the caller of `new` promised that
-        // memory.
+        // SAFETY: as for `read_f64`.
         unsafe {
             match self.dtype {
                 DType::I64 => *self.as_ptr::<i64>().offset(offset),
@@ -182,8 +179,7 @@ impl TensorView {
     /// As for [`TensorView::read_f64`], and no other thread may use that element meanwhile.
     pub(crate) unsafe fn write_f64(&self, index: &[usize], value: f64) {
         let offset: isize = index.iter().zip(self.strides()).map(|(&i, &s)| i as isize * s).sum();
-        // SAFETY: the caller keeps `index` within the sizes; the caller of `new` promised that
-        // memory.
+        // SAFETY: as for `read_f64`.
         unsafe {
             match self.dtype {
                 DType::F64 => *self.as_ptr::<f64>().offset(offset) = value,

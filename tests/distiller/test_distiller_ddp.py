@@ -68,8 +68,7 @@ def _work(rank: int) -> dict[str, Any]:
         subject.kd.policy.seed.fill_(99)
         subject.kd.policy.alpha.data.fill_(1.0)
     x, y = (part.chunk(RANKS)[rank] for part in batch(SAMPLES))
-    # without buffers broadcast by DistributedDataParallel, so that the agreement is the Distiller's
-    # own
+    # without DistributedDataParallel's own broadcasts: the agreement is the Distiller's
     wrapped = DistributedDataParallel(subject, broadcast_buffers=False)
     seeds, draws = [], []
     for step in range(3):

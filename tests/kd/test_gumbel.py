@@ -50,9 +50,7 @@ def plain(
 
 
 def dense(features: Tensor, policy: Policy, draw: Draw) -> Tensor:
-    """The sum over all sub-policies and gates at the hard sample, with the relaxed values'
-    gradient.
-    """
+    """The sum over all sub-policies and gates, hard samples with the relaxed values' gradient."""
     sample = policy.sample(draw)
     soft = (sample.z_choice / policy.temperature).softmax(1)
     hard = torch.nn.functional.one_hot(sample.chosen, soft.shape[1]).to(soft.dtype)

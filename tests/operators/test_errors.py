@@ -1,5 +1,4 @@
-"""What the operators say to wrong input: class and sentence, verbatim, with each reader; nothing
-breaks."""
+"""Wrong input: class and sentence, verbatim, with each reader; nothing breaks."""
 
 from __future__ import annotations
 

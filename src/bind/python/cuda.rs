@@ -1,5 +1,4 @@
-//! The CUDA functions of `_core`: open, describe, warm up. Builds without the feature `cuda` raise
-//! NotImplementedError.
+//! `_core`'s functions for CUDA; without the feature `cuda` they raise NotImplementedError.
 
 use super::{read_all, released, Object, Resources};
 use crate::bind::read::raise;

@@ -1,5 +1,4 @@
-//! The CPU kernel: regions of a sample in the order of memory; student, teacher and weight are read
-//! once, the gradient is written once.
+//! The CPU kernel: every map is read once, the gradient written once, in the order of memory.
 
 use super::grid::{Grid, Order, Region};
 use super::weights::Weights;
@@ -30,8 +29,7 @@ pub(crate) unsafe fn forward<T: Element>(
     let divisor = if area { total * args.student.sizes()[1] as f64 } else { numel as f64 };
     if numel == 0 || divisor == 0.0 {
         if let Some(d_student) = d_student {
-            // SAFETY: the gradient is dense, so numel elements lie here; zero bits are 0.0 in every
-            // float dtype.
+            // SAFETY: the gradient is dense, so numel elements lie here; zero bits are 0.0.
             unsafe { d_student.ptr().write_bytes(0, numel * d_student.dtype.size()) };
         }
         return Ok(0.0);
@@ -222,8 +220,7 @@ fn clear_from<A: Real>(lane: usize, tile: &mut [[A; LANES]; POSITIONS]) {
     }
 }
 
-/// Each weight in all lanes. Not inlined: for AVX-512 the compiler would emit scatters, which are
-/// far slower.
+/// Each weight in all lanes. Not inlined: AVX-512 code would be scatters, far slower.
 #[inline(never)]
 fn spread<A: Real>(weights: &[A], tile: &mut [[A; LANES]; POSITIONS]) {
     tile.iter_mut().zip(weights).for_each(|(row, weight)| *row = [*weight; LANES]);

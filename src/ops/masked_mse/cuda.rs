@@ -62,8 +62,7 @@ pub(crate) unsafe fn forward(
     call.norm = call.areas + 8 * call.area_blocks as u64;
     let variant = (args.student.dtype, order);
     on_device(CHECK.0, ordinal, run, |queue| {
-        // SAFETY: `MaskedMse` is what these kernels take, filled as kernel.cu defines it; the
-        // memory is the caller's promise.
+        // SAFETY: `MaskedMse` is what these kernels take; the memory is the caller's promise.
         unsafe {
             if call.area != 0 {
                 queue.launch(&AREA, variant, [call.area_blocks, 1], &call)?;
@@ -95,8 +94,7 @@ pub(crate) unsafe fn scale(
         wide: i64::from((gradient.ptr() as usize).is_multiple_of(16)),
     };
     on_device(CHECK.0, ordinal, run, |queue| {
-        // SAFETY: `Scale` is what this kernel takes, filled as kernel.cu defines it; the memory is
-        // the caller's promise.
+        // SAFETY: `Scale` is what this kernel takes; the memory is the caller's promise.
         unsafe { queue.launch(&SCALE, (gradient.dtype, Order::Planes), [call.blocks, 1], &call) }
     })
 }

@@ -1,5 +1,4 @@
-//! Masked distillation: the weighted mean squared difference of two feature maps, and its gradient,
-//! in one pass over memory.
+//! The weighted mean squared difference of two maps, and its gradient, in one pass over memory.
 //!
 //! loss = scale / N * sum over b, c, y, x of weight[b,y,x] * (student - teacher)[b,c,y,x]^2
 //!

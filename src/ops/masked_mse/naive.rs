@@ -1,5 +1,4 @@
-//! The truth: the formula of the module as plain f64 loops, one element at a time, and tests of the
-//! kernel against it.
+//! The truth: the module's formula as plain f64 loops, and tests of the kernel against it.
 
 use super::*;
 use crate::tensor::testing::{any_float, any_lay, indices, Lay, Owned, Uniform};
@@ -96,8 +95,7 @@ fn close(actual: f64, expected: f64, tolerance: f64) -> bool {
         || (actual - expected).abs() <= tolerance
 }
 
-/// Half a unit in the last place of a gradient in its dtype, and the rounding of the arithmetic
-/// before it.
+/// Half a unit in a gradient's last place, and the rounding of the arithmetic before it.
 fn rounding(dtype: DType, value: f64) -> f64 {
     match dtype {
         DType::F64 => 1e-15 * value.abs(),

@@ -1,5 +1,4 @@
-//! The weights `[B, H, W]` for the kernel: contiguous, in the accumulator dtype, summed and
-//! checked.
+//! The kernel's weights `[B, H, W]`: contiguous, in the accumulator dtype, summed and checked.
 
 use super::CHECK;
 use crate::parallel;
