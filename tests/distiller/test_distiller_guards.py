@@ -42,7 +42,7 @@ def test_a_teacher_that_is_the_student():
 
 
 METHOD = "method must be a name, a dict of name -> weight, or a callable (f_s, f_t) -> scalar, got"
-WEIGHT = "method must have a finite weight, 0 or more, for 'at', got"
+WEIGHT = "method['at'] must be a finite number, 0 or more, got"
 SOKD = "sokd must be True, False, a dict of SoKD's options or a SoKD, got"
 REFUSED = {
     "a function": (TypeError, "teacher must be an nn.Module, got function",
