@@ -353,10 +353,7 @@ pub(crate) mod tests {
             let order = if last { Order::Lanes } else { Order::Planes };
             let grid = Grid::new(check, &view(0, dtype, sizes, last), order, true).unwrap();
             let found = [
-                grid.positions_per_block,
-                grid.channels_per_block,
-                grid.lane_bits,
-                grid.tiles,
+                grid.positions_per_block, grid.channels_per_block, grid.lane_bits, grid.tiles,
                 grid.chunks,
             ];
             assert_eq!(found, expected, "{sizes:?} {last}");

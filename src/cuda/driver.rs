@@ -188,10 +188,7 @@ impl Driver {
     /// `parameters` points to the kernel's one argument, of the type that the kernel takes; the
     /// memory that it names is the device's and lives until the stream has passed this kernel.
     pub(crate) unsafe fn launch(
-        &self,
-        function: Handle,
-        (grid, threads): ([u32; 2], u32),
-        stream: Handle,
+        &self, function: Handle, (grid, threads): ([u32; 2], u32), stream: Handle,
         argument: *mut c_void,
     ) -> Result<()> {
         let mut parameters = [argument];

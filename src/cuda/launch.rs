@@ -50,10 +50,7 @@ pub(crate) struct Kernel {
 
 impl Kernel {
     pub(crate) const fn new(
-        source: &'static Source,
-        bit: u32,
-        name: &'static str,
-        per: (bool, bool),
+        source: &'static Source, bit: u32, name: &'static str, per: (bool, bool),
     ) -> Self {
         Self { source, bit, name, per }
     }
@@ -188,10 +185,7 @@ pub(crate) struct Queue {
 
 /// Does `work` with torch's current stream of this device, in the device's primary context.
 pub(crate) fn on_device<T>(
-    op: &'static str,
-    ordinal: usize,
-    run: &Run,
-    work: impl FnOnce(&Queue) -> Checked<T>,
+    op: &'static str, ordinal: usize, run: &Run, work: impl FnOnce(&Queue) -> Checked<T>,
 ) -> Checked<T> {
     let failed = |failure| Error::Cuda { op, failure };
     let cuda = opened().map_err(failed)?;
@@ -208,11 +202,7 @@ impl Queue {
     /// `args` is the argument structure of this kernel, filled as kernel.cu defines it, with memory
     /// of this device that torch keeps for this stream.
     pub(crate) unsafe fn launch<A: Copy>(
-        &self,
-        kernel: &'static Kernel,
-        (dtype, order): (DType, Order),
-        grid: [i64; 2],
-        args: &A,
+        &self, kernel: &'static Kernel, (dtype, order): (DType, Order), grid: [i64; 2], args: &A,
     ) -> Checked<()> {
         let failed = |failure| Error::Cuda { op: self.op, failure };
         if grid.contains(&0) {

@@ -53,8 +53,7 @@ use bindings;
 
 /// The first of these that opens; for the process's life, because pointers into it stay in use.
 fn first_library(
-    library: &'static str,
-    names: impl Iterator<Item = String>,
+    library: &'static str, names: impl Iterator<Item = String>,
 ) -> Result<&'static Library, Failure> {
     let mut reasons = Vec::new();
     for name in names {
@@ -74,9 +73,7 @@ fn first_library(
 /// # Safety
 /// `T` is a function pointer with the symbol's signature.
 unsafe fn symbol<T: Copy>(
-    from: &'static Library,
-    library: &'static str,
-    symbol: &'static str,
+    from: &'static Library, library: &'static str, symbol: &'static str,
 ) -> Result<T, Failure> {
     // SAFETY: the caller's promise.
     let found = unsafe { from.get::<T>(symbol) };
@@ -113,12 +110,8 @@ fn opened() -> Result<&'static Cuda, Failure> {
 
 /// Compiles and loads kernels for these dtypes and orders on one device, several at a time.
 pub(crate) fn warmup(
-    op: &'static str,
-    ordinal: usize,
-    kernels: &'static [&[&Kernel]],
-    dtypes: &[DType],
-    orders: &[Order],
-    run: Run,
+    op: &'static str, ordinal: usize, kernels: &'static [&[&Kernel]], dtypes: &[DType],
+    orders: &[Order], run: Run,
 ) -> Checked<()> {
     let kernels = kernels.iter().copied().flatten();
     let mut variants: Vec<Variant> =

@@ -110,9 +110,7 @@ impl<'a> Chunks<'a> {
 
 /// Like [`for_each`], with a result for every chunk, in the order of the chunks.
 pub(crate) fn map<T: Send>(
-    threads: usize,
-    chunks: usize,
-    work: impl Fn(usize) -> T + Sync,
+    threads: usize, chunks: usize, work: impl Fn(usize) -> T + Sync,
 ) -> Vec<T> {
     let mut results: Vec<Option<T>> = Vec::new();
     results.resize_with(chunks, || None);

@@ -66,9 +66,7 @@ macro_rules! real {
             }
             #[inline(always)]
             fn transpose<S: Simd>(
-                simd: S,
-                from: &[[Self; LANES]; LANES],
-                to: &mut [[Self; LANES]; LANES],
+                simd: S, from: &[[Self; LANES]; LANES], to: &mut [[Self; LANES]; LANES],
             ) {
                 $transpose(simd, from, to)
             }
@@ -100,10 +98,7 @@ pub(crate) trait Element: Copy + Send + Sync + 'static {
     /// They must be readable.
     #[inline(always)]
     unsafe fn load_square<S: Simd>(
-        simd: S,
-        planes: &[*const Self; LANES],
-        at: isize,
-        to: &mut Square<Self::Acc>,
+        simd: S, planes: &[*const Self; LANES], at: isize, to: &mut Square<Self::Acc>,
     ) {
         let mut square = [[Self::Acc::default(); LANES]; LANES];
         for (row, plane) in square.iter_mut().zip(planes) {
@@ -120,11 +115,7 @@ pub(crate) trait Element: Copy + Send + Sync + 'static {
     /// They must be writable.
     #[inline(always)]
     unsafe fn store_square<S: Simd>(
-        simd: S,
-        from: &Square<Self::Acc>,
-        planes: &[*mut Self; LANES],
-        used: usize,
-        at: isize,
+        simd: S, from: &Square<Self::Acc>, planes: &[*mut Self; LANES], used: usize, at: isize,
     ) {
         let mut square = [[Self::Acc::default(); LANES]; LANES];
         Self::Acc::transpose(simd, from, &mut square);
@@ -148,21 +139,14 @@ pub(crate) trait Element: Copy + Send + Sync + 'static {
 impl Element for f32 {
     #[inline(always)]
     unsafe fn load_square<S: Simd>(
-        simd: S,
-        planes: &[*const f32; LANES],
-        at: isize,
-        to: &mut Square<f32>,
+        simd: S, planes: &[*const f32; LANES], at: isize, to: &mut Square<f32>,
     ) {
         // SAFETY: the caller's promise.
         unsafe { transpose::load_f32(simd, planes, at, to) }
     }
     #[inline(always)]
     unsafe fn store_square<S: Simd>(
-        simd: S,
-        from: &Square<f32>,
-        planes: &[*mut f32; LANES],
-        used: usize,
-        at: isize,
+        simd: S, from: &Square<f32>, planes: &[*mut f32; LANES], used: usize, at: isize,
     ) {
         // SAFETY: the caller's promise.
         unsafe { transpose::store_f32(simd, from, planes, used, at) }

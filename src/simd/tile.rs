@@ -150,11 +150,7 @@ impl<T: Element> Map<T> {
     /// # Safety
     /// The map must be readable memory for sample `n`, these channels and positions.
     pub(crate) unsafe fn load(
-        &self,
-        tile: &mut [[T::Acc; LANES]],
-        n: usize,
-        channels: &Channels,
-        from: usize,
+        &self, tile: &mut [[T::Acc; LANES]], n: usize, channels: &Channels, from: usize,
     ) {
         for (i, tile) in tile.chunks_mut(PREFETCHED).enumerate() {
             let from = from + i * PREFETCHED;
@@ -168,11 +164,7 @@ impl<T: Element> Map<T> {
     /// # Safety
     /// As for [`Map::load`], for writing, and no other thread may touch these elements.
     pub(crate) unsafe fn store(
-        &self,
-        tile: &[[T::Acc; LANES]],
-        n: usize,
-        channels: &Channels,
-        from: usize,
+        &self, tile: &[[T::Acc; LANES]], n: usize, channels: &Channels, from: usize,
     ) {
         simd::run(Store { map: self, tile, n, channels, from });
     }
@@ -227,10 +219,7 @@ impl<T: Element> WithSimd for Load<'_, T> {
 
 #[inline(always)]
 unsafe fn load_rows<T: Element, S: Simd>(
-    simd: S,
-    tile: &mut [[T::Acc; LANES]],
-    planes: &[*const T; LANES],
-    start: isize,
+    simd: S, tile: &mut [[T::Acc; LANES]], planes: &[*const T; LANES], start: isize,
 ) {
     let whole = tile.len() - tile.len() % LANES;
     let (squares, rest) = tile.split_at_mut(whole);
@@ -255,10 +244,7 @@ unsafe fn load_lanes<T: Element>(tile: &mut [[T::Acc; LANES]], first: *const T, 
 
 #[inline(always)]
 unsafe fn load_any<T: Element>(
-    tile: &mut [[T::Acc; LANES]],
-    planes: &[*const T; LANES],
-    start: isize,
-    step: isize,
+    tile: &mut [[T::Acc; LANES]], planes: &[*const T; LANES], start: isize, step: isize,
 ) {
     for (i, row) in tile.iter_mut().enumerate() {
         let at = start + i as isize * step;
@@ -302,11 +288,7 @@ impl<T: Element> WithSimd for Store<'_, T> {
 
 #[inline(always)]
 unsafe fn store_rows<T: Element, S: Simd>(
-    simd: S,
-    tile: &[[T::Acc; LANES]],
-    planes: &[*mut T; LANES],
-    used: usize,
-    start: isize,
+    simd: S, tile: &[[T::Acc; LANES]], planes: &[*mut T; LANES], used: usize, start: isize,
 ) {
     let whole = tile.len() - tile.len() % LANES;
     let (squares, rest) = tile.split_at(whole);
@@ -331,11 +313,7 @@ unsafe fn store_lanes<T: Element>(tile: &[[T::Acc; LANES]], first: *mut T, step:
 
 #[inline(always)]
 unsafe fn store_any<T: Element>(
-    tile: &[[T::Acc; LANES]],
-    planes: &[*mut T; LANES],
-    used: usize,
-    start: isize,
-    step: isize,
+    tile: &[[T::Acc; LANES]], planes: &[*mut T; LANES], used: usize, start: isize, step: isize,
 ) {
     for (i, row) in tile.iter().enumerate() {
         let at = start + i as isize * step;

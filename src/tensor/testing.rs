@@ -32,13 +32,7 @@ pub(crate) enum Lay {
 pub(crate) fn any_lay() -> impl Strategy<Value = Lay> {
     use Lay::*;
     prop::sample::select(vec![
-        Contiguous,
-        ChannelsLast,
-        Sliced,
-        ChannelsLastSliced,
-        Reversed,
-        Expanded,
-        ExpandedInside,
+        Contiguous, ChannelsLast, Sliced, ChannelsLastSliced, Reversed, Expanded, ExpandedInside,
     ])
 }
 
@@ -97,10 +91,7 @@ impl Owned {
 
     /// An input: value `i` in row-major order, rounded to the dtype.
     pub(crate) fn new(
-        shape: &[usize],
-        dtype: DType,
-        lay: Lay,
-        values: impl Fn(usize) -> f64,
+        shape: &[usize], dtype: DType, lay: Lay, values: impl Fn(usize) -> f64,
     ) -> Self {
         let owned = Self::empty(shape, dtype, lay);
         for (i, index) in indices(shape).into_iter().enumerate() {

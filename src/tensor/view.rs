@@ -51,11 +51,7 @@ impl TensorView {
     /// Every element that `sizes` and `strides` reach from `ptr` must be readable (writable, if the
     /// view is an output) for as long as the view is used.
     pub(crate) unsafe fn new(
-        ptr: *mut u8,
-        dtype: DType,
-        device: Device,
-        sizes: &[usize],
-        strides: &[isize],
+        ptr: *mut u8, dtype: DType, device: Device, sizes: &[usize], strides: &[isize],
     ) -> Option<Self> {
         if sizes.len() > MAX_RANK || sizes.len() != strides.len() {
             return None;

@@ -20,11 +20,8 @@ mirror! {
 /// # Safety
 /// The arguments are checked, and all of them lie on the CUDA device `ordinal`.
 pub(crate) unsafe fn forward(
-    [seed, counter]: [&TensorView; 2],
-    uniforms: &TensorView,
-    noise_seed: &TensorView,
-    ordinal: usize,
-    run: &Run,
+    [seed, counter]: [&TensorView; 2], uniforms: &TensorView, noise_seed: &TensorView,
+    ordinal: usize, run: &Run,
 ) -> Result<()> {
     let count = uniforms.numel() as i64;
     let call = Draw {

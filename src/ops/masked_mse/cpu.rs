@@ -18,9 +18,7 @@ const POSITIONS: usize = TILE / LANES;
 /// # Safety
 /// The maps have the dtype `T`, the shapes agree, and all are in host memory.
 pub(crate) unsafe fn forward<T: Element>(
-    args: &Args,
-    d_student: Option<&TensorView>,
-    threads: usize,
+    args: &Args, d_student: Option<&TensorView>, threads: usize,
 ) -> Result<f64> {
     // SAFETY: the caller's promise.
     let (weights, total) = unsafe { Weights::<T::Acc>::read(args.weight, threads) }?;
@@ -61,10 +59,7 @@ struct Maps<'a, T: Element> {
 
 impl<'a, T: Element> Maps<'a, T> {
     fn new(
-        args: &Args,
-        d_student: Option<&TensorView>,
-        weights: Option<&'a [T::Acc]>,
-        factor: T::Acc,
+        args: &Args, d_student: Option<&TensorView>, weights: Option<&'a [T::Acc]>, factor: T::Acc,
     ) -> Self {
         let views = [args.student, args.teacher, d_student.unwrap_or(args.student)];
         let order = if views.iter().all(|view| view.is_contiguous()) {
@@ -250,11 +245,7 @@ impl<T: Element> Maps<'_, T> {
     /// [`LANES`] elements from `at` on.
     #[inline(always)]
     unsafe fn row<S: Simd>(
-        &self,
-        simd: S,
-        at: usize,
-        weights: &[T::Acc; LANES],
-        factor: <T::Acc as Real>::Vector<S>,
+        &self, simd: S, at: usize, weights: &[T::Acc; LANES], factor: <T::Acc as Real>::Vector<S>,
         sums: &mut <T::Acc as Real>::Vector<S>,
     ) {
         let [mut student, mut teacher, mut gradient] = [[T::Acc::default(); LANES]; 3];
@@ -281,11 +272,7 @@ impl<T: Element> Maps<'_, T> {
     /// The same for fewer: the lanes past them are zeros.
     #[inline(always)]
     unsafe fn tail<S: Simd>(
-        &self,
-        simd: S,
-        at: usize,
-        weights: &[T::Acc],
-        factor: <T::Acc as Real>::Vector<S>,
+        &self, simd: S, at: usize, weights: &[T::Acc], factor: <T::Acc as Real>::Vector<S>,
         sums: &mut <T::Acc as Real>::Vector<S>,
     ) {
         let [mut student, mut teacher, mut all, mut gradient] = [[T::Acc::default(); LANES]; 4];
@@ -309,10 +296,7 @@ impl<T: Element> Maps<'_, T> {
 /// Adds the weighted squares of a row to the running sums; returns the weighted differences.
 #[inline(always)]
 fn add_squares<A: Real, S: Simd>(
-    simd: S,
-    student: &[A; LANES],
-    teacher: &[A; LANES],
-    weights: &[A; LANES],
+    simd: S, student: &[A; LANES], teacher: &[A; LANES], weights: &[A; LANES],
     sums: &mut A::Vector<S>,
 ) -> A::Vector<S> {
     let difference = simd.load(student).minus(simd.load(teacher));

@@ -48,11 +48,7 @@ mirror! {
 /// # Safety
 /// The arguments are checked, and all of them lie on the CUDA device `ordinal`.
 pub(crate) unsafe fn forward(
-    args: &Args,
-    loss: &TensorView,
-    d_student: Option<&TensorView>,
-    ordinal: usize,
-    run: &Run,
+    args: &Args, loss: &TensorView, d_student: Option<&TensorView>, ordinal: usize, run: &Run,
 ) -> Result<()> {
     let order = Order::of(d_student.unwrap_or(args.student));
     let mut call = describe(args, loss, d_student, order)?;
@@ -79,10 +75,7 @@ pub(crate) unsafe fn forward(
 /// # Safety
 /// The arguments are checked, and both lie on the CUDA device `ordinal`.
 pub(crate) unsafe fn scale(
-    gradient: &TensorView,
-    upstream: &TensorView,
-    ordinal: usize,
-    run: &Run,
+    gradient: &TensorView, upstream: &TensorView, ordinal: usize, run: &Run,
 ) -> Result<()> {
     let count = gradient.numel();
     let call = Scale {
@@ -100,10 +93,7 @@ pub(crate) unsafe fn scale(
 }
 
 fn describe(
-    args: &Args,
-    loss: &TensorView,
-    d_student: Option<&TensorView>,
-    order: Order,
+    args: &Args, loss: &TensorView, d_student: Option<&TensorView>, order: Order,
 ) -> Result<MaskedMse> {
     let student = args.student;
     let wide = match d_student {

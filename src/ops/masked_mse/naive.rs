@@ -7,12 +7,7 @@ use proptest::prelude::*;
 
 /// loss and d_student, in f64, of row-major values.
 fn truth(
-    shape: [usize; 4],
-    s: &[f64],
-    t: &[f64],
-    w: Option<&[f64]>,
-    normalise: &str,
-    scale: f64,
+    shape: [usize; 4], s: &[f64], t: &[f64], w: Option<&[f64]>, normalise: &str, scale: f64,
 ) -> (f64, Vec<f64>) {
     let [b, c, h, w_] = shape;
     let weight = |n: usize, y: usize, x: usize| w.map_or(1.0, |w| w[(n * h + y) * w_ + x]);
@@ -43,11 +38,7 @@ struct Case {
 
 impl Case {
     fn new(
-        shape: [usize; 4],
-        dtype: DType,
-        lays: [Lay; 2],
-        weight: Option<Owned>,
-        seed: u64,
+        shape: [usize; 4], dtype: DType, lays: [Lay; 2], weight: Option<Owned>, seed: u64,
     ) -> Self {
         let numel = shape.iter().product();
         let [s, t] = [1, 2].map(|i| Uniform(seed ^ i).take(numel));
