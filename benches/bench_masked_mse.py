@@ -18,13 +18,9 @@ from sokd import reference
 
 
 def case(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    layout: str,
-    *,
-    compile_too: bool,
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str, *, compile_too: bool,
     targets: dict[str, float],
-) -> Case:
+) -> Case:  # fmt: skip
     torch.manual_seed(0)
     student, teacher = (
         torch.randn(shape).to(dtype).to(memory_format=LAYOUTS[layout]) for _ in range(2)

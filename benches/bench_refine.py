@@ -60,14 +60,9 @@ def gradients(
 
 
 def forward_case(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    layout: str,
-    groups: int,
-    *,
-    compile_too: bool,
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str, groups: int, *, compile_too: bool,
     target: float,
-) -> Case:
+) -> Case:  # fmt: skip
     plan = make(shape, dtype, layout, groups)
     still = plan | {"sigma": torch.zeros(groups)}  # the noise of the two sides differs
     loose = 1e-5 if dtype == torch.float32 else 4e-2

@@ -42,13 +42,9 @@ def works(shape: Shape, dtype: torch.dtype, layout: str, *, compile_too: bool) -
 
 
 def _case(
-    work: str,
-    features: Tensor,
-    layout: str,
-    sides: dict[str, Side],
-    moved: int,
+    work: str, features: Tensor, layout: str, sides: dict[str, Side], moved: int,
     check: Callable[[], None],
-) -> Case:
+) -> Case:  # fmt: skip
     dtype = name_of(features.dtype)
     return Case(work, features.shape, sides, moved, check=check, dtype=dtype, layout=layout)
 

@@ -1,5 +1,4 @@
-//! Tensors for tests: any shape, dtype and strides, with memory of their own and a watch on the
-//! bytes around them.
+//! Tensors for tests: any shape, dtype and strides, with a watch on the bytes around them.
 
 use crate::tensor::{DType, Device, TensorView};
 use proptest::prelude::*;
@@ -33,13 +32,7 @@ pub(crate) enum Lay {
 pub(crate) fn any_lay() -> impl Strategy<Value = Lay> {
     use Lay::*;
     prop::sample::select(vec![
-        Contiguous,
-        ChannelsLast,
-        Sliced,
-        ChannelsLastSliced,
-        Reversed,
-        Expanded,
-        ExpandedInside,
+        Contiguous, ChannelsLast, Sliced, ChannelsLastSliced, Reversed, Expanded, ExpandedInside,
     ])
 }
 
@@ -98,10 +91,7 @@ impl Owned {
 
     /// An input: value `i` in row-major order, rounded to the dtype.
     pub(crate) fn new(
-        shape: &[usize],
-        dtype: DType,
-        lay: Lay,
-        values: impl Fn(usize) -> f64,
+        shape: &[usize], dtype: DType, lay: Lay, values: impl Fn(usize) -> f64,
     ) -> Self {
         let owned = Self::empty(shape, dtype, lay);
         for (i, index) in indices(shape).into_iter().enumerate() {

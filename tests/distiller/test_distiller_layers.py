@@ -1,5 +1,4 @@
-"""Layers by name, any shape; and everything about them that is refused or warned of, in these
-words."""
+"""Layers by name, of any shape; all that is refused or warned of, verbatim."""
 
 from __future__ import annotations
 

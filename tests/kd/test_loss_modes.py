@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import functools
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from support import kd_cases
 from support.cases import compiles
-from support.kd_cases import make
+from support.kd_cases import FixedMask, make
+from support.ranks import of_ranks
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import ProfilerActivity, profile
 
-from sokd.kd.dam import Attention
+from benches.bench_loss import peak_bytes
 from sokd.kd.sokd import SoKD, loss
 
 
@@ -188,10 +186,8 @@ def free_of_the_batch() -> SoKD:
     ).eval()
 
 
-def _rank(rank: int, folder: str) -> None:
-    """One of two processes: half of the batch, its own seed; writes its gradients."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _rank(rank: int) -> dict[str, Any]:
+    """Half of the batch, and a seed that differs: the state and the gradients of two steps."""
     torch.manual_seed(100 + rank)
     kd = free_of_the_batch()
     wrapped = DistributedDataParallel(kd)
@@ -201,15 +197,11 @@ def _rank(rank: int, folder: str) -> None:
         kd.zero_grad()
         loss(student + step, teacher, wrapped).backward()
         steps.append({name: parameter.grad.clone() for name, parameter in kd.named_parameters()})
-    torch.save({"state": kd.state_dict(), "gradients": steps}, f"{folder}/{rank}")
-    dist.destroy_process_group()
-    # DDP's destructor holds the GIL and may deadlock with gloo's thread, which needs it
-    os._exit(0)
+    return {"state": kd.state_dict(), "gradients": steps}
 
 
 def test_two_ranks_draw_alike_and_give_the_gradients_of_the_whole_batch(tmp_path: Path):
-    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
-    ranks = [torch.load(tmp_path / str(rank)) for rank in range(2)]
+    ranks = of_ranks(_rank, tmp_path)
     torch.manual_seed(100)
     kd = free_of_the_batch()
     for step in range(2):
@@ -225,34 +217,6 @@ def test_two_ranks_draw_alike_and_give_the_gradients_of_the_whole_batch(tmp_path
 
 
 # ------------------------------------------------------------------------------------------- memory
-
-
-class Stored(nn.Module):
-    """In DAM's place, at no cost: a mask made before."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, student: Tensor, teacher: Tensor, *, scale: float) -> Attention:
-        return Attention(
-            self.weight.new_zeros(()), self.weight, self.weight, self.weight, student.detach()[:0]
-        )
-
-
-def peak(call: Callable[[], object]) -> int:
-    """Peak bytes of PyTorch's allocator beyond those held at the start."""
-    call()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        call()
-    events = [
-        event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"
-    ]
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
 
 
 def step(kd: SoKD, student: Tensor, teacher: Tensor) -> None:
@@ -271,11 +235,11 @@ def test_the_loss_holds_two_maps_at_most(mask, layout):
         32,
         32,
         adapter=None,
-        dam=Stored(weight) if mask else None,
+        dam=FixedMask(weight) if mask else None,
         policies=[("rotate", "channel_shuffle")],
     )
     map_bytes = student.numel() * student.element_size()
-    most = peak(functools.partial(step, kd, student.requires_grad_(), teacher))
+    most = peak_bytes(functools.partial(step, kd, student.requires_grad_(), teacher))
     assert most <= 2.05 * map_bytes, f"{most / map_bytes:.2f} maps"
     assert most >= 1.5 * map_bytes, "the count is blind"
 
@@ -294,5 +258,5 @@ def test_beyond_its_convolutions_dam_adds_no_map():
         )
 
     map_bytes = student.numel() * student.element_size()
-    most = peak(functools.partial(step, kd, student, teacher)) - peak(convolutions)
+    most = peak_bytes(functools.partial(step, kd, student, teacher)) - peak_bytes(convolutions)
     assert most <= 2.05 * map_bytes, f"{most / map_bytes:.2f} maps"

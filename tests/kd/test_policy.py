@@ -242,10 +242,7 @@ def test_a_pass_is_refine_of_the_plan_in_both_modes(granularity: str, dtype: tor
         refined = policy(features, draw)
         plan = policy.plan(draw, features.shape)
         assert plan.straight is None and not any(p is not None and p.requires_grad for p in plan)
-        expected = sokd.reference.refine(
-            features, plan.theta, hole=plan.hole, sigma=plan.sigma, perm=plan.perm, keep=plan.keep,
-            seed=plan.seed,
-        )  # fmt: skip
+        expected = sokd.reference.refine(features, **plan._asdict())
         torch.testing.assert_close(refined, expected)
         assert refined.dtype == dtype and refined.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(refined, policy(features, draw, differentiable=True))

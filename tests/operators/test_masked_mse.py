@@ -134,8 +134,7 @@ def test_float16_gradients_do_not_underflow():
 
 
 def test_float16_gradients_of_a_small_area_do_not_overflow():
-    """The area may be one cell of ten thousand: what is kept for the backward must not grow by
-    that."""
+    """The area may be one cell of ten thousand: what the backward keeps must not grow by that."""
     student = torch.zeros(2, 256, 100, 100).half()
     teacher = torch.full_like(student, 40)
     weight = torch.zeros(2, 100, 100)
@@ -290,8 +289,7 @@ def test_mutual_gradients_are_opposite():
 @pytest.mark.parametrize("of_features", [False, True])
 @pytest.mark.parametrize("twice", [False, True])
 def test_the_gradient_of_refined_features_goes_on_without_a_copy(of_features, twice):
-    """`refine` reads the student's gradient with its sign set; what comes out is an ordinary
-    tensor."""
+    """`refine` reads the student's gradient with its sign set, and returns an ordinary tensor."""
     features = torch.randn(2, 5, 6, 6, dtype=torch.float64, requires_grad=of_features)
     student = torch.randn(2, 5, 6, 6, dtype=torch.float64, requires_grad=True)
     theta = torch.tensor(

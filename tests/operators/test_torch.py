@@ -1,5 +1,4 @@
-"""The operators as PyTorch's own: opcheck, compile, export, functorch, autocast, devices without
-kernels."""
+"""The operators as PyTorch's own: opcheck, compile, export, functorch, autocast, other devices."""
 
 from __future__ import annotations
 
@@ -212,8 +211,7 @@ def test_batched_gradients(dtype):
 
 
 def test_zero_tensors_without_memory():
-    """`torch._efficientzerotensor`, as forward derivatives have them: the dispatcher makes numbers
-    of it."""
+    """`torch._efficientzerotensor`, as forward derivatives have them."""
     zero, ones = torch._efficientzerotensor(SHAPE), torch.ones(SHAPE)
     assert ops.masked_mse(zero, ones) == ops.masked_mse(ones, zero) == 1
     assert torch.equal(ops.refine(zero, sigma=torch.zeros(1)), torch.zeros(SHAPE))
@@ -276,8 +274,7 @@ def test_second_derivatives_by_functorch():
 
 
 def test_a_view_with_its_sign_set():
-    """`x.conj().imag` is -x as far as its memory goes: what PyTorch resolves before a kernel sees
-    it."""
+    """`x.conj().imag` is -x in memory; PyTorch resolves it before a kernel sees it."""
     own = torch.randn(SHAPE)
     negated = torch._neg_view(own)
     assert torch.equal(ops.refine(negated), -own)

@@ -15,10 +15,7 @@ use crate::tensor::TensorView;
 
 /// One number for each plan.
 pub(super) fn dots<T: Element>(
-    features: &TensorView,
-    upstream: &TensorView,
-    plans: &[SamplePlans],
-    threads: usize,
+    features: &TensorView, upstream: &TensorView, plans: &[SamplePlans], threads: usize,
 ) -> Vec<f64> {
     let Some(first) = plans.first().filter(|_| features.numel() > 0) else {
         return vec![0.0; plans.len()];
@@ -122,10 +119,7 @@ impl<T: Element> Chunk<'_, T> {
 
 /// For each lane, sum over positions of upstream * hole * bilinear.
 fn through_sampling<A: Real>(
-    upstream: &[[A; LANES]],
-    source: &[[A; LANES]],
-    table: Option<&Table<A>>,
-    group: &SamplePlan,
+    upstream: &[[A; LANES]], source: &[[A; LANES]], table: Option<&Table<A>>, group: &SamplePlan,
     width: usize,
 ) -> [f64; LANES] {
     let mut totals = [0.0; LANES];

@@ -27,11 +27,7 @@ fn group<T>(part: &Option<Vec<T>>, n: usize) -> Option<&T> {
 /// One sampled value and its derivatives by ix and iy; `touch` sees every corner inside the map
 /// with its weight.
 fn bilinear(
-    plane: &dyn Fn(usize, usize) -> f64,
-    h: usize,
-    w: usize,
-    ix: f64,
-    iy: f64,
+    plane: &dyn Fn(usize, usize) -> f64, h: usize, w: usize, ix: f64, iy: f64,
     mut touch: impl FnMut(usize, usize, f64),
 ) -> [f64; 3] {
     let (x0, y0) = (ix.floor(), iy.floor());
