@@ -13,9 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["bare_copy", "untouched"]
+__all__ = ["as_eval", "bare_copy", "untouched"]
 
 M = TypeVar("M", bound=nn.Module)
+
+
+def as_eval(model: M) -> M:
+    """The model, put in eval mode; one that torch.export made has no modes and refuses `eval()`."""
+    try:
+        return model.eval()
+    except NotImplementedError:
+        for part in model.modules():
+            part.training = False
+        return model
 
 
 @contextmanager
@@ -41,7 +51,7 @@ def untouched(*models: nn.Module) -> Iterator[None]:
         for part, buffers in zip(eager, own, strict=True):
             part._buffers.update({name: copies[id(each)] for name, each in buffers.items()})
         for model in models:
-            model.eval()
+            as_eval(model)
         with torch.no_grad():
             yield
     finally:

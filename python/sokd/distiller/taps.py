@@ -31,6 +31,9 @@ WHY_SCRIPTED = (
     "it is inside a TorchScript module, whose parts run without hooks: pass the module that was "
     "scripted or traced, or name a layer outside it"
 )
+WHY_FLAT = (
+    "the model is a torch.fx graph, which calls the innermost modules alone: name one of those"
+)
 WHY_SKIPPED = (
     "the model skipped it in this pass (LayerDrop, a branch): name a layer that always runs"
 )
@@ -209,6 +212,8 @@ def _why_never_ran(model: nn.Module, name: str) -> str:
     outer = ["", *(name[:at] for at, letter in enumerate(name) if letter == ".")]
     if any(isinstance(inner.get_submodule(part), torch.jit.ScriptModule) for part in outer):
         return WHY_SCRIPTED
+    if any(isinstance(part, torch.fx.GraphModule) for part in inner.modules()):
+        return WHY_FLAT
     compiled = hasattr(model, "_orig_mod") or any(
         part._compiled_call_impl is not None for part in (model, *inner.modules())
     )

@@ -11,6 +11,7 @@ import numbers
 from collections.abc import Sequence
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -47,6 +48,7 @@ class Adapter(nn.Module):
         teacher_size: the same for the teacher; both or neither.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self, student_channels: int, teacher_channels: int, *,
         student_size: int | Size | None = None, teacher_size: int | Size | None = None,

@@ -73,6 +73,7 @@ class DAM(nn.Module):
         kernel: side of the neighbourhood in which a peak is the largest; odd.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self, channels: int, *, heat_channels: int = 100, heads: str = "bounded",
         areas: str = "mutual", overlap: str = "sum", k: int = 8, kernel: int = 3,

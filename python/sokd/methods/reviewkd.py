@@ -93,6 +93,7 @@ class ReviewKDLoss(nn.Module):
     over the first 20 epochs; they also take the pooled feature as one more stage of 1 x 1 cells.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         student_channels: Sequence[int],
