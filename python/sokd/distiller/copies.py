@@ -15,9 +15,19 @@ from torch.nn.parameter import is_lazy
 
 from sokd.ops.torch_internals import forward_hooks, own_buffers, put_buffers
 
-__all__ = ["bare_copy", "untouched"]
+__all__ = ["as_eval", "bare_copy", "untouched"]
 
 M = TypeVar("M", bound=nn.Module)
+
+
+def as_eval(model: M) -> M:
+    """The model, put in eval mode; one that torch.export made has no modes and refuses `eval()`."""
+    try:
+        return model.eval()
+    except NotImplementedError:
+        for part in model.modules():
+            part.training = False
+        return model
 
 
 @contextmanager
@@ -43,7 +53,7 @@ def untouched(*models: nn.Module) -> Iterator[None]:
         for part, buffers in zip(eager, own, strict=True):
             put_buffers(part, {name: copies[id(each)] for name, each in buffers.items()})
         for model in models:
-            model.eval()
+            as_eval(model)
         with torch.no_grad():
             yield
     finally:

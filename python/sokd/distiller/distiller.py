@@ -21,9 +21,9 @@ from sokd.distiller.assemble import (
     with_adapter,
 )
 from sokd.distiller.auto import auto_layers
-from sokd.distiller.copies import bare_copy, untouched
+from sokd.distiller.copies import as_eval, bare_copy, untouched
 from sokd.distiller.images import Images, inside, only
-from sokd.distiller.inputs import Given, changed, copied
+from sokd.distiller.inputs import Given, apart, changed, copied
 from sokd.distiller.maps import as_map, check_pair
 from sokd.distiller.outputs import (
     Logits,
@@ -147,7 +147,7 @@ class Distiller(nn.Module):
         self.student = student
         for parameter in teacher.parameters():  # TorchScript modules have no requires_grad_()
             parameter.requires_grad = False
-        self._constant = (teacher.eval(),)  # in a tuple it is not a submodule
+        self._constant = (as_eval(teacher),)  # in a tuple it is not a submodule
         self._teacher_parts = tuple(teacher.modules())
         self._recipes = chosen(method, options)
         self.weights = {recipe.name: recipe.weight for recipe in self._recipes}
@@ -364,7 +364,7 @@ class Distiller(nn.Module):
     def _teach(self, x: Any) -> Pass:
         """The teacher's pass, with a copy of x if the teacher writes to its input."""
         compiling = torch.compiler.is_compiling()
-        given = copied(x) if self._copies or self._copies is None else x
+        given = apart(x) if self._copies is False else copied(x)
         written = None if compiling else changed(given)
         with torch.no_grad():
             output, taken = self._taps["teacher"].run(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from sokd.distiller.copies import as_eval
 from sokd.distiller.inputs import batch_size, is_input, kinds
 from sokd.distiller.outputs import untrained_entries
 from sokd.kd.features import mixed_dtypes_allowed
@@ -102,6 +103,10 @@ def check_models(student: Any, teacher: Any) -> None:
             raise TypeError(f"Distiller: {name} must be an nn.Module, got {type(model).__name__}")
         if isinstance(model, nn.DataParallel):
             raise TypeError(LOST_IN_PARALLEL)
+    made_in_inference = sum(p.is_inference() for p in student.parameters() if not is_lazy(p))
+    if made_in_inference:
+        rule = "be made outside torch.inference_mode(), where no parameter can be trained"
+        raise ValueError(f"Distiller: student must {rule}, got {made_in_inference} such parameters")
     trained = {id(parameter) for parameter in student.parameters()}
     shared = sum(id(parameter) in trained for parameter in teacher.parameters())
     if shared:
@@ -186,7 +191,7 @@ def _is_trained(model: nn.Module) -> bool:
 def check_teacher(distiller: Distiller, parts: Iterable[nn.Module]) -> None:
     """Put a teacher in train mode back into eval mode, and warn once. `parts`: its modules."""
     if any(part.training for part in parts):
-        distiller.teacher.eval()
+        as_eval(distiller.teacher)
         Watch.of(distiller).warn(TEACHER_TRAINS)
 
 
@@ -282,6 +287,7 @@ def look(
     elif (
         used
         and distiller.logits is None
+        and not callable(distiller.task)  # it gets the whole output
         and not isinstance(output, Tensor)
         and watch.first("outputs")
     ):

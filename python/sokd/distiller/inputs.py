@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from sokd.ops.torch_internals import version
 
-__all__ = ["Given", "Grid", "batch_size", "changed", "copied", "is_input", "kinds"]
+__all__ = ["Given", "Grid", "apart", "batch_size", "changed", "copied", "is_input", "kinds"]
 
 Grid = tuple[int, int]
 
@@ -66,8 +67,13 @@ def batch_size(x: Any) -> int | None:
 
 
 def copied(x: Any) -> Any:
-    """x with copies of its tensors, in dicts, lists and tuples too."""
+    """x with copies of its tensors: in dicts, lists, tuples, and an object's attributes too."""
     return _mapped(x, lambda tensor: tensor.clone())
+
+
+def apart(x: Any) -> Any:
+    """x with the same tensors in dicts, lists and objects of its own."""
+    return _mapped(x, lambda tensor: tensor)
 
 
 def _mapped(x: Any, change: Callable[[Tensor], Any]) -> Any:
@@ -78,7 +84,15 @@ def _mapped(x: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(x, (list, tuple)):
         values = [_mapped(value, change) for value in x]
         return type(x)(*values) if hasattr(x, "_fields") else type(x)(values)
+    held = {name: each for name, each in _attributes(x).items() if isinstance(each, Tensor)}
+    if held:  # DETR's pair of tensors and mask
+        x = copy.copy(x)
+        vars(x).update({name: change(each) for name, each in held.items()})
     return x
+
+
+def _attributes(x: Any) -> dict[str, Any]:
+    return getattr(x, "__dict__", {})
 
 
 def changed(x: Any) -> Callable[[], bool]:

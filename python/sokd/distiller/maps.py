@@ -62,11 +62,14 @@ def _check_order(features: Tensor, layout: Layout, which: tuple[str, str], given
 def _check_grid(
     maps: Tensor, layout: Layout, which: tuple[str, str], given: Given, shape: list[int]
 ) -> None:
-    """Raise for a guessed square of tokens where the images are not square, within a cell."""
-    if layout.grid is not None or not (given.image or given.sequence):
-        return
+    """Raise for a guessed square where the images are not square, and for a swapped grid."""
     side, name = which
     cells = maps.shape[2]
+    if layout.grid is not None:
+        _check_swap(layout.grid, side, given)
+        return
+    if not (given.image or given.sequence):
+        return
     if given.image is None:
         rule = f"have a grid, because x is not a batch of images ({side}_grid=(H, W), e.g. (1, N))"
         raise ValueError(f"Distiller: {name} must {rule}, got {shape}")
@@ -75,6 +78,15 @@ def _check_grid(
         rule += f"{side}_tokens for the others)"
         got = f"{shape}, guessed to be a {cells} x {cells} grid"
         raise ValueError(f"Distiller: {name} must {rule}, got {got}")
+
+
+def _check_swap(grid: Grid, side: str, given: Given) -> None:
+    """Refuse a named grid (W, H): the aspect of the images, turned."""
+    if given.image is None or same_aspect(grid, given.image):
+        return
+    if same_aspect((grid[1], grid[0]), given.image):
+        rule = f"be (H, W) as the images are, {_sides(given.image)}"
+        raise ValueError(f"Distiller: {side}_grid must {rule}, got {tuple(grid)}")
 
 
 def _sides(size: Grid) -> str:

@@ -32,6 +32,9 @@ WHY_SCRIPTED = (
     "it is inside a TorchScript module, which runs no hooks: pass the module that was scripted or "
     "traced, or name a layer outside it"
 )
+WHY_FLAT = (
+    "the model is a torch.fx graph, which calls the innermost modules alone: name one of those"
+)
 WHY_SKIPPED = (
     "the model skipped it in this pass (LayerDrop, a branch): name a layer that always runs"
 )
@@ -204,6 +207,8 @@ def _why_never_ran(model: nn.Module, name: str) -> str:
     outer = ["", *(name[:at] for at, letter in enumerate(name) if letter == ".")]
     if any(isinstance(inner.get_submodule(part), torch.jit.ScriptModule) for part in outer):
         return WHY_SCRIPTED
+    if any(isinstance(part, torch.fx.GraphModule) for part in inner.modules()):
+        return WHY_FLAT
     compiled = any(is_compiled(part) for part in (model, *inner.modules()))
     return WHY_COMPILED if compiled else WHY_SKIPPED
 

@@ -20,6 +20,7 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -64,6 +65,7 @@ class Adapter(nn.Module):
     The state_dict of another kind is refused (RuntimeError).
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self, student_channels: int, teacher_channels: int, *,
         student_size: int | Size | None = None, teacher_size: int | Size | None = None,

@@ -76,6 +76,7 @@ class DAM(nn.Module):
 
     adapts: ClassVar[bool] = True  # whether it compares adapted maps, of one shape
 
+    @torch.inference_mode(False)
     def __init__(
         self, channels: int, *, heat_channels: int = 100, heads: str = "bounded",
         areas: str = "mutual", overlap: str = "sum", k: int = 8, kernel: int = 3,

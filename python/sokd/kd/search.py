@@ -102,6 +102,7 @@ class PolicySearch:
     warned about once.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self, kd: nn.Module, student: nn.Module, *, objective: str = "consistency",
         estimator: str | None = None, order: int = 2, unroll: float = 0.01, lr: float = 3e-4,

@@ -15,7 +15,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from sokd.kd.adapter import resize
-from sokd.methods.checks import layer_pairs
+from sokd.methods.checks import check_cells, layer_pairs
 from sokd.methods.common import Maps, Method, Step, Weights, resized, squares, total, unit, wide
 
 __all__ = ["AT", "at"]
@@ -38,13 +38,14 @@ def at(student: Maps, teacher: Maps, weight: Weights = None) -> Tensor:
 
     Where the sizes differ, the larger map is average-pooled to the smaller size first, as in the
     usual code bases (each axis separately: settled here), and so is omega. An all-zero map has the
-    attention 0, with gradient 0.
+    attention 0, with gradient 0. Maps of one cell, whose attention is always 1, are refused.
     """
     return total([_transfer(*pair) for pair in layer_pairs("at", student, teacher, weight)])
 
 
 def _transfer(student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
     height, width = (min(sides) for sides in zip(student.shape[2:], teacher.shape[2:], strict=True))
+    check_cells("at", (student, teacher), height * width)
     student, teacher = (resize(wide(features), (height, width)) for features in (student, teacher))
     energies = [squares(student, 1), squares(teacher, 1)]
     if weight is not None:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sokd.methods.checks import layer_pairs, number
+from sokd.methods.checks import check_cells, layer_pairs, number
 from sokd.methods.common import (
     Maps,
     Method,
@@ -56,7 +56,8 @@ def catkd(
             before pooling.
         resolution: r; the paper uses 2 on CIFAR-100 and 4 on ImageNet.
         normalise: whether each pooled map is divided by its norm. The authors' weights are 40 with
-            normalisation (ResNet50 -> MobileNetV2) and 15 without (ResNet32x4 -> ResNet8x4).
+            normalisation (ResNet50 -> MobileNetV2) and 15 without (ResNet32x4 -> ResNet8x4). With
+            it, maps of one cell and resolution=1 are refused: only the sign would be left.
 
     Returns:
         [] float32 (float64 for float64), the sum over the pairs; 0 for an empty batch.
@@ -69,8 +70,16 @@ def catkd(
 def _transfer(
     student: Tensor, teacher: Tensor, weight: Tensor | None, resolution: int, normalise: bool
 ) -> Tensor:
+    _check_compared(student, teacher, resolution, normalise)
     pooled_s, pooled_t = (_pooled(features, weight, resolution) for features in (student, teacher))
     return _distance(pooled_s, pooled_t, normalise)
+
+
+def _check_compared(student: Tensor, teacher: Tensor, resolution: int, normalise: bool) -> None:
+    """Refuse what would be compared in one cell, of which `normalise` leaves the sign."""
+    if normalise:
+        cells = (each.shape[2] * each.shape[3] for each in (student, teacher))
+        check_cells("catkd", (student, teacher), min(resolution**2, *cells))
 
 
 def _pooled(features: Tensor, weight: Tensor | None, resolution: int) -> Tensor:
@@ -148,6 +157,7 @@ class CATKD(Method):
         ).shape[1]
         pairs = layer_pairs(self.name, step.student[-1], step.teacher[-1], step.weight[-1])
         (student, teacher, weight), (head_s, head_t) = pairs[0], self.heads
+        _check_compared(student, teacher, self.resolution, self.normalise)
         # pooling and the head commute, so the head runs on r x r cells instead of the whole map
         pooled_s = self._maps("student", _pooled(student, weight, self.resolution), head_s, classes)
         with torch.no_grad():

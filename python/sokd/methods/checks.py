@@ -11,11 +11,16 @@ import torch
 from torch import Tensor
 
 from sokd.methods.common import Maps, Weights, constant, wide
-from sokd.ops.runtime import is_eager
+from sokd.ops.runtime import is_eager, warn_user
 
-__all__ = ["check_labels", "layer_pairs", "logits_pair", "number", "wrong_class"]
+__all__ = ["check_cells", "check_labels", "layer_pairs", "logits_pair", "number", "wrong_class"]
 
 Pair = tuple[Tensor, Tensor, Tensor | None]  # student, teacher, omega
+
+SWAPPED = (
+    "sokd: {op} got a {teacher} that requires grad and a {student} that does not, so nothing is "
+    "trained by it; the order is (student, teacher)"
+)
 
 
 def logits_pair(
@@ -102,6 +107,14 @@ def check_labels(op: str, target: Tensor, classes: int, ignored: int) -> None:
             raise ValueError(f"{op}: {text}")
 
 
+def check_cells(op: str, pair: tuple[Tensor, Tensor], compared: int) -> None:
+    """Refuse maps that are compared in one cell, where a map divided by its length is 1 or -1."""
+    if compared < 2:
+        student, teacher = (list(each.shape) for each in pair)
+        rule = "have 2 cells or more where the maps are compared"
+        raise ValueError(f"{op}: student must {rule}, got {student} and the teacher's {teacher}")
+
+
 def wrong_class(target: Tensor, classes: int, ignored: int = -100) -> str:
     """The rule for class indices and the first index that breaks it; "" if none does."""
     wrong = target[((target < 0) | (target >= classes)) & (target != ignored)]
@@ -149,6 +162,9 @@ def _check_tensors(op: str, name: str, student: Tensor, other: str, teacher: Ten
             raise TypeError(f"{op}: {which} must be a tensor, got {type(tensor).__name__}")
         if not tensor.is_floating_point():
             raise TypeError(f"{op}: {which} must be floating point, got {tensor.dtype}")
+    swapped = teacher.requires_grad and not student.requires_grad and torch.is_grad_enabled()
+    if swapped and is_eager(student, teacher):
+        warn_user(SWAPPED.format(op=op, student=name, teacher=other))
     if teacher.device != student.device:
         rule = f"be on the student's device {student.device}"
         raise ValueError(f"{op}: {other} must {rule}, got {teacher.device}")

@@ -76,6 +76,7 @@ class CRDLoss(nn.Module):
     teacher_bank: Tensor
     log_normaliser: Tensor
 
+    @torch.inference_mode(False)
     def __init__(
         self, student_dim: int, teacher_dim: int, num_samples: int, *, dim: int = 128,
         negatives: int = 16384, temperature: float = 0.07, momentum: float = 0.5,

@@ -56,6 +56,7 @@ class MGDLoss(nn.Module):
     seed: Tensor
     counter: Tensor
 
+    @torch.inference_mode(False)
     def __init__(
         self, channels: int, *, ratio: float | None = None, over: str = "channels",
         generator: torch.Generator | None = None,

@@ -94,6 +94,7 @@ class ReviewKDLoss(nn.Module):
     cells.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         student_channels: Sequence[int],

@@ -1,7 +1,7 @@
 //! The truth: the module's formula as plain f64 loops, and tests of the kernel against it.
 
 use super::*;
-use crate::tensor::testing::{any_float, any_lay, indices, Lay, Owned, Uniform};
+use crate::tensor::testing::{any_float, any_lay, indices, wild, Lay, Owned, Uniform};
 use crate::tensor::DType;
 use proptest::prelude::*;
 
@@ -145,6 +145,19 @@ proptest! {
         case.normalise = if area { "area" } else { "elements" };
         case.scale = 1.5;
         agrees(&case, if last { Lay::ChannelsLast } else { Lay::Contiguous }, threads);
+    }
+
+    #[test]
+    fn special_values_agree_with_the_formula(
+        shape in any_shape(), dtypes in [any_float(), any_float()],
+        lays in [any_lay(), any_lay(), any_lay()], weighted in any::<bool>(),
+        threads in 0..4usize, seed in any::<u64>(),
+    ) {
+        let weight = weighted.then(|| weights(shape, 3, dtypes[1], lays[2], seed));
+        let mut case = Case::new(shape, dtypes[0], [lays[0], lays[1]], weight, seed);
+        let values = wild(seed, shape.iter().product());
+        case.student = Owned::new(&shape, dtypes[0], lays[0], |i| values[i]);
+        agrees(&case, Lay::Contiguous, threads);
     }
 
     #[test]

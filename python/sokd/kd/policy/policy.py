@@ -137,6 +137,7 @@ class Policy(nn.Module):
     _span: Tensor
     _carrying: Tensor
 
+    @torch.inference_mode(False)
     def __init__(
         self, *, policies: Sequence[Sequence[int | str]] | None = None,
         estimator: str = "gumbel", magnitude_gradient: str = "straight_through",
