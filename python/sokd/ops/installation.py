@@ -9,7 +9,8 @@ import torch
 
 __all__ = ["VERSION", "check"]
 
-VERSION = "0.2.0"  # that of Cargo.toml
+# That of Cargo.toml, stated again here: `check` compares it with the version of the compiled module.
+VERSION = "0.2.0"
 OLDEST_TORCH = (2, 5)
 
 
