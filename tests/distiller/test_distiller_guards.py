@@ -71,7 +71,7 @@ def test_a_teacher_that_is_the_student():
     assert all(p.requires_grad for p in net.parameters()), "a refused model is left alone"
 
 
-WEIGHT = "method must have a finite weight, 0 or more, for 'at', got"
+WEIGHT = "method['at'] must be a finite number, 0 or more, got"
 METHODS = {
     "a number": (
         3,

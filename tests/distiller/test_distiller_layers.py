@@ -22,8 +22,9 @@ from torch import nn
 
 from sokd.distiller import Distiller
 from sokd.distiller.copies import bare_copy
-from sokd.distiller.maps import Layout, as_map, check_pair
+from sokd.distiller.maps import as_map, check_pair
 from sokd.distiller.taps import Tap, layer_pairs
+from sokd.kd.features import Layout
 
 MUST = "Distiller: layers must "
 
@@ -227,6 +228,8 @@ def test_options_of_the_layouts():
         ValueError, match="teacher_tokens must have one entry for each of the 2 pairs of layers"
     ):
         make(teacher_tokens=[1])
+    with pytest.raises(ValueError, match=r"^Distiller: student_grid must be \(H, W\), .* got 7$"):
+        make(student_grid=7)
     assert as_map(torch.zeros(2, 5, 5, 3), Layout(order="BHWC"), ("student", "x")).shape == (
         2,
         3,

@@ -148,16 +148,46 @@ def hooks() -> Callable[[], int]:
     return lambda: len(_global_optimizer_post_hooks) - before
 
 
-def test_the_hook_is_there_until_the_first_step_of_the_student(hooks):
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}], ids=str)
+def test_the_hook_is_there_until_the_first_step_of_the_student(hooks, options):
     student, kd = small()
-    optimiser, other = sgd(student, kd), sgd(nn.Linear(2, 2))
+    optimiser, other = sgd(student, kd, **options), sgd(nn.Linear(2, 2))
     maps = student(torch.randn(2, 1, 6, 6))
     loss(maps, torch.randn(2, 4, 6, 6), kd).backward()
     other.step()
     assert hooks() == 1, "an optimiser of something else"
     optimiser.step()
+    assert hooks() == 0
     step(student, kd, optimiser)
     assert hooks() == 0
+
+
+def test_the_hook_serves_several_modules_and_copies_until_the_last_has_been_seen(hooks):
+    (student, kd), (another, of_another) = small(), small()
+    copied = copy.deepcopy(kd)
+    held = [sgd(student, kd, copied), sgd(another, of_another)]
+    for module in (kd, copied):
+        loss(student(torch.randn(2, 1, 6, 6)), torch.randn(2, 4, 6, 6), module).backward()
+    loss(another(torch.randn(2, 1, 6, 6)), torch.randn(2, 4, 6, 6), of_another).backward()
+    held[0].step()
+    assert hooks() == 1
+    held[1].step()
+    assert hooks() == 0
+
+
+def test_a_hook_of_others_behind_it_is_left_to_run(hooks):
+    """While the optimiser iterates over its hooks, only the last of them can be removed."""
+    student, kd = small()
+    optimiser, seen = sgd(student, kd), []
+    loss(student(torch.randn(2, 1, 6, 6)), torch.randn(2, 4, 6, 6), kd).backward()
+    behind = register_optimizer_step_post_hook(lambda *_: seen.append("behind"))
+    try:
+        optimiser.step()
+        assert seen == ["behind"] and hooks() == 2
+        loss(student(torch.randn(2, 1, 6, 6)), torch.randn(2, 4, 6, 6), kd)
+        assert hooks() == 1
+    finally:
+        behind.remove()
 
 
 def test_hooks_of_others_all_run():
