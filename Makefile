@@ -67,6 +67,9 @@ wheel: $(RELEASE)/.stamp needs-rust  ## dist/*.whl for every Linux since 2014, c
 		$(IN_RELEASE) abi3audit --strict --report "$$wheel"; $(IN_RELEASE) twine check --strict "$$wheel"; \
 		test "$$(wc -c < "$$wheel")" -lt 2000000; done
 
+matrix: wheel  ## the wheel in fresh environments of torch, Python and NumPy; writes docs/compatibility.md (MATRIX=ci: two rows)
+	$(RELEASE)/bin/python tests/matrix dist/sokd-*$$(uname -m).whl --rows "$(MATRIX)"
+
 sdist: $(RELEASE)/.stamp needs-rust  ## dist/*.tar.gz, which builds without torch
 	$(IN_RELEASE) maturin sdist --out dist
 	$(IN_RELEASE) twine check --strict dist/sokd-*.tar.gz
@@ -158,6 +161,3 @@ needs-rust:
 
 needs-cxx:
 	@set -- $${CXX:-c++}; command -v "$$1" >/dev/null || { echo "sokd-tch needs a C++ compiler: sudo apt-get install g++ (or dnf install gcc-c++, xcode-select --install)" >&2; exit 1; }
-
-matrix: wheel  ## the wheel in fresh environments of torch, Python and NumPy; writes docs/compatibility.md (MATRIX=ci: two rows)
-	$(BIN)/python tests/matrix $$(ls -t dist/sokd-*$$(uname -m).whl | head -n 1) --rows $(MATRIX)

@@ -9,7 +9,7 @@ import torch
 
 __all__ = ["VERSION", "check"]
 
-VERSION = "0.2.0"  # as in Cargo.toml
+VERSION = "0.2.0"  # as in Cargo.toml; `check` compares it with the compiled module
 OLDEST_TORCH = (2, 5)
 
 
