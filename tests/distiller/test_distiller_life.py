@@ -13,6 +13,7 @@ from support.distiller_cases import (
     SMALL,
     Net,
     batch,
+    extra,
     gradients,
     make,
     models,
@@ -37,7 +38,7 @@ def check_same(found: dict, expected: dict, **close) -> None:
 
 def stepped(distiller: Distiller) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Objective and gradients of one step."""
-    value = objective(distiller)
+    value = objective(distiller, *batch(), **extra())
     value.backward()
     return value.detach(), gradients(distiller)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -14,7 +14,7 @@ from sokd.distiller import guards
 from sokd.distiller.assemble import Needs, Plug, checked_plug, find_heads, make_adapters, make_kd
 from sokd.distiller.auto import auto_layers
 from sokd.distiller.copies import bare_copy, untouched
-from sokd.distiller.inputs import Given, changed, copied
+from sokd.distiller.inputs import Given, changed, copied, input_size
 from sokd.distiller.maps import as_map, check_pair, layouts
 from sokd.distiller.outputs import (
     Logits,
@@ -34,6 +34,7 @@ from sokd.kd import sanity
 from sokd.kd.sokd import Match, SoKD
 from sokd.kd.virtual import replayed, unwrapped
 from sokd.methods.common import Method, Step, constant
+from sokd.methods.regions import checked_sizes, inside
 from sokd.ops.runtime import is_eager
 
 __all__ = ["Distiller"]
@@ -160,7 +161,12 @@ class Distiller(nn.Module):
 
     # ---------------------------------------------------------------------------------------- calls
 
-    def forward(self, x: Any, target: Any = None, *, index: Tensor | None = None) -> Any:
+    def forward(
+        self, x: Any, target: Any = None, *, index: Tensor | None = None,
+        boxes: Sequence[Tensor] | None = None,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+        input_size: tuple[int, int] | None = None,
+    ) -> Any:  # fmt: skip
         """`(output, losses)` in train mode and with a target; in eval mode without one the output.
 
         Args:
@@ -168,13 +174,21 @@ class Distiller(nn.Module):
             target: [B] class indices, or what `task` takes. None: no task loss.
             index: [B] int64, the samples' places in the training set, for methods that keep a
                 memory (crd).
+            boxes: one [n, 4] for each image, for methods that read them (fgd): x1 y1 x2 y2 in
+                pixels of x.
+            image_sizes: (H, W) of each image where x is padded at the right and below. Methods that
+                compare maps give the cells of padding the weight 0. None: there is no padding.
+            input_size: (H, W) of the padded images, read from x if it is one batch [B, C, H, W].
         """
+        extra = {
+            "index": index, "boxes": boxes, "image_sizes": image_sizes, "input_size": input_size,
+        }  # fmt: skip
         if torch.compiler.is_compiling():
-            return self._forward(x, target, index)
+            return self._forward(x, target, extra)
         with guards.explained(self, x):
-            return self._forward(x, target, index)
+            return self._forward(x, target, extra)
 
-    def _forward(self, x: Any, target: Any, index: Tensor | None) -> Any:
+    def _forward(self, x: Any, target: Any, extra: dict[str, Any]) -> Any:
         if not self.training:
             return self._evaluate(x, target)
         eager = not torch.compiler.is_compiling()
@@ -187,7 +201,9 @@ class Distiller(nn.Module):
         losses = self._task(student.output, student.logits, target)
         if eager:
             guards.check_maps(self, student.maps, teacher.maps, self._labels)
-        losses.update(self._distil(student, teacher, target, index))
+        if extra["input_size"] is None:
+            extra["input_size"] = input_size(x)
+        losses.update(self._distil(student, teacher, target, extra))
         if eager:
             self._look(losses, student, teacher)
         return student.output, losses
@@ -365,14 +381,18 @@ class Distiller(nn.Module):
         """The pairs' layers, as messages name them."""
         return list(zip(self._taps["student"].labels, self._taps["teacher"].labels, strict=True))
 
-    def _distil(self, student: Pass, teacher: Pass, target: Any, index: Tensor | None) -> Losses:
+    def _distil(
+        self, student: Pass, teacher: Pass, target: Any, extra: Mapping[str, Any]
+    ) -> Losses:
         """The methods' terms and SoKD's."""
         matches = self._matched(student.maps, teacher.maps)
+        weights = [None if match.attention is None else match.attention.weight for match in matches]
+        if extra["image_sizes"] is not None:
+            matches, weights = _unpadded(matches, extra["image_sizes"], extra["input_size"])
         step = Step(
             student.logits, teacher.logits, labels_of(target), student.maps,
             [match.refined for match in matches], [match.student for match in matches],
-            [None if match.attention is None else match.attention.weight for match in matches],
-            index,
+            weights, **extra,
         )  # fmt: skip
         losses = {}
         for name, method in self.methods.items():
@@ -478,3 +498,22 @@ class Distiller(nn.Module):
             f"teacher={type(self.teacher).__name__}, layers: {pairs or 'none'}, weights: "
             f"{weights or 'none'}"
         )
+
+
+def _unpadded(
+    matches: list[Match], image_sizes: Any, input_size: Any
+) -> tuple[list[Match], list[Tensor | None]]:
+    """The matches, and their weights omega [B, H, W], with 0 for padding."""
+    found: list[Match] = []
+    weights: list[Tensor | None] = []
+    for match in matches:
+        weight = inside(
+            *checked_sizes("Distiller", image_sizes, input_size, match.refined.shape[0]),
+            match.refined,
+        )
+        if match.attention is not None:
+            weight = weight * match.attention.weight
+            match = match._replace(attention=match.attention._replace(weight=weight))
+        found.append(match)
+        weights.append(weight)
+    return found, weights
