@@ -23,6 +23,8 @@ __all__ = ["MDistiller"]
 # the image size of each data set
 _SIDES = {"cifar100": 32, "cifar10": 32, "tinyimagenet": 64, "imagenet": 224}
 
+_DETECTION = ("boxes", "image_sizes", "input_size")  # keywords of a call, as `Distiller`'s
+
 
 class MDistiller(Distiller):
     """mdistiller-compatible wrapper around `Distiller`: the keywords `image` and `target`.
@@ -71,7 +73,8 @@ class MDistiller(Distiller):
         The keywords `epoch` and, of CRD, `contrastive_index` are ignored: the loss draws its own
         negatives.
         """
-        output, losses = super().forward(image, target, index=index)
+        given = {name: kwargs[name] for name in _DETECTION if name in kwargs}
+        output, losses = super().forward(image, target, index=index, **given)
         return self.logits_of(output), losses
 
     def forward_test(self, image: Any) -> Any:

@@ -19,8 +19,6 @@ from support.recipes import checkpoint, differences
 from torch import nn
 from torchvision import models
 
-import sokd
-
 pytest.importorskip("pycocotools")
 
 
@@ -54,7 +52,17 @@ def run(data, teacher, tmp_path):
     return call
 
 
-DISTIL = "--method fitnet=1 mgd --search-epochs 1 --search-every 2 --ema 0.9".split()
+DISTIL = [
+    "--method",
+    "fitnet=1",
+    "mgd",
+    "--search-epochs",
+    "1",
+    "--search-every",
+    "2",
+    "--ema",
+    "0.9",
+]
 
 
 def test_logs_result_and_a_student_without_sokd(run, tmp_path, capsys):

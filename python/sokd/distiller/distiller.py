@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -22,8 +22,8 @@ from sokd.distiller.assemble import (
 )
 from sokd.distiller.auto import auto_layers
 from sokd.distiller.copies import as_eval, bare_copy, untouched
-from sokd.distiller.images import Images, inside, only
-from sokd.distiller.inputs import Given, apart, changed, copied
+from sokd.distiller.images import inside, only
+from sokd.distiller.inputs import Given, apart, changed, copied, input_size
 from sokd.distiller.maps import as_map, check_pair
 from sokd.distiller.outputs import (
     Logits,
@@ -180,7 +180,9 @@ class Distiller(nn.Module):
 
     def forward(
         self, x: Any, target: Any = None, *, index: Tensor | None = None,
+        boxes: Sequence[Tensor] | None = None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
+        input_size: tuple[int, int] | None = None,
     ) -> Any:  # fmt: skip
         """`(output, losses)` in train mode and with a target; in eval mode without one the output.
 
@@ -189,18 +191,23 @@ class Distiller(nn.Module):
             target: [B] class indices, or the target of `task`. None: no task loss.
             index: [B] int64, the samples' indices in the training set, for methods with a memory
                 bank (crd).
-            image_sizes: (height, width) of each image in a padded batch x [B, C, H, W]; the cells
-                of the padding are not distilled.
+            boxes: one [n, 4] for each image, for methods that read them (fgd): x1 y1 x2 y2 in
+                pixels of x.
+            image_sizes: (H, W) of each image in x that is padded at the right and below; the cells
+                of the padding are not distilled. None: there is no padding.
+            input_size: (H, W) of the padded images, read from x if it is one batch [B, C, H, W].
         """
+        extra = {
+            "index": index, "boxes": boxes, "image_sizes": image_sizes, "input_size": input_size,
+        }  # fmt: skip
         if torch.compiler.is_compiling():
-            return self._forward(x, target, index, image_sizes)
+            return self._forward(x, target, extra)
         with guards.explained(self, x):
-            return self._forward(x, target, index, image_sizes)
+            return self._forward(x, target, extra)
 
-    def _forward(self, x: Any, target: Any, index: Tensor | None, sizes: Any) -> Any:
+    def _forward(self, x: Any, target: Any, extra: dict[str, Any]) -> Any:
         if not self.training:
             return self._evaluate(x, target)
-        images = Images.of(x, sizes)
         eager = not torch.compiler.is_compiling()
         if not self.ready:
             self.setup(x)
@@ -211,7 +218,9 @@ class Distiller(nn.Module):
         losses = self._task(student.output, student.logits, target)
         if eager:
             guards.check_maps(self, student.maps, teacher.maps, self._labels)
-        losses.update(self._distil(student, teacher, target, index, images))
+        if extra["input_size"] is None:
+            extra["input_size"] = input_size(x)
+        losses.update(self._distil(student, teacher, target, extra))
         if eager:
             self._look(losses, student, teacher)
         return student.output, losses
@@ -252,10 +261,10 @@ class Distiller(nn.Module):
         is trained. `image_sizes` as in a call: the maps are 0 in the padding.
         """
         x, target = batch[:2] if isinstance(batch, (tuple, list)) else (batch, None)
-        images = Images.of(x, image_sizes)
+        sizes = image_sizes, input_size(x)
         self.setup(x)
         teacher, student = (
-            each._replace(maps=inside(each.maps, images)[0])
+            each._replace(maps=inside(each.maps, *sizes)[0])
             for each in (self._teach(x), self._study(model, x, target))
         )
         losses = list(self._task(student.output, student.logits, target).values())
@@ -402,12 +411,12 @@ class Distiller(nn.Module):
         return list(zip(self._taps["student"].labels, self._taps["teacher"].labels, strict=True))
 
     def _distil(
-        self, student: Pass, teacher: Pass, target: Any, index: Tensor | None,
-        images: Images | None,
-    ) -> Losses:  # fmt: skip
+        self, student: Pass, teacher: Pass, target: Any, extra: Mapping[str, Any]
+    ) -> Losses:
         """The methods' terms and SoKD's."""
-        students, _ = inside(student.maps, images)
-        teachers, cells = inside(teacher.maps, images)
+        sizes = extra["image_sizes"], extra["input_size"]
+        students, _ = inside(student.maps, *sizes)
+        teachers, cells = inside(teacher.maps, *sizes)
         matches = self._matched(students, teachers, cells)
         keeps = self._needs.keeps
         step = Step(
@@ -416,7 +425,7 @@ class Distiller(nn.Module):
             [match.student for match in matches],
             [_omega(None if keeps else match.attention, here)
              for match, here in zip(matches, cells, strict=True)],
-            index,
+            **extra,
         )  # fmt: skip
         losses = {}
         for name, method in self.methods.items():
