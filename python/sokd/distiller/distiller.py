@@ -16,7 +16,7 @@ from sokd.distiller.auto import auto_layers
 from sokd.distiller.copies import bare_copy, untouched
 from sokd.distiller.images import Images, inside, only
 from sokd.distiller.inputs import Given, changed, copied
-from sokd.distiller.maps import as_map, check_pair, layouts
+from sokd.distiller.maps import as_map, check_pair
 from sokd.distiller.outputs import (
     Logits,
     Task,
@@ -32,6 +32,7 @@ from sokd.distiller.outputs import (
 from sokd.distiller.recipe import Chosen, chosen
 from sokd.distiller.taps import Layers, Pair, Tap, Taps, layer_pairs
 from sokd.kd import sanity
+from sokd.kd.features import layouts
 from sokd.kd.sokd import Match, SoKD
 from sokd.kd.virtual import replayed, unwrapped
 from sokd.methods.common import Method, Step, constant
@@ -142,7 +143,7 @@ class Distiller(nn.Module):
         self.kd: SoKD | None = None
         self.adapters: nn.ModuleList | None = None
         self.methods = nn.ModuleDict()
-        self._ready = self._checked = False
+        self.ready = self._checked = False
         self._read_target = True  # whether the rows of the next soft target are read
         self._copies: bool | None = None  # whether the teacher needs a copy of x; None: not known
         self._needs = Needs(self._recipes, sokd)
@@ -185,7 +186,7 @@ class Distiller(nn.Module):
             return self._evaluate(x, target)
         images = Images.of(x, sizes)
         eager = not torch.compiler.is_compiling()
-        if not self._ready:
+        if not self.ready:
             self.setup(x)
         if eager:
             self._check()
@@ -275,7 +276,7 @@ class Distiller(nn.Module):
 
         Only the first call does anything.
         """
-        if self._ready:
+        if self.ready:
             return self
         if torch.compiler.is_compiling():
             raise RuntimeError(NOT_READY)
@@ -313,7 +314,12 @@ class Distiller(nn.Module):
             side: Taps(side, model, [pair[at] for pair in pairs], (self.teacher, self.student)[at])
             for at, (side, model) in enumerate(sides.items())
         }
-        self._layouts = {side: layouts(side, len(pairs), *self._given[side]) for side in sides}
+        self._layouts = {
+            side: layouts(
+                side, len(pairs), *self._given[side], op="Distiller", layers="pairs of layers"
+            )
+            for side in sides
+        }
 
     @torch.inference_mode(False)
     def _build(self, students: list[Any], teachers: list[Any]) -> None:
@@ -332,7 +338,7 @@ class Distiller(nn.Module):
                 module.train(self.training)
                 if place is not None:
                     module.to(place.device, place.dtype)
-        self._ready = True
+        self.ready = True
 
     def _replayed(self) -> AbstractContextManager[Callable[[], None]]:
         return replayed(parameter.device for parameter in self.student.parameters())
@@ -433,7 +439,7 @@ class Distiller(nn.Module):
             self._checked = True
         for side, model in (("student", self.student), ("teacher", self.teacher)):
             self._taps[side].check_in_place(model)
-        guards.check_teacher(self)
+        guards.check_teacher(self, self._teacher_parts)
 
     def _look(self, losses: Losses, student: Pass, teacher: Pass) -> None:
         if not is_eager(*losses.values()):
@@ -477,12 +483,12 @@ class Distiller(nn.Module):
         Raises:
             RuntimeError: before the shapes are known.
         """
-        if not self._ready:
+        if not self.ready:
             raise RuntimeError(NOT_READY)
         yield from super().named_modules(memo, prefix, remove_duplicate)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if not self._ready:
+        if not self.ready:
             raise RuntimeError(NOT_READY)
         super()._load_from_state_dict(*args, **kwargs)
 
