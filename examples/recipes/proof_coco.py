@@ -27,7 +27,7 @@ from torchvision.utils import draw_bounding_boxes
 from sokd import inspect
 
 # FitNet and MGD: weights at which the term is of the size of the detector's own losses.
-METHODS = ("none", "fitnet=0.3", "fgd", "mgd=2e-4")
+METHODS = ("none", "fitnet=0.3", "mgd=2e-4")
 DRAWN = "fitnet+sokd"  # the run whose areas are drawn
 
 
@@ -79,7 +79,8 @@ def draw(run: Path, data: Path, path: Path, count: int = 6) -> None:
     transform, student.transform = student.transform.eval(), detection.Once(student.transform)
     learner = coco.with_teacher(args, student, found.classes)
     learner.load_state_dict(saved["parts"]["model"])
-    images, targets, _ = detection.as_lists([found.test[0, index] for index in range(count)])
+    shown = range(min(count, len(found.test)))
+    images, targets, _ = detection.as_lists([found.test[0, index] for index in shown])
     x, _, _ = coco.prepare(transform, images, targets)
     areas = inspect.areas(learner, x)
     with_boxes = [
