@@ -24,6 +24,7 @@ from sokd.kd.adapter import Adapter, apply_adapter
 from sokd.kd.dam import DAM, Attention, apply_dam
 from sokd.kd.features import Features, Size, checked_maps, layouts, one_of, per_layer, total
 from sokd.kd.policy import Draw, Policy
+from sokd.kd.policy.online import Layer, OnlineSearch
 from sokd.kd.virtual import unwrapped
 from sokd.ops.masked_mse import scaled_mse
 from sokd.ops.runtime import savable, transformed
@@ -117,12 +118,13 @@ class SoKD(nn.Module):
         loss = F.cross_entropy(logits, y) + kd(f_s, f_t)          # or sokd.loss(f_s, f_t, kd)
 
     `parameters()`, of this module and of any module that holds it, are those the student's
-    optimiser trains: adapter and DAM. The policy is trained by `PolicySearch` alone:
-    `kd.policy.parameters()`; `state_dict()`, `buffers()`, `.to()` and `.train()` include it. Draws
-    continue in `eval()`: a validation loss is refined as the training loss is (`kd.policy = None`
-    for one that is not). Several ranks: wrap kd in DistributedDataParallel, or put it into the
-    module that is wrapped; otherwise adapters and DAMs diverge between ranks. All ranks draw alike
-    if `sokd.manual_seed` was called with the same seed on all of them before kd was made.
+    optimiser trains: adapter and DAM. The policy is trained by the search alone, `search="online"`
+    or `PolicySearch`: `kd.policy.parameters()`; `state_dict()`, `buffers()`, `.to()` and `.train()`
+    include it. Draws continue in `eval()`: a validation loss is refined as the training loss is
+    (`kd.policy = None` for one that is not). Several ranks: wrap kd in DistributedDataParallel, or
+    put it into the module that is wrapped; otherwise adapters and DAMs diverge between ranks. All
+    ranks draw alike if `sokd.manual_seed` was called with the same seed on all of them before kd
+    was made.
     `kd.adapter`, `kd.policy` and `kd.dam` can be replaced or set to None: no adapter (shapes must
     be equal already), no refinement, no mask (the plain mean squared error). With several layers
     `kd.adapter` and `kd.dam` are ModuleLists, or one module that the layers share.
@@ -141,7 +143,10 @@ class SoKD(nn.Module):
             unit variance with SGD at lr 0.05.
         normalise: "elements" [A] or "area", see `sokd.ops.masked_mse`.
         heat_channels, heads, areas, overlap, k, kernel: of `DAM`.
-        policies, estimator, magnitude_gradient, granularity: of `Policy`.
+        policies, estimator, magnitude_gradient: of `Policy`.
+        granularity: of `Policy`; None: "sample" with search="online", else "batch".
+        search: "online": the policy moves in each loss (docs/method.md 2.6), see `freeze_policy`;
+            None: it stays as it is, unless a `PolicySearch` trains it.
         adapter, policy, dam: "default", None, or a module in its place. An adapter other than
             `Adapter` is called with the student's map alone; a DAM as `dam(student, refined,
             scale=lambda_agreement)` and returns an `Attention`; a policy is a `sokd.Policy`.
@@ -164,12 +169,15 @@ class SoKD(nn.Module):
         overlap: str = "sum", k: int = 8, kernel: int = 3,
         policies: Sequence[Sequence[int | str]] | None = None,
         estimator: str = "gumbel", magnitude_gradient: str = "straight_through",
-        granularity: str = "batch", adapter: nn.Module | Default | None = "default",
+        granularity: str | None = None, search: str | None = None,
+        adapter: nn.Module | Default | None = "default",
         policy: Policy | Default | None = "default", dam: nn.Module | Default | None = "default",
         generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         one_of("SoKD", "normalise", normalise, ("elements", "area"))
+        if search is not None:
+            one_of("SoKD", "search", search, ("online",))
         self.student_channels, self.teacher_channels = _channels(student_channels, teacher_channels)
         count = len(self.student_channels)
         self._layouts = list(zip(
@@ -195,6 +203,8 @@ class SoKD(nn.Module):
                 kernel=kernel,
             )  # fmt: skip
             dam = _one_or_list(map(make, self.teacher_channels))
+        if granularity is None:
+            granularity = "batch" if search is None else "sample"
         if policy == "default":
             policy = Policy(
                 policies=policies, estimator=estimator, magnitude_gradient=magnitude_gradient,
@@ -203,6 +213,7 @@ class SoKD(nn.Module):
         self.adapter = _part_or_none("adapter", adapter, count)
         self.policy = _policy_or_none(policy)
         self.dam = _part_or_none("dam", dam, count)
+        self.search = _search_or_none(search, self.policy)
         # A buffer, so that compiled steps fill it too; not in the state_dict: each step overwrites
         # it.
         statistics = torch.zeros(count, len(STATISTICS), dtype=torch.float32)
@@ -221,7 +232,9 @@ class SoKD(nn.Module):
             weight = match.attention.weight                       # omega [B, H, W]
 
         `sokd.loss`, `sokd.wrap`, `sokd.Distiller`, `sokd.PolicySearch` and `sokd.inspect` are made
-        of this. It records no statistics and warns about nothing.
+        of this. It records no statistics and warns about nothing. A kd with search="online" moves
+        its policy here: in train mode, with grad mode on, without `draw`, `differentiable`,
+        `adapt=False` or `refine=False`.
 
         Args:
             student_features, teacher_features: as `sokd.loss` takes them.
@@ -246,6 +259,8 @@ class SoKD(nn.Module):
         ]
         maps = checked_maps(student_features, teacher_features, channels, self._layouts, first)
         policy = self.policy if refine else None
+        searches = adapt and draw is None and not differentiable
+        layers = []
         if policy is not None and draw is None:
             draw = policy.draw(maps[0][1].shape[0])
         matches = []
@@ -256,14 +271,35 @@ class SoKD(nn.Module):
             if policy is None or differentiable:  # otherwise the refined features are new tensors
                 refined = savable(refined)
             if policy is not None:
+                clean = refined
                 with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
                     refined = policy(refined, draw, layer=index, differentiable=differentiable)
+                layers.append(Layer(clean, refined, adapted))
             if compared and adapted.dtype != refined.dtype:  # only under autocast
                 dtype = torch.promote_types(adapted.dtype, refined.dtype)
                 adapted, refined = adapted.to(dtype), refined.to(dtype)
             attention = apply_dam(dams[index], adapted, refined, self.lambda_agreement)
             matches.append(Match(adapted if adapt else student, refined, attention))
+        if searches and self.training and torch.is_grad_enabled():
+            self._search(draw, layers)
         return matches
+
+    def _search(self, draw: Draw | None, layers: Sequence[Layer]) -> None:
+        """A step of the online search, if there is one."""
+        if self.search is not None and self.policy is not None and draw is not None:
+            self.search.step(unwrapped(self.policy), draw, layers)
+
+    def freeze_policy(self) -> None:
+        """End the search: the policy stays as it is from now on, draws continue.
+
+            kd.freeze_policy()                     # after some epochs, say
+
+        The state_dict keeps the end of an online search. A `PolicySearch` refuses a frozen policy.
+        """
+        if self.search is not None:
+            self.search.freeze()
+        elif self.policy is not None:
+            self.policy.requires_grad_(False)
 
     # ------------------------------------------------------------------------------------ the terms
 
@@ -482,6 +518,15 @@ def _policy_or_none(given: Any) -> Policy | None:
     if given is None or isinstance(unwrapped(given), Policy):
         return cast("Policy | None", given)
     raise TypeError(f"SoKD: policy must be 'default', None or a sokd.Policy, got {_named(given)}")
+
+
+def _search_or_none(search: str | None, policy: Policy | None) -> OnlineSearch | None:
+    if search is None:
+        return None
+    if policy is None:
+        rule = "be None for a SoKD without a policy"
+        raise ValueError(f"SoKD: search must {rule}, got {search!r}")
+    return OnlineSearch(unwrapped(policy))
 
 
 def _part_or_none(name: str, given: Any, layers: int) -> nn.Module | None:

@@ -54,9 +54,10 @@ def test_gradients_of_refine(layout: str, dtype: torch.dtype, memory: MockMemory
         device_cases.close(memory.back(one), other, times=20.0)
 
 
+@pytest.mark.parametrize("by_sample", [False, True])
 @layouts
-def test_refine_dots(layout: str, memory: MockMemory) -> None:
-    device_cases.refine_dots(memory, SHAPE, layout, torch.float32, 3)
+def test_refine_dots(layout: str, by_sample: bool, memory: MockMemory) -> None:
+    device_cases.refine_dots(memory, SHAPE, layout, torch.float32, 3, by_sample=by_sample)
 
 
 @pytest.mark.parametrize("teacher", [False, True])

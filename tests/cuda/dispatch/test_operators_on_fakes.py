@@ -71,6 +71,7 @@ def test_noise(shape: tuple[int, ...], fake: Fake) -> None:
 @pytest.mark.parametrize("shape, layout, dtype", CASES)
 def test_refine_dots(shape: tuple[int, ...], layout: str, dtype: torch.dtype, fake: Fake) -> None:
     device_cases.refine_dots(fake, shape, layout, dtype, 3)
+    device_cases.refine_dots(fake, shape, layout, dtype, 3, by_sample=True)
 
 
 @pytest.mark.parametrize("teacher", [False, True])

@@ -79,6 +79,14 @@ def dots(cuda: MockMemory) -> None:
     check_dots(cuda, (2, 9, 9, 8), F32, "contiguous", 2, 35)
 
 
+def squares(cuda: MockMemory) -> None:
+    check_dots(cuda, (2, 9, 9, 8), F32, "contiguous", 2, 35, by_sample=True)
+
+
+def squares_lanes(cuda: MockMemory) -> None:
+    check_dots(cuda, (2, 8, 9, 8), F32, "channels_last", 2, 3, by_sample=True)
+
+
 def areas(cuda: MockMemory) -> None:
     check_areas(cuda, (2, 40, 9, 8), F32, "contiguous", 8, 3, True, 3)
     check_areas(cuda, (1, 40, 9, 8), F32, "contiguous", 60, 3, False, 0)
@@ -247,21 +255,45 @@ FAULTS = [
     ),
     Fault(
         "one plan's buffer for two plans", "refine", 24, DOTS,
-        "const SamplePlan& plan = read[v & 1];\n        const bool moves = read_plan(read[v & 1],",
-        "const SamplePlan& plan = read[0];\n        const bool moves = read_plan(read[0],",
+        "const SamplePlan& plan = read[v & 1];\n        const bool moves = read_plan("
+        "read[v & 1], args.plan, args.grid, tile, v);\n        A sum;",
+        "const SamplePlan& plan = read[0];\n        const bool moves = read_plan("
+        "read[0], args.plan, args.grid, tile, v);\n        A sum;",
         dots,
     ),
     Fault(
         "skipped tail: the last plans", "refine", 24, DOTS,
-        "if (slot + 1 < BATCH && v + 1 < args.plans) continue;",
-        "if (slot + 1 < BATCH) continue;",
+        "if (slot + 1 < BATCH && v + 1 < args.plans) continue;\n        __syncthreads();\n"
+        "        if ((int)threadIdx.x > slot)",
+        "if (slot + 1 < BATCH) continue;\n        __syncthreads();\n"
+        "        if ((int)threadIdx.x > slot)",
         dots,
     ),
     Fault(
         "missing barrier: plans written together", "refine", 24, DOTS,
-        "v + 1 < args.plans) continue;\n        __syncthreads();",
-        "v + 1 < args.plans) continue;",
+        "v + 1 < args.plans) continue;\n        __syncthreads();\n"
+        "        if ((int)threadIdx.x > slot)",
+        "v + 1 < args.plans) continue;\n        if ((int)threadIdx.x > slot)",
         dots,
+    ),
+    Fault(
+        "missing barrier: squares written together", "refine", 40, DOTS,
+        "v + 1 < args.plans) continue;\n        __syncthreads();\n"
+        "        if ((int)threadIdx.x >= 2",
+        "v + 1 < args.plans) continue;\n        if ((int)threadIdx.x >= 2",
+        squares,
+    ),
+    Fault(
+        "missing barrier: the table of corners", "refine", 40, DOTS,
+        "fill_table(table, plan, args.grid, tile);\n        __syncthreads();",
+        "fill_table(table, plan, args.grid, tile);",
+        squares_lanes,
+    ),
+    Fault(
+        "another sample's blocks", "refine", 40, KERNEL,
+        "rest * args.blocks + n * each,",
+        "rest * args.blocks,",
+        squares,
     ),
     Fault(
         "missing barrier: the list is read while it is rewritten", "areas", 3, KERNEL,
