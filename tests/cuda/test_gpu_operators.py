@@ -118,9 +118,7 @@ def test_refine_dots(
     assert found.shape == (3,) and found.dtype == plan_dtype(dtype)
     near(found, exact, scale=math.sqrt(max(features.numel(), 1)), times=5)
     found = ops.refine_dots(features, upstream, stacked, by_sample=True)
-    exact = reference.refine_dots(
-        features.double(), upstream.double(), stacked, by_sample=True
-    )
+    exact = reference.refine_dots(features.double(), upstream.double(), stacked, by_sample=True)
     assert found.shape == (2, 3, shape[0]) and found.dtype == plan_dtype(dtype)
     near(found, exact, scale=max(features[:1].numel(), 1), times=5)
 
@@ -220,9 +218,8 @@ def test_masked_mse(
         exact = loss_and_gradient(reference.masked_mse, upstream, *wide, **options)
         assert loss.shape == () and loss.dtype == plan_dtype(dtype) and d_student.dtype == dtype
         near(loss, exact[0])
-        near(
-            d_student, exact[1], times=2
-        )  # the gradient is rounded before and after the upstream's factor
+        # the gradient is rounded before and after the upstream's factor
+        near(d_student, exact[1], times=2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -112,7 +112,9 @@ def test_the_gradient_is_read_from_the_first_samples(granularity: str) -> None:
 def test_the_layers_gradients_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
     kd = online([3, 3], [4, 5], policies=PAIRS)
     layers: list[Layer] = []
-    monkeypatch.setattr(OnlineSearch, "step", lambda self, policy, draw, given: layers.extend(given))
+    monkeypatch.setattr(
+        OnlineSearch, "step", lambda self, policy, draw, given: layers.extend(given)
+    )
     draw = kd.policy.draw_at(kd.policy.seed, kd.policy.counter, 2)
     student, _ = pair()
     sokd.loss([student, student], [features(2, 4, 6, 6), features(2, 5, 6, 6, seed=1)], kd)
