@@ -181,7 +181,7 @@ def test_it_finds_the_shift_that_the_student_sees() -> None:
     assert good["beta"][0] > 0.9 and good["probability"] > 0.75 > bad["probability"] * 3
 
 
-# -------------------------------------------------------------------------------------- when it steps
+# ------------------------------------------------------------------------------------ when it steps
 
 
 def test_it_steps_with_each_loss_that_is_trained() -> None:
