@@ -292,13 +292,23 @@ def refine(
 
 
 def refine_dots(
-    features: Tensor, upstream: Tensor, plans: Plans | Plan | Mapping[str, Any]
-) -> Tensor:
-    """<upstream, refine(features; plan_v)> for V plans, as `sokd.ops.refine_dots`: [V]."""
+    features: Tensor, upstream: Tensor, plans: Plans | Plan | Mapping[str, Any], *,
+    by_sample: bool = False,
+) -> Tensor:  # fmt: skip
+    """<upstream, refine(features; plan_v)> for V plans, as `sokd.ops.refine_dots`: [V].
+
+    With `by_sample` [2, V, B]: the products of each sample, and the squares of the refined maps.
+    """
     plan = Plans.of(plans)
     wide = upstream.to(accumulator(features.dtype))
-    dots = [(wide * _refined(features, seed=plan.seed, **parts)).sum() for parts in _each(plan)]
-    return torch.stack(dots) if dots else wide.new_zeros(0)
+    refined = [_refined(features, seed=plan.seed, **parts) for parts in _each(plan)]
+    if not by_sample:
+        dots = [(wide * each).sum() for each in refined]
+        return torch.stack(dots) if dots else wide.new_zeros(0)
+    if not refined:
+        return wide.new_zeros(2, 0, len(wide))
+    pairs = [torch.stack([wide * each, each.square()]) for each in refined]
+    return torch.stack([pair.sum((2, 3, 4)) for pair in pairs], dim=1)
 
 
 def _each(plan: Plans) -> Iterator[dict[str, Any]]:

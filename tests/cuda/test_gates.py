@@ -67,7 +67,7 @@ def test_every_needed_architecture_is_compiled_for(compiled: dict[int, Kernels])
 def test_every_kernel_is_there_that_the_emulator_runs(compiled: dict[int, Kernels]) -> None:
     names = {name for operator in OPERATORS for name in kernel_names(operator)}
     # dtypes times orders; areas_pick; scale; second stages; draw
-    assert len(names) == 6 * 8 + 4 + 4 + 5 + 1
+    assert len(names) == 7 * 8 + 4 + 4 + 5 + 1
     for architecture, kernels in compiled.items():
         assert set(kernels) == names, architecture
 

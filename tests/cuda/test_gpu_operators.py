@@ -107,6 +107,7 @@ def test_refine_dots(
     shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: TorchDevice
 ) -> None:
     device_cases.refine_dots(device, shape, layout, dtype, 5)
+    device_cases.refine_dots(device, shape, layout, dtype, 5, by_sample=True)
     features, upstream = (device.on(laid_out(shape, layout, dtype)) for _ in range(2))
     each = [everything(shape, shape[0], torch.float32) for _ in range(3)]
     stacked = {name: device.on(torch.stack([plan[name] for plan in each])) for name in each[0]} | {
@@ -116,6 +117,10 @@ def test_refine_dots(
     exact = reference.refine_dots(features.double(), upstream.double(), stacked)
     assert found.shape == (3,) and found.dtype == plan_dtype(dtype)
     near(found, exact, scale=math.sqrt(max(features.numel(), 1)), times=5)
+    found = ops.refine_dots(features, upstream, stacked, by_sample=True)
+    exact = reference.refine_dots(features.double(), upstream.double(), stacked, by_sample=True)
+    assert found.shape == (2, 3, shape[0]) and found.dtype == plan_dtype(dtype)
+    near(found, exact, scale=max(features[:1].numel(), 1), times=5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

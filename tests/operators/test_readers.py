@@ -196,6 +196,8 @@ def test_numpy_arrays_give_the_same_as_tensors(dtype):
         tensor, torch.from_numpy(refined), {name: part[None] for name, part in plan.items()}
     )
     assert isinstance(dots, np.ndarray) and np.array_equal(dots, twin.numpy())
+    pairs = ops.refine_dots(features, refined, stacked, by_sample=True)
+    assert isinstance(pairs, np.ndarray) and pairs.shape == (2, 1, len(features))
 
 
 @pytest.mark.parametrize("view", [

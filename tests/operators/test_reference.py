@@ -127,6 +127,23 @@ def test_refine_dots_are_inner_products():
     )
 
 
+def test_refine_dots_by_sample_are_products_and_squares():
+    features, upstream = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64)
+    plans = {
+        "sigma": torch.rand(4, 2, dtype=torch.float64),
+        "keep": torch.rand(4, 1, 3) < 0.5,
+        "seed": 3,
+    }
+    found = reference.refine_dots(features, upstream, plans, by_sample=True)
+    for v in range(4):
+        refined = reference.refine(features, sigma=plans["sigma"][v], keep=plans["keep"][v], seed=3)
+        for n in range(2):
+            pair = (upstream[n] * refined[n]).sum(), refined[n].square().sum()
+            torch.testing.assert_close(found[:, v, n], torch.stack(pair))
+    none = reference.refine_dots(features, upstream, {"sigma": torch.ones(0, 1)}, by_sample=True)
+    assert none.shape == (2, 0, 2)
+
+
 def test_areas_of_two_are_those_of_the_means():
     student, teacher = ([torch.rand(2, channels, 4, 5) for channels in (3, 2, 2)] for _ in range(2))
     mutual = [

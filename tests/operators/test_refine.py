@@ -328,13 +328,42 @@ def test_refine_dots(dtype, layout):
     torch.testing.assert_close(fewer.double(), expected, rtol=1e-4, atol=1e-4)
 
 
+# one group, a group for each sample; a tile and a rest, more channels than a chunk has
+@pytest.mark.parametrize(
+    "groups, shape", [(1, (3, 5, 6, 7)), (3, (3, 5, 6, 7)), (2, (2, 33, 9, 8))]
+)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_refine_dots_by_sample(dtype, layout, groups, shape):
+    features, upstream = (laid_out(shape, layout, dtype) for _ in range(2))
+    each = [everything(shape, groups) for _ in range(6)]
+    each[1] = {**each[1], "theta": torch.eye(2, 3).expand(groups, 2, 3).double()}
+    each[2] = {**each[2], "sigma": torch.zeros(groups, dtype=torch.float64)}
+    stacked = ops.Plan(
+        **{name: torch.stack([plan[name] for plan in each]) for name in each[0]}, seed=8
+    )
+    found = ops.refine_dots(features, upstream, stacked, by_sample=True)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    wide = features.double(), upstream.double()
+    expected = reference.refine_dots(*wide, stacked, by_sample=True)
+    assert found.shape == (2, 6, shape[0])
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    products = ops.refine_dots(features, upstream, stacked)
+    torch.testing.assert_close(found[0].sum(1), products, rtol=1e-4, atol=1e-3)
+    again = ops.refine_dots(features, upstream, stacked, by_sample=True)
+    assert torch.equal(found, again)
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4)])
 def test_refine_dots_of_nothing_are_zero(shape):
     empty = torch.randn(shape)
-    assert ops.refine_dots(empty, empty, {"sigma": torch.ones(3, 1)}).tolist() == [0.0] * 3
-    assert ops.refine_dots(
-        torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2), {"sigma": torch.ones(0, 1)}
-    ).shape == (0,)
+    three = {"sigma": torch.ones(3, 1)}
+    assert ops.refine_dots(empty, empty, three).tolist() == [0.0] * 3
+    by_sample = ops.refine_dots(empty, empty, three, by_sample=True)
+    assert by_sample.tolist() == [[[0.0] * shape[0]] * 3] * 2
+    one, none = torch.ones(1, 1, 2, 2), {"sigma": torch.ones(0, 1)}
+    assert ops.refine_dots(one, one, none).shape == (0,)
+    assert ops.refine_dots(one, one, none, by_sample=True).shape == (2, 0, 1)
 
 
 @pytest.mark.parametrize("name", ["features", "upstream", "theta"])

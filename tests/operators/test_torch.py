@@ -39,7 +39,8 @@ def samples():
         ("refine", (features.double()[:, :, ::2], parts[0], *[None] * 5, 3)),
         ("refine_backward", (features, features, *parts, None, 3, torch.zeros(1), [True] * 4)),
         ("refine_backward", (last, last, *parts, seed, 0, None, [False, True, False, False])),
-        ("refine_dots", (features, features, *stacked, None, 3, 2)),
+        ("refine_dots", (features, features, *stacked, None, 3, 2, False)),
+        ("refine_dots", (features, last, *stacked, None, 3, 2, True)),
         ("areas", (heat, size, offset, None, None, None, 4, 3)),
         ("areas", (heat, size, offset, *maps(), 4, 3)),
         ("masked_mse", (features, last, torch.rand(2, 5, 6), "area", 2.0, True)),
@@ -51,7 +52,7 @@ def samples():
 
 
 @compiles
-@pytest.mark.parametrize("index", range(13))
+@pytest.mark.parametrize("index", range(14))
 def test_opcheck(index):
     name, args = samples()[index]
     opcheck(getattr(torch.ops.sokd, name).default, args)

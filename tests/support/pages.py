@@ -36,6 +36,7 @@ def prelude() -> dict[str, Any]:
         "student": Network(64),
         "teacher": teacher,
         "teacher_features": lambda x: teacher(x)[1],
+        "held_out": [(torch.randn(4, 3, 8, 8), torch.randint(0, 10, (4,))) for _ in range(2)],
         "loader": [(torch.randn(4, 3, 8, 8), torch.randint(0, 10, (4,))) for _ in range(2)],
     }
 

@@ -535,8 +535,15 @@ class Distiller(nn.Module):
         weights = ", ".join(f"{name}={weight:g}" for name, weight in self.weights.items())
         return (
             f"teacher={type(self.teacher).__name__}, layers: {pairs or 'none'}, weights: "
-            f"{weights or 'none'}"
+            f"{weights or 'none'}{self._idle_search()}"
         )
+
+    def _idle_search(self) -> str:
+        """What `repr` says of a search that never steps."""
+        idle = self._ready and self.kd is not None and self.kd.search is not None
+        if not idle or self._needs.adapted:
+            return ""
+        return ", search: no method reads an adapted map, so the policy stays uniform"
 
 
 def _omega(attention: Attention | None, cells: Tensor | None) -> Tensor | None:

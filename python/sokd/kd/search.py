@@ -43,6 +43,10 @@ _CHI = ("alpha", "beta", "magnitude")
 _AGREEING = ("objective", "estimator", "order")
 _OF_STUDENT = "members.0."  # prefix of the student's weights: it is the first of `Together`
 
+_SEARCHED = (
+    "PolicySearch: kd must be made without a search of its own, which moves the policy in each "
+    "loss, got one with search='online'"
+)
 _LEFT_OUT = (
     "PolicySearch: a step's hypergradient was not finite, and the policy stayed as it was; "
     "look for inf or NaN in the batch, the features and the losses"
@@ -89,8 +93,8 @@ class PolicySearch:
             `kd.policy.estimator`. None: that of `kd.policy`.
         order: 2, or 1 for the direct gradient alone (xi = 0).
         unroll: xi [A], finite, 0 or more.
-        lr: of Adam(betas=(0.5, 0.999)) on the policy; no weight decay [S: the prototype's pulls chi
-            to 0].
+        lr: of Adam(betas=(0.5, 0.999)) on the policy, 5e-3 as in the scripts of DADA's paper [S:
+            3e-4 [A] hardly moves it]; no weight decay [S: the prototype's pulls chi to 0].
         epochs: how long the search lasts [A: 20; 50 for ResNet32x4 to 8x4, 10 for VGG, 5 on
             ImageNet].
 
@@ -105,11 +109,13 @@ class PolicySearch:
     @torch.inference_mode(False)
     def __init__(
         self, kd: nn.Module, student: nn.Module, *, objective: str = "consistency",
-        estimator: str | None = None, order: int = 2, unroll: float = 0.01, lr: float = 3e-4,
+        estimator: str | None = None, order: int = 2, unroll: float = 0.01, lr: float = 5e-3,
         epochs: int = 20,
     ) -> None:  # fmt: skip
         self.kd, self.student = unwrapped(kd), unwrapped(student)
         self.policy = _policy_of(self.kd)
+        if getattr(self.kd, "search", None) is not None:
+            raise ValueError(_SEARCHED)
         estimator = self.policy.estimator if estimator is None else estimator
         if not isinstance(self.student, nn.Module):
             got = type(student).__name__

@@ -73,14 +73,15 @@ def _backward_fake(upstream: Tensor, features: Tensor, *rest: Any) -> tuple[Tens
 
 
 def _dots_kernel(features: Tensor, upstream: Tensor, *rest: Any) -> Tensor:
-    *plans, count = rest
-    dots = _dots_fake(features, count)
-    _core.refine_dots(dots, features, upstream, tuple(plans), resources(features))
+    dots = _dots_fake(features, *rest)
+    _core.refine_dots(dots, features, upstream, rest[:-2], resources(features))
     return dots
 
 
 def _dots_fake(features: Tensor, *rest: Any) -> Tensor:
-    return features.new_empty(rest[-1], dtype=accumulator(features.dtype))
+    count, by_sample = rest[-2:]
+    shape = (2, count, features.shape[0]) if by_sample else (count,)
+    return features.new_empty(shape, dtype=accumulator(features.dtype))
 
 
 _forward = register(f"refine(Tensor features, {_PARTS}) -> Tensor", _forward_kernel, _forward_fake)
@@ -91,7 +92,7 @@ _backward = register(
     _backward_fake,
 )
 _dots = register(
-    f"refine_dots(Tensor features, Tensor upstream, {_PARTS}, int plans) -> Tensor",
+    f"refine_dots(Tensor features, Tensor upstream, {_PARTS}, int plans, bool by_sample) -> Tensor",
     _dots_kernel,
     _dots_fake,
 )
@@ -239,7 +240,41 @@ def _fits(straight: _Part, features: Tensor) -> bool:
     return wide and straight.shape in sizes and straight.device == features.device
 
 
-def _check_dots(features: Any, upstream: Any, plans: Any) -> None:
+def plan_gradients(
+    features: Tensor, upstream: Tensor, plan: Plan
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of <upstream, refine(features; plan)> for theta [G, 2, 3] and sigma [G].
+
+    Without autograd, so that they can be computed where a graph must not be recorded or would
+    break. None for a part that the plan has not.
+    """
+    number, seed_tensor = split_seed("refine", plan.seed, features)
+    raw = (plan.theta, plan.hole, plan.sigma, plan.perm, plan.keep, seed_tensor, number)
+    wanted = [False, plan.theta is not None, plan.sigma is not None, False]
+    if has_kernel(features):
+        found = _backward(upstream, features, *raw, None, wanted)
+        d_theta, d_sigma = found[1:3]
+    else:
+        d_theta, d_sigma = _plain_gradients(features, upstream, plan)
+    return d_theta if wanted[1] else None, d_sigma if wanted[2] else None
+
+
+def _plain_gradients(features: Tensor, upstream: Tensor, plan: Plan) -> tuple[_Part, _Part]:
+    leaves = [None if part is None else part.detach() for part in (plan.theta, plan.sigma)]
+    present = [leaf for leaf in leaves if leaf is not None]
+    with torch.enable_grad():
+        for leaf in present:
+            leaf.requires_grad_()
+        refined = reference.refine(
+            features, leaves[0], sigma=leaves[1], hole=plan.hole, perm=plan.perm, keep=plan.keep,
+            seed=plan.seed,
+        )  # fmt: skip
+        found = iter(torch.autograd.grad(refined, present, upstream) if present else ())
+    d_theta, d_sigma = (None if leaf is None else next(found) for leaf in leaves)
+    return d_theta, d_sigma
+
+
+def _check_dots(features: Any, upstream: Any, plans: Any, *, by_sample: bool = False) -> None:
     plan = Plans.of(plans)
     number, seed_tensor = split_seed("refine_dots", plan.seed, features)
     raw = (*plan[:5], seed_tensor, number)
@@ -250,18 +285,26 @@ def _check_dots(features: Any, upstream: Any, plans: Any) -> None:
 
 @checked_by(_check_dots)
 def refine_dots(
-    features: Tensor, upstream: Tensor, plans: Plans | Plan | Mapping[str, Any]
-) -> Tensor:
+    features: Tensor, upstream: Tensor, plans: Plans | Plan | Mapping[str, Any], *,
+    by_sample: bool = False,
+) -> Tensor:  # fmt: skip
     """<upstream, refine(features; plan_v)> for V plans, in one pass over memory.
+
+        plans = {"sigma": torch.tensor([[0.0], [0.1], [0.5]])}            # V = 3
+        products, squares = refine_dots(features, target, plans, by_sample=True)
+        distances = squares - 2 * products       # and + target's squares: |refined - target|^2
 
     Args:
         features, upstream: [B, C, H, W], one shape and dtype.
         plans: `Plans`, or a mapping of its names: theta [V, G, 2, 3], hole [V, G, 4], sigma [V,
             G], perm and keep [V, G, C], each optional but not all of them; seed one int or int64
             tensor [1] for all plans.
+        by_sample: keep the samples apart, and give the squares of the refined maps too.
 
     Returns:
-        [V] float32 (float64 for float64 features).
+        [V] float32 (float64 for float64 features). With `by_sample` [2, V, B]: <upstream_b,
+        refined_b>, then <refined_b, refined_b>, where the refined maps are not rounded to the
+        features' dtype.
 
     The products are gradients themselves (of the gates and the choice of a sub-policy), so no
     gradient flows through; inputs that require grad raise in grad mode. Source: method 2.4.
@@ -272,7 +315,8 @@ def refine_dots(
     raw = (*plan[:5], seed_tensor, number)
     check_kind("refine_dots", "features", features, upstream=upstream, **parts)
     if isinstance(features, np.ndarray):
-        dots: Any = np.empty(_count(parts), accumulator(features.dtype))
+        shape = (2, _count(parts), len(features)) if by_sample else _count(parts)
+        dots: Any = np.empty(shape, accumulator(features.dtype))
         _core.refine_dots(dots, features, upstream, raw, resources(features))
         return dots
     refuse_gradients("refine_dots", features=features, upstream=upstream, **parts)
@@ -280,8 +324,8 @@ def refine_dots(
     if not served or is_meta(features, upstream, *plan):
         _check_dots(features, upstream, plan)
     if not served:
-        return reference.refine_dots(features, upstream, plan)
-    return _dots(features, upstream, *raw, _count(parts))  # type: ignore[no-any-return]
+        return reference.refine_dots(features, upstream, plan, by_sample=by_sample)
+    return _dots(features, upstream, *raw, _count(parts), by_sample)  # type: ignore[no-any-return]
 
 
 def _count(parts: Mapping[str, Tensor]) -> int:

@@ -37,6 +37,7 @@ def test_every_operator(layout: str, dtype: torch.dtype, memory: MockMemory) -> 
     checks.check_forward(memory, SHAPE, dtype, layout, 2, "thspk")
     checks.check_backward(memory, SHAPE, dtype, layout, 2, "thspk")
     checks.check_dots(memory, SHAPE, dtype, layout, 1, 3)
+    checks.check_dots(memory, SHAPE, dtype, layout, 2, 3, by_sample=True)
     for teacher, normalise in ((False, "elements"), (True, "area")):
         checks.check_areas(memory, SHAPE, dtype, layout, 8, 3, teacher, 0)
         checks.check_masked_mse(memory, SHAPE, dtype, layout, torch.float32, normalise)

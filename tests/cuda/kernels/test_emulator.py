@@ -116,6 +116,16 @@ def test_refine_dots(dtype: torch.dtype, layout: str, cuda: MockMemory) -> None:
 
 @layouts
 @dtypes
+def test_refine_dots_by_sample(dtype: torch.dtype, layout: str, cuda: MockMemory) -> None:
+    for shape in SHAPES:
+        check_dots(cuda, shape, dtype, layout, 1, 2, by_sample=True)
+        check_dots(cuda, shape, dtype, layout, shape[0], 2, by_sample=True)
+    cuda.odd = False
+    check_dots(cuda, (2, 5, 3, 4), dtype, layout, 2, 35, by_sample=True)
+
+
+@layouts
+@dtypes
 def test_areas(dtype: torch.dtype, layout: str, cuda: MockMemory) -> None:
     for shape in [shape for shape in SHAPES if 0 not in shape] + [(1, 40, 9, 16)]:
         cells = shape[1] * shape[2] * shape[3]

@@ -55,9 +55,17 @@ def refine_backward(
     return {name: cuda.back(gradient) for name, gradient, want in every if want}
 
 
-def refine_dots(cuda: MockMemory, features: Tensor, upstream: Tensor, plans: ops.Plan) -> Tensor:
+def refine_dots(
+    cuda: MockMemory,
+    features: Tensor,
+    upstream: Tensor,
+    plans: ops.Plan,
+    *,
+    by_sample: bool = False,
+) -> Tensor:
     there = ops.Plan(**moved(cuda, plans._asdict()))
-    return cuda.back(ops.refine_dots(cuda.on(features), cuda.on(upstream), there))
+    maps = cuda.on(features), cuda.on(upstream)
+    return cuda.back(ops.refine_dots(*maps, there, by_sample=by_sample))
 
 
 def masked_mse(
@@ -170,7 +178,14 @@ def check_backward(
 
 
 def check_dots(
-    cuda: MockMemory, shape: Shape, dtype: torch.dtype, layout: str, groups: int, plans: int
+    cuda: MockMemory,
+    shape: Shape,
+    dtype: torch.dtype,
+    layout: str,
+    groups: int,
+    plans: int,
+    *,
+    by_sample: bool = False,
 ) -> None:
     """All plans at once; one of them moves nothing, one has no noise."""
     cuda.odd = layout == "offset"
@@ -179,8 +194,9 @@ def check_dots(
     plan = ops.Plan(**{name: torch.stack([one[name] for one in each]) for name in each[0]}, seed=5)
     assert plan.theta is not None and plan.sigma is not None
     plan.theta[plans // 2], plan.sigma[plans - 1] = torch.eye(2, 3), 0
-    actual = refine_dots(cuda, features, upstream, plan)
-    expected = ops.refine_dots(features.double(), upstream.double(), plan)
+    actual = refine_dots(cuda, features, upstream, plan, by_sample=by_sample)
+    wide = features.double(), upstream.double()
+    expected = ops.refine_dots(*wide, plan, by_sample=by_sample)
     assert_near("dots", actual, expected, SUMMING[dtype])
 
 

@@ -127,13 +127,20 @@ def refine(
 
 
 def refine_dots(
-    device: Device, shape: tuple[int, ...], layout: str, dtype: torch.dtype, plans: int
+    device: Device,
+    shape: tuple[int, ...],
+    layout: str,
+    dtype: torch.dtype,
+    plans: int,
+    *,
+    by_sample: bool = False,
 ) -> None:
     features, upstream = laid_out(shape, layout, dtype), laid_out(shape, layout, dtype)
     each = [everything(shape, 1, torch.float32) for _ in range(plans)]
     stacked = {name: torch.stack([plan[name] for plan in each]) for name in each[0]}
-    expected = ops.refine_dots(features, upstream, stacked)
-    found = ops.refine_dots(device.on(features), device.on(upstream), moved(device, stacked))
+    expected = ops.refine_dots(features, upstream, stacked, by_sample=by_sample)
+    there = device.on(features), device.on(upstream), moved(device, stacked)
+    found = ops.refine_dots(*there, by_sample=by_sample)
     # sums of products of the size of 1, one for each element
     scale = max(features.numel(), 1) ** 0.5
     close(
