@@ -8,7 +8,7 @@ import pytest
 import support.naive_methods as naive
 import torch
 from support.cases import compiles
-from support.distiller_cases import SMALL, batch, make, models, one_thread  # noqa: F401
+from support.distiller_cases import SMALL, batch, make, models
 from torch import Tensor
 
 from sokd import methods
