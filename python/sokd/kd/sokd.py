@@ -142,9 +142,10 @@ class SoKD(nn.Module):
     optimiser trains: those of the adapter and of DAM's trained heads. The policy is trained by
     `PolicySearch` alone: `kd.policy.parameters()`; `state_dict()`, `buffers()`, `.to()` and
     `.train()` include it. Draws continue in `eval()`: a validation loss is refined as the training
-    loss is (`kd.policy = None` for one that is not). Several ranks: wrap kd in DistributedDataParallel, or put it into the
-    module that is wrapped; otherwise adapters and DAMs diverge between ranks. All ranks draw alike
-    if `sokd.manual_seed` was called with the same seed on all of them before kd was made.
+    loss is (`kd.policy = None` for one that is not). Several ranks: wrap kd in
+    DistributedDataParallel, or put it into the module that is wrapped; otherwise adapters and DAMs
+    diverge between ranks. All ranks draw alike if `sokd.manual_seed` was called with the same seed
+    on all of them before kd was made.
     `kd.adapter`, `kd.policy` and `kd.dam` can be replaced or set to None: no adapter (shapes must
     be equal already), no refinement, no mask (the plain mean squared error). With several layers
     `kd.adapter` and `kd.dam` are ModuleLists, or one module that the layers share.
