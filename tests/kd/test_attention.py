@@ -101,7 +101,10 @@ def test_agreement_is_one_minus_the_cosine_and_trains_the_student_alone(sizes):
     student = features(3, 4, *sizes[0]).requires_grad_()
     teacher = features(3, 7, *sizes[1], seed=6).requires_grad_()
     got = AttentionDAM(temperature=0.7)(student, teacher, scale=5.0).agreement
-    maps = attention_map(sokd.kd.adapter.resize(student, sizes[1]), 0.7), attention_map(teacher, 0.7)
+    maps = (
+        attention_map(sokd.kd.adapter.resize(student, sizes[1]), 0.7),
+        attention_map(teacher, 0.7),
+    )
     want = 5 * (1 - F.cosine_similarity(*(each.flatten(1) for each in maps))).mean()
     torch.testing.assert_close(got, want)
     got.backward()
@@ -137,7 +140,9 @@ def naive_moments(attention: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             for axis, side in ((0, width), (1, height)):
                 steps = [p - x if axis == 0 else q - y for q, p in cells]
                 mean = sum(attention[c] * d for c, d in zip(cells, steps, strict=True)) / total
-                second = sum(attention[c] * (d - mean) ** 2 for c, d in zip(cells, steps, strict=True))
+                second = sum(
+                    attention[c] * (d - mean) ** 2 for c, d in zip(cells, steps, strict=True)
+                )
                 size[axis, y, x] = min(side, math.sqrt(12 * second / total + 1))
                 place[axis, y, x] = mean
     return size, place
