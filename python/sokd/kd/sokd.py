@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast, overload
@@ -24,11 +23,22 @@ from sokd.kd import sanity
 from sokd.kd.adapter import KINDS, Adapter, apply_adapter, kind_of_state
 from sokd.kd.attention import AttentionDAM
 from sokd.kd.dam import DAM, Attention, apply_dam, reads_adapted
-from sokd.kd.features import Features, Size, checked_maps, layouts, one_of, per_layer, total
+from sokd.kd.features import (
+    Features,
+    Size,
+    checked_maps,
+    layouts,
+    not_negative,
+    of_one_dtype,
+    one_of,
+    per_layer,
+    total,
+)  # fmt: skip
 from sokd.kd.policy import Draw, Policy
 from sokd.kd.virtual import unwrapped
 from sokd.ops.masked_mse import scaled_mse
 from sokd.ops.runtime import savable, transformed
+from sokd.ops.torch_internals import has_forward, share_buffers
 
 __all__ = ["PRESETS", "Match", "SoKD", "Terms", "loss", "part_of", "settled"]
 
@@ -219,8 +229,8 @@ class SoKD(nn.Module):
         self.student_channels, self.teacher_channels = _channels(student_channels, teacher_channels)
         count = len(self.student_channels)
         self._layouts = list(zip(
-            layouts("student", student_tokens, student_grid, count),
-            layouts("teacher", teacher_tokens, teacher_grid, count), strict=True,
+            layouts("student", count, student_tokens, student_grid),
+            layouts("teacher", count, teacher_tokens, teacher_grid), strict=True,
         ))  # fmt: skip
         self.base: str = chosen["base"]
         if self.base == "replace" and lambda_base != "default":
@@ -228,9 +238,9 @@ class SoKD(nn.Module):
                 "SoKD: lambda_base must be left out with base='replace', which has no such term, "
                 f"got {lambda_base!r}"
             )
-        self.lambda_agreement = _term_weight("lambda_agreement", chosen["lambda_agreement"])
-        self.lambda_areas = _term_weight("lambda_areas", chosen["lambda_areas"])
-        self.lambda_base = _term_weight("lambda_base", chosen["lambda_base"])
+        self.lambda_agreement = not_negative("SoKD", "lambda_agreement", chosen["lambda_agreement"])
+        self.lambda_areas = not_negative("SoKD", "lambda_areas", chosen["lambda_areas"])
+        self.lambda_base = not_negative("SoKD", "lambda_base", chosen["lambda_base"])
         self.normalise = normalise
         if isinstance(kind := chosen["adapter"], str):
             rows = zip(
@@ -267,6 +277,7 @@ class SoKD(nn.Module):
     def match(
         self, student_features: Features, teacher_features: Features, *, draw: Draw | None = None,
         adapt: bool = True, refine: bool = True, attend: bool = True, differentiable: bool = False,
+        valid: Sequence[Tensor | None] | None = None,
     ) -> list[Match]:  # fmt: skip
         """Adapt the student's maps, refine the teacher's, find the areas: a `Match` each layer.
 
@@ -286,6 +297,8 @@ class SoKD(nn.Module):
             refine: False: no draw is taken and `refined` is the clean teacher.
             attend: False: the DAM does not run and `attention` is None.
             differentiable: whether `refined` carries the policy's gradient.
+            valid: for each layer [B, 1, H, W] at the teacher's size, 0 for cells of padding: there
+                the adapted and the refined map are 0, and so are their agreement's terms.
 
         Raises:
             TypeError, ValueError: as `sokd.loss`.
@@ -313,9 +326,13 @@ class SoKD(nn.Module):
                 with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
                     refined = policy(refined, draw, layer=index, differentiable=differentiable)
             if compared[index]:
-                adapted, refined = _of_one_dtype(adapted, refined)
+                adapted, refined = of_one_dtype(adapted, refined)
                 if self.base == "keep":
-                    clean = _of_one_dtype(adapted, clean)[1]
+                    clean = of_one_dtype(adapted, clean)[1]
+            cells = None if valid is None else valid[index]
+            if cells is not None:
+                refined, clean = (side * cells.to(side.dtype) for side in (refined, clean))
+                adapted = adapted * cells.to(adapted.dtype) if compared[index] else adapted
             seen = adapted if reads_adapted(dam) else student
             attention = apply_dam(dam, seen, refined, self.lambda_agreement)
             matches.append(Match(adapted if adapt else student, refined, attention, clean))
@@ -392,7 +409,7 @@ class SoKD(nn.Module):
 
         sum(kd.bases(kd.match(f_s, f_t)))                     # the "base" of kd.terms
         """
-        pairs = [_of_one_dtype(match.student, match.clean) for match in matches]
+        pairs = [of_one_dtype(match.student, match.clean) for match in matches]
         options: dict[str, Any] = {"normalise": "elements", "scale": self.lambda_base}
         return [scaled_mse(*pair, None, **options) for pair in pairs]
 
@@ -515,7 +532,7 @@ class _BuffersOf(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self._buffers = module._buffers
+        share_buffers(self, module)
 
 
 def part_of(part: nn.Module | None, index: int) -> nn.Module | None:
@@ -531,14 +548,6 @@ def _variance_and_share(attention: Attention | None, nothing: Tensor) -> list[Te
     heat = attention.heat.to(torch.float32)
     variance = (heat - heat.mean((0, 2, 3), keepdim=True)).square_().mean()
     return [variance, (attention.weight > 0).to(torch.float32).mean()]
-
-
-def _of_one_dtype(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the wider dtype of the two: only under autocast they differ."""
-    if one.dtype == other.dtype:
-        return one, other
-    dtype = torch.promote_types(one.dtype, other.dtype)
-    return one.to(dtype), other.to(dtype)
 
 
 # ---------------------------------------------------------------------------- the parts in a state
@@ -626,12 +635,6 @@ def _channel_list(name: str, channels: int | Sequence[int]) -> list[int]:
     return [int(count) for count in given]
 
 
-def _term_weight(name: str, value: float) -> float:
-    if not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
-        raise ValueError(f"SoKD: {name} must be a finite number, 0 or more, got {value!r}")
-    return float(value)
-
-
 def _one_or_list(parts: Iterable[nn.Module]) -> nn.Module:
     modules = list(parts)
     return modules[0] if len(modules) == 1 else nn.ModuleList(modules)
@@ -666,7 +669,7 @@ def _named(given: Any) -> str:
 
 def _takes(module: nn.Module, places: Sequence[str], keywords: Sequence[str]) -> bool:
     """Whether the module's signature allows such a call, or cannot be read."""
-    if getattr(module.forward, "__name__", "") == "_forward_unimplemented":
+    if not has_forward(module):
         return False
     try:
         inspect.signature(module.forward).bind(*places, **dict.fromkeys(keywords))
