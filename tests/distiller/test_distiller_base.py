@@ -5,13 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support.distiller_cases import batch, gradients, make, objective, one_thread, rewound
+from support.distiller_cases import batch, gradients, make, objective, rewound
 
 import sokd
 from sokd.kd.adapter import KINDS
 from sokd.methods.common import Method, Step
-
-__all__ = ["one_thread"]
 
 METHODS = {
     "fitnet": {}, "at": {}, "sp": {}, "rkd": {}, "mgd": {}, "reviewkd": {}, "catkd": {}, "kd": {},
