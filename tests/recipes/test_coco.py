@@ -19,6 +19,8 @@ from support.recipes import checkpoint, differences
 from torch import nn
 from torchvision import models
 
+import sokd
+
 pytest.importorskip("pycocotools")
 
 
@@ -52,17 +54,7 @@ def run(data, teacher, tmp_path):
     return call
 
 
-DISTIL = [
-    "--method",
-    "fitnet=1",
-    "mgd",
-    "--search-epochs",
-    "1",
-    "--search-every",
-    "2",
-    "--ema",
-    "0.9",
-]
+DISTIL = "--method fitnet=1 mgd --search-epochs 1 --search-every 2 --ema 0.9".split()
 
 
 def test_logs_result_and_a_student_without_sokd(run, tmp_path, capsys):
@@ -139,9 +131,7 @@ def test_one_transform_a_batch_and_the_teachers_backbone_alone(run, monkeypatch)
 
     monkeypatch.setattr(detection, "build", watched)
     monkeypatch.setattr(coco, "prepare", lambda *given: seen.clear() or prepare(*given))
-    monkeypatch.setattr(
-        coco, "objective", lambda *given: steps.append([*seen]) or objective(*given)
-    )
+    monkeypatch.setattr(coco, "objective", lambda *given: steps.append([*seen]) or objective(*given))
     run("out", "--method", "fitnet=1", "--no-sokd", "--min-size", "48", "64")
     expected = "small4.transform small8.backbone small4.backbone small4.rpn small4.roi_heads"
     assert [[at for at, _ in step] for step in steps] == [expected.split()] * 4
