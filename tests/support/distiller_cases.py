@@ -92,10 +92,10 @@ def make(**options: Any) -> Distiller:
     if plug is False:
         options.setdefault("adapter", "conv")
     elif plug is True or (isinstance(plug, dict) and "preset" not in plug):
-        parts = {**(SMALL if plug is True else {**TRAINED, **plug})}
-        if "adapter" in options:
-            parts.pop("adapter")
-        options["sokd"] = parts
+        parts = SMALL if plug is True else {**TRAINED, **plug}
+        given = () if plug is True else plug
+        named = "adapter" in options and "adapter" not in given
+        options["sokd"] = {n: v for n, v in parts.items() if not (named and n == "adapter")}
     defaults = {"layers": ["stage1", "stage2"], "method": "fitnet", "example": batch()[0]}
     return Distiller(teacher=teacher, student=student, **{**defaults, **options})
 
