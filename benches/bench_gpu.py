@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 import sokd
-from benches.bench_loss import step_case
+from benches.bench_loss import STEPS, step_case
 from benches.gpu_works import has_goal, works
 from benches.harness import (
     COLUMNS,
@@ -86,7 +86,8 @@ def cases(options: Options, device: torch.device) -> Iterator[Case]:
                     shape, dtype, layout, compile_too=on_cuda and layout == "contiguous"
                 )
     if on_cuda:
-        yield step_case()
+        for step in STEPS:
+            yield step_case(*step)
 
 
 def with_share(
