@@ -508,8 +508,7 @@ class Distiller(nn.Module):
 
     def _idle_search(self) -> str:
         """What `repr` says of a search that never steps."""
-        kd = getattr(self, "kd", None)  # absent before the shapes are known
-        if kd is None or kd.search is None or self._needs.adapted:
+        if self.kd is None or self.kd.search is None or self._needs.adapted:
             return ""
         return ", search: no method reads an adapted map, so the policy stays uniform"
 
