@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from support.distiller_cases import batch, make, models, objective
+from support.distiller_cases import SMALL, batch, make, models, objective
 from torch.func import functional_call
 
 import sokd
@@ -94,3 +94,25 @@ def test_without_a_target_the_task_is_nothing():
     assert task == 0 and task.requires_grad
     assert [features.shape for features in maps] == [(4, 6, 8, 8), (4, 12, 4, 4)]
     assert not any(features.requires_grad for features in teacher)
+
+
+def test_an_online_search_steps_with_each_call_of_a_training_step():
+    distiller = make(sokd={**SMALL, "search": "online"})
+    policy, search = distiller.kd.policy, distiller.kd.search
+    assert int(search.steps) == 0
+    objective(distiller).backward()
+    assert int(search.steps) == 1 and policy.alpha.any() and policy.alpha.grad is None
+    with torch.no_grad():
+        distiller(*batch())
+    distiller.eval()(*batch())
+    assert int(search.steps) == 1
+    assert "uniform" not in repr(distiller)
+
+
+def test_without_an_adapted_map_an_online_search_never_steps_and_repr_says_so():
+    distiller = make(method="at", sokd={**SMALL, "search": "online"})
+    distiller(*batch())
+    assert int(distiller.kd.search.steps) == 0 and not distiller.kd.policy.alpha.any()
+    said = "search: no method reads an adapted map, so the policy stays uniform"
+    assert said in repr(distiller)
+    assert said not in repr(make(method="at"))

@@ -540,8 +540,7 @@ class Distiller(nn.Module):
 
     def _idle_search(self) -> str:
         """What `repr` says of a search that never steps."""
-        idle = self._ready and self.kd is not None and self.kd.search is not None
-        if not idle or self._needs.adapted:
+        if self.kd is None or self.kd.search is None or self._needs.adapted:
             return ""
         return ", search: no method reads an adapted map, so the policy stays uniform"
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sokd.kd.policy.plan import strength_gradient
 from sokd.kd.policy.policy import Draw, Policy, WideModule, rows_of
-from sokd.ops import refine_dots
+from sokd.ops import Plan, refine_dots
 from sokd.ops.distributed import averaged
 from sokd.ops.refine import plan_gradients
 from sokd.ops.runtime import warn_user
@@ -106,12 +106,17 @@ class OnlineSearch(WideModule):
 
     def _adam(self, found: Tensor) -> Tensor:
         """The change of chi [5K], and the new moments; zeros unless all of `found` is finite."""
-        finite = found.square().isfinite().all()
-        old, new = self.moments, torch.stack([found, found.square()])
-        beta = torch.tensor(BETAS, dtype=old.dtype, device=old.device)
-        self.moments.copy_(torch.where(finite, torch.lerp(new, old, beta[:, None]), old))
+        squares = found.square()
+        finite = squares.isfinite().all()
+        # numbers, not a tensor of them: a copy to the device cannot be captured in a graph
+        pairs = zip(self.moments, (found, squares), BETAS, strict=True)
+        moved = torch.stack([moment.lerp(new, 1 - beta) for moment, new, beta in pairs])
+        self.moments.copy_(torch.where(finite, moved, self.moments))
         self.steps.add_(finite)
-        mean, square = self.moments / (1 - beta[:, None] ** self.steps)
+        steps = self.steps.to(found.dtype)
+        mean, square = (
+            moment / (1 - beta**steps) for moment, beta in zip(self.moments, BETAS, strict=True)
+        )
         return torch.where(finite, -self.lr * mean / (square.sqrt() + _TINY), 0)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -151,7 +156,9 @@ def gradient(policy: Policy, draw: Draw, layer: Layer, index: int = 0) -> Tensor
     d_alpha, d_gates = _of_choices(policy, _of_groups(losses, fired), sample.chosen, fired)
 
     difference = refined - student
-    plan = policy.plan(draw, teacher.shape, layer=index)
+    rows = torch.arange(len(fired), device=fired.device)
+    drawn_parts = {name: part[sample.chosen, rows] for name, part in plans.parts().items()}
+    plan = Plan(**drawn_parts, seed=plans.seed)
     d_straight = difference.sum((1, 2, 3), dtype=accumulator(difference.dtype))
     d_strengths = strength_gradient(
         policy.strengths(sample.chosen, fired), *plan_gradients(teacher, difference, plan),
