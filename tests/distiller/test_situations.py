@@ -647,6 +647,15 @@ def test_a_layer_that_is_compiled_later():
 # ----------------------------------------------------------------------------- swapped arguments
 
 
+@pytest.mark.parametrize(("channels", "text"), [
+    (([(16, 8, 8)], [(32, 8, 8)]), "student_channels must be a whole number, got (16, 8, 8)"),
+    ((16, 32), "student_channels must be a list of numbers, got 16"),
+    (([16], [32.0]), "teacher_channels must be a whole number, got 32.0"),
+], ids=["shapes", "numbers", "a fraction"])  # fmt: skip
+def test_channels_of_another_kind(channels, text):
+    refused(TypeError, f"reviewkd: {text}", lambda: methods.reviewkd(*channels))
+
+
 def test_channels_that_are_swapped():
     kd = sokd.SoKD(student_channels=6, teacher_channels=4, **SMALL)
     refused(

@@ -25,7 +25,7 @@ def resident() -> int:
 
 
 def slope(step: Callable[[], None], steps: int) -> dict[str, Any]:
-    """Bytes a step, by least squares over readings after a tenth of the steps; fewer after Ctrl-C."""
+    """Bytes a step by least squares, after a tenth of the steps; fewer steps after Ctrl-C."""
     readings, done = [], 0
     with contextlib.suppress(KeyboardInterrupt):
         for index in range(steps):
