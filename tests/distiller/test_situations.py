@@ -24,7 +24,6 @@ from support.distiller_cases import (
     make,
     models,
     objective,
-    one_thread,  # noqa: F401
 )
 from torch import Tensor, nn
 
