@@ -28,10 +28,15 @@ RECORD = ROOT / "docs" / "results" / "reliability.json"
 ABOUT = """# Reliability
 
 What `make soak` ran and found, beside `make test`. The command writes this page; it takes minutes,
-and {hours} runs a hundred times as much, which takes hours; Ctrl-C
-ends the random programs or the steps of the part that runs, which then reports what it did. {only}
-runs the parts with that text in their names and leaves the others on the page. The exit status is
-1 where a part found anything.
+and a run of hours is
+
+```bash
+{hours}          # a hundred times as much
+{only}   # the parts with this text in their names; the others stay on the page
+```
+
+Ctrl-C ends the random programs, or the steps of one loop, and the part reports what it did. The
+exit status is 1 where a part found anything.
 
 """
 PARTS = """
@@ -106,7 +111,9 @@ def shown(value: Any) -> str:
 
 def page(record: dict[str, Any]) -> str:
     """The page of a record of parts."""
-    about = ABOUT.format(hours='`make soak SOAK="--scale 100"`', only='`SOAK="--only memcheck"`')
+    about = ABOUT.format(
+        hours='make soak SOAK="--scale 100"', only='make soak SOAK="--only memcheck"'
+    )
     lines = ["| part | ran | found | seconds | at commit |", "|---|---|---|---|---|"]
     for name, part in record["parts"].items():
         ran, wrong = shown(part["report"]), "; ".join(part["found"]) or "nothing"
