@@ -24,7 +24,6 @@ from support.distiller_cases import (
     make,
     models,
     objective,
-    one_thread,  # noqa: F401
 )
 from torch import Tensor, nn
 
@@ -645,6 +644,15 @@ def test_a_layer_that_is_compiled_later():
 
 
 # ----------------------------------------------------------------------------- swapped arguments
+
+
+@pytest.mark.parametrize(("channels", "text"), [
+    (([(16, 8, 8)], [(32, 8, 8)]), "student_channels must be a whole number, got (16, 8, 8)"),
+    ((16, 32), "student_channels must be a list of numbers, got 16"),
+    (([16], [32.0]), "teacher_channels must be a whole number, got 32.0"),
+], ids=["shapes", "numbers", "a fraction"])  # fmt: skip
+def test_channels_of_another_kind(channels, text):
+    refused(TypeError, f"reviewkd: {text}", lambda: methods.reviewkd(*channels))
 
 
 def test_channels_that_are_swapped():

@@ -28,9 +28,15 @@ RECORD = ROOT / "docs" / "results" / "reliability.json"
 ABOUT = """# Reliability
 
 What `make soak` ran and found, beside `make test`. The command writes this page; it takes minutes,
-and {hours} runs a hundred times as much, which takes hours. {only} runs the parts with that
-text in their names and leaves the others on the page. The exit status is 1 where a part found
-anything.
+and a run of hours is
+
+```bash
+{hours}          # a hundred times as much
+{only}   # the parts with this text in their names; the others stay on the page
+```
+
+Ctrl-C ends the random programs, or the steps of one loop, and the part reports what it did. The
+exit status is 1 where a part found anything.
 
 """
 PARTS = """
@@ -41,22 +47,23 @@ What each part does:
   one program of 200). Each call works, with finite losses and the right parameters moving, or
   raises an error of sokd (`refused`).
 - **memory**: the slope of the resident memory over the steps after a tenth of them, by least
-  squares; 10 bytes a step or more count as found.
+  squares; 10 bytes a step or more, if they make a megabyte, count as found.
 - **property tests**: every operator against its loops in float64, on random shapes, dtypes,
   strides (0, negative and overlapping too), offsets and special values. Every tensor lies between
   pages that fault, and no byte around an output may change.
-- **memcheck, helgrind, DRD**: valgrind over the Rust tests, the pool's threads under the last
-  two.
+- **memcheck, address and thread sanitizer**: the Rust tests under valgrind, which knows no
+  AVX-512, and compiled with the sanitizers. Valgrind's helgrind and DRD report every lock of
+  Rust's standard library, so the thread sanitizer looks for data races; `tests/soak/thread.supp`
+  names what it cannot see.
 - **bits**: one operator's result while the number of OpenMP threads changes from call to call,
   beside PyTorch's own use of them.
 - **faults**: SIGINT in a step; a home and caches that cannot be written; forked workers of a
   DataLoader; for the cache of compiled CUDA kernels (with a mock driver) SIGKILL at any time and
   in the middle of a write, a full disk, three processes at once.
 
-Not covered: the AVX-512 kernels under valgrind, which does not know these instructions (the
-property tests and the comparison of bits run them); GPUs, whose kernels the tests emulate on the
-CPU and `tests/cuda` runs where there is one; other systems than Linux; several machines; models
-of full size; runs longer than the steps above.
+Not covered: GPUs, whose kernels the tests emulate on the CPU and `tests/cuda` runs where there is
+one; other systems than Linux; several machines; models of full size; runs longer than the steps
+above.
 """
 
 
@@ -76,29 +83,18 @@ def parts(scale: float) -> dict[str, Callable[[], Any]]:
     }
     if shutil.which("valgrind"):
         for level in ("scalar", "avx2"):
-            work[f"memcheck, {level}"] = lambda level=level: native.valgrind("memcheck", level)
-        for tool in ("helgrind", "drd"):
-            work[f"{tool}, pool"] = lambda tool=tool: native.valgrind(tool, "scalar", "parallel::")
+            work[f"memcheck, {level}"] = lambda level=level: native.memcheck(level)
+    simd = sokd._core.build_info()["simd"]
+    work[f"address sanitizer, {simd}"] = lambda: native.sanitized("address", simd)
+    work["thread sanitizer, scalar"] = lambda: native.sanitized("thread", "scalar")
     return work
 
 
 def found(report: Any) -> list[str]:
     """What a part's report says went wrong."""
-    if "failures" in report:
-        return list(report["failures"])
-    wrong = [
-        f"{key}: {value}"
-        for key, value in report.items()
-        if key in ("wrong", "different") and value
-    ]
-    if report.get("ok") in (False, 0):
-        wrong.append(json.dumps(report))
-    slopes = (value for value in report.values() if isinstance(value, dict))
-    return wrong + [
-        f"{value['bytes_a_step']} bytes a step"
-        for value in slopes
-        if value.get("bytes_a_step", 0) >= 10
-    ]
+    named = [f"{key}: {report[key]}" for key in ("wrong", "different") if report.get(key)]
+    not_ok = [json.dumps(report)] if report.get("ok") in (False, 0) else []
+    return [*report.get("failures", []), *named, *not_ok]
 
 
 def shown(value: Any) -> str:
@@ -116,7 +112,9 @@ def shown(value: Any) -> str:
 
 def page(record: dict[str, Any]) -> str:
     """The page of a record of parts."""
-    about = ABOUT.format(hours='`make soak SOAK="--scale 100"`', only='`SOAK="--only memcheck"`')
+    about = ABOUT.format(
+        hours='make soak SOAK="--scale 100"', only='make soak SOAK="--only memcheck"'
+    )
     lines = ["| part | ran | found | seconds | at commit |", "|---|---|---|---|---|"]
     for name, part in record["parts"].items():
         ran, wrong = shown(part["report"]), "; ".join(part["found"]) or "nothing"

@@ -103,17 +103,19 @@ class ReviewKDLoss(nn.Module):
         hidden: int | None = None,
     ) -> None:
         super().__init__()
+        for name, counts in (
+            ("student_channels", student_channels),
+            ("teacher_channels", teacher_channels),
+        ):
+            if not isinstance(counts, Sequence):
+                raise TypeError(f"reviewkd: {name} must be a list of numbers, got {counts!r}")
+            for count in counts:
+                number("reviewkd", name, count, least=1, whole=True)
         if not student_channels or len(student_channels) != len(teacher_channels):
             rule = f"be as many as student_channels ({len(student_channels)}), at least one"
             raise ValueError(f"reviewkd: teacher_channels must {rule}, got {len(teacher_channels)}")
         hidden = min(512, student_channels[-1]) if hidden is None else hidden
-        for name, counts in (
-            ("student_channels", student_channels),
-            ("teacher_channels", teacher_channels),
-            ("hidden", [hidden]),
-        ):
-            for count in counts:
-                number("reviewkd", name, count, least=1, whole=True)
+        number("reviewkd", "hidden", hidden, least=1, whole=True)
         self.student_channels = list(student_channels)
         deepest = len(student_channels) - 1
         self.fusions = nn.ModuleList(
