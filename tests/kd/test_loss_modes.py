@@ -22,6 +22,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from sokd.kd.dam import Attention
 from sokd.kd.sokd import SoKD, loss
+from sokd.ops.torch_internals import RELEASE
+
+exports = pytest.mark.skipif(
+    RELEASE < (2, 6), reason="torch.export before torch 2.6 loses the names of a policy's tables"
+)
 
 
 def pair(dtype: torch.dtype = torch.float32, batch: int = 2) -> tuple[Tensor, Tensor]:
@@ -90,6 +95,7 @@ def test_a_compiled_kd_is_taken_by_the_loss():
 
 
 @compiles
+@exports
 def test_it_exports():
     kd = make().eval()
     features = [side.detach() for side in pair()]
@@ -101,6 +107,7 @@ def test_it_exports():
 
 
 @compiles
+@exports
 @pytest.mark.parametrize(
     "which", [{0: "batch"}, {0: "batch", 2: "height", 3: "width"}], ids=["batch", "all"]
 )
@@ -124,9 +131,21 @@ def remake_on(device: str, module: nn.Module) -> None:
         module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
 
 
+def slices_fake_cuda_tensors() -> bool:
+    """Not on every release: an older one needs the driver for it."""
+    with FakeTensorMode():
+        try:
+            torch.zeros(2, device="cuda")[:1]
+        except RuntimeError:
+            return False
+    return True
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_no_value_is_read_on_the_host(device):
     """Fake tensors have no values: `.item()`, a branch on a tensor or a copy to the host raises."""
+    if device == "cuda" and not slices_fake_cuda_tensors():
+        pytest.skip("this torch needs a CUDA driver to slice a fake CUDA tensor")
     with FakeTensorMode(), warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "sokd: no kernels for cuda"
@@ -266,6 +285,7 @@ def step(kd: SoKD, student: Tensor, teacher: Tensor) -> None:
 )
 @pytest.mark.parametrize("mask", [True, False])
 def test_the_loss_holds_two_maps_at_most(mask, layout):
+    """Three on torch before 2.8, where masked_mse's backward writes to new memory."""
     shape = (8, 32, 32, 32)
     student, teacher = (torch.randn(shape).to(memory_format=layout) for _ in range(2))
     weight = torch.rand(shape[0], *shape[2:])
@@ -278,7 +298,8 @@ def test_the_loss_holds_two_maps_at_most(mask, layout):
     )
     map_bytes = student.numel() * student.element_size()
     most = peak(functools.partial(step, kd, student.requires_grad_(), teacher))
-    assert most <= 2.05 * map_bytes, f"{most / map_bytes:.2f} maps"
+    maps = 2.05 if RELEASE >= (2, 8) else 3.05
+    assert most <= maps * map_bytes, f"{most / map_bytes:.2f} maps"
     assert most >= 1.5 * map_bytes, "the count is blind"
 
 

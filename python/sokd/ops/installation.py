@@ -9,7 +9,7 @@ import torch
 
 __all__ = ["VERSION", "check"]
 
-# That of Cargo.toml, stated again here: `check` compares it with the version of the compiled module.
+# That of Cargo.toml, stated again: `check` compares it with the version of the compiled module.
 VERSION = "0.2.0"
 OLDEST_TORCH = (2, 5)
 
