@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from support import kd_cases
-from support.cases import compiles
+from support.cases import compiles, skip_without_fake_cuda
 from support.kd_cases import make
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -131,21 +131,11 @@ def remake_on(device: str, module: nn.Module) -> None:
         module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
 
 
-def slices_fake_cuda_tensors() -> bool:
-    """Not on every release: an older one needs the driver for it."""
-    with FakeTensorMode():
-        try:
-            torch.zeros(2, device="cuda")[:1]
-        except RuntimeError:
-            return False
-    return True
-
-
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_no_value_is_read_on_the_host(device):
     """Fake tensors have no values: `.item()`, a branch on a tensor or a copy to the host raises."""
-    if device == "cuda" and not slices_fake_cuda_tensors():
-        pytest.skip("this torch needs a CUDA driver to slice a fake CUDA tensor")
+    if device == "cuda":
+        skip_without_fake_cuda()
     with FakeTensorMode(), warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "sokd: no kernels for cuda"
