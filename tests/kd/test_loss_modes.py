@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support import kd_cases
-from support.cases import compiles
+from support.cases import compiles, skip_without_fake_cuda
 from support.kd_cases import FixedMask, make, trained
 from support.ranks import of_ranks
 from torch import Tensor, nn
@@ -20,6 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benches.bench_loss import peak_bytes
 from sokd.kd.sokd import SoKD, loss
+from sokd.ops.torch_internals import RELEASE
+
+exports = pytest.mark.skipif(
+    RELEASE < (2, 6), reason="torch.export before torch 2.6 loses the names of a policy's tables"
+)
 
 
 def pair(dtype: torch.dtype = torch.float32, batch: int = 2) -> tuple[Tensor, Tensor]:
@@ -88,6 +93,7 @@ def test_a_compiled_kd_is_taken_by_the_loss():
 
 
 @compiles
+@exports
 def test_it_exports():
     kd = make().eval()
     features = [side.detach() for side in pair()]
@@ -99,6 +105,7 @@ def test_it_exports():
 
 
 @compiles
+@exports
 @pytest.mark.parametrize(
     "which", [{0: "batch"}, {0: "batch", 2: "height", 3: "width"}], ids=["batch", "all"]
 )
@@ -125,6 +132,8 @@ def remake_on(device: str, module: nn.Module) -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_no_value_is_read_on_the_host(device):
     """Fake tensors have no values: `.item()`, a branch on a tensor or a copy to the host raises."""
+    if device == "cuda":
+        skip_without_fake_cuda()
     with FakeTensorMode(), warnings.catch_warnings():
         # the plain path; its kernels, if any, likewise
         warnings.filterwarnings("ignore", "sokd: no kernels for cuda")
@@ -227,6 +236,7 @@ def step(kd: SoKD, student: Tensor, teacher: Tensor) -> None:
 )
 @pytest.mark.parametrize("mask", [True, False])
 def test_the_loss_holds_two_maps_at_most(mask, layout):
+    """Three on torch before 2.8, where masked_mse's backward writes to new memory."""
     shape = (8, 32, 32, 32)
     student, teacher = (torch.randn(shape).to(memory_format=layout) for _ in range(2))
     weight = torch.rand(shape[0], *shape[2:])
@@ -239,7 +249,8 @@ def test_the_loss_holds_two_maps_at_most(mask, layout):
     )
     map_bytes = student.numel() * student.element_size()
     most = peak_bytes(functools.partial(step, kd, student.requires_grad_(), teacher))
-    assert most <= 2.05 * map_bytes, f"{most / map_bytes:.2f} maps"
+    maps = 2.05 if RELEASE >= (2, 8) else 3.05
+    assert most <= maps * map_bytes, f"{most / map_bytes:.2f} maps"
     assert most >= 1.5 * map_bytes, "the count is blind"
 
 

@@ -10,7 +10,7 @@ import re
 
 import pytest
 import torch
-from support.cases import compiles
+from support.cases import compiles, skip_without_fake_cuda
 from support.raises import raises
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -268,6 +268,7 @@ def test_samples_have_their_own_plans() -> None:
 @pytest.mark.parametrize("granularity", ["batch", "sample"])
 def test_reads_no_value_and_mixes_no_devices(granularity: str) -> None:
     """Fake tensors have no values to read and cannot be mixed with those of another device."""
+    skip_without_fake_cuda()
     with FakeTensorMode(), torch.device("cuda"):
         policy = Policy(granularity=granularity)
         features = torch.randn(3, 4, 6, 6)

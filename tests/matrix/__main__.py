@@ -108,8 +108,8 @@ def check(row: Row, wheels: list[Path], *, tests: bool) -> None:
         made = run(found, "-m", "venv", "--without-pip", folder)
         if made.returncode == 0:
             made = run(
-                *(sys.executable, "-m", "pip", "--python", python, "install", "--quiet"),
-                *("--no-cache-dir", "--no-compile", str(wheel), row.torch, row.numpy, *TEST_NEEDS),
+                *(sys.executable, "-m", "uv", "pip", "install", "--quiet", "--no-cache"),
+                *("--python", python, str(wheel), row.torch, row.numpy, *TEST_NEEDS),
             )
         if made.returncode:
             row.cells["bits"] = "not installed"

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ast
 import inspect
-import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -125,11 +123,6 @@ def test_sokd_tch_is_built_with_the_torch_of_the_python_that_builds() -> None:
         check=True,
     )  # fmt: skip
     assert done.stdout.split() == [str(Path(sys.executable).parent / "python"), "False"]
-
-
-def test_the_compatibility_page_is_that_of_its_record() -> None:
-    matrix = runpy.run_path(str(ROOT / "tests" / "matrix" / "__main__.py"))
-    assert matrix["PAGE"].read_text() == matrix["page"](json.loads(matrix["RECORD"].read_text()))
 
 
 def test_license_is_declared_and_present() -> None:
