@@ -27,6 +27,8 @@ _SIDES = {
     "imagenet": 224,
 }  # of the data sets' images
 
+_DETECTION = ("boxes", "image_sizes", "input_size")  # keywords of a call, as `Distiller`'s
+
 
 class MDistiller(Distiller):
     """mdistiller-compatible wrapper around `Distiller`: the keywords `image` and `target`.
@@ -74,7 +76,8 @@ class MDistiller(Distiller):
         Of a trainer's other keywords `epoch` is not used, nor CRD's `contrastive_index`: the
         negatives are drawn by the loss itself.
         """
-        output, losses = super().forward(image, target, index=index)
+        given = {name: kwargs[name] for name in _DETECTION if name in kwargs}
+        output, losses = super().forward(image, target, index=index, **given)
         return self.logits_of(output), losses
 
     def forward_test(self, image: Any) -> Any:

@@ -14,6 +14,7 @@ from support.distiller_cases import (
     Answering,
     Net,
     batch,
+    extra,
     gradients,
     make,
     models,
@@ -95,7 +96,7 @@ def test_kd_alone_needs_no_layer():
 def test_every_method_by_name(name, plugged):
     options = {"num_samples": 8, "negatives": 4} if name == "crd" else {}
     distiller = make(method=name, sokd=SMALL if plugged else False, **options)
-    _, losses = distiller(*batch(), index=torch.arange(4))
+    _, losses = distiller(*batch(), **extra())
     torch.stack(list(losses.values())).sum().backward()
     assert {"loss_ce", f"loss_{name}"} <= set(losses)
     assert ("loss_agreement" in losses) == plugged

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from support.distiller_cases import SMALL, batch, gradients, make, models, objective
+from support.distiller_cases import SMALL, batch, extra, gradients, make, models, objective
 from torch import Tensor, nn
 
 import sokd
@@ -39,7 +39,7 @@ def test_a_teacher_whose_forward_is_an_inference(name, plugged):
         distiller = make(
             models=(wrap(teacher), student), layers=layers, method=name, sokd=plugged, **options
         )
-        losses = distiller(*batch(), index=torch.arange(4))[1]
+        losses = distiller(*batch(), **extra())[1]
         sum(losses.values()).backward()
         found.append((losses, gradients(distiller)))
     for own, other in zip(*found, strict=True):

@@ -21,7 +21,9 @@ RULES = {
     ("rkd", "distance"): WEIGHT, ("rkd", "angle"): WEIGHT, ("catkd", "resolution"): COUNT,
     ("mgd", "ratio"): SHARE, ("reviewkd", "hidden"): COUNT, ("crd", "dim"): COUNT,
     ("crd", "negatives"): COUNT, ("crd", "temperature"): POSITIVE, ("crd", "momentum"): SHARE,
-    ("crd", "num_samples"): "be 2 or more",
+    ("crd", "num_samples"): "be 2 or more", ("fgd", "foreground"): WEIGHT,
+    ("fgd", "background"): WEIGHT, ("fgd", "attention"): WEIGHT, ("fgd", "relation"): WEIGHT,
+    ("fgd", "temperature"): POSITIVE,
 }  # fmt: skip
 WRONG = {
     POSITIVE: [0, -1.0, math.nan, math.inf], WEIGHT: [-1, math.nan, math.inf],
@@ -42,7 +44,7 @@ def called(name: str, **options):
     method = getattr(methods, name)
     if name == "crd":
         return method(5, 5, options.pop("num_samples", 9), **options)
-    if name == "mgd":
+    if name in ("mgd", "fgd"):
         return method(5, **options)
     if name == "reviewkd":
         return method([5], [5], **options)

@@ -17,8 +17,10 @@ from sokd.methods import METHODS, Method, Step, build
 
 STUDENT, TEACHER = [(3, 8, 6), (4, 4, 3)], [(5, 8, 6), (6, 2, 2)]
 CLASSES, BATCH, SAMPLES = 7, 4, 20
+NEEDS = {"logits", "features", "target", "index", "boxes"}
 NAMES = [
     "fitnet", "at", "crd", "reviewkd", "kd", "dkd", "lskd", "dist", "sp", "rkd", "catkd", "mgd",
+    "fgd",
 ]  # fmt: skip
 
 
@@ -34,7 +36,7 @@ def made(name: str) -> Method:
 def step(mask: bool = False, method: type[Method] | None = None, batch: int = BATCH) -> Step:
     """What a method says it needs; nothing else if it is given."""
     torch.manual_seed(1)
-    needs = {"logits", "features", "target", "index"} if method is None else method.needs
+    needs = NEEDS if method is None else method.needs
 
     def maps(shapes):
         return [torch.randn(batch, *shape) for shape in shapes] if "features" in needs else []
@@ -48,7 +50,15 @@ def step(mask: bool = False, method: type[Method] | None = None, batch: int = BA
         student=maps(STUDENT), teacher=maps(TEACHER), adapted=adapted,
         weight=[weight if mask else None for weight in weights],
         index=torch.arange(batch) if "index" in needs else None,
+        **(boxes_of(batch) if "boxes" in needs else {}),
     )  # fmt: skip
+
+
+def boxes_of(batch: int) -> dict:
+    """One to each image but the first, which is smaller than the input."""
+    boxes = [torch.tensor([[3.0, 2.0, 9.0, 20.0]])[: min(image, 1)] for image in range(batch)]
+    sizes = [(20 if image == 0 else 32, 24) for image in range(batch)]
+    return {"boxes": boxes, "image_sizes": sizes, "input_size": (32, 24)}
 
 
 def leaves(given: Step) -> list[torch.Tensor]:
@@ -62,7 +72,7 @@ def test_the_names():
     for name in NAMES:
         method = METHODS[name]
         assert method.name == name and callable(getattr(methods, name))
-        assert method.needs <= {"logits", "features", "target", "index"} and method.needs
+        assert method.needs <= NEEDS and method.needs
         assert method.default_weight > 0 and isinstance(method.adapts, bool)
 
 

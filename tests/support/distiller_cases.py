@@ -84,6 +84,12 @@ def batch(samples: int = 4, *, dtype: torch.dtype = torch.float32) -> tuple[Tens
     return x.to(dtype), torch.randint(0, CLASSES, (samples,), generator=generator)
 
 
+def extra(samples: int = 4) -> dict[str, Any]:
+    """What methods take beside `batch`: places in the training set, boxes."""
+    boxes = [torch.tensor([[2.0, 3.0, 9.0, 8.0]]), torch.zeros(0, 4)] * samples
+    return {"index": torch.arange(samples), "boxes": boxes[:samples]}
+
+
 def make(**options: Any) -> Distiller:
     """A Distiller of two Nets in train mode."""
     teacher, student = options.pop("models", None) or models()

@@ -256,6 +256,67 @@ def generated(features, keep, first, second):
     return convolution(np.maximum(convolution(keep * features, *first), 0), *second)
 
 
+def attentions(features, cells, temperature):
+    """FGD's attention over the cells {(y, x): } and the channels [C] of one sample [C, H, W]."""
+    energies = {(y, x): np.mean(np.abs(features[:, y, x])) for y, x in cells}
+    strengths = [np.mean([abs(channel[y, x]) for y, x in cells]) for channel in features]
+    where = len(cells) * softmax(np.array(list(energies.values())), temperature)
+    return dict(zip(energies, where, strict=True)), len(features) * softmax(strengths, temperature)
+
+
+def covered(box, cells, size, input_size):
+    """The cells of an image that a box touches."""
+    found = []
+    for y, x in cells:
+        top, bottom = (edge * input_size[0] / size[0] for edge in (y, y + 1))
+        left, right = (edge * input_size[1] / size[1] for edge in (x, x + 1))
+        if box[0] < right and box[2] > left and box[1] < bottom and box[3] > top:
+            found.append((y, x))
+    return found
+
+
+def context(features, cells, score, first, norm, last):
+    """GcBlock's addition [C] for one sample; first, norm, last: (weight, bias)."""
+    share = softmax([sum(score * features[:, y, x]) for y, x in cells])
+    pooled = sum(p * features[:, y, x] for p, (y, x) in zip(share, cells, strict=True))
+    hidden = first[0] @ pooled + first[1]
+    hidden = (hidden - hidden.mean()) / math.sqrt(hidden.var() + 1e-5) * norm[0] + norm[1]
+    return last[0] @ np.maximum(hidden, 0) + last[1]
+
+
+def fgd(
+    student, teacher, boxes, input_size, image_sizes, weight, contexts, *, foreground=1e-3,
+    background=5e-4, attention=1e-3, relation=5e-6, temperature=0.5,
+):  # fmt: skip
+    """contexts: the arguments of `context` after the cells, for each side."""
+    loss, size = 0.0, student.shape[2:]
+    for b, (f_s, f_t) in enumerate(zip(student, teacher, strict=True)):
+        cells = [
+            (y, x) for y, x in np.ndindex(size)
+            if y * input_size[0] / size[0] < image_sizes[b][0]
+            and x * input_size[1] / size[1] < image_sizes[b][1]
+        ]  # fmt: skip
+        density = dict.fromkeys(cells, 0.0)
+        for box in boxes[b]:
+            touched = covered(box, cells, size, input_size)
+            for cell in touched:
+                density[cell] = max(density[cell], 1 / len(touched))
+        behind = sum(value == 0 for value in density.values())
+        (where_s, which_s), (where_t, which_t) = (
+            attentions(each, cells, temperature) for each in (f_s, f_t)
+        )
+        added = context(f_s, cells, *contexts[0]) - context(f_t, cells, *contexts[1])
+        for y, x in cells:
+            omega = 1.0 if weight is None else weight[b, y, x]
+            focus = foreground * density[y, x] if density[y, x] else background / behind
+            difference = f_s[:, y, x] - f_t[:, y, x]
+            loss += focus * where_t[y, x] * omega * sum(which_t * difference**2)
+            loss += relation * omega * sum((difference + added) ** 2)
+            loss += attention * abs(where_s[y, x] - where_t[y, x])
+        loss += attention * sum(abs(which_s - which_t))
+    return loss / len(student)
+
+
 def normalised(row):
     return row / math.sqrt(sum(row**2))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -14,9 +14,8 @@ from sokd.distiller import guards
 from sokd.distiller.assemble import Needs, Plug, checked_plug, find_heads, make_adapters, make_kd
 from sokd.distiller.auto import auto_layers
 from sokd.distiller.copies import bare_copy, untouched
-from sokd.distiller.images import Images, inside, only
-from sokd.distiller.inputs import Given, changed, copied
-from sokd.distiller.maps import as_map, check_pair
+from sokd.distiller.inputs import Given, changed, copied, input_size
+from sokd.distiller.maps import as_map, check_pair, unpadded
 from sokd.distiller.outputs import (
     Logits,
     Task,
@@ -32,7 +31,7 @@ from sokd.distiller.outputs import (
 from sokd.distiller.recipe import Chosen, chosen
 from sokd.distiller.taps import Layers, Pair, Tap, Taps, layer_pairs
 from sokd.kd import sanity
-from sokd.kd.features import layouts
+from sokd.kd.features import kept, layouts
 from sokd.kd.sokd import Match, SoKD
 from sokd.kd.virtual import replayed, unwrapped
 from sokd.methods.common import Method, Step, constant
@@ -164,7 +163,9 @@ class Distiller(nn.Module):
 
     def forward(
         self, x: Any, target: Any = None, *, index: Tensor | None = None,
+        boxes: Sequence[Tensor] | None = None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
+        input_size: tuple[int, int] | None = None,
     ) -> Any:  # fmt: skip
         """`(output, losses)` in train mode and with a target; in eval mode without one the output.
 
@@ -173,18 +174,23 @@ class Distiller(nn.Module):
             target: [B] class indices, or what `task` takes. None: no task loss.
             index: [B] int64, the samples' places in the training set, for methods that keep a
                 memory (crd).
-            image_sizes: (height, width) of each image in a padded batch x [B, C, H, W]: no cell of
-                padding is distilled.
+            boxes: one [n, 4] for each image, for methods that read them (fgd): x1 y1 x2 y2 in
+                pixels of x.
+            image_sizes: (H, W) of each image where x is padded at the right and below. Nothing of
+                the padding is distilled: there all maps and weights are 0. None: no padding.
+            input_size: (H, W) of the padded images, read from x if it is one batch [B, C, H, W].
         """
+        extra = {
+            "index": index, "boxes": boxes, "image_sizes": image_sizes, "input_size": input_size,
+        }  # fmt: skip
         if torch.compiler.is_compiling():
-            return self._forward(x, target, index, image_sizes)
+            return self._forward(x, target, extra)
         with guards.explained(self, x):
-            return self._forward(x, target, index, image_sizes)
+            return self._forward(x, target, extra)
 
-    def _forward(self, x: Any, target: Any, index: Tensor | None, sizes: Any) -> Any:
+    def _forward(self, x: Any, target: Any, extra: dict[str, Any]) -> Any:
         if not self.training:
             return self._evaluate(x, target)
-        images = Images.of(x, sizes)
         eager = not torch.compiler.is_compiling()
         if not self.ready:
             self.setup(x)
@@ -195,7 +201,9 @@ class Distiller(nn.Module):
         losses = self._task(student.output, student.logits, target)
         if eager:
             guards.check_maps(self, student.maps, teacher.maps, self._labels)
-        losses.update(self._distil(student, teacher, target, index, images))
+        if extra["input_size"] is None:
+            extra["input_size"] = input_size(x)
+        losses.update(self._distil(student, teacher, target, extra))
         if eager:
             self._look(losses, student, teacher)
         return student.output, losses
@@ -236,10 +244,9 @@ class Distiller(nn.Module):
         is trained. `image_sizes` as in a call: the maps are 0 in the padding.
         """
         x, target = batch[:2] if isinstance(batch, (tuple, list)) else (batch, None)
-        images = Images.of(x, image_sizes)
         self.setup(x)
         teacher, student = (
-            each._replace(maps=inside(each.maps, images)[0])
+            each._replace(maps=unpadded(each.maps, image_sizes, input_size(x))[0])
             for each in (self._teach(x), self._study(model, x, target))
         )
         losses = list(self._task(student.output, student.logits, target).values())
@@ -386,17 +393,17 @@ class Distiller(nn.Module):
         return list(zip(self._taps["student"].labels, self._taps["teacher"].labels, strict=True))
 
     def _distil(
-        self, student: Pass, teacher: Pass, target: Any, index: Tensor | None,
-        images: Images | None,
-    ) -> Losses:  # fmt: skip
+        self, student: Pass, teacher: Pass, target: Any, extra: Mapping[str, Any]
+    ) -> Losses:
         """The methods' terms and SoKD's."""
-        students, _ = inside(student.maps, images)
-        teachers, cells = inside(teacher.maps, images)
+        sizes = extra["image_sizes"], extra["input_size"]
+        students, _ = unpadded(student.maps, *sizes)
+        teachers, cells = unpadded(teacher.maps, *sizes)
         matches = self._matched(students, teachers, cells)
         step = Step(
             student.logits, teacher.logits, labels_of(target), students,
             [match.refined for match in matches], [match.student for match in matches],
-            list(map(_omega, matches, cells)), index,
+            list(map(_omega, matches, cells)), **extra,
         )  # fmt: skip
         losses = {}
         for name, method in self.methods.items():
@@ -417,7 +424,7 @@ class Distiller(nn.Module):
                 adapter(student, (teacher.shape[2], teacher.shape[3]))
                 for adapter, student, teacher in zip(self.adapters, students, teachers, strict=True)
             ]
-            students = list(map(only, students, cells))
+            students = list(map(kept, students, cells))
         return [Match(*pair, None) for pair in zip(students, teachers, strict=True)]
 
     def _own_terms(self, kd: SoKD, matches: list[Match], losses: Losses) -> Losses:
@@ -509,7 +516,4 @@ class Distiller(nn.Module):
 
 def _omega(match: Match, cells: Tensor | None) -> Tensor | None:
     """omega [B, H, W] of a layer: SoKD's, else 1 in the images and 0 in the padding."""
-    own = None if match.attention is None else match.attention.weight
-    if cells is None or own is None:
-        return own if cells is None else cells[:, 0]
-    return own * cells[:, 0]
+    return cells if match.attention is None else match.attention.weight

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sokd.ops.torch_internals import version
 
-__all__ = ["Given", "Grid", "batch_size", "changed", "copied", "is_input", "kinds"]
+__all__ = ["Given", "Grid", "batch_size", "changed", "copied", "input_size", "is_input", "kinds"]
 
 Grid = tuple[int, int]
 
@@ -63,6 +63,14 @@ def batch_size(x: Any) -> int | None:
     if isinstance(x, Tensor):
         return x.shape[0] if x.dim() else None
     return len(x) if isinstance(x, (list, tuple)) else None
+
+
+def input_size(x: Any) -> Grid | None:
+    """The height and width of the one batch of images [B, C, H, W] in the input; None: no such."""
+    images = [] if isinstance(x, (list, tuple)) else _images(x)
+    if len(images) != 1 or images[0].dim() != 4:
+        return None
+    return images[0].shape[2], images[0].shape[3]
 
 
 def copied(x: Any) -> Any:

@@ -308,6 +308,8 @@ _HINTS = {
     "target": "target must be class indices [B] for method {name!r}, as in distiller(x, y)",
     "index": "index must be the samples' places in the training set, int64 [B], for method "
     "{name!r}, as in distiller(x, y, index=i)",
+    "boxes": "boxes must be a list of tensors [n, 4], one an image, for method {name!r}, as in "
+    "distiller(x, y, boxes=b)",
 }
 
 
@@ -321,6 +323,7 @@ def check_needs(name: str, needs: Set[str], step: Step, target: Any) -> None:
         "logits": step.student_logits is not None and step.teacher_logits is not None,
         "target": step.target is not None,
         "index": step.index is not None,
+        "boxes": step.boxes is not None,
     }
     for need, hint in _HINTS.items():
         if need in needs and not has[need]:

@@ -25,6 +25,7 @@ from sokd.kd.features import (
     Features,
     Size,
     checked_maps,
+    kept,
     layouts,
     not_negative,
     of_one_dtype,
@@ -243,8 +244,8 @@ class SoKD(nn.Module):
             refine: False: no draw is taken and `refined` is the clean teacher.
             attend: False: the DAM does not run and `attention` is None.
             differentiable: whether `refined` carries the policy's gradient.
-            valid: for each layer [B, 1, H, W] at the teacher's size, 0 for cells of padding: there
-                the adapted and the refined map are 0, and so are their agreement's terms.
+            valid: for each layer [B, H, W] at the teacher's size, 0 for cells of padding: there the
+                adapted map, the refined one and omega are 0.
 
         Raises:
             TypeError, ValueError: as `sokd.loss`.
@@ -274,10 +275,12 @@ class SoKD(nn.Module):
             if compared:
                 adapted, refined = of_one_dtype(adapted, refined)
             cells = None if valid is None else valid[index]
-            if cells is not None:
-                refined = refined * cells.to(refined.dtype)
-                adapted = adapted * cells.to(adapted.dtype) if compared else adapted
+            refined = kept(refined, cells)
+            if compared:
+                adapted = kept(adapted, cells)
             attention = apply_dam(dams[index], adapted, refined, self.lambda_agreement)
+            if attention is not None and cells is not None:
+                attention = attention._replace(weight=attention.weight * cells)
             matches.append(Match(adapted if adapt else student, refined, attention))
         return matches
 

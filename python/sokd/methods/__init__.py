@@ -6,6 +6,7 @@ from sokd.methods.common import Method, Shape, Step
 from sokd.methods.crd import crd, pooled
 from sokd.methods.dist import dist
 from sokd.methods.dkd import dkd
+from sokd.methods.fgd import fgd
 from sokd.methods.fitnet import fitnet
 from sokd.methods.kd import kd
 from sokd.methods.lskd import lskd
@@ -27,6 +28,7 @@ __all__ = [
     "crd",
     "dist",
     "dkd",
+    "fgd",
     "fitnet",
     "hcl",
     "kd",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ __all__ = [
     "Maps", "Method", "Shape", "Shapes", "Step", "Weights", "masked", "resized", "root", "total",
 ]  # fmt: skip
 
+T = TypeVar("T")
 Shape = tuple[int, int, int]  # (C, H, W)
 Shapes = Sequence[Shape]
 Maps = Tensor | Sequence[Tensor]
@@ -42,6 +43,9 @@ class Step:
     adapted: list[Tensor]  # in the teacher's shapes where a method `adapts`, else as `student`
     weight: list[Tensor | None]  # omega [B, H, W] at the teacher's size; None: no mask
     index: Tensor | None  # [B] int64: the samples' places in the training set
+    boxes: Sequence[Tensor] | None = None  # [n, 4] for each image: x1 y1 x2 y2 in input pixels
+    image_sizes: Sequence[tuple[int, int]] | None = None  # (H, W) without padding; None: no padding
+    input_size: tuple[int, int] | None = None  # (H, W) of the padded input
 
 
 class Method(nn.Module):
@@ -51,7 +55,7 @@ class Method(nn.Module):
     """
 
     name: ClassVar[str]
-    needs: ClassVar[frozenset[str]]  # of {"logits", "features", "target", "index"}
+    needs: ClassVar[frozenset[str]]  # of {"logits", "features", "target", "index", "boxes"}
     adapts: ClassVar[bool] = False  # whether it reads step.adapted
     default_weight: ClassVar[float]  # the paper's weight of the term
 
@@ -150,8 +154,8 @@ class _Once(torch.autograd.Function):
         )
 
 
-def given(op: str, name: str, tensor: Tensor | None, what: str) -> Tensor:
+def given(op: str, name: str, value: T | None, what: str) -> T:
     """A part of the step that this method requires."""
-    if tensor is None:
+    if value is None:
         raise ValueError(f"{op}: {name} must be given ({what}), got None")
-    return tensor
+    return value

@@ -13,6 +13,7 @@ from sokd.methods.common import Method, Shape
 from sokd.methods.crd import CRD
 from sokd.methods.dist import DIST
 from sokd.methods.dkd import DKD
+from sokd.methods.fgd import FGD
 from sokd.methods.fitnet import FitNet
 from sokd.methods.kd import KD
 from sokd.methods.lskd import LSKD
@@ -24,7 +25,7 @@ from sokd.methods.sp import SP
 __all__ = ["METHODS", "build", "nearest", "one_of_names", "options_of"]
 
 _ALL: tuple[type[Method], ...] = (
-    FitNet, AT, CRD, ReviewKD, KD, DKD, LSKD, DIST, SP, RKD, CATKD, MGD
+    FitNet, AT, CRD, ReviewKD, KD, DKD, LSKD, DIST, SP, RKD, CATKD, MGD, FGD,
 )  # fmt: skip
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
