@@ -11,7 +11,7 @@ import torch
 from support.cases import compiles, everything
 from torch.library import opcheck
 
-from sokd import ops, reference
+from sokd import _core, ops, reference
 from sokd.ops import runtime
 from sokd.ops.masked_mse import scaled_mse
 
@@ -270,9 +270,8 @@ def test_second_derivatives_by_functorch():
 
         return torch.func.jacrev(torch.func.jacrev(of))(inputs[1])
 
-    torch.testing.assert_close(
-        hessian(ops), hessian(reference), rtol=1e-5, atol=1e-6
-    )  # the noise is float32
+    # the noise is float32
+    torch.testing.assert_close(hessian(ops), hessian(reference), rtol=1e-5, atol=1e-6)
     assert hessian(ops).any()
 
 
@@ -382,3 +381,35 @@ def test_bare_ops_are_out_of_sight():
         "refine",
         "refine_dots",
     ]
+
+
+# ------------------------------------------------------------------------------------ the checks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_metadata_of_a_valid_call_crosses_once(monkeypatch, dtype):
+    """The kernels check their arguments: the checks by themselves are for calls that failed."""
+
+    def unexpected(*_):
+        raise AssertionError("the metadata was read twice")
+
+    for name in [name for name in dir(_core) if name.startswith("check_")]:
+        monkeypatch.setattr(_core, name, unexpected)
+    maps = torch.rand(2, 2, 5, 6, dtype=dtype)
+    ops.areas(maps, maps, maps, k=2, teacher=(maps, maps, maps))
+    for normalise in ("elements", "area"):
+        ops.masked_mse(maps.clone().requires_grad_(), maps, maps[:, 0], normalise=normalise)
+    for groups in (1, 2):
+        ops.refine(maps, sigma=torch.ones(2), straight=torch.ones(groups, requires_grad=True))
+    ops.refine_dots(maps, maps, {"sigma": torch.ones(2, 1)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_invalid_normalise(dtype):
+    maps = torch.rand(2, 2, 5, 6, dtype=dtype)
+    text = 'masked_mse: normalise must be "elements" or "area", got "cells"'
+    for weight in (None, maps[:, 0]):
+        with pytest.raises(ValueError, match=f"^{text}$"):
+            ops.masked_mse(maps, maps, weight, normalise="cells")
+    with pytest.raises(TypeError, match=r"^masked_mse: normalise must be a string, got int$"):
+        ops.masked_mse(maps, maps, normalise=3)

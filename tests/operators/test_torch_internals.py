@@ -53,6 +53,44 @@ def test_the_same_numbers_without_them(request):
     assert all(map(torch.equal, numbers(), expected))
 
 
+class Bare:
+    """A module, tensor or node of a torch without any of the private names."""
+
+    def __init__(self, **attributes):
+        vars(self).update(attributes)
+
+
+def test_without_the_attributes():
+    bare = Bare(
+        forward=len, is_inference=lambda: False,
+        named_buffers=lambda recurse: [("mean", torch.ones(1))],
+    )  # fmt: skip
+    assert torch_internals.compiled_from(bare) is None
+    assert not torch_internals.is_compiled(bare)
+    assert not torch_internals.is_replica(bare)
+    assert torch_internals.has_forward(bare)
+    assert torch_internals.forward_hooks(bare) == {}
+    assert torch_internals.version(bare) is None
+    assert not torch_internals.saved_training(bare)
+    assert torch_internals.own_buffers(bare) == {"mean": torch.ones(1)}
+    torch_internals.put_buffers(bare, {"mean": torch.zeros(1)})
+    assert torch.equal(bare.mean, torch.zeros(1))
+    module = torch.nn.Module()
+    torch_internals.share_buffers(module, bare)
+    assert [name for name, _ in module.named_buffers()] == ["mean"]
+
+
+def test_buffers_are_put_back_where_the_module_deleted_or_replaced_them():
+    module = torch.nn.BatchNorm2d(2)
+    module.register_buffer("none", None)
+    before = torch_internals.own_buffers(module)
+    del module.running_mean
+    module.none = torch.ones(1)
+    torch_internals.put_buffers(module, before)
+    assert torch_internals.own_buffers(module) == before
+    assert module.none is None and module.running_mean is before["running_mean"]
+
+
 @pytest.mark.parametrize("private", [False, True])
 def test_the_norm_of_all_elements(monkeypatch, private):
     if private:

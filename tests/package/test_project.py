@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 import sokd
 from sokd import _core, reference
@@ -121,13 +122,9 @@ def test_sokd_tch_is_built_with_the_torch_of_the_python_that_builds() -> None:
     )
     other = {"PATH": os.defpath, "VIRTUAL_ENV": "elsewhere"}
     done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT / "tch",
-        env=other,
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", script], cwd=ROOT / "tch", env=other, capture_output=True, text=True,
         check=True,
-    )
+    )  # fmt: skip
     assert done.stdout.split() == [str(Path(sys.executable).parent / "python"), "False"]
 
 
@@ -143,14 +140,96 @@ def test_no_text_names_a_folder_of_one_machine() -> None:
     assert {name: folders for name, folders in found.items() if folders} == {}
 
 
-def test_private_names_of_torch_are_in_one_file() -> None:
-    private = re.compile(r"(?<!\")\btorch(?:\.\w+)*\._[a-zA-Z]\w*")
+# Names with an underscore that are no secret: of named tuples, of `sys`, the compiled module.
+DOCUMENTED = {"_asdict", "_core", "_fields", "_getframe", "_replace"}
+PRIVATE = re.compile(r"(?:^|\.)_(?!_)")
+# Private methods of nn.Module that classes override; `torch_internals` lists them.
+OVERRIDDEN = {"_apply", "_load_from_state_dict"}
+
+
+def test_private_names_stay_in_their_module() -> None:
+    """PyTorch's are in `torch_internals`; the package's own in the module that defines them."""
     found = {
-        str(path.relative_to(ROOT)): private.findall(path.read_text())
-        for path in (ROOT / "python" / "sokd").rglob("*.py")
-        if path.name != "torch_internals.py"
+        module: names
+        for module, path in modules().items()
+        if not module.endswith(".torch_internals")
+        and (names := foreign_private_names(path.read_text()))
     }
-    assert {name: names for name, names in found.items() if names} == {}
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("tensor._version", "_version"),
+        ("self._buffers", "_buffers"),
+        ("torch._C._len_torch_dispatch_stack()", "_C"),
+        ("getattr(module, '_orig_mod', None)", "_orig_mod"),
+        ("'torch._dynamo' in sys.modules", "torch._dynamo"),
+        ("from torch.nn.modules.dropout import _DropoutNd", "_DropoutNd"),
+        ("import torch._dynamo", "torch._dynamo"),
+        ("from sokd.kd.sokd import _channels", "_channels"),
+        ("def _apply(self):\n    super()._load_from_state_dict()", "_load_from_state_dict"),
+        ("class A:\n    def f(self):\n        return super()._apply()", "_apply"),
+    ],
+)
+def test_a_foreign_private_name_is_found(source: str, name: str) -> None:
+    assert name in foreign_private_names(source)
+
+
+def test_the_private_names_of_torch_are_explained() -> None:
+    """Each with the release that brought it, and with what is done without it."""
+    text = (ROOT / "python" / "sokd" / "ops" / "torch_internals.py").read_text()
+    tree = ast.parse(text)
+    assert all(f"`{name}` (since" in (ast.get_docstring(tree) or "") for name in OVERRIDDEN)
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    reading = [node for node in functions if foreign_private_names(ast.unparse(node))]
+    texts = {node.name: ast.get_docstring(node) or "" for node in reading}
+    assert {"version", "raw_stream", "own_buffers"} <= texts.keys()
+    unexplained = [name for name, text in texts.items() if not re.search(r"[Ss]ince \d", text)]
+    assert unexplained == []
+    comments = re.findall(r"((?:^# .*\n)+)^\w+: Callable", text, re.MULTILINE)
+    assert len(comments) == text.count("= _find(")
+    assert [each for each in comments if "Since " not in each or "Without:" not in each] == []
+
+
+def foreign_private_names(source: str) -> list[str]:
+    """The private names in a module's source that the module does not define itself."""
+    nodes = list(ast.walk(ast.parse(source)))
+    own = {name for node in nodes for name in defined_by(node)}
+    own -= {*dir(torch.nn.Module()), *dir(torch.Tensor)}
+    overriding = {
+        id(inner)
+        for node in nodes
+        if isinstance(node, ast.FunctionDef) and node.name in OVERRIDDEN
+        for inner in ast.walk(node)
+        if isinstance(inner, ast.Attribute) and inner.attr == node.name
+    }
+    read = [name for node in nodes if id(node) not in overriding for name in read_by(node)]
+    return [name for name in read if PRIVATE.search(name) and name not in own | DOCUMENTED]
+
+
+def defined_by(node: ast.AST) -> list[str]:
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+        return [node.attr]
+    return [node.id] if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else []
+
+
+def read_by(node: ast.AST) -> list[str]:
+    """The names that are looked up in something else: attributes, imports, texts that name one."""
+    if isinstance(node, ast.Attribute):
+        return [node.attr]
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [node.module or "", *(alias.name for alias in node.names)]
+    if isinstance(node, ast.Constant) and str(node.value).startswith("torch._"):
+        return [str(node.value)]
+    if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr"):
+        return [name.value for name in node.args[1:2] if isinstance(name, ast.Constant)]
+    return []
 
 
 def test_imports_go_down() -> None:
@@ -168,22 +247,8 @@ def test_imports_make_no_circle() -> None:
     """Each module can be read, and imported, after those that it imports; for types alone it may
     refer back.
     """
-    tuple(
-        TopologicalSorter(import_graph(types=False)).static_order()
-    )  # CycleError names the circle
-
-
-def test_private_names_stay_in_their_module() -> None:
-    """No module imports a private name of another, and none but its own reads those of `SoKD`."""
-    read = {
-        f"{module}: {found}"
-        for module, path in modules().items()
-        for found in re.findall(
-            r"^from sokd\S+ import .*\b_[a-z]\w*|\bkd\._[a-z]\w*", path.read_text(), re.M
-        )
-        if " as _" not in found
-    }
-    assert read == set()
+    # CycleError names the circle
+    tuple(TopologicalSorter(import_graph(types=False)).static_order())
 
 
 def storey(module: str) -> int:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from sokd import ops, reference
+
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = ["contiguous", "channels_last", "sliced", "expanded", "transposed", "offset"]
 
@@ -16,6 +18,9 @@ LAYOUTS = ["contiguous", "channels_last", "sliced", "expanded", "transposed", "o
 compiles = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
+
+# the kernels and their twin in plain PyTorch
+both = pytest.mark.parametrize("module", [ops, reference], ids=["kernel", "reference"])
 
 SHAPES = [  # batch, channels, height, width: and what each is for
     (2, 3, 5, 7),  # odd sides, no vector fits

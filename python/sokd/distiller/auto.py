@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from sokd.distiller.inputs import Given, Grid, batch_size
 from sokd.distiller.maps import same_aspect
@@ -32,7 +31,8 @@ PASSED_OVER = (
 # What may follow a convolution whose map holds logits; after anything else it holds features.
 AFTER_LOGITS = (
     *(nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Upsample),
-    *(nn.Identity, _DropoutNd),
+    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout),
+    nn.FeatureAlphaDropout,
 )
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from sokd.ops.torch_internals import forward_hooks, own_buffers, put_buffers
+
 __all__ = ["bare_copy", "untouched"]
 
 M = TypeVar("M", bound=nn.Module)
@@ -29,7 +31,7 @@ def untouched(*models: nn.Module) -> Iterator[None]:
     modes = [part.training for part in parts]
     scripted = [part for part in parts if isinstance(part, torch.jit.ScriptModule)]
     eager = [part for part in parts if not isinstance(part, torch.jit.ScriptModule)]
-    own = [dict(part._buffers) for part in eager]
+    own = [own_buffers(part) for part in eager]
     copies: dict[int, Tensor | None] = {
         id(buffer): buffer if buffer is None or is_lazy(buffer) else buffer.clone()
         for buffers in own
@@ -39,7 +41,7 @@ def untouched(*models: nn.Module) -> Iterator[None]:
     fixed = [(buffer, buffer.clone()) for part in scripted for buffer in part.buffers(False)]
     try:
         for part, buffers in zip(eager, own, strict=True):
-            part._buffers.update({name: copies[id(each)] for name, each in buffers.items()})
+            put_buffers(part, {name: copies[id(each)] for name, each in buffers.items()})
         for model in models:
             model.eval()
         with torch.no_grad():
@@ -48,7 +50,7 @@ def untouched(*models: nn.Module) -> Iterator[None]:
         for part, training in zip(parts, modes, strict=True):
             part.training = training
         for part, buffers in zip(eager, own, strict=True):
-            part._buffers.update(buffers)
+            put_buffers(part, buffers)
         for buffer, before in fixed:
             buffer.data.copy_(before)
 
@@ -62,8 +64,9 @@ def bare_copy(model: M, hooks: type) -> M:
     memo: dict[int, Any] = {id(each): each.detach().clone() for each in _with_graph(model)}
     twin = deepcopy(model, memo)
     for part in twin.modules():
-        for key in [key for key, hook in part._forward_hooks.items() if isinstance(hook, hooks)]:
-            del part._forward_hooks[key]
+        found = forward_hooks(part)
+        for key in [key for key, hook in found.items() if isinstance(hook, hooks)]:
+            del found[key]
     return twin
 
 

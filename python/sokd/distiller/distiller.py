@@ -14,8 +14,9 @@ from sokd.distiller import guards
 from sokd.distiller.assemble import Needs, Plug, checked_plug, find_heads, make_adapters, make_kd
 from sokd.distiller.auto import auto_layers
 from sokd.distiller.copies import bare_copy, untouched
-from sokd.distiller.inputs import Given, changed, copied, input_size
-from sokd.distiller.maps import as_map, check_pair, layouts
+from sokd.distiller.images import Images, images_of, inside, only
+from sokd.distiller.inputs import Given, changed, copied
+from sokd.distiller.maps import as_map, check_pair
 from sokd.distiller.outputs import (
     Logits,
     Task,
@@ -31,10 +32,10 @@ from sokd.distiller.outputs import (
 from sokd.distiller.recipe import Chosen, chosen
 from sokd.distiller.taps import Layers, Pair, Tap, Taps, layer_pairs
 from sokd.kd import sanity
+from sokd.kd.features import layouts
 from sokd.kd.sokd import Match, SoKD
 from sokd.kd.virtual import replayed, unwrapped
 from sokd.methods.common import Method, Step, constant
-from sokd.methods.regions import checked_sizes, inside
 from sokd.ops.runtime import is_eager
 
 __all__ = ["Distiller"]
@@ -142,7 +143,7 @@ class Distiller(nn.Module):
         self.kd: SoKD | None = None
         self.adapters: nn.ModuleList | None = None
         self.methods = nn.ModuleDict()
-        self._ready = self._checked = False
+        self.ready = self._checked = False
         self._read_target = True  # whether the rows of the next soft target are read
         self._copies: bool | None = None  # whether the teacher needs a copy of x; None: not known
         self._needs = Needs(self._recipes, sokd)
@@ -175,24 +176,24 @@ class Distiller(nn.Module):
             index: [B] int64, the samples' places in the training set, for methods that keep a
                 memory (crd).
             boxes: one [n, 4] for each image, for methods that read them (fgd): x1 y1 x2 y2 in
-                pixels of x.
-            image_sizes: (H, W) of each image where x is padded at the right and below. Methods that
-                compare maps give the cells of padding the weight 0. None: there is no padding.
-            input_size: (H, W) of the padded images, read from x if it is one batch [B, C, H, W].
+                pixels of x; [0, 4] for an image without boxes.
+            image_sizes: (height, width) of each image in a padded batch x [B, C, H, W]: no cell of
+                padding is distilled.
+            input_size: (height, width) of the padded input where x is not such a batch.
         """
-        extra = {
-            "index": index, "boxes": boxes, "image_sizes": image_sizes, "input_size": input_size,
-        }  # fmt: skip
+        extra = {"index": index, "boxes": boxes}
+        sizes = image_sizes, input_size
         if torch.compiler.is_compiling():
-            return self._forward(x, target, extra)
+            return self._forward(x, target, extra, sizes)
         with guards.explained(self, x):
-            return self._forward(x, target, extra)
+            return self._forward(x, target, extra, sizes)
 
-    def _forward(self, x: Any, target: Any, extra: dict[str, Any]) -> Any:
+    def _forward(self, x: Any, target: Any, extra: dict[str, Any], sizes: tuple[Any, Any]) -> Any:
         if not self.training:
             return self._evaluate(x, target)
+        extra["images"] = images_of(x, *sizes)
         eager = not torch.compiler.is_compiling()
-        if not self._ready:
+        if not self.ready:
             self.setup(x)
         if eager:
             self._check()
@@ -201,8 +202,6 @@ class Distiller(nn.Module):
         losses = self._task(student.output, student.logits, target)
         if eager:
             guards.check_maps(self, student.maps, teacher.maps, self._labels)
-        if extra["input_size"] is None:
-            extra["input_size"] = input_size(x)
         losses.update(self._distil(student, teacher, target, extra))
         if eager:
             self._look(losses, student, teacher)
@@ -230,7 +229,10 @@ class Distiller(nn.Module):
             self._read_target = False
         return losses
 
-    def step(self, model: nn.Module, batch: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def step(
+        self, model: nn.Module, batch: Any, *,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
         """The task's loss, the student's maps and the teacher's, for `sokd.PolicySearch.step`.
 
             search = sokd.PolicySearch(distiller.kd, distiller.student)
@@ -238,11 +240,15 @@ class Distiller(nn.Module):
 
         The hooks are in the student's own modules, so the maps are those at the search's virtual
         weights. The inner level of the search is the task's loss plus SoKD's own, whichever method
-        is trained.
+        is trained. `image_sizes` as in a call: the maps are 0 in the padding.
         """
         x, target = batch[:2] if isinstance(batch, (tuple, list)) else (batch, None)
+        images = images_of(x, image_sizes, None)
         self.setup(x)
-        teacher, student = self._teach(x), self._study(model, x, target)
+        teacher, student = (
+            each._replace(maps=inside(each.maps, images)[0])
+            for each in (self._teach(x), self._study(model, x, target))
+        )
         losses = list(self._task(student.output, student.logits, target).values())
         task = torch.stack(losses).sum() if losses else student.maps[0].sum() * 0
         return task, student.maps, teacher.maps
@@ -277,7 +283,7 @@ class Distiller(nn.Module):
 
         Only the first call does anything.
         """
-        if self._ready:
+        if self.ready:
             return self
         if torch.compiler.is_compiling():
             raise RuntimeError(NOT_READY)
@@ -315,7 +321,12 @@ class Distiller(nn.Module):
             side: Taps(side, model, [pair[at] for pair in pairs], (self.teacher, self.student)[at])
             for at, (side, model) in enumerate(sides.items())
         }
-        self._layouts = {side: layouts(side, len(pairs), *self._given[side]) for side in sides}
+        self._layouts = {
+            side: layouts(
+                side, len(pairs), *self._given[side], op="Distiller", layers="pairs of layers"
+            )
+            for side in sides
+        }
 
     @torch.inference_mode(False)
     def _build(self, students: list[Any], teachers: list[Any]) -> None:
@@ -334,7 +345,7 @@ class Distiller(nn.Module):
                 module.train(self.training)
                 if place is not None:
                     module.to(place.device, place.dtype)
-        self._ready = True
+        self.ready = True
 
     def _replayed(self) -> AbstractContextManager[Callable[[], None]]:
         return replayed(parameter.device for parameter in self.student.parameters())
@@ -385,14 +396,14 @@ class Distiller(nn.Module):
         self, student: Pass, teacher: Pass, target: Any, extra: Mapping[str, Any]
     ) -> Losses:
         """The methods' terms and SoKD's."""
-        matches = self._matched(student.maps, teacher.maps)
-        weights = [None if match.attention is None else match.attention.weight for match in matches]
-        if extra["image_sizes"] is not None:
-            matches, weights = _unpadded(matches, extra["image_sizes"], extra["input_size"])
+        images: Images | None = extra["images"]
+        students, _ = inside(student.maps, images)
+        teachers, cells = inside(teacher.maps, images)
+        matches = self._matched(students, teachers, cells)
         step = Step(
-            student.logits, teacher.logits, labels_of(target), student.maps,
+            student.logits, teacher.logits, labels_of(target), students,
             [match.refined for match in matches], [match.student for match in matches],
-            weights, **extra,
+            list(map(_omega, matches, cells)), **extra,
         )  # fmt: skip
         losses = {}
         for name, method in self.methods.items():
@@ -402,15 +413,18 @@ class Distiller(nn.Module):
             losses if self.kd is None else {**losses, **self._own_terms(self.kd, matches, losses)}
         )
 
-    def _matched(self, students: list[Tensor], teachers: list[Tensor]) -> list[Match]:
+    def _matched(
+        self, students: list[Tensor], teachers: list[Tensor], cells: list[Tensor | None]
+    ) -> list[Match]:
         """The layers' maps as SoKD matches them; without SoKD adapted, if there are adapters."""
         if self.kd is not None:
-            return self.kd.match(students, teachers, adapt=self._needs.adapted)
+            return self.kd.match(students, teachers, adapt=self._needs.adapted, valid=cells)
         if self.adapters is not None:
             students = [
                 adapter(student, (teacher.shape[2], teacher.shape[3]))
                 for adapter, student, teacher in zip(self.adapters, students, teachers, strict=True)
             ]
+            students = list(map(only, students, cells))
         return [Match(*pair, None) for pair in zip(students, teachers, strict=True)]
 
     def _own_terms(self, kd: SoKD, matches: list[Match], losses: Losses) -> Losses:
@@ -432,7 +446,7 @@ class Distiller(nn.Module):
             self._checked = True
         for side, model in (("student", self.student), ("teacher", self.teacher)):
             self._taps[side].check_in_place(model)
-        guards.check_teacher(self)
+        guards.check_teacher(self, self._teacher_parts)
 
     def _look(self, losses: Losses, student: Pass, teacher: Pass) -> None:
         if not is_eager(*losses.values()):
@@ -476,12 +490,12 @@ class Distiller(nn.Module):
         Raises:
             RuntimeError: before the shapes are known.
         """
-        if not self._ready:
+        if not self.ready:
             raise RuntimeError(NOT_READY)
         yield from super().named_modules(memo, prefix, remove_duplicate)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if not self._ready:
+        if not self.ready:
             raise RuntimeError(NOT_READY)
         super()._load_from_state_dict(*args, **kwargs)
 
@@ -500,20 +514,9 @@ class Distiller(nn.Module):
         )
 
 
-def _unpadded(
-    matches: list[Match], image_sizes: Any, input_size: Any
-) -> tuple[list[Match], list[Tensor | None]]:
-    """The matches, and their weights omega [B, H, W], with 0 for padding."""
-    found: list[Match] = []
-    weights: list[Tensor | None] = []
-    for match in matches:
-        weight = inside(
-            *checked_sizes("Distiller", image_sizes, input_size, match.refined.shape[0]),
-            match.refined,
-        )
-        if match.attention is not None:
-            weight = weight * match.attention.weight
-            match = match._replace(attention=match.attention._replace(weight=weight))
-        found.append(match)
-        weights.append(weight)
-    return found, weights
+def _omega(match: Match, cells: Tensor | None) -> Tensor | None:
+    """omega [B, H, W] of a layer: SoKD's, else 1 in the images and 0 in the padding."""
+    own = None if match.attention is None else match.attention.weight
+    if cells is None or own is None:
+        return own if cells is None else cells[:, 0]
+    return own * cells[:, 0]

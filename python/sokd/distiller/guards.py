@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from sokd.kd.features import mixed_dtypes_allowed
 from sokd.kd.sanity import Watch
 from sokd.kd.virtual import unwrapped
 from sokd.ops.distributed import agreed, is_sharded, place
+from sokd.ops.torch_internals import is_replica
 
 if TYPE_CHECKING:
     from sokd.distiller import Distiller
@@ -127,7 +128,7 @@ def check_eager(**models: nn.Module) -> None:
 
 def check_start(distiller: Distiller) -> None:
     """The checks before the first step: devices, wrappers, the ranks' policies."""
-    if getattr(distiller, "_is_replica", False):
+    if is_replica(distiller):
         raise TypeError(LOST_IN_PARALLEL)
     check_devices(distiller)
     if place()[1] == 1:
@@ -182,9 +183,9 @@ def _is_trained(model: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in model.parameters())
 
 
-def check_teacher(distiller: Distiller) -> None:
-    """Put a teacher in train mode back into eval mode, and warn once."""
-    if any(part.training for part in distiller._teacher_parts):
+def check_teacher(distiller: Distiller, parts: Iterable[nn.Module]) -> None:
+    """Put a teacher in train mode back into eval mode, and warn once. `parts`: its modules."""
+    if any(part.training for part in parts):
         distiller.teacher.eval()
         Watch.of(distiller).warn(TEACHER_TRAINS)
 

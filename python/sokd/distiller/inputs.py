@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from sokd.ops.torch_internals import version
+
 __all__ = ["Given", "Grid", "batch_size", "changed", "copied", "input_size", "is_input", "kinds"]
 
 Grid = tuple[int, int]
@@ -91,8 +93,8 @@ def changed(x: Any) -> Callable[[], bool]:
     """A function that tells whether a tensor in x has been written to since."""
     tensors: list[Tensor] = []
     _mapped(x, tensors.append)
-    seen = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
-    return lambda: any(tensor._version != version for tensor, version in seen)
+    seen = [(tensor, version(tensor)) for tensor in tensors]
+    return lambda: any(version(tensor) != before for tensor, before in seen)
 
 
 def is_input(x: Any) -> bool:

@@ -2,39 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
-
 from torch import Tensor
 
 from sokd.distiller.inputs import Given, Grid
-from sokd.kd.features import Size, per_layer, tokens_to_map
+from sokd.kd.features import Layout, tokens_to_map
 
-__all__ = ["Layout", "as_map", "check_pair", "layouts", "same_aspect"]
-
-ORDERS = ("BCHW", "BHWC", "BNC", "NBC", "BCN")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How one layer's features are laid out; None: guessed, and checked against the input.
-
-    `order` is read where it has as many letters as the features have dimensions; for `tokens` and
-    `grid` see `sokd.kd.features.tokens_to_map`.
-    """
-
-    tokens: int | None = None
-    grid: Size | None = None
-    order: str | None = None
-
-    def ordered(self, features: Tensor) -> Tensor:
-        """features as [B, C, H, W] or [B, N, C], a view."""
-        if self.order == "BHWC" and features.dim() == 4:
-            return features.movedim(3, 1)
-        if self.order == "NBC" and features.dim() == 3:
-            return features.transpose(0, 1)
-        return features.mT if self.order == "BCN" and features.dim() == 3 else features
+__all__ = ["as_map", "check_pair", "same_aspect"]
 
 
 def as_map(
@@ -139,23 +112,3 @@ def same_aspect(one: Grid, other: Grid) -> bool:
     """Whether one size times a factor is the other, within a cell of either."""
     (h, w), (high, wide) = one, other
     return abs(high * w / wide - h) <= 1 or abs(h * wide / w - high) <= 1
-
-
-# -------------------------------------------------------------------------------- one for each pair
-
-
-def layouts(side: str, pairs: int, tokens: Any, grid: Any, order: Any) -> list[Layout]:
-    """The pairs' layouts from the user's options: a list has one entry for each pair."""
-    given = {"tokens": tokens, "grid": grid, "order": order}
-    columns = {
-        name: per_layer(f"{side}_{name}", value, pairs, op="Distiller", layers="pairs of layers")
-        for name, value in given.items()
-    }
-    for value in columns["order"]:
-        if value is not None and value not in ORDERS:
-            raise ValueError(
-                f"Distiller: {side}_order must be {', '.join(map(repr, ORDERS))} or None, got "
-                f"{value!r}"
-            )
-    rows: Sequence[tuple[Any, ...]] = list(zip(*columns.values(), strict=True))
-    return [Layout(*row) for row in rows]

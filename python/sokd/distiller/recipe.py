@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from sokd.kd.dam import masked
+from sokd.kd.features import not_negative, total
 from sokd.methods.common import Method, Shape, Step
 from sokd.methods.registry import METHODS, build, one_of_names, options_of
 
@@ -33,17 +32,15 @@ class Called(Method):
         self.loss = loss  # where it is a module, a submodule: its parameters are trained
 
     def forward(self, step: Step) -> Tensor:
-        total: Tensor | None = None
-        for student, teacher, weight in zip(step.adapted, step.teacher, step.weight, strict=True):
-            term = self.loss(masked(student, weight), masked(teacher, weight))
-            if not isinstance(term, Tensor) or term.numel() != 1:
-                got = (
-                    f"shape {list(term.shape)}" if isinstance(term, Tensor) else type(term).__name__
-                )
-                raise TypeError(f"Distiller: method must return a scalar tensor, got {got}")
-            total = term.reshape(()) if total is None else total + term.reshape(())
-        assert total is not None, "a method with features has layers"
-        return total
+        layers = zip(step.adapted, step.teacher, step.weight, strict=True)
+        return total([self._term(*layer) for layer in layers])
+
+    def _term(self, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
+        term = self.loss(masked(student, weight), masked(teacher, weight))
+        if not isinstance(term, Tensor) or term.numel() != 1:
+            got = f"shape {list(term.shape)}" if isinstance(term, Tensor) else type(term).__name__
+            raise TypeError(f"Distiller: method must return a scalar tensor, got {got}")
+        return term.reshape(())
 
 
 @dataclass(frozen=True)
@@ -125,9 +122,4 @@ def _name_of(function: Any) -> str:
 
 
 def _weight(name: str, weight: Any, default: float) -> float:
-    if weight is None:
-        return default
-    if not isinstance(weight, numbers.Real) or not 0 <= float(weight) < math.inf:
-        rule = f"have a finite weight, 0 or more, for {name!r}"
-        raise ValueError(f"Distiller: method must {rule}, got {weight!r}")
-    return float(weight)
+    return default if weight is None else not_negative("Distiller", f"method[{name!r}]", weight)

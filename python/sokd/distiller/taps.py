@@ -17,6 +17,7 @@ from sokd.distiller.outputs import entries
 from sokd.kd.virtual import unwrapped
 from sokd.methods.registry import nearest
 from sokd.ops.runtime import warn_user
+from sokd.ops.torch_internals import forward_hooks, is_compiled, version
 
 __all__ = ["Layers", "Pair", "Tap", "Taps", "layer_pairs"]
 
@@ -63,7 +64,7 @@ class Tap:
             return
         self.value = output
         if self.version is not None and isinstance(output, Tensor):
-            self.version = _version(output)
+            self.version = version(output)
 
     def take(self) -> Any:
         """What was kept; the tap is disarmed and empty afterwards."""
@@ -113,7 +114,7 @@ class Taps:
                 found = unwrapped(model).get_submodule(name)
             except AttributeError:
                 found = None
-            if found is None or self.taps[name] not in found._forward_hooks.values():
+            if found is None or self.taps[name] not in forward_hooks(found).values():
                 raise RuntimeError(REPLACED.format(which=label))
 
     def run(
@@ -148,7 +149,7 @@ class Taps:
             tap = self.taps[_split(layer)[0]]
             if tap.again:
                 warn_user(RAN_AGAIN.format(which=label))
-            elif ":" not in layer and tap.version not in (None, _version(tensor)):
+            elif ":" not in layer and tap.version not in (None, version(tensor)):
                 warn_user(OVERWRITTEN.format(which=label))
 
     def _chosen(self, layer: str, label: str, taken: Mapping[str, Any]) -> Tensor:
@@ -164,12 +165,6 @@ class Taps:
             return named[key]
         hint = f" with {names}: name one, as in '{name}:{next(iter(named))}'" if named else ""
         raise TypeError(f"Distiller: {label} must give a tensor, got {type(value).__name__}{hint}")
-
-
-def _version(tensor: Tensor) -> int | None:
-    """How often the tensor was written to; None for one of inference mode, which does not count."""
-    uncounted = not torch.compiler.is_compiling() and tensor.is_inference()
-    return None if uncounted else tensor._version
 
 
 def layer_pairs(layers: Layers) -> list[Pair]:
@@ -209,9 +204,7 @@ def _why_never_ran(model: nn.Module, name: str) -> str:
     outer = ["", *(name[:at] for at, letter in enumerate(name) if letter == ".")]
     if any(isinstance(inner.get_submodule(part), torch.jit.ScriptModule) for part in outer):
         return WHY_SCRIPTED
-    compiled = hasattr(model, "_orig_mod") or any(
-        part._compiled_call_impl is not None for part in (model, *inner.modules())
-    )
+    compiled = any(is_compiled(part) for part in (model, *inner.modules()))
     return WHY_COMPILED if compiled else WHY_SKIPPED
 
 

@@ -113,7 +113,7 @@ def _kd_of(subject: Any) -> SoKD | None:
 def _kind_of(subject: Any) -> str:
     waits = (
         ""
-        if getattr(subject, "_ready", True)
+        if getattr(subject, "ready", True)
         else " before its shapes are known (example= or setup)"
     )
     return type(subject).__name__ + waits

@@ -17,7 +17,8 @@ from torch import Tensor
 
 __all__ = [
     "Features", "Layout", "Size", "checked_maps", "described", "layouts", "mixed_dtypes_allowed",
-    "one_of", "per_layer", "positive", "tensors_of", "tokens_to_map",
+    "not_negative", "of_one_dtype", "one_of", "per_layer", "positive", "tensors_of",
+    "tokens_to_map", "total",
 ]  # fmt: skip
 
 Features = Tensor | Sequence[Tensor]
@@ -25,31 +26,49 @@ Size = tuple[int, int]
 
 # class token, class + distillation token, four registers without and with a class token
 _USUAL_PREFIXES = (0, 1, 2, 4, 5)
+_ORDERS = ("BCHW", "BHWC", "BNC", "NBC", "BCN")
 
 
 class Layout(NamedTuple):
-    """Layout of one layer's tokens on one side."""
+    """Layout of one layer's features on one side."""
 
-    tokens: int | None  # prefix tokens to drop; None: see `tokens_to_map`
-    grid: Size | None  # (H, W) of token features; None: square
+    tokens: int | None = None  # prefix tokens to drop; None: see `tokens_to_map`
+    grid: Size | None = None  # (H, W) of token features; None: square
+    order: str | None = None  # read where it has a letter for each dimension; None: BCHW, BNC
+
+    def ordered(self, features: Tensor) -> Tensor:
+        """features as [B, C, H, W] or [B, N, C], a view."""
+        if self.order == "BHWC" and features.dim() == 4:
+            return features.movedim(3, 1)
+        if self.order == "NBC" and features.dim() == 3:
+            return features.transpose(0, 1)
+        return features.mT if self.order == "BCN" and features.dim() == 3 else features
 
 
 # ------------------------------------------------------------------------------------------ options
 
 
-def layouts(side: str, tokens: Any, grid: Any, count: int) -> list[Layout]:
-    """The layers' layouts of one side ("student" or "teacher"), from SoKD's options."""
-    prefixes = per_layer(f"{side}_tokens", tokens, count)
-    grids = per_layer(f"{side}_grid", grid, count)
-    for each in grids:
-        if each is not None and not _is_grid(each):
+def layouts(
+    side: str, count: int, tokens: Any, grid: Any, order: Any = None, *, op: str = "SoKD",
+    layers: str = "layers",
+) -> list[Layout]:  # fmt: skip
+    """The layers' layouts of one side ("student" or "teacher"), from the options of `op`."""
+    given = {"tokens": tokens, "grid": grid, "order": order}
+    columns = [
+        per_layer(f"{side}_{name}", value, count, op=op, layers=layers)
+        for name, value in given.items()
+    ]
+    for prefix, size, letters in zip(*columns, strict=True):
+        if size is not None and not _is_grid(size):
             rule = "be (H, W), both positive, for each layer"
-            raise ValueError(f"SoKD: {side}_grid must {rule}, got {each!r}")
-    for prefix in prefixes:
+            raise ValueError(f"{op}: {side}_grid must {rule}, got {size!r}")
         if prefix is not None and (not isinstance(prefix, int) or prefix < 0):
             rule = "be a whole number, 0 or more, for each layer"
-            raise ValueError(f"SoKD: {side}_tokens must {rule}, got {prefix!r}")
-    return [Layout(*row) for row in zip(prefixes, grids, strict=True)]
+            raise ValueError(f"{op}: {side}_tokens must {rule}, got {prefix!r}")
+        if letters is not None and letters not in _ORDERS:
+            rule = f"be {', '.join(map(repr, _ORDERS))} or None"
+            raise ValueError(f"{op}: {side}_order must {rule}, got {letters!r}")
+    return [Layout(*row) for row in zip(*columns, strict=True)]
 
 
 def per_layer(
@@ -83,6 +102,13 @@ def positive(op: str, name: str, value: int) -> int:
     if value < 1:
         raise ValueError(f"{op}: {name} must be positive, got {value}")
     return int(value)
+
+
+def not_negative(op: str, name: str, value: Any) -> float:
+    """A finite number of 0 or more; ValueError for any other value."""
+    if not isinstance(value, numbers.Real) or not 0 <= float(value) < math.inf:
+        raise ValueError(f"{op}: {name} must be a finite number, 0 or more, got {value!r}")
+    return float(value)
 
 
 def described(value: Any) -> str:
@@ -133,6 +159,14 @@ def checked_maps(
 def total(terms: Sequence[Tensor]) -> Tensor:
     """The sum of the layers' terms."""
     return functools.reduce(operator.add, terms)
+
+
+def of_one_dtype(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider of their dtypes, which differ under autocast alone."""
+    if student.dtype == teacher.dtype:
+        return student, teacher
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    return student.to(dtype), teacher.to(dtype)
 
 
 def tensors_of(features: Features) -> list[Tensor]:

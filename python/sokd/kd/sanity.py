@@ -8,7 +8,7 @@ functorch transform or a dispatch mode nothing is looked at.
 from __future__ import annotations
 
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sokd.kd.features import tensors_of
 from sokd.ops.runtime import is_eager, warn_user
+from sokd.ops.torch_internals import saved_training
 
 if TYPE_CHECKING:
     from sokd.kd.features import Features
@@ -117,10 +118,7 @@ class Watch:
             self._student = [weakref.ref(parameter) for parameter in student]
         self._parts, self._fix = parts, fix
         self._idle = idle and DETACHED not in self._given
-        if self.waits:
-            _listen()
-        else:
-            _let_go()
+        _listen()
 
     @property
     def waits(self) -> bool:
@@ -177,20 +175,26 @@ class Watch:
 
 _watches: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()
 
-# One hook for all modules, there while one of them waits.
+# One hook for all modules, registered while one of them waits.
 _handle: RemovableHandle | None = None
 
 
+def _waiting() -> list[Watch]:
+    return [watch for watch in list(_watches.values()) if watch.waits]
+
+
 def _listen() -> None:
+    """Register the hook if a module waits, else remove it."""
     global _handle
-    if _handle is None:
+    if not _waiting():
+        _let_go()
+    elif _handle is None:
         _handle = register_optimizer_step_post_hook(_after_step)
 
 
 def _let_go() -> None:
-    """Remove the hook if no module waits. Never from inside it: torch iterates over the hooks."""
     global _handle
-    if _handle is not None and not any(watch.waits for watch in list(_watches.values())):
+    if _handle is not None:
         _handle.remove()
         _handle = None
 
@@ -198,12 +202,24 @@ def _let_go() -> None:
 def _after_step(optimiser: Optimizer, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    waiting = [watch for watch in list(_watches.values()) if watch.waits]
-    if waiting:
-        groups = optimiser.param_groups
-        parameters = {id(parameter): parameter for group in groups for parameter in group["params"]}
-        for watch in waiting:
-            watch.stepped(parameters)
+    groups = optimiser.param_groups
+    parameters = {id(parameter): parameter for group in groups for parameter in group["params"]}
+    for watch in _waiting():
+        watch.stepped(parameters)
+    if not _waiting() and _is_last():
+        _let_go()
+
+
+def _is_last() -> bool:
+    """Whether the hook is the last of all.
+
+    The optimiser iterates over the hooks now, and an iterator that has more to give raises after a
+    removal. A hook that others follow is removed by the next loss.
+    """
+    if _handle is None:
+        return False
+    hooks = _handle.hooks_dict_ref()
+    return isinstance(hooks, OrderedDict) and next(reversed(hooks), None) == _handle.id
 
 
 # -------------------------------------------------------------------------------------- SoKD's own
@@ -231,9 +247,7 @@ def look_at_mask(kd: SoKD) -> None:
 
 def _trains(node: Any) -> bool:
     name = node.name()
-    return "NativeDropout" in name or (
-        "BatchNorm" in name and bool(getattr(node, "_saved_training", False))
-    )
+    return "NativeDropout" in name or ("BatchNorm" in name and saved_training(node))
 
 
 def leaves(outputs: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -14,7 +14,6 @@ no trace in the training. Source: docs/method.md 2.5.
 from __future__ import annotations
 
 import copy
-import math
 import numbers
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sokd.kd.features import Features, one_of, tensors_of
+from sokd.kd.features import Features, not_negative, one_of, tensors_of
 from sokd.kd.policy import Draw, Policy, fresh_seed
 from sokd.kd.policy.relax import ControlVariate, estimate, score
 from sokd.kd.virtual import Together, Weights, replayed, unwrapped
@@ -191,12 +190,12 @@ class PolicySearch:
                 upper, hypergradient = self._first(evaluate, held_out)
             else:
                 upper, hypergradient = self._second(evaluate, batch, held_out)
-        self._apply(hypergradient)
+        self._update(hypergradient)
         self.policy.project()
         self.counter += 1
         return upper
 
-    def _apply(self, found: list[Tensor]) -> None:
+    def _update(self, found: list[Tensor]) -> None:
         """Adam's steps of chi, then of the control variate; none if any gradient is not finite."""
         found = [averaged(gradient) for gradient in found]
         # of the average, so that all ranks decide alike; squared, as Adam's state holds the squares
@@ -507,9 +506,7 @@ def _check_options(
     one_of("PolicySearch", "order", order, (1, 2))
     if objective == "task" and order == 1:  # no direct gradient
         raise ValueError("PolicySearch: order must be 2 for objective 'task', got 1")
-    for name, number in (("unroll", unroll), ("lr", lr)):
-        if not isinstance(number, numbers.Real) or not 0 <= number < math.inf:
-            rule = "be a finite number, 0 or more"
-            raise ValueError(f"PolicySearch: {name} must {rule}, got {number!r}")
+    not_negative("PolicySearch", "unroll", unroll)
+    not_negative("PolicySearch", "lr", lr)
     if not isinstance(epochs, numbers.Integral) or epochs < 0:
         raise ValueError(f"PolicySearch: epochs must be a whole number, 0 or more, got {epochs!r}")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast, overload
@@ -22,11 +21,22 @@ from torch import Tensor, nn
 from sokd.kd import sanity
 from sokd.kd.adapter import Adapter, apply_adapter
 from sokd.kd.dam import DAM, Attention, apply_dam
-from sokd.kd.features import Features, Size, checked_maps, layouts, one_of, per_layer, total
+from sokd.kd.features import (
+    Features,
+    Size,
+    checked_maps,
+    layouts,
+    not_negative,
+    of_one_dtype,
+    one_of,
+    per_layer,
+    total,
+)  # fmt: skip
 from sokd.kd.policy import Draw, Policy
 from sokd.kd.virtual import unwrapped
 from sokd.ops.masked_mse import scaled_mse
 from sokd.ops.runtime import savable, transformed
+from sokd.ops.torch_internals import has_forward, share_buffers
 
 __all__ = ["Match", "SoKD", "Terms", "loss", "part_of"]
 
@@ -173,11 +183,11 @@ class SoKD(nn.Module):
         self.student_channels, self.teacher_channels = _channels(student_channels, teacher_channels)
         count = len(self.student_channels)
         self._layouts = list(zip(
-            layouts("student", student_tokens, student_grid, count),
-            layouts("teacher", teacher_tokens, teacher_grid, count), strict=True,
+            layouts("student", count, student_tokens, student_grid),
+            layouts("teacher", count, teacher_tokens, teacher_grid), strict=True,
         ))  # fmt: skip
-        self.lambda_agreement = _term_weight("lambda_agreement", lambda_agreement)
-        self.lambda_areas = _term_weight("lambda_areas", lambda_areas)
+        self.lambda_agreement = not_negative("SoKD", "lambda_agreement", lambda_agreement)
+        self.lambda_areas = not_negative("SoKD", "lambda_areas", lambda_areas)
         self.normalise = normalise
         if adapter == "default":
             rows = zip(
@@ -213,6 +223,7 @@ class SoKD(nn.Module):
     def match(
         self, student_features: Features, teacher_features: Features, *, draw: Draw | None = None,
         adapt: bool = True, refine: bool = True, attend: bool = True, differentiable: bool = False,
+        valid: Sequence[Tensor | None] | None = None,
     ) -> list[Match]:  # fmt: skip
         """Adapt the student's maps, refine the teacher's, find the areas: a `Match` each layer.
 
@@ -232,6 +243,8 @@ class SoKD(nn.Module):
             refine: False: no draw is taken and `refined` is the clean teacher.
             attend: False: the DAM does not run and `attention` is None.
             differentiable: whether `refined` carries the policy's gradient.
+            valid: for each layer [B, 1, H, W] at the teacher's size, 0 for cells of padding: there
+                the adapted and the refined map are 0, and so are their agreement's terms.
 
         Raises:
             TypeError, ValueError: as `sokd.loss`.
@@ -258,9 +271,12 @@ class SoKD(nn.Module):
             if policy is not None:
                 with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
                     refined = policy(refined, draw, layer=index, differentiable=differentiable)
-            if compared and adapted.dtype != refined.dtype:  # only under autocast
-                dtype = torch.promote_types(adapted.dtype, refined.dtype)
-                adapted, refined = adapted.to(dtype), refined.to(dtype)
+            if compared:
+                adapted, refined = of_one_dtype(adapted, refined)
+            cells = None if valid is None else valid[index]
+            if cells is not None:
+                refined = refined * cells.to(refined.dtype)
+                adapted = adapted * cells.to(adapted.dtype) if compared else adapted
             attention = apply_dam(dams[index], adapted, refined, self.lambda_agreement)
             matches.append(Match(adapted if adapt else student, refined, attention))
         return matches
@@ -426,7 +442,7 @@ class _BuffersOf(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self._buffers = module._buffers
+        share_buffers(self, module)
 
 
 def part_of(part: nn.Module | None, index: int) -> nn.Module | None:
@@ -466,12 +482,6 @@ def _channel_list(name: str, channels: int | Sequence[int]) -> list[int]:
     return [int(count) for count in given]
 
 
-def _term_weight(name: str, value: float) -> float:
-    if not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
-        raise ValueError(f"SoKD: {name} must be a finite number, 0 or more, got {value!r}")
-    return float(value)
-
-
 def _one_or_list(parts: Iterable[nn.Module]) -> nn.Module:
     modules = list(parts)
     return modules[0] if len(modules) == 1 else nn.ModuleList(modules)
@@ -506,7 +516,7 @@ def _named(given: Any) -> str:
 
 def _takes(module: nn.Module, places: Sequence[str], keywords: Sequence[str]) -> bool:
     """Whether the module's signature allows such a call, or cannot be read."""
-    if getattr(module.forward, "__name__", "") == "_forward_unimplemented":
+    if not has_forward(module):
         return False
     try:
         inspect.signature(module.forward).bind(*places, **dict.fromkeys(keywords))

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from sokd.ops.torch_internals import compiled_from
+
 __all__ = ["Together", "replayed", "unwrapped"]
 
 T = TypeVar("T")
@@ -50,7 +52,7 @@ def unwrapped(module: Any) -> Any:
     while isinstance(module, nn.Module):
         if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             module = module.module
-        elif isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
+        elif (inner := compiled_from(module)) is not None:
             module = inner
         else:
             break

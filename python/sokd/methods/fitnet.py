@@ -1,4 +1,4 @@
-"""FitNet: the student's adapted features follow the teacher's hints.
+"""FitNet: the squared distance of the student's adapted features and the teacher's.
 
     fitnet = sum over layers of  mean_{b,c,y,x} omega[b,y,x] * (Phi(F_s) - F_t)^2
 
@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
+from sokd.kd.features import of_one_dtype
 from sokd.methods.checks import layer_pairs
 from sokd.methods.common import Maps, Method, Step, Weights, total
 from sokd.ops.masked_mse import scaled_mse
@@ -35,7 +35,7 @@ def fitnet(student: Maps, teacher: Maps, weight: Weights = None) -> Tensor:
 
     Returns:
         [] float32 (float64 for float64), the sum over the layers; 0 for an empty batch. The usual
-        weight: 100.
+        weight is 100.
     """
     return total(
         [hint(*pair) for pair in layer_pairs("fitnet", student, teacher, weight, same="shape")]
@@ -44,14 +44,12 @@ def fitnet(student: Maps, teacher: Maps, weight: Weights = None) -> Tensor:
 
 def hint(student: Tensor, teacher: Tensor, weight: Tensor | None, scale: float = 1.0) -> Tensor:
     """`scale` times the term of one checked layer."""
-    if student.dtype != teacher.dtype:  # under autocast: the wider of the two
-        dtype = torch.promote_types(student.dtype, teacher.dtype)
-        student, teacher = student.to(dtype), teacher.to(dtype)
+    student, teacher = of_one_dtype(student, teacher)
     return scaled_mse(student, teacher, weight, normalise="elements", scale=scale)
 
 
 class FitNet(Method):
-    """`fitnet` by name, on the adapted maps."""
+    """`fitnet` as a `Method`, on the adapted maps."""
 
     name: ClassVar[str] = "fitnet"
     needs: ClassVar[frozenset[str]] = frozenset({"features"})

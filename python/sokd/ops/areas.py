@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sokd import _core, reference
 from sokd.ops.checks import check_kind
-from sokd.ops.runtime import has_kernel, is_eager, register, resources
+from sokd.ops.runtime import checked_by, has_kernel, is_eager, is_meta, register, resources
 from sokd.reference import Areas, accumulator
 
 _Maps = tuple[Tensor, Tensor, Tensor]
@@ -53,15 +53,21 @@ _areas = register(
 )
 
 
+def _check(
+    heat: Any, size: Any, offset: Any, *, k: Any = 8, kernel: Any = 3, teacher: Any = None
+) -> None:
+    teacher = _three(teacher)
+    if is_eager(heat, size, offset, *(teacher or ())):
+        check_kind("areas", "heat", heat, size=size, offset=offset, **_named(teacher))
+        _check_ints(k=k, kernel=kernel)
+        _core.check_areas(heat, size, offset, teacher, k, kernel)
+
+
+@checked_by(_check)
 def areas(
-    heat: Tensor,
-    size: Tensor,
-    offset: Tensor,
-    *,
-    k: int = 8,
-    kernel: int = 3,
+    heat: Tensor, size: Tensor, offset: Tensor, *, k: int = 8, kernel: int = 3,
     teacher: _Maps | None = None,
-) -> Areas:
+) -> Areas:  # fmt: skip
     """Find the k areas of highest heat in each sample, and the cells they cover.
 
     Args:
@@ -78,20 +84,27 @@ def areas(
     NumPy arrays give NumPy arrays. Source: method 3 [P, A]; ties and missing peaks settled here.
     """
     teacher = _three(teacher)
-    if is_eager(heat, size, offset, *(teacher or ())):
-        check_kind("areas", "heat", heat, size=size, offset=offset, **_named(teacher))
-        for name, value in (("k", k), ("kernel", kernel)):
-            if not isinstance(value, (int, np.integer)):
-                raise TypeError(f"areas: {name} must be an int, got {type(value).__name__}")
-            if not -(2**63) <= value < 2**63:
-                raise ValueError(f"areas: {name} must fit in 64 bits, got {value}")
-        _core.check_areas(heat, size, offset, teacher, k, kernel)
+    _check_ints(k=k, kernel=kernel)
     if isinstance(heat, np.ndarray):
         return _areas_numpy(heat, size, offset, k, kernel, teacher)
-    if not has_kernel(heat):
+    served = has_kernel(heat)
+    if not served or is_meta(heat, size, offset, *(teacher or ())):
+        _check(heat, size, offset, k=k, kernel=kernel, teacher=teacher)
+    if not served:
         return reference.areas(heat, size, offset, k=k, kernel=kernel, teacher=teacher)
     maps = [part.detach() for part in (heat, size, offset, *(teacher or ()))]
     return Areas(*_areas(*maps, *([] if teacher else [None] * 3), k, kernel))
+
+
+def _check_ints(**values: Any) -> None:
+    """Raise for values that are not ints of 64 bits; the schema would convert a tensor."""
+    for name, value in values.items():
+        if isinstance(value, torch.SymInt):
+            continue
+        if not isinstance(value, (int, np.integer)):
+            raise TypeError(f"areas: {name} must be an int, got {type(value).__name__}")
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(f"areas: {name} must fit in 64 bits, got {value}")
 
 
 def _three(teacher: Any) -> Any:

@@ -47,6 +47,13 @@ def check_device(op: str, name: str, tensor: Tensor, of: str, other: Any) -> Non
         )
 
 
+def refuse_gradients(op: str, **constants: Tensor | None) -> None:
+    """Raise for an input that requires grad but gets no gradient; allowed under torch.no_grad()."""
+    for name, tensor in constants.items():
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{op}: {name} must not require grad, got a tensor that requires grad")
+
+
 def check_kind(op: str, of: str, first: Any, **others: Any) -> None:
     """Raise where `first` is a tensor and another argument a NumPy array."""
     if not isinstance(first, Tensor):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sokd import _core, reference
 from sokd.ops import torch_internals
-from sokd.ops.checks import check_kind
+from sokd.ops.checks import check_kind, refuse_gradients
 from sokd.ops.runtime import (
     apply,
     checked_by,
@@ -29,6 +29,8 @@ from sokd.ops.runtime import (
     second_derivative,
 )
 from sokd.reference import accumulator, layout_of
+
+_NORMALISE = ("elements", "area")
 
 
 def _kernel(
@@ -161,7 +163,7 @@ def _is_refined(teacher: Tensor) -> bool:
     """Whether its gradient goes to `refine` only."""
     if not is_eager(teacher):
         return False
-    return teacher.grad_fn is not None and teacher.grad_fn.name() == "_RefineBackward"
+    return teacher.grad_fn is not None and teacher.grad_fn.name() == "RefineBackward"
 
 
 def _negated(d_student: Tensor, ctx: Any) -> Tensor:
@@ -247,9 +249,10 @@ def scaled_mse(
     check_kind("masked_mse", "student", student, teacher=teacher, weight=weight)
     if isinstance(student, np.ndarray):
         return _masked_mse_numpy(student, teacher, weight, normalise, scale)
-    _refuse_gradients(weight=weight, **({} if mutual else {"teacher": teacher}))
+    refuse_gradients("masked_mse", weight=weight, teacher=None if mutual else teacher)
     served, half = has_kernel(student), student.dtype == torch.float16
-    if half or is_meta(student, teacher, weight) or not served:
+    unread = half and normalise not in _NORMALISE  # float16 passes "elements" to the kernel
+    if unread or is_meta(student, teacher, weight) or not served:
         _check(student, teacher, weight, normalise=normalise)
     if not served:
         return reference.mutual_mse(student, teacher, weight, normalise=normalise, scale=scale)
@@ -284,14 +287,6 @@ def _split_scale(
         return scale, 1.0
     lift = 2.0 ** math.floor(math.log2(ratio) - 5)  # a power of two rounds nothing
     return scale * lift, 1 / lift
-
-
-def _refuse_gradients(**constants: Tensor | None) -> None:
-    for name, tensor in constants.items():
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"masked_mse: {name} must not require grad, got a tensor that requires grad"
-            )
 
 
 def _masked_mse_numpy(student: Any, teacher: Any, weight: Any, normalise: str, scale: float) -> Any:

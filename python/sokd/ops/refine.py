@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sokd import _core, reference
 from sokd.ops import torch_internals
-from sokd.ops.checks import check_kind, split_seed
+from sokd.ops.checks import check_kind, refuse_gradients, split_seed
 from sokd.ops.runtime import (
     apply,
     checked_by,
@@ -97,7 +97,7 @@ _dots = register(
 )
 
 
-class _Refine(torch.autograd.Function):
+class Refine(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -121,7 +121,7 @@ class _Refine(torch.autograd.Function):
         if negated:
             upstream = torch_internals.negative_view(upstream)
         inputs = (upstream, *ctx.saved_tensors, ctx.seed, wanted)
-        gradients = apply(_RefineBackward, *inputs) if twice else _RefineBackward.forward(*inputs)
+        gradients = apply(RefineBackward, *inputs) if twice else RefineBackward.forward(*inputs)
         if negated:
             gradients = tuple(-gradient for gradient in gradients)
         return (
@@ -130,7 +130,7 @@ class _Refine(torch.autograd.Function):
         )
 
 
-class _RefineBackward(torch.autograd.Function):
+class RefineBackward(torch.autograd.Function):
     """The backward, differentiable: its own gradient is that of `sokd.reference`."""
 
     generate_vmap_rule = True
@@ -222,12 +222,21 @@ def refine(
         return refined
     parts = {"hole": hole, "sigma": sigma, "perm": perm, "keep": keep, "straight": straight}
     served = has_kernel(features)
-    if straight is not None or not served or is_meta(features, theta, *parts.values()):
+    if not served or is_meta(features, theta, *parts.values()) or not _fits(straight, features):
         _check(features, theta, seed=seed, **parts)
     if not served:
         return reference.refine(features, theta, seed=seed, **parts)
     inputs = (features, theta, sigma, straight, hole, perm, keep, seed_tensor, number)
-    return apply(_Refine, *inputs)  # type: ignore[no-any-return]
+    return apply(Refine, *inputs)  # type: ignore[no-any-return]
+
+
+def _fits(straight: _Part, features: Tensor) -> bool:
+    """Whether `straight` needs no check; the forward's kernel does not read it."""
+    if straight is None or torch.compiler.is_compiling():
+        return True
+    wide = straight.is_floating_point() and straight.dtype.itemsize > 1
+    sizes = ((1,), (features.shape[0],))
+    return wide and straight.shape in sizes and straight.device == features.device
 
 
 def _check_dots(features: Any, upstream: Any, plans: Any) -> None:
@@ -266,7 +275,7 @@ def refine_dots(
         dots: Any = np.empty(_count(parts), accumulator(features.dtype))
         _core.refine_dots(dots, features, upstream, raw, resources(features))
         return dots
-    _refuse_gradients({"features": features, "upstream": upstream, **parts})
+    refuse_gradients("refine_dots", features=features, upstream=upstream, **parts)
     served = has_kernel(features)
     if not served or is_meta(features, upstream, *plan):
         _check_dots(features, upstream, plan)
@@ -279,11 +288,3 @@ def _count(parts: Mapping[str, Tensor]) -> int:
     if not parts:
         raise ValueError("refine_dots: plans must have at least one part, got none")
     return next(iter(parts.values())).shape[0]
-
-
-def _refuse_gradients(inputs: Mapping[str, Tensor]) -> None:
-    for name, tensor in inputs.items():
-        if tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"refine_dots: {name} must not require grad, got a tensor that requires grad"
-            )

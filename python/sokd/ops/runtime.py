@@ -110,7 +110,7 @@ def eager_only(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @wraps(function)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if torch.compiler.is_compiling() or "torch._dynamo" in sys.modules:
+        if torch.compiler.is_compiling() or torch_internals.is_compiler_loaded():
             disabled = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
             return disabled(*args, **kwargs)  # type: ignore[no-any-return]
         return function(*args, **kwargs)

@@ -36,6 +36,7 @@ from sokd.kd.policy.plan import (
 from sokd.ops import Plan, Plans, refine, torch_internals
 from sokd.ops import draw as draw_uniforms
 from sokd.ops.runtime import transformed
+from sokd.reference import accumulator
 
 __all__ = ["Draw", "Policy", "Sample", "fresh_seed", "manual_seed"]
 
@@ -162,7 +163,7 @@ class Policy(nn.Module):
             raise ValueError(f"Policy: policies must hold each pair once, got {got}")
         self.present = Present.of(self.policies)
         count = len(self.policies)
-        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        dtype = accumulator(torch.get_default_dtype())
         self.alpha = nn.Parameter(torch.zeros(count, dtype=dtype))
         self.beta = nn.Parameter(torch.full((count, 2), 0.5, dtype=dtype))
         self.magnitude = nn.Parameter(torch.full((count, 2), 0.5, dtype=dtype))
@@ -234,7 +235,7 @@ class Policy(nn.Module):
     def sample(self, draw: Draw) -> Sample:
         """The choices of a draw, differentiable in alpha and beta through the perturbed logits."""
         count = len(self.policies)
-        uniforms = draw.uniforms.to(torch.promote_types(self.alpha.dtype, torch.float32))
+        uniforms = draw.uniforms.to(accumulator(self.alpha.dtype))
         choice, gates = uniforms[:, :count], uniforms[:, count : 3 * count].reshape(-1, count, 2)
         alpha, beta = self.alpha.to(uniforms.dtype), self.beta.to(uniforms.dtype)
         z_choice = alpha.log_softmax(0) - (-choice.log()).log()
@@ -283,7 +284,7 @@ class Policy(nn.Module):
 
     def _strengths(self, rows: Tensor, gates: Tensor) -> Strengths:
         """rows [...] int64, gates [..., 2] bool."""
-        magnitude = self.magnitude.to(torch.promote_types(self.magnitude.dtype, torch.float32))
+        magnitude = self.magnitude.to(accumulator(self.magnitude.dtype))
         return strengths(self.operations[rows], gates, magnitude[rows], self._ranges)
 
     def _flips(self, sample: Sample, draw: Draw, shape: Sequence[int], layer: int) -> Plans:
