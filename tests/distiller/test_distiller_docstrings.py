@@ -17,7 +17,8 @@ from sokd.methods.reviewkd import ReviewKDLoss
 EXPLAINED = [
     sokd.Distiller, sokd.Distiller.step, methods.at, methods.build, methods.catkd,
     methods.class_maps, methods.dist, methods.dkd, methods.fitnet, methods.hcl, methods.kd,
-    methods.lskd, methods.pooled, methods.rkd, methods.sp, CRDLoss, FGDLoss, MGDLoss, ReviewKDLoss,
+    methods.lskd, methods.pooled, methods.rkd, methods.sp, methods.wkd, methods.wkd_features,
+    methods.wkd_logits, methods.class_distances, CRDLoss, FGDLoss, MGDLoss, ReviewKDLoss,
     sokd.inspect.table,
 ]  # fmt: skip
 

@@ -58,7 +58,7 @@ def features() -> tuple[Tensor, Tensor, Tensor]:
 
 FEATURES = {
     "fitnet": methods.fitnet, "at": methods.at, "sp": methods.sp, "rkd": methods.rkd,
-    "hcl": methods.hcl, "catkd": methods.catkd,
+    "hcl": methods.hcl, "catkd": methods.catkd, "wkd_features": methods.wkd_features,
     "mgd": lambda *given: methods.mgd(6, generator=torch.Generator().manual_seed(1))(*given),
     "reviewkd": lambda student, teacher, *weight: methods.reviewkd([6], [6])(
         [student], [teacher], *([weight] if weight else [])
@@ -67,6 +67,9 @@ FEATURES = {
 LOGITS = {
     "kd": methods.kd, "lskd": methods.lskd, "dist": methods.dist,
     "dkd": lambda *logits: methods.dkd(*logits, torch.tensor([0, 1, 2, 3])),
+    "wkd_logits": lambda *logits: methods.wkd_logits(
+        *logits, torch.tensor([0, 1, 2, 3]), 1 - torch.eye(5)
+    ),
 }  # fmt: skip
 
 

@@ -89,9 +89,15 @@ def test_the_search_sees_no_padding():
 @pytest.mark.parametrize(
     ("sizes", "said"),
     [
-        ([(16, 24)] * 2, "image_sizes must have one (H, W) for each of the 3 images, got 2"),
-        ([(16, 25)] * 3, "image_sizes must be (H, W) within the input's 16 x 24, got (16, 25) fo"),
-        ([(0, 4)] * 3, "image_sizes must be (H, W) within the input's 16 x 24, got (0, 4) for im"),
+        ([(16, 24)] * 2, "image_sizes must have one entry for each of the 3 images, got 2"),
+        (
+            [(16, 25)] * 3,
+            "image_sizes[0] must be (height, width) of the images in x, at most (16, 24), got (16, 25)",
+        ),
+        (
+            [(0, 4)] * 3,
+            "image_sizes[0] must be (height, width) of the images in x, at most (16, 24), got (0, 4)",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit(sizes, said):

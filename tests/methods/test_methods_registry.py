@@ -14,13 +14,14 @@ from torch import nn
 
 from sokd import methods
 from sokd.methods import METHODS, Method, Step, build
+from sokd.methods.regions import Images
 
 STUDENT, TEACHER = [(3, 8, 6), (4, 4, 3)], [(5, 8, 6), (6, 2, 2)]
 CLASSES, BATCH, SAMPLES = 7, 4, 20
 NEEDS = {"logits", "features", "target", "index", "boxes"}
 NAMES = [
     "fitnet", "at", "crd", "reviewkd", "kd", "dkd", "lskd", "dist", "sp", "rkd", "catkd", "mgd",
-    "fgd",
+    "fgd", "wkd",
 ]  # fmt: skip
 
 
@@ -29,6 +30,7 @@ def made(name: str) -> Method:
     options = {
         "crd": {"num_samples": SAMPLES, "negatives": 6},
         "catkd": {"student_head": nn.Linear(4, CLASSES), "teacher_head": nn.Conv2d(6, CLASSES, 1)},
+        "wkd": {"teacher_head": nn.Linear(6, CLASSES)},
     }
     return build(name, student_shapes=STUDENT, teacher_shapes=TEACHER, **options.get(name, {}))
 
@@ -57,8 +59,8 @@ def step(mask: bool = False, method: type[Method] | None = None, batch: int = BA
 def boxes_of(batch: int) -> dict:
     """One to each image but the first, which is smaller than the input."""
     boxes = [torch.tensor([[3.0, 2.0, 9.0, 20.0]])[: min(image, 1)] for image in range(batch)]
-    sizes = [(20 if image == 0 else 32, 24) for image in range(batch)]
-    return {"boxes": boxes, "image_sizes": sizes, "input_size": (32, 24)}
+    sizes = tuple((20 if image == 0 else 32, 24) for image in range(batch))
+    return {"boxes": boxes, "images": Images(sizes, (32, 24))}
 
 
 def leaves(given: Step) -> list[torch.Tensor]:
@@ -180,7 +182,7 @@ def without(name, **missing):
 
 ERRORS = [
     (lambda: build("kdd", **SHAPES), ValueError,
-     f"build: name must be one of {ALL} (nearest: kd, rkd, dkd), got 'kdd'"),
+     f"build: name must be one of {ALL} (nearest: kd, wkd, rkd), got 'kdd'"),
     (lambda: build("zzz", **SHAPES), ValueError, f"build: name must be one of {ALL}, got 'zzz'"),
     (lambda: build("kd", temprature=2, **SHAPES), TypeError,
      "kd: options must be among temperature, got temprature"),
@@ -221,6 +223,23 @@ ERRORS = [
      "dkd: target must be an int64 tensor [B], got torch.float32"),
     (lambda: methods.dkd(LOGITS, LOGITS, INDEX[:1]), ValueError,
      "dkd: target must be [2], got [1]"),
+    (lambda: methods.wkd_logits(LOGITS, LOGITS, INDEX[:1], torch.ones(4, 4)), ValueError,
+     "wkd: target must be [2], got [1]"),
+    (lambda: methods.wkd_logits(LOGITS, LOGITS, INDEX, torch.ones(3, 4)), ValueError,
+     "wkd: distances must be [4, 4] for the logits' classes, got [3, 4]"),
+    (lambda: methods.wkd_logits(LOGITS, LOGITS, INDEX, None), TypeError,
+     "wkd: distances must be a floating-point tensor [K, K], got NoneType"),
+    (lambda: build("wkd", **SHAPES), TypeError,
+     "wkd: distances must be given, [K, K] (sokd.methods.class_distances), or teacher_head, "
+     "got None"),
+    (lambda: build("wkd", teacher_head=nn.Linear(5, 7), **SHAPES), ValueError,
+     "wkd: head must have the weight [K, 6], got [7, 5]"),
+    (without("wkd", target=None), ValueError,
+     "wkd: target must be given (it tells the target from the others), got None"),
+    (lambda: methods.class_distances(torch.ones(3, 4)), ValueError,
+     "class_distances: features must be [K >= 2, N >= 2, D], got [3, 4]"),
+    (lambda: methods.class_distances(torch.ones(3, 4, 5).int()), TypeError,
+     "class_distances: features must be a floating-point tensor, got torch.int32"),
     # features
     (lambda: methods.at(LOGITS, M), ValueError, "at: student must be [B, C, H, W], got [2, 4]"),
     (lambda: methods.sp(M, M[0]), ValueError,

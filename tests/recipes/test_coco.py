@@ -20,7 +20,7 @@ from support.recipes import checkpoint, differences
 from torch import nn
 from torchvision import models
 
-from sokd.methods.regions import checked_regions
+from sokd.methods.regions import Images
 
 pytest.importorskip("pycocotools")
 
@@ -169,8 +169,7 @@ def test_boxes_fall_on_the_right_cells_of_every_level(data):
     far = 1 - F.max_pool2d(1 - bright, 5, stride=1, padding=2)
     for stride in (4, 8, 16, 32, 64):
         level = torch.zeros(4, 1, *(-(-side // stride) for side in x.shape[2:]))
-        given = where["boxes"], tuple(x.shape[2:]), where["image_sizes"]
-        inside = checked_regions("test", *given, level).density(level) > 0
+        inside = Images(where["image_sizes"], x.shape[2:]).density(where["boxes"], level) > 0
         surely, perhaps = (
             F.adaptive_max_pool2d(part, level.shape[2:])[:, 0] > 0 for part in (far, near)
         )

@@ -64,6 +64,42 @@ def dist(student, teacher, beta=1.0, gamma=1.0, temperature=1.0):
     return temperature**2 * (beta * (1 - inter) + gamma * (1 - intra))
 
 
+def transported(p_s, p_t, cost, regularisation, iterations):
+    """The cost of the plan after so many steps of Sinkhorn's algorithm."""
+    count = range(len(p_s))
+    kernel = np.exp(-cost / regularisation)
+    u = [1 / len(p_s)] * len(p_s)
+    for _ in range(iterations):
+        v = [p_t[j] / (sum(kernel[i, j] * u[i] for i in count) + 1e-8) for j in count]
+        u = [p_s[i] / (sum(kernel[i, j] * v[j] for j in count) + 1e-8) for i in count]
+    return sum(u[i] * kernel[i, j] * cost[i, j] * v[j] for i in count for j in count)
+
+
+def wkd_logits(
+    student, teacher, target, distances, *, transport=10.0, temperature=2.0, sharpness=1.0,
+    regularisation=0.05, iterations=10,
+):  # fmt: skip
+    """The target's row and column of the costs are left out."""
+    loss = 0.0
+    for s, t, y in zip(student, teacher, target, strict=True):
+        others = np.delete(np.delete(distances, y, 0), y, 1)
+        p_s, p_t = (softmax(np.delete(each, y), temperature) for each in (s, t))
+        cost = 1 - np.exp(-sharpness * others)
+        loss += transport * transported(p_s, p_t, cost, regularisation, iterations)
+        loss -= softmax(t)[y] * math.log(softmax(s)[y])
+    return loss / len(student)
+
+
+def cka(one, two):
+    """Linear, of [N, D] each, from the covariances of their columns."""
+    one, two = (each - each.mean(0) for each in (one, two))
+
+    def size(a, b):
+        return sum(sum(x * y) ** 2 for x in a.T for y in b.T)
+
+    return size(one, two) / math.sqrt(size(one, one) * size(two, two))
+
+
 # --- features [B, C, H, W], omega [B, H, W]
 
 
@@ -201,6 +237,29 @@ def hcl(student, teacher, weight=None):
             loss += factor * fitnet(pool(student, side, side), pool(teacher, side, side))
             norm += factor
     return loss / norm
+
+
+def moments(features, grid):
+    """Means and standard deviations [B, C, g, g] over the cells that each region covers."""
+    height, width = (min(grid, side) for side in features.shape[2:])
+    means = pool(features, height, width)
+    deviations = np.zeros(means.shape)
+    rows, columns = features.shape[2:]
+    for b, c, y, x in np.ndindex(means.shape):
+        down = range(y * rows // height, -(-(y + 1) * rows // height))
+        across = range(x * columns // width, -(-(x + 1) * columns // width))
+        squares = [(features[b, c, i, j] - means[b, c, y, x]) ** 2 for i in down for j in across]
+        variance = sum(squares) / (len(squares) - 1) if len(squares) > 1 else 0.0
+        deviations[b, c, y, x] = math.sqrt(variance + 1e-5)
+    return means, deviations
+
+
+def wkd_features(student, teacher, weight=None, means=2.0, grid=4):
+    (mean_s, deviation_s), (mean_t, deviation_t) = (
+        moments(masked(each, weight), grid) for each in (student, teacher)
+    )
+    loss = means * ((mean_s - mean_t) ** 2).sum() + ((deviation_s - deviation_t) ** 2).sum()
+    return loss / (len(student) * mean_s.shape[2] * mean_s.shape[3])
 
 
 # --- modules: their parameters as arrays

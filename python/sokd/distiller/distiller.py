@@ -22,8 +22,9 @@ from sokd.distiller.assemble import (
 )
 from sokd.distiller.auto import auto_layers
 from sokd.distiller.copies import bare_copy, untouched
-from sokd.distiller.inputs import Given, changed, copied, input_size
-from sokd.distiller.maps import as_map, check_pair, unpadded
+from sokd.distiller.images import Images, images_of, inside
+from sokd.distiller.inputs import Given, changed, copied
+from sokd.distiller.maps import as_map, check_pair
 from sokd.distiller.outputs import (
     Logits,
     Task,
@@ -39,6 +40,7 @@ from sokd.distiller.outputs import (
 from sokd.distiller.recipe import Chosen, chosen
 from sokd.distiller.taps import Layers, Pair, Tap, Taps, layer_pairs
 from sokd.kd import sanity
+from sokd.kd.dam import Attention
 from sokd.kd.features import kept, layouts, total
 from sokd.kd.sokd import Match, SoKD
 from sokd.kd.virtual import replayed, unwrapped
@@ -189,22 +191,22 @@ class Distiller(nn.Module):
             index: [B] int64, the samples' places in the training set, for methods that keep a
                 memory (crd).
             boxes: one [n, 4] for each image, for methods that read them (fgd): x1 y1 x2 y2 in
-                pixels of x.
-            image_sizes: (H, W) of each image where x is padded at the right and below. Nothing of
-                the padding is distilled: there all maps and weights are 0. None: no padding.
-            input_size: (H, W) of the padded images, read from x if it is one batch [B, C, H, W].
+                pixels of x; [0, 4] for an image without boxes.
+            image_sizes: (height, width) of each image in a padded batch x [B, C, H, W]: no cell of
+                padding is distilled.
+            input_size: (height, width) of the padded input where x is not such a batch.
         """
-        extra = {
-            "index": index, "boxes": boxes, "image_sizes": image_sizes, "input_size": input_size,
-        }  # fmt: skip
+        extra = {"index": index, "boxes": boxes}
+        sizes = image_sizes, input_size
         if torch.compiler.is_compiling():
-            return self._forward(x, target, extra)
+            return self._forward(x, target, extra, sizes)
         with guards.explained(self, x):
-            return self._forward(x, target, extra)
+            return self._forward(x, target, extra, sizes)
 
-    def _forward(self, x: Any, target: Any, extra: dict[str, Any]) -> Any:
+    def _forward(self, x: Any, target: Any, extra: dict[str, Any], sizes: tuple[Any, Any]) -> Any:
         if not self.training:
             return self._evaluate(x, target)
+        extra["images"] = images_of(x, *sizes)
         eager = not torch.compiler.is_compiling()
         if not self.ready:
             self.setup(x)
@@ -215,8 +217,6 @@ class Distiller(nn.Module):
         losses = self._task(student.output, student.logits, target)
         if eager:
             guards.check_maps(self, student.maps, teacher.maps, self._labels)
-        if extra["input_size"] is None:
-            extra["input_size"] = input_size(x)
         losses.update(self._distil(student, teacher, target, extra))
         if eager:
             self._look(losses, student, teacher)
@@ -258,9 +258,10 @@ class Distiller(nn.Module):
         is trained. `image_sizes` as in a call: the maps are 0 in the padding.
         """
         x, target = batch[:2] if isinstance(batch, (tuple, list)) else (batch, None)
+        images = images_of(x, image_sizes, None)
         self.setup(x)
         teacher, student = (
-            each._replace(maps=unpadded(each.maps, image_sizes, input_size(x))[0])
+            each._replace(maps=inside(each.maps, images)[0])
             for each in (self._teach(x), self._study(model, x, target))
         )
         losses = list(self._task(student.output, student.logits, target).values())
@@ -410,21 +411,17 @@ class Distiller(nn.Module):
         self, student: Pass, teacher: Pass, target: Any, extra: Mapping[str, Any]
     ) -> Losses:
         """The methods' terms and SoKD's."""
-        sizes = extra["image_sizes"], extra["input_size"]
-        students, _ = unpadded(student.maps, *sizes)
-        teachers, cells = unpadded(teacher.maps, *sizes)
+        images: Images | None = extra["images"]
+        students, _ = inside(student.maps, images)
+        teachers, cells = inside(teacher.maps, images)
         matches = self._matched(students, teachers, cells)
         keeps = self._needs.keeps
         masks = [None if keeps else match.attention for match in matches]
-        weights = [
-            inside if mask is None else mask.weight
-            for mask, inside in zip(masks, cells, strict=True)
-        ]
         step = Step(
             student.logits, teacher.logits, labels_of(target), students,
             [match.clean if keeps else match.refined for match in matches],
             [match.student for match in matches],
-            weights, **extra,
+            list(map(_omega, masks, cells)), **extra,
         )  # fmt: skip
         losses = {}
         for name, method in self.methods.items():
@@ -536,3 +533,10 @@ class Distiller(nn.Module):
             f"teacher={type(self.teacher).__name__}, layers: {pairs or 'none'}, weights: "
             f"{weights or 'none'}"
         )
+
+
+def _omega(mask: Attention | None, cells: Tensor | None) -> Tensor | None:
+    """omega [B, H, W] of a layer: SoKD's, else 1 in the images and 0 in the padding."""
+    if mask is None and cells is not None:
+        return cells[:, 0]
+    return None if mask is None else mask.weight

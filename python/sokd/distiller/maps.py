@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from sokd.distiller.inputs import Given, Grid
-from sokd.kd.features import Layout, kept, tokens_to_map
-from sokd.methods.regions import checked_sizes, inside
+from sokd.kd.features import Layout, tokens_to_map
 
-__all__ = ["as_map", "check_pair", "same_aspect", "unpadded"]
+__all__ = ["as_map", "check_pair", "same_aspect"]
 
 
 def as_map(
@@ -115,18 +112,3 @@ def same_aspect(one: Grid, other: Grid) -> bool:
     """Whether one size times a factor is the other, within a cell of either."""
     (h, w), (high, wide) = one, other
     return abs(high * w / wide - h) <= 1 or abs(h * wide / w - high) <= 1
-
-
-# ----------------------------------------------------------------------------------------- padding
-
-
-def unpadded(
-    maps: list[Tensor], image_sizes: Sequence[Grid] | None, input_size: Grid | None
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """The maps [B, C, H, W] with zeros in the padding of their images, and for each [B, H, W] of
-    ones for the cells that hold a pixel of their image; None: no sizes, no padding."""
-    if image_sizes is None or not maps:
-        return maps, [None] * len(maps)
-    sizes = checked_sizes("Distiller", image_sizes, input_size, maps[0].shape[0])
-    cells: list[Tensor | None] = [inside(*sizes, features) for features in maps]
-    return list(map(kept, maps, cells)), cells

@@ -281,5 +281,5 @@ def _token_layout(
 
 
 def kept(features: Tensor, cells: Tensor | None) -> Tensor:
-    """The features [B, C, H, W] with zeros where `cells` [B, H, W] are 0; as given without them."""
-    return features if cells is None else features * cells.unsqueeze(1).to(features.dtype)
+    """The features [B, C, H, W] with zeros where `cells` [B, 1, H, W] are 0; None: as given."""
+    return features if cells is None else features * cells.to(features.dtype)

@@ -298,8 +298,8 @@ class SoKD(nn.Module):
             refine: False: no draw is taken and `refined` is the clean teacher.
             attend: False: the DAM does not run and `attention` is None.
             differentiable: whether `refined` carries the policy's gradient.
-            valid: for each layer [B, H, W] at the teacher's size, 0 for cells of padding: there the
-                adapted map, the refined one and omega are 0.
+            valid: for each layer [B, 1, H, W] at the teacher's size, 0 for cells of padding: there
+                the adapted map, the refined one and omega are 0.
 
         Raises:
             TypeError, ValueError: as `sokd.loss`.
@@ -337,7 +337,7 @@ class SoKD(nn.Module):
             seen = adapted if reads_adapted(dam) else student
             attention = apply_dam(dam, seen, refined, self.lambda_agreement)
             if attention is not None and cells is not None:
-                attention = attention._replace(weight=attention.weight * cells)
+                attention = attention._replace(weight=attention.weight * cells[:, 0])
             matches.append(Match(adapted if adapt else student, refined, attention, clean))
         return matches
 

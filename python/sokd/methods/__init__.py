@@ -15,6 +15,7 @@ from sokd.methods.registry import METHODS, build, options_of
 from sokd.methods.reviewkd import hcl, reviewkd
 from sokd.methods.rkd import rkd
 from sokd.methods.sp import sp
+from sokd.methods.wkd import class_distances, wkd, wkd_features, wkd_logits
 
 __all__ = [
     "METHODS",
@@ -24,6 +25,7 @@ __all__ = [
     "at",
     "build",
     "catkd",
+    "class_distances",
     "class_maps",
     "crd",
     "dist",
@@ -39,4 +41,7 @@ __all__ = [
     "reviewkd",
     "rkd",
     "sp",
+    "wkd",
+    "wkd_features",
+    "wkd_logits",
 ]

@@ -31,7 +31,7 @@ from sokd.methods.common import (
     wide,
 )
 
-__all__ = ["CATKD", "catkd", "class_maps"]
+__all__ = ["CATKD", "Head", "catkd", "class_maps", "head_weight"]
 
 Head = nn.Module | Tensor
 
@@ -94,21 +94,22 @@ def class_maps(features: Tensor, head: Head) -> Tensor:
             weight [K, C]. Its bias is constant over positions and is left out (settled here).
     """
     with unmixed(features):
-        weight = wide(_head_weight(head, features.shape[1]))
+        weight = wide(head_weight("catkd", head, features.shape[1]))
         maps: Tensor = F.conv2d(wide(features), weight[:, :, None, None])
         return maps
 
 
-def _head_weight(head: Head, channels: int) -> Tensor:
+def head_weight(op: str, head: Head, channels: int) -> Tensor:
+    """The weight [K, C] of a classifier of `channels`."""
     weight: Tensor | None = head if isinstance(head, Tensor) else getattr(head, "weight", None)
     if not isinstance(weight, Tensor):
         rule = "be a linear layer, a 1x1 convolution or a weight [K, C]"
-        raise TypeError(f"catkd: head must {rule}, got {type(head).__name__}")
+        raise TypeError(f"{op}: head must {rule}, got {type(head).__name__}")
     if weight.dim() == 4 and weight.shape[2:] == (1, 1):
         weight = weight.flatten(1)
     if weight.dim() != 2 or weight.shape[1] != channels:
         raise ValueError(
-            f"catkd: head must have the weight [K, {channels}], got {list(weight.shape)}"
+            f"{op}: head must have the weight [K, {channels}], got {list(weight.shape)}"
         )
     return weight
 
@@ -140,7 +141,7 @@ class CATKD(Method):
         self.normalise = normalise
         for head, shapes in zip(self.heads, (student_shapes, teacher_shapes), strict=True):
             if head is not None and shapes:
-                _head_weight(head, shapes[-1][0])
+                head_weight("catkd", head, shapes[-1][0])
 
     def forward(self, step: Step) -> Tensor:
         classes = given(

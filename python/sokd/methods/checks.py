@@ -13,7 +13,7 @@ from torch import Tensor
 from sokd.methods.common import Maps, Weights, constant, wide
 from sokd.ops.runtime import is_eager
 
-__all__ = ["check_labels", "layer_pairs", "logits_pair", "number", "wrong_class"]
+__all__ = ["check_target", "layer_pairs", "logits_pair", "number", "wrong_class"]
 
 Pair = tuple[Tensor, Tensor, Tensor | None]  # student, teacher, omega
 
@@ -94,10 +94,15 @@ def number(
     raise ValueError(f"{op}: {name} must be {rule}, got {value!r}")
 
 
-def check_labels(op: str, target: Tensor, classes: int, ignored: int) -> None:
-    """Raise ValueError for labels that are not classes; read on the CPU alone."""
+def check_target(op: str, target: Any, logits: Tensor, ignored: int) -> None:
+    """Refuse a target that is not the class indices of logits [B, K]; read on the CPU alone."""
+    if not isinstance(target, Tensor) or target.dtype != torch.int64:
+        got = str(target.dtype) if isinstance(target, Tensor) else type(target).__name__
+        raise TypeError(f"{op}: target must be an int64 tensor [B], got {got}")
+    if target.shape != logits.shape[:1]:
+        raise ValueError(f"{op}: target must be [{logits.shape[0]}], got {list(target.shape)}")
     if target.device.type == "cpu" and is_eager(target) and target.numel():
-        text = wrong_class(target, classes, ignored)
+        text = wrong_class(target, logits.shape[1], ignored)
         if text:
             raise ValueError(f"{op}: {text}")
 

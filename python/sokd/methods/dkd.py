@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sokd.methods.checks import check_labels, logits_pair, number
+from sokd.methods.checks import check_target, logits_pair, number
 from sokd.methods.common import Method, Shapes, Step, given
 
 __all__ = ["DKD", "dkd"]
@@ -47,7 +47,7 @@ def dkd(
     """
     _check_options(alpha, beta, temperature)
     student, teacher = logits_pair("dkd", student_logits, teacher_logits, dense=False)
-    _check_target(target, student, ignore_index)
+    check_target("dkd", target, student, ignore_index)
     counted = (target != ignore_index).to(student.dtype)
     target = torch.where(target != ignore_index, target, 0).unsqueeze(1)
     (log_s, rest_s), (log_t, rest_t) = (
@@ -77,15 +77,6 @@ def _check_options(alpha: float, beta: float, temperature: float) -> None:
     number("dkd", "alpha", alpha, least=0)
     number("dkd", "beta", beta, least=0)
     number("dkd", "temperature", temperature, above=0)
-
-
-def _check_target(target: Tensor, logits: Tensor, ignore_index: int) -> None:
-    if not isinstance(target, Tensor) or target.dtype != torch.int64:
-        got = str(target.dtype) if isinstance(target, Tensor) else type(target).__name__
-        raise TypeError(f"dkd: target must be an int64 tensor [B], got {got}")
-    if target.shape != logits.shape[:1]:
-        raise ValueError(f"dkd: target must be [{logits.shape[0]}], got {list(target.shape)}")
-    check_labels("dkd", target, logits.shape[1], ignore_index)
 
 
 class DKD(Method):

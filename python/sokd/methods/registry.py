@@ -21,11 +21,12 @@ from sokd.methods.mgd import MGD
 from sokd.methods.reviewkd import ReviewKD
 from sokd.methods.rkd import RKD
 from sokd.methods.sp import SP
+from sokd.methods.wkd import WKD
 
 __all__ = ["METHODS", "build", "nearest", "one_of_names", "options_of"]
 
 _ALL: tuple[type[Method], ...] = (
-    FitNet, AT, CRD, ReviewKD, KD, DKD, LSKD, DIST, SP, RKD, CATKD, MGD, FGD,
+    FitNet, AT, CRD, ReviewKD, KD, DKD, LSKD, DIST, SP, RKD, CATKD, MGD, FGD, WKD,
 )  # fmt: skip
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
