@@ -324,7 +324,7 @@ def test_bad_options_are_refused(options, text):
 
 # ---------------------------------------------------------------------------------------- in a SoKD
 
-ATTENTION = {"heads": "attention", "heat_channels": None}
+ATTENTION = {"heads": "attention"}
 
 
 def test_it_reads_the_students_own_map_and_needs_no_adapter():

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from sokd.distiller import Distiller
+from support.kd_cases import TRAINED
 
 CLASSES = 5
-SMALL = {"heat_channels": 3, "k": 2}  # DAM's options: quick
+SMALL = {**TRAINED, "heat_channels": 3, "k": 2}
 
 
 class Net(nn.Module):
@@ -91,10 +92,16 @@ def extra(samples: int = 4) -> dict[str, Any]:
 
 
 def make(**options: Any) -> Distiller:
-    """A Distiller of two Nets in train mode."""
+    """A Distiller of two Nets in train mode; a SoKD of trained parts but for those named."""
     teacher, student = options.pop("models", None) or models()
-    if options.get("sokd", True) is True:
-        options["sokd"] = SMALL
+    plug = options.get("sokd", True)
+    if plug is False:
+        options.setdefault("adapter", "conv")
+    elif plug is True or (isinstance(plug, dict) and "preset" not in plug):
+        parts = SMALL if plug is True else {**TRAINED, **plug}
+        given = () if plug is True else plug
+        named = "adapter" in options and "adapter" not in given
+        options["sokd"] = {n: v for n, v in parts.items() if not (named and n == "adapter")}
     defaults = {"layers": ["stage1", "stage2"], "method": "fitnet", "example": batch()[0]}
     return Distiller(teacher=teacher, student=student, **{**defaults, **options})
 

@@ -54,8 +54,8 @@ STATISTICS = ("agreement", "areas", "heat_variance", "covered_share")
 # What an option is where it is "default", by `preset`.
 PRESETS: dict[str | None, dict[str, Any]] = {
     None: {
-        "adapter": "conv", "heads": "bounded", "base": "replace",
-        "lambda_agreement": 10.0, "lambda_areas": 10.0, "lambda_base": 1.0,
+        "adapter": "linear", "heads": "attention", "base": "keep",
+        "lambda_agreement": 0.5, "lambda_areas": 1.0, "lambda_base": 1.5,
         "granularity": "batch", "magnitude_gradient": "straight_through",
     },
     "paper": {
@@ -331,7 +331,7 @@ class SoKD(nn.Module):
                 if self.base == "keep":
                     clean = of_one_dtype(adapted, clean)[1]
             cells = None if valid is None else valid[index]
-            refined = kept(refined, cells)
+            refined, clean = kept(refined, cells), kept(clean, cells)
             if compared[index]:
                 adapted = kept(adapted, cells)
             seen = adapted if reads_adapted(dam) else student
