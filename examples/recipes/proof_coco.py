@@ -1,20 +1,18 @@
 """A proof that coco.py runs, on a small set of real articles; no ranking of the methods.
 
-    python examples/recipes/proof_coco.py --out out/proof-coco     # cut off, it goes on where it was
+    python examples/recipes/proof_coco.py --out out/proof-coco     # resumes after an interruption
 
-The set is what articles.py writes. A teacher (small32), then a narrower student (small16) alone and
-by each method, plain and with SoKD, on every seed. Each run is a line of OUT/runs.csv; OUT/areas.png
-shows the boxes beside the areas of student and teacher, and the mask.
+The set is what articles.py writes. A teacher (small32), then a narrower student (small16) alone
+and by each method, plain and with SoKD, on every seed. Each run is a line of OUT/runs.csv;
+OUT/areas.png shows the boxes beside the areas of student and teacher, and the mask.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import articles
 import coco
@@ -27,7 +25,7 @@ from torchvision.utils import draw_bounding_boxes
 from sokd import inspect
 
 # FitNet and MGD: weights at which the term is of the size of the detector's own losses.
-METHODS = ("none", "fitnet=0.3", "mgd=2e-4")
+METHODS = ("none", "fitnet=0.3", "fgd", "mgd=2e-4")
 DRAWN = "fitnet+sokd"  # the run whose areas are drawn
 
 

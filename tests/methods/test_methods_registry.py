@@ -14,6 +14,7 @@ from torch import nn
 
 from sokd import methods
 from sokd.methods import METHODS, Method, Step, build
+from sokd.methods.regions import Images
 
 STUDENT, TEACHER = [(3, 8, 6), (4, 4, 3)], [(5, 8, 6), (6, 2, 2)]
 CLASSES, BATCH, SAMPLES = 7, 4, 20
@@ -58,8 +59,8 @@ def step(mask: bool = False, method: type[Method] | None = None, batch: int = BA
 def boxes_of(batch: int) -> dict:
     """One to each image but the first, which is smaller than the input."""
     boxes = [torch.tensor([[3.0, 2.0, 9.0, 20.0]])[: min(image, 1)] for image in range(batch)]
-    sizes = [(20 if image == 0 else 32, 24) for image in range(batch)]
-    return {"boxes": boxes, "image_sizes": sizes, "input_size": (32, 24)}
+    sizes = tuple((20 if image == 0 else 32, 24) for image in range(batch))
+    return {"boxes": boxes, "images": Images(sizes, (32, 24))}
 
 
 def leaves(given: Step) -> list[torch.Tensor]:

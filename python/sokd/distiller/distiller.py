@@ -22,8 +22,8 @@ from sokd.distiller.assemble import (
 )
 from sokd.distiller.auto import auto_layers
 from sokd.distiller.copies import as_eval, bare_copy, untouched
-from sokd.distiller.images import inside, only
-from sokd.distiller.inputs import Given, apart, changed, copied, input_size
+from sokd.distiller.images import Images, images_of, inside
+from sokd.distiller.inputs import Given, apart, changed, copied
 from sokd.distiller.maps import as_map, check_pair
 from sokd.distiller.outputs import (
     Logits,
@@ -41,7 +41,7 @@ from sokd.distiller.recipe import Chosen, chosen
 from sokd.distiller.taps import Layers, Pair, Tap, Taps, layer_pairs
 from sokd.kd import sanity
 from sokd.kd.dam import Attention
-from sokd.kd.features import layouts, total
+from sokd.kd.features import kept, layouts, total
 from sokd.kd.sokd import Match, SoKD
 from sokd.kd.virtual import replayed, unwrapped
 from sokd.methods.common import Method, Step, constant
@@ -192,22 +192,22 @@ class Distiller(nn.Module):
             index: [B] int64, the samples' indices in the training set, for methods with a memory
                 bank (crd).
             boxes: one [n, 4] for each image, for methods that read them (fgd): x1 y1 x2 y2 in
-                pixels of x.
-            image_sizes: (H, W) of each image in x that is padded at the right and below; the cells
-                of the padding are not distilled. None: there is no padding.
-            input_size: (H, W) of the padded images, read from x if it is one batch [B, C, H, W].
+                pixels of x; [0, 4] for an image without boxes.
+            image_sizes: (height, width) of each image in a padded batch x [B, C, H, W]: no cell of
+                padding is distilled.
+            input_size: (height, width) of the padded input where x is not such a batch.
         """
-        extra = {
-            "index": index, "boxes": boxes, "image_sizes": image_sizes, "input_size": input_size,
-        }  # fmt: skip
+        extra = {"index": index, "boxes": boxes}
+        sizes = image_sizes, input_size
         if torch.compiler.is_compiling():
-            return self._forward(x, target, extra)
+            return self._forward(x, target, extra, sizes)
         with guards.explained(self, x):
-            return self._forward(x, target, extra)
+            return self._forward(x, target, extra, sizes)
 
-    def _forward(self, x: Any, target: Any, extra: dict[str, Any]) -> Any:
+    def _forward(self, x: Any, target: Any, extra: dict[str, Any], sizes: tuple[Any, Any]) -> Any:
         if not self.training:
             return self._evaluate(x, target)
+        extra["images"] = images_of(x, *sizes)
         eager = not torch.compiler.is_compiling()
         if not self.ready:
             self.setup(x)
@@ -218,8 +218,6 @@ class Distiller(nn.Module):
         losses = self._task(student.output, student.logits, target)
         if eager:
             guards.check_maps(self, student.maps, teacher.maps, self._labels)
-        if extra["input_size"] is None:
-            extra["input_size"] = input_size(x)
         losses.update(self._distil(student, teacher, target, extra))
         if eager:
             self._look(losses, student, teacher)
@@ -261,10 +259,10 @@ class Distiller(nn.Module):
         is trained. `image_sizes` as in a call: the maps are 0 in the padding.
         """
         x, target = batch[:2] if isinstance(batch, (tuple, list)) else (batch, None)
-        sizes = image_sizes, input_size(x)
+        images = images_of(x, image_sizes, None)
         self.setup(x)
         teacher, student = (
-            each._replace(maps=inside(each.maps, *sizes)[0])
+            each._replace(maps=inside(each.maps, images)[0])
             for each in (self._teach(x), self._study(model, x, target))
         )
         losses = list(self._task(student.output, student.logits, target).values())
@@ -414,18 +412,17 @@ class Distiller(nn.Module):
         self, student: Pass, teacher: Pass, target: Any, extra: Mapping[str, Any]
     ) -> Losses:
         """The methods' terms and SoKD's."""
-        sizes = extra["image_sizes"], extra["input_size"]
-        students, _ = inside(student.maps, *sizes)
-        teachers, cells = inside(teacher.maps, *sizes)
+        images: Images | None = extra["images"]
+        students, _ = inside(student.maps, images)
+        teachers, cells = inside(teacher.maps, images)
         matches = self._matched(students, teachers, cells)
         keeps = self._needs.keeps
+        masks = [None if keeps else match.attention for match in matches]
         step = Step(
             student.logits, teacher.logits, labels_of(target), students,
             [match.clean if keeps else match.refined for match in matches],
             [match.student for match in matches],
-            [_omega(None if keeps else match.attention, here)
-             for match, here in zip(matches, cells, strict=True)],
-            **extra,
+            list(map(_omega, masks, cells)), **extra,
         )  # fmt: skip
         losses = {}
         for name, method in self.methods.items():
@@ -446,7 +443,7 @@ class Distiller(nn.Module):
                 adapter(student, (teacher.shape[2], teacher.shape[3]))
                 for adapter, student, teacher in zip(self.adapters, students, teachers, strict=True)
             ]
-            students = list(map(only, students, cells))
+            students = list(map(kept, students, cells))
         pairs = zip(students, teachers, strict=True)
         return [Match(student, teacher, None, teacher) for student, teacher in pairs]
 
@@ -544,10 +541,8 @@ class Distiller(nn.Module):
             return ""
         return ", search: no method reads an adapted map, so the policy stays uniform"
 
-
-def _omega(attention: Attention | None, cells: Tensor | None) -> Tensor | None:
+def _omega(mask: Attention | None, cells: Tensor | None) -> Tensor | None:
     """omega [B, H, W] of a layer: SoKD's, else 1 in the images and 0 in the padding."""
-    own = None if attention is None else attention.weight
-    if cells is None or own is None:
-        return own if cells is None else cells[:, 0]
-    return own * cells[:, 0]
+    if mask is None and cells is not None:
+        return cells[:, 0]
+    return None if mask is None else mask.weight

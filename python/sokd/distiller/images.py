@@ -1,38 +1,37 @@
-"""Images of unequal size in one padded batch: maps with zeros in the padding."""
+"""Images of unequal size in one padded batch: the maps without their padding."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from sokd.methods import regions
+from sokd.distiller.inputs import input_size
+from sokd.kd.features import kept
+from sokd.methods.regions import Images
 
-__all__ = ["inside", "only"]
+__all__ = ["Images", "images_of", "inside"]
 
 
-def inside(
-    maps: Sequence[Tensor], image_sizes: Any, input_size: Any
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """The maps [B, C, H, W] with zeros in the padding, and 1 for each one's other cells.
-
-    Returns:
-        The maps, and for each [B, 1, H, W] with 0 for cells of padding alone; the maps as given and
-        None without `image_sizes`.
+def images_of(x: Any, sizes: Any, padded: Any) -> Images | None:
+    """`image_sizes=` and `input_size=` of a Distiller's call, checked; None: nothing is known.
 
     Raises:
-        ValueError: `Distiller: {argument} must {rule}, got {value}`.
+        TypeError, ValueError: `Distiller: {argument} must {rule}, got {value}`.
     """
-    if image_sizes is None:
-        return list(maps), [None] * len(maps)
-    sizes = regions.checked_sizes("Distiller", image_sizes, input_size, len(maps[0]))
-    cells: list[Tensor | None] = [
-        regions.inside(*sizes, features).unsqueeze(1) for features in maps
-    ]
-    return list(map(only, maps, cells)), cells
+    padded = input_size(x) if padded is None else padded
+    if padded is None and sizes is None:
+        return None
+    if padded is None:
+        rule = "be one padded batch [B, C, H, W] where image_sizes are given without input_size"
+        got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"Distiller: x must {rule}, got {got}")
+    return Images.checked("Distiller", sizes, padded, len(x))
 
 
-def only(features: Tensor, cells: Tensor | None) -> Tensor:
-    """The features with zeros where `cells` are 0; as given without them."""
-    return features if cells is None else features * cells.to(features.dtype)
+def inside(maps: list[Tensor], images: Images | None) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The maps [B, C, H, W] with zeros in the padding, and each one's `Images.cells`."""
+    if images is None or images.sizes is None:
+        return maps, [None] * len(maps)
+    cells: list[Tensor | None] = [images.cells(features) for features in maps]
+    return list(map(kept, maps, cells)), cells

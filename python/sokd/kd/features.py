@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "Features", "Layout", "Size", "checked_maps", "described", "layouts", "mixed_dtypes_allowed",
-    "not_negative", "of_one_dtype", "one_of", "per_layer", "positive", "tensors_of",
-    "tokens_to_map", "total",
+    "Features", "Layout", "Size", "checked_maps", "described", "kept", "layouts",
+    "mixed_dtypes_allowed", "not_negative", "of_one_dtype", "one_of", "per_layer", "positive",
+    "tensors_of", "tokens_to_map", "total",
 ]  # fmt: skip
 
 Features = Tensor | Sequence[Tensor]
@@ -278,3 +278,8 @@ def _token_layout(
     if fits:
         return prefix, grid
     raise ValueError(f"{op}: {name} must hold {rule}, got {count} tokens")
+
+
+def kept(features: Tensor, cells: Tensor | None) -> Tensor:
+    """The features [B, C, H, W] with zeros where `cells` [B, 1, H, W] are 0; None: as given."""
+    return features if cells is None else features * cells.to(features.dtype)

@@ -27,6 +27,7 @@ from sokd.kd.features import (
     Features,
     Size,
     checked_maps,
+    kept,
     layouts,
     not_negative,
     of_one_dtype,
@@ -306,7 +307,7 @@ class SoKD(nn.Module):
             attend: False: the DAM does not run and `attention` is None.
             differentiable: whether `refined` carries the policy's gradient.
             valid: for each layer [B, 1, H, W] at the teacher's size, 0 for cells of padding: there
-                the adapted and the refined map are 0, and so are their agreement's terms.
+                the adapted map, the refined one and omega are 0.
 
         Raises:
             TypeError, ValueError: as `sokd.loss`.
@@ -340,13 +341,15 @@ class SoKD(nn.Module):
                 if self.base == "keep":
                     clean = of_one_dtype(adapted, clean)[1]
             cells = None if valid is None else valid[index]
-            if cells is not None:
-                refined, clean = (each * cells.to(each.dtype) for each in (refined, clean))
-                adapted = adapted * cells.to(adapted.dtype) if compared[index] else adapted
+            refined, clean = kept(refined, cells), kept(clean, cells)
+            if compared[index]:
+                adapted = kept(adapted, cells)
             if searches:
                 layers.append(Layer(clean, refined, adapted))
             seen = adapted if reads_adapted(dam) else student
             attention = apply_dam(dam, seen, refined, self.lambda_agreement)
+            if attention is not None and cells is not None:
+                attention = attention._replace(weight=attention.weight * cells[:, 0])
             matches.append(Match(adapted if adapt else student, refined, attention, clean))
         if self.search is not None and policy is not None and draw is not None and layers:
             self.search.step(unwrapped(policy), draw, layers)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sokd.kd.dam import masked, resized, root
 from sokd.kd.features import total
+from sokd.methods.regions import Images
 from sokd.ops.runtime import apply, savable
 from sokd.reference import accumulator
 
@@ -44,8 +45,7 @@ class Step:
     weight: list[Tensor | None]  # omega [B, H, W] at the teacher's size; None: no mask
     index: Tensor | None  # [B] int64: the samples' places in the training set
     boxes: Sequence[Tensor] | None = None  # [n, 4] for each image: x1 y1 x2 y2 in input pixels
-    image_sizes: Sequence[tuple[int, int]] | None = None  # (H, W) without padding; None: no padding
-    input_size: tuple[int, int] | None = None  # (H, W) of the padded input
+    images: Images | None = None  # the sizes of the images and of the padded input
 
 
 class Method(nn.Module):

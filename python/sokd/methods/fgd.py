@@ -20,14 +20,14 @@ authors add one column and one row).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from sokd.methods.checks import layer_pairs, number
 from sokd.methods.common import Method, Shapes, Step, given, total, unmixed, wide
-from sokd.methods.regions import Regions, checked_regions
+from sokd.methods.regions import Images, checked_boxes
 
 __all__ = ["FGD", "FGDLoss", "fgd"]
 
@@ -103,18 +103,21 @@ class FGDLoss(nn.Module):
             TypeError, ValueError: boxes that are empty or lie outside their image by more than a
                 pixel, other shapes, other numbers of images.
         """
-        regions = checked_regions("fgd", boxes, input_size, image_sizes, student)
-        return self.compare(student, teacher, regions, weight)
+        images = Images.checked("fgd", image_sizes, input_size, len(student))
+        boxes = checked_boxes("fgd", boxes, images, len(student))
+        return self.compare(student, teacher, boxes, images, weight)
 
     def compare(
-        self, student: Tensor, teacher: Tensor, regions: Regions, weight: Tensor | None = None
-    ) -> Tensor:
+        self, student: Tensor, teacher: Tensor, boxes: Sequence[Tensor], images: Images,
+        weight: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """As `forward`, with the boxes and sizes already checked."""
         ((student, teacher, weight),) = layer_pairs("fgd", student, teacher, weight, same="shape")
         batch = student.shape[0]
         if batch == 0:
             return wide(student).sum() * 0
-        inside, density = (part(student).flatten(1) for part in (regions.inside, regions.density))
+        inside = images.cells(student).flatten(1).to(wide(student).dtype)
+        density = images.density(boxes, student).flatten(1)
         omega = inside if weight is None else inside * wide(weight).flatten(1)
         with unmixed(student):
             own, target = wide(student).flatten(2), wide(teacher).flatten(2)  # [B, C, H * W]
@@ -207,10 +210,12 @@ class FGD(Method):
         if len(step.adapted) != len(self.layers):
             rule = f"have one map for each of the {len(self.layers)} levels"
             raise ValueError(f"fgd: student must {rule}, got {len(step.adapted)}")
-        regions = checked_regions(
-            self.name, boxes, step.input_size, step.image_sizes, step.adapted[0]
-        )
+        images = given(self.name, "input_size", step.images, "(height, width) of the padded input")
+        boxes = checked_boxes(self.name, boxes, images, len(step.adapted[0]))
         maps = zip(self.layers, step.adapted, step.teacher, step.weight, strict=True)
         return total(
-            [layer.compare(own, target, regions, weight) for layer, own, target, weight in maps]  # type: ignore[operator]
+            [
+                cast(FGDLoss, layer).compare(own, target, boxes, images, weight)
+                for layer, own, target, weight in maps
+            ]
         )

@@ -1,7 +1,7 @@
-"""Boxes and padding of a batch of images, on the cells of a map.
+"""Images of unequal size in one padded batch, and their boxes, on the cells of a map.
 
-A map H x W of a padded input H_in x W_in; image b is the part h_b x w_b at the top left of it.
-    inside[b,y,x] = 1 where y < ceil(h_b H / H_in) and x < ceil(w_b W / W_in), else 0
+A map H x W of an input H_in x W_in; image b is the part h_b x w_b at the top left of it.
+    cells[b,y,x] = 1 where y < ceil(h_b H / H_in) and x < ceil(w_b W / W_in), else 0
     the box (x1, y1, x2, y2) covers the cells floor(x1 W / W_in) <= x < ceil(x2 W / W_in), y alike
     density[b,y,x] = the largest 1 / (cells of the box) over the boxes that cover the cell, else 0
 """
@@ -10,164 +10,151 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sokd.methods.common import wide
 from sokd.ops.runtime import is_eager
+from sokd.reference import accumulator
 
-__all__ = ["Regions", "checked_regions", "checked_sizes", "inside"]
+__all__ = ["Images", "checked_boxes"]
 
-Size = tuple[int, int]  # (H, W)
+Size = tuple[int, int]  # (height, width)
 
 _SLACK = 1.0  # pixels by which a box may leave its image: a resize rounds
 
 
-class Regions(NamedTuple):
-    """The checked boxes and sizes of a batch."""
+@dataclass(frozen=True)
+class Images:
+    """The images in a padded batch."""
 
-    boxes: list[Tensor]  # [n, 4] for each image: x1, y1, x2, y2 in pixels of the padded input
-    image_sizes: list[Size]  # of the images without padding
-    input_size: Size  # of the padded input
+    sizes: tuple[Size, ...] | None  # of each image, which begins at the top left; None: no padding
+    padded: Size  # of the batch, the network's input
 
-    def inside(self, features: Tensor) -> Tensor:
-        """1 for cells of the image, 0 for padding: [B, H, W] for features [B, C, H, W]."""
-        return inside(self.image_sizes, self.input_size, features)
+    @classmethod
+    def checked(cls, op: str, sizes: Any, padded: Any, batch: int) -> Images:
+        """From a user's `image_sizes` and `input_size`.
 
-    def density(self, features: Tensor) -> Tensor:
-        """1 / cells of the smallest box over each cell, 0 for background, as `inside`."""
-        size = features.shape[2], features.shape[3]
+        Raises:
+            ValueError: another number of images, or a size that is not (height, width) within the
+                input's.
+        """
+        if torch.compiler.is_compiling():
+            return cls(None if sizes is None else tuple(sizes), padded)
+        if not _is_size(padded):
+            rule = "be (height, width) of the padded input"
+            raise ValueError(f"{op}: input_size must {rule}, got {padded!r}")
+        padded = int(padded[0]), int(padded[1])
+        if sizes is None:
+            return cls(None, padded)
+        if len(sizes) != batch:
+            rule = f"have one entry for each of the {batch} images"
+            raise ValueError(f"{op}: image_sizes must {rule}, got {len(sizes)}")
+        for index, size in enumerate(sizes):
+            if not _is_size(size) or size[0] > padded[0] or size[1] > padded[1]:
+                rule = f"be (height, width) of the images in x, at most {padded}"
+                raise ValueError(f"{op}: image_sizes[{index}] must {rule}, got {size}")
+        return cls(tuple((int(size[0]), int(size[1])) for size in sizes), padded)
+
+    def of(self, batch: int) -> Sequence[Size]:
+        """The size of each image."""
+        return (self.padded,) * batch if self.sizes is None else self.sizes
+
+    def cells(self, features: Tensor) -> Tensor:
+        """[B, 1, H, W] of ones for the cells of features [B, C, H, W] with any pixel of an image in
+        them, of zeros for those of padding alone; float32."""
+        grid = features.shape[2], features.shape[3]
+        counts = [self._counts(size, grid) for size in self.of(features.shape[0])]
+        height, width = torch.tensor(counts, device=features.device)[:, :, None].unbind(1)
+        rows, columns = (torch.arange(side, device=features.device) for side in grid)
+        held = (rows < height)[:, :, None] & (columns < width)[:, None]
+        return held[:, None].to(torch.float32)
+
+    def density(self, boxes: Sequence[Tensor], features: Tensor) -> Tensor:
+        """1 / cells of the smallest box over each cell of features [B, C, H, W], 0 for background.
+
+        Args:
+            boxes: [n, 4] for each image.
+
+        Returns:
+            [B, H, W] float32 (float64 for float64 features).
+        """
+        grid = features.shape[2], features.shape[3]
         counts = [
-            _counts(boxes.to(features.device), _cells(image, self.input_size, size), self, size)
-            for boxes, image in zip(self.boxes, self.image_sizes, strict=True)
+            self._smallest(of_image.to(features.device), self._counts(size, grid), grid)
+            for of_image, size in zip(boxes, self.of(features.shape[0]), strict=True)
         ]
-        count = torch.stack(counts).to(wide(features).dtype)
+        count = torch.stack(counts).to(accumulator(features.dtype))
         return torch.where(count > 0, 1 / count.clamp(min=1), 0.0)
 
+    def _counts(self, size: Size, grid: Size) -> Size:
+        """The rows and columns of a map with a pixel of the image in them; integers, so exact."""
+        rows, columns = (
+            -(-side * cells // of) for side, cells, of in zip(size, grid, self.padded, strict=True)
+        )
+        return rows, columns
 
-def inside(image_sizes: Sequence[Size], input_size: Size, features: Tensor) -> Tensor:
-    """1 for the cells of features [B, C, H, W] that hold a pixel of their image, 0 for padding.
-
-    Returns:
-        [B, H, W], float32 (float64 for float64 features).
-    """
-    size, device = (features.shape[2], features.shape[3]), features.device
-    cells = torch.tensor([_cells(image, input_size, size) for image in image_sizes], device=device)
-    rows, columns = (
-        torch.arange(side, device=device) < cells[:, axis, None] for axis, side in enumerate(size)
-    )
-    return (rows.unsqueeze(2) & columns.unsqueeze(1)).to(wide(features).dtype)
-
-
-def _cells(image: Size, padded: Size, size: Size) -> Size:
-    """The rows and columns of a map that hold a pixel of the image; integers, so exact."""
-    rows, columns = (
-        -(-side * cells // of) for side, cells, of in zip(image, size, padded, strict=True)
-    )
-    return rows, columns
-
-
-def _counts(boxes: Tensor, cells: Size, regions: Regions, size: Size) -> Tensor:
-    """The cells of the smallest box over each cell of one image, 0 where there is none: [H, W]."""
-    if boxes.shape[0] == 0:
-        return torch.zeros(size, device=boxes.device)
-    boxes = wide(boxes) if boxes.is_floating_point() else boxes.to(torch.float32)
-    covered, counts = [], []
-    for axis in (0, 1):  # rows, columns
-        first, last = boxes[:, 1 - axis], boxes[:, 3 - axis]
-        # multiplied before the division: exact where an edge is one of a cell
-        first = (first * size[axis] / regions.input_size[axis]).floor().clamp(0, cells[axis] - 1)
-        last = (last * size[axis] / regions.input_size[axis]).ceil().clamp(max=cells[axis])
-        last = torch.maximum(last, first + 1)
-        place = torch.arange(size[axis], device=boxes.device)
-        covered.append((place >= first.unsqueeze(1)) & (place < last.unsqueeze(1)))
-        counts.append(last - first)
-    over = covered[0].unsqueeze(2) & covered[1].unsqueeze(1)
-    count = torch.where(over, (counts[0] * counts[1])[:, None, None], torch.inf).amin(0)
-    return torch.where(count < torch.inf, count, 0.0)
+    def _smallest(self, boxes: Tensor, cells: Size, grid: Size) -> Tensor:
+        """The cells of the smallest box over each cell of one image, 0 without one: [H, W]."""
+        if boxes.shape[0] == 0:
+            return torch.zeros(grid, device=boxes.device)
+        boxes = boxes.to(accumulator(boxes.dtype) if boxes.is_floating_point() else torch.float32)
+        covered, counts = [], []
+        for axis in (0, 1):  # rows, columns
+            first, last = boxes[:, 1 - axis], boxes[:, 3 - axis]
+            # multiplied before the division: exact where an edge is one of a cell
+            first = (first * grid[axis] / self.padded[axis]).floor().clamp(0, cells[axis] - 1)
+            last = (last * grid[axis] / self.padded[axis]).ceil().clamp(max=cells[axis])
+            last = torch.maximum(last, first + 1)
+            place = torch.arange(grid[axis], device=boxes.device)
+            covered.append((place >= first.unsqueeze(1)) & (place < last.unsqueeze(1)))
+            counts.append(last - first)
+        over = covered[0].unsqueeze(2) & covered[1].unsqueeze(1)
+        count = torch.where(over, (counts[0] * counts[1])[:, None, None], torch.inf).amin(0)
+        return torch.where(count < torch.inf, count, 0.0)
 
 
-# ------------------------------------------------------------------------------------------- checks
-
-
-def checked_regions(
-    op: str, boxes: Any, input_size: Any, image_sizes: Any, features: Tensor
-) -> Regions:
-    """The boxes and sizes of the batch of `features`; boxes are read on the CPU alone.
+def checked_boxes(op: str, boxes: Any, images: Images, batch: int) -> list[Tensor]:
+    """One [n, 4] for each image; their values are read on the CPU alone.
 
     Raises:
         TypeError: boxes that are not a list of tensors.
         ValueError: another number of images, boxes that are empty or leave their image by more than
-            a pixel, sizes that do not fit.
+            a pixel.
     """
-    batch = features.shape[0]
-    images, padded = checked_sizes(op, image_sizes, input_size, batch)
     if not isinstance(boxes, (list, tuple)) or not all(isinstance(b, Tensor) for b in boxes):
-        got = f"a list of {_kinds(boxes)}" if isinstance(boxes, list) else type(boxes).__name__
+        got = type(boxes).__name__
+        if isinstance(boxes, (list, tuple)):
+            got = f"{got} of {', '.join(sorted({type(each).__name__ for each in boxes}))}"
         raise TypeError(f"{op}: boxes must be a list of tensors [n, 4], one an image, got {got}")
     if len(boxes) != batch:
         rule = f"have one tensor for each of the {batch} images"
         raise ValueError(f"{op}: boxes must {rule}, got {len(boxes)}")
-    for number, (of_image, size) in enumerate(zip(boxes, images, strict=True)):
+    for index, (of_image, size) in enumerate(zip(boxes, images.of(batch), strict=True)):
         if of_image.dim() != 2 or of_image.shape[1] != 4:
             rule = "be [n, 4], x1 y1 x2 y2 ([0, 4] for an image without boxes)"
-            raise ValueError(
-                f"{op}: boxes must {rule}, got {list(of_image.shape)} for image {number}"
-            )
+            raise ValueError(f"{op}: boxes[{index}] must {rule}, got {list(of_image.shape)}")
         if of_image.device.type == "cpu" and of_image.numel() and is_eager(of_image):
-            _check_boxes(op, of_image, size, number)
-    return Regions(list(boxes), images, padded)
+            _check_values(op, of_image, size, index)
+    return list(boxes)
 
 
-def _check_boxes(op: str, boxes: Tensor, size: Size, number: int) -> None:
+def _check_values(op: str, boxes: Tensor, size: Size, index: int) -> None:
     first, last = boxes[:, :2], boxes[:, 2:]
     end = torch.tensor([size[1], size[0]]) + _SLACK
+    within = f"{size[0]} x {size[1]} (height x width) pixels of the network's input"
     rules = (
         ((first < last).all(1), "have x1 < x2 and y1 < y2"),
-        (
-            ((first >= -_SLACK) & (last <= end)).all(1),
-            f"lie in their image, {size[0]} x {size[1]} (H x W) pixels of the network's input",
-        ),
+        (((first >= -_SLACK) & (last <= end)).all(1), f"lie in their image, {within}"),
     )
     for kept, rule in rules:
         if not kept.all():
             box = [round(edge, 2) for edge in boxes[~kept][0].tolist()]
-            raise ValueError(f"{op}: boxes must {rule}, got {box} in image {number}")
-
-
-def checked_sizes(
-    op: str, image_sizes: Any, input_size: Any, batch: int
-) -> tuple[list[Size], Size]:
-    """(H, W) of each image and of the padded input; no `image_sizes`: nothing is padding.
-
-    Raises:
-        ValueError: no input size, another number of images, a size that is not (H, W) or that is
-            larger than the input.
-    """
-    if not _is_size(input_size):
-        rule = "be (H, W) of the padded input (a Distiller reads it from x = [B, C, H, W])"
-        raise ValueError(f"{op}: input_size must {rule}, got {input_size!r}")
-    padded = int(input_size[0]), int(input_size[1])
-    if image_sizes is None:
-        return [padded] * batch, padded
-    if len(image_sizes) != batch:
-        rule = f"have one (H, W) for each of the {batch} images"
-        raise ValueError(f"{op}: image_sizes must {rule}, got {len(image_sizes)}")
-    for number, size in enumerate(image_sizes):
-        if not _is_size(size) or size[0] > padded[0] or size[1] > padded[1]:
-            rule = f"be (H, W) within the input's {padded[0]} x {padded[1]}"
-            raise ValueError(f"{op}: image_sizes must {rule}, got {size!r} for image {number}")
-    return [(int(size[0]), int(size[1])) for size in image_sizes], padded
+            raise ValueError(f"{op}: boxes[{index}] must {rule}, got {box}")
 
 
 def _is_size(size: Any) -> bool:
-    if torch.compiler.is_compiling():
-        return size is not None
     pair = isinstance(size, Sequence) and not isinstance(size, str) and len(size) == 2
     return pair and all(isinstance(side, numbers.Integral) and int(side) > 0 for side in size)
-
-
-def _kinds(values: Sequence[Any]) -> str:
-    return ", ".join(sorted({type(value).__name__ for value in values}))

@@ -9,11 +9,12 @@ import support.naive_methods as naive
 import torch
 from support.cases import compiles
 from support.distiller_cases import SMALL, batch, make, models
+from support.raises import raises
 from torch import Tensor
 
 from sokd import methods
 from sokd.methods import Method
-from sokd.methods.regions import checked_regions
+from sokd.methods.regions import Images
 
 F64 = torch.float64
 INPUT, SIZES = (48, 64), [(48, 64), (40, 33), (16, 64)]
@@ -89,7 +90,7 @@ def test_boxes_fall_on_the_right_cells_of_every_level(stride):
              torch.tensor([[100.0, 0.0, 130.0, 70.0]])]  # fmt: skip
     sizes = [(128, 192), (70, 130)]
     features = torch.zeros(2, 1, *size)
-    regions = checked_regions("fgd", boxes, (128, 192), sizes, features)
+    images = Images(tuple(sizes), (128, 192))
     pixels = torch.zeros(2, 128, 192)
     for image, of_image in enumerate(boxes):
         for x1, y1, x2, y2 in of_image.tolist():
@@ -102,14 +103,13 @@ def test_boxes_fall_on_the_right_cells_of_every_level(stride):
         torch.nn.functional.max_pool2d(each, stride)  # a cell with one such pixel
         for each in (pixels, valid)
     )
-    assert torch.equal(regions.density(features) > 0, touched > 0)
-    assert torch.equal(regions.inside(features), whole)
-    assert regions.density(features)[1].sum() == pytest.approx(1.0)
+    density = images.density(boxes, features)
+    assert torch.equal(density > 0, touched > 0) and density[1].sum() == pytest.approx(1.0)
+    assert torch.equal(images.cells(features)[:, 0], whole)
 
 
 def test_the_smallest_box_counts():
-    regions = checked_regions("fgd", BOXES[:1], INPUT, None, torch.zeros(1, 1, 48, 64))
-    density = regions.density(torch.zeros(1, 1, 48, 64))[0]
+    density = Images(None, INPUT).density(BOXES[:1], torch.zeros(1, 1, 48, 64))[0]
     assert density[20, 20] == 1 and density[47, 63] == pytest.approx(1 / (48 * 64))
     assert density[2, 3] == pytest.approx(1 / (27 * 38))
 
@@ -264,40 +264,40 @@ ERRORS = [
     (called(ONE), TypeError,
      "fgd: boxes must be a list of tensors [n, 4], one an image, got Tensor"),
     (called(([1, 2, 3, 4],)), TypeError,
-     "fgd: boxes must be a list of tensors [n, 4], one an image, got a list of list"),
+     "fgd: boxes must be a list of tensors [n, 4], one an image, got list of list"),
     (called((ONE,)), ValueError,
      "fgd: boxes must have one tensor for each of the 2 images, got 1"),
     (called((ONE, ONE[0])), ValueError,
-     "fgd: boxes must be [n, 4], x1 y1 x2 y2 ([0, 4] for an image without boxes), got [4] for "
-     "image 1"),
+     "fgd: boxes[1] must be [n, 4], x1 y1 x2 y2 ([0, 4] for an image without boxes), got [4]"),
     (called((ONE, torch.tensor([[1.0, 2, 3, 4], [5.0, 6.0, 5.0, 9.0]]))), ValueError,
-     "fgd: boxes must have x1 < x2 and y1 < y2, got [5.0, 6.0, 5.0, 9.0] in image 1"),
+     "fgd: boxes[1] must have x1 < x2 and y1 < y2, got [5.0, 6.0, 5.0, 9.0]"),
     (called((ONE, torch.tensor([[1.0, 2.0, float("nan"), 9.0]]))), ValueError,
-     "fgd: boxes must have x1 < x2 and y1 < y2, got [1.0, 2.0, nan, 9.0] in image 1"),
+     "fgd: boxes[1] must have x1 < x2 and y1 < y2, got [1.0, 2.0, nan, 9.0]"),
     (called((torch.tensor([[10.0, 20.0, 40.0, 50.5]]), ONE)), ValueError,
-     "fgd: boxes must lie in their image, 48 x 64 (H x W) pixels of the network's input, got "
-     "[10.0, 20.0, 40.0, 50.5] in image 0"),
+     "fgd: boxes[0] must lie in their image, 48 x 64 (height x width) pixels of the network's "
+     "input, got [10.0, 20.0, 40.0, 50.5]"),
     (called(sizes=[(48, 64), (48, 7)]), ValueError,
-     "fgd: boxes must lie in their image, 48 x 7 (H x W) pixels of the network's input, got "
-     "[1.0, 2.0, 9.0, 9.0] in image 1"),
+     "fgd: boxes[1] must lie in their image, 48 x 7 (height x width) pixels of the network's "
+     "input, got [1.0, 2.0, 9.0, 9.0]"),
     (called(size=None), ValueError,
-     "fgd: input_size must be (H, W) of the padded input (a Distiller reads it from "
-     "x = [B, C, H, W]), got None"),
+     "fgd: input_size must be (height, width) of the padded input, got None"),
     (called(size=(48, 0)), ValueError,
-     "fgd: input_size must be (H, W) of the padded input (a Distiller reads it from "
-     "x = [B, C, H, W]), got (48, 0)"),
+     "fgd: input_size must be (height, width) of the padded input, got (48, 0)"),
     (called(sizes=[(48, 64)]), ValueError,
-     "fgd: image_sizes must have one (H, W) for each of the 2 images, got 1"),
+     "fgd: image_sizes must have one entry for each of the 2 images, got 1"),
     (called(sizes=[(48, 64), (50, 64)]), ValueError,
-     "fgd: image_sizes must be (H, W) within the input's 48 x 64, got (50, 64) for image 1"),
+     "fgd: image_sizes[1] must be (height, width) of the images in x, at most (48, 64), got "
+     "(50, 64)"),
     (called(sizes=[(48, 64), 48]), ValueError,
-     "fgd: image_sizes must be (H, W) within the input's 48 x 64, got 48 for image 1"),
+     "fgd: image_sizes[1] must be (height, width) of the images in x, at most (48, 64), got 48"),
     (called(student=M[:, :3]), ValueError,
      "fgd: student must have the teacher's shape [2, 4, 6, 8] (an adapter brings it there), got "
      "[2, 3, 6, 8]"),
     (by_name(), ValueError,
      "fgd: boxes must be given (a list of tensors [n, 4], one an image), got None"),
-    (by_name(3, boxes=[ONE, ONE], input_size=INPUT), ValueError,
+    (by_name(boxes=[ONE, ONE]), ValueError,
+     "fgd: input_size must be given ((height, width) of the padded input), got None"),
+    (by_name(3, boxes=[ONE, ONE], images=Images(None, INPUT)), ValueError,
      "fgd: student must have one map for each of the 2 levels, got 3"),
     (lambda: methods.fgd(0), ValueError, "fgd: channels must be 1 or more, got 0"),
 ]  # fmt: skip
@@ -305,9 +305,8 @@ ERRORS = [
 
 @pytest.mark.parametrize("mistake, kind, text", ERRORS, ids=[text for _, _, text in ERRORS])
 def test_mistakes(mistake, kind, text):
-    with pytest.raises(kind) as error:
+    with raises(kind, text):
         mistake()
-    assert type(error.value) is kind and str(error.value) == text
 
 
 # --- in a Distiller
@@ -335,9 +334,9 @@ def test_the_distiller_hands_boxes_and_padding_over(plugged):
     _, losses = distiller(*batch(), boxes=SMALL_BOXES, image_sizes=SMALL_SIZES)
     step = seen.step
     torch.testing.assert_close(losses["loss_fgd"], 2.0 * distiller.methods["fgd"](step))
-    assert step.input_size == (16, 16) and step.image_sizes == SMALL_SIZES
+    assert step.images == Images(tuple(SMALL_SIZES), (16, 16))
     for weight, maps in zip(step.weight, step.teacher, strict=True):
-        inside = checked_regions("", SMALL_BOXES, (16, 16), SMALL_SIZES, maps).inside(maps)
+        inside = Images(tuple(SMALL_SIZES), (16, 16)).cells(maps)[:, 0]
         assert not weight[inside == 0].any() and weight.any()
         assert plugged or torch.equal(weight, inside)
     terms = sum(
@@ -347,15 +346,6 @@ def test_the_distiller_hands_boxes_and_padding_over(plugged):
         )
     )
     torch.testing.assert_close(losses["loss_fgd"], 2.0 * terms)
-
-
-def test_sokd_alone_does_not_distil_padding():
-    """Its own masked term; with all images whole it is that of a call without sizes."""
-    values = []
-    for sizes in (None, [(16, 16)] * 4, SMALL_SIZES):
-        distiller = make(method="kd")
-        values.append(distiller(*batch(), image_sizes=sizes)[1]["loss_sokd"])
-    assert torch.equal(values[0], values[1]) and values[2] < values[0]
 
 
 def distilled(**given):
@@ -368,9 +358,10 @@ DISTILLER_ERRORS = [
      "Distiller: boxes must be a list of tensors [n, 4], one an image, for method 'fgd', as in "
      "distiller(x, y, boxes=b), got none"),
     (distilled(options={"method": "at"}, image_sizes=[(16, 16)]), ValueError,
-     "Distiller: image_sizes must have one (H, W) for each of the 4 images, got 1"),
+     "Distiller: image_sizes must have one entry for each of the 4 images, got 1"),
     (distilled(boxes=SMALL_BOXES, image_sizes=[(32, 16)] * 4), ValueError,
-     "Distiller: image_sizes must be (H, W) within the input's 16 x 16, got (32, 16) for image 0"),
+     "Distiller: image_sizes[0] must be (height, width) of the images in x, at most (16, 16), got "
+     "(32, 16)"),
     (distilled(boxes=SMALL_BOXES[:1]), ValueError,
      "fgd: boxes must have one tensor for each of the 4 images, got 1"),
 ]  # fmt: skip
@@ -378,9 +369,8 @@ DISTILLER_ERRORS = [
 
 @pytest.mark.parametrize("mistake, kind, text", DISTILLER_ERRORS)
 def test_mistakes_in_a_distiller(mistake, kind, text):
-    with pytest.raises(kind) as error:
+    with raises(kind, text):
         mistake()
-    assert str(error.value) == text
 
 
 def test_the_size_of_an_input_that_is_not_one_batch_is_given():
@@ -400,7 +390,12 @@ def test_the_size_of_an_input_that_is_not_one_batch_is_given():
         models=(teacher, student), layers=["net.stage1", "net.stage2"], method="fgd",
         sokd=False, example=list(x),
     )  # fmt: skip
-    with pytest.raises(ValueError, match="fgd: input_size must be"):
+    with raises(
+        ValueError, "fgd: input_size must be given ((height, width) of the padded input), got None"
+    ):
         distiller(list(x), y, boxes=SMALL_BOXES)
+    rule = "be one padded batch [B, C, H, W] where image_sizes are given without input_size"
+    with raises(TypeError, f"Distiller: x must {rule}, got list"):
+        distiller(list(x), y, boxes=SMALL_BOXES, image_sizes=SMALL_SIZES)
     _, losses = distiller(list(x), y, boxes=SMALL_BOXES, input_size=(16, 16))
     assert losses["loss_fgd"].isfinite()
