@@ -92,8 +92,8 @@ def step_case() -> Case:
     )
 
     def counted(medians: dict[str, float]) -> dict[str, float]:
-        ours = medians["sokd"] - medians[CONVOLUTIONS]
-        return {"sokd": ours} | {
+        actual = medians["sokd"] - medians[CONVOLUTIONS]
+        return {"sokd": actual} | {
             name: time for name, time in medians.items() if name.startswith("FitNet")
         }
 
@@ -148,14 +148,14 @@ def memory_row() -> dict[str, Any]:
     f_s, f_t = torch.randn(MAIN).requires_grad_(), torch.randn(MAIN)
     wanted = [f_s, *kd.parameters()]
 
-    def ours() -> None:
+    def actual() -> None:
         torch.autograd.grad(sokd.loss(f_s, f_t, kd), wanted)
 
     def convolutions() -> None:
         # no name keeps a tensor alive: the backward frees what it can, as it does for the loss
         torch.autograd.grad(heads_alone(kd.dam, torch.cat((kd.adapter(f_s), f_t))).sum(), wanted)
 
-    full, alone = peak_bytes(ours), peak_bytes(convolutions)
+    full, alone = peak_bytes(actual), peak_bytes(convolutions)
     row: dict[str, Any] = {
         "work": "sokd.loss, extra memory in maps",
         "shape": "x".join(map(str, MAIN)),

@@ -1,4 +1,4 @@
-"""What the operators say to wrong input: class and sentence, verbatim, with each reader; nothing
+"""The operators' errors for invalid input: type and text, verbatim, with each reader; nothing
 breaks."""
 
 from __future__ import annotations

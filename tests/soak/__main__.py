@@ -50,7 +50,7 @@ def parts(scale: float) -> dict[str, Callable[[], Any]]:
 
 
 def found(report: Any) -> list[str]:
-    """What a part's report says went wrong."""
+    """The failures in a part's report."""
     if "failures" in report:
         return list(report["failures"])
     wrong = [
