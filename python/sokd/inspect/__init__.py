@@ -215,7 +215,7 @@ def areas(subject: nn.Module, *inputs: Any) -> list[LayerAreas]:
     read = getattr(subject, "features", None)  # of a Distiller; the others take features
     if len(inputs) != (1 if read else 2):
         rule = "be the images" if read else "be the student's and the teacher's features"
-        raise TypeError(f"areas: inputs must {rule}, got {len(inputs)} arguments")
+        raise TypeError(f"areas: inputs must {rule}, got {len(inputs)} of them")
     students, teachers = read(*inputs) if read else inputs
     training = [(part, part.training) for part in kd.modules()]
     kd.eval()
