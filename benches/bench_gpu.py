@@ -129,7 +129,7 @@ def why_not(device: torch.device) -> str | None:
 
 
 def measure(device: torch.device, options: Options, rows: list[dict[str, Any]]) -> None:
-    """Add every case's rows; a case that fails, or whose answer is wrong, is a row that says so."""
+    """Add every case's rows; a failure or a wrong answer adds a row with the reason."""
     bandwidth = copy_bandwidth(options, device, COPIED if device.type == "cuda" else 8 << 20)
     columns = where(device, bandwidth)
     print(f"{columns['device']}: copies at {bandwidth:.1f} GB/s, reads and writes together\n")

@@ -112,14 +112,14 @@ def memory_row() -> dict[str, Any]:
     f_s, f_t = torch.randn(MAIN).requires_grad_(), torch.randn(MAIN)
     wanted = [f_s, *kd.parameters()]
 
-    def ours() -> None:
+    def actual() -> None:
         torch.autograd.grad(sokd.loss(f_s, f_t, kd), wanted)
 
     def adapter() -> None:
         # no name keeps a tensor alive: the backward frees what it can, as it does for the loss
         torch.autograd.grad(kd.adapter(f_s).sum(), wanted)
 
-    full, alone = peak_bytes(ours), peak_bytes(adapter)
+    full, alone = peak_bytes(actual), peak_bytes(adapter)
     row: dict[str, Any] = {
         "work": "sokd.loss, extra memory in maps",
         "shape": "x".join(map(str, MAIN)),

@@ -41,7 +41,7 @@ class Areas(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The arguments of one `refine` beside the features; G is 1 or B; None: unused."""
+    """The arguments of one `refine` except the features; G is 1 or B; None: unused."""
 
     theta: Tensor | None = None  # [G, 2, 3]
     hole: Tensor | None = None  # [G, 4]: y0 x0 y1 x1, half open

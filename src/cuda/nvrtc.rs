@@ -119,7 +119,7 @@ impl Nvrtc {
             headers.map(|(name, text)| (terminated(name), terminated(text))).unzip();
         let (names, texts, mut handle) = (pointers(&names), pointers(&texts), null_mut());
         let create = self.api.create;
-        // SAFETY: strings that end in zero, as many of them as said; NVRTC copies them.
+        // SAFETY: zero-terminated strings, whose number is passed; NVRTC copies them.
         let code = unsafe {
             let count = names.len() as c_int;
             create(&mut handle, text.as_ptr(), name.as_ptr(), count, texts.as_ptr(), names.as_ptr())
@@ -132,7 +132,7 @@ impl Nvrtc {
         let options = program.options.iter().copied().chain([arch.as_str()]);
         let options: Vec<CString> = options.map(terminated).collect();
         let options = pointers(&options);
-        // SAFETY: a live program; strings that end in zero, as many of them as said.
+        // SAFETY: a live program; zero-terminated strings, whose number is passed.
         let code = unsafe { (self.api.compile)(handle, options.len() as c_int, options.as_ptr()) };
         if let Err(Failure::Nvrtc { reason, .. }) = self.check("nvrtcCompileProgram", code) {
             let log = self.read(handle, "nvrtcGetProgramLog", self.api.log_size, self.api.log);

@@ -80,7 +80,7 @@ fn normal_pair(radius: u32, angle: u32) -> (f32, f32) {
     (r * cos, r * sin)
 }
 
-/// Natural logarithm on [2^-33, 1], to 1 ulp or so, of operations that every level rounds alike.
+/// Natural logarithm on [2^-33, 1], to about 1 ulp, with the same rounding at every level.
 #[inline(always)]
 fn ln(x: f32) -> f32 {
     let shifted = (x.to_bits() as i32).wrapping_sub(ROOT_HALF);

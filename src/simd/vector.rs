@@ -1,7 +1,7 @@
 //! A vector of [`LANES`] numbers and what is done with vectors, in the registers of a level.
 //!
 //! For plain arrays the compiler sometimes emits scalar code, or gathers and scatters over several
-//! rows. Every implementation rounds alike.
+//! rows. All implementations round in the same way.
 
 use super::{Real, Simd, LANES};
 

@@ -4,7 +4,7 @@
 use crate::tensor::{DType, Device, TensorView};
 use proptest::prelude::*;
 
-/// The number of cases of a property test, or what `SOKD_PROPTEST_CASES` says in its place.
+/// The number of cases of a property test, overridden by `SOKD_PROPTEST_CASES`.
 pub(crate) fn cases(usual: u32) -> ProptestConfig {
     let given = std::env::var("SOKD_PROPTEST_CASES").ok();
     ProptestConfig::with_cases(given.and_then(|cases| cases.parse().ok()).unwrap_or(usual))

@@ -1,4 +1,4 @@
-"""CUDA libraries that are missing, or that are not what their names say."""
+"""CUDA libraries that are missing or broken."""
 
 from __future__ import annotations
 

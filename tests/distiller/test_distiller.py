@@ -86,8 +86,8 @@ def test_kd_alone_needs_no_layer():
     )
     logits, losses = distiller(x, y)
     with torch.no_grad():
-        theirs = distiller.teacher(x)
-    torch.testing.assert_close(losses["loss_kd"], 2 * methods.kd(logits, theirs))
+        of_teacher = distiller.teacher(x)
+    torch.testing.assert_close(losses["loss_kd"], 2 * methods.kd(logits, of_teacher))
     assert not distiller.student.stage1._forward_hooks
 
 
@@ -280,7 +280,7 @@ def test_features_beside_the_logits(features, shape):
     _, plain = make(layers="stage1", sokd=False, method="kd")(*batch())
     assert torch.equal(losses["loss_kd"], plain["loss_kd"])
     assert make(**given)(batch()[0])[1].keys() == {"loss_fitnet"}, (
-        "where none are asked for none are missed"
+        "no logits are required where none are used"
     )
 
 

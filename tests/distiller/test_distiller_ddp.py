@@ -230,7 +230,7 @@ def test_sharded_by_fsdp(ranks):
     )
     assert ranks[0]["sharded"]["search"] == (
         "PolicySearch: student must hold whole parameters (virtual weights are not sharded; "
-        "DistributedDataParallel serves), got parameters of fully_shard"
+        "use DistributedDataParallel), got parameters of fully_shard"
     )
 
 

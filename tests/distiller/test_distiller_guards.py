@@ -133,7 +133,7 @@ def test_an_input_of_another_dtype_or_device():
         refused(ValueError, text, lambda: make()(x.to("meta"), y))
 
 
-@pytest.mark.parametrize("bias", [True, False])  # a convolution says it in other words without
+@pytest.mark.parametrize("bias", [True, False])  # the convolution's message differs without
 def test_pixels_as_bytes(bias):
     nets = models()
     for module in [] if bias else [each for net in nets for each in net.modules()]:

@@ -1,4 +1,4 @@
-"""`sokd.inspect`: what a run shows of itself, and that looking changes nothing."""
+"""`sokd.inspect`: its results, and that it changes nothing."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ WRONG_PICTURES = {
          "images must be [B, 3, H, W] or [B, 1, H, W], got [2, 2, 16, 16]"),
     "a list":
         (([torch.zeros(3, 16, 16)],), {}, "images must be [B, 3, H, W] or [B, 1, H, W], got list"),
-    "too many": ((torch.zeros(5, 3, 16, 16),), {}, "images must be 1 to 4, as found is of, got 5"),
+    "too many": ((torch.zeros(5, 3, 16, 16),), {}, "images must be 1 to 4, as in found, got 5"),
     "no such layer":
         ((torch.zeros(4, 3, 16, 16),), {"layer": 2}, "layer must be one of the 2 in found, got 2"),
     "titles":

@@ -31,8 +31,8 @@ def test_its_gradients_are_sokd_loss_too():
     wanted = [f_s, *kd.parameters()]
     found = torch.autograd.grad(wrap(F.mse_loss, kd)(f_s, f_t), wanted)
     expected = torch.autograd.grad(loss(f_s, f_t, rewound(kd)), wanted)
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    for actual, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, other, rtol=1e-4, atol=1e-6)
 
 
 def test_the_agreement_can_be_added_by_hand():
@@ -252,7 +252,7 @@ WRONG = {
     "no such argument":
         (lambda: wrap(scaled, make(), student="f_s", teacher="teacher")(*pair()),
          "wrap: student must be among the arguments of any_loss as 'f_s', got [0, 1]"),
-    "a place that is none":
+    "an invalid position":
         (lambda: wrap(scaled, make(), student=-1),
          "wrap: student must be a position (0 or more) or a name, got -1"),
     "no place":

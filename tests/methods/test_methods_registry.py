@@ -36,7 +36,7 @@ def made(name: str) -> Method:
 
 
 def step(mask: bool = False, method: type[Method] | None = None, batch: int = BATCH) -> Step:
-    """What a method says it needs; nothing else if it is given."""
+    """A step with what the method declares in `needs`, and nothing else."""
     torch.manual_seed(1)
     needs = NEEDS if method is None else method.needs
 

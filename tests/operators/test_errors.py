@@ -1,4 +1,5 @@
-"""Wrong input: class and sentence, verbatim, with each reader; nothing breaks."""
+"""The operators' errors for invalid input: type and text, verbatim, with each reader; nothing
+breaks."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def test_numbers_that_two_calls_share_compile_for_any_batch():
     class Model(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.seed, self.scale = 5, 0.7  # symbols to a compiler that is told `dynamic=True`
+            self.seed, self.scale = 5, 0.7  # symbols under `dynamic=True`
 
         def forward(self, student, teacher, sigma):
             terms = []

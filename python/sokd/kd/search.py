@@ -183,7 +183,7 @@ class PolicySearch:
                 subject = f"PolicySearch: kd.policy.{name}"
                 raise ValueError(f"{subject} must require grad, got one that is frozen")
         if is_sharded(self.student.parameters()):
-            why = "virtual weights are not sharded; DistributedDataParallel serves"
+            why = "virtual weights are not sharded; use DistributedDataParallel"
             got = "parameters of fully_shard"
             raise NotImplementedError(
                 f"PolicySearch: student must hold whole parameters ({why}), got {got}"
@@ -304,7 +304,7 @@ class PolicySearch:
     # ---------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
-        """The state to resume bit for bit, beside those of kd, the student and its optimiser."""
+        """The state to resume bit for bit, with those of kd, the student and its optimiser."""
         state = {name: getattr(self, name) for name in (*_AGREEING, "unroll", "epoch")}
         state |= {"seed": self.seed.clone(), "counter": self.counter.clone()}
         state["adam"] = self._adam.state_dict()

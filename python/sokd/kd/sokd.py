@@ -164,7 +164,7 @@ class SoKD(nn.Module):
 
     Args:
         student_channels, teacher_channels: channels of the features, one number or equally long
-            lists. Below, a list has one entry for each layer, any other value serves all layers.
+            lists. Below, a list has one entry for each layer, any other value is for all layers.
         student_size, teacher_size: (height, width) or one number, for a strided or transposed
             convolution in the `Adapter`; None: maps of unequal size are resized.
         student_tokens, teacher_tokens: prefix tokens to drop from token features; None: see

@@ -61,7 +61,7 @@ def nvrtc_names(release: str) -> list[str]:
     wheels = find_spec("nvidia")
     roots = [Path(root) for root in (wheels and wheels.submodule_search_locations) or ()]
     paths = [root / part / "lib" / name for root in roots for part in (f"cu{major}", "cuda_nvrtc")]
-    # some builds bundle it under another name, beside its builtins and its variant
+    # some builds bundle it under another name, next to its builtins and its variant
     bundled = sorted((Path(torch.__file__).parent / "lib").glob("libnvrtc*.so*"))
     paths += [path for path in bundled if "builtins" not in path.name and ".alt." not in path.name]
     return [name, *(str(path) for path in paths if path.is_file())]
