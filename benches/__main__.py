@@ -1,7 +1,5 @@
 """`python -m benches [--quick] [name ...]`: all benches or those named; tables, CSV files, docs."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import sys

@@ -3,8 +3,6 @@
 Bytes: heat, size and offset of both sides read once, the coverage written once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

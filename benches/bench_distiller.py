@@ -7,8 +7,6 @@ Both compute the same. The Distiller's overhead does not grow with the batch: a 
 best, and many turns separate three per cent from the machine's noise.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import torch

@@ -6,8 +6,6 @@ measured in the same run on 512 MB. Times are CUDA events around one call; the c
 other memory before it, and the device is kept busy until Python has launched it.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys

@@ -9,8 +9,6 @@ Memory: the peak of live tensors in forward and backward of the loss, features a
 counted, minus that of the adapter and DAM's convolutions alone; in feature maps.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -3,8 +3,6 @@
 Bytes: student and teacher read once, the student's gradient written once (3 maps), and the weight.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -5,8 +5,6 @@ teacher; ReviewKD with its three stages; CRD with 50,000 samples, 16,384 negativ
 (for which eager makes 0.27 GB of rows, twice), a step and the update of the banks alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 

@@ -6,8 +6,6 @@ the batch, both networks, the losses, the optimiser, and what the recipe does be
 augmentation, clocks, means of the losses, the watch on NaN and SIGTERM). FitNet without the search.
 """
 
-from __future__ import annotations
-
 import sys
 import tempfile
 import time

@@ -5,8 +5,6 @@ backward: 2 for the forward, 3 for the loss (two maps read, a gradient written),
 (features, gradient).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -4,8 +4,6 @@ Processor time. The host side runs in separate processes under the mock driver o
 needed); the time a real driver takes to load the code is not included.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -3,8 +3,6 @@
 Everything is created on torch's default device.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -5,8 +5,6 @@ each of them. Medians are over the turns. A ratio is a side's median divided by 
 1, sokd is faster. With a limit ("<=") as target it is the inverse, the cost of sokd relative to it.
 """
 
-from __future__ import annotations
-
 import csv
 import gc
 import os

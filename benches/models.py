@@ -1,7 +1,5 @@
 """The CIFAR ResNets of the distillation papers (ResNet32x4, ResNet8x4)."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 

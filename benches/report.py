@@ -4,8 +4,6 @@
 a page has other numbers.
 """
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What all tests share: seeds, threads, the readers of tensors, a count of skips with reasons."""
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator

@@ -7,8 +7,6 @@ and reports these tests like any others, but a child process for each folder run
   kernels/    the emulated kernels, launched by the Rust host; a mock NVRTC saves compile time
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

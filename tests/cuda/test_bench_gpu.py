@@ -1,7 +1,5 @@
 """`python -m benches.bench_gpu` on the CPU: what it counts and what it refuses."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Every kernel compiled by NVRTC for every architecture: no spills, occupancy, 128-bit access."""
 
-from __future__ import annotations
-
 import re
 from concurrent.futures import ThreadPoolExecutor
 

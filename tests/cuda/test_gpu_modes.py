@@ -3,8 +3,6 @@
 Run by `pytest -m gpu tests/cuda/test_gpu_*.py`.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -5,8 +5,6 @@ in float64 on the same device; noise, draws and areas must be equal. SOKD_TEST_D
 tests on the CPU, which tests the tests where there is no GPU.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The CUDA functions and constants that the Rust host declares are those of NVIDIA's headers."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 from pathlib import Path

@@ -1,7 +1,5 @@
 """CUDA libraries that are missing, or that are not what their names say."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

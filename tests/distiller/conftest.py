@@ -1,7 +1,5 @@
 """What the tests of the Distiller start from."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

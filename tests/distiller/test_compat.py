@@ -1,7 +1,5 @@
 """The mdistiller-style class in a loop as that project's trainer writes it."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

@@ -1,7 +1,5 @@
 """The terms of a Distiller against the same written by hand; its inputs and outputs."""
 
-from __future__ import annotations
-
 import copy
 import functools
 

@@ -1,7 +1,5 @@
 """`layers="auto"`: what it takes, what it leaves."""
 
-from __future__ import annotations
-
 import warnings
 from collections import OrderedDict
 

@@ -6,8 +6,6 @@ agree. Noise is left out of
 the policy for the same reason: it is drawn by a sample's place in its rank's batch.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """A script's mistakes: bad input is refused before the first step, silent ones are warned of."""
 
-from __future__ import annotations
-
 import copy
 import re
 import warnings

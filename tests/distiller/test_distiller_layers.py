@@ -1,7 +1,5 @@
 """Layers by name, of any shape; all that is refused or warned of, verbatim."""
 
-from __future__ import annotations
-
 import re
 import warnings
 

@@ -1,7 +1,5 @@
 """A Distiller as a module: copies, checkpoints, EMA, export, compilers, autocast, layouts."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle

@@ -1,7 +1,5 @@
 """Common models: one training step each on the CPU, random weights, the models unchanged."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

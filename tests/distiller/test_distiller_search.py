@@ -1,7 +1,5 @@
 """`sokd.PolicySearch` with a Distiller: its step, virtual weights in the hooks, no trace."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

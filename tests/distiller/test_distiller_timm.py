@@ -1,7 +1,5 @@
 """timm's models, where timm is installed."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

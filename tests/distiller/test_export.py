@@ -1,7 +1,5 @@
 """`export()` works after any number of steps; its result saves, scripts, loads without sokd."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle

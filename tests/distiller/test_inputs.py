@@ -1,7 +1,5 @@
 """The teacher changes nothing that the student sees, nor the batch of the caller."""
 
-from __future__ import annotations
-
 from collections import namedtuple
 
 import pytest

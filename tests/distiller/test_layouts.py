@@ -1,7 +1,5 @@
 """Layouts of features are checked against the inputs: batch, rank, aspect of the images."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

@@ -1,7 +1,5 @@
 """Errors that name what really happened."""
 
-from __future__ import annotations
-
 import copy
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """What a model returns reaches the task as it is; logits are picked, and the pick is reported."""
 
-from __future__ import annotations
-
 from collections import namedtuple
 
 import pytest

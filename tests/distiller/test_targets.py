@@ -1,7 +1,5 @@
 """Targets and logits of which a cross entropy has no meaning are refused, with the way out."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

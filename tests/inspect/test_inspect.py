@@ -1,7 +1,5 @@
 """`sokd.inspect`: what a run shows of itself, and that looking changes nothing."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math

@@ -1,7 +1,5 @@
 """The adapter: sizes, channels, tokens, and the texts of its errors."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """DAM: heads, agreement, areas and weights, against the formulas written out head by head."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """Gradients of refined maps: choices against a sum over all plans, magnitudes numerically."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

@@ -1,7 +1,5 @@
 """sokd.loss: values, gradients, options, ablations, shapes and layers."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """sokd.loss under torch.compile, autocast, DDP and fake tensors; its peak memory."""
 
-from __future__ import annotations
-
 import functools
 import warnings
 from collections.abc import Callable

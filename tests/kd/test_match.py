@@ -1,7 +1,5 @@
 """SoKD.match: the effect of each option, and its agreement with all its callers."""
 
-from __future__ import annotations
-
 import warnings
 
 import pytest

@@ -1,7 +1,5 @@
 """The policy: plans of each operation against values by hand, draws, state as a module."""
 
-from __future__ import annotations
-
 import copy
 import io
 import math

@@ -1,7 +1,5 @@
 """RELAX on a problem small enough to enumerate: unbiased estimates, distribution of z~."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

@@ -1,7 +1,5 @@
 """Common mistakes of a training script: each is warned of once; a right script never is."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import pickle

@@ -1,7 +1,5 @@
 """The policy search: its gradients against explicit ones, and that a step leaves no trace."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

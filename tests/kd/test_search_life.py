@@ -1,7 +1,5 @@
 """The policy search from its first step to its last: resumption, planted problems, two ranks."""
 
-from __future__ import annotations
-
 import copy
 import io
 from typing import Any

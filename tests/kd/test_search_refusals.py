@@ -1,7 +1,5 @@
 """Errors of a policy search: options, the step function, states of other searches."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

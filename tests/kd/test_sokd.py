@@ -1,7 +1,5 @@
 """sokd.SoKD: parameters, state, resumption, diagnostics, and the texts of its errors."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle

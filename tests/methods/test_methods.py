@@ -1,7 +1,5 @@
 """Distillation losses without state: values against loops, gradients, edges."""
 
-from __future__ import annotations
-
 import functools
 
 import numpy as np

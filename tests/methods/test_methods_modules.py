@@ -1,7 +1,5 @@
 """The distillation losses with state: CRD's banks, ReviewKD's fusions, MGD's generator."""
 
-from __future__ import annotations
-
 import copy
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The methods by name: their declarations, their errors, `Step`s with and without the mask."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import pickle

@@ -1,7 +1,5 @@
 """ops.areas: boxes, scores and coverage, equal to the twin's and to naive loops."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

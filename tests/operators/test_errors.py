@@ -1,7 +1,5 @@
 """Wrong input: class and sentence, verbatim, with each reader; nothing breaks."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

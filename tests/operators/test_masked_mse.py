@@ -1,7 +1,5 @@
 """ops.masked_mse: loss and gradient against the twin, naive loops and eager PyTorch."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

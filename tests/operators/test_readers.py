@@ -1,7 +1,5 @@
 """The readers of torch tensors and of NumPy arrays, and forked processes."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """sokd.reference against PyTorch's own operators, naive loops, published numbers and statistics."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """ops.refine and ops.refine_dots against the twin, naive loops and PyTorch itself."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

@@ -1,7 +1,5 @@
 """The operators as PyTorch's own: opcheck, compile, export, functorch, autocast, other devices."""
 
-from __future__ import annotations
-
 import warnings
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """The fallbacks for PyTorch's private names: a torch without any of them gives the same numbers."""
 
-from __future__ import annotations
-
 import runpy
 import sys
 import types

@@ -1,7 +1,5 @@
 """The checks of the benches, which precede measurements, at small shapes: the sides agree."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

@@ -1,7 +1,5 @@
 """The demo: safe reading, a fair split, every method trains, the table and pictures are written."""
 
-from __future__ import annotations
-
 import argparse
 import csv
 import gzip

@@ -1,7 +1,5 @@
 """The documentation's Python runs, its links lead somewhere, the site needs no other host."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The files of examples/ run, each where its library is installed."""
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The experiments: equal effort, chosen on the validation part, continued where they ended."""
 
-from __future__ import annotations
-
 import csv
 import importlib.util
 import math

@@ -1,7 +1,5 @@
 """What holds for the whole source tree: one operator, one name; one version; imports go down."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import os

@@ -1,7 +1,5 @@
 """The code in README.md runs, and the numbers on the pages are those of the measured files."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Inputs that several test files share: plans for each operation, memory layouts, tolerances."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

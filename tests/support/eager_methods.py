@@ -3,8 +3,6 @@
 Teachers have no graph, and no operation is there to be slow.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The operators as float64 loops over single elements, unlike the vectorised twin."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

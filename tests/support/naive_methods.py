@@ -1,7 +1,5 @@
 """The distillation methods in float64 NumPy, element by element from the papers' formulas."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

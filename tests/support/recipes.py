@@ -1,7 +1,5 @@
 """Tiny data and runs for the tests of examples/recipes."""
 
-from __future__ import annotations
-
 import gzip
 import sys
 from pathlib import Path

@@ -5,8 +5,6 @@ test_operators_on_fakes.py tests gradients. Anything else that PyTorch does with
 copy to the host, say) fails for want of a device.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from support.cases import laid_out

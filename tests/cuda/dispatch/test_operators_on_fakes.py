@@ -3,8 +3,6 @@
 test_emulator.py tests those without gradients, and all kernels, in all dtypes and orders.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

@@ -1,7 +1,5 @@
 """The CUDA kernels, run on the CPU thread by thread: every kernel, dtype, layout and odd sizes."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -3,8 +3,6 @@
 Every access of the emulated kernels to a map is counted; smaller tensors (weights, plans) are not.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple

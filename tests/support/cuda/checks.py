@@ -3,8 +3,6 @@
 The expected values are the CPU kernels', in float64 wherever the CUDA kernels round.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

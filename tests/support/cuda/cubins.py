@@ -1,7 +1,5 @@
 """Compiles the CUDA kernels with NVRTC; reads registers, memory and instructions of the result."""
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import re

@@ -4,8 +4,6 @@ A device is an object with two methods: `on(tensor)` copies a tensor there, with
 `back(tensor)` copies it to the CPU.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from typing import Any, Protocol

@@ -1,7 +1,5 @@
 """PyTorch's CUDA tensors in the mock driver's memory, where an access past a tensor is an error."""
 
-from __future__ import annotations
-
 import ctypes
 import warnings
 from collections.abc import Iterator, Sequence
