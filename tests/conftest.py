@@ -40,6 +40,12 @@ def _same_start() -> Iterator[None]:
 
 
 @pytest.fixture
+def one_thread(_same_start: None) -> None:
+    """Many small steps gain nothing from a second thread."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
 def with_threads() -> Callable[..., object]:
     """with_threads(n, function): the function's result under n threads."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.cases import DTYPES, LAYOUTS, SHAPES, everything, laid_out, same_bits
+from support.cases import DTYPES, LAYOUTS, SHAPES, everything, laid_out, neutral_plan, same_bits
 from support.cuda import device_cases
 from support.cuda.device_cases import (
     TorchDevice,
@@ -124,14 +124,7 @@ def test_neutral_values_copy_bit_for_bit(
     features = laid_out((2, 3, 6, 5), layout, dtype)
     if layout != "expanded":
         features[0, 0, 0, :3] = torch.tensor([math.nan, -0.0, math.inf])
-    neutral = {
-        "theta": torch.eye(2, 3).unsqueeze(0),
-        "hole": torch.tensor([[2, 2, 2, 5], [4, 4, 1, 1]]),
-        "sigma": torch.zeros(1),
-        "perm": torch.arange(3).unsqueeze(0),
-        "keep": torch.ones(2, 3, dtype=torch.bool),
-    }
-    neutral, there = moved(device, neutral), device.on(features)
+    neutral, there = moved(device, neutral_plan()), device.on(features)
     for plan in [{}, neutral, *({name: part} for name, part in neutral.items())]:
         assert same_bits(device.back(ops.refine(there, **plan, seed=1)), features)
 

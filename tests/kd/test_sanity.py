@@ -42,10 +42,7 @@ MASK_EMPTY = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    """Many small steps gain nothing from a second thread; conftest restores the count."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small() -> tuple[nn.Module, SoKD]:

@@ -7,7 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import naive
-from support.cases import DTYPES, LAYOUTS, SHAPES, both, everything, laid_out, pair, same_bits
+from support.cases import (
+    DTYPES,
+    LAYOUTS,
+    SHAPES,
+    both,
+    everything,
+    laid_out,
+    neutral_plan,
+    pair,
+    same_bits,
+)
 from support.raises import raises
 
 from sokd import ops, reference
@@ -114,14 +124,7 @@ def test_neutral_values_copy_bit_for_bit(module, dtype, layout):
     features = laid_out((2, 3, 6, 5), layout, dtype)
     if layout != "expanded":
         features[0, 0, 0, :3] = torch.tensor([math.nan, -0.0, math.inf])
-    neutral = {
-        "theta": torch.eye(2, 3).unsqueeze(0),
-        "hole": torch.tensor([[2, 2, 2, 5], [4, 4, 1, 1]]),
-        "sigma": torch.zeros(1),
-        "perm": torch.arange(3).unsqueeze(0),
-        "keep": torch.ones(2, 3, dtype=torch.bool),
-        "straight": torch.ones(2),
-    }
+    neutral = neutral_plan()
     for plan in [{}, neutral, *({name: part} for name, part in neutral.items())]:
         assert same_bits(module.refine(features, **plan, seed=1), features.contiguous())
 

@@ -28,16 +28,13 @@ from sokd.demo import __main__ as demo
 from sokd.demo import data, networks, train
 
 # The tests' teachers are tiny.
-pytestmark = pytest.mark.filterwarnings("ignore:sokd. the student has:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:sokd. the student has:UserWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 SOLVER = train.Solver(epochs=4, batch=15)
 LINE = r"^sokd.demo: .+ must be installed: pip install [^\n]+\n$"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(_same_start: None) -> None:
-    """As in the demo's student runs."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ def test_page_runs(page: Path, tmp_path: Path) -> None:
     assert run_blocks(page, {**prelude(), "out": tmp_path}) > 0
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
 def test_linked_files_exist(page: Path) -> None:
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []

@@ -18,13 +18,10 @@ from sokd.demo.train import METHODS, Run, Solver, Task, build, train
 from sokd.methods import METHODS as NAMES
 
 # The tests' teachers are tiny.
-pytestmark = pytest.mark.filterwarnings("ignore:sokd. the student has:UserWarning")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(_same_start: None) -> None:
-    """As in the experiments' runs."""
-    torch.set_num_threads(1)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:sokd. the student has:UserWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -111,6 +111,15 @@ def everything(
     }
 
 
+def neutral_plan() -> dict[str, Tensor]:
+    """All five parts and the straight one, without an effect on maps [2, 3, 6, 5]."""
+    return {
+        "theta": torch.eye(2, 3).unsqueeze(0), "hole": torch.tensor([[2, 2, 2, 5], [4, 4, 1, 1]]),
+        "sigma": torch.zeros(1), "perm": torch.arange(3).unsqueeze(0),
+        "keep": torch.ones(2, 3, dtype=torch.bool), "straight": torch.ones(2),
+    }  # fmt: skip
+
+
 def same_bits(one: Tensor, two: Tensor) -> bool:
     """Equal including the sign of zero and NaN."""
     return (
