@@ -51,8 +51,6 @@ def same(one: list[Tensor], two: list[Tensor]) -> bool:
 
 
 # --- the kernels are used, and the host never synchronises
-
-
 def test_the_kernels_are_used(device: torch.device) -> None:
     everything_on(DEVICE, SHAPE)()
     assert "cuda" in runtime.KERNELS and "cuda" not in runtime._warned
@@ -84,8 +82,6 @@ def test_values_are_not_looked_at(device: torch.device) -> None:
 
 
 # --- streams and devices
-
-
 def test_torchs_current_stream_is_used(device: torch.device) -> None:
     """A wait on a side stream delays the operators on it, and on no other."""
     run, side = everything_on(DEVICE, SHAPE), torch.cuda.Stream(device)
@@ -149,8 +145,6 @@ def test_more_than_2_31_elements(device: torch.device) -> None:
 
 
 # --- CUDA graphs
-
-
 def captured(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
     """After a run on a side stream, as PyTorch requires."""
     side = torch.cuda.Stream()

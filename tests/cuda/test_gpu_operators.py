@@ -76,8 +76,6 @@ def has_cells(shape: tuple[int, ...]) -> bool:
 
 
 # --- refine and refine_dots
-
-
 @everywhere
 def test_refine(
     shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: TorchDevice
@@ -158,8 +156,6 @@ def test_the_noise_has_the_same_bits_in_every_layout_and_dtype(
 
 
 # --- areas
-
-
 @pytest.mark.parametrize("teacher", [False, True])
 @pytest.mark.parametrize(
     "shape, layout, dtype", [case for case in EVERYWHERE if has_cells(case[0])]
@@ -182,8 +178,6 @@ def test_areas(
 
 
 # --- masked_mse
-
-
 @pytest.mark.parametrize("normalise", ["elements", "area"])
 @everywhere
 def test_masked_mse(
@@ -223,8 +217,6 @@ def test_masked_mse_of_two_layouts(dtype: torch.dtype, device: TorchDevice) -> N
 
 
 # --- draw, and what holds for all
-
-
 @pytest.mark.parametrize("n", [0, 1, 3, 4, 9, 5000])
 def test_draw(n: int, device: TorchDevice) -> None:
     """The same bits as the CPU's."""

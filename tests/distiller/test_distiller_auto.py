@@ -220,8 +220,6 @@ def test_auto_without_a_map():
 
 
 # ------------------------------------------------------------------------ layers without a gradient
-
-
 def chosen(student: nn.Module, **options) -> list[str]:
     """The student's layers, after a step that trains with them."""
     distiller = make(models=(Net(6), student), layers="auto", **options)

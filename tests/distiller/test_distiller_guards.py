@@ -29,8 +29,6 @@ def refused(error: type[Exception], text: str, make_or_call) -> None:
 
 
 # ------------------------------------------------------------------------------------- construction
-
-
 def test_a_teacher_that_is_the_student():
     net = Net(3)
     rule = "share no parameter with the student, for it is frozen (copy.deepcopy it)"
@@ -95,8 +93,6 @@ def test_an_option_that_nothing_has():
 
 
 # ----------------------------------------------------------------------------------------- the step
-
-
 def test_a_batch_of_one_with_batch_norm():
     teacher, student = models()
     student.head = nn.Sequential(nn.BatchNorm1d(12), student.head)
@@ -327,8 +323,6 @@ def test_a_term_that_is_nan(where, text):
 
 
 # ---------------------------------------------------------------------------------- silent mistakes
-
-
 def trained(distiller: Distiller, parameters, steps: int = 15) -> list[str]:
     """Train, and return what was warned of."""
     optimiser = torch.optim.SGD(parameters, lr=1e-6)

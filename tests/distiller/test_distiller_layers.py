@@ -72,8 +72,6 @@ def test_a_name_like_none_of_them():
 
 
 # ------------------------------------------------------------------------------------------- shapes
-
-
 def shaped(student, teacher=lambda maps: maps, *, layers="here", **options):
     torch.manual_seed(0)
     given = {"example": batch()[0], "sokd": SMALL, "method": "fitnet", **options}
@@ -203,8 +201,6 @@ def test_options_of_the_layouts():
 
 
 # ---------------------------------------------------------------------------------------- the hooks
-
-
 def test_hooks_are_set_once_and_keep_nothing():
     distiller = make()
     student = distiller.student

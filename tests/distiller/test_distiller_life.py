@@ -31,8 +31,6 @@ def stepped(distiller: Distiller, *args) -> tuple[torch.Tensor, dict[str, torch.
 
 
 # ------------------------------------------------------------------------------------------- copies
-
-
 def test_deepcopy_and_pickle_are_the_same_and_apart():
     original = make()
     objective(original)
@@ -87,8 +85,6 @@ def test_export_is_the_bare_student():
 
 
 # ------------------------------------------------------------------------------------------- resume
-
-
 def run(distiller: Distiller, optimiser: torch.optim.Optimizer, steps: int) -> list[float]:
     values = []
     for _ in range(steps):
@@ -129,8 +125,6 @@ def test_the_state_is_small():
 
 
 # ------------------------------------------------------------------------------------------ compile
-
-
 COMPILED = [*(name for name in METHODS if name != "crd"), {"fitnet": 1.0, "kd": 1.0}]
 
 
@@ -223,8 +217,6 @@ def test_the_graphs_of_the_backward_agree():
 
 
 # ------------------------------------------------------------------------------- precision, layouts
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("method", ["fitnet", {"at": 1.0, "kd": 1.0}], ids=str)
 def test_autocast(dtype, method):

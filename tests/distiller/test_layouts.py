@@ -51,8 +51,6 @@ def refused(text: str, *args, **options) -> None:
 
 
 # -------------------------------------------------------------------------------------------- BHWC
-
-
 @pytest.mark.parametrize("size", [(32, 32), (24, 40), (4, 4)], ids=str)
 @pytest.mark.parametrize("plugged", [SMALL, False], ids=["sokd", "alone"])
 def test_channels_last_is_refused_and_named(size, plugged):
@@ -114,8 +112,6 @@ def test_an_order_that_is_named_is_believed():
 
 
 # ------------------------------------------------------------------------------------------ tokens
-
-
 GUESSES = {
     "9 x 16": ((72, 128), 0, 12),
     "4 x 9": ((32, 72), 0, 6),
@@ -199,8 +195,6 @@ def test_an_input_that_is_not_known_leaves_the_guess():
 
 
 # ------------------------------------------------------------------------------------------- batch
-
-
 @pytest.mark.parametrize(("samples", "side"), [(4, 32), (5, 32), (8, 32), (16, 48)])
 def test_tokens_before_samples(samples, side):
     x = torch.randn(samples, 3, side, side)

@@ -130,8 +130,6 @@ def test_a_task_that_returns_no_scalar(reduction, got):
 
 
 # ---------------------------------------------------------------- one of several tensors of a width
-
-
 class TwoHeads(Net):
     """Two classifiers, as DeiT's class and distillation heads."""
 

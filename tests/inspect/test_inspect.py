@@ -24,8 +24,6 @@ def moved(distiller, value=2.0):
 
 
 # --------------------------------------------------------------------------------------- the policy
-
-
 def test_the_table_is_sorted_and_named():
     distiller = moved(make())
     lines = inspect.table(distiller).splitlines()
@@ -90,8 +88,6 @@ def test_a_trajectory_of_nothing():
 
 
 # -------------------------------------------------------------------------------------------- areas
-
-
 def test_areas_are_dams_own():
     distiller, (x, _) = make(), batch()
     found = inspect.areas(distiller, x)
@@ -221,8 +217,6 @@ def test_matplotlib_is_not_imported_before_a_picture():
 
 
 # --------------------------------------------------------------------------------------- for others
-
-
 def test_json_holds_all_there_is(tmp_path):
     distiller = make()
     _, losses = distiller(*batch())

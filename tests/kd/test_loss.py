@@ -172,8 +172,6 @@ def test_options_of_the_policy_reach_it():
 
 
 # -------------------------------------------------------------------------------- shapes and layers
-
-
 @pytest.mark.parametrize(("student", "teacher"), [
     pytest.param((2, 3, 6, 6), (2, 4, 3, 3), id="teacher smaller"),
     pytest.param((2, 3, 4, 4), (2, 4, 8, 8), id="teacher larger"),
@@ -256,8 +254,6 @@ def test_channels_last_gives_the_same_and_stays():
 
 
 # ---------------------------------------------------------------------------------------- gradients
-
-
 def test_training_gives_the_policy_and_the_teacher_no_gradient():
     kd = make()
     student, teacher = pair()

@@ -33,8 +33,6 @@ def value_and_gradients(
 
 
 # ---------------------------------------------------------------------------------------- compilers
-
-
 @compiles
 @pytest.mark.parametrize(
     ("backend", "batches"),
@@ -140,8 +138,6 @@ def test_no_value_is_read_on_the_host(device):
 
 
 # ----------------------------------------------------------------------------------------- autocast
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "sides", [(True, True), (False, True), (True, False), (False, False)], ids=str
@@ -175,8 +171,6 @@ def test_a_module_of_another_dtype(dtype):
 
 
 # ---------------------------------------------------------------------------------------------- DDP
-
-
 def free_of_the_batch() -> SoKD:
     """Without noise and BatchNorm, which depend on the position in the batch and on its content."""
     return SoKD(
@@ -215,8 +209,6 @@ def test_two_ranks_draw_alike_and_give_the_gradients_of_the_whole_batch(tmp_path
 
 
 # ------------------------------------------------------------------------------------------- memory
-
-
 def step(kd: SoKD, student: Tensor, teacher: Tensor) -> None:
     torch.autograd.grad(loss(student, teacher, kd), student)
 

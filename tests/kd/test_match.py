@@ -160,8 +160,6 @@ def test_the_part_of_a_layer(shared):
 
 
 # ---------------------------------------------------------------------------------- omega as a mask
-
-
 def test_the_mask_is_the_root_of_the_weight():
     maps, weight = features(2, 3, 4, 4), features(2, 4, 4, seed=1).square()
     expected = maps * weight.sqrt().unsqueeze(1)

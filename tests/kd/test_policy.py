@@ -47,7 +47,6 @@ def plan_of(policy: Policy, *centre: float) -> sokd.ops.Plan:
 
 
 # --------------------------------------------------------------------------------------- operations
-
 ROTATION = [
     [math.cos(math.pi / 6), 0.5 * 0.5, 0],
     [-0.5 * 2, math.cos(math.pi / 6), 0],
@@ -157,8 +156,6 @@ def test_layers_share_the_choice_but_not_noise_or_channels() -> None:
 
 
 # -------------------------------------------------------------------------------------------- draws
-
-
 def test_choices_follow_their_probabilities() -> None:
     policy = Policy(granularity="sample", generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -226,8 +223,6 @@ def test_seeds() -> None:
 
 
 # ------------------------------------------------------------------------------------------- passes
-
-
 @pytest.mark.parametrize("granularity", ["batch", "sample"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_pass_is_refine_of_the_plan_in_both_modes(granularity: str, dtype: torch.dtype) -> None:
@@ -288,8 +283,6 @@ def test_compiles_in_one_graph() -> None:
 
 
 # -------------------------------------------------------------------------------------- as a module
-
-
 def test_checkpoint_copies_and_pickles_go_on_alike() -> None:
     policy = Policy(granularity="sample")
     features = torch.randn(3, 4, 5, 5)

@@ -74,8 +74,6 @@ def hypergradient(search: PolicySearch) -> list[Tensor]:
 
 
 # ------------------------------------------------------------------------------------ its gradients
-
-
 def planted_linear(**options: Any) -> tuple[Linear, SoKD, PolicySearch]:
     student = Linear()
     policy = Policy(policies=PAIRS, magnitude_gradient="pathwise").double()
@@ -199,8 +197,6 @@ def test_relax_learns_by_its_estimate(order: int) -> None:
 
 
 # ----------------------------------------------------------------------------------------- no trace
-
-
 def everything(student: nn.Module, kd: SoKD, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     chi = {"policy.alpha", "policy.beta", "policy.magnitude"}
     tensors = {

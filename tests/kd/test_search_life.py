@@ -221,8 +221,6 @@ def test_inside_no_grad_and_with_wrapped_modules() -> None:
 
 
 # ------------------------------------------------------------------------------------------ planted
-
-
 @pytest.mark.parametrize(
     ("estimator", "steps", "lr"), [("gumbel", 120, 0.05), ("relax", 250, 0.015)]
 )
@@ -284,8 +282,6 @@ def test_finds_the_planted_magnitude() -> None:
 
 
 # ------------------------------------------------------------------------------------ two processes
-
-
 def one_rank(rank: int) -> dict[str, Any]:
     """A search on this rank's own batch, the student wrapped: the policy's state."""
     torch.manual_seed(rank)  # seeds and weights differ at first

@@ -161,8 +161,6 @@ def test_a_run_taken_up_from_a_checkpoint_is_the_same_run_to_the_bit():
 
 
 # -------------------------------------------------------------------------------------- diagnostics
-
-
 def test_diagnostics_are_the_last_steps():
     kd = make()
     student, teacher = pair()
@@ -227,7 +225,6 @@ def test_the_search_leaves_the_diagnostics_alone():
 
 
 # ----------------------------------------------------------------------------------------- refusals
-
 STUDENT, TEACHER = torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4, 4)
 
 

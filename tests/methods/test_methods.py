@@ -58,8 +58,6 @@ def close(actual, expected, rtol=1e-9, atol=1e-12):
 
 
 # --- values
-
-
 @pytest.mark.parametrize("batch, classes", [(5, 7), (1, 2), (2, 30)])
 @pytest.mark.parametrize("name, options", [
     ("kd", {}), ("kd", {"temperature": 1.0}), ("lskd", {}), ("lskd", {"temperature": 3.0}),
@@ -179,8 +177,6 @@ def test_class_maps():
 
 
 # --- gradients
-
-
 def loss_of(name, dtype=F64, mask=True, **sizes):
     """A loss as a function of the student alone, and a student."""
     function = getattr(methods, name)
@@ -233,8 +229,6 @@ def test_a_student_like_the_teacher_has_no_loss(name):
 
 
 # --- edges
-
-
 @pytest.mark.parametrize("name", LOGITS + FEATURES)
 def test_an_empty_batch_is_zero(name):
     loss, student = loss_of(name)
@@ -304,8 +298,6 @@ def test_samples_at_one_place():
 
 
 # --- precision, layouts
-
-
 @pytest.mark.parametrize("name", LOGITS + FEATURES)
 def test_autocast_changes_nothing(name):
     """Half-precision inputs are widened first; autocast is not let at the products."""

@@ -39,8 +39,6 @@ def unit_rows(features: Tensor, layer: nn.Linear) -> np.ndarray:
 
 
 # --- crd
-
-
 def test_crd_against_loops(way):
     """Three batches: the first sets Z, each finds the banks as the ones before left them."""
     loss = crd()
@@ -223,8 +221,6 @@ def test_pooled():
 
 
 # --- reviewkd
-
-
 def stages(batch=2, dtype=F64):
     student = [(3, 8, 6), (4, 4, 3), (5, 2, 2)]
     teacher = [(4, 8, 6), (3, 8, 6), (6, 1, 2)]  # equal, larger and smaller than the student's
@@ -300,8 +296,6 @@ def test_reviewkd_of_nothing():
 
 
 # --- mgd
-
-
 @pytest.mark.parametrize("mask", [False, True], ids=["plain", "masked"])
 @pytest.mark.parametrize("over", ["channels", "cells"])
 def test_mgd_against_loops(over, mask):

@@ -149,7 +149,6 @@ def test_compiled(name):
 
 
 # --- mistakes
-
 M = torch.ones(2, 3, 4, 5)
 LOGITS = torch.ones(2, 4)
 INDEX = torch.arange(2)

@@ -167,8 +167,6 @@ def test_the_gradient_keeps_the_layout(layout):
 
 
 # --- gradient
-
-
 @pytest.mark.parametrize("normalise", ["elements", "area"])
 def test_gradcheck(normalise):
     student, teacher = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64)
@@ -338,8 +336,6 @@ def test_no_gradient_is_computed_when_none_is_wanted():
 
 
 # --- values that are not numbers, maps that are empty
-
-
 def test_nan_propagates():
     student, teacher, weight = torch.randn(1, 2, 3, 3), torch.randn(1, 2, 3, 3), torch.ones(1, 3, 3)
     for index, target in enumerate((student, teacher, weight)):

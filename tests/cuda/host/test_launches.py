@@ -164,8 +164,6 @@ def test_threads_share_what_one_has_compiled() -> None:
 
 
 # --- the views
-
-
 @forked
 def test_tensors_of_another_device_never_reach_a_kernel() -> None:
     here, there = HostCuda(torch.zeros(SHAPE)), HostCuda(torch.zeros(SHAPE), 1)

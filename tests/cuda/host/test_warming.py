@@ -156,8 +156,6 @@ def test_sokd_warmup(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # --- sokd.show_config()
-
-
 def test_show_config(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     sokd.show_config()

@@ -30,8 +30,6 @@ def assert_near(name: str, actual: Tensor, expected: Tensor, tolerance: float) -
 
 
 # --- one call each, CPU tensors in and out
-
-
 def refine(cuda: MockMemory, features: Tensor, **plan: Any) -> Tensor:
     return cuda.back(ops.refine(cuda.on(features), **moved(cuda, plan)))
 
@@ -83,8 +81,6 @@ def areas(
 
 
 # --- what holds
-
-
 def check_masked_mse(
     cuda: MockMemory, shape: Shape, dtype: torch.dtype, layout: str, weight: torch.dtype | None,
     normalise: str,
