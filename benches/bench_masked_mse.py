@@ -11,12 +11,12 @@ from support import eager
 
 import sokd
 from benches.bench_refine import LARGE, MAIN, gradients
-from benches.harness import LAYOUTS, MEMORY, Case, Options, check_close, compiled, name_of
+from benches.harness import LAYOUTS, MEMORY, Case, Options, Shape, check_close, compiled, name_of
 from sokd import reference
 
 
 def case(
-    shape: tuple[int, ...], dtype: torch.dtype, layout: str, *, compile_too: bool,
+    shape: Shape, dtype: torch.dtype, layout: str, *, compile_too: bool,
     targets: dict[str, float],
 ) -> Case:  # fmt: skip
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ from support import eager
 from torch import Tensor
 
 import sokd
-from benches.harness import LAYOUTS, MEMORY, Case, Options, check_close, compiled, name_of
+from benches.harness import LAYOUTS, MEMORY, Case, Options, Shape, check_close, compiled, name_of
 from sokd import reference
 from sokd.ops.masked_mse import scaled_mse as any_mse
 
@@ -22,7 +22,7 @@ LARGE = ((32, 256, 28, 28), (2, 256, 100, 100))
 SEED = 7
 
 
-def make(shape: tuple[int, ...], dtype: torch.dtype, layout: str, groups: int) -> dict[str, Tensor]:
+def make(shape: Shape, dtype: torch.dtype, layout: str, groups: int) -> dict[str, Tensor]:
     """Features and a plan with all five parts active."""
     torch.manual_seed(0)
     _, channels, height, width = shape
@@ -58,7 +58,7 @@ def gradients(
 
 
 def forward_case(
-    shape: tuple[int, ...], dtype: torch.dtype, layout: str, groups: int, *, compile_too: bool,
+    shape: Shape, dtype: torch.dtype, layout: str, groups: int, *, compile_too: bool,
     target: float,
 ) -> Case:  # fmt: skip
     plan = make(shape, dtype, layout, groups)
@@ -90,7 +90,7 @@ def forward_case(
     return Case(work, shape, sides, moved, targets, check, name_of(dtype), layout)
 
 
-def affine_case(shape: tuple[int, ...], dtype: torch.dtype, layout: str, *, target: float) -> Case:
+def affine_case(shape: Shape, dtype: torch.dtype, layout: str, *, target: float) -> Case:
     plan = make(shape, dtype, layout, 1)
     features, theta = plan["features"], plan["theta"]
     loose = 1e-5 if dtype == torch.float32 else 4e-2
@@ -114,7 +114,7 @@ def affine_case(shape: tuple[int, ...], dtype: torch.dtype, layout: str, *, targ
 
 
 def loss_case(
-    shape: tuple[int, ...], dtype: torch.dtype, layout: str, *, compile_too: bool, target: float
+    shape: Shape, dtype: torch.dtype, layout: str, *, compile_too: bool, target: float
 ) -> Case:
     plan = make(shape, dtype, layout, 1)
     plan["theta"].requires_grad_()

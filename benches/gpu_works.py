@@ -13,13 +13,12 @@ from torch import Tensor
 import sokd
 from benches.bench_areas import HEATS
 from benches.bench_refine import SEED, gradients, make
-from benches.harness import LAYOUTS, Case, Side, check_close, compiled, name_of
+from benches.harness import LAYOUTS, Case, Shape, Side, check_close, compiled, name_of
 from sokd import reference
 
 PLANS = 4  # of refine_dots
 # The floors are not a goal for these: trials in float64, many plans for one read.
 NO_GOAL = ("refine backward, features", "refine_dots")
-Shape = tuple[int, ...]
 
 
 def has_goal(case: Case) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pytest import MonkeyPatch
 
 import sokd
 from benches import bench_gpu
@@ -30,7 +31,7 @@ MOVED = {
 
 
 @pytest.fixture(autouse=True)
-def _one_dtype_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _one_dtype_in_a_folder(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # a quick run writes below the current folder
     monkeypatch.setattr(bench_gpu, "DTYPES", (torch.float32,))
 
@@ -59,7 +60,7 @@ def test_every_work_has_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_a_wrong_answer_is_not_timed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     right = sokd.ops.areas
 
@@ -76,7 +77,7 @@ def test_a_wrong_answer_is_not_timed(
 
 
 def test_a_case_too_large_for_the_device_is_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     def large(*heads: Any, **options: Any) -> Any:
         raise torch.OutOfMemoryError("no room")
@@ -113,7 +114,7 @@ def test_the_goal_is_for_large_maps(
     assert "goal" not in eager and "share_of_copy" not in failed
 
 
-def test_the_device_is_busy_for_as_long_as_python_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_device_is_busy_for_as_long_as_python_launches(monkeypatch: MonkeyPatch) -> None:
     """Else the clock would show Python's time, which the first call measures."""
     slept: list[int] = []
     event = SimpleNamespace(

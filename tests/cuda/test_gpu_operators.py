@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from support.cases import DTYPES, LAYOUTS, SHAPES, everything, laid_out, neutral_plan, same_bits
+from support.cases import (
+    DTYPES,
+    LAYOUTS,
+    SHAPES,
+    Shape,
+    everything,
+    laid_out,
+    neutral_plan,
+    same_bits,
+)
 from support.cuda import device_cases
 from support.cuda.device_cases import (
     TorchDevice,
@@ -67,19 +76,17 @@ def plan_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def groups_of(shape: tuple[int, ...]) -> list[int]:
+def groups_of(shape: Shape) -> list[int]:
     return [1, shape[0]] if shape[0] > 1 else [1]
 
 
-def has_cells(shape: tuple[int, ...]) -> bool:
+def has_cells(shape: Shape) -> bool:
     return 0 not in shape[1:]
 
 
 # --- refine and refine_dots
 @everywhere
-def test_refine(
-    shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: TorchDevice
-) -> None:
+def test_refine(shape: Shape, layout: str, dtype: torch.dtype, device: TorchDevice) -> None:
     """The value and all four gradients."""
     for groups in groups_of(shape):
         device_cases.refine(device, shape, layout, dtype, groups)
@@ -99,9 +106,7 @@ def test_refine(
 
 
 @everywhere
-def test_refine_dots(
-    shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: TorchDevice
-) -> None:
+def test_refine_dots(shape: Shape, layout: str, dtype: torch.dtype, device: TorchDevice) -> None:
     device_cases.refine_dots(device, shape, layout, dtype, 5)
     features, upstream = (device.on(laid_out(shape, layout, dtype)) for _ in range(2))
     each = [everything(shape, shape[0], torch.float32) for _ in range(3)]
@@ -131,7 +136,7 @@ def test_neutral_values_copy_bit_for_bit(
 @pytest.mark.parametrize(
     "seed", [0, -5, 2**63 + 1, torch.tensor([77])], ids=["0", "-5", "2^63+1", "tensor"]
 )
-def test_the_noise_is_the_cpus(shape: tuple[int, ...], seed: Any, device: TorchDevice) -> None:
+def test_the_noise_is_the_cpus(shape: Shape, seed: Any, device: TorchDevice) -> None:
     there = device.on(seed) if isinstance(seed, Tensor) else seed
     features, sigma = torch.zeros(shape), torch.ones(1)
     found = device.back(ops.refine(device.on(features), sigma=device.on(sigma), seed=there))
@@ -141,7 +146,7 @@ def test_the_noise_is_the_cpus(shape: tuple[int, ...], seed: Any, device: TorchD
 
 @pytest.mark.parametrize("shape", [(3, 6, 9, 7), ALIGNED, LARGE])
 def test_the_noise_has_the_same_bits_in_every_layout_and_dtype(
-    shape: tuple[int, ...], device: TorchDevice
+    shape: Shape, device: TorchDevice
 ) -> None:
     def noise(features: Tensor, groups: int) -> Tensor:
         sigma = torch.ones(groups, device=device.device)
@@ -161,7 +166,7 @@ def test_the_noise_has_the_same_bits_in_every_layout_and_dtype(
     "shape, layout, dtype", [case for case in EVERYWHERE if has_cells(case[0])]
 )
 def test_areas(
-    shape: tuple[int, ...], layout: str, dtype: torch.dtype, teacher: bool, device: TorchDevice
+    shape: Shape, layout: str, dtype: torch.dtype, teacher: bool, device: TorchDevice
 ) -> None:
     """Scores, boxes and coverage: exactly, ties included."""
     cells = math.prod(shape[1:])
@@ -181,7 +186,7 @@ def test_areas(
 @pytest.mark.parametrize("normalise", ["elements", "area"])
 @everywhere
 def test_masked_mse(
-    shape: tuple[int, ...], layout: str, dtype: torch.dtype, normalise: str, device: TorchDevice
+    shape: Shape, layout: str, dtype: torch.dtype, normalise: str, device: TorchDevice
 ) -> None:
     """The loss and the student's gradient; the upstream gradient scales the latter to about one."""
     batch, _, height, width = shape
@@ -232,7 +237,7 @@ def test_draw(n: int, device: TorchDevice) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), LARGE])
 def test_same_bits_on_every_run(
-    shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: TorchDevice
+    shape: Shape, dtype: torch.dtype, layout: str, device: TorchDevice
 ) -> None:
     run = everything_on(device, shape, dtype, layout)
     first = run()

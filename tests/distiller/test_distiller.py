@@ -19,14 +19,14 @@ from support.distiller_cases import (
     rewound,
 )
 from support.raises import raises
-from torch import nn
+from torch import Tensor, nn
 
 import sokd
 from sokd import methods
 from sokd.distiller import Distiller
 
 
-def hand_written(distiller: Distiller) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def hand_written(distiller: Distiller) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, and the two stages' maps of a Net, as a user would get them by changing it."""
     student, (x, _) = distiller.student, batch()
     first = student.stage1(student.stem(x))
@@ -34,7 +34,7 @@ def hand_written(distiller: Distiller) -> tuple[torch.Tensor, torch.Tensor, torc
     return student.head(second.mean((2, 3))), first, second
 
 
-def teacher_maps(distiller: Distiller) -> list[torch.Tensor]:
+def teacher_maps(distiller: Distiller) -> list[Tensor]:
     teacher, (x, _) = distiller.teacher, batch()
     with torch.no_grad():
         first = teacher.stage1(teacher.stem(x))

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from support.distiller_cases import SMALL, batch, gradients, make, models, objective, rewound
 from support.ranks import RANKS, of_ranks
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -40,7 +40,7 @@ def distiller() -> Distiller:
     return make(models=models(norm=False), sokd={"adapter": adapters, "policies": QUIET, **SMALL})
 
 
-def searched(subject: Distiller, x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+def searched(subject: Distiller, x: Tensor, y: Tensor) -> list[Tensor]:
     """The policy after two steps of its search."""
     torch.manual_seed(3)  # of the search's own stream
     search = sokd.PolicySearch(subject.kd, subject.student, lr=0.05)
@@ -49,7 +49,7 @@ def searched(subject: Distiller, x: torch.Tensor, y: torch.Tensor) -> list[torch
     return chi(subject)
 
 
-def chi(subject: Distiller) -> list[torch.Tensor]:
+def chi(subject: Distiller) -> list[Tensor]:
     return [parameter.detach().clone() for parameter in subject.kd.policy.parameters()]
 
 
@@ -86,7 +86,7 @@ def _work(rank: int) -> dict[str, Any]:
     return found | {"crd": contrasted(rank, RANKS), "crd by name": _crd_by_name(rank)}
 
 
-def _parallel(x: torch.Tensor, y: torch.Tensor, **options: Any) -> dict[str, torch.Tensor]:
+def _parallel(x: Tensor, y: Tensor, **options: Any) -> dict[str, Tensor]:
     """The second step's gradients under options of DistributedDataParallel, with an EMA.
 
     In the second step a static graph is known.
@@ -102,7 +102,7 @@ def _parallel(x: torch.Tensor, y: torch.Tensor, **options: Any) -> dict[str, tor
     return gradients(subject)
 
 
-def _sharded(x: torch.Tensor, y: torch.Tensor) -> dict[str, Any]:
+def _sharded(x: Tensor, y: Tensor) -> dict[str, Any]:
     """FSDP: the whole Distiller but the policy; a student that is sharded alone is refused."""
     mesh, subject = init_device_mesh("cpu", (RANKS,)), distiller()
     fully_shard(subject, mesh=mesh, ignored_params=set(subject.kd.policy.parameters()))
@@ -156,7 +156,7 @@ def contrasted(rank: int, ranks: int) -> dict[str, Any]:
     return {"gradients": found, "state": dict(loss.state_dict())}
 
 
-def _crd_by_name(rank: int) -> dict[str, torch.Tensor]:
+def _crd_by_name(rank: int) -> dict[str, Tensor]:
     """A Distiller with CRD whose ranks have two samples each, then one and two."""
     subject = make(
         models=models(norm=False), layers="stage2", method="crd", sokd=False, num_samples=11,
@@ -180,7 +180,7 @@ def _crd_by_name(rank: int) -> dict[str, torch.Tensor]:
     }
 
 
-def _logits_only(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+def _logits_only(x: Tensor, y: Tensor) -> list[Tensor]:
     """A student wrapped inside is right where nothing else is trained, and its layers are found."""
     teacher, student = models(norm=False)
     subject = make(
@@ -197,7 +197,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return of_ranks(_work, tmp_path_factory.mktemp("ranks"))
 
 
-def check_whole(of_ranks: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def check_whole(of_ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """That every rank has the gradients of one process with the whole batch, which are returned."""
     expected = one_process()["gradients"]
     for found in of_ranks:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.cases import compiles
 from support.distiller_cases import SMALL, Net, batch, gradients, make, models, objective, rewound
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sokd.distiller import Distiller
@@ -23,7 +23,7 @@ def check_same(found: dict, expected: dict, **close) -> None:
         )
 
 
-def stepped(distiller: Distiller, *args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def stepped(distiller: Distiller, *args) -> tuple[Tensor, dict[str, Tensor]]:
     """Objective and gradients of one step."""
     value = objective(distiller, *args)
     value.backward()

@@ -4,12 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.raises import raises
+from torch import Tensor
 
 from sokd import reference
 from sokd.kd.dam import DAM
 
 
-def maps_written_out(dam: DAM, features: torch.Tensor) -> dict[str, torch.Tensor]:
+def maps_written_out(dam: DAM, features: Tensor) -> dict[str, Tensor]:
     """The three heads one by one, each with its own first convolution."""
     channels, height, width = features.shape[1:]
     raw = {}
@@ -30,7 +31,7 @@ def maps_written_out(dam: DAM, features: torch.Tensor) -> dict[str, torch.Tensor
     }
 
 
-def agreement_written_out(dam: DAM, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+def agreement_written_out(dam: DAM, student: Tensor, teacher: Tensor) -> Tensor:
     sides = [
         torch.cat(list(maps_written_out(dam, side).values()), dim=1)
         for side in (student, teacher.detach())
@@ -38,7 +39,7 @@ def agreement_written_out(dam: DAM, student: torch.Tensor, teacher: torch.Tensor
     return (sides[0] - sides[1]).square().mean()
 
 
-def a_pair(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+def a_pair(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
     student, teacher = (torch.randn(*shape, generator=generator, dtype=dtype) for _ in range(2))
     return student.requires_grad_(), teacher

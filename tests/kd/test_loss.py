@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.kd_cases import FixedMask, features, make, pair, rewound
-from torch import nn
+from torch import Tensor, nn
 
 from sokd import reference
 from sokd.kd.dam import DAM
@@ -40,9 +40,7 @@ def test_by_hand_with_a_mask(normalise, value, gradient):
     assert student.grad[0, 0, 0, 1] == student.grad[0, 0, 1, 0] == 0
 
 
-def written_out(
-    kd: SoKD, student: torch.Tensor, teacher: torch.Tensor, draw
-) -> dict[str, torch.Tensor]:
+def written_out(kd: SoKD, student: Tensor, teacher: Tensor, draw) -> dict[str, Tensor]:
     """docs/method.md 2 to 4, one line each, in plain PyTorch."""
     plan = kd.policy.plan(draw, teacher.shape)
     refined = reference.refine(teacher, **plan._asdict())

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.kd_cases import features, make, pair, rewound
-from torch import nn
+from torch import Tensor, nn
 
 import sokd
 from sokd.kd.dam import DAM, masked
@@ -14,7 +14,7 @@ from sokd.kd.dam import DAM, masked
 COUNTER = 5  # of a draw whose gates fire
 
 
-def matched(kd: sokd.SoKD, student: torch.Tensor, teacher: torch.Tensor, **options) -> sokd.Match:
+def matched(kd: sokd.SoKD, student: Tensor, teacher: Tensor, **options) -> sokd.Match:
     """The match of the only layer, always from the same draw."""
     (match,) = rewound(kd, COUNTER).match(student, teacher, **options)
     return match

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from support.cases import compiles
 from support.kd_cases import features, make, pair, rewound
 from support.raises import raises
-from torch import nn
+from torch import Tensor, nn
 
 from sokd.kd.policy import Policy
 from sokd.kd.sokd import SoKD, loss
@@ -87,7 +87,7 @@ class Student(nn.Module):
         self.body = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU())
         self.head = nn.Linear(3, 2)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         maps = self.body(x)
         return self.head(maps.mean((2, 3))), maps
 
@@ -121,7 +121,7 @@ class Run:
         parameters = [*self.student.parameters(), *self.kd.parameters()]
         self.optimiser = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9)
 
-    def steps(self, first: int, last: int) -> list[torch.Tensor]:
+    def steps(self, first: int, last: int) -> list[Tensor]:
         values = []
         for step in range(first, last):
             x, y = features(4, 1, 6, 6, seed=step), torch.arange(4) % 2

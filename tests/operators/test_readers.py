@@ -14,6 +14,7 @@ import pytest
 import torch
 from support.cases import DTYPES, LAYOUTS, everything, laid_out
 from support.raises import raises
+from torch import Tensor
 
 import sokd
 from sokd import _core, ops, reference
@@ -21,7 +22,7 @@ from sokd.ops import config
 from sokd.reference import Plan
 
 SHAPE = (2, 5, 6, 7)
-FALLBACK = "dlpack" if hasattr(torch.Tensor, "__dlpack_c_exchange_api__") else "portable"
+FALLBACK = "dlpack" if hasattr(Tensor, "__dlpack_c_exchange_api__") else "portable"
 
 
 def run_everything(dtype=torch.float32, layout="contiguous"):
@@ -107,7 +108,7 @@ def test_without_the_exchange_of_dlpack_the_portable_reader_serves(value):
     code = f"""
         import sys, torch
         sys.modules["sokd_tch"] = None
-        torch.Tensor.__dlpack_c_exchange_api__ = {value}
+        Tensor.__dlpack_c_exchange_api__ = {value}
         import sokd
         sokd.ops.refine(torch.ones(1, 2, 3, 3))
         print(sokd._core.build_info()["reader"])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pytest import MonkeyPatch
 from support.demo_cases import in_process, small_task, synthetic
 
 from examples.experiments import compare, methods, tune
@@ -104,7 +105,7 @@ def test_every_method_has_as_many_trials_and_the_chosen_one_is_among_them() -> N
 
 
 def test_tuning_uses_the_validation_part_alone(
-    task: Task, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    task: Task, monkeypatch: MonkeyPatch, tmp_path: Path
 ) -> None:
     seen: list[Run] = []
     rates: list[float] = []
@@ -134,7 +135,7 @@ def finished(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs.csv of a comparison of KD and AT on a made-up set."""
     path = tmp_path_factory.mktemp("compare") / "runs.csv"
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
+    with MonkeyPatch.context() as patch:
         patch.setattr(compare, "train_all", in_process)
         compared(task, path)
     return path
@@ -181,7 +182,7 @@ def test_of_equal_trials_the_smaller_share_is_chosen() -> None:
 
 
 def test_an_interrupted_comparison_goes_on(
-    task: Task, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    task: Task, finished: Path, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compare, "train_all", in_process)
     path = tmp_path / "runs.csv"
@@ -202,7 +203,7 @@ def test_an_interrupted_comparison_goes_on(
 
 @pytest.mark.parametrize("name", sources.SOURCES)
 def test_a_missing_data_set_is_one_line(
-    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, monkeypatch: MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert compare.main(["--dataset", name, "--save", str(tmp_path)]) == 2

@@ -10,6 +10,7 @@ from torch import Tensor
 from sokd import ops, reference
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+Shape = tuple[int, ...]
 LAYOUTS = ["contiguous", "channels_last", "sliced", "expanded", "transposed", "offset"]
 
 # torch.compile itself warns (deprecated calls inside PyTorch); not what these tests are about
@@ -33,7 +34,7 @@ SHAPES = [  # batch, channels, height, width: and what each is for
 ]
 
 
-def laid_out(shape: tuple[int, ...], layout: str, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+def laid_out(shape: Shape, layout: str, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     """A random map of this logical shape in one of LAYOUTS."""
     batch, channels, height, width = shape
 
@@ -53,7 +54,7 @@ def laid_out(shape: tuple[int, ...], layout: str, dtype: torch.dtype, scale: flo
     return rand(*shape)
 
 
-def operation(index: int, shape: tuple[int, ...], m: float) -> dict[str, Any]:
+def operation(index: int, shape: Shape, m: float) -> dict[str, Any]:
     """The plan of one operation of the policy, alone, at magnitude m; G = 1, float64."""
     _, channels, height, width = shape
     low, high = (
@@ -81,7 +82,7 @@ def operation(index: int, shape: tuple[int, ...], m: float) -> dict[str, Any]:
     return {"keep": torch.rand(1, channels) < 0.7}
 
 
-def pair(first: int, second: int, shape: tuple[int, ...]) -> dict[str, Any]:
+def pair(first: int, second: int, shape: Shape) -> dict[str, Any]:
     """The plan of a pair of operations; two affine ones compose, the first applied first."""
     one, two = operation(first, shape, 0.8), operation(second, shape, 0.3)
     if "theta" in one and "theta" in two:
@@ -91,9 +92,7 @@ def pair(first: int, second: int, shape: tuple[int, ...]) -> dict[str, Any]:
     return one | two
 
 
-def everything(
-    shape: tuple[int, ...], groups: int, dtype: torch.dtype = torch.float64
-) -> dict[str, Any]:
+def everything(shape: Shape, groups: int, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     """All five parts, active and different for each group."""
     _, channels, height, width = shape
     theta = torch.eye(2, 3, dtype=torch.float64) + 0.2 * torch.randn(

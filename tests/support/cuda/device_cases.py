@@ -15,7 +15,7 @@ from torch import Tensor
 import sokd
 from sokd import ops
 from support import kd_cases
-from support.cases import everything, laid_out
+from support.cases import Shape, everything, laid_out
 
 # of a value near one, in units of the dtype's own rounding; sums of products are allowed more
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -95,16 +95,14 @@ def loss_and_gradient(
     return [loss.detach(), torch.autograd.grad(loss * upstream, student)[0]]
 
 
-def heads(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def heads(shape: Shape, layout: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Heat, size and offset."""
     pair = (shape[0], 2, *shape[2:])
     heat = laid_out(shape, layout, dtype).sigmoid()
     return heat, laid_out(pair, layout, dtype).abs() * 2, laid_out(pair, layout, dtype).sigmoid()
 
 
-def refine(
-    device: Device, shape: tuple[int, ...], layout: str, dtype: torch.dtype, groups: int
-) -> None:
+def refine(device: Device, shape: Shape, layout: str, dtype: torch.dtype, groups: int) -> None:
     """Value and all four gradients, with an upstream gradient of the same layout."""
     features, plan = laid_out(shape, layout, dtype), everything(shape, groups, torch.float32)
     straight = torch.zeros(groups)
@@ -124,9 +122,7 @@ def refine(
         close(one, other, times=20.0)
 
 
-def refine_dots(
-    device: Device, shape: tuple[int, ...], layout: str, dtype: torch.dtype, plans: int
-) -> None:
+def refine_dots(device: Device, shape: Shape, layout: str, dtype: torch.dtype, plans: int) -> None:
     features, upstream = laid_out(shape, layout, dtype), laid_out(shape, layout, dtype)
     each = [everything(shape, 1, torch.float32) for _ in range(plans)]
     stacked = {name: torch.stack([plan[name] for plan in each]) for name in each[0]}
@@ -142,7 +138,7 @@ def refine_dots(
 
 
 def areas(
-    device: Device, shape: tuple[int, ...], layout: str, dtype: torch.dtype, k: int, *,
+    device: Device, shape: Shape, layout: str, dtype: torch.dtype, k: int, *,
     teacher: bool,
 ) -> None:  # fmt: skip
     """Scores, boxes and coverage: exactly."""
@@ -155,7 +151,7 @@ def areas(
 
 
 def masked_mse(
-    device: Device, shape: tuple[int, ...], layout: str, dtype: torch.dtype, weight: Tensor | None,
+    device: Device, shape: Shape, layout: str, dtype: torch.dtype, weight: Tensor | None,
     normalise: str,
 ) -> None:  # fmt: skip
     """Loss and gradient; an upstream gradient other than one."""
@@ -182,7 +178,7 @@ def draw(device: Device, n: int) -> None:
 
 def everything_on(
     device: Device,
-    shape: tuple[int, ...],
+    shape: Shape,
     dtype: torch.dtype = torch.float32,
     layout: str = "contiguous",
 ) -> Callable[[], list[Tensor]]:
