@@ -91,9 +91,7 @@ def step_case() -> Case:
 
     def counted(medians: dict[str, float]) -> dict[str, float]:
         ours = medians["sokd"] - medians[CONVOLUTIONS]
-        return {"sokd": ours} | {
-            name: time for name, time in medians.items() if name.startswith("FitNet")
-        }
+        return {"sokd": ours} | {k: time for k, time in medians.items() if k.startswith("FitNet")}
 
     losses: dict[str, tuple[Loss, nn.Module]] = {
         "sokd": (lambda s, t: sokd.loss(s, t, kd), kd),
@@ -131,9 +129,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
     ) as profile:
         work()
     events = profile.profiler.kineto_results.events()
-    memory = sorted(
-        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
-    )
+    memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     live = peak = 0
     for _, size in memory:
         live += size

@@ -70,9 +70,7 @@ def _refine_forward(
                 sides["compile"] = _call(compiler(baseline), part)
 
         def check(part: dict[str, Any] = part) -> None:
-            ours, truth = (
-                refine(**part, seed=SEED) for refine in (sokd.ops.refine, reference.refine)
-            )
+            ours, truth = (path.refine(**part, seed=SEED) for path in (sokd.ops, reference))
             check_close(ours, truth, **_loose(features.dtype))
 
         yield _case(f"refine forward, {kind}", features, layout, sides, 2 * features.nbytes, check)
@@ -92,10 +90,8 @@ def _refine_backward(plan: dict[str, Tensor], layout: str) -> Iterator[Case]:
         sides = {"sokd": _backward(refined, [*leaves.values()], upstream)}
         sides["eager"] = _backward(eager.refine(**arguments), [*leaves.values()], upstream)
 
-        def check(
-            ours: Side = sides["sokd"], arguments: Any = arguments, leaves: Any = leaves
-        ) -> None:
-            truth = reference.refine(**arguments, seed=SEED)
+        def check(ours: Side = sides["sokd"], given: Any = arguments, leaves: Any = leaves) -> None:
+            truth = reference.refine(**given, seed=SEED)
             expected = torch.autograd.grad(truth, [*leaves.values()], upstream)
             for one, other in zip(ours(), expected, strict=True):  # type: ignore[call-overload]
                 bound = _loose(upstream.dtype)
@@ -207,6 +203,5 @@ def _areas(shape: Shape, dtype: torch.dtype, layout: str) -> Case:
         "sokd": lambda: sokd.ops.areas(heat, size, offset),
         "eager": lambda: reference.areas(heat, size, offset),
     }
-    return _case(
-        "areas, k = 8", heat, layout, sides, heat.nbytes + 4 * batch * height * width, check
-    )
+    moved = heat.nbytes + 4 * batch * height * width
+    return _case("areas, k = 8", heat, layout, sides, moved, check)

@@ -45,6 +45,5 @@ class ResNet(nn.Module):
 
 
 def _stage(narrow: int, wide: int, stride: int, blocks: int) -> nn.Sequential:
-    return nn.Sequential(
-        Block(narrow, wide, stride), *(Block(wide, wide, 1) for _ in range(blocks - 1))
-    )
+    rest = (Block(wide, wide, 1) for _ in range(blocks - 1))
+    return nn.Sequential(Block(narrow, wide, stride), *rest)

@@ -70,9 +70,8 @@ def reader(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The number of skipped tests with their reasons, as the last lines of every run."""
-    reasons = Counter(
-        str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", [])
-    )
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(str(report.longrepr[2]) for report in skipped)
     terminalreporter.write_line(f"skipped: {sum(reasons.values())}")
     for reason, count in reasons.most_common():
         terminalreporter.write_line(f"  {count} x {reason.removeprefix('Skipped: ')}")

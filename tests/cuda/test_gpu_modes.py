@@ -118,9 +118,8 @@ def test_a_device_that_is_not_the_current_one(device: torch.device) -> None:
     with torch.cuda.device(0):
         device_cases.refine(other, SHAPE, "contiguous", torch.float32, 2)
         device_cases.areas(other, SHAPE, "channels_last", torch.float32, 8, teacher=True)
-        results = [
-            everything_on(TorchDevice(torch.device("cuda", index)), SHAPE)() for index in (0, 1)
-        ]
+        devices = [TorchDevice(torch.device("cuda", index)) for index in (0, 1)]
+        results = [everything_on(device, SHAPE)() for device in devices]
         assert torch.cuda.current_device() == 0
     assert results[1][0].device.index == 1 and same(*results)
 

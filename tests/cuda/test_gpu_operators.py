@@ -110,9 +110,8 @@ def test_refine_dots(shape: Shape, layout: str, dtype: torch.dtype, device: Torc
     device_cases.refine_dots(device, shape, layout, dtype, 5)
     features, upstream = (device.on(laid_out(shape, layout, dtype)) for _ in range(2))
     each = [everything(shape, shape[0], torch.float32) for _ in range(3)]
-    stacked = {name: device.on(torch.stack([plan[name] for plan in each])) for name in each[0]} | {
-        "seed": 8
-    }
+    stacked = {name: device.on(torch.stack([p[name] for p in each])) for name in each[0]}
+    stacked["seed"] = 8
     found = ops.refine_dots(features, upstream, stacked)
     exact = reference.refine_dots(features.double(), upstream.double(), stacked)
     assert found.shape == (3,) and found.dtype == plan_dtype(dtype)

@@ -240,9 +240,8 @@ def test_a_distiller_that_waits_can_be_shown_and_looked_at():
 def test_logits_are_found(form, where, task):
     teacher, student = (Answering(net, form) for net in models())
     layers = ["net.stage1", "net.stage2"]
-    distiller = make(
-        models=(teacher, student), layers=layers, method="kd", sokd=False, logits=where
-    )
+    options = {"method": "kd", "sokd": False, "logits": where}
+    distiller = make(models=(teacher, student), layers=layers, **options)
     output, losses = distiller(*batch())
     _, plain = make(method="kd", sokd=False)(*batch())
     torch.testing.assert_close(losses["loss_kd"], plain["loss_kd"])

@@ -54,9 +54,8 @@ class Inverted(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         wide = nn.Sequential(nn.Conv2d(inputs, 4 * outputs, 1), nn.ReLU(inplace=True))
-        self.conv = nn.Sequential(
-            wide, nn.Conv2d(4 * outputs, outputs, 3, 2, 1), nn.BatchNorm2d(outputs)
-        )
+        narrow = nn.Conv2d(4 * outputs, outputs, 3, 2, 1), nn.BatchNorm2d(outputs)
+        self.conv = nn.Sequential(wide, *narrow)
 
     def forward(self, x):
         return self.conv(x)
@@ -133,9 +132,8 @@ def test_auto_takes_the_output_of_models_that_give_features():
         return nn.Sequential(Net._stage(3, 4, 1, True, False), nn.Conv2d(4, 8, 3, 2, 1), *last)
 
     def last(make_net, method="at", **options):
-        return make(models=(make_net(), make_net()), layers="auto", method=method, **options).pairs[
-            -1
-        ]
+        given = {"models": (make_net(), make_net()), "layers": "auto", "method": method}
+        return make(**given, **options).pairs[-1]
 
     assert last(lambda: net(nn.ReLU())) == ("2", "2")
     assert last(lambda: net(nn.BatchNorm2d(8))) == ("2", "2")
@@ -160,9 +158,8 @@ def test_auto_reads_maps_in_their_order():
     pairs = make(models=(ChannelsLast(), ChannelsLast()), layers="auto", method="at").pairs
     assert pairs == [("patch", "patch")]
     teacher, _ = models()
-    distiller = make(
-        models=(teacher, ChannelsLast()), layers="auto", method="at", student_order="BHWC"
-    )
+    pair = teacher, ChannelsLast()
+    distiller = make(models=pair, layers="auto", method="at", student_order="BHWC")
     assert distiller.pairs == [("block", "stage2")]
     assert distiller.features(batch()[0])[0][0].shape == (4, 6, 4, 4)
 

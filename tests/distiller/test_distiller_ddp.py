@@ -212,9 +212,7 @@ def test_gradients_are_those_of_the_whole_batch(ranks):
     assert sum(gradient.abs().sum() > 0 for gradient in expected.values()) > 15
 
 
-@pytest.mark.parametrize(
-    "place", range(len(OPTIONS)), ids=[", ".join(options) for options in OPTIONS]
-)
+@pytest.mark.parametrize("place", range(len(OPTIONS)), ids=[", ".join(each) for each in OPTIONS])
 def test_the_wrappers_own_options(ranks, place):
     check_whole([found["options"][place] for found in ranks])
 

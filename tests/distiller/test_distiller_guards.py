@@ -134,9 +134,8 @@ def test_pixels_as_bytes(bias):
         if isinstance(module, nn.Conv2d):
             module.bias = None
     text = "x must have the dtype torch.float32 of the student's parameters, got torch.uint8"
-    refused(
-        TypeError, text, lambda: objective(make(models=nets), (255 * batch()[0]).byte(), batch()[1])
-    )
+    x = (255 * batch()[0]).byte()
+    refused(TypeError, text, lambda: objective(make(models=nets), x, batch()[1]))
 
 
 @pytest.mark.parametrize(("make_x", "got"), [

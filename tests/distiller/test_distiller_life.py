@@ -58,9 +58,8 @@ def test_a_copy_of_the_student_alone_keeps_nothing():
 def test_moving_averages(whole):
     distiller, (x, _) = make(), batch()
     followed = distiller if whole else distiller.student
-    average = torch.optim.swa_utils.AveragedModel(
-        followed, avg_fn=lambda old, new, count: 0.5 * (old + new)
-    )
+    followed_by = {"avg_fn": lambda old, new, count: 0.5 * (old + new)}
+    average = torch.optim.swa_utils.AveragedModel(followed, **followed_by)
     before = distiller.student.head.bias.detach().clone()
     for value in (1.0, 3.0):
         distiller.student.head.bias.data.fill_(value)
@@ -136,9 +135,8 @@ def test_the_whole_compiles_in_one_graph(method, dynamic):
     torch._dynamo.reset()
     expected, wanted = stepped(make(method=method))
     distiller = make(method=method)
-    value, found = stepped(
-        torch.compile(distiller, fullgraph=True, dynamic=dynamic, backend="eager")
-    )
+    compiled = torch.compile(distiller, fullgraph=True, dynamic=dynamic, backend="eager")
+    value, found = stepped(compiled)
     torch.testing.assert_close(value, expected)
     check_same({name.removeprefix("_orig_mod."): g for name, g in found.items()}, wanted)
     assert int(distiller.kd.policy.counter) == 1
@@ -290,9 +288,8 @@ def test_gradient_checkpointing():
     teacher, student = models(norm=False)
     twin = Checkpointed(3, norm=False)
     twin.load_state_dict(student.state_dict())
-    options = {
-        "sokd": {**SMALL, "adapter": nn.ModuleList([nn.Conv2d(6, 12, 1), nn.Conv2d(12, 24, 1)])}
-    }
+    adapter = nn.ModuleList([nn.Conv2d(6, 12, 1), nn.Conv2d(12, 24, 1)])
+    options = {"sokd": {**SMALL, "adapter": adapter}}
     calls = []
     twin.stage1.register_forward_hook(lambda *_: calls.append(1))
     plain = make(models=(teacher, student), **copy.deepcopy(options))

@@ -34,9 +34,8 @@ def test_a_teacher_whose_forward_is_an_inference(name, plugged):
         names = "0" if wrap is nn.Sequential else "net"
         layers = {layer: f"{names}.{layer}" for layer in ("stage1", "stage2")}
         torch.manual_seed(3)
-        distiller = make(
-            models=(wrap(teacher), student), layers=layers, method=name, sokd=plugged, **options
-        )
+        options |= {"layers": layers, "method": name, "sokd": plugged}
+        distiller = make(models=(wrap(teacher), student), **options)
         losses = distiller(*batch(), index=torch.arange(4))[1]
         sum(losses.values()).backward()
         found.append((losses, gradients(distiller)))

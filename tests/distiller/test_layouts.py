@@ -212,9 +212,7 @@ def test_tokens_before_samples(samples, side):
 
 def test_as_many_tokens_as_samples_are_found_out_by_the_next_batch():
     distiller = made(Tokens(16, layout="NBC"), Tokens(12, layout="NBC"), torch.randn(16, 3, 32, 32))
-    with pytest.raises(
-        ValueError, match="must have the batch size of x, 9, in its first dimension"
-    ):
+    with pytest.raises(ValueError, match="must have the batch size of x, 9, in its first dim"):
         objective(distiller, torch.randn(9, 3, 32, 32), torch.randint(0, CLASSES, (9,)))
 
 
@@ -243,9 +241,7 @@ def test_other_batches(form):
 
 @pytest.mark.parametrize("form", [lambda maps: maps[:, None], lambda maps: maps[0, 0, 0]])
 def test_other_ranks(form):
-    text = (
-        "the student's layer 'here' must be a map [B, C, H, W], tokens [B, N, C] or a vector [B, C]"
-    )
+    text = "the student's layer 'here' must be a map [B, C, H, W], tokens [B, N, C] or a vector"
     refused(text, Shaped(form), Shaped(form), batch()[0], layers="here")
 
 

@@ -87,9 +87,8 @@ ROWS = {
 @pytest.mark.parametrize("training", [True, False])
 def test_rows_that_are_not_probabilities(target, row, training):
     rule = f"hold rows of probabilities, which sum to 1, where it is floating point ({OTHERS})"
-    with pytest.raises(
-        ValueError, match=re.escape(f"Distiller: target must {rule}, got a row {row}")
-    ):
+    text = re.escape(f"Distiller: target must {rule}, got a row {row}")
+    with pytest.raises(ValueError, match=text):
         make().train(training)(batch()[0], target)
 
 

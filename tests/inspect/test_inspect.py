@@ -81,9 +81,8 @@ def test_a_trajectory_is_the_way_of_the_policy(tmp_path):
 def test_a_trajectory_of_nothing():
     with pytest.raises(ValueError, match="Trajectory: every must be positive, got 0"):
         inspect.Trajectory(make(), every=0)
-    with pytest.raises(
-        ValueError, match="Trajectory: draw must be called after record, got no snapshots"
-    ):
+    text = "Trajectory: draw must be called after record, got no snapshots"
+    with pytest.raises(ValueError, match=text):
         inspect.Trajectory(make()).draw("nowhere.png")
 
 
@@ -158,9 +157,8 @@ def test_shares_are_of_the_cells():
     "subject", [make(sokd=False, method="at"), make(sokd={"dam": None})], ids=["none", "dam"]
 )
 def test_areas_without_a_dam(subject):
-    with raises(
-        TypeError, "areas: subject must be a SoKD or a Distiller with a DAM, got Distiller"
-    ):
+    text = "areas: subject must be a SoKD or a Distiller with a DAM, got Distiller"
+    with raises(TypeError, text):
         inspect.areas(subject, batch()[0])
 
 

@@ -16,9 +16,7 @@ def maps_written_out(dam: DAM, features: Tensor) -> dict[str, Tensor]:
     raw = {}
     for index, name in enumerate(("heat", "offset", "size")):
         rows = slice(index * channels, (index + 1) * channels)
-        hidden = F.conv2d(features, dam.first.weight[rows], dam.first.bias[rows], padding=1).clamp(
-            min=0
-        )
+        hidden = F.conv2d(features, dam.first.weight[rows], dam.first.bias[rows], padding=1).relu()
         head = getattr(dam, name)
         raw[name] = F.conv2d(hidden, head.weight, head.bias)
     if dam.heads == "paper":

@@ -118,9 +118,8 @@ def test_all_36_in_single_precision() -> None:
     for _ in range(3):
         twin.load_state_dict(policy.state_dict())
         draw = policy.draw(SHAPE[0])
-        got = torch.autograd.grad(
-            loss_of(policy(features, draw, differentiable=True)), policy.alpha
-        )[0]
+        loss = loss_of(policy(features, draw, differentiable=True))
+        got = torch.autograd.grad(loss, policy.alpha)[0]
         want = torch.autograd.grad(loss_of(dense(features.double(), twin, draw)), twin.alpha)[0]
         torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=1e-3)
 
@@ -140,9 +139,8 @@ def test_straight_through_is_the_sum_of_the_upstream(granularity: str) -> None:
                 if sample.gates[group, chosen, slot] and PAIRS[chosen][slot] != "channel_shuffle":
                     expected[chosen, slot] += sums[group]
         refined = policy(features, draw, differentiable=True)
-        torch.testing.assert_close(
-            torch.autograd.grad(refined, policy.magnitude, upstream)[0], expected
-        )
+        got = torch.autograd.grad(refined, policy.magnitude, upstream)[0]
+        torch.testing.assert_close(got, expected)
 
 
 def test_pathwise_against_finite_differences() -> None:
@@ -157,9 +155,8 @@ def test_pathwise_against_finite_differences() -> None:
     step, checked = 1e-6, 0
     for _ in range(10):
         draw = policy.draw(SHAPE[0])
-        got = torch.autograd.grad(
-            loss_of(policy(features, draw, differentiable=True)), policy.magnitude
-        )[0]
+        loss = loss_of(policy(features, draw, differentiable=True))
+        got = torch.autograd.grad(loss, policy.magnitude)[0]
         chosen = policy.sample(draw).chosen.item()
         for slot in range(2):
             ends = []
@@ -182,9 +179,8 @@ def test_pathwise_passes_straight_where_the_effect_steps() -> None:
     features, upstream = (torch.randn(SHAPE, dtype=torch.float64) for _ in range(2))
     draw = policy.draw(SHAPE[0])
     gates = policy.sample(draw).gates[0, 0]
-    got = torch.autograd.grad(
-        policy(features, draw, differentiable=True), policy.magnitude, upstream
-    )[0]
+    refined = policy(features, draw, differentiable=True)
+    got = torch.autograd.grad(refined, policy.magnitude, upstream)[0]
     torch.testing.assert_close(got, (gates * upstream.sum()).unsqueeze(0))
 
 
@@ -200,6 +196,5 @@ def test_relax_leaves_the_choices_to_the_search() -> None:
     policy = Policy(estimator="relax")
     refined = policy(torch.randn(SHAPE), policy.draw(3), differentiable=True)
     refined.sum().backward()
-    assert (
-        policy.alpha.grad is None and policy.beta.grad is None and policy.magnitude.grad is not None
-    )
+    assert policy.alpha.grad is None and policy.beta.grad is None
+    assert policy.magnitude.grad is not None

@@ -1,6 +1,7 @@
 """sokd.loss under torch.compile, autocast, DDP and fake tensors; its peak memory."""
 
 import functools
+import itertools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -139,9 +140,7 @@ def test_no_value_is_read_on_the_host(device):
 
 # ----------------------------------------------------------------------------------------- autocast
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    "sides", [(True, True), (False, True), (True, False), (False, False)], ids=str
-)
+@pytest.mark.parametrize("sides", itertools.product([True, False], repeat=2), ids=str)
 def test_under_autocast_the_loss_is_float32_and_near(dtype, sides):
     kd = make(lambda_agreement=1.0, lambda_areas=1.0).eval()
     student, teacher = pair()
@@ -243,9 +242,8 @@ def test_beyond_its_convolutions_dam_adds_no_map():
 
     def convolutions() -> None:
         points, size = kd.dam._heads(torch.cat((student, teacher)))
-        torch.autograd.grad(
-            (points, size), student, (torch.ones_like(points), torch.ones_like(size))
-        )
+        upstream = torch.ones_like(points), torch.ones_like(size)
+        torch.autograd.grad((points, size), student, upstream)
 
     map_bytes = student.numel() * student.element_size()
     most = peak_bytes(functools.partial(step, kd, student, teacher)) - peak_bytes(convolutions)

@@ -90,9 +90,8 @@ def test_a_right_script_is_left_alone():
 )
 def test_parameters_that_no_optimiser_holds(held, parts):
     student, kd = small()
-    assert said(student, kd, student, *(getattr(kd, name) for name in held)) == [
-        UNHELD.format(parts)
-    ]
+    parts_held = [getattr(kd, name) for name in held]
+    assert said(student, kd, student, *parts_held) == [UNHELD.format(parts)]
     assert said(student, kd, student) == [], "once is enough"
 
 
@@ -380,9 +379,8 @@ def test_a_teacher_with_gradients_and_in_train_mode(training, layer):
     with pytest.warns(UserWarning) as caught:
         loss(torch.randn(2, 3, 6, 6, requires_grad=True), features, kd).backward()
     seen = training and isinstance(layer, nn.BatchNorm2d)
-    assert [str(warning.message) for warning in caught] == [TEACHER_GRAPH, TEACHER_TRAINS][
-        : 1 + seen
-    ]
+    texts = [str(warning.message) for warning in caught]
+    assert texts == [TEACHER_GRAPH, TEACHER_TRAINS][: 1 + seen]
     assert teacher[0].weight.grad is None
 
 

@@ -25,9 +25,8 @@ def test_the_policy_is_in_the_state_but_not_among_the_parameters():
     for module in (kd, holder):
         assert not of_policy & set(module.parameters())
         assert not any("policy" in name for name, _ in module.named_parameters())
-    assert len(list(kd.parameters())) == len(list(kd.adapter.parameters())) + len(
-        list(kd.dam.parameters())
-    )
+    of_parts = [*kd.adapter.parameters(), *kd.dam.parameters()]
+    assert len(list(kd.parameters())) == len(of_parts)
     names = set(kd.state_dict())
     assert {
         "policy.alpha",
@@ -126,9 +125,8 @@ class Run:
         for step in range(first, last):
             x, y = features(4, 1, 6, 6, seed=step), torch.arange(4) % 2
             logits, maps = self.student(x)
-            value = F.cross_entropy(logits, y) + loss(
-                maps, features(4, 4, 6, 6, seed=100 + step), self.kd
-            )
+            distilled = loss(maps, features(4, 4, 6, 6, seed=100 + step), self.kd)
+            value = F.cross_entropy(logits, y) + distilled
             self.optimiser.zero_grad()
             value.backward()
             self.optimiser.step()
@@ -180,9 +178,7 @@ def test_diagnostics_are_the_last_steps():
     assert not any(value.requires_grad for value in found.values())
     before = found["areas"].clone()
     loss(student * 2, teacher, kd)
-    assert torch.equal(found["areas"], before), (
-        "a later step must not write into what was handed out"
-    )
+    assert torch.equal(found["areas"], before), "a later step does not write into it"
 
 
 def test_diagnostics_of_several_layers_and_of_what_is_absent():
@@ -262,9 +258,8 @@ def test_features_that_do_not_fit_are_refused(error, student, teacher, text):
 
 
 def test_the_layer_is_named():
-    with raises(
-        ValueError, "loss: teacher_features[1] must be [B, 4, H, W] or [B, N, 4], got [2, 3, 4, 4]"
-    ):
+    text = "loss: teacher_features[1] must be [B, 4, H, W] or [B, N, 4], got [2, 3, 4, 4]"
+    with raises(ValueError, text):
         loss([STUDENT] * 2, [TEACHER, STUDENT], make([3, 3], [4, 4]))
 
 

@@ -110,9 +110,8 @@ def test_half_precision_is_no_worse_than_eager(dtype):
     def eager(student, teacher, weight):
         return (weight.unsqueeze(1) * (student - teacher) ** 2).mean()
 
-    exact = loss_and_gradient(
-        reference.masked_mse, student.double(), teacher.double(), weight.double()
-    )
+    wide = student.double(), teacher.double(), weight.double()
+    exact = loss_and_gradient(reference.masked_mse, *wide)
     ours, theirs = (
         loss_and_gradient(function, student, teacher, weight)
         for function in (ops.masked_mse, eager)
@@ -198,9 +197,8 @@ def test_any_upstream_twice(dtype, upstream):
     factor = torch.tensor(upstream, dtype=loss.dtype)
     first = torch.autograd.grad(loss, student, factor, retain_graph=True)[0]
     kept = first.clone()
-    exact = (
-        loss_and_gradient(reference.masked_mse, student.double(), teacher.double())[1] * upstream
-    )
+    exact = loss_and_gradient(reference.masked_mse, student.double(), teacher.double())[1]
+    exact *= upstream
     torch.testing.assert_close(first.double(), exact, **CLOSE[dtype])
     second = torch.autograd.grad(loss, student, factor, retain_graph=True)[0]
     assert torch.equal(second, kept)
@@ -266,9 +264,8 @@ def test_what_a_hook_for_saved_tensors_holds_stays_as_it_is():
 def test_scale_is_folded_in():
     student, teacher = torch.randn(2, 2, 3, 4, 5)
     plain = loss_and_gradient(ops.masked_mse, student, teacher)
-    scaled = loss_and_gradient(
-        scaled_mse, student, teacher, None, normalise="elements", scale=1000.0
-    )
+    options = {"normalise": "elements", "scale": 1000.0}
+    scaled = loss_and_gradient(scaled_mse, student, teacher, None, **options)
     for one, two in zip(plain, scaled, strict=True):
         torch.testing.assert_close(one * 1000, two)
 
@@ -320,9 +317,8 @@ def test_other_gradients_are_refused(name, module):
     maps, weight = torch.ones(2, 1, 1, 2, 2), torch.ones(1, 2, 2)
     inputs = {"student": maps[0], "teacher": maps[1], "weight": weight}
     inputs[name].requires_grad_()
-    with raises(
-        ValueError, f"masked_mse: {name} must not require grad, got a tensor that requires grad"
-    ):
+    text = f"masked_mse: {name} must not require grad, got a tensor that requires grad"
+    with raises(ValueError, text):
         module.masked_mse(**inputs)
     with torch.no_grad():
         assert module.masked_mse(**inputs).item() == 0

@@ -32,13 +32,11 @@ def run_everything(dtype=torch.float32, layout="contiguous"):
     features, student = (laid_out(SHAPE, layout, dtype).detach().requires_grad_() for _ in range(2))
     plan["theta"].requires_grad_()
     refined = ops.refine(features, **plan, seed=3)
-    found = ops.areas(
-        features.detach().sigmoid(), *(features.detach()[:, :2].sigmoid() for _ in range(2))
-    )
+    maps = features.detach().sigmoid()
+    found = ops.areas(maps, maps[:, :2], maps[:, :2])
     loss = ops.masked_mse(student, refined.detach(), found.coverage)
-    gradients = torch.autograd.grad(
-        loss + refined.float().square().sum(), (features, student, plan["theta"])
-    )
+    total = loss + refined.float().square().sum()
+    gradients = torch.autograd.grad(total, (features, student, plan["theta"]))
     stacked = {name: part.detach()[None] for name, part in plan.items()}
     dots = ops.refine_dots(features.detach(), student.detach(), stacked)
     return [
@@ -205,9 +203,8 @@ def test_numpy_views_of_any_stride(view):
     features = view(np.random.randn(*SHAPE))
     sigma = np.ones(1)
     copy = np.ascontiguousarray(features)
-    assert np.array_equal(
-        ops.refine(features, sigma=sigma, seed=1), ops.refine(copy, sigma=sigma, seed=1)
-    )
+    of_both = [ops.refine(each, sigma=sigma, seed=1) for each in (features, copy)]
+    assert np.array_equal(*of_both)
     assert ops.masked_mse(features, copy) == 0
 
 

@@ -50,9 +50,8 @@ def test_every_pair_of_operations(first, second):
     shape = (2, 4, 7, 6)
     features, plan = torch.randn(shape), pair(first, second, shape)
     actual = ops.refine(features, **plan, seed=9)
-    torch.testing.assert_close(
-        actual, reference.refine(features, **plan, seed=9), rtol=1e-5, atol=1e-5
-    )
+    twin = reference.refine(features, **plan, seed=9)
+    torch.testing.assert_close(actual, twin, rtol=1e-5, atol=1e-5)
     expected = naive.refine(
         features.double().numpy(), **{name: part.numpy() for name, part in plan.items()}, seed=9
     )
@@ -93,9 +92,7 @@ def test_theta_is_affine_grid_and_grid_sample(shape, module):
     torch.testing.assert_close(single, expected, rtol=1e-5, atol=1e-5)
     actual = module.refine(*wide)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
-    found, wanted = (
-        torch.autograd.grad(out, wide, upstream.double()) for out in (actual, expected)
-    )
+    found, wanted = (torch.autograd.grad(y, wide, upstream.double()) for y in (actual, expected))
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
@@ -234,9 +231,8 @@ def test_a_stride_0_upstream():
     ops.refine(features, **plan, seed=1).sum().backward()  # sum's gradient is one element, expanded
     actual = features.grad, theta.grad, sigma.grad
     ones = torch.ones(shape)
-    expected = torch.autograd.grad(
-        ops.refine(features, **plan, seed=1), (features, theta, sigma), ones
-    )
+    refined = ops.refine(features, **plan, seed=1)
+    expected = torch.autograd.grad(refined, (features, theta, sigma), ones)
     for one, two in zip(actual, expected, strict=True):
         assert torch.equal(one, two)
 
@@ -310,9 +306,8 @@ def test_refine_dots(dtype, layout):
     shape, plans = (2, 5, 6, 7), 5
     features, upstream = (laid_out(shape, layout, dtype) for _ in range(2))
     each = [everything(shape, 2) for _ in range(plans)]
-    stacked = ops.Plan(
-        **{name: torch.stack([plan[name] for plan in each]) for name in each[0]}, seed=8
-    )
+    parts = {name: torch.stack([plan[name] for plan in each]) for name in each[0]}
+    stacked = ops.Plan(**parts, seed=8)
     actual = ops.refine_dots(features, upstream, stacked)
     expected = reference.refine_dots(features.double(), upstream.double(), stacked)
     assert actual.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -341,9 +336,8 @@ def test_refine_dots_refuse_gradients(name):
     }
     inputs[name] = inputs[name].clone().requires_grad_()
     plans = {"theta": inputs.pop("theta")}
-    with raises(
-        ValueError, f"refine_dots: {name} must not require grad, got a tensor that requires grad"
-    ):
+    text = f"refine_dots: {name} must not require grad, got a tensor that requires grad"
+    with raises(ValueError, text):
         ops.refine_dots(**inputs, plans=plans)
     with torch.no_grad():
         assert ops.refine_dots(**inputs, plans=plans).tolist() == [4.0]
@@ -354,9 +348,8 @@ def test_noise_is_the_twins():
     features = torch.zeros(2, 5, 7, 9)
     for seed in (0, 5, -5, 2**63 + 1, torch.tensor([77])):
         actual = ops.refine(features, sigma=torch.ones(1), seed=seed)
-        torch.testing.assert_close(
-            actual, reference.normals((2, 5, 7, 9), seed), rtol=1e-6, atol=1e-6
-        )
+        expected = reference.normals((2, 5, 7, 9), seed)
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -403,9 +396,8 @@ def test_same_bits_for_any_number_of_threads(layout, with_threads):
 # --- any shape, any strides, any values
 @st.composite
 def cases(draw):
-    shape = tuple(
-        draw(st.integers(0 if i < 2 else 1, limit)) for i, limit in enumerate((3, 9, 12, 12))
-    )
+    limits = (0, 3), (0, 9), (1, 12), (1, 12)
+    shape = tuple(draw(st.integers(*limit)) for limit in limits)
     parts = draw(st.sets(st.sampled_from(["theta", "hole", "sigma", "perm", "keep"])))
     return (
         shape,

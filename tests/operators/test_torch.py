@@ -104,9 +104,8 @@ def test_numbers_that_two_calls_share_compile_for_any_batch():
             terms = []
             for _ in range(2):
                 refined = ops.refine(teacher, sigma=sigma, seed=self.seed)
-                terms.append(
-                    scaled_mse(student, refined, None, normalise="elements", scale=self.scale)
-                )
+                options = {"normalise": "elements", "scale": self.scale}
+                terms.append(scaled_mse(student, refined, None, **options))
             return sum(terms)
 
     model, sigma = Model(), torch.tensor([0.1])
@@ -222,9 +221,8 @@ def test_func_vmap_of_areas_draws_and_dots():
     counters = torch.arange(3).unsqueeze(1)
     draws = torch.func.vmap(lambda counter: ops.draw(torch.tensor([1]), counter, 5))(counters)
     features = torch.randn(3, *SHAPE)
-    dots = torch.func.vmap(lambda each: ops.refine_dots(each, each, {"sigma": torch.ones(2, 1)}))(
-        features
-    )
+    sigma = {"sigma": torch.ones(2, 1)}
+    dots = torch.func.vmap(lambda each: ops.refine_dots(each, each, sigma))(features)
     for index in range(3):
         each = ops.areas(many[index], size, offset, teacher=(many[index], size, offset))
         assert all(torch.equal(part[index], other) for part, other in zip(found, each, strict=True))

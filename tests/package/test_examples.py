@@ -151,9 +151,8 @@ def test_a_pretrained_pair_by_itself(pretrained):
     """`layers="auto"`: strides 2 to 32, no padding module; a step of two methods trains."""
     teacher, student = pretrained.pair()
     x = pretrained.normalised(pretrained.photographs(64))
-    distiller = sokd.Distiller(
-        student, teacher, method={"sp": 1.0, "kd": 1.0}, sokd=False, example=x
-    )
+    options = {"method": {"sp": 1.0, "kd": 1.0}, "sokd": False, "example": x}
+    distiller = sokd.Distiller(student, teacher, **options)
     sizes = [tuple(maps.shape[2:]) for maps in distiller.features(x)[0]]
     assert sizes == [(side, side) for side in (32, 16, 8, 4, 2)]
     _, losses = distiller.train()(x, torch.tensor([0, 872, 285, 967, 657]))

@@ -54,9 +54,8 @@ def test_operator_has_its_place_in_every_layer(operator: str) -> None:
 @pytest.mark.parametrize("operator", [*OPERATORS, "refine_dots"])
 def test_twin_has_the_same_signature(operator: str) -> None:
     def shape_of(function: Callable[..., object]) -> list[tuple[object, ...]]:
-        return [
-            (p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()
-        ]
+        parameters = inspect.signature(function).parameters.values()
+        return [(p.name, p.kind, p.default) for p in parameters]
 
     assert shape_of(getattr(sokd.ops, operator)) == shape_of(getattr(reference, operator))
 
@@ -82,9 +81,8 @@ def test_the_compiled_module_keeps_to_the_stable_abi() -> None:
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="this system has no readelf")
 def test_the_compiled_module_needs_the_c_library_alone() -> None:
     """Above all nothing of torch: a torch that lacks one symbol would refuse to load it."""
-    printed = subprocess.run(
-        ["readelf", "-d", _core.__file__], capture_output=True, text=True, check=True
-    )
+    command = ["readelf", "-d", _core.__file__]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True)
     needed = set(re.findall(r"NEEDED.*\[(.+?)\.so", printed.stdout))
     c_library = {"libc", "libm", "libdl", "libpthread", "librt", "libgcc_s"}
     assert "libc" in needed

@@ -95,9 +95,7 @@ def pair(first: int, second: int, shape: Shape) -> dict[str, Any]:
 def everything(shape: Shape, groups: int, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     """All five parts, active and different for each group."""
     _, channels, height, width = shape
-    theta = torch.eye(2, 3, dtype=torch.float64) + 0.2 * torch.randn(
-        groups, 2, 3, dtype=torch.float64
-    )
+    theta = torch.eye(2, 3).double() + 0.2 * torch.randn(groups, 2, 3, dtype=torch.float64)
     y0, x0 = torch.randint(0, height + 1, (groups,)), torch.randint(0, width + 1, (groups,))
     return {
         "theta": theta.to(dtype),

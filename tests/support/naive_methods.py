@@ -53,9 +53,7 @@ def pearson(u, v):
 
 
 def dist(student, teacher, beta=1.0, gamma=1.0, temperature=1.0):
-    p_s, p_t = (
-        np.array([softmax(row, temperature) for row in rows]) for rows in (student, teacher)
-    )
+    p_s, p_t = (np.array([softmax(row, temperature) for row in z]) for z in (student, teacher))
     batch, classes = p_s.shape
     inter = sum(pearson(p_s[b], p_t[b]) for b in range(batch)) / batch
     intra = sum(pearson(p_s[:, k], p_t[:, k]) for k in range(classes)) / classes
@@ -128,9 +126,8 @@ def similarity(features, weight):
 
 
 def sp(student, teacher, weight=None):
-    return ((similarity(student, weight) - similarity(teacher, weight)) ** 2).sum() / len(
-        student
-    ) ** 2
+    apart = similarity(student, weight) - similarity(teacher, weight)
+    return (apart**2).sum() / len(student) ** 2
 
 
 def huber(a, b):
@@ -161,9 +158,8 @@ def relations(points):
 
 
 def rkd(student, teacher, weight=None, distance=25.0, angle=50.0):
-    far, turns = zip(
-        *(relations(embedding(each, weight)) for each in (student, teacher)), strict=True
-    )
+    both = (relations(embedding(each, weight)) for each in (student, teacher))
+    far, turns = zip(*both, strict=True)
     distances = sum(huber(far[0][key], far[1][key]) for key in far[0]) / len(far[0])
     angles = sum(huber(turns[0][key], turns[1][key]) for key in turns[0]) / len(turns[0])
     return distance * distances + angle * angles

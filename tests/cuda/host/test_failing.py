@@ -49,9 +49,7 @@ def test_each_call_fails_in_turn(code: int, name: str) -> None:
             assert (text, depth) == ("", 0), "it is tried once more"
             continue
         assert text == f"masked_mse: the CUDA driver failed in {function}: {name}"
-        assert depth == (1 if function == "cuCtxPopCurrent" else 0), (
-            "the thread's context was left behind"
-        )
+        assert depth == int(function == "cuCtxPopCurrent"), "the thread's context was left behind"
     assert fresh(_fails_at, position + 1, code) == ("", 0), "there is no further call"
 
 

@@ -172,9 +172,8 @@ def test_tensors_of_another_device_never_reach_a_kernel() -> None:
     rest = (None, "elements", 1.0, resources)
     plan = (*[None] * 5, HostCuda(torch.zeros(1, dtype=torch.int64), 1), 0)
     allocate = "allocate must be given for a kernel that needs scratch memory, got None"
-    with raises(
-        ValueError, "masked_mse: teacher must be on the device of student, cuda:0, got cuda:1"
-    ):
+    text = "masked_mse: teacher must be on the device of student, cuda:0, got cuda:1"
+    with raises(ValueError, text):
         _core.masked_mse(loss, None, here, there, *rest)
     with raises(ValueError, "masked_mse: loss must be on the device of student, cuda:0, got cpu"):
         _core.masked_mse(on_cpu, None, here, here, *rest)

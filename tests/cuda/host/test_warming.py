@@ -135,9 +135,7 @@ def test_warmup_refuses_what_it_does_not_know() -> None:
     known = "torch.float64, torch.float32, torch.float16, torch.bfloat16"
     with pytest.raises(ValueError, match=rf"^warmup: dtypes must be of {known}, got torch.int64$"):
         sokd.warmup(dtypes=[torch.int64])
-    with pytest.raises(
-        ValueError, match=r"^warmup: layouts must be of contiguous, .*, got sliced$"
-    ):
+    with pytest.raises(ValueError, match=r"^warmup: layouts must be of contiguous, .* sliced$"):
         sokd.warmup("cpu", layouts=["sliced"])
 
 

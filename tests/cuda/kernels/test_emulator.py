@@ -39,9 +39,7 @@ SHAPES = [  # batch, channels, height, width: each with its purpose
     (2, 0, 4, 4),  # no channels
     (2, 3, 0, 4),  # an empty map
 ]
-dtypes = pytest.mark.parametrize(
-    "dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch.")
-)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
@@ -262,7 +260,6 @@ def test_the_address_sanitiser_finds_nothing() -> None:
         "SOKD_MOCK_EMULATORS": ":".join(paths),
     }
     script = "import support.cuda.in_child\n" + SANITISED
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
-    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and "clean" in done.stdout, done.stderr[-3000:]

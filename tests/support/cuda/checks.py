@@ -209,9 +209,8 @@ def check_draw(cuda: MockMemory, n: int) -> None:
     """The CPU's bits, from words that fill all 64 bits."""
     words = torch.tensor([-(2**62) - 5]), torch.tensor([2**40 + 3])
     actual = map(cuda.back, ops.draw(*map(cuda.on, words), n))
-    for name, one, other in zip(
-        ("uniforms", "noise_seed"), actual, ops.draw(*words, n), strict=True
-    ):
+    names, expected = ("uniforms", "noise_seed"), ops.draw(*words, n)
+    for name, one, other in zip(names, actual, expected, strict=True):
         assert torch.equal(one, other), f"{name} differ from the CPU's"
 
 

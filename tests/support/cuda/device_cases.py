@@ -35,12 +35,10 @@ class TorchDevice:
 
     def on(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
-        whole = tensor.as_strided(
-            (tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0
-        )
-        return whole.to(self.device).as_strided(
-            tensor.shape, tensor.stride(), tensor.storage_offset()
-        )
+        count = tensor.untyped_storage().nbytes() // tensor.element_size()
+        whole = tensor.as_strided((count,), (1,), 0)
+        place = tensor.shape, tensor.stride(), tensor.storage_offset()
+        return whole.to(self.device).as_strided(*place)
 
     def back(self, tensor: Tensor) -> Tensor:
         assert tensor.device == self.device, f"it is on {tensor.device}"
@@ -52,9 +50,8 @@ def chosen_device() -> TorchDevice:
     """The device of SOKD_TEST_DEVICE, else the first CUDA device; skips the file without one."""
     device = torch.device(os.environ.get("SOKD_TEST_DEVICE", "cuda"))
     if device.type == "cuda" and not torch.cuda.is_available():
-        pytest.skip(
-            "no CUDA device (SOKD_TEST_DEVICE=cpu runs what needs none)", allow_module_level=True
-        )
+        why = "no CUDA device (SOKD_TEST_DEVICE=cpu runs what needs none)"
+        pytest.skip(why, allow_module_level=True)
     return TorchDevice(torch.device("cuda", device.index or 0) if device.type == "cuda" else device)
 
 
@@ -69,9 +66,7 @@ def close(
 
 
 def moved(device: Device, parts: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: device.on(part) if isinstance(part, Tensor) else part for name, part in parts.items()
-    }
+    return {k: device.on(part) if isinstance(part, Tensor) else part for k, part in parts.items()}
 
 
 def refine_and_gradients(
@@ -79,9 +74,8 @@ def refine_and_gradients(
     upstream: Tensor,
 ) -> list[Tensor]:  # fmt: skip
     """The value, then the gradients of features, theta, sigma and straight."""
-    leaves = [
-        t.detach().requires_grad_() for t in (features, plan["theta"], plan["sigma"], straight)
-    ]
+    tracked = features, plan["theta"], plan["sigma"], straight
+    leaves = [each.detach().requires_grad_() for each in tracked]
     parts = plan | {"theta": leaves[1], "sigma": leaves[2]}
     refined = refine(leaves[0], **parts, seed=2**63 + 5, straight=leaves[3])
     return [refined.detach(), *torch.autograd.grad(refined, leaves, upstream)]
@@ -160,9 +154,8 @@ def masked_mse(
     there = [None if part is None else device.on(part) for part in maps]
     expected = loss_and_gradient(ops.masked_mse, 3.0, *maps, normalise=normalise)
     found = loss_and_gradient(ops.masked_mse, 3.0, *there, normalise=normalise)
-    close(
-        device.back(found[0]), expected[0], dtype=None if dtype == torch.float64 else torch.float32
-    )
+    wide = None if dtype == torch.float64 else torch.float32
+    close(device.back(found[0]), expected[0], dtype=wide)
     scale = max(student.numel(), 1)
     close(device.back(found[1]) * scale, expected[1] * scale)
 
