@@ -140,7 +140,7 @@ def test_no_value_is_read_on_the_host(device):
 
 # ----------------------------------------------------------------------------------------- autocast
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("sides", itertools.product([True, False], repeat=2), ids=str)
+@pytest.mark.parametrize("sides", list(itertools.product([True, False], repeat=2)), ids=str)
 def test_under_autocast_the_loss_is_float32_and_near(dtype, sides):
     kd = make(lambda_agreement=1.0, lambda_areas=1.0).eval()
     student, teacher = pair()
