@@ -6,8 +6,6 @@ operators give the golden bits, a training with SoKD, search and Distiller gives
 `--rows ci` the tests, which take most of the time, are left out.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -4,8 +4,6 @@ docs/reliability.md.
 Each part reports what it ran and what it found; the exit status is 1 where anything was found.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import platform

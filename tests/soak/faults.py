@@ -1,7 +1,5 @@
 """Around a run: interrupts, a read-only home, forked workers, a broken kernel cache."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,8 +1,6 @@
 """Resident memory over many steps of `sokd.loss`, a Distiller and a search: slope
 after a warm-up."""
 
-from __future__ import annotations
-
 import gc
 import os
 from collections.abc import Callable
