@@ -142,6 +142,5 @@ def test_every_number_of_the_driver_is_compared() -> None:
 def test_a_difference_is_found(text: str, other: str, tmp_path: Path) -> None:
     source = text_of("driver.rs")
     assert source.count(text) == 1
-    assert "static assertion failed" in compiles(
-        program("cuda.h", source.replace(text, other), "CUresult"), tmp_path
-    )
+    other_source = program("cuda.h", source.replace(text, other), "CUresult")
+    assert "static assertion failed" in compiles(other_source, tmp_path)

@@ -53,9 +53,8 @@ def test_without_a_driver_the_reference_serves(tmp_path: Path) -> None:
     kernels, *lines = _fresh(code, LD_LIBRARY_PATH=str(tmp_path)).splitlines()
     assert kernels == "['cpu']"
     # PyTorch takes the number of devices from NVML, which may be there all the same
-    found = re.fullmatch(
-        r"cuda +no kernels \((.*)\): the reference path serves; \d+ devices visible", lines[-1]
-    )
+    pattern = r"cuda +no kernels \((.*)\): the reference path serves; \d+ devices visible"
+    found = re.fullmatch(pattern, lines[-1])
     assert found is not None and found[1].startswith("no CUDA driver here: ")
 
 
@@ -72,9 +71,8 @@ def test_a_driver_that_lacks_a_function_is_no_driver(tmp_path: Path) -> None:
 
 def test_without_nvrtc_the_reference_serves(mock: dict[str, str]) -> None:
     printed = _fresh(with_nvrtc("libnvrtc.so.nowhere", "/nowhere/libnvrtc.so"), **mock)
-    assert printed.startswith(
-        "['cpu'] no NVRTC here: libnvrtc.so.nowhere: cannot open shared object file"
-    )
+    missing = "libnvrtc.so.nowhere: cannot open shared object file"
+    assert printed.startswith(f"['cpu'] no NVRTC here: {missing}")
 
 
 def test_a_kernel_that_does_not_compile_shows_the_log(mock: dict[str, str], tmp_path: Path) -> None:

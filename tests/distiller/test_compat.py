@@ -114,9 +114,8 @@ def test_the_methods_by_themselves():
     assert distiller.get_extra_parameters() == extra
     every = sum(p.numel() for p in distiller.get_learnable_parameters())
     assert every == extra + sum(p.numel() for p in distiller.student.parameters())
-    assert not {id(p) for p in distiller.teacher.parameters()} & {
-        id(p) for p in distiller.get_learnable_parameters()
-    }
+    of_teacher = {id(p) for p in distiller.teacher.parameters()}
+    assert not of_teacher & {id(p) for p in distiller.get_learnable_parameters()}
 
 
 def test_crd_gets_the_size_of_the_training_set_and_the_indices():
@@ -129,9 +128,8 @@ def test_crd_gets_the_size_of_the_training_set_and_the_indices():
 
 def test_without_a_known_data_set_an_example_is_needed():
     lazy = made(cfg=None)
-    with pytest.raises(
-        RuntimeError, match="Distiller: the parameters do not exist before the shapes are known"
-    ):
+    text = "Distiller: the parameters do not exist before the shapes are known"
+    with pytest.raises(RuntimeError, match=text):
         lazy.get_learnable_parameters()
     with pytest.raises(RuntimeError, match="before the shapes are known"):
         lazy.get_extra_parameters()

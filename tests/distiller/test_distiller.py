@@ -275,9 +275,7 @@ def test_features_beside_the_logits(features, shape):
     _, losses = make(**given, method={"fitnet": None, "kd": None}, logits=1)(*batch())
     _, plain = make(layers="stage1", sokd=False, method="kd")(*batch())
     assert torch.equal(losses["loss_kd"], plain["loss_kd"])
-    assert make(**given)(batch()[0])[1].keys() == {"loss_fitnet"}, (
-        "where none are asked for none are missed"
-    )
+    assert make(**given)(batch()[0])[1].keys() == {"loss_fitnet"}, "none are needed"
 
 
 def test_logits_named_for_one_of_two_models():

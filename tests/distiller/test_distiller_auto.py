@@ -64,9 +64,8 @@ class Inverted(nn.Module):
 def test_auto_takes_what_stages_give():
     def net(width):
         made = Net(width)
-        made.stage1 = nn.Sequential(
-            Inverted(width, 2 * width), Net._stage(2 * width, 2 * width, 1, True, False)
-        )
+        rest = Net._stage(2 * width, 2 * width, 1, True, False)
+        made.stage1 = nn.Sequential(Inverted(width, 2 * width), rest)
         made.stage2 = Inverted(2 * width, 4 * width)
         return made
 
@@ -120,9 +119,8 @@ class Summed(nn.Module):
     (Summed, ["body"]),
 ], ids=["unet", "sigmoid", "inside", "dict", "sum"])  # fmt: skip
 def test_auto_does_not_take_the_logits(net, layers):
-    assert make(models=(net(6), net(3)), layers="auto", method="at").pairs == [
-        (name, name) for name in layers
-    ]
+    pairs = make(models=(net(6), net(3)), layers="auto", method="at").pairs
+    assert pairs == [(name, name) for name in layers]
 
 
 def test_auto_takes_the_output_of_models_that_give_features():

@@ -123,9 +123,8 @@ def _sharded(x: Tensor, y: Tensor) -> dict[str, Any]:
 
 def _wrapped_inside() -> str:
     teacher, student = models(norm=False)
-    subject = Distiller(
-        DistributedDataParallel(student), teacher, layers="stage1", sokd=SMALL, example=batch()[0]
-    )
+    options = {"layers": "stage1", "sokd": SMALL, "example": batch()[0]}
+    subject = Distiller(DistributedDataParallel(student), teacher, **options)
     try:
         objective(subject)
     except ValueError as error:

@@ -1,6 +1,7 @@
 """A script's mistakes: bad input is refused before the first step, silent ones are warned of."""
 
 import copy
+import functools
 import re
 import warnings
 
@@ -284,9 +285,8 @@ def test_a_map_without_a_gradient(way):
         student.stem.forward = lambda x: torch.no_grad()(inner)(x)
     else:
         inner = student.features
-        student.features = lambda x: torch.utils.checkpoint.checkpoint(
-            inner, x.requires_grad_(), use_reentrant=True
-        )
+        again = functools.partial(torch.utils.checkpoint.checkpoint, inner, use_reentrant=True)
+        student.features = lambda x: again(x.requires_grad_())
     text = (
         "the student's layer 'stem' must give a map with a gradient, got one without: it is "
         "frozen, runs under no_grad, or is checkpointed with use_reentrant=True "
@@ -349,9 +349,8 @@ def test_parameters_that_no_optimiser_holds(options, parts):
     distiller = make(**options)
     assert trained(distiller, distiller.student.parameters()) == [UNHELD.format(parts)]
     assert trained(distiller, distiller.student.parameters()) == [], "once is enough"
-    assert trained(copy.deepcopy(distiller), distiller.student.parameters()) == [], (
-        "its copy's student rests"
-    )
+    twin = copy.deepcopy(distiller)
+    assert trained(twin, distiller.student.parameters()) == [], "its copy's student rests"
 
 
 def test_a_teacher_in_train_mode():
@@ -362,9 +361,8 @@ def test_a_teacher_in_train_mode():
         objective(distiller)
         distiller.teacher.train()
         objective(distiller)
-    assert caught[0].filename == __file__.replace(
-        "distiller/test_distiller_guards", "support/distiller_cases"
-    )
+    file = __file__.replace("distiller/test_distiller_guards", "support/distiller_cases")
+    assert caught[0].filename == file
     assert torch.equal(distiller.teacher.stage1[1].running_mean, before)
 
 

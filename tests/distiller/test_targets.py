@@ -115,9 +115,8 @@ def test_only_the_first_batch_is_read(monkeypatch):
     distiller, (x, y) = make(), batch()
     good = F.one_hot(y, 5).float()
     distiller(x, good)
-    monkeypatch.setattr(
-        "sokd.distiller.outputs._check_probabilities", lambda target: pytest.fail("read again")
-    )
+    checks = "sokd.distiller.outputs._check_probabilities"
+    monkeypatch.setattr(checks, lambda target: pytest.fail("read again"))
     distiller(x, good)
     with pytest.raises(pytest.fail.Exception):
         make()(x, good)

@@ -226,9 +226,8 @@ def test_json_holds_all_there_is(tmp_path):
     assert len(read["policy"]) == 36 and read["policy"][0]["operations"] == ["shear_x", "shear_y"]
     assert inspect.export_json(distiller.kd.policy).keys() == {"policy", "entropy"}
     assert "policy" not in inspect.export_json(sokd.SoKD(3, 4, policy=None))
-    with pytest.raises(
-        TypeError, match="export_json: subject must be a Policy, a SoKD or a Distiller with one"
-    ):
+    text = "export_json: subject must be a Policy, a SoKD or a Distiller with one"
+    with pytest.raises(TypeError, match=text):
         inspect.export_json(nn.Identity())
 
 

@@ -76,9 +76,8 @@ def test_agreement_is_the_mean_over_all_entries_with_the_gradients_of_both_sides
     )
     torch.testing.assert_close(got, want)
     inputs = [student, *dam.parameters()]
-    for d_got, d_want in zip(
-        torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs), strict=True
-    ):
+    of_both = (torch.autograd.grad(value, inputs) for value in (got, want))
+    for d_got, d_want in zip(*of_both, strict=True):
         torch.testing.assert_close(d_got, d_want)
 
 

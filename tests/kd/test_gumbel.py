@@ -21,9 +21,8 @@ PAIRS = [
 def made(
     granularity: str = "batch", gradient: str = "straight_through", policies: list = PAIRS
 ) -> Policy:
-    policy = Policy(
-        policies=policies, granularity=granularity, magnitude_gradient=gradient
-    ).double()
+    policy = Policy(policies=policies, granularity=granularity, magnitude_gradient=gradient)
+    policy = policy.double()
     with torch.no_grad():
         policy.alpha.normal_(std=0.3)
         policy.beta.uniform_(0.2, 0.8)
@@ -56,9 +55,8 @@ def dense(features: Tensor, policy: Policy, draw: Draw) -> Tensor:
     relaxed = (sample.z_gates / policy.temperature).sigmoid()
     gates = sample.gates.to(soft.dtype) + relaxed - relaxed.detach()  # [G, K, 2]
     total = torch.zeros_like(features)
-    for index, pattern in itertools.product(
-        range(len(policy.policies)), itertools.product((False, True), repeat=2)
-    ):
+    gate_patterns = itertools.product((False, True), repeat=2)
+    for index, pattern in itertools.product(range(len(policy.policies)), gate_patterns):
         weight = choice[:, index]
         for gate, on in zip(gates[:, index].unbind(1), pattern, strict=True):
             weight = weight * (gate if on else 1 - gate)
@@ -165,9 +163,8 @@ def test_pathwise_against_finite_differences() -> None:
                     policy.magnitude[chosen, slot] += sign * step
                     ends.append(loss_of(policy(features, draw)).item())
                     policy.magnitude[chosen, slot] -= sign * step
-            assert got[chosen, slot].item() == pytest.approx(
-                (ends[0] - ends[1]) / (2 * step), rel=1e-4, abs=1e-5
-            )
+            slope = (ends[0] - ends[1]) / (2 * step)
+            assert got[chosen, slot].item() == pytest.approx(slope, rel=1e-4, abs=1e-5)
             checked += got[chosen, slot].item() != 0
         got[chosen] = 0
         assert not got.any()

@@ -172,9 +172,8 @@ def test_a_module_of_another_dtype(dtype):
 # ---------------------------------------------------------------------------------------------- DDP
 def free_of_the_batch() -> SoKD:
     """Without noise and BatchNorm, which depend on the position in the batch and on its content."""
-    return SoKD(
-        3, 4, heat_channels=5, k=2, policies=[("rotate", "cutout"), ("shear_x", "channel_drop")]
-    ).eval()
+    policies = [("rotate", "cutout"), ("shear_x", "channel_drop")]
+    return SoKD(3, 4, heat_channels=5, k=2, policies=policies).eval()
 
 
 def _rank(rank: int) -> dict[str, Any]:

@@ -67,9 +67,8 @@ def test_the_estimate_is_unbiased(policy: Policy) -> None:
     control = control_variate()
     with torch.no_grad():
         control.out.mul_(5)  # a Q that is neither 0 nor f
-    for found, wanted in zip(
-        (part.detach() for part in estimates(policy, control, count)), exact, strict=True
-    ):
+    parts = [part.detach() for part in estimates(policy, control, count)]
+    for found, wanted in zip(parts, exact, strict=True):
         error = (found.mean(0) - wanted) / (found.std(0) / math.sqrt(count))
         # nine scores: the largest of nine normals exceeds 3.9 once in a thousand runs
         assert error.abs().max() < 3.9, error

@@ -22,9 +22,8 @@ class Student(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(0.3)
-        )
+        first = nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.body = nn.Sequential(*first, nn.ReLU(), nn.Dropout(0.3))
         self.head = nn.Linear(3, 5)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

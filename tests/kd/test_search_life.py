@@ -73,9 +73,8 @@ def test_ends_after_its_epochs() -> None:
 def test_sets_the_policy_up() -> None:
     _, kd, _ = made(estimator="relax")
     assert kd.policy.estimator == "relax"
-    assert PolicySearch(kd, Student())._control is not None and kd.policy.estimator == "relax", (
-        "kd's own"
-    )
+    assert PolicySearch(kd, Student())._control is not None
+    assert kd.policy.estimator == "relax", "kd's own"
     assert (
         PolicySearch(kd, Student(), estimator="gumbel")._control is None
         and kd.policy.estimator == "gumbel"

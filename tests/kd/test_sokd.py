@@ -190,9 +190,8 @@ def test_diagnostics_of_several_layers_and_of_what_is_absent():
         "agreement", "areas", "heat_variance", "heat_variance.0", "heat_variance.1",
         "covered_share", "covered_share.0", "covered_share.1",
     }  # fmt: skip
-    torch.testing.assert_close(
-        found["heat_variance"], (found["heat_variance.0"] + found["heat_variance.1"]) / 2
-    )
+    mean = (found["heat_variance.0"] + found["heat_variance.1"]) / 2
+    torch.testing.assert_close(found["heat_variance"], mean)
     kd.dam = None
     assert set(kd.diagnostics()) == {"areas"}
 

@@ -178,9 +178,8 @@ def loss_of(name, dtype=F64, mask=True, **sizes):
     function = getattr(methods, name)
     if name in LOGITS:
         student, teacher = logits(dtype=dtype)
-        return functools.partial(
-            _flipped, function, (teacher, *([target()] if name == "dkd" else []))
-        ), student
+        rest = (teacher, target()) if name == "dkd" else (teacher,)
+        return functools.partial(_flipped, function, rest), student
     student, teacher, weight = with_mask(name, mask, dtype=dtype, **sizes)
     return functools.partial(_flipped, function, (teacher, weight)), student
 

@@ -253,9 +253,8 @@ def test_reviewkd_against_loops(mask, hidden):
     layers = list(zip(loss.fusions, student, teacher, weights, strict=True))
     for fusion, of_student, of_teacher, weight in layers[::-1]:
         attention = fusion.attention
-        attention = attention and [
-            each.detach().numpy() for each in (attention.weight, attention.bias)
-        ]
+        if attention is not None:
+            attention = [each.detach().numpy() for each in (attention.weight, attention.bias)]
         blocks = parameters_of(fusion.reduce), attention, parameters_of(fusion.expand)
         output, fused = naive.abf(of_student.numpy(), fused, of_teacher.shape[2:], *blocks)
         omega = None if weight is None else weight.numpy()

@@ -142,9 +142,7 @@ def test_compiled(name):
     for _ in range(2):  # with state: the second call too
         actual, expected = fast(*(getattr(given, field) for field in fields)), plain(given)
         torch.testing.assert_close(actual, expected)
-        pairs = (
-            torch.autograd.grad(loss, tensors, allow_unused=True) for loss in (actual, expected)
-        )
+        pairs = (torch.autograd.grad(x, tensors, allow_unused=True) for x in (actual, expected))
         torch.testing.assert_close(*([each for each in pair if each is not None] for pair in pairs))
 
 

@@ -146,9 +146,8 @@ def test_same_bits_for_any_number_of_threads(with_threads):
     student, teacher = maps((5, 40, 20, 21)), tuple(maps((5, 40, 20, 21)))
     first = with_threads(1, lambda: ops.areas(*student, k=30, teacher=teacher))
     for threads in (2, 3):
-        assert_same(
-            with_threads(threads, lambda: ops.areas(*student, k=30, teacher=teacher)), first
-        )
+        again = with_threads(threads, lambda: ops.areas(*student, k=30, teacher=teacher))
+        assert_same(again, first)
 
 
 @given(

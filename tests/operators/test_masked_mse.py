@@ -37,9 +37,8 @@ def loss_and_gradient(function, student, *rest, **options):
 def test_values(shape, dtype, layout, normalise):
     student, teacher = laid_out(shape, layout, dtype), laid_out(shape, "contiguous", dtype)
     weight = torch.randint(0, 3, (shape[0], *shape[2:])).float()
-    loss, d_student = loss_and_gradient(
-        ops.masked_mse, student, teacher, weight, normalise=normalise
-    )
+    given = (student, teacher, weight)
+    loss, d_student = loss_and_gradient(ops.masked_mse, *given, normalise=normalise)
     exact = loss_and_gradient(
         reference.masked_mse,
         student.double(),
@@ -63,9 +62,8 @@ def test_naive_loops(normalise, module):
     weight = torch.randint(0, 3, (2, 4, 5)).double()
     expected = naive.masked_mse(student.numpy(), teacher.numpy(), weight.numpy(), normalise)
     for omega in (weight, weight[:, None]):
-        loss, d_student = loss_and_gradient(
-            module.masked_mse, student, teacher, omega, normalise=normalise
-        )
+        given = (student, teacher, omega)
+        loss, d_student = loss_and_gradient(module.masked_mse, *given, normalise=normalise)
         assert loss.item() == pytest.approx(expected[0], rel=1e-12)
         torch.testing.assert_close(d_student, torch.from_numpy(expected[1]))
 
@@ -272,9 +270,8 @@ def test_scale_is_folded_in():
 
 def test_mutual_gradients_are_opposite():
     student, teacher = (torch.randn(2, 3, 4, 5, requires_grad=True) for _ in range(2))
-    loss = scaled_mse(
-        student, teacher, torch.rand(2, 4, 5), normalise="area", scale=2.0, mutual=True
-    )
+    options = {"normalise": "area", "scale": 2.0, "mutual": True}
+    loss = scaled_mse(student, teacher, torch.rand(2, 4, 5), **options)
     loss.backward()
     assert torch.equal(student.grad, -teacher.grad) and student.grad.any()
 
@@ -285,9 +282,8 @@ def test_the_gradient_of_refined_features_goes_on_without_a_copy(of_features, tw
     """`refine` reads the student's gradient with its sign set, and returns an ordinary tensor."""
     features = torch.randn(2, 5, 6, 6, dtype=torch.float64, requires_grad=of_features)
     student = torch.randn(2, 5, 6, 6, dtype=torch.float64, requires_grad=True)
-    theta = torch.tensor(
-        [[[0.9, 0.1, 0.2], [0.0, 1.1, -0.1]]], dtype=torch.float64, requires_grad=True
-    )
+    theta = torch.tensor([[[0.9, 0.1, 0.2], [0.0, 1.1, -0.1]]], dtype=torch.float64)
+    theta.requires_grad_()
     sigma, straight = torch.full((2, 1), 0.3, dtype=torch.float64, requires_grad=True).unbind()
     wanted = [student, theta, sigma, straight, *([features] if of_features else [])]
 
@@ -345,9 +341,8 @@ def test_nan_propagates():
 @both
 def test_an_area_of_nothing_is_zero(module, dtype):
     student, teacher = torch.randn(2, 2, 3, 4, 5).to(dtype)
-    loss, gradient = loss_and_gradient(
-        module.masked_mse, student, teacher, torch.zeros(2, 4, 5), normalise="area"
-    )
+    given = (student, teacher, torch.zeros(2, 4, 5))
+    loss, gradient = loss_and_gradient(module.masked_mse, *given, normalise="area")
     assert loss.item() == 0 and not gradient.any()
     assert module.masked_mse(student[:0], teacher[:0]).item() == 0
 
@@ -379,8 +374,7 @@ def test_any_case(shape, layout, teachers, normalise, seed, scale):
     )
     weight = torch.randint(0, 3, (shape[0], *shape[2:])).double()
     actual = loss_and_gradient(ops.masked_mse, student, teacher, weight, normalise=normalise)
-    expected = loss_and_gradient(
-        reference.masked_mse, student, teacher, weight, normalise=normalise
-    )
+    given = (student, teacher, weight)
+    expected = loss_and_gradient(reference.masked_mse, *given, normalise=normalise)
     for one, two in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)

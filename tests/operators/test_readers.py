@@ -187,9 +187,8 @@ def test_numpy_arrays_give_the_same_as_tensors(dtype):
         assert isinstance(one, np.ndarray) and np.array_equal(one, two.numpy())
     stacked = {name: part[None] for name, part in arrays.items()}
     dots = ops.refine_dots(features, refined, stacked)
-    twin = ops.refine_dots(
-        tensor, torch.from_numpy(refined), {name: part[None] for name, part in plan.items()}
-    )
+    parts = {name: part[None] for name, part in plan.items()}
+    twin = ops.refine_dots(tensor, torch.from_numpy(refined), parts)
     assert isinstance(dots, np.ndarray) and np.array_equal(dots, twin.numpy())
 
 

@@ -115,9 +115,8 @@ def test_refine_dots_are_inner_products():
         ).sum()
         for v in range(4)
     ]
-    torch.testing.assert_close(
-        reference.refine_dots(features, upstream, plans), torch.stack(expected)
-    )
+    found = reference.refine_dots(features, upstream, plans)
+    torch.testing.assert_close(found, torch.stack(expected))
     torch.testing.assert_close(
         reference.refine_dots(features, upstream, reference.Plan(**plans)), torch.stack(expected)
     )
@@ -129,9 +128,8 @@ def test_areas_of_two_are_those_of_the_means():
         (student[0] * teacher[0]).double().sqrt().float(),
         *((student[i] + teacher[i]) / 2 for i in (1, 2)),
     ]
-    for one, two in zip(
-        reference.areas(*student, teacher=tuple(teacher)), reference.areas(*mutual), strict=True
-    ):
+    both = reference.areas(*student, teacher=tuple(teacher)), reference.areas(*mutual)
+    for one, two in zip(*both, strict=True):
         assert torch.equal(one, two)
 
 

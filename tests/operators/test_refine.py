@@ -52,9 +52,8 @@ def test_every_pair_of_operations(first, second):
     actual = ops.refine(features, **plan, seed=9)
     twin = reference.refine(features, **plan, seed=9)
     torch.testing.assert_close(actual, twin, rtol=1e-5, atol=1e-5)
-    expected = naive.refine(
-        features.double().numpy(), **{name: part.numpy() for name, part in plan.items()}, seed=9
-    )
+    arrays = {name: part.numpy() for name, part in plan.items()}
+    expected = naive.refine(features.double().numpy(), **arrays, seed=9)
     torch.testing.assert_close(actual.double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-5)
 
 
@@ -102,12 +101,10 @@ def test_half_precision_is_no_worse_than_eager(dtype):
     features = torch.randn(shape).to(dtype)
     theta = (torch.eye(2, 3) + 0.2 * torch.randn(2, 2, 3)).to(dtype)
     exact = reference.refine(features.double(), theta.double())
-    eager = F.grid_sample(
-        features, F.affine_grid(theta, list(shape), align_corners=False), align_corners=False
-    )
-    error, eagers_own = (
-        (value.double() - exact).abs() for value in (ops.refine(features, theta), eager)
-    )
+    grid = F.affine_grid(theta, list(shape), align_corners=False)
+    eager = F.grid_sample(features, grid, align_corners=False)
+    values = ops.refine(features, theta), eager
+    error, eagers_own = ((value.double() - exact).abs() for value in values)
     assert error.max() <= eagers_own.max() + ULP[dtype] * exact.abs().max()
     assert (error <= ULP[dtype] * exact.abs() + 1e-6).all()
 
@@ -180,9 +177,8 @@ def test_nan_features_propagate_and_keep_clears_them():
     theta = torch.tensor([[[1.0, 0, 0.1], [0, 1, 0.1]]])
     refined = ops.refine(features, theta, keep=keep, sigma=torch.ones(1))
     assert refined[0, 0].isnan().any() and torch.equal(refined[0, 1], torch.zeros(4, 4))
-    assert torch.equal(
-        refined.isnan(), reference.refine(features, theta, keep=keep, sigma=torch.ones(1)).isnan()
-    )
+    twin = reference.refine(features, theta, keep=keep, sigma=torch.ones(1))
+    assert torch.equal(refined.isnan(), twin.isnan())
 
 
 # --- gradients
@@ -322,9 +318,8 @@ def test_refine_dots(dtype, layout):
 def test_refine_dots_of_nothing_are_zero(shape):
     empty = torch.randn(shape)
     assert ops.refine_dots(empty, empty, {"sigma": torch.ones(3, 1)}).tolist() == [0.0] * 3
-    assert ops.refine_dots(
-        torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2), {"sigma": torch.ones(0, 1)}
-    ).shape == (0,)
+    ones = torch.ones(1, 1, 2, 2)
+    assert ops.refine_dots(ones, ones, {"sigma": torch.ones(0, 1)}).shape == (0,)
 
 
 @pytest.mark.parametrize("name", ["features", "upstream", "theta"])

@@ -128,15 +128,13 @@ def test_compile_by_inductor():
         objective(*inputs, plan, heads),
     )
     torch.testing.assert_close(one, two)
-    for first, second in zip(
-        torch.autograd.grad(one, inputs), torch.autograd.grad(two, inputs), strict=True
-    ):
+    of_both = (torch.autograd.grad(value, inputs) for value in (one, two))
+    for first, second in zip(*of_both, strict=True):
         torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
     plans = ops.Plan(theta=torch.randn(3, 1, 2, 3))
     features = torch.randn(SHAPE)
-    dots = torch.compile(
-        lambda features: ops.refine_dots(features, features, plans), fullgraph=True
-    )(features)
+    by_plans = torch.compile(lambda x: ops.refine_dots(x, x, plans), fullgraph=True)
+    dots = by_plans(features)
     torch.testing.assert_close(dots, ops.refine_dots(features, features, plans))
     draws = torch.compile(lambda seed: ops.draw(seed, seed, 5), fullgraph=True)(torch.tensor([3]))
     assert all(map(torch.equal, draws, ops.draw(torch.tensor([3]), torch.tensor([3]), 5)))
@@ -199,9 +197,8 @@ def test_batched_gradients(dtype):
         single = [torch.autograd.grad(output, inputs, one, retain_graph=True) for one in upstreams]
         expected = [torch.stack(each) for each in zip(*single, strict=True)]
         for kept in (True, output is refined):  # the loss's graph ends with it
-            found = torch.autograd.grad(
-                output, inputs, upstreams, is_grads_batched=True, retain_graph=kept
-            )
+            options = {"is_grads_batched": True, "retain_graph": kept}
+            found = torch.autograd.grad(output, inputs, upstreams, **options)
             torch.testing.assert_close(list(found), expected)
 
 
@@ -246,9 +243,8 @@ def test_per_sample_gradients():
     one = torch.func.vmap(torch.func.grad(loss), (None, 0))(theta, many)
     for index in range(4):
         torch.testing.assert_close(one[index], torch.func.grad(loss)(theta, many[index]))
-    total = torch.func.grad(lambda theta: torch.func.vmap(loss, (None, 0))(theta, many).sum())(
-        theta
-    )
+    whole = torch.func.grad(lambda theta: torch.func.vmap(loss, (None, 0))(theta, many).sum())
+    total = whole(theta)
     torch.testing.assert_close(total, one.sum(0))
 
 
@@ -292,9 +288,8 @@ def test_a_tensor_that_outlives_its_transform():
     torch.func.grad(leaking)(theta)
     features = torch.randn(SHAPE)
     assert torch.equal(ops.refine(features, leaked[0]), ops.refine(features, theta))
-    dots = [
-        ops.refine_dots(features, features, {"theta": each[None]}) for each in (leaked[0], theta)
-    ]
+    plans = [{"theta": each[None]} for each in (leaked[0], theta)]
+    dots = [ops.refine_dots(features, features, plan) for plan in plans]
     assert torch.equal(*dots)
     maps, own = ([each[None].expand(1, 2, 2, 3)] * 3 for each in (leaked[0], theta))
     assert torch.equal(ops.masked_mse(maps[0], own[0]), torch.zeros(()))

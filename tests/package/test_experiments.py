@@ -123,9 +123,8 @@ def test_tuning_uses_the_validation_part_alone(
     tune.write(done, tmp_path / "tune.csv")
     rows = list(csv.DictReader((tmp_path / "tune.csv").read_text().splitlines()))
     means = [float(row["validation_mean"]) for row in rows]
-    assert [row["best"] for row in rows] == [
-        "yes" if i == means.index(max(means)) else "" for i in range(5)
-    ]
+    best = means.index(max(means))
+    assert [row["best"] for row in rows] == ["yes" if i == best else "" for i in range(5)]
     assert rows[3]["setting"] == "lr 1.2"
 
 

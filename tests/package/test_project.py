@@ -63,9 +63,8 @@ def test_twin_has_the_same_signature(operator: str) -> None:
 def test_one_version_everywhere() -> None:
     """Cargo.toml states it, the changelog has its section, `installation` compares both halves."""
     released = re.search(r"^## \[(\d.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    stating = [
-        path for path in TEXTS if path.suffix in {*CODE, ".toml"} and VERSION in path.read_text()
-    ]
+    suffixes = {*CODE, ".toml"}
+    stating = [path for path in TEXTS if path.suffix in suffixes and VERSION in path.read_text()]
     assert released is not None and released[1] == VERSION == metadata("sokd")["Version"]
     compared = ROOT / "python" / "sokd" / "ops" / "installation.py"
     assert sorted(stating) == [ROOT / "Cargo.toml", compared]

@@ -58,9 +58,8 @@ def fitnet(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def at(student: Tensor, teacher: Tensor) -> Tensor:
-    attention_s, attention_t = (
-        F.normalize(each.pow(2).mean(1).flatten(1)) for each in (student, teacher)
-    )
+    energies = (each.pow(2).mean(1).flatten(1) for each in (student, teacher))
+    attention_s, attention_t = map(F.normalize, energies)
     return (attention_s - attention_t).pow(2).mean()
 
 

@@ -92,9 +92,8 @@ def areas(heat, size, offset, k, kernel):  # type: ignore[no-untyped-def]
     for n in range(batch):
         peaks = []
         for a, y, x in np.ndindex(maps, height, width):
-            window = heat[
-                n, a, max(0, y - reach) : y + reach + 1, max(0, x - reach) : x + reach + 1
-            ]
+            rows = slice(max(0, y - reach), y + reach + 1)
+            window = heat[n, a, rows, max(0, x - reach) : x + reach + 1]
             if np.all(heat[n, a, y, x] >= window):  # false for a NaN on either side
                 peaks.append((-heat[n, a, y, x], (a * height + y) * width + x))
         for slot, (negative, flat) in enumerate(sorted(peaks)[:k]):

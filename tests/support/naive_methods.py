@@ -215,9 +215,8 @@ def batch_norm(features, gain, shift, mean, variance):
     """With the running statistics."""
     out = np.zeros(features.shape)
     for b, c, y, x in np.ndindex(features.shape):
-        out[b, c, y, x] = (
-            gain[c] * (features[b, c, y, x] - mean[c]) / math.sqrt(variance[c] + 1e-5) + shift[c]
-        )
+        scaled = gain[c] * (features[b, c, y, x] - mean[c]) / math.sqrt(variance[c] + 1e-5)
+        out[b, c, y, x] = scaled + shift[c]
     return out
 
 

@@ -92,9 +92,8 @@ def check_masked_mse(
     arguments = (student, teacher, weights, normalise)
     loss, d_student = masked_mse(cuda, *arguments)
     leaf = student.double().requires_grad_()
-    truth = ops.masked_mse(
-        leaf, teacher.double(), None if weights is None else weights.double(), normalise=normalise
-    )
+    wide = None if weights is None else weights.double()
+    truth = ops.masked_mse(leaf, teacher.double(), wide, normalise=normalise)
     assert_near("loss", loss, truth.detach(), SUMMING[dtype])
     share = float(student.numel() or 1)  # the gradient is of the order of 1 / elements
     expected = torch.autograd.grad(truth, leaf)[0] * share
