@@ -89,11 +89,7 @@ def _warm_up(environment: dict[str, str], *, from_cache: bool) -> float:
 def _row(work: str, dtype: str, layout: str, taken: list[float]) -> dict[str, Any]:
     note = f"processor time; sm_{ARCHITECTURE}; no GPU"
     row = {
-        "work": work,
-        "shape": "-",
-        "dtype": dtype,
-        "layout": layout,
-        "side": "sokd",
+        "work": work, "shape": "-", "dtype": dtype, "layout": layout, "side": "sokd",
         "turns": len(taken),
-    }
+    }  # fmt: skip
     return row | {"median_ms": f"{median(taken):.2f}", "note": note}

@@ -156,12 +156,9 @@ def case_columns(case: Case) -> dict[str, Any]:
     """The columns of a row that describe its case."""
     shape = "x".join(map(str, case.shape))
     return {
-        "work": case.work,
-        "shape": shape,
-        "dtype": case.dtype,
-        "layout": case.layout,
+        "work": case.work, "shape": shape, "dtype": case.dtype, "layout": case.layout,
         "note": case.note,
-    }
+    }  # fmt: skip
 
 
 def _time_columns(

@@ -22,12 +22,8 @@ NUMBERS = {
     ],
 }  # fmt: skip
 TYPES = {
-    "c_int": "int",
-    "c_uint": "unsigned",
-    "c_char": "char",
-    "c_void": "void",
-    "usize": "size_t",
-}
+    "c_int": "int", "c_uint": "unsigned", "c_char": "char", "c_void": "void", "usize": "size_t",
+}  # fmt: skip
 
 # Whether a type of Rust's (R) is passed as the header's (C): the same type; an int for an enum; a
 # Handle for a pointer to an opaque structure.

@@ -172,11 +172,8 @@ def _crd_by_name(rank: int) -> dict[str, Tensor]:
     changed = (crd.student_bank != before).any(1)
     others = crd.negatives.eval()(torch.tensor([0, 1]))
     return {
-        "bank": crd.student_bank,
-        "changed": changed,
-        "z": crd.log_normaliser,
-        "negatives": others,
-    }
+        "bank": crd.student_bank, "changed": changed, "z": crd.log_normaliser, "negatives": others,
+    }  # fmt: skip
 
 
 def _logits_only(x: Tensor, y: Tensor) -> list[Tensor]:

@@ -150,21 +150,18 @@ def test_private_names_stay_in_their_module() -> None:
     assert found == {}
 
 
-@pytest.mark.parametrize(
-    ("source", "name"),
-    [
-        ("tensor._version", "_version"),
-        ("self._buffers", "_buffers"),
-        ("torch._C._len_torch_dispatch_stack()", "_C"),
-        ("getattr(module, '_orig_mod', None)", "_orig_mod"),
-        ("'torch._dynamo' in sys.modules", "torch._dynamo"),
-        ("from torch.nn.modules.dropout import _DropoutNd", "_DropoutNd"),
-        ("import torch._dynamo", "torch._dynamo"),
-        ("from sokd.kd.sokd import _channels", "_channels"),
-        ("def _apply(self):\n    super()._load_from_state_dict()", "_load_from_state_dict"),
-        ("class A:\n    def f(self):\n        return super()._apply()", "_apply"),
-    ],
-)
+@pytest.mark.parametrize(("source", "name"), [
+    ("tensor._version", "_version"),
+    ("self._buffers", "_buffers"),
+    ("torch._C._len_torch_dispatch_stack()", "_C"),
+    ("getattr(module, '_orig_mod', None)", "_orig_mod"),
+    ("'torch._dynamo' in sys.modules", "torch._dynamo"),
+    ("from torch.nn.modules.dropout import _DropoutNd", "_DropoutNd"),
+    ("import torch._dynamo", "torch._dynamo"),
+    ("from sokd.kd.sokd import _channels", "_channels"),
+    ("def _apply(self):\n    super()._load_from_state_dict()", "_load_from_state_dict"),
+    ("class A:\n    def f(self):\n        return super()._apply()", "_apply"),
+])  # fmt: skip
 def test_a_foreign_private_name_is_found(source: str, name: str) -> None:
     assert name in foreign_private_names(source)
 

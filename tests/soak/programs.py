@@ -23,19 +23,8 @@ import sokd
 OWN_ERROR = re.compile(r"^[A-Za-z_][\w.]*: \S")
 ERRORS = (TypeError, ValueError, RuntimeError, NotImplementedError, FloatingPointError)
 METHODS = (
-    "fitnet",
-    "at",
-    "kd",
-    "dkd",
-    "lskd",
-    "dist",
-    "sp",
-    "rkd",
-    "mgd",
-    "reviewkd",
-    "catkd",
-    "crd",
-)
+    "fitnet", "at", "kd", "dkd", "lskd", "dist", "sp", "rkd", "mgd", "reviewkd", "catkd", "crd",
+)  # fmt: skip
 CLASSES = 5
 
 
