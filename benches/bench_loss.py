@@ -32,9 +32,8 @@ def training_step(
     """One whole step with a new student."""
     torch.manual_seed(0)
     student = ResNet(8)
-    optimizer = torch.optim.SGD(
-        [*student.parameters(), *parameters], lr=0.01, momentum=0.9, weight_decay=5e-4
-    )
+    trained = [*student.parameters(), *parameters]
+    optimizer = torch.optim.SGD(trained, lr=0.01, momentum=0.9, weight_decay=5e-4)
     images, labels = torch.randn(IMAGES), torch.randint(0, 100, IMAGES[:1])
 
     def step() -> None:
@@ -58,9 +57,8 @@ def heads_alone(dam: Any, both: Tensor) -> Tensor:
     """DAM's two convolutions on student and teacher as one batch, and nothing else of DAM."""
     hidden = F.relu(dam.first(both), inplace=True)
     heads = (dam.heat, dam.offset, dam.size)
-    weight = torch.cat(
-        [F.pad(head.weight, (0, 0, 0, 0, *_place(i, head))) for i, head in enumerate(heads)]
-    )
+    padding = [(0, 0, 0, 0, *_place(i, head)) for i, head in enumerate(heads)]
+    weight = torch.cat([F.pad(head.weight, pad) for head, pad in zip(heads, padding, strict=True)])
     return F.conv2d(hidden, weight, torch.cat([head.bias for head in heads]))
 
 
@@ -124,9 +122,8 @@ def _check_loss() -> None:
 def peak_bytes(work: Callable[[], object]) -> int:
     """The most memory that tensors made by `work` hold at one time, by the profiler's record."""
     work()
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         work()
     events = profile.profiler.kineto_results.events()
     memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")

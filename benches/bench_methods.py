@@ -39,9 +39,8 @@ def case(name: str, ours: Loss, theirs: Loss, inputs: Sequence[Any], *, rtol: fl
     sides = {"sokd": side(ours), "eager": side(theirs)}
     # mgd is two convolutions on both sides: a difference below 5 % is noise
     targets = {"eager": 0.95 if name == "mgd" else 1.0}
-    return Case(
-        f"{name}, forward + backward", students[-1].shape, sides, targets=targets, check=check
-    )
+    work, shape = f"{name}, forward + backward", students[-1].shape
+    return Case(work, shape, sides, targets=targets, check=check)
 
 
 def logit_cases(batch: int, classes: int) -> Iterator[Case]:

@@ -13,13 +13,18 @@ from support import eager
 from torch import Tensor
 
 import sokd
-from benches.harness import LAYOUTS, MEMORY, Case, Options, Shape, check_close, compiled, name_of
+from benches.harness import LAYOUTS, MEMORY, Case, Options, check_close, compiled, name_of
 from sokd import reference
 from sokd.ops.masked_mse import scaled_mse as any_mse
 
 MAIN = (64, 128, 16, 16)
 LARGE = ((32, 256, 28, 28), (2, 256, 100, 100))
 SEED = 7
+Shape = tuple[int, ...]
+
+
+def random_map(shape: Shape, dtype: torch.dtype, layout: str) -> Tensor:
+    return torch.randn(shape).to(dtype).to(memory_format=LAYOUTS[layout])
 
 
 def make(shape: Shape, dtype: torch.dtype, layout: str, groups: int) -> dict[str, Tensor]:
@@ -30,7 +35,7 @@ def make(shape: Shape, dtype: torch.dtype, layout: str, groups: int) -> dict[str
     zero = torch.zeros_like(angle)
     rows = [angle.cos(), angle.sin(), zero + 0.1], [-angle.sin(), angle.cos(), zero - 0.1]
     return {
-        "features": torch.randn(shape).to(dtype).to(memory_format=LAYOUTS[layout]),
+        "features": random_map(shape, dtype, layout),
         "theta": torch.stack([torch.stack(row, -1) for row in rows], 1),
         "hole": torch.tensor([[height // 4, width // 4, height // 4 + 3, width // 4 + 3]]).repeat(
             groups, 1
@@ -108,9 +113,8 @@ def affine_case(shape: Shape, dtype: torch.dtype, layout: str, *, target: float)
     if target > 1:
         sides[MEMORY] = features.clone
     work = "refine forward, affine only"
-    return Case(
-        work, shape, sides, 2 * features.nbytes, {"eager": target}, check, name_of(dtype), layout
-    )
+    moved, targets = 2 * features.nbytes, {"eager": target}
+    return Case(work, shape, sides, moved, targets, check, name_of(dtype), layout)
 
 
 def loss_case(
@@ -119,16 +123,15 @@ def loss_case(
     plan = make(shape, dtype, layout, 1)
     plan["theta"].requires_grad_()
     plan["sigma"].requires_grad_()
-    student = torch.randn(shape).to(dtype).to(memory_format=LAYOUTS[layout]).requires_grad_()
+    student = random_map(shape, dtype, layout).requires_grad_()
     weight = torch.randint(0, 4, (shape[0], *shape[2:])).float()
     wanted = [student, plan["theta"], plan["sigma"]]
     loose = 1e-4 if dtype == torch.float32 else 4e-2
 
     def check() -> None:
         refined = reference.refine(**plan, seed=SEED)
-        truth = torch.autograd.grad(
-            reference.mutual_mse(student, refined, weight, normalise="elements"), wanted
-        )
+        loss = reference.mutual_mse(student, refined, weight, normalise="elements")
+        truth = torch.autograd.grad(loss, wanted)
         ours = gradients(sokd_refined_loss, wanted, student, weight, plan)
         check_close(ours[0], truth[0], rtol=loose, atol=loose)
         for one, other in zip(ours[1:], truth[1:], strict=True):

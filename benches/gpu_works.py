@@ -12,8 +12,8 @@ from torch import Tensor
 
 import sokd
 from benches.bench_areas import HEATS
-from benches.bench_refine import SEED, gradients, make
-from benches.harness import LAYOUTS, Case, Shape, Side, check_close, compiled, name_of
+from benches.bench_refine import SEED, Shape, gradients, make, random_map
+from benches.harness import LAYOUTS, Case, Side, check_close, compiled, name_of
 from sokd import reference
 
 PLANS = 4  # of refine_dots
@@ -102,9 +102,8 @@ def _refine_backward(plan: dict[str, Tensor], layout: str) -> Iterator[Case]:
                     atol=bound["atol"] * float(other.abs().max()),
                 )
 
-        yield _case(
-            f"refine backward, {kind}", plan["features"], layout, sides, 2 * upstream.nbytes, check
-        )
+        work, features = f"refine backward, {kind}", plan["features"]
+        yield _case(work, features, layout, sides, 2 * upstream.nbytes, check)
 
 
 def _backward(refined: Tensor, wanted: list[Tensor], upstream: Tensor) -> Side:
@@ -143,9 +142,7 @@ def _masked_mse(
     shape: Shape, dtype: torch.dtype, layout: str, compiler: Callable[..., Any] | None
 ) -> Iterator[Case]:
     """The kernel, then with autograd. Bytes: two maps and the weight read, a gradient written."""
-    student, teacher = (
-        torch.randn(shape).to(dtype).to(memory_format=LAYOUTS[layout]) for _ in range(2)
-    )
+    student, teacher = (random_map(shape, dtype, layout) for _ in range(2))
     weight = torch.randint(0, 4, (shape[0], *shape[2:])).float()
     student.requires_grad_()
     given = student.detach(), teacher, weight
@@ -181,9 +178,8 @@ def _masked_mse(
     if compiler is not None:
         sides["compile"] = both(compiler(eager.masked_mse))
     moved = 3 * student.nbytes + weight.nbytes
-    yield _case(
-        "masked_mse, loss and gradient", student, layout, {"sokd": kernel}, moved, check_kernel
-    )
+    work, of_kernel = "masked_mse, loss and gradient", {"sokd": kernel}
+    yield _case(work, student, layout, of_kernel, moved, check_kernel)
     yield _case("masked_mse, forward + backward", student, layout, sides, moved, check_both)
 
 

@@ -29,7 +29,6 @@ RESULTS = Path(__file__).parent / "results"
 QUICK_RESULTS = Path("out") / "bench"
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 Side = Callable[[], object]
-Shape = tuple[int, ...]
 # The bytes of a case read and written by PyTorch's simplest operations, which compute nothing: code
 # that moves these bytes can hardly be faster. Measured for the cases that have a target.
 MEMORY = "memory alone"

@@ -38,9 +38,8 @@ def table(cases: Iterable[list[Row]]) -> str:
         others = "; ".join(_side(row) for row in rows if row is not ours)
         shape = " ".join([rows[0]["shape"], *_unusual(rows[0])])
         note = f" ({rows[0]['note']})" if rows[0]["note"] else ""
-        lines.append(
-            f"| {rows[0]['work']}{note} | {shape} | {_ms(ours) if ours else ''} | {others} |"
-        )
+        own = _ms(ours) if ours else ""
+        lines.append(f"| {rows[0]['work']}{note} | {shape} | {own} | {others} |")
     return "\n".join(lines)
 
 
