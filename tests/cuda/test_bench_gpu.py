@@ -76,9 +76,7 @@ def test_a_wrong_answer_is_not_timed(
     assert "bench_gpu: areas, k = 8" in capsys.readouterr().err
 
 
-def test_a_case_too_large_for_the_device_is_left_out(
-    tmp_path: Path, monkeypatch: MonkeyPatch
-) -> None:
+def test_a_case_too_large_is_left_out(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     def large(*heads: Any, **options: Any) -> Any:
         raise torch.OutOfMemoryError("no room")
 

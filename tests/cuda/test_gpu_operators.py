@@ -14,6 +14,7 @@ from support.cases import (
     DTYPES,
     LAYOUTS,
     SHAPES,
+    DType,
     Shape,
     everything,
     laid_out,
@@ -72,7 +73,7 @@ def near(found: Tensor, exact: Tensor, *, scale: float = 1.0, times: float = 1.0
     torch.testing.assert_close(found, exact, rtol=times * rtol, atol=times * atol)
 
 
-def plan_dtype(dtype: torch.dtype) -> torch.dtype:
+def plan_dtype(dtype: DType) -> DType:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -86,7 +87,7 @@ def has_cells(shape: Shape) -> bool:
 
 # --- refine and refine_dots
 @everywhere
-def test_refine(shape: Shape, layout: str, dtype: torch.dtype, device: TorchDevice) -> None:
+def test_refine(shape: Shape, layout: str, dtype: DType, device: TorchDevice) -> None:
     """The value and all four gradients."""
     for groups in groups_of(shape):
         device_cases.refine(device, shape, layout, dtype, groups)
@@ -106,7 +107,7 @@ def test_refine(shape: Shape, layout: str, dtype: torch.dtype, device: TorchDevi
 
 
 @everywhere
-def test_refine_dots(shape: Shape, layout: str, dtype: torch.dtype, device: TorchDevice) -> None:
+def test_refine_dots(shape: Shape, layout: str, dtype: DType, device: TorchDevice) -> None:
     device_cases.refine_dots(device, shape, layout, dtype, 5)
     features, upstream = (device.on(laid_out(shape, layout, dtype)) for _ in range(2))
     each = [everything(shape, shape[0], torch.float32) for _ in range(3)]
@@ -120,9 +121,7 @@ def test_refine_dots(shape: Shape, layout: str, dtype: torch.dtype, device: Torc
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_neutral_values_copy_bit_for_bit(
-    dtype: torch.dtype, layout: str, device: TorchDevice
-) -> None:
+def test_neutral_values_copy_bit_for_bit(dtype: DType, layout: str, device: TorchDevice) -> None:
     features = laid_out((2, 3, 6, 5), layout, dtype)
     if layout != "expanded":
         features[0, 0, 0, :3] = torch.tensor([math.nan, -0.0, math.inf])
@@ -144,9 +143,7 @@ def test_the_noise_is_the_cpus(shape: Shape, seed: Any, device: TorchDevice) -> 
 
 
 @pytest.mark.parametrize("shape", [(3, 6, 9, 7), ALIGNED, LARGE])
-def test_the_noise_has_the_same_bits_in_every_layout_and_dtype(
-    shape: Shape, device: TorchDevice
-) -> None:
+def test_the_noise_has_the_same_bits_everywhere(shape: Shape, device: TorchDevice) -> None:
     def noise(features: Tensor, groups: int) -> Tensor:
         sigma = torch.ones(groups, device=device.device)
         return ops.refine(device.on(features * 0), sigma=sigma, seed=3)
@@ -164,9 +161,7 @@ def test_the_noise_has_the_same_bits_in_every_layout_and_dtype(
 @pytest.mark.parametrize(
     "shape, layout, dtype", [case for case in EVERYWHERE if has_cells(case[0])]
 )
-def test_areas(
-    shape: Shape, layout: str, dtype: torch.dtype, teacher: bool, device: TorchDevice
-) -> None:
+def test_areas(shape: Shape, layout: str, dtype: DType, teacher: bool, device: TorchDevice) -> None:
     """Scores, boxes and coverage: exactly, ties included."""
     cells = math.prod(shape[1:])
     for k in {1, min(8, cells), min(100, cells)}:
@@ -185,7 +180,7 @@ def test_areas(
 @pytest.mark.parametrize("normalise", ["elements", "area"])
 @everywhere
 def test_masked_mse(
-    shape: Shape, layout: str, dtype: torch.dtype, normalise: str, device: TorchDevice
+    shape: Shape, layout: str, dtype: DType, normalise: str, device: TorchDevice
 ) -> None:
     """The loss and the student's gradient; the upstream gradient scales the latter to about one."""
     batch, _, height, width = shape
@@ -207,7 +202,7 @@ def test_masked_mse(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_masked_mse_of_two_layouts(dtype: torch.dtype, device: TorchDevice) -> None:
+def test_masked_mse_of_two_layouts(dtype: DType, device: TorchDevice) -> None:
     for student, teacher in (
         ("contiguous", "channels_last"),
         ("channels_last", "sliced"),
@@ -236,7 +231,7 @@ def test_draw(n: int, device: TorchDevice) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), LARGE])
 def test_same_bits_on_every_run(
-    shape: Shape, dtype: torch.dtype, layout: str, device: TorchDevice
+    shape: Shape, dtype: DType, layout: str, device: TorchDevice
 ) -> None:
     run = everything_on(device, shape, dtype, layout)
     first = run()

@@ -32,11 +32,8 @@ def test_the_table_is_sorted_and_named():
     share = math.exp(2) / (math.exp(2) + 35)
     assert f"{share:.2%}" in lines[1] and "50%   50%" in lines[1] and "of the width" in lines[1]
     assert inspect.table(distiller, top=3) == "\n".join(lines[:4])
-    assert (
-        inspect.table(distiller.kd)
-        == inspect.table(distiller.kd.policy)
-        == inspect.table(distiller)
-    )
+    of_kd, of_policy = inspect.table(distiller.kd), inspect.table(distiller.kd.policy)
+    assert of_kd == of_policy == inspect.table(distiller)
 
 
 def test_entropy():

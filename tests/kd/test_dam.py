@@ -106,11 +106,7 @@ def test_areas_come_from_the_maps_named(whose):
     want = reference.areas(heat.detach(), size, offset, k=3, kernel=5, teacher=other)
     assert torch.equal(found.boxes, want.boxes)
     assert torch.equal(found.coverage, want.coverage)
-    assert (
-        not found.coverage.requires_grad
-        and not found.weight.requires_grad
-        and not found.heat.requires_grad
-    )
+    assert not any(each.requires_grad for each in (found.coverage, found.weight, found.heat))
 
 
 def one_peak(**options) -> DAM:

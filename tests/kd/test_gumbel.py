@@ -18,9 +18,7 @@ PAIRS = [
 ]
 
 
-def made(
-    granularity: str = "batch", gradient: str = "straight_through", policies: list = PAIRS
-) -> Policy:
+def made(granularity="batch", gradient="straight_through", policies=PAIRS) -> Policy:
     policy = Policy(policies=policies, granularity=granularity, magnitude_gradient=gradient)
     policy = policy.double()
     with torch.no_grad():

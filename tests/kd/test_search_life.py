@@ -75,10 +75,8 @@ def test_sets_the_policy_up() -> None:
     assert kd.policy.estimator == "relax"
     assert PolicySearch(kd, Student())._control is not None
     assert kd.policy.estimator == "relax", "kd's own"
-    assert (
-        PolicySearch(kd, Student(), estimator="gumbel")._control is None
-        and kd.policy.estimator == "gumbel"
-    )
+    assert PolicySearch(kd, Student(), estimator="gumbel")._control is None
+    assert kd.policy.estimator == "gumbel"
     assert made()[1].policy.estimator == "gumbel", "unless kd says otherwise"
     adam = made()[2].state_dict()["adam"]["param_groups"][0]
     assert (adam["betas"], adam["weight_decay"]) == ((0.5, 0.999), 0)

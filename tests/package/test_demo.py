@@ -292,9 +292,7 @@ def test_pictures_are_written(task: train.Task, runs: dict[str, train.Run], tmp_
         assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
 
 
-def test_the_state_of_a_run_gives_its_accuracy(
-    task: train.Task, runs: dict[str, train.Run]
-) -> None:
+def test_a_runs_state_gives_its_accuracy(task: train.Task, runs: dict[str, train.Run]) -> None:
     distiller = train.build(runs["sokd"], task)
     distiller.load_state_dict(runs["sokd"].state)
     last = runs["sokd"].test[SOLVER.epochs - 1]

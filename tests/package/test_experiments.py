@@ -104,9 +104,7 @@ def test_every_method_has_as_many_trials_and_the_chosen_one_is_among_them() -> N
     assert tune.arguments("fitnet-dam", tune.BOTH[0])["sokd"]["policy"] is None
 
 
-def test_tuning_uses_the_validation_part_alone(
-    task: Task, monkeypatch: MonkeyPatch, tmp_path: Path
-) -> None:
+def test_tuning_uses_validation_alone(task: Task, monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
     seen: list[Run] = []
     rates: list[float] = []
 

@@ -11,6 +11,7 @@ from sokd import ops, reference
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 Shape = tuple[int, ...]
+DType = torch.dtype
 LAYOUTS = ["contiguous", "channels_last", "sliced", "expanded", "transposed", "offset"]
 
 # torch.compile itself warns (deprecated calls inside PyTorch); not what these tests are about
@@ -34,7 +35,7 @@ SHAPES = [  # batch, channels, height, width: and what each is for
 ]
 
 
-def laid_out(shape: Shape, layout: str, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+def laid_out(shape: Shape, layout: str, dtype: DType, scale: float = 1.0) -> Tensor:
     """A random map of this logical shape in one of LAYOUTS."""
     batch, channels, height, width = shape
 
@@ -92,7 +93,7 @@ def pair(first: int, second: int, shape: Shape) -> dict[str, Any]:
     return one | two
 
 
-def everything(shape: Shape, groups: int, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+def everything(shape: Shape, groups: int, dtype: DType = torch.float64) -> dict[str, Any]:
     """All five parts, active and different for each group."""
     _, channels, height, width = shape
     theta = torch.eye(2, 3).double() + 0.2 * torch.randn(groups, 2, 3, dtype=torch.float64)

@@ -55,9 +55,7 @@ def test_each_call_fails_in_turn(code: int, name: str) -> None:
 
 @pytest.mark.parametrize("gains", [True, False])
 @forked
-def test_torchs_cached_memory_is_freed_for_a_kernel(
-    gains: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torchs_cached_memory_is_freed(gains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     driver, emptied = Driver(), []
 
     def empty_cache() -> None:
@@ -107,9 +105,7 @@ def fields(structure: str, text: str) -> int:
     ("masked_mse", "masked_mse_scale_f32", "Scale"),
     ("draw", "draw", "Draw"),
 ])  # fmt: skip
-def test_every_field_of_an_argument_structure_is_8_bytes(
-    operator: str, kernel: str, structure: str
-) -> None:
+def test_every_field_of_a_structure_is_8_bytes(operator: str, kernel: str, structure: str) -> None:
     """Names and types are compared by the tests in Rust."""
     paths = ROOT / "src/cuda/common.cuh", ROOT / "src/ops" / operator / "kernel.cu"
     text = "".join(path.read_text() for path in paths)

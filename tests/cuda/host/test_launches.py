@@ -137,10 +137,8 @@ def _on_an_old_device(capability: tuple[int, int]) -> tuple[str, int]:
 
 @forked
 def test_no_such_device() -> None:
-    assert (
-        error_of(lambda: draw(2))
-        == "draw: device cuda:2 must be one of the 2 that the CUDA driver has"
-    )
+    text = "draw: device cuda:2 must be one of the 2 that the CUDA driver has"
+    assert error_of(lambda: draw(2)) == text
 
 
 @forked

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sokd import ops
-from support.cases import everything, laid_out
+from support.cases import DType, everything, laid_out
 from support.cuda.device_cases import moved
 from support.cuda.memory import MockMemory
 
@@ -82,7 +82,7 @@ def areas(
 
 # --- what holds
 def check_masked_mse(
-    cuda: MockMemory, shape: Shape, dtype: torch.dtype, layout: str, weight: torch.dtype | None,
+    cuda: MockMemory, shape: Shape, dtype: DType, layout: str, weight: DType | None,
     normalise: str,
 ) -> None:  # fmt: skip
     """Loss and gradient, then the loss alone."""
@@ -102,7 +102,7 @@ def check_masked_mse(
     assert_near("loss without gradient", alone, loss, SUMMING[dtype])
 
 
-def check_scale(cuda: MockMemory, count: int, dtype: torch.dtype, *, odd: bool = False) -> None:
+def check_scale(cuda: MockMemory, count: int, dtype: DType, *, odd: bool = False) -> None:
     """PyTorch's bits for any number of blocks; a factor of one leaves the gradient alone."""
     cuda.odd = odd
     gradient = torch.randn(1, 1, 1, count).to(dtype)
@@ -129,7 +129,7 @@ def plan_of(shape: Shape, groups: int, parts: str) -> dict[str, Any]:
 
 
 def check_forward(
-    cuda: MockMemory, shape: Shape, dtype: torch.dtype, layout: str, groups: int, parts: str
+    cuda: MockMemory, shape: Shape, dtype: DType, layout: str, groups: int, parts: str
 ) -> None:
     """The CPU kernel's value, bit by bit where nothing is resampled."""
     cuda.odd = layout == "offset"
@@ -143,7 +143,7 @@ def check_forward(
 
 
 def check_backward(
-    cuda: MockMemory, shape: Shape, dtype: torch.dtype, layout: str, groups: int, parts: str
+    cuda: MockMemory, shape: Shape, dtype: DType, layout: str, groups: int, parts: str
 ) -> None:
     """d_theta, d_sigma, d_straight and d_features against the CPU's in float64."""
     cuda.odd = layout == "offset"
@@ -163,7 +163,7 @@ def check_backward(
 
 
 def check_dots(
-    cuda: MockMemory, shape: Shape, dtype: torch.dtype, layout: str, groups: int, plans: int
+    cuda: MockMemory, shape: Shape, dtype: DType, layout: str, groups: int, plans: int
 ) -> None:
     """All plans at once; one of them moves nothing, one has no noise."""
     cuda.odd = layout == "offset"
@@ -177,9 +177,7 @@ def check_dots(
     assert_near("dots", actual, expected, SUMMING[dtype])
 
 
-def heads(
-    shape: Shape, dtype: torch.dtype, layout: str, levels: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def heads(shape: Shape, dtype: DType, layout: str, levels: int) -> tuple[Tensor, Tensor, Tensor]:
     """Heat of at most 2 * levels + 1 values (0: any), so that there are ties; sizes, offsets."""
     pairs = (shape[0], 2, *shape[2:])
     heat = laid_out(shape, layout, dtype)
@@ -191,7 +189,7 @@ def heads(
 
 
 def check_areas(
-    cuda: MockMemory, shape: Shape, dtype: torch.dtype, layout: str, k: int, kernel: int,
+    cuda: MockMemory, shape: Shape, dtype: DType, layout: str, k: int, kernel: int,
     mutual: bool, levels: int,
 ) -> None:  # fmt: skip
     """Equal to the CPU kernel's."""

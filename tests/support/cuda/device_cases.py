@@ -15,7 +15,7 @@ from torch import Tensor
 import sokd
 from sokd import ops
 from support import kd_cases
-from support.cases import Shape, everything, laid_out
+from support.cases import DType, Shape, everything, laid_out
 
 # of a value near one, in units of the dtype's own rounding; sums of products are allowed more
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -56,7 +56,7 @@ def chosen_device() -> TorchDevice:
 
 
 def close(
-    found: Tensor, expected: Tensor, *, times: float = 1.0, dtype: torch.dtype | None = None
+    found: Tensor, expected: Tensor, *, times: float = 1.0, dtype: DType | None = None
 ) -> None:
     """Within rounding, and in the same layout."""
     assert found.dtype == expected.dtype and found.stride() == expected.stride()
@@ -89,14 +89,14 @@ def loss_and_gradient(
     return [loss.detach(), torch.autograd.grad(loss * upstream, student)[0]]
 
 
-def heads(shape: Shape, layout: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def heads(shape: Shape, layout: str, dtype: DType) -> tuple[Tensor, ...]:
     """Heat, size and offset."""
     pair = (shape[0], 2, *shape[2:])
     heat = laid_out(shape, layout, dtype).sigmoid()
     return heat, laid_out(pair, layout, dtype).abs() * 2, laid_out(pair, layout, dtype).sigmoid()
 
 
-def refine(device: Device, shape: Shape, layout: str, dtype: torch.dtype, groups: int) -> None:
+def refine(device: Device, shape: Shape, layout: str, dtype: DType, groups: int) -> None:
     """Value and all four gradients, with an upstream gradient of the same layout."""
     features, plan = laid_out(shape, layout, dtype), everything(shape, groups, torch.float32)
     straight = torch.zeros(groups)
@@ -116,7 +116,7 @@ def refine(device: Device, shape: Shape, layout: str, dtype: torch.dtype, groups
         close(one, other, times=20.0)
 
 
-def refine_dots(device: Device, shape: Shape, layout: str, dtype: torch.dtype, plans: int) -> None:
+def refine_dots(device: Device, shape: Shape, layout: str, dtype: DType, plans: int) -> None:
     features, upstream = laid_out(shape, layout, dtype), laid_out(shape, layout, dtype)
     each = [everything(shape, 1, torch.float32) for _ in range(plans)]
     stacked = {name: torch.stack([plan[name] for plan in each]) for name in each[0]}
@@ -132,7 +132,7 @@ def refine_dots(device: Device, shape: Shape, layout: str, dtype: torch.dtype, p
 
 
 def areas(
-    device: Device, shape: Shape, layout: str, dtype: torch.dtype, k: int, *,
+    device: Device, shape: Shape, layout: str, dtype: DType, k: int, *,
     teacher: bool,
 ) -> None:  # fmt: skip
     """Scores, boxes and coverage: exactly."""
@@ -145,7 +145,7 @@ def areas(
 
 
 def masked_mse(
-    device: Device, shape: Shape, layout: str, dtype: torch.dtype, weight: Tensor | None,
+    device: Device, shape: Shape, layout: str, dtype: DType, weight: Tensor | None,
     normalise: str,
 ) -> None:  # fmt: skip
     """Loss and gradient; an upstream gradient other than one."""
@@ -172,7 +172,7 @@ def draw(device: Device, n: int) -> None:
 def everything_on(
     device: Device,
     shape: Shape,
-    dtype: torch.dtype = torch.float32,
+    dtype: DType = torch.float32,
     layout: str = "contiguous",
 ) -> Callable[[], list[Tensor]]:
     """All operators and their gradients, run again at each call, on inputs that are made once."""
@@ -195,9 +195,7 @@ def everything_on(
     return run
 
 
-def loss_steps(
-    device: torch.device, dtype: torch.dtype = torch.float32
-) -> Callable[..., list[Tensor]]:
+def loss_steps(device: torch.device, dtype: DType = torch.float32) -> Callable[..., list[Tensor]]:
     """The loss and its gradients at each call: of the next draw, or of that at `counter`."""
     kd = kd_cases.make(lambda_agreement=1.0, lambda_areas=1.0).to(device, dtype).eval()
     with torch.no_grad():
