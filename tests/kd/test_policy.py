@@ -293,14 +293,8 @@ def test_checkpoint_copies_and_pickles_go_on_alike() -> None:
     for _ in range(3):
         refined = policy(features)
         assert all(torch.equal(other(features), refined) for other in others)
-    assert set(policy.state_dict()) == {
-        "alpha",
-        "beta",
-        "magnitude",
-        "seed",
-        "counter",
-        "operations",
-    }
+    names = "alpha beta magnitude seed counter operations"
+    assert set(policy.state_dict()) == set(names.split())
 
 
 def test_a_state_of_other_operations_is_refused() -> None:
@@ -361,31 +355,23 @@ def test_projection() -> None:
     assert (policy.magnitude.min(), policy.magnitude.max()) == (0, 1)
 
 
+PAIRS = f"policies must be pairs of two distinct operations of {', '.join(NAMES)}"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"estimator": "reinforce"},
-            "Policy: estimator must be 'gumbel' or 'relax', got 'reinforce'",
-        ),
-        (
-            {"magnitude_gradient": "none"},
-            "Policy: magnitude_gradient must be 'straight_through' or 'pathwise', got 'none'",
-        ),
-        ({"granularity": "layer"}, "Policy: granularity must be 'batch' or 'sample', got 'layer'"),
-        ({"temperature": 0.0}, "Policy: temperature must be positive and finite, got 0.0"),
-        ({"temperature": math.inf}, "Policy: temperature must be positive and finite, got inf"),
-        ({"policies": []}, "Policy: policies must hold at least one pair, got none"),
-        *(
-            (
-                {"policies": [entry]},
-                "Policy: policies must be pairs of two distinct operations of "
-                f"{', '.join(NAMES)}, got {entry!r}",
-            )
-            for entry in [("shear_x", "blur"), ("noise", "noise"), ("noise",), (1, 9), (3, -1), 7]
-        ),
+        ({"estimator": "reinforce"}, "estimator must be 'gumbel' or 'relax', got 'reinforce'"),
+        ({"magnitude_gradient": "none"},
+         "magnitude_gradient must be 'straight_through' or 'pathwise', got 'none'"),
+        ({"granularity": "layer"}, "granularity must be 'batch' or 'sample', got 'layer'"),
+        ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
+        ({"temperature": math.inf}, "temperature must be positive and finite, got inf"),
+        ({"policies": []}, "policies must hold at least one pair, got none"),
+        *(({"policies": [pair]}, f"{PAIRS}, got {pair!r}")
+          for pair in [("shear_x", "blur"), ("noise", "noise"), ("noise",), (1, 9), (3, -1), 7]),
     ],
-)
+)  # fmt: skip
 def test_options_are_checked(options: dict, message: str) -> None:
-    with raises(ValueError, message):
+    with raises(ValueError, f"Policy: {message}"):
         Policy(**options)

@@ -53,9 +53,9 @@ META = torch.ones(2, 3, 4, 5, device="meta")
 CASES = [
     # type and dtype
     (refine([[1.0]]), TypeError,
-     "refine: features must be a Tensor or a numpy.ndarray, got list"),
+     "refine: features must be a torch.Tensor or a numpy.ndarray, got list"),
     (refine(None), TypeError,
-     "refine: features must be a Tensor or a numpy.ndarray, got NoneType"),
+     "refine: features must be a torch.Tensor or a numpy.ndarray, got NoneType"),
     (refine(features(dtype=torch.int64)), TypeError, f"refine: features must {FLOAT}, got int64"),
     (refine(features(dtype=torch.complex64)), TypeError,
      "refine: features must be of a floating-point, integer or bool dtype, got torch.complex64"),

@@ -106,7 +106,7 @@ def test_without_the_exchange_of_dlpack_the_portable_reader_serves(value):
     code = f"""
         import sys, torch
         sys.modules["sokd_tch"] = None
-        Tensor.__dlpack_c_exchange_api__ = {value}
+        torch.Tensor.__dlpack_c_exchange_api__ = {value}
         import sokd
         sokd.ops.refine(torch.ones(1, 2, 3, 3))
         print(sokd._core.build_info()["reader"])
