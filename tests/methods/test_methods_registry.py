@@ -1,7 +1,5 @@
 """The methods by name: their declarations, their errors, `Step`s with and without the mask."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import pickle
@@ -156,14 +154,11 @@ def test_compiled(name):
     for _ in range(2):  # with state: the second call too
         actual, expected = fast(*(getattr(given, field) for field in fields)), plain(given)
         torch.testing.assert_close(actual, expected)
-        pairs = (
-            torch.autograd.grad(loss, tensors, allow_unused=True) for loss in (actual, expected)
-        )
+        pairs = (torch.autograd.grad(x, tensors, allow_unused=True) for x in (actual, expected))
         torch.testing.assert_close(*([each for each in pair if each is not None] for pair in pairs))
 
 
 # --- mistakes
-
 M = torch.ones(2, 3, 4, 5)
 LOGITS = torch.ones(2, 4)
 INDEX = torch.arange(2)
