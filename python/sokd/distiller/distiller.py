@@ -266,7 +266,7 @@ class Distiller(nn.Module):
 
         It can be saved, scripted and loaded where sokd is not installed, after any number of steps.
         """
-        return bare_copy(cast(nn.Module, unwrapped(self.student)), Tap).eval()
+        return as_eval(bare_copy(cast(nn.Module, unwrapped(self.student)), Tap))
 
     # --------------------------------------------------------------------------------------- set-up
 
