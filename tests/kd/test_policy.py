@@ -356,7 +356,7 @@ def test_projection() -> None:
     assert (policy.magnitude.min(), policy.magnitude.max()) == (0, 1)
 
 
-PAIRS = f"policies must be pairs of two distinct operations of {', '.join(NAMES)}"
+RULE = f"policies must be pairs of two distinct operations of {', '.join(NAMES)}"
 
 
 @pytest.mark.parametrize(
@@ -369,7 +369,7 @@ PAIRS = f"policies must be pairs of two distinct operations of {', '.join(NAMES)
         ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
         ({"temperature": math.inf}, "temperature must be positive and finite, got inf"),
         ({"policies": []}, "policies must hold at least one pair, got none"),
-        *(({"policies": [pair]}, f"{PAIRS}, got {pair!r}")
+        *(({"policies": [pair]}, f"{RULE}, got {pair!r}")
           for pair in [("shear_x", "blur"), ("noise", "noise"), ("noise",), (1, 9), (3, -1), 7]),
     ],
 )  # fmt: skip
