@@ -110,7 +110,8 @@ def test_areas_are_dams_own():
 @pytest.mark.parametrize("base", ["keep", "replace"])
 def test_areas_of_attention_are_those_of_the_students_own_map(base):
     """Without an adapter too: AT reads no adapted map, nor does attention."""
-    distiller, (x, _) = make(method="at", sokd={"heads": "attention", "base": base, "k": 3}), batch()
+    parts = {"heads": "attention", "base": base, "k": 3}
+    distiller, (x, _) = make(method="at", sokd=parts), batch()
     students, teachers = distiller.features(x)
     assert (distiller.kd.adapter is None) == (base == "replace")
     for index, found in enumerate(inspect.areas(distiller, x)):

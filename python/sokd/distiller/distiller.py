@@ -541,6 +541,7 @@ class Distiller(nn.Module):
             return ""
         return ", search: no method reads an adapted map, so the policy stays uniform"
 
+
 def _omega(mask: Attention | None, cells: Tensor | None) -> Tensor | None:
     """omega [B, H, W] of a layer: SoKD's, else 1 in the images and 0 in the padding."""
     if mask is None and cells is not None:
