@@ -325,7 +325,10 @@ def areas(
     heat: Tensor, size: Tensor, offset: Tensor, *, k: int = 8, kernel: int = 3,
     teacher: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Areas:  # fmt: skip
-    """The k best peaks of heat [B, A, H, W], their boxes and the cells they cover. No gradient."""
+    """The k best peaks of heat [B, A, H, W], their boxes and the cells they cover. No gradient.
+
+    A cell of heat 0 is no peak.
+    """
     wide = accumulator(heat.dtype)
     heat, size, offset = (part.detach().to(wide) for part in (heat, size, offset))
     if teacher is not None:
@@ -353,9 +356,8 @@ def _root(product: Tensor) -> Tensor:
 def _best_peaks(heat: Tensor, k: int, kernel: int) -> tuple[Tensor, Tensor, Tensor]:
     """Flat index, score, existence of the k best local maxima, [B, k]; ties to the lower index."""
     # a NaN is not equal to itself and max_pool2d hands it to all its neighbours: neither is a peak
-    peak = (
-        heat == torch.nn.functional.max_pool2d(heat, kernel, stride=1, padding=kernel // 2)
-    ).flatten(1)
+    most = torch.nn.functional.max_pool2d(heat, kernel, stride=1, padding=kernel // 2)
+    peak = ((heat == most) & (heat > 0)).flatten(1)
     score, flat = torch.where(peak, heat.flatten(1), -math.inf).sort(
         dim=1, descending=True, stable=True
     )

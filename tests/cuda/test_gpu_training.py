@@ -56,7 +56,7 @@ def test_compiled_whole_the_loss_is_the_same(
 def test_a_training_step_under_autocast(dtype: torch.dtype, device: torch.device) -> None:
     torch.manual_seed(0)
     student, teacher = (nn.Conv2d(3, width, 3, padding=1).to(device) for width in (8, 16))
-    kd = sokd.SoKD(8, 16, heat_channels=4).to(device)
+    kd = sokd.SoKD(8, 16, heads="bounded", heat_channels=4).to(device)
     trained = [*student.parameters(), *kd.parameters()]
     before = [each.detach().clone() for each in trained]
     optimizer = torch.optim.SGD(trained, lr=0.1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support.kd_cases import features, make, pair, rewound
+from support.kd_cases import features, make, pair, rewound, trained
 from torch import nn
 
 from sokd import reference
@@ -31,7 +31,7 @@ class FixedMask(nn.Module):
 
 
 def test_by_hand_without_any_part():
-    kd = SoKD(1, 1, adapter=None, policy=None, dam=None, lambda_areas=2.0)
+    kd = trained(1, 1, adapter=None, policy=None, dam=None, lambda_areas=2.0)
     student = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]], requires_grad=True)
     teacher = torch.tensor([[[[0.0, 2.0], [1.0, 1.0]]]])
     value = loss(student, teacher, kd)
@@ -46,7 +46,7 @@ def test_by_hand_without_any_part():
 )
 def test_by_hand_with_a_mask(normalise, value, gradient):
     mask = FixedMask(torch.tensor([[[2.0, 0.0], [0.0, 1.0]]]))
-    kd = SoKD(1, 1, adapter=None, policy=None, dam=mask, lambda_areas=2.0, normalise=normalise)
+    kd = trained(1, 1, adapter=None, policy=None, dam=mask, lambda_areas=2.0, normalise=normalise)
     student = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]], requires_grad=True)
     got = loss(student, torch.tensor([[[[0.0, 2.0], [1.0, 1.0]]]]), kd)
     got.backward()
@@ -225,7 +225,7 @@ def test_several_layers_add_up_with_one_draw_and_noise_of_their_own():
     want = {"agreement": 0.0, "areas": 0.0}
     for index, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
         refined = kd.policy(teacher, draw, layer=index)
-        single = SoKD(1, 1, adapter=kd.adapter[index], dam=kd.dam[index], policy=None)
+        single = trained(1, 1, adapter=kd.adapter[index], dam=kd.dam[index], policy=None)
         single.student_channels, single.teacher_channels = [student.shape[1]], [teacher.shape[1]]
         for name, term in single.terms(student, refined).items():
             want[name] = want.get(name, 0) + term

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from support import kd_cases
 from support.cases import compiles
-from support.kd_cases import make
+from support.kd_cases import make, trained
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
@@ -183,9 +183,8 @@ def test_a_module_of_another_dtype(dtype):
 
 def free_of_the_batch() -> SoKD:
     """Without noise and BatchNorm, which depend on the position in the batch and on its content."""
-    return SoKD(
-        3, 4, heat_channels=5, k=2, policies=[("rotate", "cutout"), ("shear_x", "channel_drop")]
-    ).eval()
+    policies = [("rotate", "cutout"), ("shear_x", "channel_drop")]
+    return trained(3, 4, heat_channels=5, k=2, policies=policies).eval()
 
 
 def _rank(rank: int, folder: str) -> None:
@@ -267,7 +266,7 @@ def test_the_loss_holds_two_maps_at_most(mask, layout):
     shape = (8, 32, 32, 32)
     student, teacher = (torch.randn(shape).to(memory_format=layout) for _ in range(2))
     weight = torch.rand(shape[0], *shape[2:])
-    kd = SoKD(
+    kd = trained(
         32,
         32,
         adapter=None,
@@ -285,13 +284,12 @@ def test_beyond_its_convolutions_dam_adds_no_map():
     torch.manual_seed(0)
     shape = (4, 32, 32, 32)
     student, teacher = torch.randn(shape, requires_grad=True), torch.randn(shape)
-    kd = SoKD(32, 32, adapter=None, heat_channels=8, policies=[("rotate", "channel_shuffle")])
+    kd = trained(32, 32, adapter=None, heat_channels=8, policies=[("rotate", "channel_shuffle")])
 
     def convolutions() -> None:
-        points, size = kd.dam._heads(torch.cat((student, teacher)))
-        torch.autograd.grad(
-            (points, size), student, (torch.ones_like(points), torch.ones_like(size))
-        )
+        sides = [kd.dam._heads(side, *kd.dam._last()) for side in (student, teacher)]
+        outputs = [part for side in sides for part in side]
+        torch.autograd.grad(outputs, student, list(map(torch.ones_like, outputs)))
 
     map_bytes = student.numel() * student.element_size()
     most = peak(functools.partial(step, kd, student, teacher)) - peak(convolutions)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support.kd_cases import trained
 from support.raises import warns
 from torch import Tensor, nn
 from torch.optim.optimizer import (
@@ -52,7 +53,7 @@ def _one_thread() -> None:
 
 def small() -> tuple[nn.Module, SoKD]:
     torch.manual_seed(0)
-    return nn.Conv2d(1, 3, 3, padding=1), SoKD(3, 4, heat_channels=3, k=1, policy=None)
+    return nn.Conv2d(1, 3, 3, padding=1), trained(3, 4, heat_channels=3, k=1, policy=None)
 
 
 def sgd(*held: nn.Module, **options) -> torch.optim.Optimizer:
@@ -283,7 +284,7 @@ def test_a_loss_that_does_not_depend_on_a_part_is_meant_so():
 
 def test_parameters_of_several_layers_are_one_part():
     student, _ = small()
-    kd = SoKD([3, 3], [4, 4], heat_channels=3, k=1, policy=None, dam=None)
+    kd = trained([3, 3], [4, 4], heat_channels=3, k=1, policy=None, dam=None)
     optimiser = torch.optim.SGD(student.parameters(), lr=1e-6)
     with warns(UNHELD.format("kd.adapter")):
         for _ in range(15):
@@ -329,7 +330,7 @@ def test_features_that_a_hook_detached(way):
 
 def test_one_of_two_layers_that_is_detached():
     student, _ = small()
-    kd = SoKD([3, 3], [4, 4], heat_channels=3, k=1, policy=None, dam=None)
+    kd = trained([3, 3], [4, 4], heat_channels=3, k=1, policy=None, dam=None)
     maps, teacher = student(torch.randn(2, 1, 6, 6)), torch.randn(2, 4, 6, 6)
     loss([maps, maps.detach()], [teacher, teacher], kd).backward()
     with pytest.warns(UserWarning, match="student_features have no gradient"):

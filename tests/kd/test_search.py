@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.kd_cases import trained
 from test_gumbel import dense
 from torch import Tensor, nn
 
@@ -64,7 +65,7 @@ def step(model: Student, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, 
 def made(**options: Any) -> tuple[Student, SoKD, PolicySearch]:
     torch.manual_seed(0)
     student = Student()
-    kd = SoKD(3, 4, heat_channels=3, policies=PAIRS, lambda_agreement=1.0, lambda_areas=1.0)
+    kd = trained(3, 4, heat_channels=3, policies=PAIRS, lambda_agreement=1.0, lambda_areas=1.0)
     with torch.no_grad():
         kd.policy.magnitude.uniform_()
     return student, kd, PolicySearch(kd, student, **{"lr": 0.01, **options})
@@ -84,7 +85,7 @@ def planted_linear(**options: Any) -> tuple[Linear, SoKD, PolicySearch]:
     with torch.no_grad():
         policy.alpha.normal_(std=0.3)
         policy.magnitude.uniform_(0.6, 0.95)
-    kd = SoKD(4, 4, adapter=None, dam=None, policy=policy, lambda_areas=1.0)
+    kd = trained(4, 4, adapter=None, dam=None, policy=policy, lambda_areas=1.0)
     return student, kd, PolicySearch(kd, student, unroll=0.1, **options)
 
 
@@ -157,7 +158,7 @@ def test_float16_loses_no_gradient_of_a_large_map(order: int) -> None:
     for dtype in (torch.float32, torch.float16):
         torch.manual_seed(0)
         policy = Policy(policies=PAIRS, magnitude_gradient="pathwise")
-        kd = SoKD(4, 4, adapter=None, dam=None, policy=policy, lambda_areas=1.0).to(dtype)
+        kd = trained(4, 4, adapter=None, dam=None, policy=policy, lambda_areas=1.0).to(dtype)
         search = PolicySearch(kd, Linear().to(dtype), order=order, unroll=0.1)
         batch = tuple((torch.randn(8, 4, 64, 64) * 4e-3).to(dtype) for _ in range(2))
         search.step(linear_step, batch)

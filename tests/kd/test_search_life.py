@@ -11,13 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.cases import compiles
+from support.kd_cases import trained
 from test_search import PAIRS, SHAPE, Student, batch_of, hypergradient, made, same, step
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sokd.kd.policy import Policy
 from sokd.kd.search import PolicySearch
-from sokd.kd.sokd import SoKD
 
 # --------------------------------------------------------------------------------- life of a search
 
@@ -37,7 +37,7 @@ def test_resumes_to_the_bit(estimator: str) -> None:
     torch.manual_seed(99)
     student2, kd2 = (
         Student(),
-        SoKD(3, 4, heat_channels=3, policies=PAIRS, lambda_agreement=1.0, lambda_areas=1.0),
+        trained(3, 4, heat_channels=3, policies=PAIRS, lambda_agreement=1.0, lambda_areas=1.0),
     )
     search2 = PolicySearch(kd2, student2, lr=0.01, estimator=estimator)
     student2.load_state_dict(saved["student"])
@@ -99,7 +99,7 @@ def test_chi_stays_in_its_bounds() -> None:
 def test_samples_with_their_own_draws_and_a_smaller_held_out_batch(estimator: str) -> None:
     torch.manual_seed(0)
     student = Student()
-    kd = SoKD(3, 4, heat_channels=3, policies=PAIRS, granularity="sample")
+    kd = trained(3, 4, heat_channels=3, policies=PAIRS, granularity="sample")
     search = PolicySearch(kd, student, estimator=estimator)
     small = tuple(part[:2] for part in batch_of(2))
     assert search.step(step, batch_of(1), held_out=small).isfinite()
@@ -108,7 +108,10 @@ def test_samples_with_their_own_draws_and_a_smaller_held_out_batch(estimator: st
 @pytest.mark.parametrize("estimator", ["gumbel", "relax"])
 @pytest.mark.parametrize("order", [1, 2])
 def test_an_empty_batch_moves_nothing(order: int, estimator: str) -> None:
-    student, kd = Student(), SoKD(3, 4, heat_channels=3, policies=PAIRS, granularity="sample")
+    student, kd = (
+        Student(),
+        trained(3, 4, heat_channels=3, policies=PAIRS, granularity="sample"),
+    )
     search = PolicySearch(kd, student, estimator=estimator, order=order)
 
     def summed(model: Student, batch: Any) -> Any:
@@ -183,7 +186,7 @@ def test_a_step_left_out_is_said_once() -> None:
 
 def test_several_layers() -> None:
     student = Student()
-    kd = SoKD([3, 3], [4, 6], heat_channels=3, policies=PAIRS)
+    kd = trained([3, 3], [4, 6], heat_channels=3, policies=PAIRS)
     search = PolicySearch(kd, student)
 
     def two_layers(model: Student, batch: Any) -> Any:
@@ -200,7 +203,7 @@ def test_several_layers() -> None:
 def test_a_step_reads_no_value(estimator: str) -> None:
     """Fake tensors have no values: a synchronisation raises."""
     with FakeTensorMode() as mode:
-        student, kd = Student(), SoKD(3, 4, heat_channels=3, policies=PAIRS)
+        student, kd = Student(), trained(3, 4, heat_channels=3, policies=PAIRS)
         search = PolicySearch(kd, student, estimator=estimator)
         batch = (torch.randn(3, 2, 6, 5), torch.randint(5, (3,)), torch.randn(SHAPE))
         assert mode is search.step(step, batch).fake_mode
@@ -240,7 +243,7 @@ def test_finds_the_planted_operation(estimator: str, steps: int, lr: float) -> N
     ]
     # straight-through magnitudes drift on noise where choices are all that matters
     options = {"policies": policies, "magnitude_gradient": "pathwise"}
-    kd = SoKD(4, 4, adapter=None, dam=None, lambda_areas=1.0, **options)
+    kd = trained(4, 4, adapter=None, dam=None, lambda_areas=1.0, **options)
     with torch.no_grad():
         kd.policy.magnitude.fill_(0.5)  # what has both signs does nothing
         kd.policy.magnitude[:2, 0] = 0.5 + 0.25 / 0.9  # by a quarter of the side
@@ -268,7 +271,7 @@ def test_finds_the_planted_magnitude() -> None:
     torch.set_num_threads(1)  # hundreds of steps too small for a second thread
     torch.manual_seed(1)
     policy = Policy(policies=[("translate_x", "translate_y")], magnitude_gradient="pathwise")
-    kd = SoKD(4, 4, adapter=None, dam=None, policy=policy, lambda_areas=1.0)
+    kd = trained(4, 4, adapter=None, dam=None, policy=policy, lambda_areas=1.0)
     search = PolicySearch(kd, nn.Conv2d(1, 1, 1), order=1, lr=0.02)
     kernel = torch.ones(4, 1, 3, 3) / 3
 
@@ -294,7 +297,7 @@ def one_rank(rank: int, folder: str) -> None:
     store = f"file://{folder}/store"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     torch.manual_seed(rank)  # seeds and weights differ at first
-    kd = SoKD(3, 4, heat_channels=3, policies=PAIRS)
+    kd = trained(3, 4, heat_channels=3, policies=PAIRS)
     student = nn.parallel.DistributedDataParallel(Student())
     search = PolicySearch(kd, student, estimator="relax")  # the control variate is averaged too
     for seed in range(2):

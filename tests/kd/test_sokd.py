@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.cases import compiles
-from support.kd_cases import features, make, pair, rewound
+from support.kd_cases import features, make, pair, rewound, trained
 from support.raises import raises
 from torch import nn
 
@@ -98,7 +98,7 @@ def test_the_default_weights_train_with_the_usual_optimiser():
     """The shortest real use: SGD, lr 0.05, momentum 0.9, features of unit variance."""
     torch.set_num_threads(1)  # small steps; conftest restores the count
     student = Student()
-    kd = SoKD(3, 4, heat_channels=5, k=2)
+    kd = trained(3, 4, heat_channels=5, k=2)
     parameters = [*student.parameters(), *kd.parameters()]
     optimiser = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
     tasks = []
@@ -119,7 +119,7 @@ class Run:
 
     def __init__(self, seed: int) -> None:
         torch.manual_seed(seed)
-        self.student, self.kd = Student(), SoKD(3, 4, heat_channels=5, k=2)
+        self.student, self.kd = Student(), trained(3, 4, heat_channels=5, k=2)
         parameters = [*self.student.parameters(), *self.kd.parameters()]
         self.optimiser = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9)
 

@@ -12,11 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.cases import compiles
-from support.kd_cases import features, make, pair, rewound
+from support.kd_cases import features, make, pair, rewound, trained
 from support.raises import raises
 from torch import nn
 
-import sokd
 from sokd.kd.plugin import wrap
 from sokd.kd.sokd import loss
 
@@ -300,7 +299,7 @@ def test_places_that_are_swapped():
     def loss_of(teacher_maps, student_maps):
         return F.mse_loss(student_maps, teacher_maps)
 
-    kd = sokd.SoKD(3, 4, heat_channels=3)
+    kd = trained(3, 4, heat_channels=3)
     rule = "be the argument of the student's features"
     text = f"wrap: student must {rule}, got 0, which is 'teacher_maps'"
     with raises(ValueError, text):

@@ -89,9 +89,28 @@ def test_ties_go_to_the_lower_flat_index():
     size, offset = torch.ones(1, 2, 3, 3), torch.zeros(1, 2, 3, 3)
     boxes = ops.areas(heat, size, offset, k=3).boxes[0]
     assert boxes.tolist() == [[0, 0, 0, 0], [1, 1, 2, 2], [0, 0, 0, 0]]
-    assert ops.areas(
-        -torch.zeros(1, 1, 2, 2), size[..., :2, :2], offset[..., :2, :2], k=4
-    ).scores.tolist() == [[0.0] * 4]
+
+
+@pytest.mark.parametrize("module", [ops, reference], ids=["ops", "reference"])
+@pytest.mark.parametrize("mutual", [False, True])
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "expanded"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_cell_of_heat_zero_is_no_peak(dtype, layout, mutual, module):
+    """Neither on a plateau of zeros nor below 0; the two cells above 0 are."""
+    heat = torch.zeros(3, 20, 6, 7)
+    heat[0, 3, 2, 2], heat[0, 17, 5, 6] = 0.25, 0.5
+    heat[1] = -0.0
+    heat[2] = -1.0  # the root of the product of two such is 1
+    heat = laid_out(heat.shape, layout, dtype).copy_(heat.to(dtype))
+    size, offset = (torch.zeros(3, 2, 6, 7, dtype=dtype) for _ in range(2))
+    teacher = (heat, size, offset) if mutual else None
+    found = module.areas(heat, size, offset, k=4, teacher=teacher)
+    none = [0, 0, -1, -1]
+    assert found.boxes[0].tolist() == [[5, 6, 5, 6], [2, 2, 2, 2], none, none]
+    assert found.scores[0].tolist() == [0.5, 0.25, 0, 0]
+    assert found.boxes[1].tolist() == [none] * 4 and not found.scores[1].any()
+    assert found.coverage[0].sum() == 2 and not found.coverage[1].any()
+    assert found.scores[2].tolist() == ([1.0] * 4 if mutual else [0.0] * 4)
 
 
 def test_boxes_are_clamped_truncated_and_filled_inclusively():

@@ -37,7 +37,7 @@ def slope(step: Callable[[], None], steps: int) -> float:
 
 
 def loss_step() -> Callable[[], None]:
-    kd = sokd.SoKD(4, 6, heat_channels=4)
+    kd = sokd.SoKD(4, 6)
     optimizer = torch.optim.SGD(kd.parameters(), lr=1e-4)
     f_s, f_t = torch.randn(2, 4, 4, 4, requires_grad=True), torch.randn(2, 6, 4, 4)
 
@@ -77,7 +77,7 @@ def distiller_step() -> Callable[[], None]:
 
 def search_step() -> Callable[[], None]:
     student = nn.Conv2d(3, 4, 3, padding=1)
-    kd = sokd.SoKD(4, 6, heat_channels=4)
+    kd = sokd.SoKD(4, 6)
     search = sokd.PolicySearch(kd, student)
     x, f_t = torch.randn(2, 3, 4, 4), torch.randn(2, 6, 4, 4)
 

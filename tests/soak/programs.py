@@ -39,6 +39,10 @@ METHODS = (
     "crd",
 )
 CLASSES = 5
+PLUGS: tuple[Any, ...] = (
+    *(True, False, {"granularity": "sample"}, {"dam": None}),
+    *({"base": "replace"}, {"heads": "bounded"}, {"preset": "paper"}),
+)
 
 
 class Net(nn.Module):
@@ -81,7 +85,7 @@ class Program:
             teacher=self.teacher,
             layers=self.rng.choice(["stage2", ["stage1", "stage2"], "auto"]),
             method={name: self.rng.choice([0.0, 0.1, 1.0]) for name in names},
-            sokd=self.rng.choice([True, True, False, {"granularity": "sample"}, {"dam": None}]),
+            sokd=self.rng.choice(PLUGS),
             example=torch.randn(2, 3, self.side, self.side, dtype=self.dtype),
             **options,
         )
@@ -201,14 +205,20 @@ class Program:
     def bare_loss(self) -> None:
         """`sokd.loss` alone, also on empty and one-cell maps."""
         batch, side = self.rng.choice([0, 1, 3]), self.rng.choice([1, 2, 7])
-        kd = sokd.SoKD(4, 6, heat_channels=5, k=self.rng.choice([1, 4]))
+        kd = sokd.SoKD(
+            4,
+            6,
+            heads=self.rng.choice(["attention", "bounded", "paper"]),
+            k=self.rng.choice([1, 4]),
+        )
         f_s = torch.randn(batch, 4, side, side, requires_grad=True)
         loss = sokd.loss(f_s, torch.randn(batch, 6, side, side), kd)
         loss.backward()
         assert torch.isfinite(loss) and torch.isfinite(f_s.grad).all()
 
     def wrapped(self) -> None:
-        loss = sokd.wrap(F.mse_loss, sokd.SoKD(4, 6, heat_channels=5))
+        base = self.rng.choice(["keep", "replace"])
+        loss = sokd.wrap(F.mse_loss, sokd.SoKD(4, 6, base=base))
         assert torch.isfinite(loss(torch.randn(3, 4, 4, 4), torch.randn(3, 6, 4, 4)))
 
     def run(self, length: int) -> Counter[str]:

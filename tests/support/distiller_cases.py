@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from sokd.distiller import Distiller
+from support.kd_cases import TRAINED
 
 CLASSES = 5
-SMALL = {"heat_channels": 3, "k": 2}  # DAM's options: quick
+SMALL = {**TRAINED, "heat_channels": 3, "k": 2}
 
 
 class Net(nn.Module):
@@ -85,10 +86,16 @@ def batch(samples: int = 4, *, dtype: torch.dtype = torch.float32) -> tuple[Tens
 
 
 def make(**options: Any) -> Distiller:
-    """A Distiller of two Nets in train mode."""
+    """A Distiller of two Nets in train mode; a SoKD of trained parts but for those named."""
     teacher, student = options.pop("models", None) or models()
-    if options.get("sokd", True) is True:
-        options["sokd"] = SMALL
+    plug = options.get("sokd", True)
+    if plug is False:
+        options.setdefault("adapter", "conv")
+    elif plug is True or (isinstance(plug, dict) and "preset" not in plug):
+        parts = {**(SMALL if plug is True else {**TRAINED, **plug})}
+        if "adapter" in options:
+            parts.pop("adapter")
+        options["sokd"] = parts
     defaults = {"layers": ["stage1", "stage2"], "method": "fitnet", "example": batch()[0]}
     return Distiller(teacher=teacher, student=student, **{**defaults, **options})
 

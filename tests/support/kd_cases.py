@@ -6,11 +6,23 @@ import torch
 
 from sokd import SoKD
 
+# A SoKD in which every part has parameters.
+TRAINED = {
+    "adapter": "conv", "heads": "bounded", "base": "replace", "lambda_agreement": 10.0,
+    "lambda_areas": 10.0,
+}  # fmt: skip
+
+
+def trained(*channels, **options) -> SoKD:
+    """A SoKD of these parts but for the options."""
+    return SoKD(*channels, **{**TRAINED, **options})
+
 
 def make(*channels, seed: int = 0, **options) -> SoKD:
     torch.manual_seed(seed)
     channels = channels or (3, 4)
-    return SoKD(*channels, **{"heat_channels": 5, "k": 2, **options})
+    heat_channels = None if options.get("heads") == "attention" else 5
+    return trained(*channels, **{"heat_channels": heat_channels, "k": 2, **options})
 
 
 def features(*shape: int, seed: int = 5, dtype: torch.dtype = torch.float32) -> torch.Tensor:

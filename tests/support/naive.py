@@ -100,7 +100,8 @@ def areas(heat, size, offset, k, kernel):  # type: ignore[no-untyped-def]
             window = heat[
                 n, a, max(0, y - reach) : y + reach + 1, max(0, x - reach) : x + reach + 1
             ]
-            if np.all(heat[n, a, y, x] >= window):  # false for a NaN on either side
+            # false for a NaN on either side
+            if heat[n, a, y, x] > 0 and np.all(heat[n, a, y, x] >= window):
                 peaks.append((-heat[n, a, y, x], (a * height + y) * width + x))
         for slot, (negative, flat) in enumerate(sorted(peaks)[:k]):
             y, x = flat // width % height, flat % width

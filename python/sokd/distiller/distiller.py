@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from sokd.distiller import guards
-from sokd.distiller.assemble import Needs, Plug, checked_plug, find_heads, make_adapters, make_kd
+from sokd.distiller.assemble import (
+    Needs,
+    Plug,
+    checked_plug,
+    find_heads,
+    make_adapters,
+    make_kd,
+    with_adapter,
+)
 from sokd.distiller.auto import auto_layers
 from sokd.distiller.copies import bare_copy, untouched
 from sokd.distiller.images import Images, inside, only
@@ -32,7 +40,8 @@ from sokd.distiller.outputs import (
 from sokd.distiller.recipe import Chosen, chosen
 from sokd.distiller.taps import Layers, Pair, Tap, Taps, layer_pairs
 from sokd.kd import sanity
-from sokd.kd.features import layouts
+from sokd.kd.dam import Attention
+from sokd.kd.features import layouts, total
 from sokd.kd.sokd import Match, SoKD
 from sokd.kd.virtual import replayed, unwrapped
 from sokd.methods.common import Method, Step, constant
@@ -66,8 +75,8 @@ class Distiller(nn.Module):
 
     In train mode `distiller(x, y)` is `(output, losses)`: what the student returned, and a dict of
     scalars whose sum is the objective: the task's (`loss_ce`), one for each method (`loss_<name>`,
-    weighted), and SoKD's `loss_agreement`. In eval mode `distiller(x)` is the student's output, and
-    `distiller(x, y)` that and the task's loss. `distiller.logits_of(output)` picks the logits.
+    weighted), and SoKD's own (`sokd=` below). In eval mode `distiller(x)` is the student's output,
+    and `distiller(x, y)` that and the task's loss. `distiller.logits_of(output)` picks the logits.
 
     `parameters()` and `state_dict()` are those of the student, the adapters, methods and SoKD: what
     the optimiser must hold. The teacher is in neither; it is frozen, put in eval mode and run
@@ -94,9 +103,14 @@ class Distiller(nn.Module):
         method: a name of `sokd.methods`, a dict of name -> weight (None: the method's own), a
             callable (f_s, f_t) -> scalar for maps of one shape, or None. A method's own options are
             further keywords.
-        sokd: whether SoKD is plugged in: the teacher's maps refined, the mask on, `loss_agreement`
-            added; where no method uses features, its own masked term too (`loss_sokd`). A dict:
+        sokd: whether SoKD is plugged in. With base="keep" every method runs as it is, on the clean
+            teacher, and SoKD's terms stand beside it: `loss_sokd`, the masked loss of adapted
+            student and refined teacher, and `loss_agreement`. With base="replace" the methods get
+            the refined teacher and the mask, and `loss_sokd` is there only where no method uses
+            features. `method=None` is `sokd.loss`: with base="keep" `loss_base` too. A dict:
             options of `SoKD`; a `SoKD`: that one. `distiller.kd`, None for False.
+        adapter: "conv", "separable", "regressor" or "linear" (see `Adapter`), for SoKD and every
+            method that reads adapted maps (fitnet, mgd, a callable); "default": that of `SoKD`.
         task: the task's loss: "auto", losses that the student returns, else cross entropy with y;
             "model", the student is called as `student(x, y)` and returns them (also for y that is a
             list of dicts); a callable (output, y) -> scalar, as `loss_task`; None. A callable gets
@@ -121,7 +135,7 @@ class Distiller(nn.Module):
     def __init__(
         self, student: nn.Module, teacher: nn.Module, *, layers: Layers = "auto",
         method: Chosen = "fitnet",
-        sokd: Plug = True, task: Task = "auto", logits: Logits = None,
+        sokd: Plug = True, adapter: str = "default", task: Task = "auto", logits: Logits = None,
         example: Any = None, student_tokens: Any = None, teacher_tokens: Any = None,
         student_grid: Any = None, teacher_grid: Any = None, student_order: Any = None,
         teacher_order: Any = None,
@@ -136,7 +150,8 @@ class Distiller(nn.Module):
         self._teacher_parts = tuple(teacher.modules())
         self._recipes = chosen(method, options)
         self.weights = {recipe.name: recipe.weight for recipe in self._recipes}
-        self._plug, self.task = checked_plug(sokd), checked_task(task)
+        self._plug, self._adapter = with_adapter(checked_plug(sokd), adapter)
+        self.task = checked_task(task)
         self.logits, self.check_finite = logits, check_finite
         self._given = {"student": (student_tokens, student_grid, student_order),
                        "teacher": (teacher_tokens, teacher_grid, teacher_order)}  # fmt: skip
@@ -146,7 +161,7 @@ class Distiller(nn.Module):
         self.ready = self._checked = False
         self._read_target = True  # whether the rows of the next soft target are read
         self._copies: bool | None = None  # whether the teacher needs a copy of x; None: not known
-        self._needs = Needs(self._recipes, sokd)
+        self._needs = Needs(self._recipes, self._plug)
         self.needs_logits = self._needs.logits
         guards.check_size(self)
         if self._needs.maps:
@@ -326,7 +341,7 @@ class Distiller(nn.Module):
         """Make what is trained beside the student, where the student is and in its dtype."""
         self.kd = make_kd(self._plug, students, teachers, self._needs)
         if self.kd is None and self._needs.adapted:
-            self.adapters = make_adapters(students, teachers)
+            self.adapters = make_adapters(students, teachers, self._adapter)
         for recipe in self._recipes:
             heads = find_heads(
                 recipe, (unwrapped(self.student), self.teacher), (students, teachers)
@@ -393,10 +408,12 @@ class Distiller(nn.Module):
         students, _ = inside(student.maps, images)
         teachers, cells = inside(teacher.maps, images)
         matches = self._matched(students, teachers, cells)
+        keeps = self._needs.keeps
+        masks = [None if keeps else match.attention for match in matches]
         step = Step(
             student.logits, teacher.logits, labels_of(target), students,
-            [match.refined for match in matches], [match.student for match in matches],
-            list(map(_omega, matches, cells)), index,
+            [match.clean if keeps else match.refined for match in matches],
+            [match.student for match in matches], list(map(_omega, masks, cells)), index,
         )  # fmt: skip
         losses = {}
         for name, method in self.methods.items():
@@ -418,17 +435,20 @@ class Distiller(nn.Module):
                 for adapter, student, teacher in zip(self.adapters, students, teachers, strict=True)
             ]
             students = list(map(only, students, cells))
-        return [Match(*pair, None) for pair in zip(students, teachers, strict=True)]
+        pairs = zip(students, teachers, strict=True)
+        return [Match(student, teacher, None, teacher) for student, teacher in pairs]
 
     def _own_terms(self, kd: SoKD, matches: list[Match], losses: Losses) -> Losses:
         """SoKD's terms beside the methods'; records the statistics of the step."""
         added = {}
-        if self._needs.plain:
-            added["loss_sokd"] = torch.stack(kd.distances(matches)).sum()
-        kd.record(matches, [torch.stack(list((added or losses).values())).sum()])
+        if self._needs.own:
+            added["loss_sokd"] = total(kd.distances(matches))
+        kd.record(matches, [total(list((added or losses).values()))])
+        if self._needs.base:
+            added["loss_base"] = total(kd.bases(matches))
         agreement = [match.attention.agreement for match in matches if match.attention is not None]
         if agreement:
-            added["loss_agreement"] = torch.stack(agreement).sum()
+            added["loss_agreement"] = total(agreement)
         return added
 
     # --------------------------------------------------------------------------------------- guards
@@ -513,9 +533,9 @@ class Distiller(nn.Module):
         return ", search: no method reads an adapted map, so the policy stays uniform"
 
 
-def _omega(match: Match, cells: Tensor | None) -> Tensor | None:
+def _omega(mask: Attention | None, cells: Tensor | None) -> Tensor | None:
     """omega [B, H, W] of a layer: SoKD's, else 1 in the images and 0 in the padding."""
-    own = None if match.attention is None else match.attention.weight
+    own = None if mask is None else mask.weight
     if cells is None or own is None:
         return own if cells is None else cells[:, 0]
     return own * cells[:, 0]

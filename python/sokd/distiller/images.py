@@ -57,9 +57,7 @@ class Images:
         return held[:, None].to(torch.float32)
 
 
-def inside(
-    maps: list[Tensor], images: Images | None
-) -> tuple[list[Tensor], list[Tensor | None]]:
+def inside(maps: list[Tensor], images: Images | None) -> tuple[list[Tensor], list[Tensor | None]]:
     """The maps [B, C, H, W] with zeros in the padding, and each one's `Images.cells`."""
     if images is None:
         return maps, [None] * len(maps)

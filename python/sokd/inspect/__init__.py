@@ -19,19 +19,18 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from sokd.kd.dam import DAM
+from sokd.kd.attention import AttentionDAM
+from sokd.kd.dam import DAM, reads_adapted
 from sokd.kd.policy import Policy
 from sokd.kd.policy.plan import OPERATIONS
 from sokd.kd.sokd import Match, SoKD, part_of
 from sokd.kd.virtual import unwrapped
 from sokd.ops import Areas
-from sokd.ops import areas as find_areas
 
 __all__ = [
     "Snapshot",
@@ -223,23 +222,23 @@ def areas(subject: nn.Module, *inputs: Any) -> list[LayerAreas]:
     training = [(part, part.training) for part in kd.modules()]
     kd.eval()
     try:
-        matches = kd.match(students, teachers, refine=False, attend=False)
-        return [_layer_areas(part_of(kd.dam, i), match) for i, match in enumerate(matches)]
+        found = []
+        for index in range(len(kd.student_channels)):
+            dam = part_of(kd.dam, index)
+            adapt = reads_adapted(dam)
+            matches = kd.match(students, teachers, adapt=adapt, refine=False, attend=False)
+            found.append(_layer_areas(dam, matches[index]))
+        return found
     finally:
         for part, mode in training:
             part.training = mode
 
 
 def _layer_areas(dam: nn.Module | None, match: Match) -> LayerAreas:
-    if not isinstance(dam, DAM):
-        raise TypeError(f"areas: kd.dam must be a DAM, got {type(dam).__name__}")
-    of_student, of_teacher = dam.maps(match.student), dam.maps(match.refined)
-    best = partial(find_areas, k=dam.k, kernel=dam.kernel)
-    return {
-        "teacher": best(*of_teacher),
-        "student": best(*of_student),
-        "mutual": best(*of_student, teacher=of_teacher),
-    }
+    if not isinstance(dam, (DAM, AttentionDAM)):
+        raise TypeError(f"areas: kd.dam must be a DAM or an AttentionDAM, got {type(dam).__name__}")
+    sides = match.student, match.refined
+    return {whose: dam.find(*sides, whose) for whose in ("teacher", "student", "mutual")}
 
 
 def shares(found: LayerAreas) -> dict[str, float]:

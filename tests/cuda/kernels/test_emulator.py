@@ -135,6 +135,7 @@ def test_areas(dtype: torch.dtype, layout: str, cuda: MockMemory) -> None:
             (1, 1, False, 2),
             (70, 5, True, 0),
             (3, 2**31 - 1, False, 4),
+            (70, 1, False, 1),  # fewer cells above 0 than areas
         ):
             check_areas(cuda, shape, dtype, layout, min(k, cells), kernel, mutual, levels)
 
