@@ -30,9 +30,9 @@ def case(batch: int, height: int, width: int, *, target: float) -> Case:
 
     def check() -> None:
         truth = reference.areas(*student, teacher=teacher)
-        ours = sokd.ops.areas(*student, teacher=teacher)
-        check_close(ours.boxes, truth.boxes)
-        check_close(ours.coverage, truth.coverage)
+        actual = sokd.ops.areas(*student, teacher=teacher)
+        check_close(actual.boxes, truth.boxes)
+        check_close(actual.coverage, truth.coverage)
         # The loops compute in float64: a corner on the edge of a cell can fall on either side.
         differs = (eager.areas(student, teacher) != truth.coverage).float().mean().item()
         if differs > 1e-3:

@@ -92,7 +92,7 @@ def training_step(
 
 
 def step_case(plugged: bool) -> Case:
-    ours, theirs = distiller(plugged), distiller(plugged)
+    first, second = distiller(plugged), distiller(plugged)
 
     def check() -> None:
         one, other = distiller(plugged), distiller(plugged)
@@ -102,8 +102,8 @@ def step_case(plugged: bool) -> Case:
         f"Distiller: a training step, {'SoKD' if plugged else 'FitNet'}",
         SHAPE,
         {
-            "sokd": training_step(ours, by_distiller(ours)),
-            HAND: training_step(theirs, by_hand(theirs)),
+            "sokd": training_step(first, by_distiller(first)),
+            HAND: training_step(second, by_hand(second)),
         },
         limits={HAND: 1.03},
         check=check,

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 import sokd
-from benches.bench_loss import step_case
+from benches.bench_loss import STEPS, step_case
 from benches.gpu_works import has_goal, works
 from benches.harness import (
     COLUMNS,
@@ -86,7 +86,8 @@ def cases(options: Options, device: torch.device) -> Iterator[Case]:
                     shape, dtype, layout, compile_too=on_cuda and layout == "contiguous"
                 )
     if on_cuda:
-        yield step_case()
+        for step in STEPS:
+            yield step_case(*step)
 
 
 def with_share(
@@ -128,7 +129,7 @@ def why_not(device: torch.device) -> str | None:
 
 
 def measure(device: torch.device, options: Options, rows: list[dict[str, Any]]) -> None:
-    """Add every case's rows; a case that fails, or whose answer is wrong, is a row that says so."""
+    """Add every case's rows; a failure or a wrong answer adds a row with the reason."""
     bandwidth = copy_bandwidth(options, device, COPIED if device.type == "cuda" else 8 << 20)
     columns = where(device, bandwidth)
     print(f"{columns['device']}: copies at {bandwidth:.1f} GB/s, reads and writes together\n")

@@ -18,13 +18,9 @@ from sokd import reference
 
 
 def case(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    layout: str,
-    *,
-    compile_too: bool,
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str, *, compile_too: bool,
     targets: dict[str, float],
-) -> Case:
+) -> Case:  # fmt: skip
     torch.manual_seed(0)
     student, teacher = (
         torch.randn(shape).to(dtype).to(memory_format=LAYOUTS[layout]) for _ in range(2)
@@ -34,14 +30,14 @@ def case(
     loose = 1e-5 if dtype == torch.float32 else 1e-2
 
     def check() -> None:
-        ours = sokd.ops.masked_mse(student, teacher, weight)
+        actual = sokd.ops.masked_mse(student, teacher, weight)
         truth = reference.masked_mse(student, teacher, weight)
-        check_close(ours, truth, rtol=loose, atol=loose)
+        check_close(actual, truth, rtol=loose, atol=loose)
         check_close(eager.masked_mse(student, teacher, weight), truth, rtol=10 * loose, atol=loose)
         # gradients are about 1 / numel: compare them where the tolerance means something
         scale = student.numel()
-        ours, truth = (torch.autograd.grad(loss * scale, student)[0] for loss in (ours, truth))
-        check_close(ours, truth, rtol=loose, atol=loose)
+        actual, truth = (torch.autograd.grad(loss * scale, student)[0] for loss in (actual, truth))
+        check_close(actual, truth, rtol=loose, atol=loose)
 
     sides: dict[str, Any] = {
         "sokd": lambda: gradients(sokd.ops.masked_mse, [student], student, teacher, weight),

@@ -24,7 +24,9 @@ CLASSES, SAMPLES, BATCH, WIDTH = 100, 50_000, 32, 256
 Loss = Callable[..., Tensor]
 
 
-def case(name: str, ours: Loss, theirs: Loss, inputs: Sequence[Any], *, rtol: float = 1e-4) -> Case:
+def case(
+    name: str, actual: Loss, other: Loss, inputs: Sequence[Any], *, rtol: float = 1e-4
+) -> Case:
     """Both on the same inputs; the first, a tensor or a list of tensors, is the student's."""
     students: list[Tensor] = list(inputs[0]) if isinstance(inputs[0], list) else [inputs[0]]
     students = [student.requires_grad_() for student in students]
@@ -33,12 +35,12 @@ def case(name: str, ours: Loss, theirs: Loss, inputs: Sequence[Any], *, rtol: fl
         return lambda: torch.autograd.grad(loss(*inputs), students)
 
     def check() -> None:
-        check_close(ours(*inputs), theirs(*inputs), rtol=rtol)
-        for one, two in zip(side(ours)(), side(theirs)(), strict=True):
+        check_close(actual(*inputs), other(*inputs), rtol=rtol)
+        for one, two in zip(side(actual)(), side(other)(), strict=True):
             scale = two.abs().max()
             check_close(one / scale, two / scale, rtol=rtol, atol=rtol)
 
-    sides = {"sokd": side(ours), "eager": side(theirs)}
+    sides = {"sokd": side(actual), "eager": side(other)}
     # mgd is two convolutions on both sides: a difference below 5 % is noise
     targets = {"eager": 0.95 if name == "mgd" else 1.0}
     return Case(
@@ -71,14 +73,14 @@ def _catkd_case(student: Tensor, teacher: Tensor) -> Case:
     method = methods.build("catkd", student_shapes=shape, teacher_shapes=shape, **options)
     logits = torch.empty(MAP[0], CLASSES)
 
-    def ours(student: Tensor, teacher: Tensor) -> Tensor:
+    def actual(student: Tensor, teacher: Tensor) -> Tensor:
         step = methods.Step(logits, logits, None, [student], [teacher], [], [None], None)
         return method(step)  # type: ignore[no-any-return]
 
-    def theirs(student: Tensor, teacher: Tensor) -> Tensor:
+    def other(student: Tensor, teacher: Tensor) -> Tensor:
         return eager.catkd(student, teacher, heads[0].weight, heads[1].weight)
 
-    return case("catkd, from features", ours, theirs, (student, teacher))
+    return case("catkd, from features", actual, other, (student, teacher))
 
 
 def _mgd_case(student: Tensor, teacher: Tensor) -> Case:
@@ -114,14 +116,14 @@ def crd_cases() -> Iterator[Case]:
     def check() -> None:
         """The first batch by both, with the same negatives, from the same banks."""
         others = torch.randint(0, SAMPLES, (BATCH, 100))
-        ours, theirs = methods.crd(WIDTH, WIDTH, SAMPLES, negatives=100), eager.CRD(loss)
-        ours.load_state_dict(loss.state_dict())
+        actual, other = methods.crd(WIDTH, WIDTH, SAMPLES, negatives=100), eager.CRD(loss)
+        actual.load_state_dict(loss.state_dict())
         check_close(
-            ours(student, teacher, index, others),
-            theirs(student, teacher, index, others),
+            actual(student, teacher, index, others),
+            other(student, teacher, index, others),
             rtol=1e-4,
         )
-        check_close(ours.student_bank, theirs.student_bank)
+        check_close(actual.student_bank, other.student_bank)
 
     sides = {
         "sokd": lambda: loss(student, teacher, index),

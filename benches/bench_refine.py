@@ -60,14 +60,9 @@ def gradients(
 
 
 def forward_case(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    layout: str,
-    groups: int,
-    *,
-    compile_too: bool,
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str, groups: int, *, compile_too: bool,
     target: float,
-) -> Case:
+) -> Case:  # fmt: skip
     plan = make(shape, dtype, layout, groups)
     still = plan | {"sigma": torch.zeros(groups)}  # the noise of the two sides differs
     loose = 1e-5 if dtype == torch.float32 else 4e-2
@@ -103,10 +98,10 @@ def affine_case(shape: tuple[int, ...], dtype: torch.dtype, layout: str, *, targ
     loose = 1e-5 if dtype == torch.float32 else 4e-2
 
     def check() -> None:
-        ours = sokd.ops.refine(features, theta)
-        check_close(ours, reference.refine(features, theta), rtol=loose, atol=loose)
+        actual = sokd.ops.refine(features, theta)
+        check_close(actual, reference.refine(features, theta), rtol=loose, atol=loose)
         if dtype == torch.float32:
-            check_close(ours, eager.affine(features, theta), rtol=1e-4, atol=1e-4)
+            check_close(actual, eager.affine(features, theta), rtol=1e-4, atol=1e-4)
 
     sides: dict[str, Any] = {
         "sokd": lambda: sokd.ops.refine(features, theta),
@@ -136,9 +131,9 @@ def loss_case(
         truth = torch.autograd.grad(
             reference.mutual_mse(student, refined, weight, normalise="elements"), wanted
         )
-        ours = gradients(sokd_refined_loss, wanted, student, weight, plan)
-        check_close(ours[0], truth[0], rtol=loose, atol=loose)
-        for one, other in zip(ours[1:], truth[1:], strict=True):
+        actual = gradients(sokd_refined_loss, wanted, student, weight, plan)
+        check_close(actual[0], truth[0], rtol=loose, atol=loose)
+        for one, other in zip(actual[1:], truth[1:], strict=True):
             check_close(one, other, rtol=100 * loose, atol=100 * loose * float(other.abs().max()))
 
     def memory() -> None:

@@ -42,13 +42,9 @@ def works(shape: Shape, dtype: torch.dtype, layout: str, *, compile_too: bool) -
 
 
 def _case(
-    work: str,
-    features: Tensor,
-    layout: str,
-    sides: dict[str, Side],
-    moved: int,
+    work: str, features: Tensor, layout: str, sides: dict[str, Side], moved: int,
     check: Callable[[], None],
-) -> Case:
+) -> Case:  # fmt: skip
     dtype = name_of(features.dtype)
     return Case(work, features.shape, sides, moved, check=check, dtype=dtype, layout=layout)
 
@@ -77,10 +73,10 @@ def _refine_forward(
                 sides["compile"] = _call(compiler(baseline), part)
 
         def check(part: dict[str, Any] = part) -> None:
-            ours, truth = (
+            actual, truth = (
                 refine(**part, seed=SEED) for refine in (sokd.ops.refine, reference.refine)
             )
-            check_close(ours, truth, **_loose(features.dtype))
+            check_close(actual, truth, **_loose(features.dtype))
 
         yield _case(f"refine forward, {kind}", features, layout, sides, 2 * features.nbytes, check)
 
@@ -100,11 +96,11 @@ def _refine_backward(plan: dict[str, Tensor], layout: str) -> Iterator[Case]:
         sides["eager"] = _backward(eager.refine(**arguments), [*leaves.values()], upstream)
 
         def check(
-            ours: Side = sides["sokd"], arguments: Any = arguments, leaves: Any = leaves
+            actual: Side = sides["sokd"], arguments: Any = arguments, leaves: Any = leaves
         ) -> None:
             truth = reference.refine(**arguments, seed=SEED)
             expected = torch.autograd.grad(truth, [*leaves.values()], upstream)
-            for one, other in zip(ours(), expected, strict=True):  # type: ignore[call-overload]
+            for one, other in zip(actual(), expected, strict=True):  # type: ignore[call-overload]
                 bound = _loose(upstream.dtype)
                 check_close(
                     one,
@@ -137,11 +133,11 @@ def _refine_dots(plan: dict[str, Tensor], layout: str) -> Case:
 
     def check() -> None:
         scale = features.numel() ** 0.5
-        ours, truth = (
+        actual, truth = (
             dots(features, upstream, stacked) / scale
             for dots in (sokd.ops.refine_dots, reference.refine_dots)
         )
-        check_close(ours, truth, **_loose(features.dtype))
+        check_close(actual, truth, **_loose(features.dtype))
 
     sides: dict[str, Side] = {
         "sokd": lambda: sokd.ops.refine_dots(features, upstream, stacked),
@@ -184,8 +180,8 @@ def _masked_mse(
         # the gradient is below its normal numbers: to two steps of the others
         if dtype == torch.float16:
             bound["atol"] += 2 * scale * 2.0**-24
-        ours = loss.detach() * scale, torch.autograd.grad(loss, student)[0].float() * scale
-        for one, other in zip(ours, truth(), strict=True):
+        actual = loss.detach() * scale, torch.autograd.grad(loss, student)[0].float() * scale
+        for one, other in zip(actual, truth(), strict=True):
             check_close(one, other, **bound)
 
     sides = {"sokd": both(sokd.ops.masked_mse), "eager": both(eager.masked_mse)}
@@ -206,9 +202,9 @@ def _areas(shape: Shape, dtype: torch.dtype, layout: str) -> Case:
     offset = torch.rand(batch, 2, height, width).to(dtype)
 
     def check() -> None:
-        ours, truth = (areas(heat, size, offset) for areas in (sokd.ops.areas, reference.areas))
-        check_close(ours.boxes, truth.boxes)
-        check_close(ours.coverage, truth.coverage)
+        actual, truth = (areas(heat, size, offset) for areas in (sokd.ops.areas, reference.areas))
+        check_close(actual.boxes, truth.boxes)
+        check_close(actual.coverage, truth.coverage)
 
     sides: dict[str, Side] = {
         "sokd": lambda: sokd.ops.areas(heat, size, offset),

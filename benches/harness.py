@@ -85,9 +85,9 @@ class Options:
         return QUICK_RESULTS if self.quick else RESULTS
 
 
-def check_close(ours: Any, truth: Any, *, rtol: float = 1e-5, atol: float = 1e-5) -> None:
+def check_close(actual: Any, truth: Any, *, rtol: float = 1e-5, atol: float = 1e-5) -> None:
     """Refuse to time a wrong answer."""
-    torch.testing.assert_close(ours, truth, rtol=rtol, atol=atol, check_dtype=False)
+    torch.testing.assert_close(actual, truth, rtol=rtol, atol=atol, check_dtype=False)
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -166,7 +166,7 @@ def case_columns(case: Case) -> dict[str, Any]:
 
 
 def _time_columns(
-    times: list[float], counted: float | None, ours: float, case: Case, name: str
+    times: list[float], counted: float | None, actual: float, case: Case, name: str
 ) -> dict[str, Any]:
     first, _, third = quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
     row: dict[str, Any] = {"median_ms": f"{median(times):.4f}", "turns": len(times)}
@@ -176,7 +176,7 @@ def _time_columns(
     if counted is not None:
         row["counted_ms"] = f"{counted:.4f}"
         if name != "sokd":
-            row["ratio"] = f"{ours / counted if name in case.limits else counted / ours:.3f}"
+            row["ratio"] = f"{actual / counted if name in case.limits else counted / actual:.3f}"
     if name in case.targets:
         row["target"] = f">= {case.targets[name]:g}"
     if name in case.limits:
@@ -257,7 +257,7 @@ def show(rows: Sequence[dict[str, Any]], *further: str) -> None:
 
 
 def verdict(row: Mapping[str, Any]) -> str:
-    """A row's target and whether its ratio meets it; empty without a target."""
+    """A row's target and whether its ratio reaches it; empty without a target."""
     if "target" not in row:
         return ""
     relation, bound = row["target"].split()

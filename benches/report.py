@@ -36,12 +36,12 @@ def table(cases: Iterable[list[Row]]) -> str:
     """One line for each case: sokd's time, then each side's time, ratio and target."""
     lines = ["| work | features | sokd | against |", "|---|---|---|---|"]
     for rows in cases:
-        ours = next((row for row in rows if row["side"] == "sokd"), None)
-        others = "; ".join(_side(row) for row in rows if row is not ours)
+        actual = next((row for row in rows if row["side"] == "sokd"), None)
+        others = "; ".join(_side(row) for row in rows if row is not actual)
         shape = " ".join([rows[0]["shape"], *_unusual(rows[0])])
         note = f" ({rows[0]['note']})" if rows[0]["note"] else ""
         lines.append(
-            f"| {rows[0]['work']}{note} | {shape} | {_ms(ours) if ours else ''} | {others} |"
+            f"| {rows[0]['work']}{note} | {shape} | {_ms(actual) if actual else ''} | {others} |"
         )
     return "\n".join(lines)
 

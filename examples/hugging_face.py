@@ -4,7 +4,7 @@
     DistillationTrainer(model=distiller, args=arguments, train_dataset=data).train()
     distiller.export().save_pretrained("student")
 
-`arguments`, a `TrainingArguments`, needs `remove_unused_columns=False`: the Trainer cannot tell
+`arguments`, a `TrainingArguments`, needs `remove_unused_columns=False`: the Trainer cannot infer
 from the Distiller which columns its models take.
 """
 

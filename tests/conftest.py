@@ -1,5 +1,4 @@
-"""Common ground of the tests: seeds, threads, the readers of tensors, a count of what was skipped
-and why."""
+"""What all tests share: seeds, threads, the readers of tensors, a count of skips with reasons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every method of `sokd.methods`, plain and with SoKD on top, as arguments of `sokd.Distiller`."""
+"""The compared methods, plain and with SoKD on top, as arguments of `sokd.Distiller`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import sokd
 from sokd.demo.train import Run, Task, build
 
 LABELS = {
@@ -23,8 +22,8 @@ NEGATIVES = 256  # of crd: the paper's 16,384 are more than the training images
 
 
 def names(methods: list[str] | None = None) -> list[str]:
-    """All methods, or those given, plain and then with SoKD."""
-    plain = [name for name in sokd.methods.METHODS if methods is None or name in methods]
+    """The methods of the tables, or those given, plain and then with SoKD."""
+    plain = [name for name in LABELS if methods is None or name in methods]
     return [*plain, *(f"{name}+sokd" for name in plain)]
 
 

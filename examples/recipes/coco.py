@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import sokd
+from sokd.kd.adapter import KINDS
 
 SCHEDULES = {"1x": (12, [8, 11]), "2x": (24, [16, 22])}  # epochs, and after which lr is / 10
 OWN: dict[str, dict[str, Any]] = {
@@ -32,6 +33,7 @@ OWN: dict[str, dict[str, Any]] = {
     "--lr-warmup-steps": {"type": int, "default": 500, "help": "linear rise of the learning rate"},
     "--min-size": {"type": int, "nargs": "+", "default": [800], "help": "shorter side; or several"},
     "--max-size": {"type": int, "default": 1333, "help": "longer side, at most"},
+    "--adapter": {"choices": KINDS, "default": "linear", "help": "of the methods and of SoKD"},
     "--backbone-weights": {"help": "of the student: a classifier's checkpoint, or none"},
     "--keep-empty": {"action": "store_true", "help": "train on images without boxes too"},
 }
@@ -47,19 +49,21 @@ def with_teacher(args: Any, student: nn.Module, classes: int) -> sokd.Distiller:
     pairs: list[Any] = detection.levels(student, teacher, (args.student, args.teacher))
     if args.layers:
         pairs = [tuple(pair.split("=", 1)) for pair in args.layers]
+    adapter = "default" if "adapter" in args.sokd_option else args.adapter
     return sokd.Distiller(
         student=student, teacher=BackboneAlone(teacher), layers=pairs, method=args.method,
-        task="model", sokd=args.sokd and args.sokd_option, check_finite=False,
+        adapter=adapter, task="model", sokd=args.sokd and args.sokd_option, check_finite=False,
         example=torch.zeros(2, 3, 128, 128), **args.method_option,
     )  # fmt: skip
 
 
 def prepare(transform: nn.Module, images: list[Tensor], targets: list[Any]) -> tuple[Any, ...]:
     """A batch for both networks: x [B, 3, H, W], padded; targets in its pixels, with the size of
-    each image in x; and those sizes."""
+    each image in x; and boxes and sizes, as a Distiller takes them."""
     batch, targets = transform(images, targets)
     targets = [{**t, "size": size} for t, size in zip(targets, batch.image_sizes, strict=True)]
-    return batch.tensors, targets, batch.image_sizes
+    where = {"boxes": [t["boxes"] for t in targets], "image_sizes": batch.image_sizes}
+    return batch.tensors, targets, where
 
 
 def main(argv: Sequence[str] | None = None, writer: Any = None) -> dict[str, Any]:
@@ -84,7 +88,7 @@ def refuse(args: Any) -> None:
     if args.compile:
         raise SystemExit("--compile: torchvision's detectors have no fixed shapes to compile for")
     for name in args.method:
-        if needs := sokd.methods.METHODS[name].needs - {"features"}:
+        if needs := sokd.methods.METHODS[name].needs - {"features", "boxes"}:
             what = ", ".join(sorted(needs))
             raise SystemExit(f"--method must compare features alone, got {name!r} (reads {what})")
 
@@ -132,12 +136,12 @@ def distil(args: Any, run: Run) -> dict[str, Any]:
             batches = [prepare(transform, x, y) for x, y, _ in batches]
             if search is not None and run.step % args.search_every == 0:
                 with run.clock("search"), run.autocast():
-                    x, y, sizes = batches[0]
-                    search.step(partial(learner.step, image_sizes=sizes), (x, y))
-            for part, (x, y, sizes) in enumerate(batches, 1):
+                    x, y, where = batches[0]
+                    search.step(partial(learner.step, image_sizes=where["image_sizes"]), (x, y))
+            for part, (x, y, where) in enumerate(batches, 1):
                 with run.accumulating(model, last=part == len(batches)):
                     with run.clock("loss"), run.autocast():
-                        own, losses = model(x, y, image_sizes=sizes)
+                        own, losses = model(x, y, **where)
                         loss = objective(losses, args.ce_weight, rise, own) / len(batches)
                     with run.clock("backward"):
                         scaler.scale(loss).backward()

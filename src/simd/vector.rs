@@ -1,12 +1,11 @@
 //! A vector of [`LANES`] numbers and what is done with vectors, in the registers of a level.
 //!
 //! For plain arrays the compiler sometimes emits scalar code, or gathers and scatters over several
-//! rows. Every implementation rounds alike.
+//! rows. All implementations round in the same way.
 
 use super::{Real, Simd, LANES};
 
-/// [`LANES`] numbers side by side. Constructors take the token of the level `S`; a vector that
-/// exists proves the level.
+/// [`LANES`] numbers side by side. Constructors take the token of the level `S`: proof of it.
 pub(crate) trait Vector<A: Real, S>: Copy {
     fn load(simd: S, from: &[A; LANES]) -> Self;
     /// From memory, widened if need be.
@@ -90,8 +89,7 @@ impl<A: Real, S: Simd> Vector<A, S> for Plain<A> {
     }
 }
 
-/// The registers of AVX2 and AVX-512. Only a level's token makes a vector, so the CPU has the
-/// instructions.
+/// The registers of AVX2 and AVX-512; a level's token alone makes a vector.
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod x86 {
     use super::{Vector, LANES};

@@ -45,8 +45,8 @@ def written(tmp_path: Path) -> list[dict[str, str]]:
 def test_every_work_has_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_gpu.main(CPU) == 0
     rows = written(tmp_path)
-    ours = [row for row in rows if row["side"] == "sokd"]
-    assert {(row["work"], row["layout"]) for row in ours} == {
+    actual = [row for row in rows if row["side"] == "sokd"]
+    assert {(row["work"], row["layout"]) for row in actual} == {
         (work, layout) for work in MOVED for layout in ("contiguous", "channels_last")
     }
     for row in rows:
@@ -110,8 +110,8 @@ def test_the_goal_is_for_large_maps(
         {"side": "eager", "gb_per_s": rate},
         {"side": "compile"},
     ]
-    ours, eager, failed = bench_gpu.with_share(rows, case, 1000.0)
-    assert ours["share_of_copy"] == f"{float(rate) / 1000:.3f}" and ours.get("goal") == goal
+    actual, eager, failed = bench_gpu.with_share(rows, case, 1000.0)
+    assert actual["share_of_copy"] == f"{float(rate) / 1000:.3f}" and actual.get("goal") == goal
     assert "goal" not in eager and "share_of_copy" not in failed
 
 

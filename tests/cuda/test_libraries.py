@@ -1,4 +1,4 @@
-"""CUDA libraries that are missing, or that are not what their names say."""
+"""CUDA libraries that are missing or broken."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_without_a_driver_the_reference_serves(tmp_path: Path) -> None:
     assert kernels == "['cpu']"
     # PyTorch takes the number of devices from NVML, which may be there all the same
     found = re.fullmatch(
-        r"cuda +no kernels \((.*)\): the reference path serves; \d+ devices visible", lines[-1]
+        r"cuda +no kernels \((.*)\); the reference path is used; \d+ devices visible", lines[-1]
     )
     assert found is not None and found[1].startswith("no CUDA driver here: ")
 
@@ -108,7 +108,7 @@ def test_other_vendors_keep_the_reference_path(monkeypatch: pytest.MonkeyPatch) 
     try:
         assert config.why_no_cuda() == "this torch is not built for CUDA"
         assert (
-            "no kernels (this torch is not built for CUDA): the reference path serves"
+            "no kernels (this torch is not built for CUDA); the reference path is used"
             in config.describe()
         )
     finally:

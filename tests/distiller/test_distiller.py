@@ -14,6 +14,7 @@ from support.distiller_cases import (
     Answering,
     Net,
     batch,
+    extra,
     gradients,
     make,
     models,
@@ -85,8 +86,8 @@ def test_kd_alone_needs_no_layer():
     )
     logits, losses = distiller(x, y)
     with torch.no_grad():
-        theirs = distiller.teacher(x)
-    torch.testing.assert_close(losses["loss_kd"], 2 * methods.kd(logits, theirs))
+        of_teacher = distiller.teacher(x)
+    torch.testing.assert_close(losses["loss_kd"], 2 * methods.kd(logits, of_teacher))
     assert not distiller.student.stage1._forward_hooks
 
 
@@ -95,7 +96,7 @@ def test_kd_alone_needs_no_layer():
 def test_every_method_by_name(name, plugged):
     options = {"num_samples": 8, "negatives": 4} if name == "crd" else {}
     distiller = make(method=name, sokd=SMALL if plugged else False, **options)
-    _, losses = distiller(*batch(), index=torch.arange(4))
+    _, losses = distiller(*batch(), **extra())
     torch.stack(list(losses.values())).sum().backward()
     assert {"loss_ce", f"loss_{name}"} <= set(losses)
     assert ("loss_agreement" in losses) == plugged
@@ -270,8 +271,8 @@ def test_features_beside_the_logits(features, shape):
         objective(make(**given))
     assert str(caught.value) == f"Distiller: {text}"
     text = (
-        "logits must be found in what both models return for method 'kd' (name them by logits=), "
-        "got none"
+        "logits must be in the output of both models for method 'kd' (select them by "
+        "logits=), got none"
     )
     with raises(ValueError, f"Distiller: {text}"):
         objective(make(**given, method="kd", task=None))
@@ -279,7 +280,7 @@ def test_features_beside_the_logits(features, shape):
     _, plain = make(layers="stage1", sokd=False, method="kd")(*batch())
     assert torch.equal(losses["loss_kd"], plain["loss_kd"])
     assert make(**given)(batch()[0])[1].keys() == {"loss_fitnet"}, (
-        "where none are asked for none are missed"
+        "no logits are required where none are used"
     )
 
 

@@ -216,7 +216,8 @@ def test_auto_on_tokens():
 
 def test_auto_without_a_map():
     net = nn.Sequential(nn.Flatten(), nn.Linear(768, 5))
-    rule = "be named, for no layer of the student with a gradient gives a map or a square of tokens"
+    rule = "be named, because no layer of the student with a gradient returns a map or a square of "
+    rule += "tokens"
     with raises(ValueError, f"Distiller: layers must {rule}, got 'auto'"):
         Distiller(nn.Sequential(nn.Flatten(), nn.Linear(768, 5)), net, example=batch()[0])
 
@@ -279,7 +280,8 @@ def test_auto_on_a_student_whose_backbone_runs_without_a_graph():
 def test_auto_where_only_the_head_is_trained():
     student = models()[1].requires_grad_(False)
     student.head.requires_grad_(True)
-    rule = "be named, for no layer of the student with a gradient gives a map or a square of tokens"
+    rule = "be named, because no layer of the student with a gradient returns a map or a square of "
+    rule += "tokens"
     with raises(ValueError, f"Distiller: layers must {rule}, got 'auto'"):
         make(models=(Net(6), student), layers="auto")
 

@@ -134,7 +134,7 @@ def test_the_adapter_by_name(kind, plug):
 
 
 def test_the_default_adapter_is_that_of_sokd():
-    kinds = {made.kind for made in make(sokd=False).adapters}
+    kinds = {made.kind for made in make(sokd=False, adapter="default").adapters}
     assert kinds == {sokd.SoKD(3, 4).adapter.kind}
     paper = make(sokd={"preset": "paper", "heat_channels": 3})
     assert {made.kind for made in paper.kd.adapter} == {"conv"} and paper.kd.base == "replace"

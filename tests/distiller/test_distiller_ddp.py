@@ -8,16 +8,13 @@ the policy for the same reason: it is drawn by a sample's place in its rank's ba
 
 from __future__ import annotations
 
-import os
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from support.distiller_cases import SMALL, batch, gradients, make, models, objective, rewound
+from support.ranks import RANKS, of_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -26,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import sokd
 from sokd.distiller import Distiller
 
-RANKS, SAMPLES = 2, 4
+SAMPLES = 4
 OPTIONS = [
     {"static_graph": True},
     {"find_unused_parameters": True},
@@ -65,31 +62,13 @@ def one_process() -> dict[str, Any]:
     return {"gradients": gradients(subject), "chi": searched(subject, x, y)}
 
 
-def rank_of_two(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meet",
-        rank=rank,
-        world_size=RANKS,
-        timeout=timedelta(seconds=60),
-    )
-    try:
-        torch.save(_work(rank), f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-    # DDP's destructor holds the GIL and may deadlock with gloo's thread, which needs it
-    os._exit(0)
-
-
 def _work(rank: int) -> dict[str, Any]:
     subject = distiller()
     if rank:  # a rank that was seeded otherwise, as they often are
         subject.kd.policy.seed.fill_(99)
         subject.kd.policy.alpha.data.fill_(1.0)
     x, y = (part.chunk(RANKS)[rank] for part in batch(SAMPLES))
-    # without buffers broadcast by DistributedDataParallel, so that the agreement is the Distiller's
-    # own
+    # without DistributedDataParallel's own broadcasts: the agreement is the Distiller's
     wrapped = DistributedDataParallel(subject, broadcast_buffers=False)
     seeds, draws = [], []
     for step in range(3):
@@ -217,9 +196,7 @@ def _logits_only(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(rank_of_two, args=(str(folder),), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    return of_ranks(_work, tmp_path_factory.mktemp("ranks"))
 
 
 def check_whole(of_ranks: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -253,7 +230,7 @@ def test_sharded_by_fsdp(ranks):
     )
     assert ranks[0]["sharded"]["search"] == (
         "PolicySearch: student must hold whole parameters (virtual weights are not sharded; "
-        "DistributedDataParallel serves), got parameters of fully_shard"
+        "use DistributedDataParallel), got parameters of fully_shard"
     )
 
 

@@ -10,13 +10,15 @@ from support.docstrings import run_example
 import sokd
 from sokd import methods
 from sokd.methods.crd import CRDLoss
+from sokd.methods.fgd import FGDLoss
 from sokd.methods.mgd import MGDLoss
 from sokd.methods.reviewkd import ReviewKDLoss
 
 EXPLAINED = [
     sokd.Distiller, sokd.Distiller.step, methods.at, methods.build, methods.catkd,
     methods.class_maps, methods.dist, methods.dkd, methods.fitnet, methods.hcl, methods.kd,
-    methods.lskd, methods.pooled, methods.rkd, methods.sp, CRDLoss, MGDLoss, ReviewKDLoss,
+    methods.lskd, methods.pooled, methods.rkd, methods.sp, methods.wkd, methods.wkd_features,
+    methods.wkd_logits, methods.class_distances, CRDLoss, FGDLoss, MGDLoss, ReviewKDLoss,
     sokd.inspect.table,
 ]  # fmt: skip
 

@@ -1,5 +1,4 @@
-"""Layers by name, any shape; and everything about them that is refused or warned of, in these
-words."""
+"""Layers by name, of any shape; all that is refused or warned of, verbatim."""
 
 from __future__ import annotations
 
@@ -148,9 +147,9 @@ WRONG = {
          "4, 8, 8], got [4, 4, 1, 1]"),
     "another aspect":
         (lambda maps: maps[:, :, :2], ValueError,
-         "the student's layer 'here' must have the aspect of the teacher's layer 'here', [4, 4, "
-         "8, 8] (name student_order='BHWC', student_grid or the teacher's where another layout "
-         "is meant), got [4, 4, 2, 8]"),
+         "the student's layer 'here' must have the aspect of the teacher's layer 'here', [4, "
+         "4, 8, 8] (for another layout pass student_order='BHWC', student_grid or the "
+         "teacher's), got [4, 4, 2, 8]"),
     "tokens without a grid":
         (tokens(3), ValueError,
          "the student's layer 'here' must hold 0, 1, 2, 4 or 5 prefix tokens and a square grid "
@@ -242,7 +241,7 @@ def test_an_error_in_a_model_disarms_the_hooks():
 def test_a_layer_that_runs_twice_is_pointed_out():
     teacher, student = models()
     student.stage1[2] = student.stem[2]  # one ReLU for both
-    what = "runs several times in a forward pass; its first output is distilled"
+    what = "runs several times in a forward pass; its first output is used"
     text = f"sokd: the student's layer 'stem.2' {what}"
     with warns(text):
         make(models=(teacher, student), layers={"stem.2": "stem.2"})

@@ -9,7 +9,17 @@ import pickle
 import pytest
 import torch
 from support.cases import compiles
-from support.distiller_cases import SMALL, Net, batch, gradients, make, models, objective, rewound
+from support.distiller_cases import (
+    SMALL,
+    Net,
+    batch,
+    extra,
+    gradients,
+    make,
+    models,
+    objective,
+    rewound,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -27,7 +37,8 @@ def check_same(found: dict, expected: dict, **close) -> None:
 
 def stepped(distiller: Distiller, *args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Objective and gradients of one step."""
-    value = objective(distiller, *args)
+    x, y = args or batch()
+    value = objective(distiller, x, y, **extra(len(x)))
     value.backward()
     return value.detach(), gradients(distiller)
 

@@ -22,9 +22,9 @@ def by_hand(distiller):
         second = model.stage2(first)
         teacher = distiller.teacher
         with torch.no_grad():
-            theirs = teacher.stage1(teacher.stem(x))
-            theirs = [theirs, teacher.stage2(theirs)]
-        return F.cross_entropy(model.head(second.mean((2, 3))), y), [first, second], theirs
+            other = teacher.stage1(teacher.stem(x))
+            other = [other, teacher.stage2(other)]
+        return F.cross_entropy(model.head(second.mean((2, 3))), y), [first, second], other
 
     return step
 
@@ -43,8 +43,8 @@ def test_the_step_is_the_one_written_by_hand(order, objective_):
             search.step(distiller.step if own else by_hand(distiller), batch()) for _ in range(2)
         ]
         moved.append([*upper, *(p.detach() for p in distiller.kd.policy.parameters())])
-    for ours, theirs in zip(*moved, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    for actual, other in zip(*moved, strict=True):
+        torch.testing.assert_close(actual, other)
 
 
 def test_virtual_weights_reach_the_hooks():

@@ -133,8 +133,8 @@ class TestTorchScript:
         with pytest.raises(TypeError) as caught:
             make(models=(make_script(Net(6).eval()), Net(3)), layers=layers)
         assert str(caught.value).startswith(
-            "Distiller: teacher must be an eager module where layers are used, because the parts "
-            "of TorchScript run without hooks (method='kd' with sokd=False uses none), got "
+            "Distiller: teacher must be an eager module where layers are used, because "
+            "TorchScript runs no hooks (method='kd' with sokd=False uses no layers), got "
         )
 
     def test_a_script_inside_a_module(self, make_script):

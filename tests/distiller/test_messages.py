@@ -17,9 +17,9 @@ import sokd
 from sokd import methods
 
 REPLACED = (
-    "Distiller: the student's layer {!r} must be the module that it was when the Distiller was "
-    "made, got another one (convert_sync_batchnorm, an adapter such as LoRA or a rebuilt part): "
-    "change the model first, then make its Distiller"
+    "Distiller: the student's layer {!r} must be the module that it was when the Distiller "
+    "was made, got another one (convert_sync_batchnorm, an adapter such as LoRA, or a rebuilt "
+    "part); change the model first, then make its Distiller"
 )
 
 

@@ -14,8 +14,8 @@ import sokd
 from sokd.compat import MDistiller
 
 OTHERS = (
-    "task=F.mse_loss for numbers, task=F.binary_cross_entropy_with_logits for classes that do not "
-    "exclude each other"
+    "task=F.mse_loss for numbers, task=F.binary_cross_entropy_with_logits for several labels "
+    "per sample"
 )
 
 

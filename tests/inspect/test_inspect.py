@@ -1,4 +1,4 @@
-"""`sokd.inspect`: what a run shows of itself, and that looking changes nothing."""
+"""`sokd.inspect`: its results, and that it changes nothing."""
 
 from __future__ import annotations
 
@@ -107,6 +107,20 @@ def test_areas_are_dams_own():
     assert inspect.areas(kd, students, teachers)[0]["student"].coverage.shape == (4, 8, 8)
 
 
+@pytest.mark.parametrize("base", ["keep", "replace"])
+def test_areas_of_attention_are_those_of_the_students_own_map(base):
+    """Without an adapter too: AT reads no adapted map, nor does attention."""
+    parts = {"heads": "attention", "base": base, "k": 3}
+    distiller, (x, _) = make(method="at", sokd=parts), batch()
+    students, teachers = distiller.features(x)
+    assert (distiller.kd.adapter is None) == (base == "replace")
+    for index, found in enumerate(inspect.areas(distiller, x)):
+        for whose, areas in found.items():
+            expected = distiller.kd.dam[index].find(students[index], teachers[index], whose)
+            assert torch.equal(areas.boxes, expected.boxes)
+    assert inspect.areas(distiller, x)[0]["mutual"].coverage.any()
+
+
 def test_areas_of_what_wrap_returns():
     wrapped = sokd.wrap(nn.functional.mse_loss, sokd.SoKD(3, 4, **SMALL))
     given = torch.randn(2, 3, 6, 6), torch.randn(2, 4, 6, 6)
@@ -200,7 +214,7 @@ WRONG_PICTURES = {
          "images must be [B, 3, H, W] or [B, 1, H, W], got [2, 2, 16, 16]"),
     "a list":
         (([torch.zeros(3, 16, 16)],), {}, "images must be [B, 3, H, W] or [B, 1, H, W], got list"),
-    "too many": ((torch.zeros(5, 3, 16, 16),), {}, "images must be 1 to 4, as found is of, got 5"),
+    "too many": ((torch.zeros(5, 3, 16, 16),), {}, "images must be 1 to 4, as in found, got 5"),
     "no such layer":
         ((torch.zeros(4, 3, 16, 16),), {"layer": 2}, "layer must be one of the 2 in found, got 2"),
     "titles":

@@ -46,16 +46,11 @@ def plain(
         draw.seed,
     )
     plan = alone.plan(own, features.shape)
-    return sokd.reference.refine(
-        features, plan.theta, hole=plan.hole, sigma=plan.sigma, perm=plan.perm, keep=plan.keep,
-        seed=plan.seed,
-    )  # fmt: skip
+    return sokd.reference.refine(features, **plan._asdict())
 
 
 def dense(features: Tensor, policy: Policy, draw: Draw) -> Tensor:
-    """The sum over all sub-policies and gates at the hard sample, with the relaxed values'
-    gradient.
-    """
+    """The sum over all sub-policies and gates, hard samples with the relaxed values' gradient."""
     sample = policy.sample(draw)
     soft = (sample.z_choice / policy.temperature).softmax(1)
     hard = torch.nn.functional.one_hot(sample.chosen, soft.shape[1]).to(soft.dtype)

@@ -5,27 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support.kd_cases import features, make, pair, rewound, trained
+from support.kd_cases import FixedMask, features, make, pair, rewound, trained
 from torch import nn
 
 from sokd import reference
-from sokd.kd.dam import DAM, Attention
+from sokd.kd.dam import DAM
 from sokd.kd.features import tokens_to_map
 from sokd.kd.policy import Policy
 from sokd.kd.sokd import SoKD, loss
-
-
-class FixedMask(nn.Module):
-    """In DAM's place: a given weight and no agreement."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, student: torch.Tensor, teacher: torch.Tensor, *, scale: float) -> Attention:
-        empty = self.weight.new_zeros(0)
-        return Attention(torch.zeros(()), self.weight, self.weight, empty, empty)
-
 
 # ------------------------------------------------------------------------------------------- values
 
@@ -60,10 +47,7 @@ def written_out(
 ) -> dict[str, torch.Tensor]:
     """docs/method.md 2 to 4, one line each, in plain PyTorch."""
     plan = kd.policy.plan(draw, teacher.shape)
-    refined = reference.refine(
-        teacher, plan.theta, hole=plan.hole, sigma=plan.sigma, perm=plan.perm, keep=plan.keep,
-        seed=plan.seed,
-    )  # fmt: skip
+    refined = reference.refine(teacher, **plan._asdict())
     adapted = kd.adapter(student, teacher.shape[2:])
     heads_s, heads_t = kd.dam.maps(adapted), kd.dam.maps(refined)
     entries = sum(part.numel() for part in heads_s)

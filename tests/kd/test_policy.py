@@ -10,7 +10,7 @@ import re
 
 import pytest
 import torch
-from support.cases import compiles
+from support.cases import compiles, skip_without_fake_cuda
 from support.raises import raises
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -242,10 +242,7 @@ def test_a_pass_is_refine_of_the_plan_in_both_modes(granularity: str, dtype: tor
         refined = policy(features, draw)
         plan = policy.plan(draw, features.shape)
         assert plan.straight is None and not any(p is not None and p.requires_grad for p in plan)
-        expected = sokd.reference.refine(
-            features, plan.theta, hole=plan.hole, sigma=plan.sigma, perm=plan.perm, keep=plan.keep,
-            seed=plan.seed,
-        )  # fmt: skip
+        expected = sokd.reference.refine(features, **plan._asdict())
         torch.testing.assert_close(refined, expected)
         assert refined.dtype == dtype and refined.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(refined, policy(features, draw, differentiable=True))
@@ -271,6 +268,7 @@ def test_samples_have_their_own_plans() -> None:
 @pytest.mark.parametrize("granularity", ["batch", "sample"])
 def test_reads_no_value_and_mixes_no_devices(granularity: str) -> None:
     """Fake tensors have no values to read and cannot be mixed with those of another device."""
+    skip_without_fake_cuda()
     with FakeTensorMode(), torch.device("cuda"):
         policy = Policy(granularity=granularity)
         features = torch.randn(3, 4, 6, 6)

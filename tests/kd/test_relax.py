@@ -49,9 +49,7 @@ def exact_gradients(policy: Policy) -> list[Tensor]:
 
 
 def estimates(policy: Policy, control: ControlVariate, count: int) -> tuple[Tensor, Tensor]:
-    """`count` independent estimates, [count, 3] and [count, 3, 2], each from a draw of one
-    group.
-    """
+    """`count` independent estimates, [count, 3] and [count, 3, 2], each from its own draw."""
     draws, others = policy.draw(count), policy.draw(count)
     alphas, betas = [], []
     for row in range(count):

@@ -169,9 +169,7 @@ def test_float16_loses_no_gradient_of_a_large_map(order: int) -> None:
 
 @pytest.mark.parametrize("order", [1, 2])
 def test_relax_learns_by_its_estimate(order: int) -> None:
-    """With Q = 0 the estimate is f * score, f the value with the unrolled step's first-order
-    change.
-    """
+    """With Q = 0 the estimate is f * score, f with the unrolled step's first-order change."""
     student, kd, search = planted_linear(estimator="relax", order=order)
     for parameter in search._control.parameters():
         nn.init.zeros_(parameter)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from support.cases import compiles
 from support.kd_cases import trained
+from support.ranks import of_ranks
 from test_search import PAIRS, SHAPE, Student, batch_of, hypergradient, made, same, step
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -291,33 +291,25 @@ def test_finds_the_planted_magnitude() -> None:
 # ------------------------------------------------------------------------------------ two processes
 
 
-def one_rank(rank: int, folder: str) -> None:
-    """A search on this rank's own batch, the student wrapped; writes the policy's state."""
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+def one_rank(rank: int) -> dict[str, Any]:
+    """A search on this rank's own batch, the student wrapped: the policy's state."""
     torch.manual_seed(rank)  # seeds and weights differ at first
     kd = trained(3, 4, heat_channels=3, policies=PAIRS)
     student = nn.parallel.DistributedDataParallel(Student())
     search = PolicySearch(kd, student, estimator="relax")  # the control variate is averaged too
     for seed in range(2):
         search.step(step, batch_of(10 * rank + seed))
-    state: dict[str, Any] = {"kd": kd.policy.state_dict(), "search": search.state_dict()}
     alike = made()[2]  # the same on both ranks: the average is what one process finds
     alike.step(step, batch_of())
-    state["alike"] = hypergradient(alike)
-    torch.save(state, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-    # DDP's destructor holds the GIL and may deadlock with gloo's thread, which needs it
-    os._exit(0)
+    state = {"kd": kd.policy.state_dict(), "search": search.state_dict()}
+    return state | {"alike": hypergradient(alike)}
 
 
 @pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this torch has no torch.distributed"
 )
 def test_ranks_keep_one_policy(tmp_path: Any) -> None:
-    torch.multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
-    states = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    states = of_ranks(one_rank, tmp_path)
     for name in ("alpha", "beta", "magnitude"):
         assert torch.equal(*(state["kd"][name] for state in states))
     assert same(states[0]["search"], states[1]["search"])

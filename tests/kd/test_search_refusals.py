@@ -101,8 +101,8 @@ def test_a_step_that_runs_another_student_is_refused() -> None:
     _, _, search = made()
     other = Student()
     text = (
-        "PolicySearch: step must run the model it is called with, with gradients, got a loss that "
-        "none of the student's parameters enters"
+        "PolicySearch: step must run the model it is called with, with gradients, got a loss "
+        "that does not depend on the student's parameters"
     )
     with raises(ValueError, text):
         search.step(lambda _, batch: step(other, batch), batch_of())
@@ -116,7 +116,7 @@ def test_a_student_without_anything_to_train() -> None:
     kd.requires_grad_(False)
     text = (
         "PolicySearch: student must have parameters that require grad (or kd.adapter or kd.dam "
-        "some), for its virtual step, got none; order=1 does without"
+        "some), for its virtual step, got none; order=1 needs none"
     )
     with raises(ValueError, text):
         search.step(step, batch_of())

@@ -1,4 +1,4 @@
-"""What the operators say to wrong input: class and sentence, verbatim, with each reader; nothing
+"""The operators' errors for invalid input: type and text, verbatim, with each reader; nothing
 breaks."""
 
 from __future__ import annotations
@@ -28,13 +28,9 @@ def dots(upstream=None, **plans):
 
 
 def areas(
-    heat=(2, 3, 4, 5),
-    size=(2, 2, 4, 5),
-    offset=(2, 2, 4, 5),
-    teacher=None,
-    dtypes=(F32, F32, F32),
+    heat=(2, 3, 4, 5), size=(2, 2, 4, 5), offset=(2, 2, 4, 5), teacher=None, dtypes=(F32, F32, F32),
     **options,
-):
+):  # fmt: skip
     maps = [
         torch.ones(shape, dtype=dtype)
         for shape, dtype in zip((heat, size, offset), dtypes, strict=True)

@@ -115,12 +115,12 @@ def test_half_precision_is_no_worse_than_eager(dtype):
     exact = loss_and_gradient(
         reference.masked_mse, student.double(), teacher.double(), weight.double()
     )
-    ours, theirs = (
+    actual, other = (
         loss_and_gradient(function, student, teacher, weight)
         for function in (ops.masked_mse, eager)
     )
-    for ours_, theirs_, exact_ in zip(ours, theirs, exact, strict=True):
-        error, eagers_own = ((value.double() - exact_).abs().max() for value in (ours_, theirs_))
+    for actual_, other_, exact_ in zip(actual, other, exact, strict=True):
+        error, eagers_own = ((value.double() - exact_).abs().max() for value in (actual_, other_))
         assert error <= eagers_own + 1e-6 * exact_.abs().max()
 
 
@@ -134,8 +134,7 @@ def test_float16_gradients_do_not_underflow():
 
 
 def test_float16_gradients_of_a_small_area_do_not_overflow():
-    """The area may be one cell of ten thousand: what is kept for the backward must not grow by
-    that."""
+    """The area may be one cell of ten thousand: what the backward keeps must not grow by that."""
     student = torch.zeros(2, 256, 100, 100).half()
     teacher = torch.full_like(student, 40)
     weight = torch.zeros(2, 100, 100)
@@ -233,7 +232,8 @@ def test_the_product_with_upstream_is_rounded_once(dtype, memory_format):
 
 
 @pytest.mark.skipif(
-    torch_internals.RELEASE < (2, 8), reason="torch before 2.8 does not say whether hooks are set"
+    torch_internals.RELEASE < (2, 8),
+    reason="torch before 2.8 does not report hooks on saved tensors",
 )
 @pytest.mark.parametrize("upstream", [1.0, 3.0])
 def test_the_saved_gradient_is_handed_on_where_the_graph_ends(upstream):
@@ -290,8 +290,7 @@ def test_mutual_gradients_are_opposite():
 @pytest.mark.parametrize("of_features", [False, True])
 @pytest.mark.parametrize("twice", [False, True])
 def test_the_gradient_of_refined_features_goes_on_without_a_copy(of_features, twice):
-    """`refine` reads the student's gradient with its sign set; what comes out is an ordinary
-    tensor."""
+    """`refine` reads the student's gradient with its sign set, and returns an ordinary tensor."""
     features = torch.randn(2, 5, 6, 6, dtype=torch.float64, requires_grad=of_features)
     student = torch.randn(2, 5, 6, 6, dtype=torch.float64, requires_grad=True)
     theta = torch.tensor(
@@ -307,9 +306,9 @@ def test_the_gradient_of_refined_features_goes_on_without_a_copy(of_features, tw
         loss = mutual(student, refined, None, normalise="elements", scale=2.0, **options)
         return torch.autograd.grad(loss, wanted, create_graph=twice)
 
-    ours = gradients(ops)
-    torch.testing.assert_close(ours, gradients(reference))
-    assert not any(gradient.is_neg() for gradient in ours)
+    actual = gradients(ops)
+    torch.testing.assert_close(actual, gradients(reference))
+    assert not any(gradient.is_neg() for gradient in actual)
 
 
 def test_a_teacher_that_is_no_refined_map_gets_memory_of_its_own():

@@ -1,5 +1,4 @@
-"""The readers of torch tensors, the reader of NumPy arrays, forked processes, and the page about
-it."""
+"""The readers of torch tensors and of NumPy arrays, and forked processes."""
 
 from __future__ import annotations
 

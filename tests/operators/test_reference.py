@@ -81,8 +81,7 @@ def test_draw_is_uniform_and_never_0_or_1():
 
 
 def test_theta_at_the_kinks_has_the_right_derivative():
-    """Whole coordinates (identity, whole shifts): grid_sample's right derivative, zeros beyond the
-    border."""
+    """Whole coordinates: grid_sample's right derivative, zeros beyond the border."""
     features = torch.arange(1.0, 5.0, dtype=torch.float64).reshape(1, 1, 1, 4)
     theta = torch.eye(2, 3, dtype=torch.float64).unsqueeze(0).requires_grad_()
     refined = reference.refine(features, theta)

@@ -1,5 +1,4 @@
-"""ops.refine and ops.refine_dots: values and gradients against the twin, naive loops and PyTorch
-itself."""
+"""ops.refine and ops.refine_dots against the twin, naive loops and PyTorch itself."""
 
 from __future__ import annotations
 
@@ -28,8 +27,7 @@ GRADIENT = {
 
 
 def assert_near(actual, expected, dtype):
-    """Close for the full precisions; for the half ones one rounding (half a unit in the last place)
-    more."""
+    """Close for the full precisions; half a unit in the last place more for the half ones."""
     assert actual.dtype == dtype and actual.shape == expected.shape
     if dtype in CLOSE:
         torch.testing.assert_close(actual, expected.to(dtype), **CLOSE[dtype])
@@ -171,8 +169,7 @@ def test_a_far_theta_empties_the_map():
 
 
 def test_corners_outside_are_zero_even_next_to_nan():
-    """A NaN's own share is NaN; a corner outside the map adds nothing, whatever lies at its
-    address."""
+    """A NaN's own share is NaN; a corner outside the map adds nothing, whatever it holds."""
     features = torch.full((1, 1, 3, 3), math.nan)
     features[0, 0, 1, 1] = 1.0
     # three columns to the side: all outside

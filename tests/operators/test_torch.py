@@ -1,5 +1,4 @@
-"""The operators as PyTorch's own: opcheck, compile, export, functorch, autocast, devices without
-kernels."""
+"""The operators as PyTorch's own: opcheck, compile, export, functorch, autocast, other devices."""
 
 from __future__ import annotations
 
@@ -102,7 +101,7 @@ def test_numbers_that_two_calls_share_compile_for_any_batch():
     class Model(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.seed, self.scale = 5, 0.7  # symbols to a compiler that is told `dynamic=True`
+            self.seed, self.scale = 5, 0.7  # symbols under `dynamic=True`
 
         def forward(self, student, teacher, sigma):
             terms = []
@@ -213,8 +212,7 @@ def test_batched_gradients(dtype):
 
 
 def test_zero_tensors_without_memory():
-    """`torch._efficientzerotensor`, as forward derivatives have them: the dispatcher makes numbers
-    of it."""
+    """`torch._efficientzerotensor`, as forward derivatives have them."""
     zero, ones = torch._efficientzerotensor(SHAPE), torch.ones(SHAPE)
     assert ops.masked_mse(zero, ones) == ops.masked_mse(ones, zero) == 1
     assert torch.equal(ops.refine(zero, sigma=torch.zeros(1)), torch.zeros(SHAPE))
@@ -277,8 +275,7 @@ def test_second_derivatives_by_functorch():
 
 
 def test_a_view_with_its_sign_set():
-    """`x.conj().imag` is -x as far as its memory goes: what PyTorch resolves before a kernel sees
-    it."""
+    """`x.conj().imag` is -x in memory; PyTorch resolves it before a kernel sees it."""
     own = torch.randn(SHAPE)
     negated = torch._neg_view(own)
     assert torch.equal(ops.refine(negated), -own)
@@ -355,7 +352,8 @@ def test_a_device_without_kernels_uses_the_twin_and_says_so_once(monkeypatch):
     inputs, plan = leaves()
     heads = maps()
     sentence = (
-        "sokd: no kernels for cpu in this build, the plain PyTorch path \\(sokd.reference\\) serves"
+        "sokd: no kernels for cpu in this build; "
+        r"the plain PyTorch path \(sokd.reference\) is used"
     )
     with pytest.warns(UserWarning, match=sentence):
         loss = objective(*inputs, plan, heads)

@@ -1,5 +1,4 @@
-"""The documentation's Python runs, its links lead somewhere, and the built site needs no other
-host."""
+"""The documentation's Python runs, its links lead somewhere, the site needs no other host."""
 
 from __future__ import annotations
 

@@ -28,9 +28,7 @@ VERSION = sokd.__version__
 
 
 def sources() -> list[Path]:
-    """The files that are, or would be, in git; all files of the source folders where there is no
-    git.
-    """
+    """The files in git or to be added; all files of the source folders where there is no git."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if listed.returncode == 0:
@@ -66,8 +64,7 @@ def test_twin_has_the_same_signature(operator: str) -> None:
 
 
 def test_one_version_everywhere() -> None:
-    """Cargo.toml states it and the changelog has its section; `installation` compares the two
-    halves."""
+    """Cargo.toml states it, the changelog has its section, `installation` compares both halves."""
     released = re.search(r"^## \[(\d.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     stating = [
         path for path in TEXTS if path.suffix in {*CODE, ".toml"} and VERSION in path.read_text()
@@ -244,9 +241,7 @@ def test_imports_go_down() -> None:
 
 
 def test_imports_make_no_circle() -> None:
-    """Each module can be read, and imported, after those that it imports; for types alone it may
-    refer back.
-    """
+    """A module can be read after those that it imports; for types alone it may refer back."""
     # CycleError names the circle
     tuple(TopologicalSorter(import_graph(types=False)).static_order())
 

@@ -1,5 +1,4 @@
-"""The operators once more, as float64 loops over single elements: slow, and unlike the vectorised
-twin."""
+"""The operators as float64 loops over single elements, unlike the vectorised twin."""
 
 from __future__ import annotations
 
@@ -49,8 +48,7 @@ def draw(seed: int, counter: int, n: int) -> tuple[list[float], int]:
 
 
 def sample(plane: np.ndarray, theta: np.ndarray, y: int, x: int) -> float:
-    """One cell of affine_grid + grid_sample(align_corners=False), step by step as PyTorch documents
-    them."""
+    """One cell of affine_grid + grid_sample(align_corners=False), as PyTorch documents them."""
     height, width = plane.shape
     u, v = (2 * x + 1) / width - 1, (2 * y + 1) / height - 1
     ix = ((theta[0] @ (u, v, 1) + 1) * width - 1) / 2

@@ -64,6 +64,42 @@ def dist(student, teacher, beta=1.0, gamma=1.0, temperature=1.0):
     return temperature**2 * (beta * (1 - inter) + gamma * (1 - intra))
 
 
+def transported(p_s, p_t, cost, regularisation, iterations):
+    """The cost of the plan after so many steps of Sinkhorn's algorithm."""
+    count = range(len(p_s))
+    kernel = np.exp(-cost / regularisation)
+    u = [1 / len(p_s)] * len(p_s)
+    for _ in range(iterations):
+        v = [p_t[j] / (sum(kernel[i, j] * u[i] for i in count) + 1e-8) for j in count]
+        u = [p_s[i] / (sum(kernel[i, j] * v[j] for j in count) + 1e-8) for i in count]
+    return sum(u[i] * kernel[i, j] * cost[i, j] * v[j] for i in count for j in count)
+
+
+def wkd_logits(
+    student, teacher, target, distances, *, transport=10.0, temperature=2.0, sharpness=1.0,
+    regularisation=0.05, iterations=10,
+):  # fmt: skip
+    """The target's row and column of the costs are left out."""
+    loss = 0.0
+    for s, t, y in zip(student, teacher, target, strict=True):
+        others = np.delete(np.delete(distances, y, 0), y, 1)
+        p_s, p_t = (softmax(np.delete(each, y), temperature) for each in (s, t))
+        cost = 1 - np.exp(-sharpness * others)
+        loss += transport * transported(p_s, p_t, cost, regularisation, iterations)
+        loss -= softmax(t)[y] * math.log(softmax(s)[y])
+    return loss / len(student)
+
+
+def cka(one, two):
+    """Linear, of [N, D] each, from the covariances of their columns."""
+    one, two = (each - each.mean(0) for each in (one, two))
+
+    def size(a, b):
+        return sum(sum(x * y) ** 2 for x in a.T for y in b.T)
+
+    return size(one, two) / math.sqrt(size(one, one) * size(two, two))
+
+
 # --- features [B, C, H, W], omega [B, H, W]
 
 
@@ -203,6 +239,29 @@ def hcl(student, teacher, weight=None):
     return loss / norm
 
 
+def moments(features, grid):
+    """Means and standard deviations [B, C, g, g] over the cells that each region covers."""
+    height, width = (min(grid, side) for side in features.shape[2:])
+    means = pool(features, height, width)
+    deviations = np.zeros(means.shape)
+    rows, columns = features.shape[2:]
+    for b, c, y, x in np.ndindex(means.shape):
+        down = range(y * rows // height, -(-(y + 1) * rows // height))
+        across = range(x * columns // width, -(-(x + 1) * columns // width))
+        squares = [(features[b, c, i, j] - means[b, c, y, x]) ** 2 for i in down for j in across]
+        variance = sum(squares) / (len(squares) - 1) if len(squares) > 1 else 0.0
+        deviations[b, c, y, x] = math.sqrt(variance + 1e-5)
+    return means, deviations
+
+
+def wkd_features(student, teacher, weight=None, means=2.0, grid=4):
+    (mean_s, deviation_s), (mean_t, deviation_t) = (
+        moments(masked(each, weight), grid) for each in (student, teacher)
+    )
+    loss = means * ((mean_s - mean_t) ** 2).sum() + ((deviation_s - deviation_t) ** 2).sum()
+    return loss / (len(student) * mean_s.shape[2] * mean_s.shape[3])
+
+
 # --- modules: their parameters as arrays
 
 
@@ -254,6 +313,67 @@ def abf(features, deeper, size, reduce, attention_conv, expand):
 def generated(features, keep, first, second):
     """MGD's generator on the kept part; first, second: (kernel, bias)."""
     return convolution(np.maximum(convolution(keep * features, *first), 0), *second)
+
+
+def attentions(features, cells, temperature):
+    """FGD's attention over the cells {(y, x): } and the channels [C] of one sample [C, H, W]."""
+    energies = {(y, x): np.mean(np.abs(features[:, y, x])) for y, x in cells}
+    strengths = [np.mean([abs(channel[y, x]) for y, x in cells]) for channel in features]
+    where = len(cells) * softmax(np.array(list(energies.values())), temperature)
+    return dict(zip(energies, where, strict=True)), len(features) * softmax(strengths, temperature)
+
+
+def covered(box, cells, size, input_size):
+    """The cells of an image that a box touches."""
+    found = []
+    for y, x in cells:
+        top, bottom = (edge * input_size[0] / size[0] for edge in (y, y + 1))
+        left, right = (edge * input_size[1] / size[1] for edge in (x, x + 1))
+        if box[0] < right and box[2] > left and box[1] < bottom and box[3] > top:
+            found.append((y, x))
+    return found
+
+
+def context(features, cells, score, first, norm, last):
+    """GcBlock's addition [C] for one sample; first, norm, last: (weight, bias)."""
+    share = softmax([sum(score * features[:, y, x]) for y, x in cells])
+    pooled = sum(p * features[:, y, x] for p, (y, x) in zip(share, cells, strict=True))
+    hidden = first[0] @ pooled + first[1]
+    hidden = (hidden - hidden.mean()) / math.sqrt(hidden.var() + 1e-5) * norm[0] + norm[1]
+    return last[0] @ np.maximum(hidden, 0) + last[1]
+
+
+def fgd(
+    student, teacher, boxes, input_size, image_sizes, weight, contexts, *, foreground=1e-3,
+    background=5e-4, attention=1e-3, relation=5e-6, temperature=0.5,
+):  # fmt: skip
+    """contexts: the arguments of `context` after the cells, for each side."""
+    loss, size = 0.0, student.shape[2:]
+    for b, (f_s, f_t) in enumerate(zip(student, teacher, strict=True)):
+        cells = [
+            (y, x) for y, x in np.ndindex(size)
+            if y * input_size[0] / size[0] < image_sizes[b][0]
+            and x * input_size[1] / size[1] < image_sizes[b][1]
+        ]  # fmt: skip
+        density = dict.fromkeys(cells, 0.0)
+        for box in boxes[b]:
+            touched = covered(box, cells, size, input_size)
+            for cell in touched:
+                density[cell] = max(density[cell], 1 / len(touched))
+        behind = sum(value == 0 for value in density.values())
+        (where_s, which_s), (where_t, which_t) = (
+            attentions(each, cells, temperature) for each in (f_s, f_t)
+        )
+        added = context(f_s, cells, *contexts[0]) - context(f_t, cells, *contexts[1])
+        for y, x in cells:
+            omega = 1.0 if weight is None else weight[b, y, x]
+            focus = foreground * density[y, x] if density[y, x] else background / behind
+            difference = f_s[:, y, x] - f_t[:, y, x]
+            loss += focus * where_t[y, x] * omega * sum(which_t * difference**2)
+            loss += relation * omega * sum((difference + added) ** 2)
+            loss += attention * abs(where_s[y, x] - where_t[y, x])
+        loss += attention * sum(abs(which_s - which_t))
+    return loss / len(student)
 
 
 def normalised(row):

@@ -52,12 +52,12 @@ _LEFT_OUT = (
     "look for inf or NaN in the batch, the features and the losses"
 )
 _ANOTHER_MODEL = (
-    "PolicySearch: step must run the model it is called with, with gradients, got a loss that none "
-    "of the student's parameters enters"
+    "PolicySearch: step must run the model it is called with, with gradients, got a loss that does "
+    "not depend on the student's parameters"
 )
 _NOTHING_TRAINED = (
     "PolicySearch: student must have parameters that require grad (or kd.adapter or kd.dam some), "
-    "for its virtual step, got none; order=1 does without"
+    "for its virtual step, got none; order=1 needs none"
 )
 
 
@@ -106,6 +106,7 @@ class PolicySearch:
     warned about once.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self, kd: nn.Module, student: nn.Module, *, objective: str = "consistency",
         estimator: str | None = None, order: int = 2, unroll: float = 0.01, lr: float = 5e-3,
@@ -156,7 +157,7 @@ class PolicySearch:
                 teacher's without gradient. Called up to four times with the student itself, whose
                 weights are virtual meanwhile. Order 2 refuses a `step` that runs another model;
                 order 1, which uses no gradient of the student, cannot detect it.
-            batch: for L_train, and for L_up too unless there is `held_out` [A].
+            batch: for L_train, and for L_up too if `held_out` is None [A].
             held_out: for L_up.
 
         Mixed precision: call this method under torch.autocast, since kd's terms are computed after
@@ -182,7 +183,7 @@ class PolicySearch:
                 subject = f"PolicySearch: kd.policy.{name}"
                 raise ValueError(f"{subject} must require grad, got one that is frozen")
         if is_sharded(self.student.parameters()):
-            why = "virtual weights are not sharded; DistributedDataParallel serves"
+            why = "virtual weights are not sharded; use DistributedDataParallel"
             got = "parameters of fully_shard"
             raise NotImplementedError(
                 f"PolicySearch: student must hold whole parameters ({why}), got {got}"
@@ -204,7 +205,7 @@ class PolicySearch:
     def _update(self, found: list[Tensor]) -> None:
         """Adam's steps of chi, then of the control variate; none if any gradient is not finite."""
         found = [averaged(gradient) for gradient in found]
-        # of the average, so that all ranks decide alike; squared, as Adam's state holds the squares
+        # of the average, so that all ranks agree; squared, because Adam's state has the squares
         finite = torch.stack([gradient.square().isfinite().all() for gradient in found]).all()
         _apply(self._adam, self._chi, found[:3], finite)
         if self._control is not None:
@@ -303,7 +304,7 @@ class PolicySearch:
     # ---------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
-        """The state to resume bit for bit, beside those of kd, the student and its optimiser."""
+        """The state to resume bit for bit, with those of kd, the student and its optimiser."""
         state = {name: getattr(self, name) for name in (*_AGREEING, "unroll", "epoch")}
         state |= {"seed": self.seed.clone(), "counter": self.counter.clone()}
         state["adam"] = self._adam.state_dict()
@@ -315,11 +316,11 @@ class PolicySearch:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load the `state_dict` of a search with the same objective, estimator and order.
 
-        The step sizes, lr and unroll, are loaded too, as torch.optim loads its lr; `epochs` is not,
-        so that a search may be prolonged.
+        The step sizes lr and unroll are loaded too, as torch.optim loads its lr; `epochs` is not,
+        so that a search can be extended.
 
         Raises:
-            ValueError: the state of another search or another policy; nothing is loaded then.
+            ValueError: the state of another search or another policy; nothing has been loaded then.
         """
         self._check_state(state)
         self.unroll = state["unroll"]

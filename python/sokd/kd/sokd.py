@@ -27,6 +27,7 @@ from sokd.kd.features import (
     Features,
     Size,
     checked_maps,
+    kept,
     layouts,
     not_negative,
     of_one_dtype,
@@ -56,12 +57,12 @@ PRESETS: dict[str | None, dict[str, Any]] = {
     None: {
         "adapter": "linear", "heads": "attention", "base": "keep",
         "lambda_agreement": 0.5, "lambda_areas": 1.0, "lambda_base": 1.5,
-        "granularity": "batch", "magnitude_gradient": "straight_through",
+        "granularity": "batch", "magnitude_gradient": "straight_through", "search": None,
     },
     "paper": {
         "adapter": "conv", "heads": "paper", "base": "replace",
         "lambda_agreement": 10.0, "lambda_areas": 10.0, "lambda_base": 0.0,
-        "granularity": "batch", "magnitude_gradient": "straight_through",
+        "granularity": "batch", "magnitude_gradient": "straight_through", "search": None,
     },
 }  # fmt: skip
 _HEADS = ("attention", "bounded", "paper")
@@ -122,7 +123,7 @@ def loss(
 
 
 def named_kd(kd: object) -> str:
-    """The type of what is not a SoKD, as an error names it."""
+    """The type of a value that is not a SoKD, for an error."""
     name = type(kd).__name__
     if name != "SoKD":
         return name
@@ -150,20 +151,20 @@ class SoKD(nn.Module):
         loss = F.cross_entropy(logits, y) + kd(f_s, f_t)          # or sokd.loss(f_s, f_t, kd)
 
     `parameters()`, of this module and of any module that holds it, are those the student's
-    optimiser trains: those of the adapter and of DAM's trained heads. The policy is trained by
-    the search alone, `search="online"` or `PolicySearch`: `kd.policy.parameters()`; `state_dict()`,
+    optimiser trains: those of the adapter and of DAM's trained heads. The policy is trained by the
+    search only, `search="online"` or `PolicySearch`: `kd.policy.parameters()`; `state_dict()`,
     `buffers()`, `.to()` and `.train()` include it. Draws continue in `eval()`: a validation loss is
     refined as the training loss is (`kd.policy = None` for one that is not). Several ranks: wrap kd
     in DistributedDataParallel, or put it into the module that is wrapped; otherwise adapters and
-    DAMs diverge between ranks. All ranks draw alike if `sokd.manual_seed` was called with the same
-    seed on all of them before kd was made.
+    DAMs diverge between ranks. Draws are the same on all ranks if `sokd.manual_seed` was called
+    with the same seed before kd was made.
     `kd.adapter`, `kd.policy` and `kd.dam` can be replaced or set to None: no adapter (shapes must
     be equal already), no refinement, no mask (the plain mean squared error). With several layers
     `kd.adapter` and `kd.dam` are ModuleLists, or one module that the layers share.
 
     Args:
         student_channels, teacher_channels: channels of the features, one number or equally long
-            lists. Below, a list has one entry for each layer, any other value serves all layers.
+            lists. Below, a list has one entry for each layer, any other value is for all layers.
         student_size, teacher_size: (height, width) or one number, for a strided or transposed
             convolution in the `Adapter`; None: maps of unequal size are resized.
         student_tokens, teacher_tokens: prefix tokens to drop from token features; None: see
@@ -185,8 +186,8 @@ class SoKD(nn.Module):
         normalise: "elements" [A] or "area", see `sokd.ops.masked_mse`.
         areas, overlap, k, kernel: of the DAM. heat_channels: of `DAM` alone, None: 100.
             attention_temperature: `temperature` of `AttentionDAM` alone, None: 1.
-        policies, estimator, magnitude_gradient, granularity: of `Policy`. granularity is "sample"
-            with search="online" unless it is given.
+        policies, estimator, magnitude_gradient: of `Policy`.
+        granularity: of `Policy`; "default": "sample" with search="online", else "batch".
         search: "online": the policy moves in each loss (docs/method.md 2.6), see `freeze_policy`;
             None: it stays as it is, unless a `PolicySearch` trains it.
         policy, dam: "default", None, or a module in its place. A DAM is called as `dam(student,
@@ -219,18 +220,15 @@ class SoKD(nn.Module):
         areas: str = "mutual", overlap: str = "sum", k: int = 8, kernel: int = 3,
         policies: Sequence[Sequence[int | str]] | None = None,
         estimator: str = "gumbel", magnitude_gradient: str = "default",
-        granularity: str = "default", search: str | None = None,
-        policy: Policy | Default | None = "default",
-        dam: nn.Module | Default | None = "default", generator: torch.Generator | None = None,
+        granularity: str = "default", search: str | None = "default",
+        policy: Policy | Default | None = "default", dam: nn.Module | Default | None = "default",
+        generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        if search is not None:
-            one_of("SoKD", "search", search, ("online",))
-            granularity = "sample" if granularity == "default" else granularity
         given = {
             "adapter": adapter, "heads": heads, "base": base, "lambda_agreement": lambda_agreement,
             "lambda_areas": lambda_areas, "lambda_base": lambda_base, "granularity": granularity,
-            "magnitude_gradient": magnitude_gradient,
+            "magnitude_gradient": magnitude_gradient, "search": search,
         }  # fmt: skip
         chosen = settled(preset, given)
         one_of("SoKD", "normalise", normalise, ("elements", "area"))
@@ -275,7 +273,7 @@ class SoKD(nn.Module):
         self.adapter = _part_or_none("adapter", adapter, count)
         self.policy = _policy_or_none(policy)
         self.dam = _part_or_none("dam", dam, count)
-        self.search = _search_or_none(search, self.policy)
+        self.search = _search_or_none(chosen["search"], self.policy)
         # A buffer, so that compiled steps fill it too; not in the state_dict: each step overwrites
         # it.
         statistics = torch.zeros(count, len(STATISTICS), dtype=torch.float32)
@@ -294,14 +292,14 @@ class SoKD(nn.Module):
             difference = match.student - match.refined            # [B, C, H, W]
             weight = match.attention.weight                       # omega [B, H, W]
 
-        `sokd.loss`, `sokd.wrap`, `sokd.Distiller`, `sokd.PolicySearch` and `sokd.inspect` are made
-        of this. It records no statistics and warns about nothing. A kd with search="online" moves
-        its policy here: in train mode, with grad mode on, without `draw`, `differentiable`,
+        `sokd.loss`, `sokd.wrap`, `sokd.Distiller`, `sokd.PolicySearch` and `sokd.inspect` call this
+        method. It records no statistics and gives no warnings. A kd with search="online" moves its
+        policy here: in train mode, with grad mode on, without `draw`, `differentiable`,
         `adapt=False` or `refine=False`.
 
         Args:
             student_features, teacher_features: as `sokd.loss` takes them.
-            draw: the result of `self.policy.draw(batch)`, to evaluate twice alike; None: the next
+            draw: the result of `self.policy.draw(batch)`, to repeat an evaluation; None: the next
                 draw. All layers share one draw: the same sub-policy, gates and magnitudes.
             adapt: False: `student` is the map as given. Trained heads compare maps of one shape and
                 read an adapted copy.
@@ -309,7 +307,7 @@ class SoKD(nn.Module):
             attend: False: the DAM does not run and `attention` is None.
             differentiable: whether `refined` carries the policy's gradient.
             valid: for each layer [B, 1, H, W] at the teacher's size, 0 for cells of padding: there
-                the adapted and the refined map are 0, and so are their agreement's terms.
+                the adapted map, the refined one and omega are 0.
 
         Raises:
             TypeError, ValueError: as `sokd.loss`.
@@ -343,13 +341,15 @@ class SoKD(nn.Module):
                 if self.base == "keep":
                     clean = of_one_dtype(adapted, clean)[1]
             cells = None if valid is None else valid[index]
-            if cells is not None:
-                refined, clean = (side * cells.to(side.dtype) for side in (refined, clean))
-                adapted = adapted * cells.to(adapted.dtype) if compared[index] else adapted
+            refined, clean = kept(refined, cells), kept(clean, cells)
+            if compared[index]:
+                adapted = kept(adapted, cells)
             if searches:
                 layers.append(Layer(clean, refined, adapted))
             seen = adapted if reads_adapted(dam) else student
             attention = apply_dam(dam, seen, refined, self.lambda_agreement)
+            if attention is not None and cells is not None:
+                attention = attention._replace(weight=attention.weight * cells[:, 0])
             matches.append(Match(adapted if adapt else student, refined, attention, clean))
         if self.search is not None and policy is not None and draw is not None and layers:
             self.search.step(unwrapped(policy), draw, layers)
@@ -394,7 +394,7 @@ class SoKD(nn.Module):
             student_features, teacher_features: as `sokd.loss` takes them.
             draw: see `match`.
             differentiable: whether the policy gets a gradient (from "areas" alone: in the agreement
-                the teacher's features are constants). Such a call leaves no statistics.
+                the teacher's features are constants). Such a call records no statistics.
         """
         matches = self.match(
             student_features, teacher_features, draw=draw, differentiable=differentiable
@@ -624,6 +624,10 @@ def settled(preset: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     }
     one_of("SoKD", "heads", chosen["heads"], _HEADS)
     one_of("SoKD", "base", chosen["base"], _BASES)
+    if chosen["search"] is not None:
+        one_of("SoKD", "search", chosen["search"], ("online",))
+        if given.get("granularity", "default") == "default":
+            chosen["granularity"] = "sample"  # the search learns most from many draws
     if isinstance(chosen["adapter"], str):
         one_of("SoKD", "adapter", chosen["adapter"], KINDS)
     return chosen

@@ -6,6 +6,7 @@ from sokd.methods.common import Method, Shape, Step
 from sokd.methods.crd import crd, pooled
 from sokd.methods.dist import dist
 from sokd.methods.dkd import dkd
+from sokd.methods.fgd import fgd
 from sokd.methods.fitnet import fitnet
 from sokd.methods.kd import kd
 from sokd.methods.lskd import lskd
@@ -14,6 +15,7 @@ from sokd.methods.registry import METHODS, build, options_of
 from sokd.methods.reviewkd import hcl, reviewkd
 from sokd.methods.rkd import rkd
 from sokd.methods.sp import sp
+from sokd.methods.wkd import class_distances, wkd, wkd_features, wkd_logits
 
 __all__ = [
     "METHODS",
@@ -23,10 +25,12 @@ __all__ = [
     "at",
     "build",
     "catkd",
+    "class_distances",
     "class_maps",
     "crd",
     "dist",
     "dkd",
+    "fgd",
     "fitnet",
     "hcl",
     "kd",
@@ -37,4 +41,7 @@ __all__ = [
     "reviewkd",
     "rkd",
     "sp",
+    "wkd",
+    "wkd_features",
+    "wkd_logits",
 ]

@@ -117,7 +117,7 @@ class Refine(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[_Part, ...]:
         wanted = list(ctx.needs_input_grad[:4])
         twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        # Reading the map behind a negative view (see `masked_mse`) saves a pass.
+        # The map behind a negative view (see `masked_mse`) is read without a pass that negates it.
         negated = is_eager(upstream) and not (wanted[0] or twice) and upstream.is_neg()
         if negated:
             upstream = torch_internals.negative_view(upstream)
@@ -201,18 +201,18 @@ def refine(
         hole: [G, 4] ints y0 x0 y1 x1, half open, set to zero (the noise is added on top).
         sigma: [G], standard deviation of the noise.
         perm: [G, C] ints: output channel c shows input channel perm[g, c].
-        keep: [G, C] bool: channels where it is False become zero.
+        keep: [G, C] bool: channels with False become zero.
         seed: of the noise: an int of 64 bits, or an int64 tensor [1] on the features' device.
-        straight: [G]; does not enter the value; its gradient is the sum of the upstream gradient.
-        Each G is 1 or B on its own. A part left out, or neutral by value, costs nothing.
+        straight: [G]; not part of the value; its gradient is the sum of the upstream gradient.
+        G is 1 or B, for each argument separately. An argument that is None or neutral is free.
 
     Returns:
         refined, with the shape and dtype of the features; channels_last if they are.
 
-    Gradients: features, theta, sigma, straight (second derivatives by plain PyTorch: right, not
-    fast). Under vmap all entries draw the noise of the one seed.
-    NaN features propagate. On the CPU, a theta or sigma that is not finite and a perm that is no
-    permutation are a ValueError. NumPy arrays give a NumPy array. Source: method 2.3, settled here.
+    Gradients: features, theta, sigma, straight (second derivatives by plain PyTorch: exact, but
+    slow). Under vmap all entries have the noise of the same seed.
+    NaN features propagate. On the CPU, a theta or sigma that is not finite and a perm that is not a
+    permutation raise ValueError. NumPy arrays give a NumPy array. Source: method 2.3, settled here.
     """
     number, seed_tensor = split_seed("refine", seed, features)
     _check_kinds(features, theta, hole, sigma, perm, keep, straight)
@@ -306,8 +306,8 @@ def refine_dots(
         refined_b>, then <refined_b, refined_b>, where the refined maps are not rounded to the
         features' dtype.
 
-    These are gradients already (of the gates and the choice of a sub-policy), so no gradient flows
-    through: inputs that require grad are refused while grad mode is on. Source: method 2.4.
+    The products are gradients themselves (of the gates and the choice of a sub-policy), so no
+    gradient flows through; inputs that require grad raise in grad mode. Source: method 2.4.
     """
     plan = Plans.of(plans)
     parts = plan.parts()

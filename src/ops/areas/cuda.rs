@@ -45,10 +45,7 @@ mirror! {
 /// # Safety
 /// The arguments are checked, and all of them lie on the CUDA device `ordinal`.
 pub(crate) unsafe fn forward(
-    args: &Args,
-    outputs: &Outputs,
-    ordinal: usize,
-    run: &Run,
+    args: &Args, outputs: &Outputs, ordinal: usize, run: &Run,
 ) -> Result<()> {
     let order = Order::of(args.heat);
     let mut call = describe(args, outputs, order)?;

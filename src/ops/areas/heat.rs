@@ -251,9 +251,7 @@ impl<T: Element> Image<'_, T> {
 /// The greatest of all rows of `length` cells, lane by lane.
 #[inline(always)]
 fn most<A: Real, S: Simd>(
-    simd: S,
-    length: usize,
-    row: impl Fn(usize) -> A::Vector<S>,
+    simd: S, length: usize, row: impl Fn(usize) -> A::Vector<S>,
 ) -> A::Vector<S> {
     let mut most = simd.splat(A::of(f64::NEG_INFINITY));
     // A cell counted twice changes no maximum: the last row ends where the tile does.

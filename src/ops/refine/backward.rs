@@ -15,10 +15,7 @@ use crate::tensor::TensorView;
 type Sums = [f64; 7];
 
 pub(super) fn backward<T: Element>(
-    gradients: &Gradients,
-    upstream: &TensorView,
-    features: &TensorView,
-    plan: &SamplePlans,
+    gradients: &Gradients, upstream: &TensorView, features: &TensorView, plan: &SamplePlans,
     threads: usize,
 ) {
     if let Some(straight) = gradients.d_straight {
@@ -59,10 +56,7 @@ pub(super) fn backward<T: Element>(
 /// Writes `[G, ..]` with `count` entries a group: the entry of each sample, or their sum in order
 /// when there is one group.
 fn write_groups(
-    view: &TensorView,
-    count: usize,
-    plan: &SamplePlans,
-    entry: impl Fn(usize, usize) -> f64,
+    view: &TensorView, count: usize, plan: &SamplePlans, entry: impl Fn(usize, usize) -> f64,
 ) {
     let groups = view.sizes()[0];
     for g in 0..groups {
@@ -79,9 +73,7 @@ fn write_groups(
 
 /// The sum of upstream over each sample.
 fn sums_of_upstream<T: Element>(
-    upstream: &TensorView,
-    plan: &SamplePlans,
-    threads: usize,
+    upstream: &TensorView, plan: &SamplePlans, threads: usize,
 ) -> Vec<f64> {
     let per_sample = plan.shape.channels.div_ceil(LANES);
     let source = Map::<T>::of(upstream);
@@ -173,10 +165,7 @@ impl<T: Element> Chunk<'_, T> {
 
     /// Tile by tile of upstream: the noise first (holes have noise, too), then the sampling.
     fn walk(
-        &self,
-        live: &Channels,
-        source: &[[T::Acc; LANES]],
-        scatter: &mut [[T::Acc; LANES]],
+        &self, live: &Channels, source: &[[T::Acc; LANES]], scatter: &mut [[T::Acc; LANES]],
     ) -> Sums {
         let call = self.call;
         let (plan, group) = (call.plan, call.plan.at(self.n));

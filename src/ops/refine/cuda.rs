@@ -115,10 +115,7 @@ impl Plan {
 /// The arguments are checked, and all of them lie on the CUDA device `ordinal`; so in the other
 /// functions.
 pub(crate) unsafe fn forward(
-    args: &Args,
-    refined: &TensorView,
-    ordinal: usize,
-    run: &Run,
+    args: &Args, refined: &TensorView, ordinal: usize, run: &Run,
 ) -> Result<()> {
     let features = args.features;
     let order = Order::of(refined);
@@ -143,11 +140,7 @@ pub(crate) unsafe fn forward(
 /// # Safety
 /// As for [`forward`].
 pub(crate) unsafe fn backward(
-    args: &Args,
-    gradients: &Gradients,
-    upstream: &TensorView,
-    ordinal: usize,
-    run: &Run,
+    args: &Args, gradients: &Gradients, upstream: &TensorView, ordinal: usize, run: &Run,
 ) -> Result<()> {
     let features = args.features;
     let order = Order::of(upstream);
@@ -199,11 +192,7 @@ impl RefineBackward {
 /// # Safety
 /// As for [`forward`].
 pub(crate) unsafe fn dots(
-    args: &Args,
-    dots: &TensorView,
-    upstream: &TensorView,
-    ordinal: usize,
-    run: &Run,
+    args: &Args, dots: &TensorView, upstream: &TensorView, ordinal: usize, run: &Run,
 ) -> Result<()> {
     let features = args.features;
     let order = Order::of(upstream);

@@ -9,10 +9,7 @@ use std::ops::Range;
 /// Whether a sample allows it: memory has the accumulator dtype, and the plan mixes, changes or
 /// drops no single channel.
 pub(super) fn fits<T: Element>(
-    group: &SamplePlan,
-    source: &Layout,
-    target: &Layout,
-    shape: Shape,
+    group: &SamplePlan, source: &Layout, target: &Layout, shape: Shape,
 ) -> bool {
     let runs = |l: &Layout| l.interleaves() && l.run == shape.positions();
     let single = group.sigma.is_some() || group.perm.is_some() || group.keep.is_some();

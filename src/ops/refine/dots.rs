@@ -15,10 +15,7 @@ use crate::tensor::TensorView;
 
 /// Writes `[V]` products, or `[2, V, B]` products and squares.
 pub(super) fn dots<T: Element>(
-    dots: &TensorView,
-    features: &TensorView,
-    upstream: &TensorView,
-    plans: &[SamplePlans],
+    dots: &TensorView, features: &TensorView, upstream: &TensorView, plans: &[SamplePlans],
     threads: usize,
 ) {
     let by_sample = dots.sizes().len() > 1;
@@ -46,10 +43,7 @@ pub(super) fn dots<T: Element>(
 
 /// The products and squares of every chunk, and how many chunks a sample has.
 fn parts<T: Element>(
-    features: &TensorView,
-    upstream: &TensorView,
-    plans: &[SamplePlans],
-    squares: bool,
+    features: &TensorView, upstream: &TensorView, plans: &[SamplePlans], squares: bool,
     threads: usize,
 ) -> (Vec<Vec<[f64; 2]>>, usize) {
     let shared = |plan: &SamplePlans| plan.shares_theta().then(|| plan.tables::<T::Acc>(threads));
@@ -105,10 +99,7 @@ impl<T: Element> Chunk<'_, T> {
 
 impl<T: Element> Chunk<'_, T> {
     fn add_channels(
-        &self,
-        sums: &mut [[f64; 2]],
-        own: &[Option<Table<T::Acc>>],
-        channels: &Channels,
+        &self, sums: &mut [[f64; 2]], own: &[Option<Table<T::Acc>>], channels: &Channels,
     ) {
         let call = self.call;
         let positions = call.plans[0].shape.positions();
@@ -137,10 +128,16 @@ impl<T: Element> Chunk<'_, T> {
             });
             let sampled = Sampled { source, table, hole: group.hole, width: plan.shape.width };
             let lanes = if call.squares {
-                sampled.values(upstream, noise.map(|(sigma, p)| (sigma, drawn.values(positions, &p))))
+                sampled
+                    .values(upstream, noise.map(|(sigma, p)| (sigma, drawn.values(positions, &p))))
             } else {
-                [sampled.product(upstream, noise.map(|(sigma, p)| (sigma, drawn.dot(upstream, &p)))),
-                 [0.0; LANES]]
+                [
+                    sampled.product(
+                        upstream,
+                        noise.map(|(sigma, p)| (sigma, drawn.dot(upstream, &p))),
+                    ),
+                    [0.0; LANES],
+                ]
             };
             let kept = |l: usize| group.keep.is_none_or(|keep| keep[channels.at[l]]);
             for (sum, lanes) in sums[v].iter_mut().zip(&lanes) {
@@ -200,9 +197,7 @@ struct Sampled<'a, A> {
 impl<A: Real> Sampled<'_, A> {
     /// For each lane, sum over positions of upstream * (hole * bilinear + sigma * eps).
     fn product(
-        &self,
-        upstream: &[[A; LANES]],
-        noise: Option<(f64, &[f64; LANES])>,
+        &self, upstream: &[[A; LANES]], noise: Option<(f64, &[f64; LANES])>,
     ) -> [f64; LANES] {
         let mut totals = [0.0; LANES];
         let mut buffer = [[A::default(); LANES]; TILE];
@@ -227,9 +222,7 @@ impl<A: Real> Sampled<'_, A> {
 
     /// For each lane, that sum and the one of (hole * bilinear + sigma * eps)^2.
     fn values(
-        &self,
-        upstream: &[[A; LANES]],
-        noise: Option<(f64, &[[A; LANES]])>,
+        &self, upstream: &[[A; LANES]], noise: Option<(f64, &[[A; LANES]])>,
     ) -> [[f64; LANES]; 2] {
         let mut totals = [[0.0; LANES]; 2];
         let mut buffer = [[A::default(); LANES]; TILE];

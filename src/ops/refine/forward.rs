@@ -18,10 +18,7 @@ pub(super) const TILE: usize = 64;
 
 /// refined = the formula of the module.
 pub(super) fn forward<T: Element>(
-    refined: &TensorView,
-    features: &TensorView,
-    plan: &SamplePlans,
-    threads: usize,
+    refined: &TensorView, features: &TensorView, plan: &SamplePlans, threads: usize,
 ) {
     let per_sample = plan.shape.channels.div_ceil(LANES);
     if refined.numel() == 0 {
@@ -88,10 +85,7 @@ pub(super) fn sources(channels: &Channels, group: &SamplePlan) -> Channels {
 }
 
 pub(super) fn planes<'a>(
-    keys: &'a Keys,
-    channels: &Channels,
-    n: usize,
-    total: usize,
+    keys: &'a Keys, channels: &Channels, n: usize, total: usize,
 ) -> Planes<'a> {
     Planes::new(keys, &channels.at.map(|c| n as u64 * total as u64 + c as u64))
 }

@@ -228,10 +228,7 @@ impl<A: Real> WithSimd for Slopes<'_, A> {
 /// v * d bilinear / d ix and v * d bilinear / d iy.
 #[inline(always)]
 fn slopes<A: Real, S: Simd>(
-    simd: S,
-    source: &Tile<A>,
-    v: A::Vector<S>,
-    corners: &Corners<A>,
+    simd: S, source: &Tile<A>, v: A::Vector<S>, corners: &Corners<A>,
 ) -> [A::Vector<S>; 2] {
     let row = |k: usize| simd.load(&source[corners.at[k] as usize]);
     let (a, b, c, d) = (row(0), row(1), row(2), row(3));

@@ -133,11 +133,7 @@ impl Args<'_> {
     }
 
     fn check_groups(
-        &self,
-        name: &str,
-        view: &TensorView,
-        layout: &str,
-        rest: &[usize],
+        &self, name: &str, view: &TensorView, layout: &str, rest: &[usize],
     ) -> Result<()> {
         REFINE.float(name, view)?;
         REFINE.groups(name, view, self.features.sizes()[0], layout, rest)?;
@@ -166,10 +162,7 @@ impl Args<'_> {
 
     /// The gradients, from one reading of upstream, which is like refined.
     pub(crate) fn backward(
-        &self,
-        gradients: &Gradients,
-        upstream: &TensorView,
-        run: &Run,
+        &self, gradients: &Gradients, upstream: &TensorView, run: &Run,
     ) -> Result<()> {
         let features = self.features;
         self.check()?;

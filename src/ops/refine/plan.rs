@@ -115,8 +115,7 @@ fn of_sample<T>(groups: &[T], n: usize) -> Option<&T> {
 }
 
 fn groups<T>(
-    part: &Option<TensorView>,
-    read: impl Fn(&TensorView, usize) -> Result<T>,
+    part: &Option<TensorView>, read: impl Fn(&TensorView, usize) -> Result<T>,
 ) -> Result<Vec<T>> {
     part.as_ref().map_or_else(
         || Ok(Vec::new()),

@@ -1,6 +1,6 @@
 """CUDA tensors in the mock driver's memory: PyTorch's dispatch, both readers, checks, outputs.
 
-PyTorch cannot record gradients of such tensors, because its engine asks for the device's streams:
+PyTorch cannot record gradients of such tensors, because its engine reads the device's streams:
 test_operators_on_fakes.py tests gradients. Anything else that PyTorch does with such a tensor (a
 copy to the host, say) fails for want of a device.
 """

@@ -131,8 +131,8 @@ def _on_an_old_device(capability: tuple[int, int]) -> tuple[str, int]:
             loss = ops.masked_mse(*(HostCuda(each, 1) for each in maps))
     assert isinstance(loss, HostCuda) and torch.equal(loss.host, reference.masked_mse(*maps))
     (warning,) = [str(each.message) for each in caught]
-    serves = r"the plain PyTorch path \(sokd.reference\) serves"
-    said = re.fullmatch(rf"sokd: no kernels for cuda in this build \((.*)\), {serves}", warning)
+    used = r"the plain PyTorch path \(sokd.reference\) is used"
+    said = re.fullmatch(rf"sokd: no kernels for cuda in this build \((.*)\); {used}", warning)
     assert said is not None, warning
     return said[1], len(driver.launches())
 

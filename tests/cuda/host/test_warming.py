@@ -165,10 +165,10 @@ def test_show_config(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     sokd.show_config()
     line = capsys.readouterr().out.splitlines()[-1]
     folder, nvrtc = os.environ["SOKD_CACHE_DIR"], _core.cuda_info()["nvrtc"]
-    kept = f"compiled kernels kept in {folder}"
+    kept = f"kernel cache {folder}"
     assert line == f"cuda     driver for 13.0, NVRTC {nvrtc}, {kept}; 2 devices visible"
     monkeypatch.setenv("SOKD_CACHE_DIR", "")
-    assert "compiled kernels are not kept; 2 devices" in config.describe()
+    assert "no kernel cache; 2 devices" in config.describe()
 
 
 @pytest.mark.parametrize("variables, folder", [

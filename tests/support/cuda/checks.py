@@ -39,14 +39,9 @@ def refine(cuda: MockMemory, features: Tensor, **plan: Any) -> Tensor:
 
 
 def refine_backward(
-    cuda: MockMemory,
-    upstream: Tensor,
-    features: Tensor,
-    *,
-    straight: Tensor | None = None,
-    seed: int | Tensor = 0,
-    **plan: Tensor | None,
-) -> dict[str, Tensor]:
+    cuda: MockMemory, upstream: Tensor, features: Tensor, *, straight: Tensor | None = None,
+    seed: int | Tensor = 0, **plan: Tensor | None,
+) -> dict[str, Tensor]:  # fmt: skip
     """The gradients of the features, and of those of theta, sigma and straight that are given."""
     given = moved(cuda, {"features": features, "straight": straight, **plan})
     parts = [given.get(name) for name in ("theta", "hole", "sigma", "perm", "keep")]
@@ -74,14 +69,9 @@ def refine_dots(
 
 
 def masked_mse(
-    cuda: MockMemory,
-    student: Tensor,
-    teacher: Tensor,
-    weight: Tensor | None = None,
-    normalise: str = "elements",
-    *,
-    gradient: bool = True,
-) -> tuple[Tensor, Tensor]:
+    cuda: MockMemory, student: Tensor, teacher: Tensor, weight: Tensor | None = None,
+    normalise: str = "elements", *, gradient: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Loss and gradient; the gradient is empty where it is not wanted."""
     maps = [None if map is None else cuda.on(map) for map in (student, teacher, weight)]
     loss, d_student = torch.ops.sokd.masked_mse(*maps, normalise, 1.0, gradient)
@@ -106,13 +96,9 @@ def areas(
 
 
 def check_masked_mse(
-    cuda: MockMemory,
-    shape: Shape,
-    dtype: torch.dtype,
-    layout: str,
-    weight: torch.dtype | None,
+    cuda: MockMemory, shape: Shape, dtype: torch.dtype, layout: str, weight: torch.dtype | None,
     normalise: str,
-) -> None:
+) -> None:  # fmt: skip
     """Loss and gradient, then the loss alone."""
     cuda.odd = layout == "offset"
     student, teacher = laid_out(shape, layout, dtype), laid_out(shape, layout, dtype)
@@ -228,15 +214,9 @@ def heads(
 
 
 def check_areas(
-    cuda: MockMemory,
-    shape: Shape,
-    dtype: torch.dtype,
-    layout: str,
-    k: int,
-    kernel: int,
-    mutual: bool,
-    levels: int,
-) -> None:
+    cuda: MockMemory, shape: Shape, dtype: torch.dtype, layout: str, k: int, kernel: int,
+    mutual: bool, levels: int,
+) -> None:  # fmt: skip
     """Equal to the CPU kernel's."""
     cuda.odd = layout == "offset"
     own = heads(shape, dtype, layout, levels)

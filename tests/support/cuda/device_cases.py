@@ -77,12 +77,9 @@ def moved(device: Device, parts: dict[str, Any]) -> dict[str, Any]:
 
 
 def refine_and_gradients(
-    refine: Callable[..., Tensor],
-    features: Tensor,
-    plan: dict[str, Any],
-    straight: Tensor,
+    refine: Callable[..., Tensor], features: Tensor, plan: dict[str, Any], straight: Tensor,
     upstream: Tensor,
-) -> list[Tensor]:
+) -> list[Tensor]:  # fmt: skip
     """The value, then the gradients of features, theta, sigma and straight."""
     leaves = [
         t.detach().requires_grad_() for t in (features, plan["theta"], plan["sigma"], straight)
@@ -154,14 +151,9 @@ def refine_dots(
 
 
 def areas(
-    device: Device,
-    shape: tuple[int, ...],
-    layout: str,
-    dtype: torch.dtype,
-    k: int,
-    *,
+    device: Device, shape: tuple[int, ...], layout: str, dtype: torch.dtype, k: int, *,
     teacher: bool,
-) -> None:
+) -> None:  # fmt: skip
     """Scores, boxes and coverage: exactly."""
     own, other = heads(shape, layout, dtype), heads(shape, layout, dtype) if teacher else None
     expected = ops.areas(*own, k=k, teacher=other)
@@ -172,13 +164,9 @@ def areas(
 
 
 def masked_mse(
-    device: Device,
-    shape: tuple[int, ...],
-    layout: str,
-    dtype: torch.dtype,
-    weight: Tensor | None,
+    device: Device, shape: tuple[int, ...], layout: str, dtype: torch.dtype, weight: Tensor | None,
     normalise: str,
-) -> None:
+) -> None:  # fmt: skip
     """Loss and gradient; an upstream gradient other than one."""
     student, teacher = laid_out(shape, layout, dtype), laid_out(shape, layout, dtype)
     maps = (student, teacher, weight)

@@ -36,14 +36,9 @@ class MockMemory:
         return self.at(address, size, shape, strides, dtype, index)
 
     def at(
-        self,
-        address: int,
-        size: int,
-        shape: Any,
-        strides: Any,
-        dtype: torch.dtype,
+        self, address: int, size: int, shape: Any, strides: Any, dtype: torch.dtype,
         index: int | None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         device = torch.device("cuda", index or 0)
         storage = torch._C._construct_storage_from_data_pointer(address, device, size)
         about = {"size": shape, "stride": strides, "dtype": dtype, "storage_offset": 0}

@@ -178,7 +178,7 @@ def kept(value: Tensor, uniforms: Tensor) -> Tensor:
 
 
 class Present(NamedTuple):
-    """Which arguments of `refine` any sub-policy can use; the others are never computed."""
+    """Which arguments of `refine` any of the sub-policies uses; the others are not computed."""
 
     theta: bool
     hole: bool

@@ -62,7 +62,7 @@ _source: torch.Generator | None = None
 
 
 def manual_seed(seed: int) -> None:
-    """Seed the generator from which each `Policy` made afterwards takes its own seed.
+    """Seed the generator that gives each `Policy` made afterwards its seed.
 
         sokd.manual_seed(0)
         kd = sokd.SoKD(64, 256)                   # the same draws in every run, and on every rank
@@ -139,10 +139,11 @@ class Policy(WideModule):
     keeps it in [0.01, 0.99], where its logit is finite: settled here), `magnitude` [K, 2]
     (initially 0.5, kept in [0, 1]). They stay float32 (or float64) when the module is cast to half
     precision.
-    Buffers: `seed` and `counter`, int64 [1]; `operations` [K, 2] int64, the sub-policies: the state
-    of a policy with others is refused (RuntimeError). The other options are not part of the state:
-    the parameters have the same meaning under all of them, so a policy learned with one granularity
-    may be used with the other. A run resumes bit for bit only with the same options.
+    Buffers: `seed` and `counter`, int64 [1]; `operations` [K, 2] int64, the sub-policies. Loading
+    the state of a policy with other sub-policies raises RuntimeError. The other options are not
+    part of the state: the parameters have the same meaning under all of them, so a policy learned
+    with one granularity may be used with the other. A run resumes bit for bit only with the same
+    options.
     """
 
     seed: Tensor
@@ -152,6 +153,7 @@ class Policy(WideModule):
     _span: Tensor
     _carrying: Tensor
 
+    @torch.inference_mode(False)
     def __init__(
         self, *, policies: Sequence[Sequence[int | str]] | None = None,
         estimator: str = "gumbel", magnitude_gradient: str = "straight_through",
