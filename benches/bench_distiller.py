@@ -7,8 +7,6 @@ Both compute the same. The Distiller's overhead does not grow with the batch: a 
 best, and many turns separate three per cent from the machine's noise.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import torch
@@ -55,9 +53,7 @@ def by_distiller(subject: Distiller) -> Callable[[Tensor, Tensor], Tensor]:
 def by_hand(subject: Distiller) -> Callable[[Tensor, Tensor], Tensor]:
     """The same objective from the Distiller's modules, by a user who can change the models."""
     teacher, student = subject.teacher, subject.student
-    loss = (
-        fitnet_loss(subject.adapters[0]) if subject.adapters is not None else sokd_loss(subject.kd)
-    )
+    loss = sokd_loss(subject.kd) if subject.adapters is None else fitnet_loss(subject.adapters[0])
 
     def objective(x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():

@@ -9,8 +9,6 @@ Memory: the peak of live tensors in forward and backward of the loss, features a
 counted, minus that of the adapter alone; in feature maps.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,9 +37,8 @@ def training_step(
     """One whole step with a new student."""
     torch.manual_seed(0)
     student = ResNet(8)
-    optimizer = torch.optim.SGD(
-        [*student.parameters(), *parameters], lr=0.01, momentum=0.9, weight_decay=5e-4
-    )
+    trained = [*student.parameters(), *parameters]
+    optimizer = torch.optim.SGD(trained, lr=0.01, momentum=0.9, weight_decay=5e-4)
     images, labels = torch.randn(IMAGES), torch.randint(0, 100, IMAGES[:1])
 
     def step() -> None:
@@ -92,14 +89,11 @@ def _check_loss() -> None:
 def peak_bytes(work: Callable[[], object]) -> int:
     """The most memory that tensors made by `work` hold at one time, by the profiler's record."""
     work()
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         work()
     events = profile.profiler.kineto_results.events()
-    memory = sorted(
-        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
-    )
+    memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     live = peak = 0
     for _, size in memory:
         live += size

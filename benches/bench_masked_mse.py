@@ -3,8 +3,6 @@
 Bytes: student and teacher read once, the student's gradient written once (3 maps), and the weight.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,19 +10,17 @@ import torch
 from support import eager
 
 import sokd
-from benches.bench_refine import LARGE, MAIN, gradients
+from benches.bench_refine import LARGE, MAIN, Shape, gradients, random_map
 from benches.harness import LAYOUTS, MEMORY, Case, Options, check_close, compiled, name_of
 from sokd import reference
 
 
 def case(
-    shape: tuple[int, ...], dtype: torch.dtype, layout: str, *, compile_too: bool,
+    shape: Shape, dtype: torch.dtype, layout: str, *, compile_too: bool,
     targets: dict[str, float],
 ) -> Case:  # fmt: skip
     torch.manual_seed(0)
-    student, teacher = (
-        torch.randn(shape).to(dtype).to(memory_format=LAYOUTS[layout]) for _ in range(2)
-    )
+    student, teacher = (random_map(shape, dtype, layout) for _ in range(2))
     student.requires_grad_()
     weight = torch.randint(0, 4, (shape[0], *shape[2:])).float()
     loose = 1e-5 if dtype == torch.float32 else 1e-2
@@ -57,9 +53,8 @@ def case(
 
 def cases(options: Options) -> Iterator[Case]:
     """Targets at the main shape in float32; elsewhere no case may be slower than eager."""
-    yield case(
-        MAIN, torch.float32, "contiguous", compile_too=True, targets={"eager": 6, "compile": 1.3}
-    )
+    targets: dict[str, float] = {"eager": 6, "compile": 1.3}
+    yield case(MAIN, torch.float32, "contiguous", compile_too=True, targets=targets)
     if options.quick:
         return
     no_slower: dict[str, float] = {"eager": 1}
@@ -68,7 +63,6 @@ def cases(options: Options) -> Iterator[Case]:
         yield case(MAIN, torch.bfloat16, layout, compile_too=False, targets=no_slower)
     for shape in LARGE:
         for layout in LAYOUTS:
-            yield case(
-                shape, torch.float32, layout, compile_too=layout == "contiguous", targets=no_slower
-            )
+            first = layout == "contiguous"
+            yield case(shape, torch.float32, layout, compile_too=first, targets=no_slower)
         yield case(shape, torch.bfloat16, "contiguous", compile_too=False, targets=no_slower)

@@ -5,8 +5,6 @@ teacher; ReviewKD with its three stages; CRD with 50,000 samples, 16,384 negativ
 (for which eager makes 0.27 GB of rows, twice), a step and the update of the banks alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -43,9 +41,8 @@ def case(
     sides = {"sokd": side(actual), "eager": side(other)}
     # mgd is two convolutions on both sides: a difference below 5 % is noise
     targets = {"eager": 0.95 if name == "mgd" else 1.0}
-    return Case(
-        f"{name}, forward + backward", students[-1].shape, sides, targets=targets, check=check
-    )
+    work, shape = f"{name}, forward + backward", students[-1].shape
+    return Case(work, shape, sides, targets=targets, check=check)
 
 
 def logit_cases(batch: int, classes: int) -> Iterator[Case]:

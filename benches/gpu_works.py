@@ -3,8 +3,6 @@
 Everything is created on torch's default device.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,14 +12,13 @@ from torch import Tensor
 
 import sokd
 from benches.bench_areas import HEATS
-from benches.bench_refine import SEED, gradients, make
+from benches.bench_refine import SEED, Shape, gradients, make, random_map
 from benches.harness import LAYOUTS, Case, Side, check_close, compiled, name_of
 from sokd import reference
 
 PLANS = 4  # of refine_dots
 # The floors are not a goal for these: trials in float64, many plans for one read.
 NO_GOAL = ("refine backward, features", "refine_dots")
-Shape = tuple[int, ...]
 
 
 def has_goal(case: Case) -> bool:
@@ -109,9 +106,8 @@ def _refine_backward(plan: dict[str, Tensor], layout: str) -> Iterator[Case]:
                     atol=bound["atol"] * float(other.abs().max()),
                 )
 
-        yield _case(
-            f"refine backward, {kind}", plan["features"], layout, sides, 2 * upstream.nbytes, check
-        )
+        work, features = f"refine backward, {kind}", plan["features"]
+        yield _case(work, features, layout, sides, 2 * upstream.nbytes, check)
 
 
 def _backward(refined: Tensor, wanted: list[Tensor], upstream: Tensor) -> Side:
@@ -150,9 +146,7 @@ def _masked_mse(
     shape: Shape, dtype: torch.dtype, layout: str, compiler: Callable[..., Any] | None
 ) -> Iterator[Case]:
     """The kernel, then with autograd. Bytes: two maps and the weight read, a gradient written."""
-    student, teacher = (
-        torch.randn(shape).to(dtype).to(memory_format=LAYOUTS[layout]) for _ in range(2)
-    )
+    student, teacher = (random_map(shape, dtype, layout) for _ in range(2))
     weight = torch.randint(0, 4, (shape[0], *shape[2:])).float()
     student.requires_grad_()
     given = student.detach(), teacher, weight
@@ -188,9 +182,8 @@ def _masked_mse(
     if compiler is not None:
         sides["compile"] = both(compiler(eager.masked_mse))
     moved = 3 * student.nbytes + weight.nbytes
-    yield _case(
-        "masked_mse, loss and gradient", student, layout, {"sokd": kernel}, moved, check_kernel
-    )
+    work, of_kernel = "masked_mse, loss and gradient", {"sokd": kernel}
+    yield _case(work, student, layout, of_kernel, moved, check_kernel)
     yield _case("masked_mse, forward + backward", student, layout, sides, moved, check_both)
 
 
@@ -210,6 +203,5 @@ def _areas(shape: Shape, dtype: torch.dtype, layout: str) -> Case:
         "sokd": lambda: sokd.ops.areas(heat, size, offset),
         "eager": lambda: reference.areas(heat, size, offset),
     }
-    return _case(
-        "areas, k = 8", heat, layout, sides, heat.nbytes + 4 * batch * height * width, check
-    )
+    moved = heat.nbytes + 4 * batch * height * width
+    return _case("areas, k = 8", heat, layout, sides, moved, check)

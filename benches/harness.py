@@ -5,8 +5,6 @@ each of them. Medians are over the turns. A ratio is a side's median divided by 
 1, sokd is faster. With a limit ("<=") as target it is the inverse, the cost of sokd relative to it.
 """
 
-from __future__ import annotations
-
 import csv
 import gc
 import os
@@ -157,12 +155,9 @@ def case_columns(case: Case) -> dict[str, Any]:
     """The columns of a row that describe its case."""
     shape = "x".join(map(str, case.shape))
     return {
-        "work": case.work,
-        "shape": shape,
-        "dtype": case.dtype,
-        "layout": case.layout,
+        "work": case.work, "shape": shape, "dtype": case.dtype, "layout": case.layout,
         "note": case.note,
-    }
+    }  # fmt: skip
 
 
 def _time_columns(

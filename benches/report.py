@@ -4,8 +4,6 @@
 a page has other numbers.
 """
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Iterable
 from pathlib import Path
@@ -65,9 +63,8 @@ def _side(row: Row) -> str:
         return f"{row['side']} {row['ratio']}"
     time = f" {_time(row)}" if row["median_ms"] else ""
     ratio = f": **{float(row['ratio']):.2f}**" if row["ratio"] else ""
-    judged = (
-        verdict(row).removesuffix(" met").replace(" MISSED", ", missed") if row["target"] else ""
-    )
+    met = verdict(row) if row["target"] else ""
+    judged = met.removesuffix(" met").replace(" MISSED", ", missed")
     target = f" (target {judged})" if judged else ""
     return f"{row['side']}{time}{ratio}{target}"
 

@@ -8,8 +8,6 @@
 from the Distiller which columns its models take.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

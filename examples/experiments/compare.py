@@ -8,8 +8,6 @@ Each run is a line of runs.csv as soon as it is done and is not repeated: an int
 resumes where it stopped.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import sys

@@ -1,7 +1,5 @@
 """The data sets of the experiments, as `sokd.demo.data` has them."""
 
-from __future__ import annotations
-
 import gzip
 
 import numpy as np

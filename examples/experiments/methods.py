@@ -1,7 +1,5 @@
 """The compared methods, plain and with SoKD on top, as arguments of `sokd.Distiller`."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

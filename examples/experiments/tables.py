@@ -3,8 +3,6 @@
 `python -m benches.report` puts them into the pages.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev

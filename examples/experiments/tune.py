@@ -5,8 +5,6 @@ Five settings of every method, each judged by the mean validation accuracy at th
 by hand into `sokd.demo.train.METHODS`.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 from collections.abc import Sequence

@@ -276,22 +276,12 @@ fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     crate::parallel::remember_process();
-    module.add_function(wrap_pyfunction!(refine_forward, module)?)?;
-    module.add_function(wrap_pyfunction!(refine_backward, module)?)?;
-    module.add_function(wrap_pyfunction!(refine_dots, module)?)?;
-    module.add_function(wrap_pyfunction!(areas_forward, module)?)?;
-    module.add_function(wrap_pyfunction!(masked_mse_forward, module)?)?;
-    module.add_function(wrap_pyfunction!(cuda::masked_mse_scale, module)?)?;
-    module.add_function(wrap_pyfunction!(draw, module)?)?;
-    module.add_function(wrap_pyfunction!(check_refine, module)?)?;
-    module.add_function(wrap_pyfunction!(check_refine_dots, module)?)?;
-    module.add_function(wrap_pyfunction!(check_areas, module)?)?;
-    module.add_function(wrap_pyfunction!(check_masked_mse, module)?)?;
-    module.add_function(wrap_pyfunction!(select_reader, module)?)?;
-    module.add_function(wrap_pyfunction!(use_tch_reader, module)?)?;
-    module.add_function(wrap_pyfunction!(cuda::cuda_open, module)?)?;
-    module.add_function(wrap_pyfunction!(cuda::cuda_info, module)?)?;
-    module.add_function(wrap_pyfunction!(cuda::cuda_warmup, module)?)?;
-    module.add_function(wrap_pyfunction!(cuda::cuda_why_not, module)?)?;
-    module.add_function(wrap_pyfunction!(build_info, module)?)
+    macro_rules! add {
+        ($($function:path),*) => { $(module.add_function(wrap_pyfunction!($function, module)?)?;)* };
+    }
+    add!(refine_forward, refine_backward, refine_dots, areas_forward, masked_mse_forward, draw);
+    add!(check_refine, check_refine_dots, check_areas, check_masked_mse, cuda::masked_mse_scale);
+    add!(cuda::cuda_open, cuda::cuda_info, cuda::cuda_warmup, cuda::cuda_why_not);
+    add!(select_reader, use_tch_reader, build_info);
+    Ok(())
 }

@@ -1,7 +1,5 @@
 """Every kernel compiled by NVRTC for every architecture: no spills, occupancy, 128-bit access."""
 
-from __future__ import annotations
-
 import re
 from concurrent.futures import ThreadPoolExecutor
 
@@ -47,9 +45,8 @@ def compiled() -> dict[int, Kernels]:
 
     def job(architecture: int, operator: str) -> Kernels:
         cubin = compile_cubin(operator, architecture)
-        return (
-            disassembled(cubin) if architecture in READ and tool("cuobjdump") else resources(cubin)
-        )
+        listed = architecture in READ and tool("cuobjdump")
+        return disassembled(cubin) if listed else resources(cubin)
 
     found: dict[int, Kernels] = {architecture: {} for architecture, _ in jobs}
     with ThreadPoolExecutor(2) as pool:

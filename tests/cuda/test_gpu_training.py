@@ -3,8 +3,6 @@
 Run by `pytest -m gpu tests/cuda/test_gpu_*.py`; SOKD_TEST_DEVICE=cpu runs the same on the CPU.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from support import distiller_cases

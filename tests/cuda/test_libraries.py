@@ -1,7 +1,5 @@
 """CUDA libraries that are missing or broken."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess
@@ -74,9 +72,8 @@ def test_a_driver_that_lacks_a_function_is_no_driver(tmp_path: Path) -> None:
 
 def test_without_nvrtc_the_reference_serves(mock: dict[str, str]) -> None:
     printed = _fresh(with_nvrtc("libnvrtc.so.nowhere", "/nowhere/libnvrtc.so"), **mock)
-    assert printed.startswith(
-        "['cpu'] no NVRTC here: libnvrtc.so.nowhere: cannot open shared object file"
-    )
+    missing = "libnvrtc.so.nowhere: cannot open shared object file"
+    assert printed.startswith(f"['cpu'] no NVRTC here: {missing}")
 
 
 def test_a_kernel_that_does_not_compile_shows_the_log(mock: dict[str, str], tmp_path: Path) -> None:

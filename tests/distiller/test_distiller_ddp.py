@@ -6,8 +6,6 @@ agree. Noise is left out of
 the policy for the same reason: it is drawn by a sample's place in its rank's batch.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -15,7 +13,7 @@ import torch
 import torch.distributed as dist
 from support.distiller_cases import SMALL, batch, gradients, make, models, objective, rewound
 from support.ranks import RANKS, of_ranks
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -42,7 +40,7 @@ def distiller() -> Distiller:
     return make(models=models(norm=False), sokd={"adapter": adapters, "policies": QUIET, **SMALL})
 
 
-def searched(subject: Distiller, x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+def searched(subject: Distiller, x: Tensor, y: Tensor) -> list[Tensor]:
     """The policy after two steps of its search."""
     torch.manual_seed(3)  # of the search's own stream
     search = sokd.PolicySearch(subject.kd, subject.student, lr=0.05)
@@ -51,7 +49,7 @@ def searched(subject: Distiller, x: torch.Tensor, y: torch.Tensor) -> list[torch
     return chi(subject)
 
 
-def chi(subject: Distiller) -> list[torch.Tensor]:
+def chi(subject: Distiller) -> list[Tensor]:
     return [parameter.detach().clone() for parameter in subject.kd.policy.parameters()]
 
 
@@ -88,7 +86,7 @@ def _work(rank: int) -> dict[str, Any]:
     return found | {"crd": contrasted(rank, RANKS), "crd by name": _crd_by_name(rank)}
 
 
-def _parallel(x: torch.Tensor, y: torch.Tensor, **options: Any) -> dict[str, torch.Tensor]:
+def _parallel(x: Tensor, y: Tensor, **options: Any) -> dict[str, Tensor]:
     """The second step's gradients under options of DistributedDataParallel, with an EMA.
 
     In the second step a static graph is known.
@@ -104,7 +102,7 @@ def _parallel(x: torch.Tensor, y: torch.Tensor, **options: Any) -> dict[str, tor
     return gradients(subject)
 
 
-def _sharded(x: torch.Tensor, y: torch.Tensor) -> dict[str, Any]:
+def _sharded(x: Tensor, y: Tensor) -> dict[str, Any]:
     """FSDP: the whole Distiller but the policy; a student that is sharded alone is refused."""
     mesh, subject = init_device_mesh("cpu", (RANKS,)), distiller()
     fully_shard(subject, mesh=mesh, ignored_params=set(subject.kd.policy.parameters()))
@@ -125,9 +123,8 @@ def _sharded(x: torch.Tensor, y: torch.Tensor) -> dict[str, Any]:
 
 def _wrapped_inside() -> str:
     teacher, student = models(norm=False)
-    subject = Distiller(
-        DistributedDataParallel(student), teacher, layers="stage1", sokd=SMALL, example=batch()[0]
-    )
+    options = {"layers": "stage1", "sokd": SMALL, "example": batch()[0]}
+    subject = Distiller(DistributedDataParallel(student), teacher, **options)
     try:
         objective(subject)
     except ValueError as error:
@@ -158,7 +155,7 @@ def contrasted(rank: int, ranks: int) -> dict[str, Any]:
     return {"gradients": found, "state": dict(loss.state_dict())}
 
 
-def _crd_by_name(rank: int) -> dict[str, torch.Tensor]:
+def _crd_by_name(rank: int) -> dict[str, Tensor]:
     """A Distiller with CRD whose ranks have two samples each, then one and two."""
     subject = make(
         models=models(norm=False), layers="stage2", method="crd", sokd=False, num_samples=11,
@@ -175,14 +172,11 @@ def _crd_by_name(rank: int) -> dict[str, torch.Tensor]:
     changed = (crd.student_bank != before).any(1)
     others = crd.negatives.eval()(torch.tensor([0, 1]))
     return {
-        "bank": crd.student_bank,
-        "changed": changed,
-        "z": crd.log_normaliser,
-        "negatives": others,
-    }
+        "bank": crd.student_bank, "changed": changed, "z": crd.log_normaliser, "negatives": others,
+    }  # fmt: skip
 
 
-def _logits_only(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+def _logits_only(x: Tensor, y: Tensor) -> list[Tensor]:
     """A student wrapped inside is right where nothing else is trained, and its layers are found."""
     teacher, student = models(norm=False)
     subject = make(
@@ -199,7 +193,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return of_ranks(_work, tmp_path_factory.mktemp("ranks"))
 
 
-def check_whole(of_ranks: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def check_whole(of_ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """That every rank has the gradients of one process with the whole batch, which are returned."""
     expected = one_process()["gradients"]
     for found in of_ranks:
@@ -214,9 +208,7 @@ def test_gradients_are_those_of_the_whole_batch(ranks):
     assert sum(gradient.abs().sum() > 0 for gradient in expected.values()) > 15
 
 
-@pytest.mark.parametrize(
-    "place", range(len(OPTIONS)), ids=[", ".join(options) for options in OPTIONS]
-)
+@pytest.mark.parametrize("place", range(len(OPTIONS)), ids=[", ".join(each) for each in OPTIONS])
 def test_the_wrappers_own_options(ranks, place):
     check_whole([found["options"][place] for found in ranks])
 

@@ -1,8 +1,7 @@
 """A script's mistakes: bad input is refused before the first step, silent ones are warned of."""
 
-from __future__ import annotations
-
 import copy
+import functools
 import re
 import warnings
 
@@ -31,8 +30,6 @@ def refused(error: type[Exception], text: str, make_or_call) -> None:
 
 
 # ------------------------------------------------------------------------------------- construction
-
-
 def test_a_teacher_that_is_the_student():
     net = Net(3)
     rule = "share no parameter with the student, because it is frozen (use copy.deepcopy)"
@@ -97,8 +94,6 @@ def test_an_option_that_nothing_has():
 
 
 # ----------------------------------------------------------------------------------------- the step
-
-
 def test_a_batch_of_one_with_batch_norm():
     teacher, student = models()
     student.head = nn.Sequential(nn.BatchNorm1d(12), student.head)
@@ -140,9 +135,8 @@ def test_pixels_as_bytes(bias):
         if isinstance(module, nn.Conv2d):
             module.bias = None
     text = "x must have the dtype torch.float32 of the student's parameters, got torch.uint8"
-    refused(
-        TypeError, text, lambda: objective(make(models=nets), (255 * batch()[0]).byte(), batch()[1])
-    )
+    x = (255 * batch()[0]).byte()
+    refused(TypeError, text, lambda: objective(make(models=nets), x, batch()[1]))
 
 
 @pytest.mark.parametrize(("make_x", "got"), [
@@ -291,9 +285,8 @@ def test_a_map_without_a_gradient(way):
         student.stem.forward = lambda x: torch.no_grad()(inner)(x)
     else:
         inner = student.features
-        student.features = lambda x: torch.utils.checkpoint.checkpoint(
-            inner, x.requires_grad_(), use_reentrant=True
-        )
+        again = functools.partial(torch.utils.checkpoint.checkpoint, inner, use_reentrant=True)
+        student.features = lambda x: again(x.requires_grad_())
     text = (
         "the student's layer 'stem' must give a map with a gradient, got one without; it is "
         "frozen, runs under no_grad, or is checkpointed with use_reentrant=True (use "
@@ -329,8 +322,6 @@ def test_a_term_that_is_nan(where, text):
 
 
 # ---------------------------------------------------------------------------------- silent mistakes
-
-
 def trained(distiller: Distiller, parameters, steps: int = 15) -> list[str]:
     """Train, and return what was warned of."""
     optimiser = torch.optim.SGD(parameters, lr=1e-6)
@@ -358,9 +349,8 @@ def test_parameters_that_no_optimiser_holds(options, parts):
     distiller = make(**options)
     assert trained(distiller, distiller.student.parameters()) == [UNHELD.format(parts)]
     assert trained(distiller, distiller.student.parameters()) == [], "once is enough"
-    assert trained(copy.deepcopy(distiller), distiller.student.parameters()) == [], (
-        "its copy's student rests"
-    )
+    twin = copy.deepcopy(distiller)
+    assert trained(twin, distiller.student.parameters()) == [], "its copy's student rests"
 
 
 def test_a_teacher_in_train_mode():
@@ -371,9 +361,8 @@ def test_a_teacher_in_train_mode():
         objective(distiller)
         distiller.teacher.train()
         objective(distiller)
-    assert caught[0].filename == __file__.replace(
-        "distiller/test_distiller_guards", "support/distiller_cases"
-    )
+    file = __file__.replace("distiller/test_distiller_guards", "support/distiller_cases")
+    assert caught[0].filename == file
     assert torch.equal(distiller.teacher.stage1[1].running_mean, before)
 
 

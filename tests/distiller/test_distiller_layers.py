@@ -1,7 +1,5 @@
 """Layers by name, of any shape; all that is refused or warned of, verbatim."""
 
-from __future__ import annotations
-
 import re
 import warnings
 
@@ -45,9 +43,8 @@ def test_layers_in_no_form(layers):
 def test_pairs_are_student_then_teacher(swapped):
     teacher, student = models()
     student.third = nn.Identity()
-    assert make(models=(teacher, student), layers={"third": "stem"}, example=None).pairs == [
-        ("third", "stem")
-    ]
+    pairs = make(models=(teacher, student), layers={"third": "stem"}, example=None).pairs
+    assert pairs == [("third", "stem")]
     order = "pairs and dicts go student layer -> teacher layer"
     rule = "be layers of the teacher (named_modules; nearest: 'head')"
     with raises(ValueError, f"{MUST}{rule}, got 'third', a layer of the student: {order}"):
@@ -74,8 +71,6 @@ def test_a_name_like_none_of_them():
 
 
 # ------------------------------------------------------------------------------------------- shapes
-
-
 def shaped(student, teacher=lambda maps: maps, *, layers="here", **options):
     torch.manual_seed(0)
     given = {"example": batch()[0], "sokd": SMALL, "method": "fitnet", **options}
@@ -190,9 +185,8 @@ def test_options_of_the_layouts():
         match="student_order must be 'BCHW', 'BHWC', 'BNC', 'NBC', 'BCN' or None, got 'CHW'",
     ):
         make(student_order="CHW")
-    with pytest.raises(
-        ValueError, match="teacher_tokens must have one entry for each of the 2 pairs of layers"
-    ):
+    text = "teacher_tokens must have one entry for each of the 2 pairs of layers"
+    with pytest.raises(ValueError, match=text):
         make(teacher_tokens=[1])
     with pytest.raises(ValueError, match=r"^Distiller: student_grid must be \(H, W\), .* got 7$"):
         make(student_grid=7)
@@ -205,8 +199,6 @@ def test_options_of_the_layouts():
 
 
 # ---------------------------------------------------------------------------------------- the hooks
-
-
 def test_hooks_are_set_once_and_keep_nothing():
     distiller = make()
     student = distiller.student

@@ -1,7 +1,5 @@
 """`sokd.PolicySearch` with a Distiller: its step, virtual weights in the hooks, no trace."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest
@@ -36,12 +34,10 @@ def test_the_step_is_the_one_written_by_hand(order, objective_):
     for own in (True, False):
         distiller = make()
         torch.manual_seed(5)
-        search = sokd.PolicySearch(
-            distiller.kd, distiller.student, order=order, objective=objective_, lr=0.1
-        )
-        upper = [
-            search.step(distiller.step if own else by_hand(distiller), batch()) for _ in range(2)
-        ]
+        options = {"order": order, "objective": objective_, "lr": 0.1}
+        search = sokd.PolicySearch(distiller.kd, distiller.student, **options)
+        step = distiller.step if own else by_hand(distiller)
+        upper = [search.step(step, batch()) for _ in range(2)]
         moved.append([*upper, *(p.detach() for p in distiller.kd.policy.parameters())])
     for actual, other in zip(*moved, strict=True):
         torch.testing.assert_close(actual, other)

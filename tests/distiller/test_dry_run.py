@@ -1,7 +1,5 @@
 """The dry run makes lazy parameters and leaves everything else of the models as it was."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from support.distiller_cases import Net, batch, make, objective

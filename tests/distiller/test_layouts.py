@@ -1,7 +1,5 @@
 """Layouts of features are checked against the inputs: batch, rank, aspect of the images."""
 
-from __future__ import annotations
-
 import re
 
 import pytest
@@ -53,8 +51,6 @@ def refused(text: str, *args, **options) -> None:
 
 
 # -------------------------------------------------------------------------------------------- BHWC
-
-
 @pytest.mark.parametrize("size", [(32, 32), (24, 40), (4, 4)], ids=str)
 @pytest.mark.parametrize("plugged", [SMALL, False], ids=["sokd", "alone"])
 def test_channels_last_is_refused_and_named(size, plugged):
@@ -116,8 +112,6 @@ def test_an_order_that_is_named_is_believed():
 
 
 # ------------------------------------------------------------------------------------------ tokens
-
-
 GUESSES = {
     "9 x 16": ((72, 128), 0, 12),
     "4 x 9": ((32, 72), 0, 6),
@@ -201,8 +195,6 @@ def test_an_input_that_is_not_known_leaves_the_guess():
 
 
 # ------------------------------------------------------------------------------------------- batch
-
-
 @pytest.mark.parametrize(("samples", "side"), [(4, 32), (5, 32), (8, 32), (16, 48)])
 def test_tokens_before_samples(samples, side):
     x = torch.randn(samples, 3, side, side)
@@ -220,9 +212,7 @@ def test_tokens_before_samples(samples, side):
 
 def test_as_many_tokens_as_samples_are_found_out_by_the_next_batch():
     distiller = made(Tokens(16, layout="NBC"), Tokens(12, layout="NBC"), torch.randn(16, 3, 32, 32))
-    with pytest.raises(
-        ValueError, match="must have the batch size of x, 9, in its first dimension"
-    ):
+    with pytest.raises(ValueError, match="must have the batch size of x, 9, in its first dim"):
         objective(distiller, torch.randn(9, 3, 32, 32), torch.randint(0, CLASSES, (9,)))
 
 
@@ -251,9 +241,7 @@ def test_other_batches(form):
 
 @pytest.mark.parametrize("form", [lambda maps: maps[:, None], lambda maps: maps[0, 0, 0]])
 def test_other_ranks(form):
-    text = (
-        "the student's layer 'here' must be a map [B, C, H, W], tokens [B, N, C] or a vector [B, C]"
-    )
+    text = "the student's layer 'here' must be a map [B, C, H, W], tokens [B, N, C] or a vector"
     refused(text, Shaped(form), Shaped(form), batch()[0], layers="here")
 
 

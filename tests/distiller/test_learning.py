@@ -1,7 +1,5 @@
 """A student that cannot learn, and a pair in the wrong order, are warned of once."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 

@@ -1,7 +1,5 @@
 """What a model returns reaches the task as it is; logits are picked, and the pick is reported."""
 
-from __future__ import annotations
-
 from collections import namedtuple
 
 import pytest
@@ -132,8 +130,6 @@ def test_a_task_that_returns_no_scalar(reduction, got):
 
 
 # ---------------------------------------------------------------- one of several tensors of a width
-
-
 class TwoHeads(Net):
     """Two classifiers, as DeiT's class and distillation heads."""
 

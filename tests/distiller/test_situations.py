@@ -609,6 +609,25 @@ def test_a_teacher_that_is_a_graph(form):
     assert not any(p.requires_grad for p in graph.teacher.parameters())
 
 
+class Silent(Net):
+    """Its `train()` returns nothing, as that of mmdetection's backbones."""
+
+    def train(self, mode: bool = True) -> None:
+        super().train(mode)
+        self.stem.eval()
+
+
+def test_models_whose_train_returns_nothing():
+    distiller = make(models=(Silent(6), Silent(3)))
+    assert isinstance(distiller.teacher, Silent) and not distiller.teacher.training
+    objective(distiller.train()).backward()
+    assert distiller.student.training and not distiller.student.stem.training
+    distiller.teacher.train()
+    with pytest.warns(UserWarning, match="the teacher was in train mode"):
+        objective(distiller)
+    assert isinstance(distiller.export(), Silent) and not distiller.export().training
+
+
 def test_layers_of_a_graph():
     """Of a stage the graph calls the layers, not the stage."""
     pair = tuple(map(traced, models()))

@@ -1,7 +1,5 @@
 """`sokd.inspect`: its results, and that it changes nothing."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math
@@ -26,8 +24,6 @@ def moved(distiller, value=2.0):
 
 
 # --------------------------------------------------------------------------------------- the policy
-
-
 def test_the_table_is_sorted_and_named():
     distiller = moved(make())
     lines = inspect.table(distiller).splitlines()
@@ -36,11 +32,8 @@ def test_the_table_is_sorted_and_named():
     share = math.exp(2) / (math.exp(2) + 35)
     assert f"{share:.2%}" in lines[1] and "50%   50%" in lines[1] and "of the width" in lines[1]
     assert inspect.table(distiller, top=3) == "\n".join(lines[:4])
-    assert (
-        inspect.table(distiller.kd)
-        == inspect.table(distiller.kd.policy)
-        == inspect.table(distiller)
-    )
+    of_kd, of_policy = inspect.table(distiller.kd), inspect.table(distiller.kd.policy)
+    assert of_kd == of_policy == inspect.table(distiller)
 
 
 def test_entropy():
@@ -85,15 +78,12 @@ def test_a_trajectory_is_the_way_of_the_policy(tmp_path):
 def test_a_trajectory_of_nothing():
     with pytest.raises(ValueError, match="Trajectory: every must be positive, got 0"):
         inspect.Trajectory(make(), every=0)
-    with pytest.raises(
-        ValueError, match="Trajectory: draw must be called after record, got no snapshots"
-    ):
+    text = "Trajectory: draw must be called after record, got no snapshots"
+    with pytest.raises(ValueError, match=text):
         inspect.Trajectory(make()).draw("nowhere.png")
 
 
 # -------------------------------------------------------------------------------------------- areas
-
-
 def test_areas_are_dams_own():
     distiller, (x, _) = make(), batch()
     found = inspect.areas(distiller, x)
@@ -178,9 +168,8 @@ def test_shares_are_of_the_cells():
     "subject", [make(sokd=False, method="at"), make(sokd={"dam": None})], ids=["none", "dam"]
 )
 def test_areas_without_a_dam(subject):
-    with raises(
-        TypeError, "areas: subject must be a SoKD or a Distiller with a DAM, got Distiller"
-    ):
+    text = "areas: subject must be a SoKD or a Distiller with a DAM, got Distiller"
+    with raises(TypeError, text):
         inspect.areas(subject, batch()[0])
 
 
@@ -237,8 +226,6 @@ def test_matplotlib_is_not_imported_before_a_picture():
 
 
 # --------------------------------------------------------------------------------------- for others
-
-
 def test_json_holds_all_there_is(tmp_path):
     distiller = make()
     _, losses = distiller(*batch())
@@ -250,9 +237,8 @@ def test_json_holds_all_there_is(tmp_path):
     assert len(read["policy"]) == 36 and read["policy"][0]["operations"] == ["shear_x", "shear_y"]
     assert inspect.export_json(distiller.kd.policy).keys() == {"policy", "entropy"}
     assert "policy" not in inspect.export_json(sokd.SoKD(3, 4, policy=None))
-    with pytest.raises(
-        TypeError, match="export_json: subject must be a Policy, a SoKD or a Distiller with one"
-    ):
+    text = "export_json: subject must be a Policy, a SoKD or a Distiller with one"
+    with pytest.raises(TypeError, match=text):
         inspect.export_json(nn.Identity())
 
 

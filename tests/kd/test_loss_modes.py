@@ -1,8 +1,7 @@
 """sokd.loss under torch.compile, autocast, DDP and fake tensors; its peak memory."""
 
-from __future__ import annotations
-
 import functools
+import itertools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -40,8 +39,6 @@ def value_and_gradients(
 
 
 # ---------------------------------------------------------------------------------------- compilers
-
-
 @compiles
 @pytest.mark.parametrize(
     ("backend", "batches"),
@@ -151,12 +148,8 @@ def test_no_value_is_read_on_the_host(device):
 
 
 # ----------------------------------------------------------------------------------------- autocast
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    "sides", [(True, True), (False, True), (True, False), (False, False)], ids=str
-)
+@pytest.mark.parametrize("sides", list(itertools.product([True, False], repeat=2)), ids=str)
 def test_under_autocast_the_loss_is_float32_and_near(dtype, sides):
     kd = make(lambda_agreement=1.0, lambda_areas=1.0).eval()
     student, teacher = pair()
@@ -186,8 +179,6 @@ def test_a_module_of_another_dtype(dtype):
 
 
 # ---------------------------------------------------------------------------------------------- DDP
-
-
 def free_of_the_batch() -> SoKD:
     """Without noise and BatchNorm, which depend on the position in the batch and on its content."""
     policies = [("rotate", "cutout"), ("shear_x", "channel_drop")]
@@ -225,8 +216,6 @@ def test_two_ranks_draw_alike_and_give_the_gradients_of_the_whole_batch(tmp_path
 
 
 # ------------------------------------------------------------------------------------------- memory
-
-
 def step(kd: SoKD, student: Tensor, teacher: Tensor) -> None:
     torch.autograd.grad(loss(student, teacher, kd), student)
 

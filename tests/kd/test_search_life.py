@@ -1,7 +1,5 @@
 """The policy search from its first step to its last: resumption, planted problems, two ranks."""
 
-from __future__ import annotations
-
 import copy
 import io
 from typing import Any
@@ -75,13 +73,10 @@ def test_ends_after_its_epochs() -> None:
 def test_sets_the_policy_up() -> None:
     _, kd, _ = made(estimator="relax")
     assert kd.policy.estimator == "relax"
-    assert PolicySearch(kd, Student())._control is not None and kd.policy.estimator == "relax", (
-        "kd's own"
-    )
-    assert (
-        PolicySearch(kd, Student(), estimator="gumbel")._control is None
-        and kd.policy.estimator == "gumbel"
-    )
+    assert PolicySearch(kd, Student())._control is not None
+    assert kd.policy.estimator == "relax", "kd's own"
+    assert PolicySearch(kd, Student(), estimator="gumbel")._control is None
+    assert kd.policy.estimator == "gumbel"
     assert made()[1].policy.estimator == "gumbel", "unless kd says otherwise"
     adam = made()[2].state_dict()["adam"]["param_groups"][0]
     assert (adam["betas"], adam["weight_decay"]) == ((0.5, 0.999), 0)
@@ -194,9 +189,8 @@ def test_several_layers() -> None:
         return task, [f_s, f_s], [f_t, torch.cat([f_t, f_t[:, :2]], 1)]
 
     before = kd.policy.alpha.detach().clone()
-    assert search.step(two_layers, batch_of()).isfinite() and not torch.equal(
-        before, kd.policy.alpha
-    )
+    assert search.step(two_layers, batch_of()).isfinite()
+    assert not torch.equal(before, kd.policy.alpha)
 
 
 @pytest.mark.parametrize("estimator", ["gumbel", "relax"])
@@ -226,8 +220,6 @@ def test_inside_no_grad_and_with_wrapped_modules() -> None:
 
 
 # ------------------------------------------------------------------------------------------ planted
-
-
 @pytest.mark.parametrize(
     ("estimator", "steps", "lr"), [("gumbel", 120, 0.05), ("relax", 250, 0.015)]
 )
@@ -289,8 +281,6 @@ def test_finds_the_planted_magnitude() -> None:
 
 
 # ------------------------------------------------------------------------------------ two processes
-
-
 def one_rank(rank: int) -> dict[str, Any]:
     """A search on this rank's own batch, the student wrapped: the policy's state."""
     torch.manual_seed(rank)  # seeds and weights differ at first

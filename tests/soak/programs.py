@@ -5,8 +5,6 @@ Each action either works, with finite losses and the right parameters moving, or
 sokd: a sentence that begins with the name of what was called.
 """
 
-from __future__ import annotations
-
 import copy
 import io
 import random

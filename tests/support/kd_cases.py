@@ -1,7 +1,5 @@
 """A small SoKD, features for it, and its draws from the start: fixtures for tests of the loss."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """The operators as float64 loops over single elements, unlike the vectorised twin."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -77,9 +75,8 @@ def refine(features, theta=None, hole=None, sigma=None, perm=None, keep=None, se
             y0, x0, y1, x1 = of(hole, n)
             value = 0.0 if y0 <= y < y1 and x0 <= x < x1 else value
         if sigma is not None:
-            value += of(sigma, n) * normal(
-                seed, n * features.shape[1] + c, y * features.shape[3] + x
-            )
+            where = n * features.shape[1] + c, y * features.shape[3] + x
+            value += of(sigma, n) * normal(seed, *where)
         out[n, c, y, x] = value
     return out
 

@@ -1,7 +1,5 @@
 """Python blocks of Markdown pages, and the names of a training script that they continue."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

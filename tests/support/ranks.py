@@ -1,7 +1,5 @@
 """Two processes of torch.distributed (gloo, CPU)."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from datetime import timedelta

@@ -21,13 +21,16 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def as_eval(model: M) -> M:
-    """The model, put in eval mode; one that torch.export made has no modes and refuses `eval()`."""
+    """The model, put in eval mode, also where its own `train()` returns nothing.
+
+    One that torch.export made has no modes and refuses `eval()`.
+    """
     try:
-        return model.eval()
+        model.eval()
     except NotImplementedError:
         for part in model.modules():
             part.training = False
-        return model
+    return model
 
 
 @contextmanager

@@ -289,7 +289,7 @@ class Distiller(nn.Module):
 
         It can be saved, scripted and loaded without sokd, after any number of steps.
         """
-        return bare_copy(cast(nn.Module, unwrapped(self.student)), Tap).eval()
+        return as_eval(bare_copy(cast(nn.Module, unwrapped(self.student)), Tap))
 
     # --------------------------------------------------------------------------------------- set-up
 

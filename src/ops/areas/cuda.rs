@@ -56,8 +56,7 @@ pub(crate) unsafe fn forward(
     call.candidate_scores = call.candidate_cells + candidates * 8;
     let variant = (args.heat.dtype, order);
     on_device(CHECK.0, ordinal, run, |queue| {
-        // SAFETY: `Areas` is what these kernels take, filled as kernel.cu defines it; the memory is
-        // the caller's promise.
+        // SAFETY: `Areas` is what these kernels take; the memory is the caller's promise.
         unsafe {
             queue.launch(&SCAN, variant, [call.batch * call.chunks, 1], &call)?;
             queue.launch(&PICK, variant, [call.batch, 1], &call)

@@ -1,5 +1,4 @@
-//! The backward pass on the CPU: theta, sigma and features from one reading of upstream; the
-//! straight-through sum from another.
+//! The backward pass on the CPU: upstream is read once, and once more for the straight-through sum.
 
 use super::forward::{clear_hole, clear_lanes, planes, sources, Cover, TILE};
 use super::lanes::{DotNoise, Places, Slopes, Spread, Sum};
@@ -10,8 +9,7 @@ use crate::simd::tile::{Channels, Map, Scratch};
 use crate::simd::{self, Element, LANES};
 use crate::tensor::TensorView;
 
-/// Sums over one chunk: d_theta (6) and d_sigma. In f64, and added in the order of the chunks: the
-/// same bits on every run.
+/// Sums over a chunk in f64, d_theta (6) and d_sigma, added in the chunks' order: the same bits.
 type Sums = [f64; 7];
 
 pub(super) fn backward<T: Element>(
@@ -53,8 +51,7 @@ pub(super) fn backward<T: Element>(
     }
 }
 
-/// Writes `[G, ..]` with `count` entries a group: the entry of each sample, or their sum in order
-/// when there is one group.
+/// Writes `[G, ..]` with `count` entries a group: each sample's, or their sum in order.
 fn write_groups(
     view: &TensorView, count: usize, plan: &SamplePlans, entry: impl Fn(usize, usize) -> f64,
 ) {
@@ -134,8 +131,7 @@ impl<T: Element> Chunk<'_, T> {
         let zeros = [[T::Acc::default(); LANES]; TILE];
         for from in (0..positions).step_by(TILE) {
             let tile = &zeros[..TILE.min(positions - from)];
-            // SAFETY: perm is a permutation, so no other chunk has the source planes of these
-            // channels.
+            // SAFETY: perm is a permutation: no other chunk has these channels' source planes.
             unsafe { target.store(tile, self.n, channels, from) };
         }
     }

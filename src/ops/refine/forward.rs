@@ -148,8 +148,7 @@ impl<T: Element> Chunk<'_, T> {
     fn clear(&self, channels: &Channels) {
         if self.gapless(&self.target.layout) {
             for c in &channels.at[..channels.used] {
-                // SAFETY: a whole plane of the target, which belongs to this chunk; zero bits are
-                // 0.0.
+                // SAFETY: a whole plane of the target, of this chunk; zero bits are 0.0.
                 unsafe {
                     self.target.plane(self.n, *c).write_bytes(0, self.plan.shape.positions())
                 };
@@ -170,8 +169,7 @@ impl<T: Element> Chunk<'_, T> {
         let (from, positions) = (sources(live, group), self.plan.shape.positions());
         for l in 0..live.used {
             let target = self.target.plane(self.n, live.at[l]);
-            // SAFETY: both planes are gapless (`copies_planes`), and the target's belongs to this
-            // chunk.
+            // SAFETY: both planes are gapless (`copies_planes`); the target's is this chunk's.
             unsafe {
                 std::ptr::copy_nonoverlapping(
                     self.source.plane(self.n, from.at[l]).cast_const(),

@@ -140,8 +140,7 @@ impl<A: Real> WithSimd for ClearLanes<'_, A> {
         for l in 0..LANES {
             masks[l] = A::mask(self.keep[l]);
         }
-        // Hidden from the compiler, which would emit masked stores: many times slower on some
-        // processors.
+        // Hidden from the compiler, whose masked stores are many times slower on some processors.
         let mask = simd.load(&std::hint::black_box(masks));
         for row in self.tile {
             simd.load(row).and(mask).store(row);
@@ -149,8 +148,7 @@ impl<A: Real> WithSimd for ClearLanes<'_, A> {
     }
 }
 
-/// The corners of the positions from `from` on: from the table, or those of a map that is not
-/// resampled.
+/// The corners from position `from` on: from the table, or of a map not resampled.
 #[derive(Clone, Copy)]
 pub(super) struct Places<'a, A> {
     pub table: Option<&'a Table<A>>,

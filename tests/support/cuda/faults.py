@@ -1,7 +1,5 @@
 """Faults to seed into the kernels' source, each with the check that must catch it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 
