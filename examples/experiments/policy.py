@@ -31,9 +31,12 @@ from sokd.demo.train import Run, Solver, Task, build, fit, train_teacher
 from sokd.kd.policy import online
 from sokd.kd.policy.plan import OPERATIONS
 
+OLD = {"adapter": "conv", "base": "replace"}
 PARTS: dict[str, dict[str, Any]] = {
-    "dafa": {"dam": None, "lambda_areas": 2.0},
-    "sokd": {"lambda_agreement": 1.0, "lambda_areas": 1.0},
+    "defaults": {},
+    "conv": {"adapter": "conv"},
+    "dafa": {**OLD, "dam": None, "lambda_areas": 2.0},
+    "bounded": {**OLD, "heads": "bounded", "lambda_agreement": 1.0, "lambda_areas": 1.0},
 }
 DRAWS = 8  # of each policy, over all validation images
 
@@ -111,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m examples.experiments.policy", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("--parts", choices=PARTS, nargs="+", default=["sokd"])
+    add("--parts", choices=PARTS, nargs="+", default=["defaults"])
     add("--granularity", choices=("sample", "batch"), nargs="+", default=["sample"])
     add("--samples", type=int, nargs="+", default=[online.SAMPLES], help="of a batch, a step reads")
     add("--lr", type=float, nargs="+", default=[0.02], help="of the search")

@@ -112,3 +112,9 @@ def test_without_an_adapted_map_an_online_search_never_steps_and_repr_says_so():
     said = "search: no method reads an adapted map, so the policy stays uniform"
     assert said in repr(distiller)
     assert said not in repr(make(method="at"))
+
+
+def test_with_the_base_kept_an_online_search_follows_the_adapter_made_for_it():
+    distiller = make(method="at", sokd={**SMALL, "base": "keep", "search": "online"})
+    distiller(*batch())
+    assert int(distiller.kd.search.steps) == 1 and "uniform" not in repr(distiller)
