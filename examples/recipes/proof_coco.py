@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def schedule(epochs: int) -> list[str]:
-    return ["--epochs", str(epochs), "--milestones", str(max(1, epochs * 3 // 4))]
+    return ["--epochs", str(epochs), "--milestones", str(max(1, epochs * 4 // 5))]
 
 
 def draw(run: Path, data: Path, path: Path, count: int = 6) -> None:
