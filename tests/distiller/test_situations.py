@@ -181,7 +181,9 @@ def test_dense_outputs_of_one_width_are_reported():
 
     distiller = make(models=(Dense(6), Dense(3)))
     y = torch.randint(0, 3, (4, 4, 4))
-    with pytest.warns(UserWarning, match="'out' is taken as the logits, and losses of the logits do not"):
+    with pytest.warns(
+        UserWarning, match="'out' is taken as the logits, and losses of the logits do not"
+    ):
         output, losses = distiller(batch()[0], y)
     torch.testing.assert_close(losses["loss_ce"], F.cross_entropy(output["out"], y))
 
