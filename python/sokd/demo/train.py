@@ -67,6 +67,7 @@ class Run:
     name: str
     method: Mapping[str, Any]
     seed: int
+    search: bool = False  # whether a second-order `sokd.PolicySearch` runs beside the training
     validation: list[float] = field(default_factory=list)  # after each epoch
     test: dict[int, float] = field(default_factory=dict)  # after the last and the best so far
     seconds: float = 0.0  # processor time of training and search
@@ -135,16 +136,18 @@ def train(run: Run, task: Task, *, test: bool = True) -> Run:
     """Train the run's student; evaluate it after every epoch, on the test part if `test`."""
     distiller, step, (images, labels) = build(run, task), itertools.count(), task.data.train
     kd, student = distiller.kd, distiller.student
-    search = None
+    search = trajectory = None
     if kd is not None and kd.policy is not None:
-        search = sokd.PolicySearch(kd, student, lr=POLICY_LR, epochs=task.solver.epochs)
         trajectory = sokd.inspect.Trajectory(kd)
         run.policy = trajectory.snapshots
+        if run.search:
+            search = sokd.PolicySearch(kd, student, lr=POLICY_LR, epochs=task.solver.epochs)
 
     def loss_of(rows: Tensor) -> Tensor:
         distiller.teacher.rows, batch, now = rows, (images[rows], labels[rows]), next(step)
-        if search is not None and now % SEARCH_EVERY == 0:
-            search.step(distiller.step, batch)
+        if trajectory is not None and now % SEARCH_EVERY == 0:
+            if search is not None:
+                search.step(distiller.step, batch)
             trajectory.record(now)
         return torch.stack([*distiller(*batch, index=rows)[1].values()]).sum()
 
@@ -163,14 +166,23 @@ def train(run: Run, task: Task, *, test: bool = True) -> Run:
     return run
 
 
-def _work(task: bytes, test: bool, run: Run) -> Run:
+_shared: Task  # of a worker process
+
+
+def _prepare(task: bytes) -> None:
+    global _shared
     torch.set_num_threads(1)
-    return train(run, pickle.loads(task), test=test)
+    _shared = pickle.loads(task)
+
+
+def _work(test: bool, run: Run) -> Run:
+    return train(run, _shared, test=test)
 
 
 def train_all(runs: Sequence[Run], task: Task, workers: int, *, test: bool = True) -> Iterator[Run]:
     """Train the runs in their order, `workers` at a time, and yield each when it is done."""
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        for run in pool.map(partial(_work, pickle.dumps(task), test), runs):
+    context, shared = multiprocessing.get_context("spawn"), (pickle.dumps(task),)
+    with ProcessPoolExecutor(workers, context, _prepare, shared) as pool:
+        for run in pool.map(partial(_work, test), runs):
             print(f"{run.name}, seed {run.seed}: validation {run.validation[-1]:.2%}", flush=True)
             yield run
