@@ -57,7 +57,7 @@ PRESETS: dict[str | None, dict[str, Any]] = {
     None: {
         "adapter": "linear", "heads": "attention", "base": "keep",
         "lambda_agreement": 0.5, "lambda_areas": 1.0, "lambda_base": 1.5,
-        "granularity": "batch", "magnitude_gradient": "straight_through", "search": None,
+        "granularity": "batch", "magnitude_gradient": "straight_through", "search": "online",
     },
     "paper": {
         "adapter": "conv", "heads": "paper", "base": "replace",
