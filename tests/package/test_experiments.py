@@ -47,7 +47,7 @@ def idx(folder: Path, name: str, values: npt.NDArray[np.uint8]) -> None:
 def test_fashion_mnist_keeps_its_own_test_part(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for name, count in (("train", 22_010), ("t10k", 50)):
-        labels = np.arange(count, dtype=np.uint8) % 10
+        labels = (np.arange(count) % 10).astype(np.uint8)
         images = rng.integers(0, 256, (count, 28, 28), np.uint8)
         images[:, 0, 0] = 25 * labels
         idx(tmp_path, f"{name}-images-idx3-ubyte.gz", images)

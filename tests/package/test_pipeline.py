@@ -19,8 +19,8 @@ GLUE = "ops/runtime.py"
 IN_ORDER = [
     "kd/sokd.py", "kd/virtual.py", "ops/torch_internals.py", "kd/features.py",
     "kd/policy/policy.py", "ops/draw.py", "ops/checks.py", "kd/adapter.py", "reference.py",
-    "kd/policy/plan.py", "ops/refine.py", "kd/dam.py", "ops/masked_mse.py", "ops/areas.py",
-    "kd/sanity.py",
+    "kd/policy/plan.py", "ops/refine.py", "kd/dam.py", "kd/attention.py", "ops/areas.py",
+    "kd/policy/online.py", "ops/distributed.py", "ops/masked_mse.py", "kd/sanity.py",
 ]  # fmt: skip
 
 

@@ -67,13 +67,13 @@ class Run:
     name: str
     method: Mapping[str, Any]
     seed: int
-    search: bool = False  # whether a second-order `sokd.PolicySearch` runs beside the training
     validation: list[float] = field(default_factory=list)  # after each epoch
     test: dict[int, float] = field(default_factory=dict)  # after the last and the best so far
     seconds: float = 0.0  # processor time of training and search
     policy: list[sokd.inspect.Snapshot] = field(default_factory=list)
     state: dict[str, Tensor] = field(default_factory=dict)  # of the Distiller, at the end
     notes: dict[str, float] = field(default_factory=dict)  # weight and diagnostics, at the end
+    search: bool = False  # whether a second-order `sokd.PolicySearch` runs beside the training
 
     @property
     def best_epoch(self) -> int:
