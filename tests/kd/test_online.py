@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from support.cases import compiles
 from support.kd_cases import features, make, pair
+from support.ranks import RANKS, of_ranks
 from test_gumbel import PAIRS, made, plain
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -28,6 +29,9 @@ from sokd.kd.search import PolicySearch
 
 CHI = ("alpha", "beta", "magnitude")
 online = partial(make, search="online")
+distributed = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this torch has no torch.distributed"
+)
 granularities = pytest.mark.parametrize("granularity", ["batch", "sample"])
 
 
@@ -452,20 +456,23 @@ def test_the_rate_may_change_at_any_time() -> None:
 # ------------------------------------------------------------------------------------ two processes
 
 
-def one_rank(rank: int, folder: str, wrapped: bool) -> None:
-    """Two losses on this rank's half of a batch; writes kd's state."""
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    torch.manual_seed(rank)  # seeds and weights differ at first, but for those that DDP broadcasts
-    kd = online(4, 4) if wrapped else alike()
-    call = nn.parallel.DistributedDataParallel(kd) if wrapped else kd
+def one_rank(wrapper: str, rank: int) -> dict[str, Tensor]:
+    """Two losses on this rank's half of a batch: the states of policy and search."""
+    kd = alike() if wrapper == "none" else online(4, 4, seed=rank if wrapper == "ddp" else 0)
+    call: nn.Module = kd
+    if wrapper == "ddp":  # broadcasts the first rank's seed
+        call = nn.parallel.DistributedDataParallel(kd)
+    elif wrapper == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard  # not before torch 2.6
+
+        mesh = init_device_mesh("cpu", (RANKS,))
+        fully_shard(kd, mesh=mesh, ignored_params=set(kd.policy.parameters()))
     for seed in range(2):
         student, teacher = (part[2 * rank : 2 * rank + 2] for part in halves(seed))
         sokd.loss(student, teacher, call).backward()
-    torch.save(kd.state_dict(), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-    os._exit(0)  # as in test_search_life
+    state = {**kd.policy.state_dict(prefix="policy."), **kd.search.state_dict(prefix="search.")}
+    return {name: value.detach() for name, value in state.items()}
 
 
 def alike() -> sokd.SoKD:
@@ -481,30 +488,21 @@ def halves(seed: int) -> tuple[Tensor, Tensor]:
     return features(4, 4, 6, 6, seed=seed).requires_grad_(), features(4, 4, 6, 6, seed=seed + 9)
 
 
-def spawned(folder: Any, wrapped: bool) -> list[dict[str, Tensor]]:
-    torch.multiprocessing.spawn(one_rank, (str(folder), wrapped), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
-
-
-distributed = pytest.mark.skipif(
-    not torch.distributed.is_available(), reason="this torch has no torch.distributed"
-)
-
-
 @distributed
-def test_wrapped_ranks_keep_one_policy(tmp_path: Any) -> None:
-    states = spawned(tmp_path, True)
-    for name in [name for name in states[0] if name.startswith(("policy.", "search."))]:
-        assert torch.equal(*(state[name] for state in states)), name
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_wrapped_ranks_keep_one_policy(wrapper: str, tmp_path: Path) -> None:
+    states = of_ranks(partial(one_rank, wrapper), tmp_path)
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
     assert int(states[0]["search.steps"]) == 2 and states[0]["policy.alpha"].any()
 
 
 @distributed
-def test_ranks_find_the_policy_of_the_whole_batch(tmp_path: Any) -> None:
-    states, kd = spawned(tmp_path, False), alike()
+def test_ranks_find_the_policy_of_the_whole_batch(tmp_path: Path) -> None:
+    states, kd = of_ranks(partial(one_rank, "none"), tmp_path), alike()
     for seed in range(2):
         sokd.loss(*halves(seed), kd)
-    for name, value in kd.state_dict().items():
-        assert torch.equal(*(state[name] for state in states)), name
-        torch.testing.assert_close(states[0][name], value)
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+        torch.testing.assert_close(value, kd.state_dict()[name])
     assert int(kd.search.steps) == 2
