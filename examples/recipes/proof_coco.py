@@ -24,8 +24,9 @@ from torchvision.utils import draw_bounding_boxes
 
 from sokd import inspect
 
-# FitNet and MGD: weights at which the term is of the size of the detector's own losses.
-METHODS = ("none", "fitnet=0.3", "fgd", "mgd=2e-4")
+# At these weights each term is of the size of the detector's own losses.
+METHODS = ("none", "fitnet=0.3", "fgd", "mgd")
+SOKD = ["--sokd-option", "lambda_areas=0.3", "lambda_agreement=0.15"]
 DRAWN = "fitnet+sokd"  # the run whose areas are drawn
 
 
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--source", default="data", help="folder of Fashion-MNIST")
     parser.add_argument("--train", type=int, default=300, help="images")
     parser.add_argument("--val", type=int, default=100, help="images")
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--teacher-epochs", type=int, default=14)
     parser.add_argument("--seeds", type=int, default=2)
     args = parser.parse_args(argv)
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = [*common, "--teacher-only", *schedule(args.teacher_epochs)]
     once(coco, teacher, "teacher (small32)", 0, options, ["AP50"])
     common += [*schedule(args.epochs), "--teacher-weights", str(teacher / "teacher.pt")]
-    common += ["--search-every", "8", "--search-epochs", str(args.epochs)]
+    common += ["--search-every", "8", "--search-epochs", str(args.epochs), *SOKD]
     for seed in range(args.seeds):
         for method in METHODS:
             for sokd in (False, True)[: 1 if method == "none" else 2]:
