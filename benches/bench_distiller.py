@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sokd
-from benches.harness import Case, Options, check_close
+from benches.harness import Case, Options, Side, check_close
 from benches.models import ResNet
 from sokd.distiller import Distiller
 from sokd.methods import METHODS
@@ -94,17 +94,10 @@ def step_case(plugged: bool) -> Case:
         one, other = distiller(plugged), distiller(plugged)
         check_close(by_distiller(one)(*batch()), by_hand(other)(*batch()), rtol=1e-4)
 
-    return Case(
-        f"Distiller: a training step, {'SoKD' if plugged else 'FitNet'}",
-        SHAPE,
-        {
-            "sokd": training_step(ours, by_distiller(ours)),
-            HAND: training_step(theirs, by_hand(theirs)),
-        },
-        limits={HAND: 1.03},
-        check=check,
-        fewest=50,
-    )
+    work = f"Distiller: a training step, {'SoKD' if plugged else 'FitNet'}"
+    sides: dict[str, Side] = {"sokd": training_step(ours, by_distiller(ours))}
+    sides[HAND] = training_step(theirs, by_hand(theirs))
+    return Case(work, SHAPE, sides, limits={HAND: 1.03}, check=check, fewest=50)
 
 
 def cases(options: Options) -> Iterator[Case]:

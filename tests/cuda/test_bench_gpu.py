@@ -87,26 +87,19 @@ def test_a_case_too_large_is_left_out(tmp_path: Path, monkeypatch: MonkeyPatch) 
     ] * len(bench_gpu.DTYPES) * len(bench_gpu.LAYOUTS)
 
 
-@pytest.mark.parametrize(
-    ("work", "channels", "dtype", "rate", "goal"),
-    [
-        ("refine forward, five parts", 256, "float32", "900.00", ">= 0.85 met"),
-        ("refine forward, five parts", 256, "float16", "849.00", ">= 0.85 MISSED"),
-        ("refine forward, five parts", 1, "float32", "900.00", None),  # a cache holds the map
-        ("refine_dots, 4 plans", 256, "float32", "900.00", None),
-        ("masked_mse, forward + backward", 256, "bfloat16", "900.00", ">= 0.85 met"),
-        ("masked_mse, forward + backward", 256, "float16", "900.00", None),
-    ],
-)
+@pytest.mark.parametrize(("work", "channels", "dtype", "rate", "goal"), [
+    ("refine forward, five parts", 256, "float32", "900.00", ">= 0.85 met"),
+    ("refine forward, five parts", 256, "float16", "849.00", ">= 0.85 MISSED"),
+    ("refine forward, five parts", 1, "float32", "900.00", None),  # a cache holds the map
+    ("refine_dots, 4 plans", 256, "float32", "900.00", None),
+    ("masked_mse, forward + backward", 256, "bfloat16", "900.00", ">= 0.85 met"),
+    ("masked_mse, forward + backward", 256, "float16", "900.00", None),
+])  # fmt: skip
 def test_the_goal_is_for_large_maps(
     work: str, channels: int, dtype: str, rate: str, goal: str | None
 ) -> None:
     case = Case(work, (64, channels, 56, 56), {}, dtype=dtype)
-    rows = [
-        {"side": "sokd", "gb_per_s": rate},
-        {"side": "eager", "gb_per_s": rate},
-        {"side": "compile"},
-    ]
+    rows = [*({"side": side, "gb_per_s": rate} for side in ("sokd", "eager")), {"side": "compile"}]
     ours, eager, failed = bench_gpu.with_share(rows, case, 1000.0)
     assert ours["share_of_copy"] == f"{float(rate) / 1000:.3f}" and ours.get("goal") == goal
     assert "goal" not in eager and "share_of_copy" not in failed

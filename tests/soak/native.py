@@ -37,14 +37,8 @@ def test_binary() -> str:
 
 def valgrind(tool: str, level: str, pattern: str) -> dict[str, Any]:
     """Run the Rust tests that match `pattern` under a valgrind tool at one SIMD level."""
-    command = [
-        "valgrind",
-        f"--tool={tool}",
-        "--error-exitcode=9",
-        "--quiet",
-        test_binary(),
-        pattern,
-    ]
+    command = ["valgrind", f"--tool={tool}", "--error-exitcode=9", "--quiet"]
+    command += [test_binary(), pattern]
     # few cases: valgrind is fifty times slower
     environment = {**os.environ, "SOKD_SIMD": level, "SOKD_PROPTEST_CASES": "8"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
