@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from support import eager_methods as eager
 from torch import Tensor, nn
 
-from benches.harness import Case, Options, check_close
+from benches.harness import Case, Options, Side, check_close
 from sokd import methods
 
 MAP = (64, 256, 8, 8)
@@ -167,15 +167,11 @@ def crd_cases() -> Iterator[Case]:
     shape = (BATCH, WIDTH)
     yield Case("crd, a step", shape, trained, targets={"eager": 1}, check=check)
     rows = F.normalize(torch.randn(BATCH, 128))
-    yield Case(
-        "crd, update of both banks",
-        (SAMPLES, 128),
-        {
-            "sokd": lambda: loss._remember(index, rows, rows),
-            "eager": lambda: usual.remember(index, rows, rows),
-        },
-        targets={"eager": 1},
-    )
+    updates: dict[str, Side] = {
+        "sokd": lambda: loss._remember(index, rows, rows),
+        "eager": lambda: usual.remember(index, rows, rows),
+    }
+    yield Case("crd, update of both banks", (SAMPLES, 128), updates, targets={"eager": 1})
 
 
 def _trained(loss: Callable[[], Tensor], student: Tensor) -> Callable[[], object]:

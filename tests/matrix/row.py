@@ -171,11 +171,5 @@ def write() -> str:
 
 
 if __name__ == "__main__":
-    print(
-        {
-            "bits": check_bits,
-            "training": check_training,
-            "compile": check_compile,
-            "--write": write,
-        }[sys.argv[1]]()
-    )
+    checks = {"bits": check_bits, "training": check_training, "compile": check_compile}
+    print({**checks, "--write": write}[sys.argv[1]]())
