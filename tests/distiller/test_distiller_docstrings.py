@@ -12,14 +12,16 @@ from sokd import methods
 from sokd.methods.crd import CRDLoss
 from sokd.methods.fgd import FGDLoss
 from sokd.methods.mgd import MGDLoss
+from sokd.methods.ofd import OFDLoss
 from sokd.methods.reviewkd import ReviewKDLoss
+from sokd.methods.vid import VIDLoss
 
 EXPLAINED = [
-    sokd.Distiller, sokd.Distiller.step, methods.at, methods.build, methods.catkd,
-    methods.class_maps, methods.dist, methods.dkd, methods.fitnet, methods.hcl, methods.kd,
-    methods.lskd, methods.pooled, methods.rkd, methods.sp, methods.wkd, methods.wkd_features,
-    methods.wkd_logits, methods.class_distances, CRDLoss, FGDLoss, MGDLoss, ReviewKDLoss,
-    sokd.inspect.table,
+    sokd.Distiller, sokd.Distiller.step, methods.at, methods.build, methods.catkd, methods.cc,
+    methods.class_distances, methods.class_maps, methods.dist, methods.dkd, methods.fitnet,
+    methods.hcl, methods.kd, methods.lskd, methods.nst, methods.ofd_margin, methods.pkt,
+    methods.pooled, methods.rkd, methods.sp, methods.wkd, methods.wkd_features, methods.wkd_logits,
+    CRDLoss, FGDLoss, MGDLoss, OFDLoss, ReviewKDLoss, VIDLoss, sokd.inspect.table,
 ]  # fmt: skip
 
 

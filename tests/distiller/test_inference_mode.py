@@ -59,6 +59,7 @@ def features() -> tuple[Tensor, Tensor, Tensor]:
 FEATURES = {
     "fitnet": methods.fitnet, "at": methods.at, "sp": methods.sp, "rkd": methods.rkd,
     "hcl": methods.hcl, "catkd": methods.catkd, "wkd_features": methods.wkd_features,
+    "nst": methods.nst, "pkt": methods.pkt, "cc": methods.cc,
     "mgd": lambda *given: methods.mgd(6, generator=torch.Generator().manual_seed(1))(*given),
     "reviewkd": lambda student, teacher, *weight: methods.reviewkd([6], [6])(
         [student], [teacher], *([weight] if weight else [])

@@ -14,7 +14,7 @@ from sokd import methods
 
 F64 = torch.float64
 LOGITS = ["kd", "lskd", "dkd", "dist", "wkd_logits"]
-FEATURES = ["fitnet", "at", "sp", "rkd", "catkd", "hcl", "wkd_features"]
+FEATURES = ["fitnet", "at", "sp", "rkd", "catkd", "hcl", "wkd_features", "nst", "pkt", "cc"]
 # the others take any size, these and catkd the teacher's channels
 SAME_SHAPE = {"fitnet", "hcl", "wkd_features"}
 
@@ -222,7 +222,8 @@ def test_a_mask_grows_with_the_map():
 @pytest.mark.parametrize("name, options", [
     ("rkd", {"distance": 0.0}), ("rkd", {"angle": 0.0}), ("catkd", {"resolution": 3}),
     ("catkd", {"normalise": False}), ("wkd_features", {"grid": 1}),
-    ("wkd_features", {"grid": 5, "means": 0.5}),
+    ("wkd_features", {"grid": 5, "means": 0.5}), ("cc", {"gamma": 1.5, "order": 1}),
+    ("cc", {"order": 5}),
 ])  # fmt: skip
 def test_options(name, options):
     student, teacher, weight = with_mask(name, True)
@@ -230,7 +231,7 @@ def test_options(name, options):
     close(getattr(methods, name)(student, teacher, weight, **options), expected)
 
 
-@pytest.mark.parametrize("name", ["sp", "rkd"])
+@pytest.mark.parametrize("name", ["sp", "rkd", "pkt", "cc"])
 def test_embeddings(name):
     student, teacher = torch.randn(4, 3, dtype=F64), torch.randn(4, 6, dtype=F64)
     expected = getattr(naive, name)(

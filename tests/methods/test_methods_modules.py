@@ -350,3 +350,114 @@ def test_mgd_resumes_bit_for_bit():
     other.load_state_dict(loss.state_dict())
     assert torch.equal(loss(student, teacher), other(student, teacher))
     assert loss(student[:0], teacher[:0]).item() == 0
+
+
+# --- vid and ofd
+
+M = torch.ones(2, 4, 3, 3)
+SIZES = [((4, 5), (4, 5)), ((8, 5), (4, 5)), ((2, 5), (4, 7))]  # student and teacher
+
+
+def both(own, other):
+    return torch.randn(3, 2, *own, dtype=F64), torch.randn(3, 4, *other, dtype=F64)
+
+
+def omega_or_none(mask, size):
+    return torch.randint(0, 3, (3, *size)).double() if mask else None
+
+
+@pytest.mark.parametrize("mask", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_vid_against_loops(sizes, mask):
+    loss, (student, teacher) = methods.vid(2, 4).double(), both(*sizes)
+    nn.init.normal_(loss.scale)
+    weight = omega_or_none(mask, sizes[1])
+    kernels = [loss.regressor[at].weight.detach().numpy() for at in (0, 2, 4)]
+    given = [None if each is None else each.numpy() for each in (student, teacher, weight)]
+    expected = naive.vid(*given, kernels, loss.scale.detach().numpy())
+    value = loss(student, teacher, weight).detach()
+    torch.testing.assert_close(value, torch.tensor(expected, dtype=F64))
+
+
+@pytest.mark.parametrize("variance", [0.01, 5.0, 1000.0])
+def test_vid_starts_with_its_variance(variance):
+    found = nn.functional.softplus(methods.vid(2, 4, variance=variance).scale) + 1e-5
+    torch.testing.assert_close(found, torch.full((4,), variance))
+
+
+def margins(margin):
+    return -torch.rand(4, dtype=F64) - 0.1 if margin else None
+
+
+@pytest.mark.parametrize("mask", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("margin", [False, True], ids=["of the batch", "given"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_ofd_against_loops(sizes, margin, mask):
+    margin, (student, teacher) = margins(margin), both(*sizes)
+    loss = methods.ofd(2, 4, margin=margin).double().eval()
+    for parameter in loss.connector[1].parameters():
+        nn.init.normal_(parameter)
+    weight = omega_or_none(mask, sizes[1])
+    kernel, *norm = parameters_of(loss.connector)
+    given = [None if each is None else each.numpy() for each in (student, teacher, weight)]
+    expected = naive.ofd(*given, None if margin is None else margin.numpy(), kernel, norm)
+    value = loss(student, teacher, weight).detach()
+    torch.testing.assert_close(value, torch.tensor(expected, dtype=F64))
+
+
+def test_ofd_margin_is_the_mean_of_what_is_negative():
+    norm = nn.BatchNorm2d(4).double()
+    norm.weight.data = torch.tensor([1.0, -0.5, 2.0, 1.0], dtype=F64)
+    norm.bias.data = torch.tensor([0.0, 0.3, -1.0, 40.0], dtype=F64)
+    values = torch.randn(200_000, 3, dtype=F64) * norm.weight[:3] + norm.bias[:3]
+    found = methods.ofd_margin(norm)
+    for channel in range(3):
+        column = values[:, channel].detach()
+        assert found[channel].item() == pytest.approx(column[column < 0].mean().item(), abs=0.02)
+    assert found[3] == -3 and not found.requires_grad
+
+
+def test_ofd_halves_the_weight_of_each_shallower_layer():
+    shapes = [(2, 4, 4)] * 3
+    method = methods.build("ofd", student_shapes=shapes, teacher_shapes=shapes).eval()
+    maps, weights = [torch.randn(3, 2, 4, 4) for _ in range(6)], [None] * 3
+    step = methods.Step(None, None, None, maps[:3], maps[3:], [], weights, None)
+    each = [layer(*pair) for layer, *pair in zip(method.layers, maps[:3], maps[3:], strict=True)]
+    torch.testing.assert_close(method(step), each[0] / 4 + each[1] / 2 + each[2])
+
+
+@pytest.mark.parametrize("name", ["vid", "ofd"])
+def test_vid_and_ofd_gradients_and_edges(name):
+    loss, (student, teacher) = getattr(methods, name)(2, 4).double(), both((2, 3), (2, 3))
+    weight = torch.rand(3, 2, 3, dtype=F64)
+    student.requires_grad_()
+    teacher.requires_grad_()
+    loss(student, teacher, weight).backward()
+    assert teacher.grad is None and student.grad.any()
+    assert all(parameter.grad.any() for parameter in loss.parameters())
+    loss.eval()  # running statistics, which stay
+    teacher = teacher.detach()
+    assert torch.autograd.gradcheck(lambda leaf: loss(leaf, teacher, weight), student)
+    assert loss(student[:0], teacher[:0]).item() == 0
+    assert loss(student.detach() * 0, teacher * 0, weight * 0).isfinite()
+    last = [each.detach().to(memory_format=torch.channels_last) for each in (student, teacher)]
+    torch.testing.assert_close(loss(*last), loss(student.detach(), teacher))
+
+
+@pytest.mark.parametrize("mistake, kind, text", [
+    (lambda: methods.vid(2, 4)(M, M), ValueError,
+     "vid: student must have 2 channels (student_channels), got [2, 4, 3, 3]"),
+    (lambda: methods.ofd(4, 2)(M, M), ValueError,
+     "ofd: teacher must have 2 channels (teacher_channels), got [2, 4, 3, 3]"),
+    (lambda: methods.vid(0, 4), ValueError, "vid: student_channels must be 1 or more, got 0"),
+    (lambda: methods.ofd(2, 4, margin=torch.ones(3)), ValueError,
+     "ofd: margin must be a tensor [4], got [3]"),
+    (lambda: methods.ofd_margin(nn.ReLU()), TypeError,
+     "ofd_margin: norm must be a BatchNorm with weight and bias, got ReLU"),
+    (lambda: methods.build("ofd", student_shapes=[(2, 3, 3)], teacher_shapes=[(2, 3, 3)],
+                           margins=[]), ValueError,
+     "ofd: margins must have one entry for each of the 1 layers, got 0"),
+])  # fmt: skip
+def test_mistakes_with_vid_and_ofd(mistake, kind, text):
+    with raises(kind, text):
+        mistake()

@@ -26,6 +26,7 @@ RULES = {
     ("fgd", "temperature"): POSITIVE, ("wkd", "transport"): WEIGHT, ("wkd", "features"): WEIGHT,
     ("wkd", "means"): WEIGHT, ("wkd", "temperature"): POSITIVE, ("wkd", "sharpness"): POSITIVE,
     ("wkd", "regularisation"): POSITIVE, ("wkd", "iterations"): COUNT, ("wkd", "grid"): COUNT,
+    ("cc", "gamma"): POSITIVE, ("cc", "order"): COUNT, ("vid", "variance"): POSITIVE,
 }  # fmt: skip
 WRONG = {
     POSITIVE: [0, -1.0, math.nan, math.inf], WEIGHT: [-1, math.nan, math.inf],
@@ -48,6 +49,8 @@ def called(name: str, **options):
         return method(5, 5, options.pop("num_samples", 9), **options)
     if name in ("mgd", "fgd"):
         return method(5, **options)
+    if name == "vid":
+        return method(5, 5, **options)
     if name == "reviewkd":
         return method([5], [5], **options)
     if name == "wkd":
@@ -89,7 +92,7 @@ def test_a_distiller_judges_them_before_the_first_batch():
 
 def test_every_number_among_the_options_has_a_rule():
     others = {"over", "generator", "labels", "normalise", "student_head", "teacher_head"}
-    others |= {"distances", "ignore_index"}  # any class, or none
+    others |= {"distances", "ignore_index", "margins"}  # any class, or none
     for name in METHODS:
         assert {option for option in options_of(name) if option not in others} == {
             option for of, option in RULES if of == name

@@ -173,6 +173,48 @@ def sp(student, teacher, weight=None):
     ) ** 2
 
 
+def smaller(student, teacher, weight):
+    """Both in the smaller size of each axis, masked."""
+    size = [min(pair) for pair in zip(student.shape[2:], teacher.shape[2:], strict=True)]
+    return (masked(pool(each, *size), weight) for each in (student, teacher))
+
+
+def nst(student, teacher, weight=None):
+    """The kernel of every two channels."""
+    loss = 0.0
+    for s, t in zip(*smaller(student, teacher, weight), strict=True):
+        own, other = ([row.ravel() / math.sqrt((row**2).sum()) for row in each] for each in (s, t))
+        for one, two, factor in ((own, own, 1), (other, other, 1), (own, other, -2)):
+            kernels = [sum(a * b) ** 2 for a in one for b in two]
+            loss += factor * sum(kernels) / len(kernels)
+    return loss / len(student)
+
+
+def neighbours(points):
+    unit = [point / math.sqrt(sum(point**2)) for point in points]
+    near = np.array([[(1 + sum(a * b)) / 2 for b in unit] for a in unit])
+    return near / near.sum(1, keepdims=True)
+
+
+def pkt(student, teacher, weight=None):
+    p_s, p_t = (neighbours(embedding(each, weight)) for each in (student, teacher))
+    pairs = list(zip(p_s.ravel(), p_t.ravel(), strict=True))
+    return sum(t * math.log((t + 1e-7) / (s + 1e-7)) for s, t in pairs) / len(pairs)
+
+
+def cc(student, teacher, weight=None, gamma=0.4, order=2):
+    def kernel(features):
+        points = embedding(features, weight)
+        unit = [point / math.sqrt(sum(point**2)) for point in points]
+        return np.array([
+            [sum(math.exp(-2 * gamma) * (2 * gamma) ** p / math.factorial(p) * sum(a * b) ** p
+                 for p in range(order + 1)) for b in unit]
+            for a in unit
+        ])  # fmt: skip
+
+    return ((kernel(student) - kernel(teacher)) ** 2).mean()
+
+
 def huber(a, b):
     return (a - b) ** 2 / 2 if abs(a - b) < 1 else abs(a - b) - 0.5
 
@@ -374,6 +416,36 @@ def fgd(
             loss += attention * abs(where_s[y, x] - where_t[y, x])
         loss += attention * sum(abs(which_s - which_t))
     return loss / len(student)
+
+
+def vid(student, teacher, weight, kernels, scale):
+    """kernels: of the three 1x1 convolutions; scale [C]."""
+    size = [min(pair) for pair in zip(student.shape[2:], teacher.shape[2:], strict=True)]
+    mean, teacher = pool(student, *size), pool(teacher, *size)
+    omega = np.ones(mean[:, 0].shape) if weight is None else omega_at(weight, mean)
+    for place, kernel in enumerate(kernels):
+        mean = convolution(np.maximum(mean, 0) if place else mean, kernel)
+    loss = 0.0
+    for b, c, y, x in np.ndindex(mean.shape):
+        variance = math.log(1 + math.exp(scale[c])) + 1e-5
+        distance = (teacher[b, c, y, x] - mean[b, c, y, x]) ** 2
+        loss += omega[b, y, x] * 0.5 * (distance / variance + math.log(variance))
+    return loss / mean.size
+
+
+def ofd(student, teacher, weight, margin, kernel, norm):
+    """norm: the connector's batch norm; margin [C] or None."""
+    size = [min(pair) for pair in zip(student.shape[2:], teacher.shape[2:], strict=True)]
+    own = batch_norm(convolution(pool(student, *size), kernel), *norm)
+    teacher = pool(teacher, *size)
+    omega = np.ones(own[:, 0].shape) if weight is None else omega_at(weight, own)
+    loss = 0.0
+    for b, c, y, x in np.ndindex(own.shape):
+        negative = teacher[:, c][teacher[:, c] < 0]
+        lowest = negative.mean() if margin is None else margin[c]
+        s, t = own[b, c, y, x], max(teacher[b, c, y, x], lowest)
+        loss += 0.0 if s <= t <= 0 else omega[b, y, x] * (t - s) ** 2
+    return loss / len(own)
 
 
 def normalised(row):

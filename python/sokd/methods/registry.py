@@ -9,6 +9,7 @@ from typing import Any
 
 from sokd.methods.at import AT
 from sokd.methods.catkd import CATKD
+from sokd.methods.cc import CC
 from sokd.methods.common import Method, Shape
 from sokd.methods.crd import CRD
 from sokd.methods.dist import DIST
@@ -18,15 +19,20 @@ from sokd.methods.fitnet import FitNet
 from sokd.methods.kd import KD
 from sokd.methods.lskd import LSKD
 from sokd.methods.mgd import MGD
+from sokd.methods.nst import NST
+from sokd.methods.ofd import OFD
+from sokd.methods.pkt import PKT
 from sokd.methods.reviewkd import ReviewKD
 from sokd.methods.rkd import RKD
 from sokd.methods.sp import SP
+from sokd.methods.vid import VID
 from sokd.methods.wkd import WKD
 
 __all__ = ["METHODS", "build", "nearest", "one_of_names", "options_of"]
 
 _ALL: tuple[type[Method], ...] = (
-    FitNet, AT, CRD, ReviewKD, KD, DKD, LSKD, DIST, SP, RKD, CATKD, MGD, FGD, WKD,
+    FitNet, AT, CRD, ReviewKD, KD, DKD, LSKD, DIST, SP, RKD, CATKD, MGD, FGD, WKD, NST,
+    PKT, VID, CC, OFD,
 )  # fmt: skip
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 

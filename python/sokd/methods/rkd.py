@@ -32,7 +32,7 @@ from sokd.methods.common import (
 )
 from sokd.methods.sp import products
 
-__all__ = ["RKD", "rkd"]
+__all__ = ["RKD", "embedding", "rkd"]
 
 
 def rkd(
@@ -78,14 +78,15 @@ def _relations(
     batch = max(student.shape[0], 1)
     with unmixed(student):
         (far_s, turn_s), (far_t, turn_t) = (
-            _geometry(_embedding(features, weight)) for features in (student, teacher)
+            _geometry(embedding(features, weight)) for features in (student, teacher)
         )
         distances = F.smooth_l1_loss(far_s, far_t, reduction="sum")
         angles = F.smooth_l1_loss(turn_s, turn_t, reduction="sum")
         return distance / batch**2 * distances + angle / batch**3 * angles
 
 
-def _embedding(features: Tensor, weight: Tensor | None) -> Tensor:
+def embedding(features: Tensor, weight: Tensor | None) -> Tensor:
+    """[B, D] as it is, maps [B, C, H, W] times the root of omega as means over cells [B, C]."""
     features = masked(wide(features), weight)
     return features if features.dim() == 2 else features.mean((2, 3))
 
