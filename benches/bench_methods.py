@@ -5,8 +5,6 @@ teacher; ReviewKD with its three stages; CRD with 50,000 samples, 16,384 negativ
 (for which eager makes 0.27 GB of rows, twice), a step and the update of the banks alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -26,7 +24,9 @@ CLASSES, SAMPLES, BATCH, WIDTH = 100, 50_000, 32, 256
 Loss = Callable[..., Tensor]
 
 
-def case(name: str, ours: Loss, theirs: Loss, inputs: Sequence[Any], *, rtol: float = 1e-4) -> Case:
+def case(
+    name: str, actual: Loss, other: Loss, inputs: Sequence[Any], *, rtol: float = 1e-4
+) -> Case:
     """Both on the same inputs; the first, a tensor or a list of tensors, is the student's."""
     students: list[Tensor] = list(inputs[0]) if isinstance(inputs[0], list) else [inputs[0]]
     students = [student.requires_grad_() for student in students]
@@ -35,17 +35,16 @@ def case(name: str, ours: Loss, theirs: Loss, inputs: Sequence[Any], *, rtol: fl
         return lambda: torch.autograd.grad(loss(*inputs), students)
 
     def check() -> None:
-        check_close(ours(*inputs), theirs(*inputs), rtol=rtol)
-        for one, two in zip(side(ours)(), side(theirs)(), strict=True):
+        check_close(actual(*inputs), other(*inputs), rtol=rtol)
+        for one, two in zip(side(actual)(), side(other)(), strict=True):
             scale = two.abs().max()
             check_close(one / scale, two / scale, rtol=rtol, atol=rtol)
 
-    sides = {"sokd": side(ours), "eager": side(theirs)}
+    sides = {"sokd": side(actual), "eager": side(other)}
     # these are convolutions on both sides: a difference below 5 % is noise
     targets = {"eager": 0.95 if name in ("mgd", "vid", "ofd") else 1.0}
-    return Case(
-        f"{name}, forward + backward", students[-1].shape, sides, targets=targets, check=check
-    )
+    work, shape = f"{name}, forward + backward", students[-1].shape
+    return Case(work, shape, sides, targets=targets, check=check)
 
 
 def logit_cases(batch: int, classes: int) -> Iterator[Case]:
@@ -81,14 +80,14 @@ def _catkd_case(student: Tensor, teacher: Tensor) -> Case:
     method = methods.build("catkd", student_shapes=shape, teacher_shapes=shape, **options)
     logits = torch.empty(MAP[0], CLASSES)
 
-    def ours(student: Tensor, teacher: Tensor) -> Tensor:
+    def actual(student: Tensor, teacher: Tensor) -> Tensor:
         step = methods.Step(logits, logits, None, [student], [teacher], [], [None], None)
         return method(step)  # type: ignore[no-any-return]
 
-    def theirs(student: Tensor, teacher: Tensor) -> Tensor:
+    def other(student: Tensor, teacher: Tensor) -> Tensor:
         return eager.catkd(student, teacher, heads[0].weight, heads[1].weight)
 
-    return case("catkd, from features", ours, theirs, (student, teacher))
+    return case("catkd, from features", actual, other, (student, teacher))
 
 
 def _module_cases(student: Tensor, teacher: Tensor) -> Iterator[Case]:
@@ -151,14 +150,14 @@ def crd_cases() -> Iterator[Case]:
     def check() -> None:
         """The first batch by both, with the same negatives, from the same banks."""
         others = torch.randint(0, SAMPLES, (BATCH, 100))
-        ours, theirs = methods.crd(WIDTH, WIDTH, SAMPLES, negatives=100), eager.CRD(loss)
-        ours.load_state_dict(loss.state_dict())
+        actual, other = methods.crd(WIDTH, WIDTH, SAMPLES, negatives=100), eager.CRD(loss)
+        actual.load_state_dict(loss.state_dict())
         check_close(
-            ours(student, teacher, index, others),
-            theirs(student, teacher, index, others),
+            actual(student, teacher, index, others),
+            other(student, teacher, index, others),
             rtol=1e-4,
         )
-        check_close(ours.student_bank, theirs.student_bank)
+        check_close(actual.student_bank, other.student_bank)
 
     sides = {
         "sokd": lambda: loss(student, teacher, index),

@@ -9,8 +9,6 @@ Networks: torchvision's detectors, its ResNets (under Faster R-CNN with FPN), an
 transform serves both networks, once a batch, and of the teacher the backbone alone runs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Any

@@ -7,8 +7,6 @@ Fashion-MNIST through cifar100.py, a subset: a teacher (resnet20), then a narrow
 OUT/runs.csv.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import json

@@ -1,10 +1,10 @@
-//! Tensors for tests: any shape, dtype and strides, with memory of their own and a watch on the
-//! bytes around them.
+//! Tensors for tests: any shape, dtype and strides, in memory of their own between pages that fault
+//! and with a watch on the bytes around them.
 
 use crate::tensor::{DType, Device, TensorView};
 use proptest::prelude::*;
 
-/// The number of cases of a property test, or what `SOKD_PROPTEST_CASES` says in its place.
+/// The number of cases of a property test, overridden by `SOKD_PROPTEST_CASES`.
 pub(crate) fn cases(usual: u32) -> ProptestConfig {
     let given = std::env::var("SOKD_PROPTEST_CASES").ok();
     ProptestConfig::with_cases(given.and_then(|cases| cases.parse().ok()).unwrap_or(usual))
@@ -27,19 +27,18 @@ pub(crate) enum Lay {
     Expanded,
     /// The last dimension has stride 0.
     ExpandedInside,
+    /// The last dimension backwards: a negative stride, as NumPy has them.
+    Flipped,
+    /// The last two dimensions have stride 1: windows that overlap.
+    Overlapping,
 }
 
 /// All layouts that an input may have.
 pub(crate) fn any_lay() -> impl Strategy<Value = Lay> {
     use Lay::*;
     prop::sample::select(vec![
-        Contiguous,
-        ChannelsLast,
-        Sliced,
-        ChannelsLastSliced,
-        Reversed,
-        Expanded,
-        ExpandedInside,
+        Contiguous, ChannelsLast, Sliced, ChannelsLastSliced, Reversed, Expanded, ExpandedInside,
+        Flipped, Overlapping,
     ])
 }
 
@@ -65,43 +64,115 @@ fn strides(shape: &[usize], lay: Lay) -> Vec<isize> {
     match lay {
         Lay::Expanded if rank > 0 => strides[0] = 0,
         Lay::ExpandedInside if rank > 0 => strides[rank - 1] = 0,
+        Lay::Flipped if rank > 0 => strides[rank - 1] = -1,
+        Lay::Overlapping if rank > 1 => strides[rank - 2] = 1,
         _ => {}
     }
     strides
 }
 
+/// Uniform numbers and NaN, infinities, both zeros and tiny numbers among them.
+pub(crate) fn wild(seed: u64, count: usize) -> Vec<f64> {
+    let odd = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -0.0, 0.0, 1e-7, -1e-40];
+    let mut uniform = Uniform(seed);
+    let mut value = || {
+        let plain = 4.0 * uniform.next() - 2.0;
+        odd.get((uniform.next() * 100.0) as usize).copied().unwrap_or(plain)
+    };
+    (0..count).map(|_| value()).collect()
+}
+
 const CANARY: u8 = 0xa5;
+
+/// Memory between two pages that may not be touched: a kernel that reads or writes beyond either end
+/// stops the test with a fault.
+struct Store {
+    map: *mut u8,
+    page: usize,
+    size: usize,
+}
+
+#[cfg(unix)]
+impl Store {
+    /// At least so many bytes, all canaries.
+    fn new(bytes: usize) -> Self {
+        use libc::{MAP_ANONYMOUS, MAP_PRIVATE, PROT_NONE, PROT_READ, PROT_WRITE};
+        // SAFETY: sysconf has no requirements.
+        let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as usize;
+        let size = bytes.next_multiple_of(page).max(page);
+        let (flags, nowhere) = (MAP_PRIVATE | MAP_ANONYMOUS, std::ptr::null_mut());
+        // SAFETY: a new mapping, of which all but the first and the last page become accessible.
+        let map = unsafe {
+            let map = libc::mmap(nowhere, size + 2 * page, PROT_NONE, flags, -1, 0);
+            assert_ne!(map, libc::MAP_FAILED, "no memory");
+            let inside = map.byte_add(page);
+            assert_eq!(libc::mprotect(inside, size, PROT_READ | PROT_WRITE), 0, "no memory");
+            std::ptr::write_bytes(inside.cast::<u8>(), CANARY, size);
+            map.cast()
+        };
+        Self { map, page, size }
+    }
+}
+
+#[cfg(not(unix))]
+impl Store {
+    /// At least so many bytes, all canaries; without the two pages, and never freed.
+    fn new(bytes: usize) -> Self {
+        let size = bytes.next_multiple_of(16);
+        Self {
+            map: vec![u128::from_ne_bytes([CANARY; 16]); size / 16].leak().as_mut_ptr().cast(),
+            page: 0,
+            size,
+        }
+    }
+}
+
+impl Store {
+    fn first(&self) -> *mut u8 {
+        self.map.wrapping_add(self.page)
+    }
+
+    fn bytes(&self) -> &[u8] {
+        // SAFETY: so many bytes are accessible and initialised.
+        unsafe { std::slice::from_raw_parts(self.first(), self.size) }
+    }
+}
+
+#[cfg(unix)]
+impl Drop for Store {
+    fn drop(&mut self) {
+        // SAFETY: the mapping of `new`, which nothing uses any more.
+        unsafe { libc::munmap(self.map.cast(), self.size + 2 * self.page) };
+    }
+}
 
 /// A tensor that owns its memory.
 pub(crate) struct Owned {
-    store: Vec<u8>,
+    store: Store,
     /// What kernels see.
     pub view: TensorView,
 }
 
 impl Owned {
-    /// An output: every byte is a canary.
+    /// An output: every byte is a canary. The tensor begins with the store or ends with it, by turns
+    /// of the number of its bytes.
     pub(crate) fn empty(shape: &[usize], dtype: DType, lay: Lay) -> Self {
         let strides = strides(shape, lay);
-        let reach: isize =
-            shape.iter().zip(&strides).map(|(&d, &s)| (d.max(1) as isize - 1) * s).sum::<isize>()
-                + 1;
-        let around = 64 / dtype.size();
-        let mut store = vec![CANARY; (reach as usize + 2 * around) * dtype.size() + 8];
-        let aligned = store.as_ptr().align_offset(8) + around * dtype.size();
-        // SAFETY: the store holds `reach` elements from there on, and as much again on both sides.
-        let view = unsafe {
-            TensorView::new(store.as_mut_ptr().add(aligned), dtype, Device::Cpu, shape, &strides)
-        };
+        let steps = || shape.iter().zip(&strides).map(|(&d, &s)| (d.max(1) as isize - 1) * s);
+        let before = -steps().filter(|step| *step < 0).sum::<isize>() as usize;
+        let behind = steps().filter(|step| *step > 0).sum::<isize>() as usize;
+        let bytes = (before + behind + 1) * dtype.size();
+        let store = Store::new(bytes + 64);
+        let at = if bytes / 8 % 2 == 0 { 0 } else { store.size - bytes } + before * dtype.size();
+        // SAFETY: the store holds `before` elements before that place and `behind` after it.
+        let view =
+            unsafe { TensorView::new(store.first().add(at), dtype, Device::Cpu, shape, &strides) };
         Self { store, view: view.expect("rank of at most 8") }
     }
 
     /// An input: value `i` in row-major order, rounded to the dtype.
     pub(crate) fn new(
-        shape: &[usize],
-        dtype: DType,
-        lay: Lay,
-        values: impl Fn(usize) -> f64,
+        shape: &[usize], dtype: DType, lay: Lay, values: impl Fn(usize) -> f64,
     ) -> Self {
         let owned = Self::empty(shape, dtype, lay);
         for (i, index) in indices(shape).into_iter().enumerate() {
@@ -122,15 +193,15 @@ impl Owned {
 
     /// Every byte that belongs to no element is as it was.
     pub(crate) fn is_intact_around(&self) -> bool {
-        let mut mine = vec![false; self.store.len()];
-        let first = self.view.ptr() as usize - self.store.as_ptr() as usize;
+        let mut mine = vec![false; self.store.size];
+        let (first, size) =
+            (self.view.ptr() as usize - self.store.first() as usize, self.view.dtype.size());
         for index in indices(self.view.sizes()) {
             let at: isize =
                 index.iter().zip(self.view.strides()).map(|(&i, &s)| i as isize * s).sum();
-            let size = self.view.dtype.size();
-            mine[first + at as usize * size..][..size].fill(true);
+            mine[first.wrapping_add_signed(at * size as isize)..][..size].fill(true);
         }
-        self.store.iter().zip(mine).all(|(byte, mine)| mine || *byte == CANARY)
+        self.store.bytes().iter().zip(mine).all(|(byte, mine)| mine || *byte == CANARY)
     }
 }
 

@@ -1,7 +1,5 @@
 """Runs the docstring examples of the Distiller, the methods and the inspection."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from support.distiller_cases import SMALL, batch, make, models

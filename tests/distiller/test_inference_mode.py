@@ -1,7 +1,5 @@
 """Teachers, features and set-ups under torch.inference_mode() give what no_grad gives."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

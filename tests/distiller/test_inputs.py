@@ -1,7 +1,5 @@
 """The teacher changes nothing that the student sees, nor the batch of the caller."""
 
-from __future__ import annotations
-
 from collections import namedtuple
 
 import pytest
@@ -20,9 +18,8 @@ class Normalising(nn.Module):
         self.net, self.seen = Net(width), []
 
     def forward(self, *args, **kwargs) -> Tensor:
-        tensors = (
-            args[0] if isinstance(args[0] if args else None, list) else [*args, *kwargs.values()]
-        )
+        images = args[0] if args else None
+        tensors = images if isinstance(images, list) else [*args, *kwargs.values()]
         for each in tensors:
             self.seen.append(each.mean().item())
             each.sub_(0.5).div_(0.25)

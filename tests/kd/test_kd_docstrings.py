@@ -1,7 +1,5 @@
 """Runs the docstring examples of the public names of `sokd.kd`."""
 
-from __future__ import annotations
-
 from unittest.mock import Mock
 
 import pytest

@@ -1,7 +1,5 @@
 """Common mistakes of a training script: each is warned of once; a right script never is."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import pickle
@@ -45,10 +43,7 @@ MASK_EMPTY = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    """Many small steps gain nothing from a second thread; conftest restores the count."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small() -> tuple[nn.Module, SoKD]:
@@ -96,9 +91,8 @@ def test_a_right_script_is_left_alone():
 )
 def test_parameters_that_no_optimiser_holds(held, parts):
     student, kd = small()
-    assert said(student, kd, student, *(getattr(kd, name) for name in held)) == [
-        UNHELD.format(parts)
-    ]
+    parts_held = [getattr(kd, name) for name in held]
+    assert said(student, kd, student, *parts_held) == [UNHELD.format(parts)]
     assert said(student, kd, student) == [], "once is enough"
 
 
@@ -386,9 +380,8 @@ def test_a_teacher_with_gradients_and_in_train_mode(training, layer):
     with pytest.warns(UserWarning) as caught:
         loss(torch.randn(2, 3, 6, 6, requires_grad=True), features, kd).backward()
     seen = training and isinstance(layer, nn.BatchNorm2d)
-    assert [str(warning.message) for warning in caught] == [TEACHER_GRAPH, TEACHER_TRAINS][
-        : 1 + seen
-    ]
+    texts = [str(warning.message) for warning in caught]
+    assert texts == [TEACHER_GRAPH, TEACHER_TRAINS][: 1 + seen]
     assert teacher[0].weight.grad is None
 
 

@@ -1,10 +1,7 @@
 """The policy search from its first step to its last: resumption, planted problems, two ranks."""
 
-from __future__ import annotations
-
 import copy
 import io
-import os
 from typing import Any
 
 import pytest
@@ -12,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from support.cases import compiles
 from support.kd_cases import trained
+from support.ranks import of_ranks
 from test_search import PAIRS, SHAPE, Student, batch_of, hypergradient, made, same, step
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -75,13 +73,10 @@ def test_ends_after_its_epochs() -> None:
 def test_sets_the_policy_up() -> None:
     _, kd, _ = made(estimator="relax")
     assert kd.policy.estimator == "relax"
-    assert PolicySearch(kd, Student())._control is not None and kd.policy.estimator == "relax", (
-        "kd's own"
-    )
-    assert (
-        PolicySearch(kd, Student(), estimator="gumbel")._control is None
-        and kd.policy.estimator == "gumbel"
-    )
+    assert PolicySearch(kd, Student())._control is not None
+    assert kd.policy.estimator == "relax", "kd's own"
+    assert PolicySearch(kd, Student(), estimator="gumbel")._control is None
+    assert kd.policy.estimator == "gumbel"
     assert made()[1].policy.estimator == "gumbel", "unless kd says otherwise"
     adam = made()[2].state_dict()["adam"]["param_groups"][0]
     assert (adam["betas"], adam["weight_decay"]) == ((0.5, 0.999), 0)
@@ -194,9 +189,8 @@ def test_several_layers() -> None:
         return task, [f_s, f_s], [f_t, torch.cat([f_t, f_t[:, :2]], 1)]
 
     before = kd.policy.alpha.detach().clone()
-    assert search.step(two_layers, batch_of()).isfinite() and not torch.equal(
-        before, kd.policy.alpha
-    )
+    assert search.step(two_layers, batch_of()).isfinite()
+    assert not torch.equal(before, kd.policy.alpha)
 
 
 @pytest.mark.parametrize("estimator", ["gumbel", "relax"])
@@ -226,8 +220,6 @@ def test_inside_no_grad_and_with_wrapped_modules() -> None:
 
 
 # ------------------------------------------------------------------------------------------ planted
-
-
 @pytest.mark.parametrize(
     ("estimator", "steps", "lr"), [("gumbel", 120, 0.05), ("relax", 250, 0.015)]
 )
@@ -289,35 +281,25 @@ def test_finds_the_planted_magnitude() -> None:
 
 
 # ------------------------------------------------------------------------------------ two processes
-
-
-def one_rank(rank: int, folder: str) -> None:
-    """A search on this rank's own batch, the student wrapped; writes the policy's state."""
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+def one_rank(rank: int) -> dict[str, Any]:
+    """A search on this rank's own batch, the student wrapped: the policy's state."""
     torch.manual_seed(rank)  # seeds and weights differ at first
     kd = trained(3, 4, heat_channels=3, policies=PAIRS)
     student = nn.parallel.DistributedDataParallel(Student())
     search = PolicySearch(kd, student, estimator="relax")  # the control variate is averaged too
     for seed in range(2):
         search.step(step, batch_of(10 * rank + seed))
-    state: dict[str, Any] = {"kd": kd.policy.state_dict(), "search": search.state_dict()}
     alike = made()[2]  # the same on both ranks: the average is what one process finds
     alike.step(step, batch_of())
-    state["alike"] = hypergradient(alike)
-    torch.save(state, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-    # DDP's destructor holds the GIL and may deadlock with gloo's thread, which needs it
-    os._exit(0)
+    state = {"kd": kd.policy.state_dict(), "search": search.state_dict()}
+    return state | {"alike": hypergradient(alike)}
 
 
 @pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this torch has no torch.distributed"
 )
 def test_ranks_keep_one_policy(tmp_path: Any) -> None:
-    torch.multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
-    states = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    states = of_ranks(one_rank, tmp_path)
     for name in ("alpha", "beta", "magnitude"):
         assert torch.equal(*(state["kd"][name] for state in states))
     assert same(states[0]["search"], states[1]["search"])

@@ -8,8 +8,6 @@
 Each prints one line. The inputs are arithmetic, because a generator may change with torch.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

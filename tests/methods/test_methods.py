@@ -1,7 +1,5 @@
 """Distillation losses without state: values against loops, gradients, edges."""
 
-from __future__ import annotations
-
 import functools
 
 import numpy as np
@@ -67,14 +65,11 @@ def arrays(*tensors):
 
 def close(actual, expected, rtol=1e-9, atol=1e-12):
     assert actual.dtype == F64 and actual.dim() == 0
-    torch.testing.assert_close(
-        actual, torch.tensor(float(expected), dtype=F64), rtol=rtol, atol=atol
-    )
+    expected = torch.tensor(float(expected), dtype=F64)
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
 
 
 # --- values
-
-
 @pytest.mark.parametrize("batch, classes", [(5, 7), (1, 2), (2, 30)])
 @pytest.mark.parametrize("name, options", [
     ("kd", {}), ("kd", {"temperature": 1.0}), ("lskd", {}), ("lskd", {"temperature": 3.0}),
@@ -95,14 +90,12 @@ def test_dense_logits_are_samples_of_their_own(name, places):
     loss = getattr(methods, name)
     student, teacher = (torch.randn(2, 6, *places, dtype=F64) for _ in range(2))
     cells = [np.moveaxis(each.numpy(), 1, -1).reshape(-1, 6) for each in (student, teacher)]
-    close(
-        loss(student, teacher), getattr(naive, name)(*cells), rtol=1e-6 if name == "lskd" else 1e-9
-    )
+    rtol = 1e-6 if name == "lskd" else 1e-9
+    close(loss(student, teacher), getattr(naive, name)(*cells), rtol=rtol)
     last = student.movedim(1, -1).contiguous().movedim(-1, 1)  # channels_last
     torch.testing.assert_close(loss(last, teacher), loss(student, teacher))
-    assert torch.autograd.gradcheck(
-        lambda given: loss(given, teacher), student.clone().requires_grad_()
-    )
+    leaf = student.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda given: loss(given, teacher), leaf)
     assert loss(student[:0], teacher[:0]) == 0
 
 
@@ -200,6 +193,8 @@ SIZES = [
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("name", FEATURES)
 def test_features_against_loops(name, sizes, mask):
+    if name in ("at", "catkd") and sizes.get("student") == (1, 1, 1, 1):
+        sizes = {"student": (1, 1, 1, 2), "teacher": (1, 1, 1, 2)}  # one cell is refused
     student, teacher, weight = with_mask(name, mask, **sizes)
     if weight is not None and student.shape[2:] == (
         12,
@@ -234,9 +229,8 @@ def test_options(name, options):
 @pytest.mark.parametrize("name", ["sp", "rkd", "pkt", "cc"])
 def test_embeddings(name):
     student, teacher = torch.randn(4, 3, dtype=F64), torch.randn(4, 6, dtype=F64)
-    expected = getattr(naive, name)(
-        *([each[:, :, None, None].numpy() for each in (student, teacher)])
-    )
+    maps = [each[:, :, None, None].numpy() for each in (student, teacher)]
+    expected = getattr(naive, name)(*maps)
     close(getattr(methods, name)(student, teacher), expected)
 
 
@@ -260,8 +254,6 @@ def test_class_maps():
 
 
 # --- gradients
-
-
 def loss_of(name, dtype=F64, mask=True, **sizes):
     """A loss as a function of the student alone, and a student."""
     function = getattr(methods, name)
@@ -299,9 +291,8 @@ def test_gradcheck(name):
 def test_a_second_derivative_of_dist_is_refused():
     loss, student = loss_of("dist")
     (gradient,) = torch.autograd.grad(loss(student.requires_grad_()), student, create_graph=True)
-    with raises(
-        RuntimeError, "dist: the loss must be differentiated once only, got a second backward"
-    ):
+    text = "dist: the loss must be differentiated once only, got a second backward"
+    with raises(RuntimeError, text):
         gradient.sum().backward()
 
 
@@ -320,8 +311,6 @@ def test_a_student_like_the_teacher_has_no_loss(name):
 
 
 # --- edges
-
-
 @pytest.mark.parametrize("name", LOGITS + FEATURES)
 def test_an_empty_batch_is_zero(name):
     loss, student = loss_of(name)
@@ -393,8 +382,6 @@ def test_samples_at_one_place():
 
 
 # --- precision, layouts
-
-
 @pytest.mark.parametrize("name", LOGITS + FEATURES)
 def test_autocast_changes_nothing(name):
     """Half-precision inputs are widened first; autocast is not let at the products."""

@@ -1,7 +1,5 @@
 """The distillation losses with state: CRD's banks, ReviewKD's fusions, MGD's generator."""
 
-from __future__ import annotations
-
 import copy
 
 import numpy as np
@@ -41,8 +39,6 @@ def unit_rows(features: Tensor, layer: nn.Linear) -> np.ndarray:
 
 
 # --- crd
-
-
 def test_crd_against_loops(way):
     """Three batches: the first sets Z, each finds the banks as the ones before left them."""
     loss = crd()
@@ -81,9 +77,8 @@ def test_noise_contrast_gradcheck(way):
 
     assert torch.autograd.gradcheck(loss, anchor)
     (gradient,) = torch.autograd.grad(loss(anchor), anchor, create_graph=True)
-    with raises(
-        RuntimeError, "crd: the loss must be differentiated once only, got a second backward"
-    ):
+    text = "crd: the loss must be differentiated once only, got a second backward"
+    with raises(RuntimeError, text):
         gradient.sum().backward()
 
 
@@ -172,9 +167,7 @@ def test_crd_in_eval_leaves_no_trace():
     first = run(loss, 1)
     assert torch.equal(first[0], run(loss, 1)[0]) and first[0].isfinite()
     after = loss.state_dict()
-    assert all(
-        torch.equal(before[name], after[name]) or name == "log_normaliser" for name in before
-    )
+    assert all(torch.equal(before[n], after[n]) or n == "log_normaliser" for n in before)
     assert after["log_normaliser"].isnan().all()
 
 
@@ -217,16 +210,13 @@ def test_pooled():
     features, omega = torch.randn(3, 4, 5, 6, dtype=F64), torch.rand(3, 5, 6, dtype=F64)
     omega[1] = 0
     share = omega.sqrt() / omega.sqrt().sum((1, 2), keepdim=True).clamp(min=1e-300)
-    torch.testing.assert_close(
-        methods.pooled(features, omega), torch.einsum("bchw,bhw->bc", features, share)
-    )
+    expected = torch.einsum("bchw,bhw->bc", features, share)
+    torch.testing.assert_close(methods.pooled(features, omega), expected)
     torch.testing.assert_close(methods.pooled(features), features.mean((2, 3)))
     torch.testing.assert_close(methods.pooled(features, omega * 0 + 7), features.mean((2, 3)))
 
 
 # --- reviewkd
-
-
 def stages(batch=2, dtype=F64):
     student = [(3, 8, 6), (4, 4, 3), (5, 2, 2)]
     teacher = [(4, 8, 6), (3, 8, 6), (6, 1, 2)]  # equal, larger and smaller than the student's
@@ -263,14 +253,12 @@ def test_reviewkd_against_loops(mask, hidden):
     layers = list(zip(loss.fusions, student, teacher, weights, strict=True))
     for fusion, of_student, of_teacher, weight in layers[::-1]:
         attention = fusion.attention
-        attention = attention and [
-            each.detach().numpy() for each in (attention.weight, attention.bias)
-        ]
+        if attention is not None:
+            attention = [each.detach().numpy() for each in (attention.weight, attention.bias)]
         blocks = parameters_of(fusion.reduce), attention, parameters_of(fusion.expand)
         output, fused = naive.abf(of_student.numpy(), fused, of_teacher.shape[2:], *blocks)
-        expected += naive.hcl(
-            output, of_teacher.numpy(), None if weight is None else weight.numpy()
-        )
+        omega = None if weight is None else weight.numpy()
+        expected += naive.hcl(output, of_teacher.numpy(), omega)
     value = loss(student, teacher, weights if mask else None)
     torch.testing.assert_close(value.detach(), torch.tensor(expected, dtype=F64))
 
@@ -280,9 +268,7 @@ def test_reviewkd_gradcheck():
     student = [torch.randn(2, 1, 2, 3, dtype=F64, requires_grad=True) for _ in range(2)]
     teacher = [torch.randn(2, channels, 2, 3, dtype=F64) for channels in (2, 1)]
     weight = torch.rand(2, 2, 3, dtype=F64)
-    assert torch.autograd.gradcheck(
-        lambda *student: loss(student, teacher, [weight, None]), student
-    )
+    assert torch.autograd.gradcheck(lambda *maps: loss(maps, teacher, [weight, None]), student)
 
 
 def test_reviewkd_trains_all_it_has_and_not_the_teacher():
@@ -302,8 +288,6 @@ def test_reviewkd_of_nothing():
 
 
 # --- mgd
-
-
 @pytest.mark.parametrize("mask", [False, True], ids=["plain", "masked"])
 @pytest.mark.parametrize("over", ["channels", "cells"])
 def test_mgd_against_loops(over, mask):
@@ -337,9 +321,8 @@ def test_mgd_gradcheck():
     loss = methods.mgd(2).double().eval()  # the same mask again
     student, teacher = torch.randn(2, 2, 2, 3, 3, dtype=F64)
     student.requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda student: loss(student, teacher, torch.ones(2, 3, 3)), student
-    )
+    weight = torch.ones(2, 3, 3)
+    assert torch.autograd.gradcheck(lambda maps: loss(maps, teacher, weight), student)
 
 
 def test_mgd_resumes_bit_for_bit():

@@ -1,7 +1,5 @@
 """Every option that is a number is judged when it is given, by the function and by name."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """The methods by name: their declarations, their errors, `Step`s with and without the mask."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import pickle
@@ -36,7 +34,7 @@ def made(name: str) -> Method:
 
 
 def step(mask: bool = False, method: type[Method] | None = None, batch: int = BATCH) -> Step:
-    """What a method says it needs; nothing else if it is given."""
+    """A step with what the method declares in `needs`, and nothing else."""
     torch.manual_seed(1)
     needs = NEEDS if method is None else method.needs
 
@@ -160,14 +158,11 @@ def test_compiled(name):
     for _ in range(2):  # with state: the second call too
         actual, expected = fast(*(getattr(given, field) for field in fields)), plain(given)
         torch.testing.assert_close(actual, expected)
-        pairs = (
-            torch.autograd.grad(loss, tensors, allow_unused=True) for loss in (actual, expected)
-        )
+        pairs = (torch.autograd.grad(x, tensors, allow_unused=True) for x in (actual, expected))
         torch.testing.assert_close(*([each for each in pair if each is not None] for pair in pairs))
 
 
 # --- mistakes
-
 M = torch.ones(2, 3, 4, 5)
 LOGITS = torch.ones(2, 4)
 INDEX = torch.arange(2)
@@ -191,7 +186,7 @@ ERRORS = [
     (lambda: build("kd", temprature=2, **SHAPES), TypeError,
      "kd: options must be among temperature, got temprature"),
     (lambda: build("at", p=2, **SHAPES), TypeError,
-     "at: options must be left out (it has none), got p"),
+     "at: options must be empty (it has none), got p"),
     (lambda: build("crd", **SHAPES), TypeError,
      "crd: num_samples must be given (the size of the training set), got None"),
     (lambda: build("catkd", student_head=nn.Linear(5, 7), **SHAPES), ValueError,
@@ -199,14 +194,14 @@ ERRORS = [
     (lambda: build("catkd", student_head=nn.ReLU(), **SHAPES), TypeError,
      "catkd: head must be a linear layer, a 1x1 convolution or a weight [K, C], got ReLU"),
     (without("crd", index=None), ValueError,
-     "crd: index must be given (the samples' places in the training set, int64 [B]), got None"),
+     "crd: index must be given (the samples' indices in the training set, int64 [B]), got None"),
     (without("dkd", target=None), ValueError,
-     "dkd: target must be given (it tells the target class from the others), got None"),
+     "dkd: target must be given (the target class has its own term), got None"),
     (without("kd", teacher_logits=None), ValueError,
      "kd: teacher_logits must be given (this method compares logits [B, K]), got None"),
     (lambda: build("catkd", **SHAPES)(step()), ValueError,
-     "catkd: student_head must be given (student's last linear layer), or its last map have 7 "
-     "channels, got 4"),
+     "catkd: student_head must be given unless the student's last map has 7 channels, one for "
+     "each class, got 4"),
     # logits
     (lambda: methods.kd([1.0], LOGITS), TypeError, "kd: student_logits must be a tensor, got list"),
     (lambda: methods.kd(LOGITS, LOGITS.long()), TypeError,
@@ -253,8 +248,8 @@ ERRORS = [
     (lambda: methods.rkd(M[:, :, :0], M), ValueError,
      "rkd: student must have at least one cell, got [2, 3, 0, 5]"),
     (lambda: methods.fitnet(M[:, :2], M), ValueError,
-     "fitnet: student must have the teacher's shape [2, 3, 4, 5] (an adapter brings it there), "
-     "got [2, 2, 4, 5]"),
+     "fitnet: student must have the teacher's shape [2, 3, 4, 5] (see sokd.Adapter), got [2, "
+     "2, 4, 5]"),
     (lambda: methods.catkd(M[:, :2], M), ValueError,
      "catkd: student must have the teacher's 3 channels, got 2"),
     (lambda: methods.at([M, M], [M]), ValueError,
@@ -280,7 +275,7 @@ ERRORS = [
     (lambda: crd()(*VECTORS, INDEX - 1), ValueError,
      "crd: index must lie in 0 .. 4 (num_samples), got -1"),
     (lambda: crd()(M, M, INDEX), ValueError,
-     "crd: student must be [B, D] (sokd.methods.pooled makes it of a map), got [2, 3, 4, 5]"),
+     "crd: student must be [B, D] (see sokd.methods.pooled for maps), got [2, 3, 4, 5]"),
     (lambda: methods.mgd(3, over="rows"), ValueError,
      "mgd: over must be one of channels, cells, got 'rows'"),
     (lambda: methods.reviewkd([3], []), ValueError,
@@ -288,8 +283,8 @@ ERRORS = [
     (lambda: methods.reviewkd([3], [3])([M, M], [M, M]), ValueError,
      "reviewkd: student must have one map for each of the 1 stages, got 2"),
     (lambda: methods.reviewkd([3], [3])([M[:1, :, :1, :1]], [M[:1]]), ValueError,
-     "reviewkd: student must have more than one value a channel in training, for BatchNorm "
-     "(drop_last=True in the DataLoader), got [1, 3, 1, 1]"),
+     "reviewkd: student must have more than one value per channel in train mode, for "
+     "BatchNorm (drop_last=True in the DataLoader), got [1, 3, 1, 1]"),
 ]  # fmt: skip
 
 

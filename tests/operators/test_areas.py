@@ -1,7 +1,5 @@
 """ops.areas: boxes, scores and coverage, equal to the twin's and to naive loops."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -19,9 +17,8 @@ def maps(shape, dtype=torch.float32, layout="contiguous"):
     """heat, size and offset; the heat in sixths, so that many are equal."""
     batch, _, height, width = shape
     heat = (laid_out(shape, layout, torch.float64).sigmoid() * 6).round() / 6
-    size, offset = (
-        laid_out((batch, 2, height, width), layout, torch.float64).sigmoid() for _ in range(2)
-    )
+    pair = (batch, 2, height, width)
+    size, offset = (laid_out(pair, layout, torch.float64).sigmoid() for _ in range(2))
     return [
         (part * scale).to(dtype)
         for part, scale in ((heat, 1), (size, max(height, width)), (offset, 1))
@@ -43,9 +40,8 @@ def test_naive_loops(module, k, kernel):
     coverage, boxes, scores = naive.areas(heat.numpy(), size.numpy(), offset.numpy(), k, kernel)
     actual = module.areas(heat, size, offset, k=k, kernel=kernel)
     assert actual.boxes.tolist() == boxes.tolist()
-    assert (
-        actual.coverage.tolist() == coverage.tolist() and actual.scores.tolist() == scores.tolist()
-    )
+    assert actual.coverage.tolist() == coverage.tolist()
+    assert actual.scores.tolist() == scores.tolist()
 
 
 @pytest.mark.parametrize("mutual", [False, True])
@@ -58,9 +54,8 @@ def test_naive_loops(module, k, kernel):
 def test_values(shape, dtype, layout, mutual):
     student, k = maps(shape, dtype, layout), min(8, math.prod(shape[1:]))
     teacher = tuple(maps(shape, dtype, layout)) if mutual else None
-    assert_same(
-        ops.areas(*student, k=k, teacher=teacher), reference.areas(*student, k=k, teacher=teacher)
-    )
+    options = {"k": k, "teacher": teacher}
+    assert_same(ops.areas(*student, **options), reference.areas(*student, **options))
 
 
 @pytest.mark.parametrize(
@@ -170,9 +165,8 @@ def test_same_bits_for_any_number_of_threads(with_threads):
     student, teacher = maps((5, 40, 20, 21)), tuple(maps((5, 40, 20, 21)))
     first = with_threads(1, lambda: ops.areas(*student, k=30, teacher=teacher))
     for threads in (2, 3):
-        assert_same(
-            with_threads(threads, lambda: ops.areas(*student, k=30, teacher=teacher)), first
-        )
+        again = with_threads(threads, lambda: ops.areas(*student, k=30, teacher=teacher))
+        assert_same(again, first)
 
 
 @given(

@@ -1,7 +1,5 @@
-"""What the operators say to wrong input: class and sentence, verbatim, with each reader; nothing
+"""The operators' errors for invalid input: type and text, verbatim, with each reader; nothing
 breaks."""
-
-from __future__ import annotations
 
 import math
 
@@ -28,13 +26,9 @@ def dots(upstream=None, **plans):
 
 
 def areas(
-    heat=(2, 3, 4, 5),
-    size=(2, 2, 4, 5),
-    offset=(2, 2, 4, 5),
-    teacher=None,
-    dtypes=(F32, F32, F32),
+    heat=(2, 3, 4, 5), size=(2, 2, 4, 5), offset=(2, 2, 4, 5), teacher=None, dtypes=(F32, F32, F32),
     **options,
-):
+):  # fmt: skip
     maps = [
         torch.ones(shape, dtype=dtype)
         for shape, dtype in zip((heat, size, offset), dtypes, strict=True)
@@ -44,9 +38,8 @@ def areas(
 
 def mse(student=None, teacher=None, *args, **options):
     student = features() if student is None else student
-    return lambda: ops.masked_mse(
-        student, features() if teacher is None else teacher, *args, **options
-    )
+    teacher = features() if teacher is None else teacher
+    return lambda: ops.masked_mse(student, teacher, *args, **options)
 
 
 def theta(value, position=(0, 0, 0), shape=(1, 2, 3)):

@@ -1,7 +1,5 @@
 """cifar100.py from the command line to the student's file, in this process and on one rank."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os

@@ -1,7 +1,5 @@
 """coco.py from the command line to the student's file, and what it refuses."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os

@@ -1,7 +1,5 @@
 """cifar100.py as its users start it: python and torchrun, killed and gone on with, bit for bit."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,8 @@
-"""Around a run: interrupts, a read-only home, forked workers, a broken kernel cache."""
+"""Around a run: interrupts, an unwritable home, forked workers, a broken kernel cache."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -75,3 +76,34 @@ print(sum(len(b) for b in DataLoader(Refined(), 4, num_workers=2)))
         for _ in range(rounds)
     ]
     return {"rounds": rounds, "ok": sum(done.stdout == "16\n" for done in outputs)}
+
+
+def kernel_cache(rounds: int) -> dict[str, Any]:
+    """The cache of compiled CUDA kernels: kill -9, a full disk, three processes at once.
+
+    With the mock driver of the tests; needs a PyTorch built for CUDA, whose NVRTC compiles.
+    """
+    import torch
+    from support.cuda.emulator import SOURCES, build
+    from support.cuda.mock import library
+
+    from sokd import _core
+
+    if not _core.build_info()["cuda"] or torch.version.cuda is None:
+        return {"ran": "nothing: this build or this PyTorch has no CUDA"}
+    with tempfile.TemporaryDirectory() as folder:
+        library(SOURCES / "driver.cpp", Path(folder) / "libcuda.so.1")
+        paths = [folder, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+        environment = {
+            "LD_LIBRARY_PATH": ":".join(paths),
+            "SOKD_MOCK_EMULATORS": str(build("draw")),
+            "SOKD_CACHE_DIR": f"{folder}/cache",
+        }
+        command = [sys.executable, "-m", "soak.cache", str(rounds)]
+        done = subprocess.run(
+            command, env=os.environ | environment, capture_output=True, text=True, timeout=7200
+        )
+    if done.returncode:
+        return {"rounds": rounds, "wrong": [done.stderr[-500:]]}
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return report

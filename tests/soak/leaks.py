@@ -3,6 +3,7 @@ after a warm-up."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 from collections.abc import Callable
@@ -23,17 +24,21 @@ def resident() -> int:
         return int(file.read().split()[1]) * _PAGE
 
 
-def slope(step: Callable[[], None], steps: int) -> float:
-    """Bytes a step, by least squares over 50 readings, after a tenth of the steps as warm-up."""
-    readings = []
-    for index in range(steps):
-        step()
-        if index >= steps // 10 and index % max(steps // 50, 1) == 0:
-            gc.collect()
-            readings.append((float(index), float(resident())))
+def slope(step: Callable[[], None], steps: int) -> dict[str, Any]:
+    """Bytes a step by least squares, after a tenth of the steps; fewer steps after Ctrl-C."""
+    readings, done = [], 0
+    with contextlib.suppress(KeyboardInterrupt):
+        for index in range(steps):
+            step()
+            done += 1
+            if index >= steps // 10 and index % max(steps // 50, 1) == 0:
+                gc.collect()
+                readings.append((float(index), float(resident())))
+    if len(readings) < 3:
+        return {"steps": done, "bytes a step": "too few readings"}
     x, y = torch.tensor(readings, dtype=torch.float64).unbind(1)
     x, y = x - x.mean(), y - y.mean()
-    return float((x * y).sum() / (x * x).sum())
+    return {"steps": done, "bytes a step": round(float((x * y).sum() / (x * x).sum()), 2)}
 
 
 def loss_step() -> Callable[[], None]:
@@ -95,7 +100,11 @@ def run(steps: int) -> dict[str, Any]:
     torch.manual_seed(0)
     work = {"loss": (loss_step, steps), "distiller": (distiller_step, steps),
             "search": (search_step, max(steps // 10, 100))}  # fmt: skip
-    return {
-        name: {"steps": count, "bytes_a_step": round(slope(make(), count), 2)}
-        for name, (make, count) in work.items()
-    }
+    report: dict[str, Any] = {name: slope(make(), count) for name, (make, count) in work.items()}
+    return {**report, "wrong": [name for name, each in report.items() if leaks(each)]}
+
+
+def leaks(each: dict[str, Any]) -> bool:
+    """10 bytes a step or more, and a megabyte in all: an allocator's own growth is less."""
+    by_step = each["bytes a step"]
+    return isinstance(by_step, float) and by_step >= 10 and by_step * each["steps"] >= 2**20

@@ -1,7 +1,5 @@
 """The Rust core under more cases, under valgrind, and its threads under stress."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -14,45 +12,79 @@ import torch
 import sokd
 
 ROOT = Path(__file__).parents[2]
+CHEAP = {"draw": 20}  # how many more cases of an operator run in the same time
+RELEASE = ("--release", "--features", "cuda")
 
 
 def property_tests(cases: int) -> dict[str, Any]:
     """Every operator against its naive loops, with so many random cases for each property.
 
-    Shapes, strides, offsets, dtypes, special values; no byte around an output may change.
+    Shapes, strides (negative and overlapping ones too), offsets, dtypes, special values. Every
+    tensor lies between pages that fault, and no byte around an output may change.
     """
-    environment = {**os.environ, "SOKD_PROPTEST_CASES": str(cases)}
-    command = ["cargo", "test", "--release", "--features", "cuda", "--lib", "naive"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    passed = re.search(r"(\d+) passed; (\d+) failed", done.stdout)
-    counts = passed.groups() if passed else ("0", "build failed")
-    return {"cases": cases, "passed": counts[0], "failed": counts[1], "ok": done.returncode == 0}
+    binary, report, wrong = test_binary(*RELEASE), dict[str, Any](), list[str]()
+    for operator, test in properties():
+        count = cases * CHEAP.get(operator, 1)
+        environment = {**os.environ, "SOKD_PROPTEST_CASES": str(count)}
+        begun, command = os.times(), [binary, f"ops::{operator}::naive::{test}", "--exact"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        seconds = os.times().children_user - begun.children_user
+        own = report.setdefault(operator, {"properties": 0, "cases": 0, "CPU seconds": 0.0})
+        own["properties"] += 1
+        own["cases"] += count
+        own["CPU seconds"] = round(own["CPU seconds"] + seconds, 1)
+        if done.returncode or "1 passed" not in done.stdout:
+            wrong.append(f"{operator}, {test}: {done.stdout[-500:]}")
+    return {**report, "wrong": wrong}
 
 
-def test_binary() -> str:
+def properties() -> list[tuple[str, str]]:
+    """The operators' property tests, which take arguments, by operator and name."""
+    return [
+        (path.parent.name, test)
+        for path in sorted((ROOT / "src" / "ops").glob("*/*.rs"))
+        for test in re.findall(r"#\[test\]\s+fn (\w+)\((?!\))", path.read_text())
+    ]
+
+
+def test_binary(*options: str, **variables: str) -> str:
     """The compiled `cargo test` program."""
-    command = ["cargo", "test", "--features", "cuda", "--lib", "--no-run", "--message-format=json"]
-    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    command = ["cargo", "test", *options, "--lib", "--no-run", "--message-format=json"]
+    built = subprocess.run(
+        command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, check=True
+    )
     messages = [json.loads(line) for line in built.stdout.splitlines()]
     return next(m["executable"] for m in messages if m.get("executable") and m["profile"]["test"])
 
 
-def valgrind(tool: str, level: str, pattern: str) -> dict[str, Any]:
-    """Run the Rust tests that match `pattern` under a valgrind tool at one SIMD level."""
-    command = [
-        "valgrind",
-        f"--tool={tool}",
-        "--error-exitcode=9",
-        "--quiet",
-        test_binary(),
-        pattern,
-    ]
-    # few cases: valgrind is fifty times slower
-    environment = {**os.environ, "SOKD_SIMD": level, "SOKD_PROPTEST_CASES": "8"}
+def memcheck(level: str) -> dict[str, Any]:
+    """The Rust tests under valgrind at one SIMD level."""
+    command = ["valgrind", "--error-exitcode=9", "--quiet", test_binary(*RELEASE)]
+    return _checked(command, SOKD_SIMD=level)
+
+
+def sanitized(kind: str, level: str) -> dict[str, Any]:
+    """The Rust tests compiled with a sanitizer ("address" or "thread").
+
+    Of the nightly compiler; RUSTC_BOOTSTRAP lets the stable one compile it too.
+    """
+    host = re.search(r"host: (\S+)", subprocess.check_output(["rustc", "-vV"], text=True))
+    assert host is not None
+    binary = test_binary(
+        "--target", host[1], RUSTC_BOOTSTRAP="1", CARGO_TARGET_DIR=str(ROOT / "target" / kind),
+        RUSTFLAGS=f"-Zsanitizer={kind} -Cunsafe-allow-abi-mismatch=sanitizer",
+    )  # fmt: skip
+    known = Path(__file__).with_name("thread.supp")
+    return _checked([binary], SOKD_SIMD=level, TSAN_OPTIONS=f"suppressions={known} exitcode=9")
+
+
+def _checked(command: list[str], **variables: str) -> dict[str, Any]:
+    """A program of tests under a checker; few cases of each property, for it is slow."""
+    environment = {**os.environ, "SOKD_PROPTEST_CASES": "8", **variables}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    errors = len(re.findall(r"^==\d+== \S", done.stderr, re.MULTILINE))
-    report = {"tool": tool, "level": level, "pattern": pattern, "ok": done.returncode == 0}
-    return report if not errors else {**report, "first lines": done.stderr[:500]}
+    passed = re.search(r"(\d+) passed", done.stdout)
+    report = {"tests": int(passed[1]) if passed else 0, "ok": done.returncode == 0}
+    return report if report["ok"] else {**report, "output": done.stderr[-1000:]}
 
 
 def thread_bits(rounds: int) -> dict[str, Any]:

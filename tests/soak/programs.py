@@ -5,8 +5,6 @@ Each action either works, with finite losses and the right parameters moving, or
 sokd: a sentence that begins with the name of what was called.
 """
 
-from __future__ import annotations
-
 import copy
 import io
 import random
@@ -18,35 +16,30 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 import sokd
+from sokd.methods import METHODS
 
 # `loss: student_features must ...`, `sokd: ...`, `Distiller: ...`
 OWN_ERROR = re.compile(r"^[A-Za-z_][\w.]*: \S")
 ERRORS = (TypeError, ValueError, RuntimeError, NotImplementedError, FloatingPointError)
-METHODS = (
-    "fitnet",
-    "at",
-    "kd",
-    "dkd",
-    "lskd",
-    "dist",
-    "sp",
-    "rkd",
-    "mgd",
-    "reviewkd",
-    "catkd",
-    "crd",
-)
 CLASSES = 5
-PLUGS: tuple[Any, ...] = (
-    *(True, False, {"granularity": "sample"}, {"dam": None}),
-    *({"base": "replace"}, {"heads": "bounded"}, {"preset": "paper"}),
-)
+FORMS: list[Callable[[Tensor], Any]] = [
+    lambda logits: logits,
+    lambda logits: {"logits": logits},
+    lambda logits: (logits, {"scale": 1.0}),
+    lambda logits: [logits],
+]
+PLUGS: list[Any] = [
+    True, True, False, {"granularity": "sample"}, {"dam": None}, {"policy": None},
+    {"areas": "student", "k": 2}, {"estimator": "relax"}, {"normalise": "area"},
+    {"base": "replace"}, {"heads": "bounded"}, {"preset": "paper"}, {"search": "online"},
+]  # fmt: skip
 
 
 class Net(nn.Module):
-    """Two stages and a classifier; odd sizes, strides and normalisations by chance."""
+    """Two stages and a classifier; sizes, strides, normalisations, forms of output by chance."""
 
     def __init__(self, rng: random.Random, width: int) -> None:
         super().__init__()
@@ -56,9 +49,18 @@ class Net(nn.Module):
         )
         self.stage2 = nn.Sequential(nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.ReLU())
         self.fc = nn.Linear(2 * width, CLASSES)
+        if rng.random() < 0.2:
+            self.fc = rng.choice([nn.utils.weight_norm, parametrizations.weight_norm])(self.fc)
+        self.form, self.writes = rng.randrange(len(FORMS)), rng.random() < 0.1
+        self.keeps = rng.random() < 0.1
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.stage2(self.stage1(x)).mean((2, 3)))
+    def forward(self, x: Tensor) -> Any:
+        if self.writes and not torch.compiler.is_compiling():
+            x.sub_(0.5)
+        maps = self.stage2(self.stage1(x))
+        if self.keeps:
+            self.kept = maps
+        return FORMS[self.form](self.fc(maps.mean((2, 3))))
 
 
 class Program:
@@ -77,7 +79,7 @@ class Program:
 
     def make(self) -> None:
         """A new Distiller; a single layer, both, or those found by itself."""
-        names = self.rng.sample(METHODS, self.rng.choice([1, 1, 2]))
+        names = self.rng.sample(sorted(METHODS), self.rng.choice([1, 1, 2]))
         options: dict[str, Any] = {"num_samples": 64, "negatives": 8} if "crd" in names else {}
         self.methods = names
         self.distiller = sokd.Distiller(
@@ -89,6 +91,10 @@ class Program:
             example=torch.randn(2, 3, self.side, self.side, dtype=self.dtype),
             **options,
         )
+        self.anew()
+
+    def anew(self) -> None:
+        """What depends on the Distiller's parameters."""
         self.optimizer = torch.optim.SGD(self.distiller.parameters(), lr=1e-3)
         self.called: Callable[..., Any] = self.distiller
         self.search = None
@@ -97,14 +103,21 @@ class Program:
         size = self.rng.choice([1, 2, 3, 8])
         x = torch.randn(size, 3, self.side, self.side, dtype=self.dtype)
         extra = {"index": torch.randint(0, 64, (size,))} if "crd" in self.methods else {}
-        return x, torch.randint(0, CLASSES, (size,)), extra
+        y = torch.randint(0, CLASSES, (size,))
+        kind = self.rng.random()
+        if kind < 0.1:
+            y[0] = -100
+        elif kind < 0.2 and not {"dkd", "crd"} & set(self.methods):
+            y = torch.rand(size, CLASSES, dtype=self.dtype).softmax(1)
+        return x, y, extra
 
     def train(self) -> None:
         self.distiller.train()
         x, y, extra = self.batch()
-        frozen = [p.detach().clone() for p in self.teacher.parameters()]
-        policy = self.policy_state()
+        frozen = [each.detach().clone() for each in self.teacher.state_dict().values()]
+        policy, pixels = self.policy_state(), x.clone()
         _, losses = self.called(x, y, **extra)
+        assert self.student.writes or torch.equal(x, pixels), "the batch changed"
         total = sum(losses.values())
         assert all(torch.isfinite(loss) for loss in losses.values()), losses
         self.optimizer.zero_grad()
@@ -116,10 +129,12 @@ class Program:
             moved = not torch.equal(parameter, old)
             grad = parameter.grad
             assert moved <= (grad is not None), "a parameter moved without a gradient"
-            large = grad is not None and bool((grad.abs() * 1e-3 > 1e-5 * old.abs() + 1e-6).any())
+            step = 8 * torch.finfo(old.dtype).eps * old.abs() + 1e-6
+            large = grad is not None and bool((grad.abs() * 1e-3 > step).any())
             assert moved >= large, "a parameter with a gradient did not move"
-        for parameter, old in zip(self.teacher.parameters(), frozen, strict=True):
-            assert torch.equal(parameter, old) and parameter.grad is None, "the teacher changed"
+        for value, old in zip(self.teacher.state_dict().values(), frozen, strict=True):
+            assert torch.equal(value, old), "the teacher changed"
+        assert all(p.grad is None for p in self.teacher.parameters()), "the teacher has a gradient"
         assert self.same_policy(policy), "the policy changed without a search"
 
     def policy_state(self) -> list[Tensor]:
@@ -134,7 +149,8 @@ class Program:
         self.distiller.eval()
         x, y, _ = self.batch()
         with torch.no_grad():
-            assert torch.isfinite(self.distiller(x)).all()
+            logits = self.distiller.logits_of(self.distiller(x.clone()))
+            assert logits.shape == (len(x), CLASSES) and torch.isfinite(logits).all()
             assert all(torch.isfinite(loss) for loss in self.distiller(x, y)[1].values())
 
     def save_and_load(self) -> None:
@@ -148,26 +164,34 @@ class Program:
             assert same, name  # crd: NaN stands for a normaliser that no batch has set
 
     def copy(self) -> None:
+        if self.student.keeps or hasattr(self.student.fc, "weight_g"):
+            return  # PyTorch copies no tensor with a graph
         self.distiller = copy.deepcopy(self.distiller)
         self.student, self.teacher = self.distiller.student, self.distiller.teacher
-        self.optimizer = torch.optim.SGD(self.distiller.parameters(), lr=1e-3)
-        self.called, self.search = self.distiller, None
+        self.anew()
 
     def cast(self) -> None:
-        self.dtype = self.rng.choice([torch.float32, torch.float64])
+        self.dtype = self.rng.choice([torch.float32, torch.float64, torch.bfloat16])
         self.distiller.to(self.dtype)
-        self.optimizer = torch.optim.SGD(self.distiller.parameters(), lr=1e-3)
-        self.called, self.search = self.distiller, None
+        self.anew()
 
     def freeze(self) -> None:
-        part = self.rng.choice([self.student.stage1, self.student.fc])
+        part = self.rng.choice([self.student.stage1, self.student.fc, self.student])
         part.requires_grad_(self.rng.random() < 0.5)
 
     def replace(self) -> None:
-        kd = self.distiller.kd
-        if kd is not None:
+        """A part of SoKD, a layer of the student's, a new kd of the user's own."""
+        kd, way = self.distiller.kd, self.rng.random()
+        if way < 0.2:
+            self.student.stage2 = copy.deepcopy(self.student.stage2)
+            return
+        if kd is None:
+            return
+        if way < 0.8:
             setattr(kd, self.rng.choice(["policy", "dam"]), None)
-            self.search, self.called = None, self.distiller
+        else:
+            kd.policy = sokd.Policy(granularity=self.rng.choice(["batch", "sample"]))
+        self.anew()
 
     def look(self) -> None:
         self.distiller.eval()
@@ -182,7 +206,11 @@ class Program:
         if kd is None or kd.policy is None:
             return
         if self.search is None:
-            options = {"order": self.rng.choice([1, 2])}
+            options = {
+                "order": self.rng.choice([1, 2]),
+                "objective": self.rng.choice(["consistency", "task", "total"]),
+                "estimator": self.rng.choice(["gumbel", "relax", None]),
+            }
             self.search = sokd.PolicySearch(kd, self.distiller.student, **options)
         x, y, _ = self.batch()
         before = copy.deepcopy(self.student.state_dict())
@@ -195,7 +223,12 @@ class Program:
         x = torch.randn(2, 3, self.side, self.side, dtype=self.dtype)
         self.distiller.eval()
         with torch.no_grad():
-            assert torch.equal(model(x), self.student(x))
+            found, own = (self.distiller.logits_of(net(x.clone())) for net in (model, self.student))
+        assert torch.equal(found, own)
+        if not any(hasattr(part, "parametrizations") for part in model.modules()):
+            buffer = io.BytesIO()
+            torch.save(model, buffer)
+            assert b"sokd" not in buffer.getvalue(), "an export depends on sokd"
 
     def compile(self) -> None:
         if self.compiles and "crd" not in self.methods:
@@ -217,12 +250,14 @@ class Program:
         assert torch.isfinite(loss) and torch.isfinite(f_s.grad).all()
 
     def wrapped(self) -> None:
-        base = self.rng.choice(["keep", "replace"])
-        loss = sokd.wrap(F.mse_loss, sokd.SoKD(4, 6, base=base))
-        assert torch.isfinite(loss(torch.randn(3, 4, 4, 4), torch.randn(3, 6, 4, 4)))
+        loss = sokd.wrap(F.mse_loss, sokd.SoKD(4, 6, base=self.rng.choice(["keep", "replace"])))
+        f_s = torch.randn(3, 4, 4, 4, requires_grad=True)
+        total = loss(f_s, torch.randn(3, 6, 4, 4))
+        total.backward()
+        assert torch.isfinite(total) and f_s.grad is not None and f_s.grad.any()
 
     def run(self, length: int) -> Counter[str]:
-        actions = {
+        actions: dict[Callable[[], None], int] = {
             self.train: 8, self.evaluate: 2, self.save_and_load: 1, self.copy: 1, self.cast: 1,
             self.freeze: 1, self.replace: 1, self.look: 1, self.search_step: 2, self.export: 1,
             self.compile: 1, self.bare_loss: 1, self.wrapped: 1, self.make: 1,
@@ -242,22 +277,32 @@ class Program:
 
 
 def run(sequences: int, *, first_seed: int = 0, length: int = 12) -> dict[str, Any]:
-    """So many programs; what they did, and those that failed with their last actions."""
+    """So many programs, or fewer after Ctrl-C; what they did, and those that failed."""
     torch.set_num_threads(1)
-    done, failures = Counter[str](), []
-    for seed in range(first_seed, first_seed + sequences):
-        program = None
-        try:
-            program = Program(seed, compiles=seed % 200 == 0)
-            done += program.run(length)
-        except ERRORS as error:
-            if program is None and OWN_ERROR.match(str(error)):
-                done["refused"] += 1
-                continue
-            failures.append(_failure(seed, program, error))
-        except AssertionError as error:
-            failures.append(_failure(seed, program, error))
-    return {"sequences": sequences, "actions": dict(done), "failures": failures}
+    done, failures, count = Counter[str](), list[str](), 0
+    try:
+        for seed in range(first_seed, first_seed + sequences):
+            failures += _run_one(seed, length, done)
+            count += 1
+    except KeyboardInterrupt:
+        pass
+    return {"programs": count, "calls": dict(done.most_common()), "failures": failures}
+
+
+def _run_one(seed: int, length: int, done: Counter[str]) -> list[str]:
+    """One program, compiled if its seed is a multiple of 200; how it failed, if it did."""
+    program = None
+    try:
+        program = Program(seed, compiles=seed % 200 == 0)
+        done.update(program.run(length))
+    except ERRORS as error:
+        if program is None and OWN_ERROR.match(str(error)):
+            done["refused"] += 1
+            return []
+        return [_failure(seed, program, error)]
+    except AssertionError as error:
+        return [_failure(seed, program, error)]
+    return []
 
 
 def _failure(seed: int, program: Program | None, error: BaseException) -> str:

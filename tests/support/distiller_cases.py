@@ -1,7 +1,5 @@
 """Small networks of stages, and a Distiller of two of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -3,8 +3,6 @@
 Teachers have no graph, and no operation is there to be slow.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -61,9 +59,8 @@ def fitnet(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def at(student: Tensor, teacher: Tensor) -> Tensor:
-    attention_s, attention_t = (
-        F.normalize(each.pow(2).mean(1).flatten(1)) for each in (student, teacher)
-    )
+    energies = (each.pow(2).mean(1).flatten(1) for each in (student, teacher))
+    attention_s, attention_t = map(F.normalize, energies)
     return (attention_s - attention_t).pow(2).mean()
 
 
@@ -260,13 +257,11 @@ class CRD:
         v_s = F.normalize(self.like.student_embedding(student))
         v_t = F.normalize(self.like.teacher_embedding(teacher))
         if others is None:
-            others = torch.randint(
-                0, len(self.student_bank), (len(index), self.like.negatives.count)
-            )
+            count = self.like.negatives.count
+            others = torch.randint(0, len(self.student_bank), (len(index), count))
         picked = torch.cat((index.unsqueeze(1), others), 1)
-        loss = self._side(0, v_s, self.teacher_bank, picked) + self._side(
-            1, v_t, self.student_bank, picked
-        )
+        loss = self._side(0, v_s, self.teacher_bank, picked)
+        loss = loss + self._side(1, v_t, self.student_bank, picked)
         self.remember(index, v_s.detach(), v_t.detach())
         return loss
 

@@ -1,7 +1,4 @@
-"""The operators once more, as float64 loops over single elements: slow, and unlike the vectorised
-twin."""
-
-from __future__ import annotations
+"""The operators as float64 loops over single elements, unlike the vectorised twin."""
 
 import math
 
@@ -49,8 +46,7 @@ def draw(seed: int, counter: int, n: int) -> tuple[list[float], int]:
 
 
 def sample(plane: np.ndarray, theta: np.ndarray, y: int, x: int) -> float:
-    """One cell of affine_grid + grid_sample(align_corners=False), step by step as PyTorch documents
-    them."""
+    """One cell of affine_grid + grid_sample(align_corners=False), as PyTorch documents them."""
     height, width = plane.shape
     u, v = (2 * x + 1) / width - 1, (2 * y + 1) / height - 1
     ix = ((theta[0] @ (u, v, 1) + 1) * width - 1) / 2
@@ -79,9 +75,8 @@ def refine(features, theta=None, hole=None, sigma=None, perm=None, keep=None, se
             y0, x0, y1, x1 = of(hole, n)
             value = 0.0 if y0 <= y < y1 and x0 <= x < x1 else value
         if sigma is not None:
-            value += of(sigma, n) * normal(
-                seed, n * features.shape[1] + c, y * features.shape[3] + x
-            )
+            where = n * features.shape[1] + c, y * features.shape[3] + x
+            value += of(sigma, n) * normal(seed, *where)
         out[n, c, y, x] = value
     return out
 

@@ -1,7 +1,5 @@
 """The distillation methods in float64 NumPy, element by element from the papers' formulas."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -55,9 +53,7 @@ def pearson(u, v):
 
 
 def dist(student, teacher, beta=1.0, gamma=1.0, temperature=1.0):
-    p_s, p_t = (
-        np.array([softmax(row, temperature) for row in rows]) for rows in (student, teacher)
-    )
+    p_s, p_t = (np.array([softmax(row, temperature) for row in z]) for z in (student, teacher))
     batch, classes = p_s.shape
     inter = sum(pearson(p_s[b], p_t[b]) for b in range(batch)) / batch
     intra = sum(pearson(p_s[:, k], p_t[:, k]) for k in range(classes)) / classes
@@ -101,8 +97,6 @@ def cka(one, two):
 
 
 # --- features [B, C, H, W], omega [B, H, W]
-
-
 def pool(features, height, width):
     """The mean of the cells that each new cell covers."""
     out = np.zeros((*features.shape[:2], height, width))
@@ -168,9 +162,8 @@ def similarity(features, weight):
 
 
 def sp(student, teacher, weight=None):
-    return ((similarity(student, weight) - similarity(teacher, weight)) ** 2).sum() / len(
-        student
-    ) ** 2
+    apart = similarity(student, weight) - similarity(teacher, weight)
+    return (apart**2).sum() / len(student) ** 2
 
 
 def smaller(student, teacher, weight):
@@ -243,9 +236,8 @@ def relations(points):
 
 
 def rkd(student, teacher, weight=None, distance=25.0, angle=50.0):
-    far, turns = zip(
-        *(relations(embedding(each, weight)) for each in (student, teacher)), strict=True
-    )
+    both = (relations(embedding(each, weight)) for each in (student, teacher))
+    far, turns = zip(*both, strict=True)
     distances = sum(huber(far[0][key], far[1][key]) for key in far[0]) / len(far[0])
     angles = sum(huber(turns[0][key], turns[1][key]) for key in turns[0]) / len(turns[0])
     return distance * distances + angle * angles
@@ -305,8 +297,6 @@ def wkd_features(student, teacher, weight=None, means=2.0, grid=4):
 
 
 # --- modules: their parameters as arrays
-
-
 def convolution(features, kernel, bias=None):
     """Zero padding that keeps the size; kernel [C_out, C_in, k, k]."""
     batch, channels, height, width = features.shape
@@ -326,9 +316,8 @@ def batch_norm(features, gain, shift, mean, variance):
     """With the running statistics."""
     out = np.zeros(features.shape)
     for b, c, y, x in np.ndindex(features.shape):
-        out[b, c, y, x] = (
-            gain[c] * (features[b, c, y, x] - mean[c]) / math.sqrt(variance[c] + 1e-5) + shift[c]
-        )
+        scaled = gain[c] * (features[b, c, y, x] - mean[c]) / math.sqrt(variance[c] + 1e-5)
+        out[b, c, y, x] = scaled + shift[c]
     return out
 
 

@@ -5,8 +5,6 @@ mdistiller, which most later papers copy. ImageNet: 100 epochs, batch 256 or 512
 papers and mdistiller's README. COCO: the READMEs of FGD and MGD.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 CIFAR100_SOURCE = "RepDistiller and mdistiller READMEs, CIFAR-100 top-1, 240 epochs"

@@ -60,7 +60,7 @@ def with_adapter(plug: Plug, adapter: str) -> tuple[Plug, str]:
 
 
 class Needs:
-    """What the methods of a Distiller need from the layers."""
+    """What the methods of a Distiller require."""
 
     def __init__(self, recipes: Sequence[Recipe], plug: Plug) -> None:
         plain = not any("features" in recipe.kind.needs for recipe in recipes)
@@ -127,7 +127,7 @@ def _dam_adapts(options: Mapping[str, Any]) -> bool:
 def find_heads(
     recipe: Recipe, models: Sequence[nn.Module], shapes: Sequence[Sequence[Shape]]
 ) -> dict[str, nn.Module]:
-    """The models' classifiers for a method that reads them, if its options do not name them.
+    """The models' classifiers for a method that needs them, unless its options give them.
 
     A classifier is the last linear layer or 1x1 convolution with the channels of the last map.
     """

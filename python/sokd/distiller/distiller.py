@@ -1,4 +1,4 @@
-"""Distillation of any two models by any method, with SoKD plugged in."""
+"""The Distiller: distillation of any two models by any method, with SoKD."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from sokd.distiller.assemble import (
     with_adapter,
 )
 from sokd.distiller.auto import auto_layers
-from sokd.distiller.copies import bare_copy, untouched
+from sokd.distiller.copies import as_eval, bare_copy, untouched
 from sokd.distiller.images import Images, images_of, inside
-from sokd.distiller.inputs import Given, changed, copied
+from sokd.distiller.inputs import Given, apart, changed, copied
 from sokd.distiller.maps import as_map, check_pair
 from sokd.distiller.outputs import (
     Logits,
@@ -52,13 +52,13 @@ __all__ = ["Distiller"]
 Losses = dict[str, Tensor]
 
 NOT_READY = (
-    "Distiller: the parameters do not exist before the shapes are known; pass example=, a batch of "
-    "inputs, or call distiller.setup(x) first: an optimiser made now would lack the adapters"
+    "Distiller: the parameters do not exist before the shapes are known, and an optimiser made now "
+    "would lack the adapters; pass example=, a batch of inputs, or call distiller.setup(x) first"
 )
 
 
 class Pass(NamedTuple):
-    """What one forward pass of a model returned."""
+    """The results of one forward pass of a model."""
 
     output: Any
     logits: Tensor | None
@@ -66,7 +66,7 @@ class Pass(NamedTuple):
 
 
 class Distiller(nn.Module):
-    """Distils one model into another without a change to either.
+    """Distils a teacher into a student without changes to their code.
 
         distiller = sokd.Distiller(student, teacher, layers="stage2", example=images)
         optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
@@ -78,13 +78,13 @@ class Distiller(nn.Module):
     weighted), and SoKD's own (`sokd=` below). In eval mode `distiller(x)` is the student's output,
     and `distiller(x, y)` that and the task's loss. `distiller.logits_of(output)` picks the logits.
 
-    `parameters()` and `state_dict()` are those of the student, the adapters, methods and SoKD: what
-    the optimiser must hold. The teacher is in neither; it is frozen, put in eval mode and run
-    without gradients, and `.to()` moves it too. `distiller.student` is the student itself, with
-    hooks that do nothing outside a Distiller but are pickled with it; `distiller.export()` is a
-    copy without them, to be saved, scripted and loaded where sokd is not installed.
+    `parameters()` and `state_dict()` are those of the student, adapters, methods and SoKD, which
+    the optimiser must hold. They do not include the teacher, which is frozen, set to eval mode and
+    run without gradients; `.to()` moves it too. `distiller.student` is the student itself. Its
+    hooks are inactive outside a Distiller but are pickled with it; `distiller.export()` returns a
+    copy without hooks, to be saved, scripted and loaded without sokd.
 
-    With `fullgraph=True` compile: the Distiller, once its shapes are known
+    These compile with `fullgraph=True`: the Distiller, once its shapes are known
     (`torch.compile(distiller)`); a training step around it; the student alone, by
     `torch.compile(student)` or `student.compile()`. The hooks are part of the graph. Compiled code
     skips the checks for common mistakes.
@@ -99,7 +99,7 @@ class Distiller(nn.Module):
             layer that returns a dict or tuple; "auto": the last map of each resolution that both
             have, the output of a stage and with a gradient, no map of logits (`task=None` where the
             models return features). Maps [B, C, H, W], tokens [B, N, C] and vectors [B, C] (as 1x1
-            maps) are matched by adapters. Of a layer that runs several times the first run counts.
+            maps) are matched by adapters. If a layer runs several times, its first output is used.
         method: a name of `sokd.methods`, a dict of name -> weight (None: the method's own), a
             callable (f_s, f_t) -> scalar for maps of one shape, or None. A method's own options are
             further keywords.
@@ -112,21 +112,22 @@ class Distiller(nn.Module):
         adapter: "conv", "separable", "regressor" or "linear" (see `Adapter`), for SoKD and every
             method that reads adapted maps (fitnet, mgd, a callable); "default": that of `SoKD`.
         task: the task's loss: "auto", losses that the student returns, else cross entropy with y;
-            "model", the student is called as `student(x, y)` and returns them (also for y that is a
-            list of dicts); a callable (output, y) -> scalar, as `loss_task`; None. A callable gets
-            what the student returned, or the part that `logits=` names.
-        logits: where logits are in an output that is not a tensor: a key, an index or a function;
-            None: "logits", "out", the first tensor. They have to be named where that is one of
-            several [B, D] of different D, one of which may be an embedding.
-        example: a batch of inputs for the dry run that finds the shapes (eval mode, no gradients;
-            it leaves buffers, modes, the random state and the batch as they were, and makes lazy
-            parameters). None: the first batch is, and reading `parameters()` before it is an error.
+            "model", the student is called as `student(x, y)` and returns its losses (also the
+            default for y that is a list of dicts); a callable (output, y) -> scalar, as
+            `loss_task`; None. A callable is called with the student's output, or with the part of
+            it that `logits=` selects.
+        logits: where the logits are in an output that is not a tensor: a key, an index or a
+            function; None: "logits", "out", else the first tensor. Required if the first tensor is
+            one of several [B, D] of different D, one of which may be an embedding.
+        example: a batch of inputs for the dry run that finds the shapes (eval mode, no gradients).
+            Buffers, modes, the random state and the batch stay as they were; lazy parameters are
+            initialised. None: the first batch is used, and `parameters()` before it raises.
         student_tokens, teacher_tokens, student_grid, teacher_grid: of token features, see `SoKD`.
-            A grid that is not named is a square, and an error where the images are not square.
+            A grid of None is a square, and raises where the images are not square.
         student_order, teacher_order: "BCHW" or "BHWC" of maps, "BNC", "NBC" or "BCN" of tokens;
             None: "BCHW" and "BNC", checked against the images. A list has one entry for each pair.
         check_finite: on the CPU, raise FloatingPointError for a term that is NaN or infinite, with
-            the names of the term and the layer.
+            the name of the term and the layer.
 
     Raises:
         TypeError, ValueError, RuntimeError: `Distiller: {argument} must {rule}, got {value}`.
@@ -146,7 +147,7 @@ class Distiller(nn.Module):
         self.student = student
         for parameter in teacher.parameters():  # TorchScript modules have no requires_grad_()
             parameter.requires_grad = False
-        self._constant = (teacher.eval(),)  # in a tuple it is not a submodule
+        self._constant = (as_eval(teacher),)  # in a tuple it is not a submodule
         self._teacher_parts = tuple(teacher.modules())
         self._recipes = chosen(method, options)
         self.weights = {recipe.name: recipe.weight for recipe in self._recipes}
@@ -186,10 +187,10 @@ class Distiller(nn.Module):
         """`(output, losses)` in train mode and with a target; in eval mode without one the output.
 
         Args:
-            x: what the models take: a tensor, a list of images, or a dict of keywords.
-            target: [B] class indices, or what `task` takes. None: no task loss.
-            index: [B] int64, the samples' places in the training set, for methods that keep a
-                memory (crd).
+            x: the models' input: a tensor, a list of images, or a dict of keywords.
+            target: [B] class indices, or the target of `task`. None: no task loss.
+            index: [B] int64, the samples' indices in the training set, for methods with a memory
+                bank (crd).
             boxes: one [n, 4] for each image, for methods that read them (fgd): x1 y1 x2 y2 in
                 pixels of x; [0, 4] for an image without boxes.
             image_sizes: (height, width) of each image in a padded batch x [B, C, H, W]: no cell of
@@ -279,16 +280,16 @@ class Distiller(nn.Module):
             return self._study(models[0], copied(x), None).maps, self._teach(x).maps
 
     def logits_of(self, output: Any) -> Any:
-        """The logits in what the student returned, or all of it where there are none."""
+        """The logits in the student's output, or the whole output if there are none."""
         logits = self._logits(output)
         return output if logits is None else logits
 
     def export(self) -> nn.Module:
-        """A copy of the student alone, in eval mode, without wrappers and hooks: what is deployed.
+        """A copy of the student for deployment, in eval mode, without wrappers and hooks.
 
-        It can be saved, scripted and loaded where sokd is not installed, after any number of steps.
+        It can be saved, scripted and loaded without sokd, after any number of steps.
         """
-        return bare_copy(cast(nn.Module, unwrapped(self.student)), Tap).eval()
+        return as_eval(bare_copy(cast(nn.Module, unwrapped(self.student)), Tap))
 
     # --------------------------------------------------------------------------------------- set-up
 
@@ -296,7 +297,7 @@ class Distiller(nn.Module):
     def setup(self, example: Any) -> Distiller:
         """Find the shapes by a dry run on a batch of inputs, and make adapters, methods and SoKD.
 
-        Only the first call does anything.
+        Later calls are no-ops.
         """
         if self.ready:
             return self
@@ -307,7 +308,7 @@ class Distiller(nn.Module):
         with guards.explained(self, example), untouched(student, teacher), self._replayed():
             if self._layers == "auto":
                 self._tap(self._auto(student, teacher, example))
-            named = self._layers != "auto"  # else a name promises nothing
+            named = self._layers != "auto"  # the warnings are about names that the user chose
             maps = []
             for side, model in (("student", student), ("teacher", teacher)):
                 x = copied(example)
@@ -345,7 +346,7 @@ class Distiller(nn.Module):
 
     @torch.inference_mode(False)
     def _build(self, students: list[Any], teachers: list[Any]) -> None:
-        """Make what is trained beside the student, where the student is and in its dtype."""
+        """Make SoKD, adapters and methods, on the student's device and in its dtype."""
         self.kd = make_kd(self._plug, students, teachers, self._needs)
         if self.kd is None and self._needs.adapted:
             self.adapters = make_adapters(students, teachers, self._adapter)
@@ -368,9 +369,9 @@ class Distiller(nn.Module):
     # --------------------------------------------------------------------------------------- a step
 
     def _teach(self, x: Any) -> Pass:
-        """The teacher's pass, on a copy of x if the teacher writes to its input."""
+        """The teacher's pass, with a copy of x if the teacher writes to its input."""
         compiling = torch.compiler.is_compiling()
-        given = copied(x) if self._copies or self._copies is None else x
+        given = apart(x) if self._copies is False else copied(x)
         written = None if compiling else changed(given)
         with torch.no_grad():
             output, taken = self._taps["teacher"].run(
@@ -391,7 +392,7 @@ class Distiller(nn.Module):
         return Pass(output, self._logits(output), self._as_maps("student", taken, given))
 
     def _is_models(self, target: Any) -> bool:
-        """Whether the student takes the target itself."""
+        """Whether the student is called with the target."""
         return target is not None and (
             self.task == "model" or (self.task == "auto" and is_for_model(target))
         )
@@ -404,7 +405,7 @@ class Distiller(nn.Module):
 
     @property
     def _labels(self) -> list[tuple[str, str]]:
-        """The pairs' layers, as messages name them."""
+        """The names of the pairs' layers for messages."""
         return list(zip(self._taps["student"].labels, self._taps["teacher"].labels, strict=True))
 
     def _distil(
@@ -434,7 +435,7 @@ class Distiller(nn.Module):
     def _matched(
         self, students: list[Tensor], teachers: list[Tensor], cells: list[Tensor | None]
     ) -> list[Match]:
-        """The layers' maps as SoKD matches them; without SoKD adapted, if there are adapters."""
+        """The layers' maps as SoKD matches them; without SoKD, adapted if there are adapters."""
         if self.kd is not None:
             return self.kd.match(students, teachers, adapt=self._needs.adapted, valid=cells)
         if self.adapters is not None:
@@ -447,7 +448,7 @@ class Distiller(nn.Module):
         return [Match(student, teacher, None, teacher) for student, teacher in pairs]
 
     def _own_terms(self, kd: SoKD, matches: list[Match], losses: Losses) -> Losses:
-        """SoKD's terms beside the methods'; records the statistics of the step."""
+        """SoKD's terms, which are added to the methods'; records the statistics of the step."""
         added = {}
         if self._needs.own:
             added["loss_sokd"] = total(kd.distances(matches))
@@ -488,7 +489,7 @@ class Distiller(nn.Module):
         return self._constant[0]
 
     def own_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """What is trained beside the student, by name."""
+        """The modules trained beside the student, by name."""
         for name, method in self.methods.items():
             yield f"methods.{name}", method
         if self.adapters is not None:
@@ -499,7 +500,7 @@ class Distiller(nn.Module):
                 yield f"kd.{name}", part
 
     def own_parameters(self) -> Iterator[nn.Parameter]:
-        """Those of `own_modules`."""
+        """The parameters of `own_modules`."""
         for _, module in self.own_modules():
             yield from module.parameters()
 
@@ -531,8 +532,14 @@ class Distiller(nn.Module):
         weights = ", ".join(f"{name}={weight:g}" for name, weight in self.weights.items())
         return (
             f"teacher={type(self.teacher).__name__}, layers: {pairs or 'none'}, weights: "
-            f"{weights or 'none'}"
+            f"{weights or 'none'}{self._idle_search()}"
         )
+
+    def _idle_search(self) -> str:
+        """What `repr` says of a search that never steps."""
+        if self.kd is None or self.kd.search is None or self._needs.adapted:
+            return ""
+        return ", search: no method reads an adapted map, so the policy stays uniform"
 
 
 def _omega(mask: Attention | None, cells: Tensor | None) -> Tensor | None:

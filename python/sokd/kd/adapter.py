@@ -20,6 +20,7 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -64,6 +65,7 @@ class Adapter(nn.Module):
     The state_dict of another kind is refused (RuntimeError).
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self, student_channels: int, teacher_channels: int, *,
         student_size: int | Size | None = None, teacher_size: int | Size | None = None,
@@ -165,7 +167,7 @@ def apply_adapter(adapter: nn.Module | None, student: Tensor, teacher: Tensor) -
 
 
 def _check_values(adapter: Adapter, teacher: Tensor) -> None:
-    """Refuse one value a channel as BatchNorm does; SyncBatchNorm counts those of all ranks."""
+    """Raise for one value per channel, as BatchNorm does; SyncBatchNorm counts all ranks."""
     one = teacher.shape[0] * teacher.shape[2] * teacher.shape[3] == 1
     if one and isinstance(adapter.norm, nn.BatchNorm2d) and adapter.norm.training:
         rule = "give the BatchNorm of kd.adapter more than 1 value per channel in train mode"
@@ -174,7 +176,7 @@ def _check_values(adapter: Adapter, teacher: Tensor) -> None:
 
 
 def _as_size(name: str, size: int | Size | None) -> Size | None:
-    """One number or a pair as a pair, checked."""
+    """A size given as one number or a pair, checked and returned as a pair."""
     if size is None:
         return None
     pair = (size, size) if isinstance(size, numbers.Integral) else size

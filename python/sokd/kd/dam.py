@@ -76,6 +76,7 @@ class DAM(nn.Module):
 
     adapts: ClassVar[bool] = True  # whether it compares adapted maps, of one shape
 
+    @torch.inference_mode(False)
     def __init__(
         self, channels: int, *, heat_channels: int = 100, heads: str = "bounded",
         areas: str = "mutual", overlap: str = "sum", k: int = 8, kernel: int = 3,
@@ -208,7 +209,7 @@ def apply_dam(
 def masked(features: Tensor, weight: Tensor | None) -> Tensor:
     """sqrt(omega) * features [B, C, H, W], omega resized to the features; no weight: as given.
 
-    The root, so that the square of a difference of two masked maps carries omega once, as in
+    With the root, the squared difference of two masked maps has omega as its weight, as in
     `masked_mse`.
     """
     return features if weight is None else features * root(features, weight).unsqueeze(1)
@@ -236,8 +237,7 @@ def _mean_square(student: Tensor, teacher: Tensor, scale: float) -> Tensor:
 def _in_cells(share: Tensor) -> Tensor:
     """Shares [N, 2, H, W] of the map's width and height in cells."""
     height, width = share.shape[-2:]
-    # one kernel fewer; a compiler fuses them anyway, and its sizes may be symbols, not to be
-    # compared
+    # saves a kernel; a compiler fuses them anyway, and comparing its symbolic sizes adds guards
     if not torch.compiler.is_compiling() and height == width:
         return share * width
     across, down = share.chunk(2, dim=1)

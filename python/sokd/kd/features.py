@@ -74,7 +74,7 @@ def layouts(
 def per_layer(
     name: str, value: Any, count: int, *, op: str = "SoKD", layers: str = "layers"
 ) -> list[Any]:
-    """An option for each of `count` layers: a list has one entry each, other values serve all.
+    """An option of `count` layers: a list has one entry per layer, other values apply to all.
 
     Raises:
         ValueError: a list of another length.
@@ -170,7 +170,7 @@ def of_one_dtype(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tensors_of(features: Features) -> list[Tensor]:
-    """The features of all layers: a tensor is that of the only one."""
+    """The features of all layers as a list; a tensor is that of a single layer."""
     return [features] if isinstance(features, Tensor) else list(features)
 
 

@@ -30,7 +30,7 @@ def wrap(
     any_loss: Callable[..., Any], kd: nn.Module, *, student: int | str = 0, teacher: int | str = 1,
     agreement: bool = True,
 ) -> Wrapped:  # fmt: skip
-    """`any_loss` with SoKD plugged in, called with the same arguments as `any_loss`.
+    """Wrap a feature loss with SoKD; the result has the signature of `any_loss`.
 
         kd = sokd.SoKD(student_channels=64, teacher_channels=256)
         loss = sokd.wrap(F.mse_loss, kd)
@@ -53,9 +53,9 @@ def wrap(
         A module with the signature of `any_loss`.
 
     Raises:
-        TypeError: arguments of another kind; with `agreement`, a result that is not a tensor of one
+        TypeError: arguments of another type; with `agreement`, a result that is not a tensor of one
             number.
-        ValueError: arguments that are not features; features that `sokd.loss` refuses.
+        ValueError: arguments that are not features, or features for which `sokd.loss` raises.
     """
     return Wrapped(any_loss, kd, student=student, teacher=teacher, agreement=agreement)
 
@@ -164,7 +164,7 @@ def _place(side: str, value: Any) -> int | str:
     """`student=` or `teacher=`, checked."""
     is_place = isinstance(value, int) and not isinstance(value, bool) and value >= 0
     if not is_place and not isinstance(value, str):
-        raise TypeError(f"wrap: {side} must be a place (0 or more) or a name, got {value!r}")
+        raise TypeError(f"wrap: {side} must be a position (0 or more) or a name, got {value!r}")
     return cast("int | str", value)
 
 
@@ -173,7 +173,7 @@ def _features(side: str, key: int | str, given: Any) -> Features:
     tensors = given if isinstance(given, (list, tuple)) else [given]
     if not all(isinstance(each, Tensor) and each.dim() in (3, 4) for each in tensors):
         shapes = "features [B, C, H, W] or [B, N, C], or a list of them"
-        rule = f"lead to {shapes}, among any_loss's arguments"
+        rule = f"select {shapes}, among the arguments of any_loss"
         got = f"{', '.join(map(described, tensors))} at {key!r}"
         raise ValueError(f"wrap: {side} must {rule}, got {got}")
     return cast(Features, given)

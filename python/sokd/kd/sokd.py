@@ -36,6 +36,7 @@ from sokd.kd.features import (
     total,
 )  # fmt: skip
 from sokd.kd.policy import Draw, Policy
+from sokd.kd.policy.online import Layer, OnlineSearch
 from sokd.kd.virtual import unwrapped
 from sokd.ops.masked_mse import scaled_mse
 from sokd.ops.runtime import savable, transformed
@@ -56,12 +57,12 @@ PRESETS: dict[str | None, dict[str, Any]] = {
     None: {
         "adapter": "linear", "heads": "attention", "base": "keep",
         "lambda_agreement": 0.5, "lambda_areas": 1.0, "lambda_base": 1.5,
-        "granularity": "batch", "magnitude_gradient": "straight_through",
+        "granularity": "batch", "magnitude_gradient": "straight_through", "search": "online",
     },
     "paper": {
         "adapter": "conv", "heads": "paper", "base": "replace",
         "lambda_agreement": 10.0, "lambda_areas": 10.0, "lambda_base": 0.0,
-        "granularity": "batch", "magnitude_gradient": "straight_through",
+        "granularity": "batch", "magnitude_gradient": "straight_through", "search": None,
     },
 }  # fmt: skip
 _HEADS = ("attention", "bounded", "paper")
@@ -122,7 +123,7 @@ def loss(
 
 
 def named_kd(kd: object) -> str:
-    """The type of what is not a SoKD, as an error names it."""
+    """The type of a value that is not a SoKD, for an error."""
     name = type(kd).__name__
     if name != "SoKD":
         return name
@@ -150,20 +151,20 @@ class SoKD(nn.Module):
         loss = F.cross_entropy(logits, y) + kd(f_s, f_t)          # or sokd.loss(f_s, f_t, kd)
 
     `parameters()`, of this module and of any module that holds it, are those the student's
-    optimiser trains: those of the adapter and of DAM's trained heads. The policy is trained by
-    `PolicySearch` alone: `kd.policy.parameters()`; `state_dict()`, `buffers()`, `.to()` and
-    `.train()` include it. Draws continue in `eval()`: a validation loss is refined as the training
-    loss is (`kd.policy = None` for one that is not). Several ranks: wrap kd in
-    DistributedDataParallel, or put it into the module that is wrapped; otherwise adapters and DAMs
-    diverge between ranks. All ranks draw alike if `sokd.manual_seed` was called with the same seed
-    on all of them before kd was made.
+    optimiser trains: those of the adapter and of DAM's trained heads. The policy is trained by the
+    search only, `search="online"` or `PolicySearch`: `kd.policy.parameters()`; `state_dict()`,
+    `buffers()`, `.to()` and `.train()` include it. Draws continue in `eval()`: a validation loss is
+    refined as the training loss is (`kd.policy = None` for one that is not). Several ranks: wrap kd
+    in DistributedDataParallel, or put it into the module that is wrapped; otherwise adapters and
+    DAMs diverge between ranks. Draws are the same on all ranks if `sokd.manual_seed` was called
+    with the same seed before kd was made.
     `kd.adapter`, `kd.policy` and `kd.dam` can be replaced or set to None: no adapter (shapes must
     be equal already), no refinement, no mask (the plain mean squared error). With several layers
     `kd.adapter` and `kd.dam` are ModuleLists, or one module that the layers share.
 
     Args:
         student_channels, teacher_channels: channels of the features, one number or equally long
-            lists. Below, a list has one entry for each layer, any other value serves all layers.
+            lists. Below, a list has one entry for each layer, any other value is for all layers.
         student_size, teacher_size: (height, width) or one number, for a strided or transposed
             convolution in the `Adapter`; None: maps of unequal size are resized.
         student_tokens, teacher_tokens: prefix tokens to drop from token features; None: see
@@ -185,7 +186,10 @@ class SoKD(nn.Module):
         normalise: "elements" [A] or "area", see `sokd.ops.masked_mse`.
         areas, overlap, k, kernel: of the DAM. heat_channels: of `DAM` alone, None: 100.
             attention_temperature: `temperature` of `AttentionDAM` alone, None: 1.
-        policies, estimator, magnitude_gradient, granularity: of `Policy`.
+        policies, estimator, magnitude_gradient: of `Policy`.
+        granularity: of `Policy`; "default": "sample" with search="online", else "batch".
+        search: "online": the policy moves in each loss (docs/method.md 2.6), see `freeze_policy`;
+            None: it stays as it is, unless a `PolicySearch` trains it.
         policy, dam: "default", None, or a module in its place. A DAM is called as `dam(student,
             refined, scale=lambda_agreement)` and returns an `Attention`; it gets the student's own
             map where it has an attribute `adapts = False`, else the adapted one. A policy is a
@@ -216,14 +220,15 @@ class SoKD(nn.Module):
         areas: str = "mutual", overlap: str = "sum", k: int = 8, kernel: int = 3,
         policies: Sequence[Sequence[int | str]] | None = None,
         estimator: str = "gumbel", magnitude_gradient: str = "default",
-        granularity: str = "default", policy: Policy | Default | None = "default",
-        dam: nn.Module | Default | None = "default", generator: torch.Generator | None = None,
+        granularity: str = "default", search: str | None = "default",
+        policy: Policy | Default | None = "default", dam: nn.Module | Default | None = "default",
+        generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         given = {
             "adapter": adapter, "heads": heads, "base": base, "lambda_agreement": lambda_agreement,
             "lambda_areas": lambda_areas, "lambda_base": lambda_base, "granularity": granularity,
-            "magnitude_gradient": magnitude_gradient,
+            "magnitude_gradient": magnitude_gradient, "search": search,
         }  # fmt: skip
         chosen = settled(preset, given)
         one_of("SoKD", "normalise", normalise, ("elements", "area"))
@@ -268,6 +273,7 @@ class SoKD(nn.Module):
         self.adapter = _part_or_none("adapter", adapter, count)
         self.policy = _policy_or_none(policy)
         self.dam = _part_or_none("dam", dam, count)
+        self.search = _search_or_none(chosen["search"], self.policy)
         # A buffer, so that compiled steps fill it too; not in the state_dict: each step overwrites
         # it.
         statistics = torch.zeros(count, len(STATISTICS), dtype=torch.float32)
@@ -286,12 +292,14 @@ class SoKD(nn.Module):
             difference = match.student - match.refined            # [B, C, H, W]
             weight = match.attention.weight                       # omega [B, H, W]
 
-        `sokd.loss`, `sokd.wrap`, `sokd.Distiller`, `sokd.PolicySearch` and `sokd.inspect` are made
-        of this. It records no statistics and warns about nothing.
+        `sokd.loss`, `sokd.wrap`, `sokd.Distiller`, `sokd.PolicySearch` and `sokd.inspect` call this
+        method. It records no statistics and gives no warnings. A kd with search="online" moves its
+        policy here: in train mode, with grad mode on, without `draw`, `differentiable`,
+        `adapt=False` or `refine=False`.
 
         Args:
             student_features, teacher_features: as `sokd.loss` takes them.
-            draw: the result of `self.policy.draw(batch)`, to evaluate twice alike; None: the next
+            draw: the result of `self.policy.draw(batch)`, to repeat an evaluation; None: the next
                 draw. All layers share one draw: the same sub-policy, gates and magnitudes.
             adapt: False: `student` is the map as given. Trained heads compare maps of one shape and
                 read an adapted copy.
@@ -314,6 +322,8 @@ class SoKD(nn.Module):
         ]
         maps = checked_maps(student_features, teacher_features, channels, self._layouts, first)
         policy = self.policy if refine else None
+        searches = adapt and self._searches(draw, differentiable)
+        layers = []
         if policy is not None and draw is None:
             draw = policy.draw(maps[0][1].shape[0])
         matches = []
@@ -334,12 +344,33 @@ class SoKD(nn.Module):
             refined, clean = kept(refined, cells), kept(clean, cells)
             if compared[index]:
                 adapted = kept(adapted, cells)
+            if searches:
+                layers.append(Layer(clean, refined, adapted))
             seen = adapted if reads_adapted(dam) else student
             attention = apply_dam(dam, seen, refined, self.lambda_agreement)
             if attention is not None and cells is not None:
                 attention = attention._replace(weight=attention.weight * cells[:, 0])
             matches.append(Match(adapted if adapt else student, refined, attention, clean))
+        if self.search is not None and policy is not None and draw is not None and layers:
+            self.search.step(unwrapped(policy), draw, layers)
         return matches
+
+    def _searches(self, draw: Draw | None, differentiable: bool) -> bool:
+        """Whether a loss that was given `draw` moves the policy."""
+        own_draw = self.search is not None and draw is None and not differentiable
+        return own_draw and self.training and torch.is_grad_enabled()
+
+    def freeze_policy(self) -> None:
+        """End the search: the policy stays as it is from now on, draws continue.
+
+            kd.freeze_policy()                     # after some epochs, say
+
+        The state_dict keeps the end of an online search. A `PolicySearch` refuses a frozen policy.
+        """
+        if self.search is not None:
+            self.search.freeze()
+        elif self.policy is not None:
+            self.policy.requires_grad_(False)
 
     # ------------------------------------------------------------------------------------ the terms
 
@@ -363,7 +394,7 @@ class SoKD(nn.Module):
             student_features, teacher_features: as `sokd.loss` takes them.
             draw: see `match`.
             differentiable: whether the policy gets a gradient (from "areas" alone: in the agreement
-                the teacher's features are constants). Such a call leaves no statistics.
+                the teacher's features are constants). Such a call records no statistics.
         """
         matches = self.match(
             student_features, teacher_features, draw=draw, differentiable=differentiable
@@ -593,6 +624,10 @@ def settled(preset: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     }
     one_of("SoKD", "heads", chosen["heads"], _HEADS)
     one_of("SoKD", "base", chosen["base"], _BASES)
+    if chosen["search"] is not None:
+        one_of("SoKD", "search", chosen["search"], ("online",))
+        if given.get("granularity", "default") == "default":
+            chosen["granularity"] = "sample"  # the search learns most from many draws
     if isinstance(chosen["adapter"], str):
         one_of("SoKD", "adapter", chosen["adapter"], KINDS)
     return chosen
@@ -648,6 +683,15 @@ def _policy_or_none(given: Any) -> Policy | None:
     if given is None or isinstance(unwrapped(given), Policy):
         return cast("Policy | None", given)
     raise TypeError(f"SoKD: policy must be 'default', None or a sokd.Policy, got {_named(given)}")
+
+
+def _search_or_none(search: str | None, policy: Policy | None) -> OnlineSearch | None:
+    if search is None:
+        return None
+    if policy is None:
+        rule = "be None for a SoKD without a policy"
+        raise ValueError(f"SoKD: search must {rule}, got {search!r}")
+    return OnlineSearch(unwrapped(policy))
 
 
 def _part_or_none(name: str, given: Any, layers: int) -> nn.Module | None:

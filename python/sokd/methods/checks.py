@@ -1,4 +1,4 @@
-"""Checks of the methods' arguments; they return layers as lists and teachers as constants."""
+"""Checks of the methods' arguments, which return layers as lists and teachers as constants."""
 
 from __future__ import annotations
 
@@ -11,21 +11,26 @@ import torch
 from torch import Tensor
 
 from sokd.methods.common import Maps, Weights, constant, wide
-from sokd.ops.runtime import is_eager
+from sokd.ops.runtime import is_eager, warn_user
 
-__all__ = ["check_target", "layer_pairs", "logits_pair", "number", "wrong_class"]
+__all__ = ["check_cells", "check_target", "layer_pairs", "logits_pair", "number", "wrong_class"]
 
 Pair = tuple[Tensor, Tensor, Tensor | None]  # student, teacher, omega
+
+SWAPPED = (
+    "sokd: {op} got a {teacher} that requires grad and a {student} that does not, so nothing is "
+    "trained by it; the order is (student, teacher)"
+)
 
 
 def logits_pair(
     op: str, student: Tensor, teacher: Tensor, *, dense: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Both sides' logits [B, K], checked; float32 or float64, the teacher's constant.
+    """Check both sides' logits; return them as [B, K], float32 or float64, the teacher's constant.
 
     Args:
-        dense: whether [B, K, H, W] (or [B, K, D, H, W]) is taken too, as [B * H * W, K]. Not [B, K,
-            N]: with as many dimensions others put K last.
+        dense: whether [B, K, H, W] (or [B, K, D, H, W]) is accepted too, as [B * H * W, K]. [B, K,
+            N] is not, because many models put K last there.
     """
     _check_tensors(op, "student_logits", student, "teacher_logits", teacher)
     rank = student.dim()
@@ -44,11 +49,11 @@ def layer_pairs(
     op: str, student: Maps, teacher: Maps, weight: Weights = None, *, embeddings: bool = False,
     same: str = "",
 ) -> list[Pair]:  # fmt: skip
-    """The layers' features and weights as lists, checked; the teacher's constant, dtypes as given.
+    """Check the layers' features and weights and return them as lists, the teacher's constant.
 
     Args:
-        embeddings: whether [B, D] is taken beside [B, C, H, W].
-        same: "shape" or "channels", what the two sides have to have in common beside the batch.
+        embeddings: whether [B, D] is accepted too.
+        same: "shape" or "channels", what the two sides must share besides the batch size.
     """
     students, teachers = _as_list(student), _as_list(teacher)
     weights = (
@@ -66,10 +71,10 @@ def number(
     op: str, name: str, value: Any, *, above: float | None = None, least: float | None = None,
     below: float = math.inf, whole: bool = False,
 ) -> Any:  # fmt: skip
-    """An option that is a number, checked; a tensor, such as a learned temperature, is not read.
+    """Check an option that is a number; a tensor, such as a learned temperature, is not read.
 
     Args:
-        above, least, below: bounds; `least` is in the range, the others are not.
+        above, least, below: bounds; `least` is inclusive, the others are exclusive.
         whole: whether it must be a whole number.
 
     Raises:
@@ -95,7 +100,7 @@ def number(
 
 
 def check_target(op: str, target: Any, logits: Tensor, ignored: int) -> None:
-    """Refuse a target that is not the class indices of logits [B, K]; read on the CPU alone."""
+    """Raise for a target that is not the class indices of logits [B, K]; read on the CPU only."""
     if not isinstance(target, Tensor) or target.dtype != torch.int64:
         got = str(target.dtype) if isinstance(target, Tensor) else type(target).__name__
         raise TypeError(f"{op}: target must be an int64 tensor [B], got {got}")
@@ -105,6 +110,14 @@ def check_target(op: str, target: Any, logits: Tensor, ignored: int) -> None:
         text = wrong_class(target, logits.shape[1], ignored)
         if text:
             raise ValueError(f"{op}: {text}")
+
+
+def check_cells(op: str, pair: tuple[Tensor, Tensor], compared: int) -> None:
+    """Refuse maps that are compared in one cell, where a map divided by its length is 1 or -1."""
+    if compared < 2:
+        student, teacher = (list(each.shape) for each in pair)
+        rule = "have 2 cells or more where the maps are compared"
+        raise ValueError(f"{op}: student must {rule}, got {student} and the teacher's {teacher}")
 
 
 def wrong_class(target: Tensor, classes: int, ignored: int = -100) -> str:
@@ -121,7 +134,7 @@ def _layer_pair(
     _check_rank(op, "student", student, embeddings)
     _check_rank(op, "teacher", teacher, embeddings)
     if same == "shape" and student.shape != teacher.shape:
-        rule = f"have the teacher's shape {list(teacher.shape)} (an adapter brings it there)"
+        rule = f"have the teacher's shape {list(teacher.shape)} (see sokd.Adapter)"
         raise ValueError(f"{op}: student must {rule}, got {list(student.shape)}")
     if same == "channels" and student.shape[1] != teacher.shape[1]:
         raise ValueError(f"{op}: student must have the teacher's {teacher.shape[1]} channels, "
@@ -154,6 +167,9 @@ def _check_tensors(op: str, name: str, student: Tensor, other: str, teacher: Ten
             raise TypeError(f"{op}: {which} must be a tensor, got {type(tensor).__name__}")
         if not tensor.is_floating_point():
             raise TypeError(f"{op}: {which} must be floating point, got {tensor.dtype}")
+    swapped = teacher.requires_grad and not student.requires_grad and torch.is_grad_enabled()
+    if swapped and is_eager(student, teacher):
+        warn_user(SWAPPED.format(op=op, student=name, teacher=other))
     if teacher.device != student.device:
         rule = f"be on the student's device {student.device}"
         raise ValueError(f"{op}: {other} must {rule}, got {teacher.device}")

@@ -73,8 +73,9 @@ def areas(
     Args:
         heat: [B, A, H, W] in [0, 1]; float64, float32, float16 or bfloat16.
         size: [B, 2, H, W], width and height in cells; offset: [B, 2, H, W], x and y in cells.
-        k: areas for each sample, 1 .. A*H*W; kernel: side of the window of a local maximum, odd.
-        teacher: the same three maps of the teacher, for the areas of mutual interest.
+        k: number of areas in each sample, 1 .. A*H*W.
+        kernel: side of the window of a local maximum; odd.
+        teacher: the teacher's heat, size and offset, for the areas that both attend to.
 
     Returns:
         Areas: coverage [B, H, W] float32; boxes [B, k, 4] int64, y0 x0 y1 x1 inclusive; scores

@@ -121,11 +121,7 @@ impl Outputs<'_> {
 }
 
 fn like_heat(
-    name: &str,
-    view: &TensorView,
-    heat: &TensorView,
-    layout: &str,
-    sizes: &[usize],
+    name: &str, view: &TensorView, heat: &TensorView, layout: &str, sizes: &[usize],
 ) -> Result<()> {
     CHECK.same_dtype(name, view, "heat", heat)?;
     CHECK.sizes(name, view, layout, sizes)?;

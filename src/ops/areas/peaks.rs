@@ -55,11 +55,7 @@ impl<T: Element> Image<'_, T> {
     /// The k best peaks among the cells that are not below a cutoff.
     #[inline(always)]
     fn above<S: Simd>(
-        &self,
-        simd: S,
-        cutoff: T::Acc,
-        bounds: &[T::Acc],
-        k: usize,
+        &self, simd: S, cutoff: T::Acc, bounds: &[T::Acc], k: usize,
     ) -> BinaryHeap<Peak<T::Acc>> {
         let mut best = BinaryHeap::with_capacity(k + 1);
         for (i, bound) in bounds.iter().enumerate() {
@@ -72,12 +68,7 @@ impl<T: Element> Image<'_, T> {
 
     #[inline(always)]
     fn gather<S: Simd>(
-        &self,
-        simd: S,
-        tile: &Tile,
-        bound: T::Acc,
-        cutoff: T::Acc,
-        k: usize,
+        &self, simd: S, tile: &Tile, bound: T::Acc, cutoff: T::Acc, k: usize,
         best: &mut BinaryHeap<Peak<T::Acc>>,
     ) {
         let hopeless = |peak: Peak<T::Acc>, best: &BinaryHeap<Peak<T::Acc>>| {

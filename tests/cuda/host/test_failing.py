@@ -4,8 +4,6 @@ Each test runs in a fork of the child process, which has loaded no kernel, and c
 fakes of CUDA tensors.
 """
 
-from __future__ import annotations
-
 import re
 
 import pytest
@@ -51,17 +49,13 @@ def test_each_call_fails_in_turn(code: int, name: str) -> None:
             assert (text, depth) == ("", 0), "it is tried once more"
             continue
         assert text == f"masked_mse: the CUDA driver failed in {function}: {name}"
-        assert depth == (1 if function == "cuCtxPopCurrent" else 0), (
-            "the thread's context was left behind"
-        )
+        assert depth == int(function == "cuCtxPopCurrent"), "the thread's context was left behind"
     assert fresh(_fails_at, position + 1, code) == ("", 0), "there is no further call"
 
 
 @pytest.mark.parametrize("gains", [True, False])
 @forked
-def test_torchs_cached_memory_is_freed_for_a_kernel(
-    gains: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torchs_cached_memory_is_freed(gains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     driver, emptied = Driver(), []
 
     def empty_cache() -> None:
@@ -111,9 +105,7 @@ def fields(structure: str, text: str) -> int:
     ("masked_mse", "masked_mse_scale_f32", "Scale"),
     ("draw", "draw", "Draw"),
 ])  # fmt: skip
-def test_every_field_of_an_argument_structure_is_8_bytes(
-    operator: str, kernel: str, structure: str
-) -> None:
+def test_every_field_of_a_structure_is_8_bytes(operator: str, kernel: str, structure: str) -> None:
     """Names and types are compared by the tests in Rust."""
     paths = ROOT / "src/cuda/common.cuh", ROOT / "src/ops" / operator / "kernel.cu"
     text = "".join(path.read_text() for path in paths)

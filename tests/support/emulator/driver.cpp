@@ -1,5 +1,4 @@
-// A libcuda.so.1 for tests: two devices whose memory is host memory, and whose launches run
-// emulated kernels.
+// A libcuda.so.1 for tests: two devices in host memory, whose launches run emulated kernels.
 //
 // As strict as the real driver: a call before cuInit, a call without a context, a module, function
 // or stream of another device, and an image that is no ELF file or lacks the kernel are errors.
@@ -157,8 +156,7 @@ int begin(const char* call, const std::string& details = "") {
 
 Device* current() { return contexts.empty() ? nullptr : contexts.back(); }
 
-// Whether a capture forbids the call (see cuThreadExchangeStreamCaptureMode); the attempt
-// invalidates the capture.
+// Whether a capture forbids the call, and is spoilt by it (cuThreadExchangeStreamCaptureMode).
 int unsafe() {
     int code = OK;
     for (Stream* stream : streams) {
