@@ -1,7 +1,5 @@
 """`python -m benches [--quick] [name ...]`: all benches or those named; tables, CSV files, docs."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import sys
@@ -17,12 +15,9 @@ NAMES = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benches", description=__doc__)
-    parser.add_argument(
-        "names", nargs="*", choices=[*NAMES, []], metavar="name", help=", ".join(NAMES)
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="main cases, few turns; results go to out/bench"
-    )
+    names = ", ".join(NAMES)
+    parser.add_argument("names", nargs="*", choices=[*NAMES, []], metavar="name", help=names)
+    parser.add_argument("--quick", action="store_true", help="main cases, few turns; to out/bench")
     parser.add_argument("--strict", action="store_true", help="exit with 1 when a target is missed")
     arguments = parser.parse_args()
     start = time.perf_counter()

@@ -3,8 +3,6 @@
 Bytes: heat, size and offset of both sides read once, the coverage written once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch
@@ -30,15 +28,13 @@ def case(batch: int, height: int, width: int, *, target: float) -> Case:
 
     def check() -> None:
         truth = reference.areas(*student, teacher=teacher)
-        ours = sokd.ops.areas(*student, teacher=teacher)
-        check_close(ours.boxes, truth.boxes)
-        check_close(ours.coverage, truth.coverage)
+        actual = sokd.ops.areas(*student, teacher=teacher)
+        check_close(actual.boxes, truth.boxes)
+        check_close(actual.coverage, truth.coverage)
         # The loops compute in float64: a corner on the edge of a cell can fall on either side.
         differs = (eager.areas(student, teacher) != truth.coverage).float().mean().item()
         if differs > 1e-3:
-            raise AssertionError(
-                f"the loops disagree with the reference in {differs:.2%} of the cells"
-            )
+            raise AssertionError(f"the loops disagree in {differs:.2%} of the cells")
 
     sides = {
         "sokd": lambda: sokd.ops.areas(*student, teacher=teacher),

@@ -7,8 +7,6 @@ Both compute the same. The Distiller's overhead does not grow with the batch: a 
 best, and many turns separate three per cent from the machine's noise.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import torch
@@ -55,9 +53,7 @@ def by_distiller(subject: Distiller) -> Callable[[Tensor, Tensor], Tensor]:
 def by_hand(subject: Distiller) -> Callable[[Tensor, Tensor], Tensor]:
     """The same objective from the Distiller's modules, by a user who can change the models."""
     teacher, student = subject.teacher, subject.student
-    loss = (
-        fitnet_loss(subject.adapters[0]) if subject.adapters is not None else sokd_loss(subject.kd)
-    )
+    loss = sokd_loss(subject.kd) if subject.adapters is None else fitnet_loss(subject.adapters[0])
 
     def objective(x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():
@@ -92,7 +88,7 @@ def training_step(
 
 
 def step_case(plugged: bool) -> Case:
-    ours, theirs = distiller(plugged), distiller(plugged)
+    first, second = distiller(plugged), distiller(plugged)
 
     def check() -> None:
         one, other = distiller(plugged), distiller(plugged)
@@ -102,8 +98,8 @@ def step_case(plugged: bool) -> Case:
         f"Distiller: a training step, {'SoKD' if plugged else 'FitNet'}",
         SHAPE,
         {
-            "sokd": training_step(ours, by_distiller(ours)),
-            HAND: training_step(theirs, by_hand(theirs)),
+            "sokd": training_step(first, by_distiller(first)),
+            HAND: training_step(second, by_hand(second)),
         },
         limits={HAND: 1.03},
         check=check,

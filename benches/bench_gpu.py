@@ -6,8 +6,6 @@ measured in the same run on 512 MB. Times are CUDA events around one call; the c
 other memory before it, and the device is kept busy until Python has launched it.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys
@@ -19,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 import sokd
-from benches.bench_loss import step_case
+from benches.bench_loss import STEPS, step_case
 from benches.gpu_works import has_goal, works
 from benches.harness import (
     COLUMNS,
@@ -39,9 +37,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TINY = (2, 16, 8, 8)  # on the CPU, where the bench itself is tried
 COPIED = 512 << 20
 FLUSHED = 256 << 20  # more than any device's cache
-AHEAD = (
-    2_000_000  # cycles, about a millisecond; so many for each that Python takes to launch a call
-)
+# cycles, about a millisecond; so many for each that Python takes to launch a call
+AHEAD = 2_000_000
 GOAL, GOAL_FROM = 0.85, 32_000_000  # share of the copy bandwidth; bytes of a map
 OURS = ("share_of_copy", "goal", "device", "copy_gb_per_s", "driver", "nvrtc")
 
@@ -82,21 +79,19 @@ def cases(options: Options, device: torch.device) -> Iterator[Case]:
     for shape in shapes if on_cuda else (TINY,):
         for dtype in DTYPES:
             for layout in LAYOUTS:
-                yield from works(
-                    shape, dtype, layout, compile_too=on_cuda and layout == "contiguous"
-                )
+                compile_too = on_cuda and layout == "contiguous"
+                yield from works(shape, dtype, layout, compile_too=compile_too)
     if on_cuda:
-        yield step_case()
+        for step in STEPS:
+            yield step_case(*step)
 
 
-def with_share(
-    rows: list[dict[str, Any]], case: Case, bandwidth: float
-) -> Iterator[dict[str, Any]]:
+def with_share(rows: list[dict[str, Any]], case: Case, copies: float) -> Iterator[dict[str, Any]]:
     """Each row with its share of the copy bandwidth; sokd's with the goal, where it has one."""
     map_bytes = torch.Size(case.shape).numel() * getattr(torch, case.dtype).itemsize
     for row in rows:
         if "gb_per_s" in row:
-            share = float(row["gb_per_s"]) / bandwidth
+            share = float(row["gb_per_s"]) / copies
             row["share_of_copy"] = f"{share:.3f}"
             if row["side"] == "sokd" and map_bytes >= GOAL_FROM and has_goal(case):
                 row["goal"] = f">= {GOAL} {'met' if share >= GOAL else 'MISSED'}"
@@ -128,7 +123,7 @@ def why_not(device: torch.device) -> str | None:
 
 
 def measure(device: torch.device, options: Options, rows: list[dict[str, Any]]) -> None:
-    """Add every case's rows; a case that fails, or whose answer is wrong, is a row that says so."""
+    """Add every case's rows; a failure or a wrong answer adds a row with the reason."""
     bandwidth = copy_bandwidth(options, device, COPIED if device.type == "cuda" else 8 << 20)
     columns = where(device, bandwidth)
     print(f"{columns['device']}: copies at {bandwidth:.1f} GB/s, reads and writes together\n")
@@ -143,20 +138,15 @@ def measure(device: torch.device, options: Options, rows: list[dict[str, Any]]) 
             found = [case_columns(case) | {"side": "sokd", "ratio": "left out: out of memory"}]
         except Exception as error:
             print(f"bench_gpu: {what}: {error}", file=sys.stderr)
-            found = [
-                case_columns(case) | {"side": "sokd", "ratio": f"failed: {type(error).__name__}"}
-            ]
+            why = f"failed: {type(error).__name__}"
+            found = [case_columns(case) | {"side": "sokd", "ratio": why}]
         rows += [row | columns for row in found]
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benches.bench_gpu", description=__doc__)
-    parser.add_argument(
-        "--device", default="cuda", help="cuda, cuda:1, ..; cpu only tries the bench itself"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="one shape, few turns; the result goes to out/bench"
-    )
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ..; cpu tries the bench")
+    parser.add_argument("--quick", action="store_true", help="one shape, few turns; to out/bench")
     given = parser.parse_args(arguments)
     device = torch.device(given.device)
     why = why_not(device)

@@ -3,8 +3,6 @@
 The side "sokd" has the reader that is the default without sokd_tch, DLPack's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Literal

@@ -5,8 +5,6 @@ backward: 2 for the forward, 3 for the loss (two maps read, a gradient written),
 (features, gradient).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,9 +20,14 @@ from sokd.ops.masked_mse import scaled_mse as any_mse
 MAIN = (64, 128, 16, 16)
 LARGE = ((32, 256, 28, 28), (2, 256, 100, 100))
 SEED = 7
+Shape = tuple[int, ...]
 
 
-def make(shape: tuple[int, ...], dtype: torch.dtype, layout: str, groups: int) -> dict[str, Tensor]:
+def random_map(shape: Shape, dtype: torch.dtype, layout: str) -> Tensor:
+    return torch.randn(shape).to(dtype).to(memory_format=LAYOUTS[layout])
+
+
+def make(shape: Shape, dtype: torch.dtype, layout: str, groups: int) -> dict[str, Tensor]:
     """Features and a plan with all five parts active."""
     torch.manual_seed(0)
     _, channels, height, width = shape
@@ -32,7 +35,7 @@ def make(shape: tuple[int, ...], dtype: torch.dtype, layout: str, groups: int) -
     zero = torch.zeros_like(angle)
     rows = [angle.cos(), angle.sin(), zero + 0.1], [-angle.sin(), angle.cos(), zero - 0.1]
     return {
-        "features": torch.randn(shape).to(dtype).to(memory_format=LAYOUTS[layout]),
+        "features": random_map(shape, dtype, layout),
         "theta": torch.stack([torch.stack(row, -1) for row in rows], 1),
         "hole": torch.tensor([[height // 4, width // 4, height // 4 + 3, width // 4 + 3]]).repeat(
             groups, 1
@@ -60,14 +63,9 @@ def gradients(
 
 
 def forward_case(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    layout: str,
-    groups: int,
-    *,
-    compile_too: bool,
+    shape: Shape, dtype: torch.dtype, layout: str, groups: int, *, compile_too: bool,
     target: float,
-) -> Case:
+) -> Case:  # fmt: skip
     plan = make(shape, dtype, layout, groups)
     still = plan | {"sigma": torch.zeros(groups)}  # the noise of the two sides differs
     loose = 1e-5 if dtype == torch.float32 else 4e-2
@@ -97,16 +95,16 @@ def forward_case(
     return Case(work, shape, sides, moved, targets, check, name_of(dtype), layout)
 
 
-def affine_case(shape: tuple[int, ...], dtype: torch.dtype, layout: str, *, target: float) -> Case:
+def affine_case(shape: Shape, dtype: torch.dtype, layout: str, *, target: float) -> Case:
     plan = make(shape, dtype, layout, 1)
     features, theta = plan["features"], plan["theta"]
     loose = 1e-5 if dtype == torch.float32 else 4e-2
 
     def check() -> None:
-        ours = sokd.ops.refine(features, theta)
-        check_close(ours, reference.refine(features, theta), rtol=loose, atol=loose)
+        actual = sokd.ops.refine(features, theta)
+        check_close(actual, reference.refine(features, theta), rtol=loose, atol=loose)
         if dtype == torch.float32:
-            check_close(ours, eager.affine(features, theta), rtol=1e-4, atol=1e-4)
+            check_close(actual, eager.affine(features, theta), rtol=1e-4, atol=1e-4)
 
     sides: dict[str, Any] = {
         "sokd": lambda: sokd.ops.refine(features, theta),
@@ -115,18 +113,17 @@ def affine_case(shape: tuple[int, ...], dtype: torch.dtype, layout: str, *, targ
     if target > 1:
         sides[MEMORY] = features.clone
     work = "refine forward, affine only"
-    return Case(
-        work, shape, sides, 2 * features.nbytes, {"eager": target}, check, name_of(dtype), layout
-    )
+    moved, targets = 2 * features.nbytes, {"eager": target}
+    return Case(work, shape, sides, moved, targets, check, name_of(dtype), layout)
 
 
 def loss_case(
-    shape: tuple[int, ...], dtype: torch.dtype, layout: str, *, compile_too: bool, target: float
+    shape: Shape, dtype: torch.dtype, layout: str, *, compile_too: bool, target: float
 ) -> Case:
     plan = make(shape, dtype, layout, 1)
     plan["theta"].requires_grad_()
     plan["sigma"].requires_grad_()
-    student = torch.randn(shape).to(dtype).to(memory_format=LAYOUTS[layout]).requires_grad_()
+    student = random_map(shape, dtype, layout).requires_grad_()
     weight = torch.randint(0, 4, (shape[0], *shape[2:])).float()
     wanted = [student, plan["theta"], plan["sigma"]]
     loose = 1e-4 if dtype == torch.float32 else 4e-2
@@ -136,9 +133,9 @@ def loss_case(
         truth = torch.autograd.grad(
             reference.mutual_mse(student, refined, weight, normalise="elements"), wanted
         )
-        ours = gradients(sokd_refined_loss, wanted, student, weight, plan)
-        check_close(ours[0], truth[0], rtol=loose, atol=loose)
-        for one, other in zip(ours[1:], truth[1:], strict=True):
+        actual = gradients(sokd_refined_loss, wanted, student, weight, plan)
+        check_close(actual[0], truth[0], rtol=loose, atol=loose)
+        for one, other in zip(actual[1:], truth[1:], strict=True):
             check_close(one, other, rtol=100 * loose, atol=100 * loose * float(other.abs().max()))
 
     def memory() -> None:

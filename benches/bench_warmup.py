@@ -4,8 +4,6 @@ Processor time. The host side runs in separate processes under the mock driver o
 needed); the time a real driver takes to load the code is not included.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -91,11 +89,7 @@ def _warm_up(environment: dict[str, str], *, from_cache: bool) -> float:
 def _row(work: str, dtype: str, layout: str, taken: list[float]) -> dict[str, Any]:
     note = f"processor time; sm_{ARCHITECTURE}; no GPU"
     row = {
-        "work": work,
-        "shape": "-",
-        "dtype": dtype,
-        "layout": layout,
-        "side": "sokd",
+        "work": work, "shape": "-", "dtype": dtype, "layout": layout, "side": "sokd",
         "turns": len(taken),
-    }
+    }  # fmt: skip
     return row | {"median_ms": f"{median(taken):.2f}", "note": note}

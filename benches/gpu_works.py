@@ -3,8 +3,6 @@
 Everything is created on torch's default device.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,14 +12,13 @@ from torch import Tensor
 
 import sokd
 from benches.bench_areas import HEATS
-from benches.bench_refine import SEED, gradients, make
+from benches.bench_refine import SEED, Shape, gradients, make, random_map
 from benches.harness import LAYOUTS, Case, Side, check_close, compiled, name_of
 from sokd import reference
 
 PLANS = 4  # of refine_dots
 # The floors are not a goal for these: trials in float64, many plans for one read.
 NO_GOAL = ("refine backward, features", "refine_dots")
-Shape = tuple[int, ...]
 
 
 def has_goal(case: Case) -> bool:
@@ -42,13 +39,9 @@ def works(shape: Shape, dtype: torch.dtype, layout: str, *, compile_too: bool) -
 
 
 def _case(
-    work: str,
-    features: Tensor,
-    layout: str,
-    sides: dict[str, Side],
-    moved: int,
+    work: str, features: Tensor, layout: str, sides: dict[str, Side], moved: int,
     check: Callable[[], None],
-) -> Case:
+) -> Case:  # fmt: skip
     dtype = name_of(features.dtype)
     return Case(work, features.shape, sides, moved, check=check, dtype=dtype, layout=layout)
 
@@ -77,10 +70,10 @@ def _refine_forward(
                 sides["compile"] = _call(compiler(baseline), part)
 
         def check(part: dict[str, Any] = part) -> None:
-            ours, truth = (
+            actual, truth = (
                 refine(**part, seed=SEED) for refine in (sokd.ops.refine, reference.refine)
             )
-            check_close(ours, truth, **_loose(features.dtype))
+            check_close(actual, truth, **_loose(features.dtype))
 
         yield _case(f"refine forward, {kind}", features, layout, sides, 2 * features.nbytes, check)
 
@@ -100,11 +93,11 @@ def _refine_backward(plan: dict[str, Tensor], layout: str) -> Iterator[Case]:
         sides["eager"] = _backward(eager.refine(**arguments), [*leaves.values()], upstream)
 
         def check(
-            ours: Side = sides["sokd"], arguments: Any = arguments, leaves: Any = leaves
+            actual: Side = sides["sokd"], arguments: Any = arguments, leaves: Any = leaves
         ) -> None:
             truth = reference.refine(**arguments, seed=SEED)
             expected = torch.autograd.grad(truth, [*leaves.values()], upstream)
-            for one, other in zip(ours(), expected, strict=True):  # type: ignore[call-overload]
+            for one, other in zip(actual(), expected, strict=True):  # type: ignore[call-overload]
                 bound = _loose(upstream.dtype)
                 check_close(
                     one,
@@ -113,9 +106,8 @@ def _refine_backward(plan: dict[str, Tensor], layout: str) -> Iterator[Case]:
                     atol=bound["atol"] * float(other.abs().max()),
                 )
 
-        yield _case(
-            f"refine backward, {kind}", plan["features"], layout, sides, 2 * upstream.nbytes, check
-        )
+        work, features = f"refine backward, {kind}", plan["features"]
+        yield _case(work, features, layout, sides, 2 * upstream.nbytes, check)
 
 
 def _backward(refined: Tensor, wanted: list[Tensor], upstream: Tensor) -> Side:
@@ -137,11 +129,11 @@ def _refine_dots(plan: dict[str, Tensor], layout: str) -> Case:
 
     def check() -> None:
         scale = features.numel() ** 0.5
-        ours, truth = (
+        actual, truth = (
             dots(features, upstream, stacked) / scale
             for dots in (sokd.ops.refine_dots, reference.refine_dots)
         )
-        check_close(ours, truth, **_loose(features.dtype))
+        check_close(actual, truth, **_loose(features.dtype))
 
     sides: dict[str, Side] = {
         "sokd": lambda: sokd.ops.refine_dots(features, upstream, stacked),
@@ -154,9 +146,7 @@ def _masked_mse(
     shape: Shape, dtype: torch.dtype, layout: str, compiler: Callable[..., Any] | None
 ) -> Iterator[Case]:
     """The kernel, then with autograd. Bytes: two maps and the weight read, a gradient written."""
-    student, teacher = (
-        torch.randn(shape).to(dtype).to(memory_format=LAYOUTS[layout]) for _ in range(2)
-    )
+    student, teacher = (random_map(shape, dtype, layout) for _ in range(2))
     weight = torch.randint(0, 4, (shape[0], *shape[2:])).float()
     student.requires_grad_()
     given = student.detach(), teacher, weight
@@ -184,17 +174,16 @@ def _masked_mse(
         # the gradient is below its normal numbers: to two steps of the others
         if dtype == torch.float16:
             bound["atol"] += 2 * scale * 2.0**-24
-        ours = loss.detach() * scale, torch.autograd.grad(loss, student)[0].float() * scale
-        for one, other in zip(ours, truth(), strict=True):
+        actual = loss.detach() * scale, torch.autograd.grad(loss, student)[0].float() * scale
+        for one, other in zip(actual, truth(), strict=True):
             check_close(one, other, **bound)
 
     sides = {"sokd": both(sokd.ops.masked_mse), "eager": both(eager.masked_mse)}
     if compiler is not None:
         sides["compile"] = both(compiler(eager.masked_mse))
     moved = 3 * student.nbytes + weight.nbytes
-    yield _case(
-        "masked_mse, loss and gradient", student, layout, {"sokd": kernel}, moved, check_kernel
-    )
+    work, of_kernel = "masked_mse, loss and gradient", {"sokd": kernel}
+    yield _case(work, student, layout, of_kernel, moved, check_kernel)
     yield _case("masked_mse, forward + backward", student, layout, sides, moved, check_both)
 
 
@@ -206,14 +195,13 @@ def _areas(shape: Shape, dtype: torch.dtype, layout: str) -> Case:
     offset = torch.rand(batch, 2, height, width).to(dtype)
 
     def check() -> None:
-        ours, truth = (areas(heat, size, offset) for areas in (sokd.ops.areas, reference.areas))
-        check_close(ours.boxes, truth.boxes)
-        check_close(ours.coverage, truth.coverage)
+        actual, truth = (areas(heat, size, offset) for areas in (sokd.ops.areas, reference.areas))
+        check_close(actual.boxes, truth.boxes)
+        check_close(actual.coverage, truth.coverage)
 
     sides: dict[str, Side] = {
         "sokd": lambda: sokd.ops.areas(heat, size, offset),
         "eager": lambda: reference.areas(heat, size, offset),
     }
-    return _case(
-        "areas, k = 8", heat, layout, sides, heat.nbytes + 4 * batch * height * width, check
-    )
+    moved = heat.nbytes + 4 * batch * height * width
+    return _case("areas, k = 8", heat, layout, sides, moved, check)

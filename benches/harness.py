@@ -5,8 +5,6 @@ each of them. Medians are over the turns. A ratio is a side's median divided by 
 1, sokd is faster. With a limit ("<=") as target it is the inverse, the cost of sokd relative to it.
 """
 
-from __future__ import annotations
-
 import csv
 import gc
 import os
@@ -85,9 +83,9 @@ class Options:
         return QUICK_RESULTS if self.quick else RESULTS
 
 
-def check_close(ours: Any, truth: Any, *, rtol: float = 1e-5, atol: float = 1e-5) -> None:
+def check_close(actual: Any, truth: Any, *, rtol: float = 1e-5, atol: float = 1e-5) -> None:
     """Refuse to time a wrong answer."""
-    torch.testing.assert_close(ours, truth, rtol=rtol, atol=atol, check_dtype=False)
+    torch.testing.assert_close(actual, truth, rtol=rtol, atol=atol, check_dtype=False)
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -157,16 +155,13 @@ def case_columns(case: Case) -> dict[str, Any]:
     """The columns of a row that describe its case."""
     shape = "x".join(map(str, case.shape))
     return {
-        "work": case.work,
-        "shape": shape,
-        "dtype": case.dtype,
-        "layout": case.layout,
+        "work": case.work, "shape": shape, "dtype": case.dtype, "layout": case.layout,
         "note": case.note,
-    }
+    }  # fmt: skip
 
 
 def _time_columns(
-    times: list[float], counted: float | None, ours: float, case: Case, name: str
+    times: list[float], counted: float | None, actual: float, case: Case, name: str
 ) -> dict[str, Any]:
     first, _, third = quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
     row: dict[str, Any] = {"median_ms": f"{median(times):.4f}", "turns": len(times)}
@@ -176,7 +171,7 @@ def _time_columns(
     if counted is not None:
         row["counted_ms"] = f"{counted:.4f}"
         if name != "sokd":
-            row["ratio"] = f"{ours / counted if name in case.limits else counted / ours:.3f}"
+            row["ratio"] = f"{actual / counted if name in case.limits else counted / actual:.3f}"
     if name in case.targets:
         row["target"] = f">= {case.targets[name]:g}"
     if name in case.limits:
@@ -257,7 +252,7 @@ def show(rows: Sequence[dict[str, Any]], *further: str) -> None:
 
 
 def verdict(row: Mapping[str, Any]) -> str:
-    """A row's target and whether its ratio meets it; empty without a target."""
+    """A row's target and whether its ratio reaches it; empty without a target."""
     if "target" not in row:
         return ""
     relation, bound = row["target"].split()

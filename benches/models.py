@@ -1,7 +1,5 @@
 """The CIFAR ResNets of the distillation papers (ResNet32x4, ResNet8x4)."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,9 +17,8 @@ class Block(nn.Module):
         self.norm2 = nn.BatchNorm2d(wide)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or narrow != wide:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(narrow, wide, 1, stride, bias=False), nn.BatchNorm2d(wide)
-            )
+            smaller = nn.Conv2d(narrow, wide, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(smaller, nn.BatchNorm2d(wide))
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.norm1(self.first(x)))
@@ -34,9 +31,8 @@ class ResNet(nn.Module):
     def __init__(self, depth: int, classes: int = 100) -> None:
         super().__init__()
         blocks = (depth - 2) // 6
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, WIDTHS[0], 3, 1, 1, bias=False), nn.BatchNorm2d(WIDTHS[0]), nn.ReLU()
-        )
+        first = nn.Conv2d(3, WIDTHS[0], 3, 1, 1, bias=False)
+        self.stem = nn.Sequential(first, nn.BatchNorm2d(WIDTHS[0]), nn.ReLU())
         stages = zip(WIDTHS[:-1], WIDTHS[1:], (1, 2, 2), strict=True)
         self.stage1, self.stage2, self.stage3 = (_stage(*stage, blocks) for stage in stages)
         self.classifier = nn.Linear(WIDTHS[-1], classes)
@@ -47,6 +43,5 @@ class ResNet(nn.Module):
 
 
 def _stage(narrow: int, wide: int, stride: int, blocks: int) -> nn.Sequential:
-    return nn.Sequential(
-        Block(narrow, wide, stride), *(Block(wide, wide, 1) for _ in range(blocks - 1))
-    )
+    rest = (Block(wide, wide, 1) for _ in range(blocks - 1))
+    return nn.Sequential(Block(narrow, wide, stride), *rest)

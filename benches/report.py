@@ -4,8 +4,6 @@
 a page has other numbers.
 """
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,12 +34,12 @@ def table(cases: Iterable[list[Row]]) -> str:
     """One line for each case: sokd's time, then each side's time, ratio and target."""
     lines = ["| work | features | sokd | against |", "|---|---|---|---|"]
     for rows in cases:
-        ours = next((row for row in rows if row["side"] == "sokd"), None)
-        others = "; ".join(_side(row) for row in rows if row is not ours)
+        actual = next((row for row in rows if row["side"] == "sokd"), None)
+        others = "; ".join(_side(row) for row in rows if row is not actual)
         shape = " ".join([rows[0]["shape"], *_unusual(rows[0])])
         note = f" ({rows[0]['note']})" if rows[0]["note"] else ""
         lines.append(
-            f"| {rows[0]['work']}{note} | {shape} | {_ms(ours) if ours else ''} | {others} |"
+            f"| {rows[0]['work']}{note} | {shape} | {_ms(actual) if actual else ''} | {others} |"
         )
     return "\n".join(lines)
 
@@ -65,9 +63,8 @@ def _side(row: Row) -> str:
         return f"{row['side']} {row['ratio']}"
     time = f" {_time(row)}" if row["median_ms"] else ""
     ratio = f": **{float(row['ratio']):.2f}**" if row["ratio"] else ""
-    judged = (
-        verdict(row).removesuffix(" met").replace(" MISSED", ", missed") if row["target"] else ""
-    )
+    met = verdict(row) if row["target"] else ""
+    judged = met.removesuffix(" met").replace(" MISSED", ", missed")
     target = f" (target {judged})" if judged else ""
     return f"{row['side']}{time}{ratio}{target}"
 

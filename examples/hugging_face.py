@@ -4,11 +4,9 @@
     DistillationTrainer(model=distiller, args=arguments, train_dataset=data).train()
     distiller.export().save_pretrained("student")
 
-`arguments`, a `TrainingArguments`, needs `remove_unused_columns=False`: the Trainer cannot tell
+`arguments`, a `TrainingArguments`, needs `remove_unused_columns=False`: the Trainer cannot infer
 from the Distiller which columns its models take.
 """
-
-from __future__ import annotations
 
 from typing import Any
 

@@ -9,8 +9,6 @@ and mixed precision are options of the Trainer (`devices=`, `precision=`). Its c
 contain the teacher.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import lightning

@@ -3,8 +3,6 @@
 Run as a script it trains two small networks on random images; call `distil` with your own models.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -6,8 +6,6 @@ The adapter and DAM's heads are trained on random crops of the photographs; the 
 The photographs come with scikit-image and are in the public domain.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import sys

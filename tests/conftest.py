@@ -1,7 +1,4 @@
-"""Common ground of the tests: seeds, threads, the readers of tensors, a count of what was skipped
-and why."""
-
-from __future__ import annotations
+"""What all tests share: seeds, threads, the readers of tensors, a count of skips with reasons."""
 
 import random
 from collections import Counter
@@ -43,6 +40,12 @@ def _same_start() -> Iterator[None]:
 
 
 @pytest.fixture
+def one_thread(_same_start: None) -> None:
+    """Many small steps gain nothing from a second thread."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
 def with_threads() -> Callable[..., object]:
     """with_threads(n, function): the function's result under n threads."""
 
@@ -67,9 +70,8 @@ def reader(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The number of skipped tests with their reasons, as the last lines of every run."""
-    reasons = Counter(
-        str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", [])
-    )
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(str(report.longrepr[2]) for report in skipped)
     terminalreporter.write_line(f"skipped: {sum(reasons.values())}")
     for reason, count in reasons.most_common():
         terminalreporter.write_line(f"  {count} x {reason.removeprefix('Skipped: ')}")

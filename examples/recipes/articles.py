@@ -8,8 +8,6 @@ over a background of grey bars, discs and pieces of articles. A box is the small
 article's pixels. What is drawn depends on --seed and the image's number alone.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Sequence

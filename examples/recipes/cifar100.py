@@ -6,8 +6,6 @@
     torchrun --nproc-per-node 4 cifar100.py ...     # the batch size is that of all ranks together
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -9,8 +9,6 @@ Networks: torchvision's detectors, its ResNets (under Faster R-CNN with FPN), an
 transform serves both networks, once a batch, and of the teacher the backbone alone runs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -56,10 +54,11 @@ def with_teacher(args: Any, student: nn.Module, classes: int) -> sokd.Distiller:
 
 def prepare(transform: nn.Module, images: list[Tensor], targets: list[Any]) -> tuple[Any, ...]:
     """A batch for both networks: x [B, 3, H, W], padded; targets in its pixels, with the size of
-    each image in x; and those sizes."""
+    each image in x; and boxes and sizes, as a Distiller takes them."""
     batch, targets = transform(images, targets)
     targets = [{**t, "size": size} for t, size in zip(targets, batch.image_sizes, strict=True)]
-    return batch.tensors, targets, batch.image_sizes
+    where = {"boxes": [t["boxes"] for t in targets], "image_sizes": batch.image_sizes}
+    return batch.tensors, targets, where
 
 
 def main(argv: Sequence[str] | None = None, writer: Any = None) -> dict[str, Any]:
@@ -84,7 +83,7 @@ def refuse(args: Any) -> None:
     if args.compile:
         raise SystemExit("--compile: torchvision's detectors have no fixed shapes to compile for")
     for name in args.method:
-        if needs := sokd.methods.METHODS[name].needs - {"features"}:
+        if needs := sokd.methods.METHODS[name].needs - {"features", "boxes"}:
             what = ", ".join(sorted(needs))
             raise SystemExit(f"--method must compare features alone, got {name!r} (reads {what})")
 
@@ -132,12 +131,12 @@ def distil(args: Any, run: Run) -> dict[str, Any]:
             batches = [prepare(transform, x, y) for x, y, _ in batches]
             if search is not None and run.step % args.search_every == 0:
                 with run.clock("search"), run.autocast():
-                    x, y, sizes = batches[0]
-                    search.step(partial(learner.step, image_sizes=sizes), (x, y))
-            for part, (x, y, sizes) in enumerate(batches, 1):
+                    x, y, where = batches[0]
+                    search.step(partial(learner.step, image_sizes=where["image_sizes"]), (x, y))
+            for part, (x, y, where) in enumerate(batches, 1):
                 with run.accumulating(model, last=part == len(batches)):
                     with run.clock("loss"), run.autocast():
-                        own, losses = model(x, y, image_sizes=sizes)
+                        own, losses = model(x, y, **where)
                         loss = objective(losses, args.ce_weight, rise, own) / len(batches)
                     with run.clock("backward"):
                         scaler.scale(loss).backward()

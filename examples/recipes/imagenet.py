@@ -8,8 +8,6 @@ The batch size is that of all ranks together. The teacher is torchvision's (IMAG
 --teacher-weights names a file.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 from urllib.error import URLError

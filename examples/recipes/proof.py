@@ -7,8 +7,6 @@ Fashion-MNIST through cifar100.py, a subset: a teacher (resnet20), then a narrow
 OUT/runs.csv.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import json
@@ -16,13 +14,13 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import cifar100
 import torch
 
 # FitNet, AT and ReviewKD: a part of the tables' weights, which are for large networks.
 METHODS = ("none", "kd", "fitnet=1", "at=10", "crd", "reviewkd=1")
-COLUMNS = ("method", "seed", "last_top1", "best_top1", "best_epoch", "cpu_seconds", "threads")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         *("--batch-size", args.batch_size),
     ]
     teacher = args.out / "teacher"
-    once(teacher, "teacher (resnet20)", 0, [*common, "--teacher-only"])
+    once(cifar100, teacher, "teacher (resnet20)", 0, [*common, "--teacher-only"])
     student = ["--student", "resnet8w8", "--teacher-weights", str(teacher / "teacher.pt")]
     # The search is a step in eight, and CRD has the negatives that a small set allows.
     student += ["--search-every", "8", "--search-epochs", str(args.epochs)]
@@ -51,29 +49,41 @@ def main(argv: Sequence[str] | None = None) -> None:
                 name = f"{method.split('=')[0]}{'+sokd' if sokd else ''}"
                 more = ["--method", method, "--sokd" if sokd else "--no-sokd", "--seed", str(seed)]
                 more += ["--method-option", "negatives=1024"] if method == "crd" else []
-                once(args.out / f"{name}-{seed}", name, seed, [*common, *student, *more])
-    rows = [json.loads(path.read_text()) for path in sorted(args.out.glob("*/row.json"))]
-    with (args.out / "runs.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
-    print("| run | last epoch, test % | best epoch | CPU seconds |\n|---|---|---|---|")
+                once(cifar100, args.out / f"{name}-{seed}", name, seed, [*common, *student, *more])
+    print(table(args.out, {"last_top1": "last epoch, test %", "best_top1": "best epoch"}))
+
+
+def table(out: Path, figures: dict[str, str]) -> str:
+    """Write OUT/runs.csv, and give the mean and spread of the runs' figures as a table."""
+    rows = [json.loads(path.read_text()) for path in sorted(out.glob("*/row.json"))]
+    with (out / "runs.csv").open("w", newline="") as file:
+        lines = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        lines.writeheader()
+        lines.writerows(rows)
+    columns = figures | {"cpu_seconds": "CPU seconds"}
+    shown = [f"| run | {' | '.join(columns.values())} |", "|---" * (len(columns) + 1) + "|"]
     for name in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == name]
-        cells = (
-            spread([row[key] for row in own]) for key in ("last_top1", "best_top1", "cpu_seconds")
-        )
-        print(f"| {name} | {' | '.join(cells)} |")
+        cells = (spread([row[key] for row in own]) for key in columns)
+        shown.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(shown)
 
 
-def once(out: Path, name: str, seed: int, options: list[str]) -> None:
-    """Run cifar100.py unless its row is there; a run that was cut off goes on."""
+def once(
+    recipe: Any, out: Path, name: str, seed: int, options: list[str], more: Sequence[str] = ()
+) -> None:
+    """Run a recipe unless its row is there; a run that was cut off goes on.
+
+    `more`: figures of the log's last row, beside those of the result.
+    """
     if (out / "row.json").exists():
         return
     print(f"{name}, seed {seed}", flush=True)
     begun = time.process_time()
-    result = cifar100.main([*options, "--out", str(out)])
-    row = {"method": name, "seed": seed} | {key: result[key] for key in COLUMNS[2:5]}
+    result = recipe.main([*options, "--out", str(out)])
+    row = {"method": name, "seed": seed} | {k: v for k, v in result.items() if k != "last_epoch"}
+    last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    row |= {f"last_{key}": last[key] for key in more}
     row |= {"cpu_seconds": round(time.process_time() - begun, 1)}
     (out / "row.json").write_text(json.dumps(row | {"threads": torch.get_num_threads()}))
 

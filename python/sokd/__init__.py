@@ -5,7 +5,18 @@ from sokd.ops import installation as _installation  # isort: skip
 
 from sokd import compat, inspect, methods, ops, reference
 from sokd.distiller import Distiller
-from sokd.kd import DAM, Adapter, Match, Policy, PolicySearch, SoKD, loss, manual_seed, wrap
+from sokd.kd import (
+    DAM,
+    Adapter,
+    AttentionDAM,
+    Match,
+    Policy,
+    PolicySearch,
+    SoKD,
+    loss,
+    manual_seed,
+    wrap,
+)
 from sokd.ops.config import choose_reader as _choose_reader
 from sokd.ops.config import show_config
 from sokd.ops.warmup import warmup
@@ -14,6 +25,7 @@ _choose_reader()  # before the first tensor is read
 
 __version__ = _installation.VERSION
 __all__ = [
-    "DAM", "Adapter", "Distiller", "Match", "Policy", "PolicySearch", "SoKD", "compat", "inspect",
-    "loss", "manual_seed", "methods", "ops", "reference", "show_config", "warmup", "wrap",
+    "DAM", "Adapter", "AttentionDAM", "Distiller", "Match", "Policy", "PolicySearch", "SoKD",
+    "compat", "inspect", "loss", "manual_seed", "methods", "ops", "reference", "show_config",
+    "warmup", "wrap",
 ]  # fmt: skip

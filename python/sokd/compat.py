@@ -1,6 +1,6 @@
-"""The Distiller with the calls of mdistiller's trainers and their forks.
+"""A wrapper around `Distiller` with the interface of mdistiller's distillers.
 
-In a fork, one import and one line where its distillers are listed:
+A fork of mdistiller needs one import, and one line where it lists its distillers:
 
     from sokd.compat import MDistiller
     layers = {"layer3": "layer3"}
@@ -20,28 +20,27 @@ from sokd.methods import METHODS, options_of
 
 __all__ = ["MDistiller"]
 
-_SIDES = {
-    "cifar100": 32,
-    "cifar10": 32,
-    "tinyimagenet": 64,
-    "imagenet": 224,
-}  # of the data sets' images
+# the image size of each data set
+_SIDES = {"cifar100": 32, "cifar10": 32, "tinyimagenet": 64, "imagenet": 224}
+
+_DETECTION = ("boxes", "image_sizes", "input_size")  # keywords of a call, as `Distiller`'s
 
 
 class MDistiller(Distiller):
     """mdistiller-compatible wrapper around `Distiller`: the keywords `image` and `target`.
 
-    `distiller(image=..., target=..., epoch=...)` is `(logits, losses)` in train mode; in eval mode
-    `distiller(image=...)` is the logits. `torch.nn.DataParallel`, which its scripts put around a
-    distiller, serves on one device; several need DistributedDataParallel.
+    `distiller(image=..., target=..., epoch=...)` returns `(logits, losses)` in train mode;
+    `distiller(image=...)` returns the logits in eval mode. mdistiller's scripts wrap the distiller
+    in `torch.nn.DataParallel`, which works on one device; use DistributedDataParallel for several.
 
     Args:
-        student, teacher: as mdistiller makes them; they return (logits, dict of features), or
-            anything else.
-        cfg: the fork's configuration: `cfg.DATASET.TYPE` gives the size of the images for the dry
+        student, teacher: models that return (logits, dict of features), as mdistiller's do, or any
+            models that `Distiller` accepts.
+        cfg: the configuration of mdistiller. `cfg.DATASET.TYPE` selects the image size of the dry
             run.
-        num_data: of the training set, as CRD is given it; handed on to a method with that option.
-        options: of `Distiller`. `example` is needed where `cfg` does not name a known data set.
+        num_data: the number of training samples, passed as `num_samples` to a method that has this
+            option (crd).
+        options: options of `Distiller`. `example` is required unless `cfg` names a known data set.
     """
 
     def __init__(
@@ -71,10 +70,11 @@ class MDistiller(Distiller):
     ) -> tuple[Any, dict[str, Tensor]]:
         """The student's logits and the dict of losses.
 
-        Of a trainer's other keywords `epoch` is not used, nor CRD's `contrastive_index`: the
-        negatives are drawn by the loss itself.
+        The keywords `epoch` and, of CRD, `contrastive_index` are ignored: the loss draws its own
+        negatives.
         """
-        output, losses = super().forward(image, target, index=index)
+        given = {name: kwargs[name] for name in _DETECTION if name in kwargs}
+        output, losses = super().forward(image, target, index=index, **given)
         return self.logits_of(output), losses
 
     def forward_test(self, image: Any) -> Any:
@@ -82,17 +82,17 @@ class MDistiller(Distiller):
         return self.logits_of(super().forward(image))
 
     def get_learnable_parameters(self) -> list[nn.Parameter]:
-        """The parameters for the optimiser: of the student, adapters, methods and SoKD."""
+        """The parameters for the optimiser: those of the student, adapters, methods and SoKD."""
         return list(self.parameters())
 
     def get_extra_parameters(self) -> int:
-        """The number of trained parameters beside the student's."""
+        """The number of trained parameters outside the student."""
         students = {id(parameter) for parameter in self.student.parameters()}
         return sum(p.numel() for p in self.get_learnable_parameters() if id(p) not in students)
 
 
 def _takes(method: Any, option: str) -> bool:
-    """Whether a method of that name, or one of those, has the option."""
+    """Whether the method, or one of several, has the option."""
     names = method if isinstance(method, Mapping) else [method]
     return any(
         name in METHODS and option in options_of(name) for name in names if isinstance(name, str)

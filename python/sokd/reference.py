@@ -1,9 +1,9 @@
 """The operators in plain PyTorch: their definition, and the path of devices without a kernel.
 
-Same names, signatures and numbers as `sokd.ops`; differentiable by autograd; nothing here reads a
-value on the host, so it runs on any device without a synchronisation. Half precision computes in
-float32, rounds once. Only metadata that PyTorch itself rejects is refused here; `sokd.ops` checks
-everything, in words.
+Same names, signatures and numbers as `sokd.ops`; differentiable by autograd. No value is read on
+the host, so the functions run on any device without a synchronisation. Half precision computes in
+float32 and rounds once. Invalid metadata raises PyTorch's own errors here; `sokd.ops` checks all
+arguments.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Areas(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The arguments of one `refine` beside the features; G is 1 or B; None: unused."""
+    """The arguments of one `refine` except the features; G is 1 or B; None: unused."""
 
     theta: Tensor | None = None  # [G, 2, 3]
     hole: Tensor | None = None  # [G, 4]: y0 x0 y1 x1, half open
@@ -60,7 +60,7 @@ class Plans(NamedTuple):
     sigma: Tensor | None = None  # [V, G]
     perm: Tensor | None = None  # [V, G, C]
     keep: Tensor | None = None  # [V, G, C]
-    seed: int | Tensor = 0  # one for all plans: they see the same noise
+    seed: int | Tensor = 0  # one for all plans, which have the same noise
 
     @classmethod
     def of(cls, plans: Plans | Plan | Mapping[str, Any]) -> Plans:
@@ -127,9 +127,8 @@ def normals(
 ) -> Tensor:
     """Standard normals [B, C, H, W] float32: a function of the seed and the logical index alone.
 
-    Counter words: the block of four positions (y*W + x) >> 2 as low and high half, then the plane
-    n*C + c as
-    low and high half; the block's four words make normals 0..3 in pairs by Box-Muller.
+    Counter words: low and high half of the block of four positions (y*W + x) >> 2, then low and
+    high half of the plane n*C + c. The block's four words make normals 0..3 in pairs by Box-Muller.
     """
     batch, channels, height, width = shape
     cells = height * width
@@ -160,8 +159,8 @@ def draw(seed: Tensor, counter: Tensor, n: int) -> tuple[Tensor, Tensor]:
 class _Exactly(torch.autograd.Function):
     """The value of `exact` where `when` holds, the gradient of `computed` everywhere.
 
-    The two are equal there but for rounding, the sign of zero and NaN * 0: an identity theta, a
-    sigma of 0.
+    There (an identity theta, a sigma of 0) the two are equal except for rounding, the sign of zero
+    and NaN * 0.
     """
 
     generate_vmap_rule = True
@@ -191,7 +190,7 @@ def accumulator(dtype: Any) -> Any:
 
 
 def layout_of(features: Tensor) -> torch.memory_format:
-    """The memory format of results: channels_last where the features are that alone."""
+    """The memory format of results: channels_last if the features are that and not contiguous."""
     last = (
         features.is_contiguous(memory_format=torch.channels_last) and not features.is_contiguous()
     )
@@ -257,7 +256,7 @@ def _refined(
     sigma: Tensor | None = None, perm: Tensor | None = None, keep: Tensor | None = None,
     seed: int | Tensor = 0,
 ) -> Tensor:  # fmt: skip
-    """`refine` without `straight`, in the dtype that is computed in."""
+    """`refine` without `straight`, in the accumulator dtype."""
     out = features.to(accumulator(features.dtype))
     if perm is not None:
         out = out.gather(1, perm.long()[..., None, None].expand(out.shape))
@@ -293,13 +292,23 @@ def refine(
 
 
 def refine_dots(
-    features: Tensor, upstream: Tensor, plans: Plans | Plan | Mapping[str, Any]
-) -> Tensor:
-    """<upstream, refine(features; plan_v)> for V plans, as `sokd.ops.refine_dots`: [V]."""
+    features: Tensor, upstream: Tensor, plans: Plans | Plan | Mapping[str, Any], *,
+    by_sample: bool = False,
+) -> Tensor:  # fmt: skip
+    """<upstream, refine(features; plan_v)> for V plans, as `sokd.ops.refine_dots`: [V].
+
+    With `by_sample` [2, V, B]: the products of each sample, and the squares of the refined maps.
+    """
     plan = Plans.of(plans)
     wide = upstream.to(accumulator(features.dtype))
-    dots = [(wide * _refined(features, seed=plan.seed, **parts)).sum() for parts in _each(plan)]
-    return torch.stack(dots) if dots else wide.new_zeros(0)
+    refined = [_refined(features, seed=plan.seed, **parts) for parts in _each(plan)]
+    if not by_sample:
+        dots = [(wide * each).sum() for each in refined]
+        return torch.stack(dots) if dots else wide.new_zeros(0)
+    if not refined:
+        return wide.new_zeros(2, 0, len(wide))
+    pairs = [torch.stack([wide * each, each.square()]) for each in refined]
+    return torch.stack([pair.sum((2, 3, 4)) for pair in pairs], dim=1)
 
 
 def _each(plan: Plans) -> Iterator[dict[str, Any]]:
@@ -315,7 +324,10 @@ def areas(
     heat: Tensor, size: Tensor, offset: Tensor, *, k: int = 8, kernel: int = 3,
     teacher: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Areas:  # fmt: skip
-    """The k best peaks of heat [B, A, H, W], their boxes and the cells they cover. No gradient."""
+    """The k best peaks of heat [B, A, H, W], their boxes and the cells they cover. No gradient.
+
+    A cell of heat 0 is no peak.
+    """
     wide = accumulator(heat.dtype)
     heat, size, offset = (part.detach().to(wide) for part in (heat, size, offset))
     if teacher is not None:
@@ -329,7 +341,7 @@ def areas(
 
 
 def _root(product: Tensor) -> Tensor:
-    """The square root, correctly rounded; MKL's is not, and would order equal peaks."""
+    """The correctly rounded square root. MKL's is not correctly rounded, and would break ties."""
     wide = product.to(product.dtype if product.device.type == "mps" else torch.float64)
     root = wide.sqrt()
     # one Newton step, the square exact: root = high + low, each of half the bits
@@ -343,9 +355,8 @@ def _root(product: Tensor) -> Tensor:
 def _best_peaks(heat: Tensor, k: int, kernel: int) -> tuple[Tensor, Tensor, Tensor]:
     """Flat index, score, existence of the k best local maxima, [B, k]; ties to the lower index."""
     # a NaN is not equal to itself and max_pool2d hands it to all its neighbours: neither is a peak
-    peak = (
-        heat == torch.nn.functional.max_pool2d(heat, kernel, stride=1, padding=kernel // 2)
-    ).flatten(1)
+    most = torch.nn.functional.max_pool2d(heat, kernel, stride=1, padding=kernel // 2)
+    peak = ((heat == most) & (heat > 0)).flatten(1)
     score, flat = torch.where(peak, heat.flatten(1), -math.inf).sort(
         dim=1, descending=True, stable=True
     )

@@ -25,8 +25,7 @@ fn optional(op: &'static str, argument: &str, object: &Maybe) -> PyResult<Option
 }
 
 fn read_all<const N: usize>(
-    op: &'static str,
-    named: [(&str, Object); N],
+    op: &'static str, named: [(&str, Object); N],
 ) -> PyResult<[TensorView; N]> {
     let mut views = [const { None }; N];
     for (view, (name, object)) in views.iter_mut().zip(named) {
@@ -76,11 +75,7 @@ fn read_plan(op: &'static str, plan: &RawPlan) -> PyResult<refine::Plan> {
 
 #[pyfunction]
 fn refine_forward(
-    py: Python<'_>,
-    refined: Object,
-    features: Object,
-    plan: RawPlan,
-    resources: Resources,
+    py: Python<'_>, refined: Object, features: Object, plan: RawPlan, resources: Resources,
 ) -> PyResult<()> {
     let op = "refine";
     let features = read::view(op, "features", features)?;
@@ -94,12 +89,8 @@ fn refine_forward(
 /// `wanted`: d_features, d_theta, d_sigma, d_straight.
 #[pyfunction]
 fn refine_backward(
-    py: Python<'_>,
-    wanted: (Maybe, Maybe, Maybe, Maybe),
-    upstream: Object,
-    features: Object,
-    plan: RawPlan,
-    resources: Resources,
+    py: Python<'_>, wanted: (Maybe, Maybe, Maybe, Maybe), upstream: Object, features: Object,
+    plan: RawPlan, resources: Resources,
 ) -> PyResult<()> {
     let op = "refine";
     let features = read::view(op, "features", features)?;
@@ -122,11 +113,7 @@ fn refine_backward(
 
 #[pyfunction]
 fn refine_dots(
-    py: Python<'_>,
-    dots: Object,
-    features: Object,
-    upstream: Object,
-    plans: RawPlan,
+    py: Python<'_>, dots: Object, features: Object, upstream: Object, plans: RawPlan,
     resources: Resources,
 ) -> PyResult<()> {
     let op = "refine_dots";
@@ -172,17 +159,8 @@ fn read_teacher(op: &'static str, teacher: Option<Triple>) -> PyResult<Option<[T
 #[pyo3(name = "areas")]
 #[allow(clippy::too_many_arguments)]
 fn areas_forward(
-    py: Python<'_>,
-    coverage: Object,
-    boxes: Object,
-    scores: Object,
-    heat: Object,
-    size: Object,
-    offset: Object,
-    teacher: Option<Triple>,
-    k: i64,
-    kernel: i64,
-    resources: Resources,
+    py: Python<'_>, coverage: Object, boxes: Object, scores: Object, heat: Object, size: Object,
+    offset: Object, teacher: Option<Triple>, k: i64, kernel: i64, resources: Resources,
 ) -> PyResult<()> {
     let op = "areas";
     let named = [("coverage", coverage), ("boxes", boxes), ("scores", scores)];
@@ -205,12 +183,7 @@ fn areas_forward(
 #[pyfunction]
 #[pyo3(signature = (heat, size, offset, teacher, k, kernel))]
 fn check_areas(
-    heat: Object,
-    size: Object,
-    offset: Object,
-    teacher: Option<Triple>,
-    k: i64,
-    kernel: i64,
+    heat: Object, size: Object, offset: Object, teacher: Option<Triple>, k: i64, kernel: i64,
 ) -> PyResult<()> {
     let op = "areas";
     let [heat, size, offset] = read_all(op, [("heat", heat), ("size", size), ("offset", offset)])?;
@@ -226,15 +199,8 @@ fn check_areas(
 #[pyo3(signature = (loss, d_student, student, teacher, weight, normalise, scale, resources))]
 #[allow(clippy::too_many_arguments)]
 fn masked_mse_forward(
-    py: Python<'_>,
-    loss: Object,
-    d_student: Maybe,
-    student: Object,
-    teacher: Object,
-    weight: Maybe,
-    normalise: &str,
-    scale: f64,
-    resources: Resources,
+    py: Python<'_>, loss: Object, d_student: Maybe, student: Object, teacher: Object,
+    weight: Maybe, normalise: &str, scale: f64, resources: Resources,
 ) -> PyResult<()> {
     let op = "masked_mse";
     let [loss, student, teacher] =
@@ -256,10 +222,7 @@ fn masked_mse_forward(
 #[pyfunction]
 #[pyo3(signature = (student, teacher, weight, normalise))]
 fn check_masked_mse(
-    student: Object,
-    teacher: Object,
-    weight: Maybe,
-    normalise: &str,
+    student: Object, teacher: Object, weight: Maybe, normalise: &str,
 ) -> PyResult<()> {
     let op = "masked_mse";
     let [student, teacher] = read_all(op, [("student", student), ("teacher", teacher)])?;
@@ -273,11 +236,7 @@ fn check_masked_mse(
 /// Uniforms f32 [n] and a noise seed int64 [1] from a policy's seed and counter.
 #[pyfunction]
 fn draw(
-    py: Python,
-    uniforms: Object,
-    noise_seed: Object,
-    seed: Object,
-    counter: Object,
+    py: Python, uniforms: Object, noise_seed: Object, seed: Object, counter: Object,
     resources: Resources,
 ) -> PyResult<()> {
     let op = "draw";
@@ -290,8 +249,7 @@ fn draw(
     released(py, resources, |run| args.forward(&uniforms, &noise_seed, &run))
 }
 
-/// Selects the reader of torch tensors: "portable"; "dlpack" from torch 2.10 on; "tch" after
-/// `use_tch_reader`.
+/// Selects the reader: "portable"; "dlpack" from torch 2.10 on; "tch" after `use_tch_reader`.
 #[pyfunction]
 fn select_reader(py: Python<'_>, name: &str) -> PyResult<()> {
     read::select(py, name)
@@ -318,22 +276,12 @@ fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     crate::parallel::remember_process();
-    module.add_function(wrap_pyfunction!(refine_forward, module)?)?;
-    module.add_function(wrap_pyfunction!(refine_backward, module)?)?;
-    module.add_function(wrap_pyfunction!(refine_dots, module)?)?;
-    module.add_function(wrap_pyfunction!(areas_forward, module)?)?;
-    module.add_function(wrap_pyfunction!(masked_mse_forward, module)?)?;
-    module.add_function(wrap_pyfunction!(cuda::masked_mse_scale, module)?)?;
-    module.add_function(wrap_pyfunction!(draw, module)?)?;
-    module.add_function(wrap_pyfunction!(check_refine, module)?)?;
-    module.add_function(wrap_pyfunction!(check_refine_dots, module)?)?;
-    module.add_function(wrap_pyfunction!(check_areas, module)?)?;
-    module.add_function(wrap_pyfunction!(check_masked_mse, module)?)?;
-    module.add_function(wrap_pyfunction!(select_reader, module)?)?;
-    module.add_function(wrap_pyfunction!(use_tch_reader, module)?)?;
-    module.add_function(wrap_pyfunction!(cuda::cuda_open, module)?)?;
-    module.add_function(wrap_pyfunction!(cuda::cuda_info, module)?)?;
-    module.add_function(wrap_pyfunction!(cuda::cuda_warmup, module)?)?;
-    module.add_function(wrap_pyfunction!(cuda::cuda_why_not, module)?)?;
-    module.add_function(wrap_pyfunction!(build_info, module)?)
+    macro_rules! add {
+        ($($function:path),*) => { $(module.add_function(wrap_pyfunction!($function, module)?)?;)* };
+    }
+    add!(refine_forward, refine_backward, refine_dots, areas_forward, masked_mse_forward, draw);
+    add!(check_refine, check_refine_dots, check_areas, check_masked_mse, cuda::masked_mse_scale);
+    add!(cuda::cuda_open, cuda::cuda_info, cuda::cuda_warmup, cuda::cuda_why_not);
+    add!(select_reader, use_tch_reader, build_info);
+    Ok(())
 }

@@ -1,5 +1,4 @@
-//! The arguments of the kernels: the structures of `common.cuh`, field by field, and the grid of a
-//! map.
+//! The arguments of the kernels: the structures of `common.cuh`, and the grid of a map.
 
 use crate::tensor::{Check, DType, Error, Result, TensorView};
 
@@ -83,8 +82,7 @@ impl Order {
         }
     }
 
-    /// Whether all of these maps, of one shape and dtype, may be read and written 16 bytes at a
-    /// time.
+    /// Whether these maps, of one shape and dtype, may be read and written 16 bytes at a time.
     pub(crate) fn is_wide(self, maps: &[&TensorView]) -> bool {
         let sizes = maps[0].sizes();
         let inner = match self {
@@ -355,10 +353,7 @@ pub(crate) mod tests {
             let order = if last { Order::Lanes } else { Order::Planes };
             let grid = Grid::new(check, &view(0, dtype, sizes, last), order, true).unwrap();
             let found = [
-                grid.positions_per_block,
-                grid.channels_per_block,
-                grid.lane_bits,
-                grid.tiles,
+                grid.positions_per_block, grid.channels_per_block, grid.lane_bits, grid.tiles,
                 grid.chunks,
             ];
             assert_eq!(found, expected, "{sizes:?} {last}");

@@ -122,7 +122,7 @@ fn make(folder: &Path) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    /// A folder of its own for each test, removed when the test is over.
+    /// A separate folder for each test, removed at its end.
     struct Scratch(PathBuf);
 
     impl Scratch {

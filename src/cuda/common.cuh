@@ -94,7 +94,7 @@ enum DType {
 #define SOKD_ORDERS 3
 #endif
 #ifndef SOKD_KERNELS
-#define SOKD_KERNELS 31
+#define SOKD_KERNELS 63
 #endif
 
 constexpr int THREADS = 256;

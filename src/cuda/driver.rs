@@ -1,5 +1,4 @@
-//! The CUDA driver, opened at run time: sixteen functions of its stable C interface, and nothing of
-//! a toolkit.
+//! The CUDA driver, opened at run time: sixteen functions of its stable C interface.
 //!
 //! Bound by hand rather than through cudarc, for three reasons. Its result codes are Rust enums, so
 //! a code that a newer driver returns would be undefined behaviour, and here they are numbers. It
@@ -88,8 +87,7 @@ impl Driver {
     /// Initialises the driver (again is free); number of devices.
     pub(crate) fn init(&self) -> Result<usize> {
         let mut count = 0;
-        // SAFETY: `Api` holds the library's own functions with the signatures of its header; so in
-        // every block of this file.
+        // SAFETY: `Api` holds the functions with the signatures of their header, here and below.
         self.check("cuInit", unsafe { (self.api.init)(0) })?;
         // SAFETY: a place for one int.
         self.check("cuDeviceGetCount", unsafe { (self.api.device_count)(&mut count) })?;
@@ -104,8 +102,7 @@ impl Driver {
         Ok((version / 1000, version % 1000 / 10))
     }
 
-    /// A device's primary context, torch's own, retained for the process's life; and its compute
-    /// capability, as 90 for 9.0.
+    /// A device's primary context, torch's own, never released; its compute capability, 90 for 9.0.
     pub(crate) fn device(&self, ordinal: usize) -> Result<(Handle, u32)> {
         let (mut device, mut context) = (0, Handle::NULL);
         let ordinal = c_int::try_from(ordinal).unwrap_or(c_int::MAX);
@@ -146,8 +143,7 @@ impl Driver {
 
     /// Does `work`, which adds nothing to a stream, as if no stream were being captured.
     ///
-    /// By default a capture of any thread's forbids loading a module in every thread, and is spoilt
-    /// by the attempt.
+    /// By default, loading a module during any thread's capture fails and spoils the capture.
     pub(crate) fn beside_captures<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
         const CALL: &str = "cuThreadExchangeStreamCaptureMode";
         let mut mode = CAPTURE_MODE_RELAXED;
@@ -175,8 +171,7 @@ impl Driver {
         self.check("cuModuleGetFunction", code).map(|()| function)
     }
 
-    /// Whether work on this stream is being recorded into a graph, or may not be given while
-    /// another's is.
+    /// Whether this stream is being captured, or may not be used during another one's capture.
     pub(crate) fn is_capturing(&self, stream: Handle) -> Result<bool> {
         let mut status = 0;
         // SAFETY: a live stream of torch's, in the current context.
@@ -193,10 +188,7 @@ impl Driver {
     /// `parameters` points to the kernel's one argument, of the type that the kernel takes; the
     /// memory that it names is the device's and lives until the stream has passed this kernel.
     pub(crate) unsafe fn launch(
-        &self,
-        function: Handle,
-        (grid, threads): ([u32; 2], u32),
-        stream: Handle,
+        &self, function: Handle, (grid, threads): ([u32; 2], u32), stream: Handle,
         argument: *mut c_void,
     ) -> Result<()> {
         let mut parameters = [argument];

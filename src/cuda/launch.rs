@@ -1,5 +1,4 @@
-//! A kernel from its name to a stream: compiled or fetched from the disk, loaded once for each
-//! device, launched.
+//! A kernel from its name to a stream: compiled or read from disk, loaded once a device, launched.
 
 use super::args::{code, Order};
 use super::driver::{is_bad_image, is_out_of_memory, Handle};
@@ -23,8 +22,7 @@ pub(crate) const HEADERS: [Header; 3] = [
 ];
 /// Fused multiply-adds are written out in the kernels, so the bits do not depend on the compiler.
 const OPTIONS: [&str; 3] = ["--std=c++17", "--fmad=false", "-default-device"];
-/// The first compute capability with all that the kernels use: `__grid_constant__`, and shuffles
-/// with a mask.
+/// The first capability with what the kernels use: `__grid_constant__`, shuffles with a mask.
 const OLDEST: u32 = 70;
 /// Threads a block, of every kernel.
 const THREADS: u32 = 256;
@@ -52,10 +50,7 @@ pub(crate) struct Kernel {
 
 impl Kernel {
     pub(crate) const fn new(
-        source: &'static Source,
-        bit: u32,
-        name: &'static str,
-        per: (bool, bool),
+        source: &'static Source, bit: u32, name: &'static str, per: (bool, bool),
     ) -> Self {
         Self { source, bit, name, per }
     }
@@ -190,17 +185,13 @@ pub(crate) struct Queue {
 
 /// Does `work` with torch's current stream of this device, in the device's primary context.
 pub(crate) fn on_device<T>(
-    op: &'static str,
-    ordinal: usize,
-    run: &Run,
-    work: impl FnOnce(&Queue) -> Checked<T>,
+    op: &'static str, ordinal: usize, run: &Run, work: impl FnOnce(&Queue) -> Checked<T>,
 ) -> Checked<T> {
     let failed = |failure| Error::Cuda { op, failure };
     let cuda = opened().map_err(failed)?;
     let device = cuda.device(ordinal).map_err(failed)?;
     let queue = Queue { op, cuda, ordinal, device, stream: Handle::at(run.stream) };
-    // The context's own failures must not swallow those of the work, which are no failures of the
-    // driver alone.
+    // The errors of the context must not replace those of the work.
     cuda.driver.within(device.context, || Ok(work(&queue))).map_err(failed)?
 }
 
@@ -211,11 +202,7 @@ impl Queue {
     /// `args` is the argument structure of this kernel, filled as kernel.cu defines it, with memory
     /// of this device that torch keeps for this stream.
     pub(crate) unsafe fn launch<A: Copy>(
-        &self,
-        kernel: &'static Kernel,
-        (dtype, order): (DType, Order),
-        grid: [i64; 2],
-        args: &A,
+        &self, kernel: &'static Kernel, (dtype, order): (DType, Order), grid: [i64; 2], args: &A,
     ) -> Checked<()> {
         let failed = |failure| Error::Cuda { op: self.op, failure };
         if grid.contains(&0) {
@@ -252,8 +239,7 @@ impl Queue {
         if let Some(function) = functions.read().unwrap_or_else(PoisonError::into_inner).get(&key) {
             return Ok(*function);
         }
-        // A module loads a kernel on its first use, so this holds for a kernel of a loaded module,
-        // too.
+        // A module loads a kernel on its first use: this holds for those of a loaded module, too.
         if self.cuda.driver.is_capturing(self.stream)? {
             let float64 = variant.dtype == Some(DType::F64);
             return Err(Failure::Capturing {

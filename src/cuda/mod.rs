@@ -53,8 +53,7 @@ use bindings;
 
 /// The first of these that opens; for the process's life, because pointers into it stay in use.
 fn first_library(
-    library: &'static str,
-    names: impl Iterator<Item = String>,
+    library: &'static str, names: impl Iterator<Item = String>,
 ) -> Result<&'static Library, Failure> {
     let mut reasons = Vec::new();
     for name in names {
@@ -74,9 +73,7 @@ fn first_library(
 /// # Safety
 /// `T` is a function pointer with the symbol's signature.
 unsafe fn symbol<T: Copy>(
-    from: &'static Library,
-    library: &'static str,
-    symbol: &'static str,
+    from: &'static Library, library: &'static str, symbol: &'static str,
 ) -> Result<T, Failure> {
     // SAFETY: the caller's promise.
     let found = unsafe { from.get::<T>(symbol) };
@@ -94,8 +91,7 @@ pub(crate) struct Cuda {
 
 static CUDA: OnceLock<Cuda> = OnceLock::new();
 
-/// Opens the driver and the first NVRTC of these names or paths. It initialises nothing, costs
-/// little, and later calls are free.
+/// Opens the driver and the first NVRTC of these names; initialises nothing, and only once.
 ///
 /// `release` is called where the driver is out of memory for a kernel's code, before a second try.
 pub(crate) fn open(nvrtc: &[String], release: fn()) -> Result<&'static Cuda, Failure> {
@@ -112,21 +108,15 @@ fn opened() -> Result<&'static Cuda, Failure> {
     CUDA.get().ok_or(Failure::NotOpen)
 }
 
-/// Compiles and loads kernels, given by operator, for these dtypes and orders on one device,
-/// several at a time.
+/// Compiles and loads kernels for these dtypes and orders on one device, several at a time.
 pub(crate) fn warmup(
-    op: &'static str,
-    ordinal: usize,
-    kernels: &'static [&[&Kernel]],
-    dtypes: &[DType],
-    orders: &[Order],
-    run: Run,
+    op: &'static str, ordinal: usize, kernels: &'static [&[&Kernel]], dtypes: &[DType],
+    orders: &[Order], run: Run,
 ) -> Checked<()> {
     let kernels = kernels.iter().copied().flatten();
     let mut variants: Vec<Variant> =
         kernels.flat_map(|kernel| kernel.variants(dtypes, orders)).collect();
-    // Variants of one translation unit would wait for one another: the few that share one come
-    // last.
+    // Variants of one translation unit wait for one another: the few that share one come last.
     variants.sort_by_key(Variant::shares_unit);
     let (stream, failed) = (Run { allocate: None, ..run }, Mutex::new(None));
     parallel::for_each(run.threads, variants.len(), |i| {
@@ -138,8 +128,7 @@ pub(crate) fn warmup(
     failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }
 
-/// Why no kernel can run on this device: it is too old for the kernels or for the compiler. `None`
-/// if they can.
+/// Why no kernel can run on this device: too old for the kernels or for the compiler.
 pub(crate) fn why_not(op: &'static str, ordinal: usize) -> Checked<Option<String>> {
     let why = |failure: Failure| match failure {
         Failure::OldDevice { .. } | Failure::UnknownArch { .. } => Ok(Some(failure.to_string())),

@@ -1,5 +1,4 @@
-//! NVRTC, the compiler that every CUDA build of torch brings: CUDA C++ to machine code, in this
-//! process, without a toolkit.
+//! NVRTC, the compiler of every CUDA build of torch: CUDA C++ to machine code in this process.
 
 use super::bindings;
 use crate::tensor::CudaFailure as Failure;
@@ -49,8 +48,7 @@ pub(crate) struct Nvrtc {
 pub(crate) enum Target {
     /// Machine code for this architecture, which runs on it and on later ones of its generation.
     Cubin(u32),
-    /// PTX for this architecture: the driver translates it for a generation that this NVRTC does
-    /// not know yet.
+    /// PTX for this architecture, for a generation that this NVRTC does not know yet.
     Ptx(u32),
 }
 
@@ -64,8 +62,7 @@ impl Target {
     }
 }
 
-/// A translation unit: the file, the headers that it includes by name, the options beside the
-/// architecture.
+/// A translation unit: the file, its headers by name, the options beside the architecture.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Program<'a> {
     /// Its name in the compiler's messages.
@@ -81,8 +78,7 @@ impl Nvrtc {
         let names = names.inspect(|name| open_builtins(Path::new(name)));
         let mut nvrtc = Self { api: Api::open(names)?, version: (0, 0), archs: Vec::new() };
         let (mut major, mut minor, mut count) = (0, 0, 0);
-        // SAFETY: `Api` holds the library's own functions with the signatures of its header; so in
-        // every block of this file.
+        // SAFETY: `Api` holds the functions with the signatures of their header, here and below.
         nvrtc.check("nvrtcVersion", unsafe { (nvrtc.api.version)(&mut major, &mut minor) })?;
         // SAFETY: a place for one int.
         nvrtc.check("nvrtcGetNumSupportedArchs", unsafe {
@@ -123,7 +119,7 @@ impl Nvrtc {
             headers.map(|(name, text)| (terminated(name), terminated(text))).unzip();
         let (names, texts, mut handle) = (pointers(&names), pointers(&texts), null_mut());
         let create = self.api.create;
-        // SAFETY: strings that end in zero, as many of them as said; NVRTC copies them.
+        // SAFETY: zero-terminated strings, whose number is passed; NVRTC copies them.
         let code = unsafe {
             let count = names.len() as c_int;
             create(&mut handle, text.as_ptr(), name.as_ptr(), count, texts.as_ptr(), names.as_ptr())
@@ -136,7 +132,7 @@ impl Nvrtc {
         let options = program.options.iter().copied().chain([arch.as_str()]);
         let options: Vec<CString> = options.map(terminated).collect();
         let options = pointers(&options);
-        // SAFETY: a live program; strings that end in zero, as many of them as said.
+        // SAFETY: a live program; zero-terminated strings, whose number is passed.
         let code = unsafe { (self.api.compile)(handle, options.len() as c_int, options.as_ptr()) };
         if let Err(Failure::Nvrtc { reason, .. }) = self.check("nvrtcCompileProgram", code) {
             let log = self.read(handle, "nvrtcGetProgramLog", self.api.log_size, self.api.log);
@@ -175,8 +171,7 @@ impl Nvrtc {
     }
 }
 
-/// Opens NVRTC's builtins library. NVRTC opens it by name alone, which does not find it in a
-/// wheel's folder.
+/// Opens NVRTC's builtins library, which NVRTC itself does not find in a wheel's folder.
 fn open_builtins(nvrtc: &Path) {
     let Some(files) = nvrtc.parent().and_then(|folder| folder.read_dir().ok()) else { return };
     for file in files

@@ -14,8 +14,7 @@ use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Runs `work(i)` for every `i` below `chunks` on at most `threads` threads, the calling one
-/// included.
+/// Runs `work(i)` for every `i` below `chunks` on at most `threads` threads, the caller's included.
 ///
 /// The calling thread begins at once and returns when every chunk is done. It does not wait for
 /// every helper to wake up, which takes longer than a small call.
@@ -42,8 +41,7 @@ pub(crate) fn for_each(threads: usize, chunks: usize, work: impl Fn(usize) + Syn
     queue.wait();
 }
 
-/// The same on OpenMP's threads, if there are any. Always all of them: OpenMP would create a team
-/// of another size anew.
+/// On OpenMP's threads, if there are any; on all of them, else OpenMP would create a new team.
 fn on_openmp(threads: usize, chunks: usize, work: &(dyn Fn(usize) + Sync)) -> bool {
     let queue = Chunks::new(threads, chunks, work);
     let done = openmp::run(threads, &|| queue.drain());
@@ -69,8 +67,7 @@ impl<'a> Chunks<'a> {
         Self { work, count, step, next: 0.into(), finished: 0.into(), panic: Mutex::default() }
     }
 
-    /// Claims chunks until none are left; a helper that starts too late claims none and never
-    /// touches `work`.
+    /// Claims chunks until none are left; a late helper claims none and never touches `work`.
     fn drain(&self) {
         loop {
             let first = self.next.fetch_add(self.step, Ordering::Relaxed);
@@ -113,9 +110,7 @@ impl<'a> Chunks<'a> {
 
 /// Like [`for_each`], with a result for every chunk, in the order of the chunks.
 pub(crate) fn map<T: Send>(
-    threads: usize,
-    chunks: usize,
-    work: impl Fn(usize) -> T + Sync,
+    threads: usize, chunks: usize, work: impl Fn(usize) -> T + Sync,
 ) -> Vec<T> {
     let mut results: Vec<Option<T>> = Vec::new();
     results.resize_with(chunks, || None);

@@ -14,15 +14,13 @@ type Parallel = unsafe extern "C" fn(Region, *mut c_void, c_uint, c_uint);
 /// The entry of a parallel region in GNU's OpenMP; LLVM's and Intel's export it for compatibility.
 const NAME: &CStr = c"GOMP_parallel";
 
-/// Runs `work` on `threads` threads, the calling one included; returns when all have finished.
-/// False: nothing ran, there is no OpenMP.
+/// Runs `work` on `threads` threads, the caller's included, to its end; false: no OpenMP.
 ///
 /// `work` must not panic.
 pub(crate) fn run(threads: usize, work: &(dyn Fn() + Sync)) -> bool {
     let Some(parallel) = parallel() else { return false };
     let mut work = work;
-    // SAFETY: `region` gets a pointer to `work`, which outlives the call: it returns when all
-    // threads have finished.
+    // SAFETY: `work` outlives the call, which returns when all threads have finished.
     unsafe { parallel(region, (&raw mut work).cast(), c_uint::try_from(threads).unwrap_or(1), 0) };
     true
 }
@@ -33,8 +31,7 @@ extern "C" fn region(work: *mut c_void) {
     work();
 }
 
-/// Records the process that loaded the library: threads do not survive a fork, and OpenMP in the
-/// child would wait for them for ever.
+/// Records this process: threads do not survive a fork, and OpenMP would wait for them for ever.
 #[cfg(feature = "python")]
 pub(crate) fn remember_process() {
     OWNER.get_or_init(process::id);
@@ -53,11 +50,9 @@ fn find() -> Option<Parallel> {
     extern "C" {
         fn dlsym(handle: *mut c_void, name: *const c_char) -> *mut c_void;
     }
-    // SAFETY: the null handle is RTLD_DEFAULT, the global symbols of the process; the name is a C
-    // string.
+    // SAFETY: the null handle is RTLD_DEFAULT, all symbols of the process; the name is a C string.
     let symbol = unsafe { dlsym(std::ptr::null_mut(), NAME.as_ptr()) };
-    // SAFETY: a function of this name has this type in every OpenMP library (its ABI has not
-    // changed since GCC 4.9).
+    // SAFETY: this function has this type in every OpenMP library since GCC 4.9.
     (!symbol.is_null()).then(|| unsafe { std::mem::transmute::<*mut c_void, Parallel>(symbol) })
 }
 

@@ -1,5 +1,4 @@
-//! The noise of [`LANES`] planes in the registers of AVX2: eight lanes at a time, from the counters
-//! to the normals.
+//! The noise of [`LANES`] planes in AVX2's registers, from the counters to the normals.
 
 use super::philox::{Planes, COS, LN, LN_TWO, LOW, MULTIPLIERS, ROOT_HALF, SIN, TURN};
 use crate::simd::{Avx2, LANES};
@@ -59,8 +58,7 @@ fn pair(radius: __m256i, angle: __m256i) -> (__m256, __m256) {
     (_mm256_mul_ps(r, cos), _mm256_mul_ps(r, sin))
 }
 
-/// From unsigned integers, for which there is no instruction: both halves are exact, and their sum
-/// is rounded once.
+/// From unsigned integers: both halves are exact, and their sum is rounded once.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn float(word: __m256i) -> __m256 {

@@ -1,5 +1,4 @@
-//! The noise of [`LANES`] planes in the registers of AVX-512: the compiler does not emit the
-//! multiplier that the generator needs.
+//! The noise of [`LANES`] planes in AVX-512's registers: compilers do not emit the multiplier.
 
 use super::philox::{Planes, COS, LN, LN_TWO, LOW, MULTIPLIERS, ROOT_HALF, SIN, TURN};
 use crate::simd::{Avx512, LANES};

@@ -1,5 +1,4 @@
-//! Random numbers: Philox with its vector forms, and the seeds that it takes. Mirrored in
-//! cuda/philox.cuh.
+//! Philox with its vector forms, and its seeds. Mirrored in cuda/philox.cuh.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;

@@ -1,5 +1,4 @@
-//! Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) and normals
-//! from it.
+//! Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011); normals.
 //!
 //! Noise is never stored: it is a function of the seed and of the element's logical index, so the
 //! backward draws it again, whatever the strides, threads and devices. Counter words: noise: `(p /
@@ -22,15 +21,8 @@ const DRAW_TAG: u32 = u32::MAX;
 pub(super) const ROOT_HALF: i32 = 0x3f35_04f3;
 /// (ln(1 + f) - f + f^2 / 2) / f^3, highest power first.
 pub(super) const LN: [f32; 9] = [
-    7.037_683_6e-2,
-    -1.151_461e-1,
-    1.167_699_87e-1,
-    -1.242_014_1e-1,
-    1.424_932_3e-1,
-    -1.666_805_8e-1,
-    2.000_071_5e-1,
-    -2.499_999_4e-1,
-    3.333_333e-1,
+    7.037_683_6e-2, -1.151_461e-1, 1.167_699_87e-1, -1.242_014_1e-1, 1.424_932_3e-1,
+    -1.666_805_8e-1, 2.000_071_5e-1, -2.499_999_4e-1, 3.333_333e-1,
 ];
 /// ln 2 in two parts.
 pub(super) const LN_TWO: [f32; 2] = [355.0 / 512.0, -2.121_944_4e-4];
@@ -88,7 +80,7 @@ fn normal_pair(radius: u32, angle: u32) -> (f32, f32) {
     (r * cos, r * sin)
 }
 
-/// Natural logarithm on [2^-33, 1], to 1 ulp or so, of operations that every level rounds alike.
+/// Natural logarithm on [2^-33, 1], to about 1 ulp, with the same rounding at every level.
 #[inline(always)]
 fn ln(x: f32) -> f32 {
     let shifted = (x.to_bits() as i32).wrapping_sub(ROOT_HALF);
@@ -103,8 +95,7 @@ fn ln(x: f32) -> f32 {
     exponent.mul_add(LN_TWO[0], (-0.5f32).mul_add(square, tail) + f)
 }
 
-/// Sine and cosine of a signed turn in units of 2^-32: the quadrant is exact, the rest a short
-/// polynomial.
+/// Sine and cosine of a signed turn in 2^-32: an exact quadrant, a polynomial for the rest.
 #[inline(always)]
 fn sin_cos_turn(turn: i32) -> (f32, f32) {
     let quadrant = turn.wrapping_add(1 << 29) >> 30;
@@ -121,17 +112,14 @@ fn sin_cos_turn(turn: i32) -> (f32, f32) {
     (flip(s, quadrant), flip(c, quadrant + 1))
 }
 
-/// [`LANES`] planes, and the part of the first two rounds that depends on the plane alone, computed
-/// once.
+/// [`LANES`] planes; what depends on the plane alone in the first two rounds, computed once.
 ///
-/// Even lanes come first, odd lanes after them, so that two registers of 64-bit lanes merge into
-/// one of 32-bit words.
+/// Even lanes come before odd ones, so that registers of 64-bit lanes merge into 32-bit words.
 pub(crate) struct Planes<'a> {
     pub(super) keys: &'a Keys,
     /// Third counter word after the first round, but for the position's part.
     pub(super) third: [u64; LANES],
-    /// After the second round: first word without the product of `third`, third word without the
-    /// position's part, fourth word.
+    /// After round two: first word without `third`'s product, third without the position's, fourth.
     pub(super) second_round: [[u64; LANES]; 3],
 }
 

@@ -26,11 +26,7 @@ impl Seed {
 
     /// Checks a tensor's dtype, shape and device; the device must be that of another argument.
     pub(crate) fn check_beside(
-        &self,
-        check: Check,
-        name: &str,
-        of: &str,
-        other: &TensorView,
+        &self, check: Check, name: &str, of: &str, other: &TensorView,
     ) -> Result<()> {
         let Self::Tensor(view) = self else { return Ok(()) };
         self.check(check, name)?;

@@ -1,5 +1,4 @@
-//! Elements in memory and the dtype that they are computed in: loads and stores of one, of a row
-//! and of a square.
+//! Elements in memory and their accumulator dtype: loads and stores of one, a row, a square.
 
 use super::transpose::{self, Square};
 use super::{Simd, Vector, LANES};
@@ -67,9 +66,7 @@ macro_rules! real {
             }
             #[inline(always)]
             fn transpose<S: Simd>(
-                simd: S,
-                from: &[[Self; LANES]; LANES],
-                to: &mut [[Self; LANES]; LANES],
+                simd: S, from: &[[Self; LANES]; LANES], to: &mut [[Self; LANES]; LANES],
             ) {
                 $transpose(simd, from, to)
             }
@@ -101,10 +98,7 @@ pub(crate) trait Element: Copy + Send + Sync + 'static {
     /// They must be readable.
     #[inline(always)]
     unsafe fn load_square<S: Simd>(
-        simd: S,
-        planes: &[*const Self; LANES],
-        at: isize,
-        to: &mut Square<Self::Acc>,
+        simd: S, planes: &[*const Self; LANES], at: isize, to: &mut Square<Self::Acc>,
     ) {
         let mut square = [[Self::Acc::default(); LANES]; LANES];
         for (row, plane) in square.iter_mut().zip(planes) {
@@ -121,11 +115,7 @@ pub(crate) trait Element: Copy + Send + Sync + 'static {
     /// They must be writable.
     #[inline(always)]
     unsafe fn store_square<S: Simd>(
-        simd: S,
-        from: &Square<Self::Acc>,
-        planes: &[*mut Self; LANES],
-        used: usize,
-        at: isize,
+        simd: S, from: &Square<Self::Acc>, planes: &[*mut Self; LANES], used: usize, at: isize,
     ) {
         let mut square = [[Self::Acc::default(); LANES]; LANES];
         Self::Acc::transpose(simd, from, &mut square);
@@ -149,21 +139,14 @@ pub(crate) trait Element: Copy + Send + Sync + 'static {
 impl Element for f32 {
     #[inline(always)]
     unsafe fn load_square<S: Simd>(
-        simd: S,
-        planes: &[*const f32; LANES],
-        at: isize,
-        to: &mut Square<f32>,
+        simd: S, planes: &[*const f32; LANES], at: isize, to: &mut Square<f32>,
     ) {
         // SAFETY: the caller's promise.
         unsafe { transpose::load_f32(simd, planes, at, to) }
     }
     #[inline(always)]
     unsafe fn store_square<S: Simd>(
-        simd: S,
-        from: &Square<f32>,
-        planes: &[*mut f32; LANES],
-        used: usize,
-        at: isize,
+        simd: S, from: &Square<f32>, planes: &[*mut f32; LANES], used: usize, at: isize,
     ) {
         // SAFETY: the caller's promise.
         unsafe { transpose::store_f32(simd, from, planes, used, at) }
@@ -222,8 +205,7 @@ impl Element for F16 {
     type Acc = f32;
     #[inline(always)]
     fn load(self) -> f32 {
-        // The exponent's bias differs by 112: a multiplication by 2^112 mends it, for subnormals
-        // too.
+        // The exponent's bias differs by 112: times 2^112, for subnormals too.
         let magnitude = u32::from(self.0 & 0x7fff) << 13;
         let scaled = f32::from_bits(magnitude) * f32::from_bits((127 + 112) << 23);
         let infinite = scaled >= 65536.0;
@@ -246,8 +228,7 @@ impl Element for F16 {
     }
 }
 
-/// Evaluates `$body` with `$t` as the element type of a floating-point dtype, which the checks
-/// require.
+/// Evaluates `$body` with `$t` as the element type of a floating-point dtype.
 macro_rules! by_dtype {
     ($dtype:expr, $t:ident => $body:expr) => {
         by_dtype!(@arms $dtype, $t, $body, F64 f64, F16 $crate::simd::F16, BF16 $crate::simd::Bf16)

@@ -1,5 +1,4 @@
-//! Instruction sets, found at run time. Code for a level takes its token ([`Scalar`], `Avx2`,
-//! `Avx512`), which only detection makes.
+//! Instruction sets, found at run time: code for a level takes its token, which detection makes.
 
 use super::element::Real;
 use super::vector::{self, Vector};
@@ -44,8 +43,7 @@ impl Level {
     }
 }
 
-/// The level in use: the best one, or the one that the environment variable `SOKD_SIMD` names, if
-/// the CPU has it.
+/// The level in use: the best one, or that of the variable `SOKD_SIMD`, if the CPU has it.
 pub(crate) fn level() -> Level {
     static LEVEL: OnceLock<Level> = OnceLock::new();
     *LEVEL.get_or_init(|| {
@@ -56,8 +54,7 @@ pub(crate) fn level() -> Level {
     })
 }
 
-/// A level's token. It takes no memory; that a value exists proves that the CPU has the features of
-/// the level.
+/// A level's token, of no memory: its existence proves that the CPU has the level's features.
 pub(crate) trait Simd: Copy {
     /// [`LANES`] numbers of f32 in the registers of this level.
     type F32: Vector<f32, Self>;
@@ -93,8 +90,7 @@ impl Simd for Scalar {
     }
 }
 
-/// Work that is compiled once for every level. `with_simd` and all that it calls must be
-/// `#[inline(always)]`.
+/// Work compiled once a level; `with_simd` and all it calls must be `#[inline(always)]`.
 pub(crate) trait WithSimd {
     type Out;
     fn with_simd<S: Simd>(self, simd: S) -> Self::Out;
@@ -118,8 +114,7 @@ pub(crate) fn run_at<W: WithSimd>(level: Level, work: W) -> W::Out {
     }
 }
 
-/// A level of x86: its features are listed once, for the detection and for the code that is
-/// compiled for it.
+/// A level of x86: its features, listed once for the detection and for the compiler.
 #[cfg(target_arch = "x86_64")]
 macro_rules! level {
     ($(#[$about:meta])* $name:ident, $f32:ident, $f64:ident, [$($feature:tt),*]) => {

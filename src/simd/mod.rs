@@ -18,6 +18,5 @@ pub(crate) use level::{level, run, Level, Simd, WithSimd};
 pub(crate) use level::{Avx2, Avx512};
 pub(crate) use vector::Vector;
 
-/// Elements that the kernels work on side by side (channels, in nearly all of them): one AVX-512
-/// register of f32.
+/// Elements side by side in the kernels (mostly channels): one AVX-512 register of f32.
 pub(crate) const LANES: usize = 16;

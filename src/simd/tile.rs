@@ -1,5 +1,4 @@
-//! Tiles: `LANES` channels side by side at every position, `[positions][LANES]`, whatever the
-//! tensor's strides.
+//! Tiles: `LANES` channels side by side at every position, `[positions][LANES]`, for any strides.
 //!
 //! All kernels work on tiles, so contiguous, channels_last, sliced and expanded tensors run the
 //! same arithmetic; only loading and storing differ. Planes that are rows of consecutive elements
@@ -18,8 +17,7 @@ pub(crate) struct Layout {
     pub c: isize,
     pub h: isize,
     pub w: isize,
-    /// Positions in one row after which the row stride applies (H*W when rows follow one another
-    /// without a gap).
+    /// Positions in a row, after which the row stride applies (H*W for rows without gaps).
     pub run: usize,
 }
 
@@ -49,8 +47,7 @@ impl Layout {
         (p / self.run) as isize * self.h + (p % self.run) as isize * self.w
     }
 
-    /// Positions `from .. from + count` in runs of equal steps: the part of the tile, and the
-    /// offset of its first position.
+    /// Positions `from .. from + count` in runs of equal steps: part of the tile, first offset.
     #[inline(always)]
     fn runs(&self, from: usize, count: usize) -> impl Iterator<Item = (Range<usize>, isize)> {
         let (layout, mut done) = (*self, 0);
@@ -126,8 +123,7 @@ impl<T> Map<T> {
         std::array::from_fn(|l| self.plane(n, channels.at[l]))
     }
 
-    /// Prefetches positions `from .. from + count`: sixteen planes at a time are too many for the
-    /// hardware prefetcher.
+    /// Prefetches these positions: sixteen planes at a time are too many for the hardware.
     #[inline(always)]
     pub(crate) fn prefetch(&self, n: usize, channels: &Channels, from: usize, count: usize) {
         let layout = &self.layout;
@@ -154,11 +150,7 @@ impl<T: Element> Map<T> {
     /// # Safety
     /// The map must be readable memory for sample `n`, these channels and positions.
     pub(crate) unsafe fn load(
-        &self,
-        tile: &mut [[T::Acc; LANES]],
-        n: usize,
-        channels: &Channels,
-        from: usize,
+        &self, tile: &mut [[T::Acc; LANES]], n: usize, channels: &Channels, from: usize,
     ) {
         for (i, tile) in tile.chunks_mut(PREFETCHED).enumerate() {
             let from = from + i * PREFETCHED;
@@ -172,11 +164,7 @@ impl<T: Element> Map<T> {
     /// # Safety
     /// As for [`Map::load`], for writing, and no other thread may touch these elements.
     pub(crate) unsafe fn store(
-        &self,
-        tile: &[[T::Acc; LANES]],
-        n: usize,
-        channels: &Channels,
-        from: usize,
+        &self, tile: &[[T::Acc; LANES]], n: usize, channels: &Channels, from: usize,
     ) {
         simd::run(Store { map: self, tile, n, channels, from });
     }
@@ -231,10 +219,7 @@ impl<T: Element> WithSimd for Load<'_, T> {
 
 #[inline(always)]
 unsafe fn load_rows<T: Element, S: Simd>(
-    simd: S,
-    tile: &mut [[T::Acc; LANES]],
-    planes: &[*const T; LANES],
-    start: isize,
+    simd: S, tile: &mut [[T::Acc; LANES]], planes: &[*const T; LANES], start: isize,
 ) {
     let whole = tile.len() - tile.len() % LANES;
     let (squares, rest) = tile.split_at_mut(whole);
@@ -259,10 +244,7 @@ unsafe fn load_lanes<T: Element>(tile: &mut [[T::Acc; LANES]], first: *const T, 
 
 #[inline(always)]
 unsafe fn load_any<T: Element>(
-    tile: &mut [[T::Acc; LANES]],
-    planes: &[*const T; LANES],
-    start: isize,
-    step: isize,
+    tile: &mut [[T::Acc; LANES]], planes: &[*const T; LANES], start: isize, step: isize,
 ) {
     for (i, row) in tile.iter_mut().enumerate() {
         let at = start + i as isize * step;
@@ -306,11 +288,7 @@ impl<T: Element> WithSimd for Store<'_, T> {
 
 #[inline(always)]
 unsafe fn store_rows<T: Element, S: Simd>(
-    simd: S,
-    tile: &[[T::Acc; LANES]],
-    planes: &[*mut T; LANES],
-    used: usize,
-    start: isize,
+    simd: S, tile: &[[T::Acc; LANES]], planes: &[*mut T; LANES], used: usize, start: isize,
 ) {
     let whole = tile.len() - tile.len() % LANES;
     let (squares, rest) = tile.split_at(whole);
@@ -335,11 +313,7 @@ unsafe fn store_lanes<T: Element>(tile: &[[T::Acc; LANES]], first: *mut T, step:
 
 #[inline(always)]
 unsafe fn store_any<T: Element>(
-    tile: &[[T::Acc; LANES]],
-    planes: &[*mut T; LANES],
-    used: usize,
-    start: isize,
-    step: isize,
+    tile: &[[T::Acc; LANES]], planes: &[*mut T; LANES], used: usize, start: isize, step: isize,
 ) {
     for (i, row) in tile.iter().enumerate() {
         let at = start + i as isize * step;
@@ -350,8 +324,7 @@ unsafe fn store_any<T: Element>(
     }
 }
 
-/// A tile in memory that this thread reuses: planes are too large for the stack, and fresh pages
-/// cost more than the work on them.
+/// A tile in memory that this thread reuses: too large for the stack, slow as fresh pages.
 ///
 /// Taken from a stack of buffers and returned when dropped, so nested tiles do not overlap.
 pub(crate) struct Scratch<A> {
@@ -372,8 +345,7 @@ impl<A: Real> Scratch<A> {
     }
 
     pub(crate) fn tile(&mut self) -> &mut [[A; LANES]] {
-        // SAFETY: `new` made room for these rows; any bits are valid floats; 64-byte alignment is
-        // enough for f32 and f64.
+        // SAFETY: `new` made room for these rows, aligned to 64 bytes; any bits are valid floats.
         unsafe { std::slice::from_raw_parts_mut(self.store.as_mut_ptr().cast(), self.positions) }
     }
 }

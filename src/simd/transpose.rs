@@ -35,10 +35,7 @@ pub(crate) fn transpose_f32<S: Simd>(simd: S, from: &Square<f32>, to: &mut Squar
 /// They must be readable.
 #[inline(always)]
 pub(crate) unsafe fn load_f32<S: Simd>(
-    simd: S,
-    planes: &[*const f32; LANES],
-    at: isize,
-    to: &mut Square<f32>,
+    simd: S, planes: &[*const f32; LANES], at: isize, to: &mut Square<f32>,
 ) {
     match simd.level() {
         #[cfg(target_arch = "x86_64")]
@@ -63,11 +60,7 @@ pub(crate) unsafe fn load_f32<S: Simd>(
 /// They must be writable.
 #[inline(always)]
 pub(crate) unsafe fn store_f32<S: Simd>(
-    simd: S,
-    from: &Square<f32>,
-    planes: &[*mut f32; LANES],
-    used: usize,
-    at: isize,
+    simd: S, from: &Square<f32>, planes: &[*mut f32; LANES], used: usize, at: isize,
 ) {
     match simd.level() {
         #[cfg(target_arch = "x86_64")]
@@ -103,10 +96,7 @@ mod x86 {
     #[inline]
     #[target_feature(enable = "avx512f")]
     pub(crate) unsafe fn load_avx512(
-        _: Avx512,
-        planes: &[*const f32; LANES],
-        at: isize,
-        to: &mut Square<f32>,
+        _: Avx512, planes: &[*const f32; LANES], at: isize, to: &mut Square<f32>,
     ) {
         // SAFETY: four of the sixteen floats of each plane that the caller promises.
         fill_avx512(to, |row, from| unsafe {
@@ -129,11 +119,7 @@ mod x86 {
     #[inline]
     #[target_feature(enable = "avx512f")]
     pub(crate) unsafe fn store_avx512(
-        _: Avx512,
-        from: &Square<f32>,
-        planes: &[*mut f32; LANES],
-        used: usize,
-        at: isize,
+        _: Avx512, from: &Square<f32>, planes: &[*mut f32; LANES], used: usize, at: isize,
     ) {
         for quarter in 0..4 {
             // SAFETY: four floats of each row from 4*quarter, below LANES.
@@ -149,8 +135,7 @@ mod x86 {
         }
     }
 
-    /// Four columns, of four floats of every row: loads bring rows side by side, and all shuffles
-    /// stay within 128 bits.
+    /// Four columns of four floats of every row; all shuffles stay within 128 bits.
     #[inline]
     #[target_feature(enable = "avx512f")]
     fn columns(part: impl Fn(usize) -> __m128) -> [__m512; 4] {
@@ -184,10 +169,7 @@ mod x86 {
     #[inline]
     #[target_feature(enable = "avx2")]
     pub(crate) unsafe fn load_avx2(
-        _: Avx2,
-        planes: &[*const f32; LANES],
-        at: isize,
-        to: &mut Square<f32>,
+        _: Avx2, planes: &[*const f32; LANES], at: isize, to: &mut Square<f32>,
     ) {
         // SAFETY: four of the sixteen floats of each plane that the caller promises.
         let part = |row: usize, from: usize| unsafe {
@@ -202,11 +184,7 @@ mod x86 {
     #[inline]
     #[target_feature(enable = "avx2")]
     pub(crate) unsafe fn store_avx2(
-        _: Avx2,
-        from: &Square<f32>,
-        planes: &[*mut f32; LANES],
-        used: usize,
-        at: isize,
+        _: Avx2, from: &Square<f32>, planes: &[*mut f32; LANES], used: usize, at: isize,
     ) {
         // SAFETY: four floats of a row of 16, from 0, 4, 8 or 12.
         let part = |row: usize, from_column: usize| unsafe {
@@ -228,8 +206,7 @@ mod x86 {
     #[inline]
     #[target_feature(enable = "avx2")]
     fn columns_avx2(
-        part: impl Fn(usize, usize) -> __m128,
-        mut store: impl FnMut(usize, usize, __m256),
+        part: impl Fn(usize, usize) -> __m128, mut store: impl FnMut(usize, usize, __m256),
     ) {
         for half in [0, 8] {
             for quarter in [0, 4, 8, 12] {

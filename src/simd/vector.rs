@@ -1,12 +1,11 @@
 //! A vector of [`LANES`] numbers and what is done with vectors, in the registers of a level.
 //!
 //! For plain arrays the compiler sometimes emits scalar code, or gathers and scatters over several
-//! rows. Every implementation rounds alike.
+//! rows. All implementations round in the same way.
 
 use super::{Real, Simd, LANES};
 
-/// [`LANES`] numbers side by side. Constructors take the token of the level `S`; a vector that
-/// exists proves the level.
+/// [`LANES`] numbers side by side. Constructors take the token of the level `S`: proof of it.
 pub(crate) trait Vector<A: Real, S>: Copy {
     fn load(simd: S, from: &[A; LANES]) -> Self;
     /// From memory, widened if need be.
@@ -90,8 +89,7 @@ impl<A: Real, S: Simd> Vector<A, S> for Plain<A> {
     }
 }
 
-/// The registers of AVX2 and AVX-512. Only a level's token makes a vector, so the CPU has the
-/// instructions.
+/// The registers of AVX2 and AVX-512; a level's token alone makes a vector.
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod x86 {
     use super::{Vector, LANES};
@@ -101,8 +99,7 @@ pub(crate) mod x86 {
     macro_rules! vector {
         (
             $name:ident, $level:ident, $a:ty, $register:ty, $parts:expr, $load:ident, $widen:expr,
-            $store:ident, $splat:ident, $fma:ident, $mul:ident, $add:ident, $sub:ident, $max:ident,
-            $and:ident
+            $store:ident, $splat:ident, $fma:ident, $($method:ident $of_two:ident),*
         ) => {
             /// A vector in registers.
             #[derive(Clone, Copy)]
@@ -150,52 +147,34 @@ pub(crate) mod x86 {
                     // SAFETY: see `load`.
                     Self::each(|i| unsafe { $fma(self.0[i], b.0[i], c.0[i]) })
                 }
-                #[inline(always)]
-                fn times(self, other: Self) -> Self {
+                $(#[inline(always)]
+                fn $method(self, other: Self) -> Self {
                     // SAFETY: see `load`.
-                    Self::each(|i| unsafe { $mul(self.0[i], other.0[i]) })
-                }
-                #[inline(always)]
-                fn plus(self, other: Self) -> Self {
-                    // SAFETY: see `load`.
-                    Self::each(|i| unsafe { $add(self.0[i], other.0[i]) })
-                }
-                #[inline(always)]
-                fn minus(self, other: Self) -> Self {
-                    // SAFETY: see `load`.
-                    Self::each(|i| unsafe { $sub(self.0[i], other.0[i]) })
-                }
-                #[inline(always)]
-                fn larger(self, other: Self) -> Self {
-                    // SAFETY: see `load`.
-                    Self::each(|i| unsafe { $max(self.0[i], other.0[i]) })
-                }
-                #[inline(always)]
-                fn and(self, other: Self) -> Self {
-                    // SAFETY: see `load`.
-                    Self::each(|i| unsafe { $and(self.0[i], other.0[i]) })
-                }
+                    Self::each(|i| unsafe { $of_two(self.0[i], other.0[i]) })
+                })*
             }
         };
     }
     vector! {
         Avx512F32, Avx512, f32, __m512, 1, _mm512_loadu_ps, _mm512_loadu_ps, _mm512_storeu_ps,
-        _mm512_set1_ps, _mm512_fmadd_ps, _mm512_mul_ps, _mm512_add_ps, _mm512_sub_ps,
-        _mm512_max_ps, _mm512_and_ps
+        _mm512_set1_ps, _mm512_fmadd_ps, times _mm512_mul_ps, plus _mm512_add_ps,
+        minus _mm512_sub_ps, larger _mm512_max_ps, and _mm512_and_ps
     }
     vector! {
         Avx512F64, Avx512, f64, __m512d, 2, _mm512_loadu_pd,
         |from| _mm512_cvtps_pd(_mm256_loadu_ps(from)), _mm512_storeu_pd, _mm512_set1_pd,
-        _mm512_fmadd_pd, _mm512_mul_pd, _mm512_add_pd, _mm512_sub_pd, _mm512_max_pd, _mm512_and_pd
+        _mm512_fmadd_pd, times _mm512_mul_pd, plus _mm512_add_pd, minus _mm512_sub_pd,
+        larger _mm512_max_pd, and _mm512_and_pd
     }
     vector! {
         Avx2F32, Avx2, f32, __m256, 2, _mm256_loadu_ps, _mm256_loadu_ps, _mm256_storeu_ps,
-        _mm256_set1_ps, _mm256_fmadd_ps, _mm256_mul_ps, _mm256_add_ps, _mm256_sub_ps,
-        _mm256_max_ps, _mm256_and_ps
+        _mm256_set1_ps, _mm256_fmadd_ps, times _mm256_mul_ps, plus _mm256_add_ps,
+        minus _mm256_sub_ps, larger _mm256_max_ps, and _mm256_and_ps
     }
     vector! {
         Avx2F64, Avx2, f64, __m256d, 4, _mm256_loadu_pd,
         |from| _mm256_cvtps_pd(_mm_loadu_ps(from)), _mm256_storeu_pd, _mm256_set1_pd,
-        _mm256_fmadd_pd, _mm256_mul_pd, _mm256_add_pd, _mm256_sub_pd, _mm256_max_pd, _mm256_and_pd
+        _mm256_fmadd_pd, times _mm256_mul_pd, plus _mm256_add_pd, minus _mm256_sub_pd,
+        larger _mm256_max_pd, and _mm256_and_pd
     }
 }

@@ -1,5 +1,4 @@
-//! All checks of shape, dtype, device and strides. They read metadata alone, so tensors may be on
-//! any device.
+//! All checks of shape, dtype, device and strides: of metadata alone, on any device.
 
 use crate::tensor::{DType, Device, Error, Result, TensorView};
 use std::fmt::Display;
@@ -37,11 +36,7 @@ impl Check {
     }
 
     pub(crate) fn same_dtype(
-        self,
-        argument: &str,
-        view: &TensorView,
-        other: &str,
-        than: &TensorView,
+        self, argument: &str, view: &TensorView, other: &str, than: &TensorView,
     ) -> Result<()> {
         if view.dtype == than.dtype {
             return Ok(());
@@ -78,11 +73,7 @@ impl Check {
     }
 
     pub(crate) fn same_device(
-        self,
-        argument: &str,
-        view: &TensorView,
-        other: &str,
-        than: &TensorView,
+        self, argument: &str, view: &TensorView, other: &str, than: &TensorView,
     ) -> Result<()> {
         if view.device == than.device {
             return Ok(());
@@ -93,11 +84,7 @@ impl Check {
 
     /// One of these ranks; `layout` names the dimensions.
     pub(crate) fn rank(
-        self,
-        argument: &str,
-        view: &TensorView,
-        layout: &str,
-        ranks: &[usize],
+        self, argument: &str, view: &TensorView, layout: &str, ranks: &[usize],
     ) -> Result<()> {
         if ranks.contains(&view.rank()) {
             return Ok(());
@@ -106,11 +93,7 @@ impl Check {
     }
 
     pub(crate) fn sizes(
-        self,
-        argument: &str,
-        view: &TensorView,
-        layout: &str,
-        sizes: &[usize],
+        self, argument: &str, view: &TensorView, layout: &str, sizes: &[usize],
     ) -> Result<()> {
         if view.sizes() == sizes {
             return Ok(());
@@ -120,12 +103,7 @@ impl Check {
 
     /// `[G, rest..]` with G one of 1 and the batch; returns G.
     pub(crate) fn groups(
-        self,
-        argument: &str,
-        view: &TensorView,
-        batch: usize,
-        layout: &str,
-        rest: &[usize],
+        self, argument: &str, view: &TensorView, batch: usize, layout: &str, rest: &[usize],
     ) -> Result<usize> {
         let s = view.sizes();
         if s.len() == rest.len() + 1 && s[1..] == *rest && (s[0] == 1 || s[0] == batch) {

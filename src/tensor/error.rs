@@ -86,10 +86,7 @@ pub(crate) type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
     pub(crate) fn of_type(
-        op: &'static str,
-        argument: &str,
-        rule: impl fmt::Display,
-        value: impl fmt::Display,
+        op: &'static str, argument: &str, rule: impl fmt::Display, value: impl fmt::Display,
     ) -> Self {
         Self::Type {
             op,
@@ -100,10 +97,7 @@ impl Error {
     }
 
     pub(crate) fn of_value(
-        op: &'static str,
-        argument: &str,
-        rule: impl fmt::Display,
-        value: impl fmt::Display,
+        op: &'static str, argument: &str, rule: impl fmt::Display, value: impl fmt::Display,
     ) -> Self {
         Self::Value {
             op,

@@ -1,5 +1,4 @@
-//! What operators are given: views of tensors, the resources of a call, and the checks and errors
-//! of arguments.
+//! What operators take: views of tensors, the resources of a call, checks and errors.
 
 mod check;
 mod dtype;

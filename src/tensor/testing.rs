@@ -4,7 +4,7 @@
 use crate::tensor::{DType, Device, TensorView};
 use proptest::prelude::*;
 
-/// The number of cases of a property test, or what `SOKD_PROPTEST_CASES` says in its place.
+/// The number of cases of a property test, overridden by `SOKD_PROPTEST_CASES`.
 pub(crate) fn cases(usual: u32) -> ProptestConfig {
     let given = std::env::var("SOKD_PROPTEST_CASES").ok();
     ProptestConfig::with_cases(given.and_then(|cases| cases.parse().ok()).unwrap_or(usual))
@@ -37,15 +37,8 @@ pub(crate) enum Lay {
 pub(crate) fn any_lay() -> impl Strategy<Value = Lay> {
     use Lay::*;
     prop::sample::select(vec![
-        Contiguous,
-        ChannelsLast,
-        Sliced,
-        ChannelsLastSliced,
-        Reversed,
-        Expanded,
-        ExpandedInside,
-        Flipped,
-        Overlapping,
+        Contiguous, ChannelsLast, Sliced, ChannelsLastSliced, Reversed, Expanded, ExpandedInside,
+        Flipped, Overlapping,
     ])
 }
 
@@ -179,10 +172,7 @@ impl Owned {
 
     /// An input: value `i` in row-major order, rounded to the dtype.
     pub(crate) fn new(
-        shape: &[usize],
-        dtype: DType,
-        lay: Lay,
-        values: impl Fn(usize) -> f64,
+        shape: &[usize], dtype: DType, lay: Lay, values: impl Fn(usize) -> f64,
     ) -> Self {
         let owned = Self::empty(shape, dtype, lay);
         for (i, index) in indices(shape).into_iter().enumerate() {

@@ -39,8 +39,7 @@ pub(crate) struct TensorView {
     strides: [isize; MAX_RANK],
 }
 
-// SAFETY: a view is plain metadata; the kernels that follow its pointer from several threads write
-// disjoint elements.
+// SAFETY: a view is plain metadata; kernels write disjoint elements from several threads.
 unsafe impl Send for TensorView {}
 // SAFETY: as above.
 unsafe impl Sync for TensorView {}
@@ -52,11 +51,7 @@ impl TensorView {
     /// Every element that `sizes` and `strides` reach from `ptr` must be readable (writable, if the
     /// view is an output) for as long as the view is used.
     pub(crate) unsafe fn new(
-        ptr: *mut u8,
-        dtype: DType,
-        device: Device,
-        sizes: &[usize],
-        strides: &[isize],
+        ptr: *mut u8, dtype: DType, device: Device, sizes: &[usize], strides: &[isize],
     ) -> Option<Self> {
         if sizes.len() > MAX_RANK || sizes.len() != strides.len() {
             return None;
@@ -143,8 +138,7 @@ impl TensorView {
     /// The view must be in host memory and `index` within its sizes.
     pub(crate) unsafe fn read_f64(&self, index: &[usize]) -> f64 {
         let offset: isize = index.iter().zip(self.strides()).map(|(&i, &s)| i as isize * s).sum();
-        // SAFETY: the caller keeps `index` within the sizes; the caller of `new` promised that
-        // memory.
+        // SAFETY: `index` is within the sizes; the caller of `new` promised that memory.
         unsafe {
             match self.dtype {
                 DType::F64 => *self.as_ptr::<f64>().offset(offset),
@@ -162,8 +156,7 @@ impl TensorView {
     /// As for [`TensorView::read_f64`].
     pub(crate) unsafe fn read_i64(&self, index: &[usize]) -> i64 {
         let offset: isize = index.iter().zip(self.strides()).map(|(&i, &s)| i as isize * s).sum();
-        // SAFETY: the caller keeps `index` within the sizes; the caller of `new` promised that
-        // memory.
+        // SAFETY: as for `read_f64`.
         unsafe {
             match self.dtype {
                 DType::I64 => *self.as_ptr::<i64>().offset(offset),
@@ -182,8 +175,7 @@ impl TensorView {
     /// As for [`TensorView::read_f64`], and no other thread may use that element meanwhile.
     pub(crate) unsafe fn write_f64(&self, index: &[usize], value: f64) {
         let offset: isize = index.iter().zip(self.strides()).map(|(&i, &s)| i as isize * s).sum();
-        // SAFETY: the caller keeps `index` within the sizes; the caller of `new` promised that
-        // memory.
+        // SAFETY: as for `read_f64`.
         unsafe {
             match self.dtype {
                 DType::F64 => *self.as_ptr::<f64>().offset(offset) = value,

@@ -7,8 +7,6 @@ and reports these tests like any others, but a child process for each folder run
   kernels/    the emulated kernels, launched by the Rust host; a mock NVRTC saves compile time
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -95,9 +93,7 @@ class InChild(pytest.Item):
             self.session.stash[CHILDREN] = started(self.session)
         for report in self.session.stash[CHILDREN][self.path.parent.name].reports_of(self.nodeid):
             if report["outcome"] == "failed":
-                pytest.fail(
-                    f"{report['when']} in the child process\n{report['text']}", pytrace=False
-                )
+                pytest.fail(f"{report['when']} in the child\n{report['text']}", pytrace=False)
             if report["outcome"] == "skipped":
                 pytest.skip(report["text"].removeprefix("Skipped: "))
 

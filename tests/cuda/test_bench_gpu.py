@@ -1,7 +1,5 @@
 """`python -m benches.bench_gpu` on the CPU: what it counts and what it refuses."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pytest import MonkeyPatch
 
 import sokd
 from benches import bench_gpu
@@ -32,7 +31,7 @@ MOVED = {
 
 
 @pytest.fixture(autouse=True)
-def _one_dtype_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _one_dtype_in_a_folder(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # a quick run writes below the current folder
     monkeypatch.setattr(bench_gpu, "DTYPES", (torch.float32,))
 
@@ -45,8 +44,8 @@ def written(tmp_path: Path) -> list[dict[str, str]]:
 def test_every_work_has_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_gpu.main(CPU) == 0
     rows = written(tmp_path)
-    ours = [row for row in rows if row["side"] == "sokd"]
-    assert {(row["work"], row["layout"]) for row in ours} == {
+    actual = [row for row in rows if row["side"] == "sokd"]
+    assert {(row["work"], row["layout"]) for row in actual} == {
         (work, layout) for work in MOVED for layout in ("contiguous", "channels_last")
     }
     for row in rows:
@@ -61,7 +60,7 @@ def test_every_work_has_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_a_wrong_answer_is_not_timed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     right = sokd.ops.areas
 
@@ -77,9 +76,7 @@ def test_a_wrong_answer_is_not_timed(
     assert "bench_gpu: areas, k = 8" in capsys.readouterr().err
 
 
-def test_a_case_too_large_for_the_device_is_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_case_too_large_is_left_out(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     def large(*heads: Any, **options: Any) -> Any:
         raise torch.OutOfMemoryError("no room")
 
@@ -90,17 +87,14 @@ def test_a_case_too_large_for_the_device_is_left_out(
     ] * len(bench_gpu.DTYPES) * len(bench_gpu.LAYOUTS)
 
 
-@pytest.mark.parametrize(
-    ("work", "channels", "dtype", "rate", "goal"),
-    [
-        ("refine forward, five parts", 256, "float32", "900.00", ">= 0.85 met"),
-        ("refine forward, five parts", 256, "float16", "849.00", ">= 0.85 MISSED"),
-        ("refine forward, five parts", 1, "float32", "900.00", None),  # a cache holds the map
-        ("refine_dots, 4 plans", 256, "float32", "900.00", None),
-        ("masked_mse, forward + backward", 256, "bfloat16", "900.00", ">= 0.85 met"),
-        ("masked_mse, forward + backward", 256, "float16", "900.00", None),
-    ],
-)
+@pytest.mark.parametrize(("work", "channels", "dtype", "rate", "goal"), [
+    ("refine forward, five parts", 256, "float32", "900.00", ">= 0.85 met"),
+    ("refine forward, five parts", 256, "float16", "849.00", ">= 0.85 MISSED"),
+    ("refine forward, five parts", 1, "float32", "900.00", None),  # a cache holds the map
+    ("refine_dots, 4 plans", 256, "float32", "900.00", None),
+    ("masked_mse, forward + backward", 256, "bfloat16", "900.00", ">= 0.85 met"),
+    ("masked_mse, forward + backward", 256, "float16", "900.00", None),
+])  # fmt: skip
 def test_the_goal_is_for_large_maps(
     work: str, channels: int, dtype: str, rate: str, goal: str | None
 ) -> None:
@@ -110,12 +104,12 @@ def test_the_goal_is_for_large_maps(
         {"side": "eager", "gb_per_s": rate},
         {"side": "compile"},
     ]
-    ours, eager, failed = bench_gpu.with_share(rows, case, 1000.0)
-    assert ours["share_of_copy"] == f"{float(rate) / 1000:.3f}" and ours.get("goal") == goal
+    actual, eager, failed = bench_gpu.with_share(rows, case, 1000.0)
+    assert actual["share_of_copy"] == f"{float(rate) / 1000:.3f}" and actual.get("goal") == goal
     assert "goal" not in eager and "share_of_copy" not in failed
 
 
-def test_the_device_is_busy_for_as_long_as_python_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_device_is_busy_for_as_long_as_python_launches(monkeypatch: MonkeyPatch) -> None:
     """Else the clock would show Python's time, which the first call measures."""
     slept: list[int] = []
     event = SimpleNamespace(

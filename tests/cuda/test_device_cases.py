@@ -3,8 +3,6 @@
 `pytest -m gpu` and the tests of the mock driver rely on them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

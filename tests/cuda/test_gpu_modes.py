@@ -3,8 +3,6 @@
 Run by `pytest -m gpu tests/cuda/test_gpu_*.py`.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
@@ -53,8 +51,6 @@ def same(one: list[Tensor], two: list[Tensor]) -> bool:
 
 
 # --- the kernels are used, and the host never synchronises
-
-
 def test_the_kernels_are_used(device: torch.device) -> None:
     everything_on(DEVICE, SHAPE)()
     assert "cuda" in runtime.KERNELS and "cuda" not in runtime._warned
@@ -86,8 +82,6 @@ def test_values_are_not_looked_at(device: torch.device) -> None:
 
 
 # --- streams and devices
-
-
 def test_torchs_current_stream_is_used(device: torch.device) -> None:
     """A wait on a side stream delays the operators on it, and on no other."""
     run, side = everything_on(DEVICE, SHAPE), torch.cuda.Stream(device)
@@ -124,9 +118,8 @@ def test_a_device_that_is_not_the_current_one(device: torch.device) -> None:
     with torch.cuda.device(0):
         device_cases.refine(other, SHAPE, "contiguous", torch.float32, 2)
         device_cases.areas(other, SHAPE, "channels_last", torch.float32, 8, teacher=True)
-        results = [
-            everything_on(TorchDevice(torch.device("cuda", index)), SHAPE)() for index in (0, 1)
-        ]
+        devices = [TorchDevice(torch.device("cuda", index)) for index in (0, 1)]
+        results = [everything_on(device, SHAPE)() for device in devices]
         assert torch.cuda.current_device() == 0
     assert results[1][0].device.index == 1 and same(*results)
 
@@ -151,8 +144,6 @@ def test_more_than_2_31_elements(device: torch.device) -> None:
 
 
 # --- CUDA graphs
-
-
 def captured(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
     """After a run on a side stream, as PyTorch requires."""
     side = torch.cuda.Stream()

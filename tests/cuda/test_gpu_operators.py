@@ -5,14 +5,22 @@ in float64 on the same device; noise, draws and areas must be equal. SOKD_TEST_D
 tests on the CPU, which tests the tests where there is no GPU.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
 import pytest
 import torch
-from support.cases import DTYPES, LAYOUTS, SHAPES, everything, laid_out, same_bits
+from support.cases import (
+    DTYPES,
+    LAYOUTS,
+    SHAPES,
+    DType,
+    Shape,
+    everything,
+    laid_out,
+    neutral_plan,
+    same_bits,
+)
 from support.cuda import device_cases
 from support.cuda.device_cases import (
     TorchDevice,
@@ -65,25 +73,21 @@ def near(found: Tensor, exact: Tensor, *, scale: float = 1.0, times: float = 1.0
     torch.testing.assert_close(found, exact, rtol=times * rtol, atol=times * atol)
 
 
-def plan_dtype(dtype: torch.dtype) -> torch.dtype:
+def plan_dtype(dtype: DType) -> DType:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def groups_of(shape: tuple[int, ...]) -> list[int]:
+def groups_of(shape: Shape) -> list[int]:
     return [1, shape[0]] if shape[0] > 1 else [1]
 
 
-def has_cells(shape: tuple[int, ...]) -> bool:
+def has_cells(shape: Shape) -> bool:
     return 0 not in shape[1:]
 
 
 # --- refine and refine_dots
-
-
 @everywhere
-def test_refine(
-    shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: TorchDevice
-) -> None:
+def test_refine(shape: Shape, layout: str, dtype: DType, device: TorchDevice) -> None:
     """The value and all four gradients."""
     for groups in groups_of(shape):
         device_cases.refine(device, shape, layout, dtype, groups)
@@ -103,37 +107,30 @@ def test_refine(
 
 
 @everywhere
-def test_refine_dots(
-    shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: TorchDevice
-) -> None:
+def test_refine_dots(shape: Shape, layout: str, dtype: DType, device: TorchDevice) -> None:
     device_cases.refine_dots(device, shape, layout, dtype, 5)
+    device_cases.refine_dots(device, shape, layout, dtype, 5, by_sample=True)
     features, upstream = (device.on(laid_out(shape, layout, dtype)) for _ in range(2))
     each = [everything(shape, shape[0], torch.float32) for _ in range(3)]
-    stacked = {name: device.on(torch.stack([plan[name] for plan in each])) for name in each[0]} | {
-        "seed": 8
-    }
+    stacked = {name: device.on(torch.stack([p[name] for p in each])) for name in each[0]}
+    stacked["seed"] = 8
     found = ops.refine_dots(features, upstream, stacked)
     exact = reference.refine_dots(features.double(), upstream.double(), stacked)
     assert found.shape == (3,) and found.dtype == plan_dtype(dtype)
     near(found, exact, scale=math.sqrt(max(features.numel(), 1)), times=5)
+    found = ops.refine_dots(features, upstream, stacked, by_sample=True)
+    exact = reference.refine_dots(features.double(), upstream.double(), stacked, by_sample=True)
+    assert found.shape == (2, 3, shape[0]) and found.dtype == plan_dtype(dtype)
+    near(found, exact, scale=max(features[:1].numel(), 1), times=5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_neutral_values_copy_bit_for_bit(
-    dtype: torch.dtype, layout: str, device: TorchDevice
-) -> None:
+def test_neutral_values_copy_bit_for_bit(dtype: DType, layout: str, device: TorchDevice) -> None:
     features = laid_out((2, 3, 6, 5), layout, dtype)
     if layout != "expanded":
         features[0, 0, 0, :3] = torch.tensor([math.nan, -0.0, math.inf])
-    neutral = {
-        "theta": torch.eye(2, 3).unsqueeze(0),
-        "hole": torch.tensor([[2, 2, 2, 5], [4, 4, 1, 1]]),
-        "sigma": torch.zeros(1),
-        "perm": torch.arange(3).unsqueeze(0),
-        "keep": torch.ones(2, 3, dtype=torch.bool),
-    }
-    neutral, there = moved(device, neutral), device.on(features)
+    neutral, there = moved(device, neutral_plan()), device.on(features)
     for plan in [{}, neutral, *({name: part} for name, part in neutral.items())]:
         assert same_bits(device.back(ops.refine(there, **plan, seed=1)), features)
 
@@ -142,7 +139,7 @@ def test_neutral_values_copy_bit_for_bit(
 @pytest.mark.parametrize(
     "seed", [0, -5, 2**63 + 1, torch.tensor([77])], ids=["0", "-5", "2^63+1", "tensor"]
 )
-def test_the_noise_is_the_cpus(shape: tuple[int, ...], seed: Any, device: TorchDevice) -> None:
+def test_the_noise_is_the_cpus(shape: Shape, seed: Any, device: TorchDevice) -> None:
     there = device.on(seed) if isinstance(seed, Tensor) else seed
     features, sigma = torch.zeros(shape), torch.ones(1)
     found = device.back(ops.refine(device.on(features), sigma=device.on(sigma), seed=there))
@@ -151,9 +148,7 @@ def test_the_noise_is_the_cpus(shape: tuple[int, ...], seed: Any, device: TorchD
 
 
 @pytest.mark.parametrize("shape", [(3, 6, 9, 7), ALIGNED, LARGE])
-def test_the_noise_has_the_same_bits_in_every_layout_and_dtype(
-    shape: tuple[int, ...], device: TorchDevice
-) -> None:
+def test_the_noise_has_the_same_bits_everywhere(shape: Shape, device: TorchDevice) -> None:
     def noise(features: Tensor, groups: int) -> Tensor:
         sigma = torch.ones(groups, device=device.device)
         return ops.refine(device.on(features * 0), sigma=sigma, seed=3)
@@ -167,15 +162,11 @@ def test_the_noise_has_the_same_bits_in_every_layout_and_dtype(
 
 
 # --- areas
-
-
 @pytest.mark.parametrize("teacher", [False, True])
 @pytest.mark.parametrize(
     "shape, layout, dtype", [case for case in EVERYWHERE if has_cells(case[0])]
 )
-def test_areas(
-    shape: tuple[int, ...], layout: str, dtype: torch.dtype, teacher: bool, device: TorchDevice
-) -> None:
+def test_areas(shape: Shape, layout: str, dtype: DType, teacher: bool, device: TorchDevice) -> None:
     """Scores, boxes and coverage: exactly, ties included."""
     cells = math.prod(shape[1:])
     for k in {1, min(8, cells), min(100, cells)}:
@@ -191,12 +182,10 @@ def test_areas(
 
 
 # --- masked_mse
-
-
 @pytest.mark.parametrize("normalise", ["elements", "area"])
 @everywhere
 def test_masked_mse(
-    shape: tuple[int, ...], layout: str, dtype: torch.dtype, normalise: str, device: TorchDevice
+    shape: Shape, layout: str, dtype: DType, normalise: str, device: TorchDevice
 ) -> None:
     """The loss and the student's gradient; the upstream gradient scales the latter to about one."""
     batch, _, height, width = shape
@@ -218,7 +207,7 @@ def test_masked_mse(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_masked_mse_of_two_layouts(dtype: torch.dtype, device: TorchDevice) -> None:
+def test_masked_mse_of_two_layouts(dtype: DType, device: TorchDevice) -> None:
     for student, teacher in (
         ("contiguous", "channels_last"),
         ("channels_last", "sliced"),
@@ -232,8 +221,6 @@ def test_masked_mse_of_two_layouts(dtype: torch.dtype, device: TorchDevice) -> N
 
 
 # --- draw, and what holds for all
-
-
 @pytest.mark.parametrize("n", [0, 1, 3, 4, 9, 5000])
 def test_draw(n: int, device: TorchDevice) -> None:
     """The same bits as the CPU's."""
@@ -249,7 +236,7 @@ def test_draw(n: int, device: TorchDevice) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), LARGE])
 def test_same_bits_on_every_run(
-    shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: TorchDevice
+    shape: Shape, dtype: DType, layout: str, device: TorchDevice
 ) -> None:
     run = everything_on(device, shape, dtype, layout)
     first = run()

@@ -3,8 +3,6 @@
 Run by `pytest -m gpu tests/cuda/test_gpu_*.py`; SOKD_TEST_DEVICE=cpu runs the same on the CPU.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from support import distiller_cases
@@ -56,7 +54,7 @@ def test_compiled_whole_the_loss_is_the_same(
 def test_a_training_step_under_autocast(dtype: torch.dtype, device: torch.device) -> None:
     torch.manual_seed(0)
     student, teacher = (nn.Conv2d(3, width, 3, padding=1).to(device) for width in (8, 16))
-    kd = sokd.SoKD(8, 16, heat_channels=4).to(device)
+    kd = sokd.SoKD(8, 16, heads="bounded", heat_channels=4).to(device)
     trained = [*student.parameters(), *kd.parameters()]
     before = [each.detach().clone() for each in trained]
     optimizer = torch.optim.SGD(trained, lr=0.1)
@@ -64,9 +62,9 @@ def test_a_training_step_under_autocast(dtype: torch.dtype, device: torch.device
     images = torch.randn(4, 3, 12, 12, device=device)
     with torch.autocast(device.type, dtype):
         with torch.no_grad():
-            theirs = teacher(images)
-        loss = sokd.loss(student(images), theirs, kd)
-    assert loss.dtype == torch.float32 and theirs.dtype == dtype
+            of_teacher = teacher(images)
+        loss = sokd.loss(student(images), of_teacher, kd)
+    assert loss.dtype == torch.float32 and of_teacher.dtype == dtype
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()

@@ -1,7 +1,5 @@
 """The CUDA functions and constants that the Rust host declares are those of NVIDIA's headers."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 from pathlib import Path
@@ -24,12 +22,8 @@ NUMBERS = {
     ],
 }  # fmt: skip
 TYPES = {
-    "c_int": "int",
-    "c_uint": "unsigned",
-    "c_char": "char",
-    "c_void": "void",
-    "usize": "size_t",
-}
+    "c_int": "int", "c_uint": "unsigned", "c_char": "char", "c_void": "void", "usize": "size_t",
+}  # fmt: skip
 
 # Whether a type of Rust's (R) is passed as the header's (C): the same type; an int for an enum; a
 # Handle for a pointer to an opaque structure.
@@ -144,6 +138,5 @@ def test_every_number_of_the_driver_is_compared() -> None:
 def test_a_difference_is_found(text: str, other: str, tmp_path: Path) -> None:
     source = text_of("driver.rs")
     assert source.count(text) == 1
-    assert "static assertion failed" in compiles(
-        program("cuda.h", source.replace(text, other), "CUresult"), tmp_path
-    )
+    other_source = program("cuda.h", source.replace(text, other), "CUresult")
+    assert "static assertion failed" in compiles(other_source, tmp_path)

@@ -1,6 +1,4 @@
-"""CUDA libraries that are missing, or that are not what their names say."""
-
-from __future__ import annotations
+"""CUDA libraries that are missing or broken."""
 
 import os
 import re
@@ -56,7 +54,7 @@ def test_without_a_driver_the_reference_serves(tmp_path: Path) -> None:
     assert kernels == "['cpu']"
     # PyTorch takes the number of devices from NVML, which may be there all the same
     found = re.fullmatch(
-        r"cuda +no kernels \((.*)\): the reference path serves; \d+ devices visible", lines[-1]
+        r"cuda +no kernels \((.*)\); the reference path is used; \d+ devices visible", lines[-1]
     )
     assert found is not None and found[1].startswith("no CUDA driver here: ")
 
@@ -74,9 +72,8 @@ def test_a_driver_that_lacks_a_function_is_no_driver(tmp_path: Path) -> None:
 
 def test_without_nvrtc_the_reference_serves(mock: dict[str, str]) -> None:
     printed = _fresh(with_nvrtc("libnvrtc.so.nowhere", "/nowhere/libnvrtc.so"), **mock)
-    assert printed.startswith(
-        "['cpu'] no NVRTC here: libnvrtc.so.nowhere: cannot open shared object file"
-    )
+    missing = "libnvrtc.so.nowhere: cannot open shared object file"
+    assert printed.startswith(f"['cpu'] no NVRTC here: {missing}")
 
 
 def test_a_kernel_that_does_not_compile_shows_the_log(mock: dict[str, str], tmp_path: Path) -> None:
@@ -108,7 +105,7 @@ def test_other_vendors_keep_the_reference_path(monkeypatch: pytest.MonkeyPatch) 
     try:
         assert config.why_no_cuda() == "this torch is not built for CUDA"
         assert (
-            "no kernels (this torch is not built for CUDA): the reference path serves"
+            "no kernels (this torch is not built for CUDA); the reference path is used"
             in config.describe()
         )
     finally:

@@ -1,7 +1,5 @@
 """The mdistiller-style class in a loop as that project's trainer writes it."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest
@@ -61,9 +59,8 @@ def test_a_script_with_its_checkpoints(tmp_path):
     def started():
         distiller = nn.DataParallel(made(method={"reviewkd": None, "kd": 1.0}))
         assert distiller.module.get_extra_parameters() > 0
-        optimiser = torch.optim.SGD(
-            distiller.module.get_learnable_parameters(), lr=0.01, weight_decay=5e-4
-        )
+        parameters = distiller.module.get_learnable_parameters()
+        optimiser = torch.optim.SGD(parameters, lr=0.01, weight_decay=5e-4)
         return distiller, optimiser
 
     def epoch_of(distiller, optimiser, epoch):
@@ -117,9 +114,8 @@ def test_the_methods_by_themselves():
     assert distiller.get_extra_parameters() == extra
     every = sum(p.numel() for p in distiller.get_learnable_parameters())
     assert every == extra + sum(p.numel() for p in distiller.student.parameters())
-    assert not {id(p) for p in distiller.teacher.parameters()} & {
-        id(p) for p in distiller.get_learnable_parameters()
-    }
+    of_teacher = {id(p) for p in distiller.teacher.parameters()}
+    assert not of_teacher & {id(p) for p in distiller.get_learnable_parameters()}
 
 
 def test_crd_gets_the_size_of_the_training_set_and_the_indices():
@@ -127,16 +123,13 @@ def test_crd_gets_the_size_of_the_training_set_and_the_indices():
     index, others = torch.arange(4), torch.zeros(4, 3, dtype=torch.int64)
     _, losses = distiller(image=x, target=y, index=index, contrastive_index=others)
     assert losses["loss_crd"].isfinite()
-    assert made(num_data=10).methods["fitnet"] is not None, (
-        "a method without that option is left alone"
-    )
+    assert made(num_data=10).methods["fitnet"] is not None, "which has no such option"
 
 
 def test_without_a_known_data_set_an_example_is_needed():
     lazy = made(cfg=None)
-    with pytest.raises(
-        RuntimeError, match="Distiller: the parameters do not exist before the shapes are known"
-    ):
+    text = "Distiller: the parameters do not exist before the shapes are known"
+    with pytest.raises(RuntimeError, match=text):
         lazy.get_learnable_parameters()
     with pytest.raises(RuntimeError, match="before the shapes are known"):
         lazy.get_extra_parameters()

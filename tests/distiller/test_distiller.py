@@ -1,7 +1,5 @@
 """The terms of a Distiller against the same written by hand; its inputs and outputs."""
 
-from __future__ import annotations
-
 import copy
 import functools
 
@@ -14,6 +12,7 @@ from support.distiller_cases import (
     Answering,
     Net,
     batch,
+    extra,
     gradients,
     make,
     models,
@@ -21,14 +20,14 @@ from support.distiller_cases import (
     rewound,
 )
 from support.raises import raises
-from torch import nn
+from torch import Tensor, nn
 
 import sokd
 from sokd import methods
 from sokd.distiller import Distiller
 
 
-def hand_written(distiller: Distiller) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def hand_written(distiller: Distiller) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, and the two stages' maps of a Net, as a user would get them by changing it."""
     student, (x, _) = distiller.student, batch()
     first = student.stage1(student.stem(x))
@@ -36,7 +35,7 @@ def hand_written(distiller: Distiller) -> tuple[torch.Tensor, torch.Tensor, torc
     return student.head(second.mean((2, 3))), first, second
 
 
-def teacher_maps(distiller: Distiller) -> list[torch.Tensor]:
+def teacher_maps(distiller: Distiller) -> list[Tensor]:
     teacher, (x, _) = distiller.teacher, batch()
     with torch.no_grad():
         first = teacher.stage1(teacher.stem(x))
@@ -85,8 +84,8 @@ def test_kd_alone_needs_no_layer():
     )
     logits, losses = distiller(x, y)
     with torch.no_grad():
-        theirs = distiller.teacher(x)
-    torch.testing.assert_close(losses["loss_kd"], 2 * methods.kd(logits, theirs))
+        of_teacher = distiller.teacher(x)
+    torch.testing.assert_close(losses["loss_kd"], 2 * methods.kd(logits, of_teacher))
     assert not distiller.student.stage1._forward_hooks
 
 
@@ -95,7 +94,7 @@ def test_kd_alone_needs_no_layer():
 def test_every_method_by_name(name, plugged):
     options = {"num_samples": 8, "negatives": 4} if name == "crd" else {}
     distiller = make(method=name, sokd=SMALL if plugged else False, **options)
-    _, losses = distiller(*batch(), index=torch.arange(4))
+    _, losses = distiller(*batch(), **extra())
     torch.stack(list(losses.values())).sum().backward()
     assert {"loss_ce", f"loss_{name}"} <= set(losses)
     assert ("loss_agreement" in losses) == plugged
@@ -242,9 +241,8 @@ def test_a_distiller_that_waits_can_be_shown_and_looked_at():
 def test_logits_are_found(form, where, task):
     teacher, student = (Answering(net, form) for net in models())
     layers = ["net.stage1", "net.stage2"]
-    distiller = make(
-        models=(teacher, student), layers=layers, method="kd", sokd=False, logits=where
-    )
+    options = {"method": "kd", "sokd": False, "logits": where}
+    distiller = make(models=(teacher, student), layers=layers, **options)
     output, losses = distiller(*batch())
     _, plain = make(method="kd", sokd=False)(*batch())
     torch.testing.assert_close(losses["loss_kd"], plain["loss_kd"])
@@ -270,8 +268,8 @@ def test_features_beside_the_logits(features, shape):
         objective(make(**given))
     assert str(caught.value) == f"Distiller: {text}"
     text = (
-        "logits must be found in what both models return for method 'kd' (name them by logits=), "
-        "got none"
+        "logits must be in the output of both models for method 'kd' (select them by "
+        "logits=), got none"
     )
     with raises(ValueError, f"Distiller: {text}"):
         objective(make(**given, method="kd", task=None))
@@ -279,7 +277,7 @@ def test_features_beside_the_logits(features, shape):
     _, plain = make(layers="stage1", sokd=False, method="kd")(*batch())
     assert torch.equal(losses["loss_kd"], plain["loss_kd"])
     assert make(**given)(batch()[0])[1].keys() == {"loss_fitnet"}, (
-        "where none are asked for none are missed"
+        "no logits are required where none are used"
     )
 
 

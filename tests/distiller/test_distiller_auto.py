@@ -1,7 +1,5 @@
 """`layers="auto"`: what it takes, what it leaves."""
 
-from __future__ import annotations
-
 import warnings
 from collections import OrderedDict
 
@@ -56,9 +54,8 @@ class Inverted(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         wide = nn.Sequential(nn.Conv2d(inputs, 4 * outputs, 1), nn.ReLU(inplace=True))
-        self.conv = nn.Sequential(
-            wide, nn.Conv2d(4 * outputs, outputs, 3, 2, 1), nn.BatchNorm2d(outputs)
-        )
+        narrow = nn.Conv2d(4 * outputs, outputs, 3, 2, 1), nn.BatchNorm2d(outputs)
+        self.conv = nn.Sequential(wide, *narrow)
 
     def forward(self, x):
         return self.conv(x)
@@ -67,9 +64,8 @@ class Inverted(nn.Module):
 def test_auto_takes_what_stages_give():
     def net(width):
         made = Net(width)
-        made.stage1 = nn.Sequential(
-            Inverted(width, 2 * width), Net._stage(2 * width, 2 * width, 1, True, False)
-        )
+        rest = Net._stage(2 * width, 2 * width, 1, True, False)
+        made.stage1 = nn.Sequential(Inverted(width, 2 * width), rest)
         made.stage2 = Inverted(2 * width, 4 * width)
         return made
 
@@ -123,9 +119,8 @@ class Summed(nn.Module):
     (Summed, ["body"]),
 ], ids=["unet", "sigmoid", "inside", "dict", "sum"])  # fmt: skip
 def test_auto_does_not_take_the_logits(net, layers):
-    assert make(models=(net(6), net(3)), layers="auto", method="at").pairs == [
-        (name, name) for name in layers
-    ]
+    pairs = make(models=(net(6), net(3)), layers="auto", method="at").pairs
+    assert pairs == [(name, name) for name in layers]
 
 
 def test_auto_takes_the_output_of_models_that_give_features():
@@ -135,9 +130,8 @@ def test_auto_takes_the_output_of_models_that_give_features():
         return nn.Sequential(Net._stage(3, 4, 1, True, False), nn.Conv2d(4, 8, 3, 2, 1), *last)
 
     def last(make_net, method="at", **options):
-        return make(models=(make_net(), make_net()), layers="auto", method=method, **options).pairs[
-            -1
-        ]
+        given = {"models": (make_net(), make_net()), "layers": "auto", "method": method}
+        return make(**given, **options).pairs[-1]
 
     assert last(lambda: net(nn.ReLU())) == ("2", "2")
     assert last(lambda: net(nn.BatchNorm2d(8))) == ("2", "2")
@@ -162,9 +156,8 @@ def test_auto_reads_maps_in_their_order():
     pairs = make(models=(ChannelsLast(), ChannelsLast()), layers="auto", method="at").pairs
     assert pairs == [("patch", "patch")]
     teacher, _ = models()
-    distiller = make(
-        models=(teacher, ChannelsLast()), layers="auto", method="at", student_order="BHWC"
-    )
+    pair = teacher, ChannelsLast()
+    distiller = make(models=pair, layers="auto", method="at", student_order="BHWC")
     assert distiller.pairs == [("block", "stage2")]
     assert distiller.features(batch()[0])[0][0].shape == (4, 6, 4, 4)
 
@@ -216,14 +209,13 @@ def test_auto_on_tokens():
 
 def test_auto_without_a_map():
     net = nn.Sequential(nn.Flatten(), nn.Linear(768, 5))
-    rule = "be named, for no layer of the student with a gradient gives a map or a square of tokens"
+    rule = "be named, because no layer of the student with a gradient returns a map or a square of "
+    rule += "tokens"
     with raises(ValueError, f"Distiller: layers must {rule}, got 'auto'"):
         Distiller(nn.Sequential(nn.Flatten(), nn.Linear(768, 5)), net, example=batch()[0])
 
 
 # ------------------------------------------------------------------------ layers without a gradient
-
-
 def chosen(student: nn.Module, **options) -> list[str]:
     """The student's layers, after a step that trains with them."""
     distiller = make(models=(Net(6), student), layers="auto", **options)
@@ -279,7 +271,8 @@ def test_auto_on_a_student_whose_backbone_runs_without_a_graph():
 def test_auto_where_only_the_head_is_trained():
     student = models()[1].requires_grad_(False)
     student.head.requires_grad_(True)
-    rule = "be named, for no layer of the student with a gradient gives a map or a square of tokens"
+    rule = "be named, because no layer of the student with a gradient returns a map or a square of "
+    rule += "tokens"
     with raises(ValueError, f"Distiller: layers must {rule}, got 'auto'"):
         make(models=(Net(6), student), layers="auto")
 

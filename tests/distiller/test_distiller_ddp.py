@@ -6,19 +6,14 @@ agree. Noise is left out of
 the policy for the same reason: it is drawn by a sample's place in its rank's batch.
 """
 
-from __future__ import annotations
-
-import os
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from support.distiller_cases import SMALL, batch, gradients, make, models, objective, rewound
-from torch import nn
+from support.ranks import RANKS, of_ranks
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -26,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 import sokd
 from sokd.distiller import Distiller
 
-RANKS, SAMPLES = 2, 4
+SAMPLES = 4
 OPTIONS = [
     {"static_graph": True},
     {"find_unused_parameters": True},
@@ -42,10 +37,10 @@ pytestmark = pytest.mark.skipif(
 def distiller() -> Distiller:
     torch.manual_seed(0)
     adapters = nn.ModuleList([nn.Conv2d(6, 12, 1), nn.Conv2d(12, 24, 1)])
-    return make(models=models(norm=False), sokd={"adapter": adapters, "policies": QUIET, **SMALL})
+    return make(models=models(norm=False), sokd={**SMALL, "adapter": adapters, "policies": QUIET})
 
 
-def searched(subject: Distiller, x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+def searched(subject: Distiller, x: Tensor, y: Tensor) -> list[Tensor]:
     """The policy after two steps of its search."""
     torch.manual_seed(3)  # of the search's own stream
     search = sokd.PolicySearch(subject.kd, subject.student, lr=0.05)
@@ -54,7 +49,7 @@ def searched(subject: Distiller, x: torch.Tensor, y: torch.Tensor) -> list[torch
     return chi(subject)
 
 
-def chi(subject: Distiller) -> list[torch.Tensor]:
+def chi(subject: Distiller) -> list[Tensor]:
     return [parameter.detach().clone() for parameter in subject.kd.policy.parameters()]
 
 
@@ -65,31 +60,13 @@ def one_process() -> dict[str, Any]:
     return {"gradients": gradients(subject), "chi": searched(subject, x, y)}
 
 
-def rank_of_two(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meet",
-        rank=rank,
-        world_size=RANKS,
-        timeout=timedelta(seconds=60),
-    )
-    try:
-        torch.save(_work(rank), f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-    # DDP's destructor holds the GIL and may deadlock with gloo's thread, which needs it
-    os._exit(0)
-
-
 def _work(rank: int) -> dict[str, Any]:
     subject = distiller()
     if rank:  # a rank that was seeded otherwise, as they often are
         subject.kd.policy.seed.fill_(99)
         subject.kd.policy.alpha.data.fill_(1.0)
     x, y = (part.chunk(RANKS)[rank] for part in batch(SAMPLES))
-    # without buffers broadcast by DistributedDataParallel, so that the agreement is the Distiller's
-    # own
+    # without DistributedDataParallel's own broadcasts: the agreement is the Distiller's
     wrapped = DistributedDataParallel(subject, broadcast_buffers=False)
     seeds, draws = [], []
     for step in range(3):
@@ -109,7 +86,7 @@ def _work(rank: int) -> dict[str, Any]:
     return found | {"crd": contrasted(rank, RANKS), "crd by name": _crd_by_name(rank)}
 
 
-def _parallel(x: torch.Tensor, y: torch.Tensor, **options: Any) -> dict[str, torch.Tensor]:
+def _parallel(x: Tensor, y: Tensor, **options: Any) -> dict[str, Tensor]:
     """The second step's gradients under options of DistributedDataParallel, with an EMA.
 
     In the second step a static graph is known.
@@ -125,7 +102,7 @@ def _parallel(x: torch.Tensor, y: torch.Tensor, **options: Any) -> dict[str, tor
     return gradients(subject)
 
 
-def _sharded(x: torch.Tensor, y: torch.Tensor) -> dict[str, Any]:
+def _sharded(x: Tensor, y: Tensor) -> dict[str, Any]:
     """FSDP: the whole Distiller but the policy; a student that is sharded alone is refused."""
     mesh, subject = init_device_mesh("cpu", (RANKS,)), distiller()
     fully_shard(subject, mesh=mesh, ignored_params=set(subject.kd.policy.parameters()))
@@ -146,9 +123,8 @@ def _sharded(x: torch.Tensor, y: torch.Tensor) -> dict[str, Any]:
 
 def _wrapped_inside() -> str:
     teacher, student = models(norm=False)
-    subject = Distiller(
-        DistributedDataParallel(student), teacher, layers="stage1", sokd=SMALL, example=batch()[0]
-    )
+    options = {"layers": "stage1", "sokd": SMALL, "example": batch()[0]}
+    subject = Distiller(DistributedDataParallel(student), teacher, **options)
     try:
         objective(subject)
     except ValueError as error:
@@ -179,7 +155,7 @@ def contrasted(rank: int, ranks: int) -> dict[str, Any]:
     return {"gradients": found, "state": dict(loss.state_dict())}
 
 
-def _crd_by_name(rank: int) -> dict[str, torch.Tensor]:
+def _crd_by_name(rank: int) -> dict[str, Tensor]:
     """A Distiller with CRD whose ranks have two samples each, then one and two."""
     subject = make(
         models=models(norm=False), layers="stage2", method="crd", sokd=False, num_samples=11,
@@ -196,14 +172,11 @@ def _crd_by_name(rank: int) -> dict[str, torch.Tensor]:
     changed = (crd.student_bank != before).any(1)
     others = crd.negatives.eval()(torch.tensor([0, 1]))
     return {
-        "bank": crd.student_bank,
-        "changed": changed,
-        "z": crd.log_normaliser,
-        "negatives": others,
-    }
+        "bank": crd.student_bank, "changed": changed, "z": crd.log_normaliser, "negatives": others,
+    }  # fmt: skip
 
 
-def _logits_only(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+def _logits_only(x: Tensor, y: Tensor) -> list[Tensor]:
     """A student wrapped inside is right where nothing else is trained, and its layers are found."""
     teacher, student = models(norm=False)
     subject = make(
@@ -217,12 +190,10 @@ def _logits_only(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(rank_of_two, args=(str(folder),), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    return of_ranks(_work, tmp_path_factory.mktemp("ranks"))
 
 
-def check_whole(of_ranks: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def check_whole(of_ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """That every rank has the gradients of one process with the whole batch, which are returned."""
     expected = one_process()["gradients"]
     for found in of_ranks:
@@ -237,9 +208,7 @@ def test_gradients_are_those_of_the_whole_batch(ranks):
     assert sum(gradient.abs().sum() > 0 for gradient in expected.values()) > 15
 
 
-@pytest.mark.parametrize(
-    "place", range(len(OPTIONS)), ids=[", ".join(options) for options in OPTIONS]
-)
+@pytest.mark.parametrize("place", range(len(OPTIONS)), ids=[", ".join(each) for each in OPTIONS])
 def test_the_wrappers_own_options(ranks, place):
     check_whole([found["options"][place] for found in ranks])
 
@@ -253,7 +222,7 @@ def test_sharded_by_fsdp(ranks):
     )
     assert ranks[0]["sharded"]["search"] == (
         "PolicySearch: student must hold whole parameters (virtual weights are not sharded; "
-        "DistributedDataParallel serves), got parameters of fully_shard"
+        "use DistributedDataParallel), got parameters of fully_shard"
     )
 
 

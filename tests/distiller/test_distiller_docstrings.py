@@ -1,7 +1,5 @@
 """Runs the docstring examples of the Distiller, the methods and the inspection."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from support.distiller_cases import SMALL, batch, make, models
@@ -10,14 +8,18 @@ from support.docstrings import run_example
 import sokd
 from sokd import methods
 from sokd.methods.crd import CRDLoss
+from sokd.methods.fgd import FGDLoss
 from sokd.methods.mgd import MGDLoss
+from sokd.methods.ofd import OFDLoss
 from sokd.methods.reviewkd import ReviewKDLoss
+from sokd.methods.vid import VIDLoss
 
 EXPLAINED = [
-    sokd.Distiller, sokd.Distiller.step, methods.at, methods.build, methods.catkd,
-    methods.class_maps, methods.dist, methods.dkd, methods.fitnet, methods.hcl, methods.kd,
-    methods.lskd, methods.pooled, methods.rkd, methods.sp, CRDLoss, MGDLoss, ReviewKDLoss,
-    sokd.inspect.table,
+    sokd.Distiller, sokd.Distiller.step, methods.at, methods.build, methods.catkd, methods.cc,
+    methods.class_distances, methods.class_maps, methods.dist, methods.dkd, methods.fitnet,
+    methods.hcl, methods.kd, methods.lskd, methods.nst, methods.ofd_margin, methods.pkt,
+    methods.pooled, methods.rkd, methods.sp, methods.wkd, methods.wkd_features, methods.wkd_logits,
+    CRDLoss, FGDLoss, MGDLoss, OFDLoss, ReviewKDLoss, VIDLoss, sokd.inspect.table,
 ]  # fmt: skip
 
 

@@ -1,8 +1,7 @@
 """A script's mistakes: bad input is refused before the first step, silent ones are warned of."""
 
-from __future__ import annotations
-
 import copy
+import functools
 import re
 import warnings
 
@@ -20,8 +19,8 @@ UNHELD = (
     "pass it the distiller's parameters, e.g. SGD(distiller.parameters(), lr=...)"
 )
 TEACHER_TRAINS = (
-    "sokd: the teacher was in train mode; it is set back to eval, call teacher.eval() after "
-    "teacher.train()"
+    "sokd: the teacher was in train mode and has been set to eval mode; call teacher.eval() "
+    "after teacher.train()"
 )
 
 
@@ -31,11 +30,9 @@ def refused(error: type[Exception], text: str, make_or_call) -> None:
 
 
 # ------------------------------------------------------------------------------------- construction
-
-
 def test_a_teacher_that_is_the_student():
     net = Net(3)
-    rule = "share no parameter with the student, for it is frozen (copy.deepcopy it)"
+    rule = "share no parameter with the student, because it is frozen (use copy.deepcopy)"
     count = len(list(net.parameters()))
     refused(ValueError, f"teacher must {rule}, got {count} of them", lambda: Distiller(net, net))
     assert all(p.requires_grad for p in net.parameters()), "a refused model is left alone"
@@ -50,8 +47,8 @@ REFUSED = {
     "a name": (TypeError, "student must be an nn.Module, got str",
                lambda: Distiller("resnet18", Net(6))),
     "a model in DataParallel":
-        (TypeError, "the model must run in one thread a process, got torch.nn.DataParallel; use "
-                    "DistributedDataParallel(distiller)",
+        (TypeError, "the model must run in one thread per process, got torch.nn.DataParallel; "
+                    "use DistributedDataParallel(distiller)",
          lambda: Distiller(nn.DataParallel(Net(3)), Net(6))),
     "a number as method": (TypeError, f"{METHOD} int", lambda: make(method=3)),
     "a list of methods": (TypeError, f"{METHOD} list", lambda: make(method=["at", "kd"])),
@@ -62,8 +59,8 @@ REFUSED = {
         (ValueError, "method must have one entry for each name, got 'mseloss' twice",
          lambda: make(method={nn.MSELoss(): 1.0, nn.MSELoss(reduction="sum"): 1.0})),
     "a name like a method's":
-        (ValueError, f"method must be one of {', '.join(sokd.methods.METHODS)} (nearest: fitnet), "
-                     "got 'fitnets'", lambda: make(method="fitnets")),
+        (ValueError, f"method must be one of {', '.join(sokd.methods.METHODS)} (nearest: fitnet, "
+                     "nst), got 'fitnets'", lambda: make(method="fitnets")),
     "a task by name":
         (TypeError, "task must be 'auto', 'model', None or a callable (logits, y), got 'ce'",
          lambda: make(task="ce")),
@@ -97,15 +94,13 @@ def test_an_option_that_nothing_has():
 
 
 # ----------------------------------------------------------------------------------------- the step
-
-
 def test_a_batch_of_one_with_batch_norm():
     teacher, student = models()
     student.head = nn.Sequential(nn.BatchNorm1d(12), student.head)
     distiller = make(models=(teacher, student), example=batch(1)[0])  # the dry run is in eval mode
     text = (
-        "x must hold more than one sample where a BatchNorm in train mode has one value a channel, "
-        "got 1 (drop_last=True in the DataLoader)"
+        "x must hold more than one sample where a BatchNorm in train mode has one value per "
+        "channel, got 1 (drop_last=True in the DataLoader)"
     )
     refused(ValueError, text, lambda: objective(distiller, *batch(1)))
     assert objective(distiller, *batch(2)).isfinite()
@@ -133,16 +128,15 @@ def test_an_input_of_another_dtype_or_device():
         refused(ValueError, text, lambda: make()(x.to("meta"), y))
 
 
-@pytest.mark.parametrize("bias", [True, False])  # a convolution says it in other words without
+@pytest.mark.parametrize("bias", [True, False])  # the convolution's message differs without
 def test_pixels_as_bytes(bias):
     nets = models()
     for module in [] if bias else [each for net in nets for each in net.modules()]:
         if isinstance(module, nn.Conv2d):
             module.bias = None
     text = "x must have the dtype torch.float32 of the student's parameters, got torch.uint8"
-    refused(
-        TypeError, text, lambda: objective(make(models=nets), (255 * batch()[0]).byte(), batch()[1])
-    )
+    x = (255 * batch()[0]).byte()
+    refused(TypeError, text, lambda: objective(make(models=nets), x, batch()[1]))
 
 
 @pytest.mark.parametrize(("make_x", "got"), [
@@ -152,8 +146,8 @@ def test_pixels_as_bytes(bias):
     (lambda x, y: tuple(x.shape), "tuple of int, int, int"),
 ], ids=["a loader's batch", "a list of it", "an array", "a shape"])  # fmt: skip
 def test_an_input_of_another_kind(make_x, got):
-    rule = "be what both models take, a tensor, a dict of keywords or a list of images"
-    text = f"x must {rule} (of a loader's batch (x, y) the x alone), got {got}"
+    rule = "be an input of both models, a tensor, a dict of keywords or a list of images"
+    text = f"x must {rule} (the x of a loader's batch (x, y)), got {got}"
     refused(TypeError, text, lambda: make(example=make_x(*batch())))
 
 
@@ -196,7 +190,7 @@ def test_a_class_that_the_logits_do_not_have_and_another_device():
 def test_one_number_a_sample_is_no_cross_entropy():
     teacher, student = models()
     student.forward = lambda x: student.head(student.features(x).mean((2, 3)))[:, 0]
-    rule = "be [B, K] for the cross entropy (name them by logits=, or another loss by task=)"
+    rule = "be [B, K] for the cross entropy (select them by logits=, or another loss by task=)"
     text = f"logits must {rule}, got [4]"
     refused(
         ValueError,
@@ -230,8 +224,8 @@ def test_models_of_two_dtypes():
 
 
 NEEDS = {
-    "crd": "index must be the samples' places in the training set, int64 [B], for method 'crd', "
-    "as in distiller(x, y, index=i), got none",
+    "crd": "index must be the samples' indices in the training set, int64 [B], for method "
+    "'crd', as in distiller(x, y, index=i), got none",
     "dkd": "target must be class indices [B] for method 'dkd', as in distiller(x, y), "
     "got float32 [4, 5]",
 }
@@ -257,8 +251,8 @@ def test_models_without_logits():
     )
     refused(TypeError, text, lambda: distiller(x, y))
     text = (
-        "logits must be found in what both models return for method 'kd' (name them by logits=), "
-        "got none"
+        "logits must be in the output of both models for method 'kd' (select them by "
+        "logits=), got none"
     )
     refused(ValueError, text, lambda: distiller(x))
 
@@ -266,7 +260,7 @@ def test_models_without_logits():
 def test_logits_that_lead_nowhere():
     twofold = [Answering(net, lambda z: {"z": z}) for net in models()]
     distiller = make(models=twofold, layers="net.stage1", method="kd", sokd=False, logits="logits")
-    text = "logits must name what the models give ('z'), got 'logits'"
+    text = "logits must select from the models' output ('z'), got 'logits'"
     refused(ValueError, text, lambda: objective(distiller))
 
 
@@ -291,13 +285,12 @@ def test_a_map_without_a_gradient(way):
         student.stem.forward = lambda x: torch.no_grad()(inner)(x)
     else:
         inner = student.features
-        student.features = lambda x: torch.utils.checkpoint.checkpoint(
-            inner, x.requires_grad_(), use_reentrant=True
-        )
+        again = functools.partial(torch.utils.checkpoint.checkpoint, inner, use_reentrant=True)
+        student.features = lambda x: again(x.requires_grad_())
     text = (
-        "the student's layer 'stem' must give a map with a gradient, got one without: it is "
-        "frozen, runs under no_grad, or is checkpointed with use_reentrant=True "
-        "(use_reentrant=False keeps it)"
+        "the student's layer 'stem' must give a map with a gradient, got one without; it is "
+        "frozen, runs under no_grad, or is checkpointed with use_reentrant=True (use "
+        "use_reentrant=False)"
     )
     distiller = make(models=(teacher, student), layers="stem")
     refused(ValueError, text, lambda: objective(distiller))
@@ -321,7 +314,7 @@ def test_a_term_that_is_nan(where, text):
     name = "loss_ce" if where == "student" else "loss_method"
     refused(
         FloatingPointError,
-        f"{name} must be finite, got nan; {text} (check_finite=False lets it pass)",
+        f"{name} must be finite, got nan; {text} (check_finite=False skips this check)",
         lambda: objective(distiller),
     )
     distiller.check_finite = False
@@ -329,8 +322,6 @@ def test_a_term_that_is_nan(where, text):
 
 
 # ---------------------------------------------------------------------------------- silent mistakes
-
-
 def trained(distiller: Distiller, parameters, steps: int = 15) -> list[str]:
     """Train, and return what was warned of."""
     optimiser = torch.optim.SGD(parameters, lr=1e-6)
@@ -358,9 +349,8 @@ def test_parameters_that_no_optimiser_holds(options, parts):
     distiller = make(**options)
     assert trained(distiller, distiller.student.parameters()) == [UNHELD.format(parts)]
     assert trained(distiller, distiller.student.parameters()) == [], "once is enough"
-    assert trained(copy.deepcopy(distiller), distiller.student.parameters()) == [], (
-        "its copy's student rests"
-    )
+    twin = copy.deepcopy(distiller)
+    assert trained(twin, distiller.student.parameters()) == [], "its copy's student rests"
 
 
 def test_a_teacher_in_train_mode():
@@ -371,9 +361,8 @@ def test_a_teacher_in_train_mode():
         objective(distiller)
         distiller.teacher.train()
         objective(distiller)
-    assert caught[0].filename == __file__.replace(
-        "distiller/test_distiller_guards", "support/distiller_cases"
-    )
+    file = __file__.replace("distiller/test_distiller_guards", "support/distiller_cases")
+    assert caught[0].filename == file
     assert torch.equal(distiller.teacher.stage1[1].running_mean, before)
 
 

@@ -1,7 +1,4 @@
-"""Layers by name, any shape; and everything about them that is refused or warned of, in these
-words."""
-
-from __future__ import annotations
+"""Layers by name, of any shape; all that is refused or warned of, verbatim."""
 
 import re
 import warnings
@@ -46,9 +43,8 @@ def test_layers_in_no_form(layers):
 def test_pairs_are_student_then_teacher(swapped):
     teacher, student = models()
     student.third = nn.Identity()
-    assert make(models=(teacher, student), layers={"third": "stem"}, example=None).pairs == [
-        ("third", "stem")
-    ]
+    pairs = make(models=(teacher, student), layers={"third": "stem"}, example=None).pairs
+    assert pairs == [("third", "stem")]
     order = "pairs and dicts go student layer -> teacher layer"
     rule = "be layers of the teacher (named_modules; nearest: 'head')"
     with raises(ValueError, f"{MUST}{rule}, got 'third', a layer of the student: {order}"):
@@ -75,8 +71,6 @@ def test_a_name_like_none_of_them():
 
 
 # ------------------------------------------------------------------------------------------- shapes
-
-
 def shaped(student, teacher=lambda maps: maps, *, layers="here", **options):
     torch.manual_seed(0)
     given = {"example": batch()[0], "sokd": SMALL, "method": "fitnet", **options}
@@ -148,9 +142,9 @@ WRONG = {
          "4, 8, 8], got [4, 4, 1, 1]"),
     "another aspect":
         (lambda maps: maps[:, :, :2], ValueError,
-         "the student's layer 'here' must have the aspect of the teacher's layer 'here', [4, 4, "
-         "8, 8] (name student_order='BHWC', student_grid or the teacher's where another layout "
-         "is meant), got [4, 4, 2, 8]"),
+         "the student's layer 'here' must have the aspect of the teacher's layer 'here', [4, "
+         "4, 8, 8] (for another layout pass student_order='BHWC', student_grid or the "
+         "teacher's), got [4, 4, 2, 8]"),
     "tokens without a grid":
         (tokens(3), ValueError,
          "the student's layer 'here' must hold 0, 1, 2, 4 or 5 prefix tokens and a square grid "
@@ -164,18 +158,11 @@ def test_what_no_adapter_should_hide(form, error, text):
         shaped(form)
 
 
-@pytest.mark.parametrize(
-    ("student", "teacher", "fits"),
-    [
-        ((7, 7), (14, 14), True),
-        ((5, 7), (10, 13), True),  # strides round up
-        ((1, 1), (1, 1), True),
-        ((8, 4), (4, 8), False),
-        ((2, 8), (8, 8), False),
-        ((50, 38), (25, 19), True),
-        ((56, 1), (56, 56), False),
-    ],
-)
+@pytest.mark.parametrize(("student", "teacher", "fits"), [
+    ((7, 7), (14, 14), True), ((1, 1), (1, 1), True), ((50, 38), (25, 19), True),
+    ((5, 7), (10, 13), True),  # strides round up
+    ((8, 4), (4, 8), False), ((2, 8), (8, 8), False), ((56, 1), (56, 56), False),
+])  # fmt: skip
 def test_aspects(student, teacher, fits):
     maps = [torch.zeros(2, 3, *size) for size in (student, teacher)]
     if fits:
@@ -191,23 +178,16 @@ def test_options_of_the_layouts():
         match="student_order must be 'BCHW', 'BHWC', 'BNC', 'NBC', 'BCN' or None, got 'CHW'",
     ):
         make(student_order="CHW")
-    with pytest.raises(
-        ValueError, match="teacher_tokens must have one entry for each of the 2 pairs of layers"
-    ):
+    text = "teacher_tokens must have one entry for each of the 2 pairs of layers"
+    with pytest.raises(ValueError, match=text):
         make(teacher_tokens=[1])
     with pytest.raises(ValueError, match=r"^Distiller: student_grid must be \(H, W\), .* got 7$"):
         make(student_grid=7)
-    assert as_map(torch.zeros(2, 5, 5, 3), Layout(order="BHWC"), ("student", "x")).shape == (
-        2,
-        3,
-        5,
-        5,
-    )
+    maps = as_map(torch.zeros(2, 5, 5, 3), Layout(order="BHWC"), ("student", "x"))
+    assert maps.shape == (2, 3, 5, 5)
 
 
 # ---------------------------------------------------------------------------------------- the hooks
-
-
 def test_hooks_are_set_once_and_keep_nothing():
     distiller = make()
     student = distiller.student
@@ -242,7 +222,7 @@ def test_an_error_in_a_model_disarms_the_hooks():
 def test_a_layer_that_runs_twice_is_pointed_out():
     teacher, student = models()
     student.stage1[2] = student.stem[2]  # one ReLU for both
-    what = "runs several times in a forward pass; its first output is distilled"
+    what = "runs several times in a forward pass; its first output is used"
     text = f"sokd: the student's layer 'stem.2' {what}"
     with warns(text):
         make(models=(teacher, student), layers={"stem.2": "stem.2"})

@@ -1,7 +1,5 @@
 """A Distiller as a module: copies, checkpoints, EMA, export, compilers, autocast, layouts."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle
@@ -9,8 +7,18 @@ import pickle
 import pytest
 import torch
 from support.cases import compiles
-from support.distiller_cases import SMALL, Net, batch, gradients, make, models, objective, rewound
-from torch import nn
+from support.distiller_cases import (
+    SMALL,
+    Net,
+    batch,
+    extra,
+    gradients,
+    make,
+    models,
+    objective,
+    rewound,
+)
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sokd.distiller import Distiller
@@ -25,16 +33,15 @@ def check_same(found: dict, expected: dict, **close) -> None:
         )
 
 
-def stepped(distiller: Distiller, *args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def stepped(distiller: Distiller, *args) -> tuple[Tensor, dict[str, Tensor]]:
     """Objective and gradients of one step."""
-    value = objective(distiller, *args)
+    x, y = args or batch()
+    value = objective(distiller, x, y, **extra(len(x)))
     value.backward()
     return value.detach(), gradients(distiller)
 
 
 # ------------------------------------------------------------------------------------------- copies
-
-
 def test_deepcopy_and_pickle_are_the_same_and_apart():
     original = make()
     objective(original)
@@ -62,9 +69,8 @@ def test_a_copy_of_the_student_alone_keeps_nothing():
 def test_moving_averages(whole):
     distiller, (x, _) = make(), batch()
     followed = distiller if whole else distiller.student
-    average = torch.optim.swa_utils.AveragedModel(
-        followed, avg_fn=lambda old, new, count: 0.5 * (old + new)
-    )
+    followed_by = {"avg_fn": lambda old, new, count: 0.5 * (old + new)}
+    average = torch.optim.swa_utils.AveragedModel(followed, **followed_by)
     before = distiller.student.head.bias.detach().clone()
     for value in (1.0, 3.0):
         distiller.student.head.bias.data.fill_(value)
@@ -89,8 +95,6 @@ def test_export_is_the_bare_student():
 
 
 # ------------------------------------------------------------------------------------------- resume
-
-
 def run(distiller: Distiller, optimiser: torch.optim.Optimizer, steps: int) -> list[float]:
     values = []
     for _ in range(steps):
@@ -131,8 +135,6 @@ def test_the_state_is_small():
 
 
 # ------------------------------------------------------------------------------------------ compile
-
-
 COMPILED = [*(name for name in METHODS if name != "crd"), {"fitnet": 1.0, "kd": 1.0}]
 
 
@@ -144,9 +146,8 @@ def test_the_whole_compiles_in_one_graph(method, dynamic):
     torch._dynamo.reset()
     expected, wanted = stepped(make(method=method))
     distiller = make(method=method)
-    value, found = stepped(
-        torch.compile(distiller, fullgraph=True, dynamic=dynamic, backend="eager")
-    )
+    compiled = torch.compile(distiller, fullgraph=True, dynamic=dynamic, backend="eager")
+    value, found = stepped(compiled)
     torch.testing.assert_close(value, expected)
     check_same({name.removeprefix("_orig_mod."): g for name, g in found.items()}, wanted)
     assert int(distiller.kd.policy.counter) == 1
@@ -225,8 +226,6 @@ def test_the_graphs_of_the_backward_agree():
 
 
 # ------------------------------------------------------------------------------- precision, layouts
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("method", ["fitnet", {"at": 1.0, "kd": 1.0}], ids=str)
 def test_autocast(dtype, method):
@@ -300,9 +299,8 @@ def test_gradient_checkpointing():
     teacher, student = models(norm=False)
     twin = Checkpointed(3, norm=False)
     twin.load_state_dict(student.state_dict())
-    options = {
-        "sokd": {**SMALL, "adapter": nn.ModuleList([nn.Conv2d(6, 12, 1), nn.Conv2d(12, 24, 1)])}
-    }
+    adapter = nn.ModuleList([nn.Conv2d(6, 12, 1), nn.Conv2d(12, 24, 1)])
+    options = {"sokd": {**SMALL, "adapter": adapter}}
     calls = []
     twin.stage1.register_forward_hook(lambda *_: calls.append(1))
     plain = make(models=(teacher, student), **copy.deepcopy(options))

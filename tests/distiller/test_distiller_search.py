@@ -1,13 +1,11 @@
 """`sokd.PolicySearch` with a Distiller: its step, virtual weights in the hooks, no trace."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.distiller_cases import batch, make, models, objective
+from support.distiller_cases import SMALL, batch, make, models, objective
 from torch.func import functional_call
 
 import sokd
@@ -22,9 +20,9 @@ def by_hand(distiller):
         second = model.stage2(first)
         teacher = distiller.teacher
         with torch.no_grad():
-            theirs = teacher.stage1(teacher.stem(x))
-            theirs = [theirs, teacher.stage2(theirs)]
-        return F.cross_entropy(model.head(second.mean((2, 3))), y), [first, second], theirs
+            other = teacher.stage1(teacher.stem(x))
+            other = [other, teacher.stage2(other)]
+        return F.cross_entropy(model.head(second.mean((2, 3))), y), [first, second], other
 
     return step
 
@@ -36,15 +34,13 @@ def test_the_step_is_the_one_written_by_hand(order, objective_):
     for own in (True, False):
         distiller = make()
         torch.manual_seed(5)
-        search = sokd.PolicySearch(
-            distiller.kd, distiller.student, order=order, objective=objective_, lr=0.1
-        )
-        upper = [
-            search.step(distiller.step if own else by_hand(distiller), batch()) for _ in range(2)
-        ]
+        options = {"order": order, "objective": objective_, "lr": 0.1}
+        search = sokd.PolicySearch(distiller.kd, distiller.student, **options)
+        step = distiller.step if own else by_hand(distiller)
+        upper = [search.step(step, batch()) for _ in range(2)]
         moved.append([*upper, *(p.detach() for p in distiller.kd.policy.parameters())])
-    for ours, theirs in zip(*moved, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    for actual, other in zip(*moved, strict=True):
+        torch.testing.assert_close(actual, other)
 
 
 def test_virtual_weights_reach_the_hooks():
@@ -94,3 +90,31 @@ def test_without_a_target_the_task_is_nothing():
     assert task == 0 and task.requires_grad
     assert [features.shape for features in maps] == [(4, 6, 8, 8), (4, 12, 4, 4)]
     assert not any(features.requires_grad for features in teacher)
+
+
+def test_an_online_search_steps_with_each_call_of_a_training_step():
+    distiller = make(sokd={**SMALL, "search": "online"})
+    policy, search = distiller.kd.policy, distiller.kd.search
+    assert int(search.steps) == 0
+    objective(distiller).backward()
+    assert int(search.steps) == 1 and policy.alpha.any() and policy.alpha.grad is None
+    with torch.no_grad():
+        distiller(*batch())
+    distiller.eval()(*batch())
+    assert int(search.steps) == 1
+    assert "uniform" not in repr(distiller)
+
+
+def test_without_an_adapted_map_an_online_search_never_steps_and_repr_says_so():
+    distiller = make(method="at", sokd={**SMALL, "search": "online"})
+    distiller(*batch())
+    assert int(distiller.kd.search.steps) == 0 and not distiller.kd.policy.alpha.any()
+    said = "search: no method reads an adapted map, so the policy stays uniform"
+    assert said in repr(distiller)
+    assert said not in repr(make(method="at"))
+
+
+def test_with_the_base_kept_an_online_search_follows_the_adapter_made_for_it():
+    distiller = make(method="at", sokd={**SMALL, "base": "keep", "search": "online"})
+    distiller(*batch())
+    assert int(distiller.kd.search.steps) == 1 and "uniform" not in repr(distiller)

@@ -1,7 +1,5 @@
 """timm's models, where timm is installed."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -17,13 +15,10 @@ timm = pytest.importorskip("timm", reason="timm is not installed")
 def test_one_step(teacher, student, layers):
     options = {teacher: {"num_classes": 10}, student: {"num_classes": 10}}
     options.setdefault("vit_tiny_patch16_224", {}).update(img_size=64, depth=3)
-    nets = [
-        timm.create_model(name, pretrained=False, **options[name]) for name in (teacher, student)
-    ]
+    nets = [timm.create_model(net, pretrained=False, **options[net]) for net in (teacher, student)]
     x, y = torch.randn(2, 3, 64, 64), torch.tensor([1, 7])
-    distiller = Distiller(
-        *reversed(nets), layers=layers, example=x, sokd={"heat_channels": 4, "k": 2}
-    )
+    small = {"k": 2}
+    distiller = Distiller(*reversed(nets), layers=layers, example=x, sokd=small)
     _, losses = distiller(x, y)
     torch.stack(list(losses.values())).sum().backward()
     assert all(loss.isfinite() for loss in losses.values())

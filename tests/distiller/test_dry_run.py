@@ -1,7 +1,5 @@
 """The dry run makes lazy parameters and leaves everything else of the models as it was."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from support.distiller_cases import Net, batch, make, objective
@@ -133,8 +131,8 @@ class TestTorchScript:
         with pytest.raises(TypeError) as caught:
             make(models=(make_script(Net(6).eval()), Net(3)), layers=layers)
         assert str(caught.value).startswith(
-            "Distiller: teacher must be an eager module where layers are used, because the parts "
-            "of TorchScript run without hooks (method='kd' with sokd=False uses none), got "
+            "Distiller: teacher must be an eager module where layers are used, because "
+            "TorchScript runs no hooks (method='kd' with sokd=False uses no layers), got "
         )
 
     def test_a_script_inside_a_module(self, make_script):

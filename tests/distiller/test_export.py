@@ -1,7 +1,5 @@
 """`export()` works after any number of steps; its result saves, scripts, loads without sokd."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle
@@ -143,9 +141,8 @@ def test_scripts_and_traces():
 
 
 def net(width: int) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, width, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * width, 5)
-    )
+    last = nn.Flatten(), nn.Linear(64 * width, 5)
+    return nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.ReLU(), *last)
 
 
 def test_an_export_loads_where_sokd_is_not_installed(tmp_path):

@@ -1,12 +1,10 @@
 """Teachers, features and set-ups under torch.inference_mode() give what no_grad gives."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest
 import torch
-from support.distiller_cases import SMALL, batch, gradients, make, models, objective
+from support.distiller_cases import SMALL, batch, extra, gradients, make, models, objective
 from torch import Tensor, nn
 
 import sokd
@@ -39,7 +37,7 @@ def test_a_teacher_whose_forward_is_an_inference(name, plugged):
         distiller = make(
             models=(wrap(teacher), student), layers=layers, method=name, sokd=plugged, **options
         )
-        losses = distiller(*batch(), index=torch.arange(4))[1]
+        losses = distiller(*batch(), **extra())[1]
         sum(losses.values()).backward()
         found.append((losses, gradients(distiller)))
     for own, other in zip(*found, strict=True):
@@ -58,7 +56,8 @@ def features() -> tuple[Tensor, Tensor, Tensor]:
 
 FEATURES = {
     "fitnet": methods.fitnet, "at": methods.at, "sp": methods.sp, "rkd": methods.rkd,
-    "hcl": methods.hcl, "catkd": methods.catkd,
+    "hcl": methods.hcl, "catkd": methods.catkd, "wkd_features": methods.wkd_features,
+    "nst": methods.nst, "pkt": methods.pkt, "cc": methods.cc,
     "mgd": lambda *given: methods.mgd(6, generator=torch.Generator().manual_seed(1))(*given),
     "reviewkd": lambda student, teacher, *weight: methods.reviewkd([6], [6])(
         [student], [teacher], *([weight] if weight else [])
@@ -67,6 +66,9 @@ FEATURES = {
 LOGITS = {
     "kd": methods.kd, "lskd": methods.lskd, "dist": methods.dist,
     "dkd": lambda *logits: methods.dkd(*logits, torch.tensor([0, 1, 2, 3])),
+    "wkd_logits": lambda *logits: methods.wkd_logits(
+        *logits, torch.tensor([0, 1, 2, 3]), 1 - torch.eye(5)
+    ),
 }  # fmt: skip
 
 

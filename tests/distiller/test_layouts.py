@@ -1,7 +1,5 @@
 """Layouts of features are checked against the inputs: batch, rank, aspect of the images."""
 
-from __future__ import annotations
-
 import re
 
 import pytest
@@ -53,8 +51,6 @@ def refused(text: str, *args, **options) -> None:
 
 
 # -------------------------------------------------------------------------------------------- BHWC
-
-
 @pytest.mark.parametrize("size", [(32, 32), (24, 40), (4, 4)], ids=str)
 @pytest.mark.parametrize("plugged", [SMALL, False], ids=["sokd", "alone"])
 def test_channels_last_is_refused_and_named(size, plugged):
@@ -116,8 +112,6 @@ def test_an_order_that_is_named_is_believed():
 
 
 # ------------------------------------------------------------------------------------------ tokens
-
-
 GUESSES = {
     "9 x 16": ((72, 128), 0, 12),
     "4 x 9": ((32, 72), 0, 6),
@@ -132,7 +126,7 @@ def test_a_square_guess_for_images_that_are_not_square(size, prefix, guess):
     x, grid = torch.randn(2, 3, *size), (size[0] // 8, size[1] // 8)
     count = grid[0] * grid[1] + prefix
     pair = Tokens(16, prefix=prefix), Tokens(12, prefix=prefix)
-    rule = f"be tokens of images of {size[0]} x {size[1]} (name student_grid=(H, W), and student_"
+    rule = f"be tokens of images of {size[0]} x {size[1]} (pass student_grid=(H, W), and student_"
     refused(f"the student's layer 'blocks' must {rule}", *pair, x)
     with pytest.raises(ValueError, match=f"guessed to be a {guess} x {guess} grid"):
         made(*pair, x)
@@ -181,7 +175,7 @@ def test_tokens_of_what_is_not_an_image():
             return self.head(self.blocks(self.embed(x)).mean(1))
 
     x = torch.randint(0, 9, (2, 16))
-    rule = "have a grid, for x is not a batch of images (student_grid=(H, W), e.g. (1, N))"
+    rule = "have a grid, because x is not a batch of images (student_grid=(H, W), e.g. (1, N))"
     refused(f"the student's layer 'blocks' must {rule}, got [2, 16, 12]", Words(16), Words(12), x)
     named = made(Words(16), Words(12), x, student_grid=(1, 16), teacher_grid=(1, 16))
     assert objective(named, x, torch.tensor([0, 1])).isfinite()
@@ -201,8 +195,6 @@ def test_an_input_that_is_not_known_leaves_the_guess():
 
 
 # ------------------------------------------------------------------------------------------- batch
-
-
 @pytest.mark.parametrize(("samples", "side"), [(4, 32), (5, 32), (8, 32), (16, 48)])
 def test_tokens_before_samples(samples, side):
     x = torch.randn(samples, 3, side, side)
@@ -220,9 +212,7 @@ def test_tokens_before_samples(samples, side):
 
 def test_as_many_tokens_as_samples_are_found_out_by_the_next_batch():
     distiller = made(Tokens(16, layout="NBC"), Tokens(12, layout="NBC"), torch.randn(16, 3, 32, 32))
-    with pytest.raises(
-        ValueError, match="must have the batch size of x, 9, in its first dimension"
-    ):
+    with pytest.raises(ValueError, match="must have the batch size of x, 9, in its first dim"):
         objective(distiller, torch.randn(9, 3, 32, 32), torch.randint(0, CLASSES, (9,)))
 
 
@@ -251,9 +241,7 @@ def test_other_batches(form):
 
 @pytest.mark.parametrize("form", [lambda maps: maps[:, None], lambda maps: maps[0, 0, 0]])
 def test_other_ranks(form):
-    text = (
-        "the student's layer 'here' must be a map [B, C, H, W], tokens [B, N, C] or a vector [B, C]"
-    )
+    text = "the student's layer 'here' must be a map [B, C, H, W], tokens [B, N, C] or a vector"
     refused(text, Shaped(form), Shaped(form), batch()[0], layers="here")
 
 

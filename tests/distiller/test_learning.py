@@ -1,7 +1,5 @@
 """A student that cannot learn, and a pair in the wrong order, are warned of once."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 
@@ -14,11 +12,11 @@ from sokd.distiller import Distiller
 
 FROZEN = (
     "sokd: no parameter of the student requires grad, so the student does not learn; call "
-    "student.requires_grad_() (a Distiller freezes its teacher: of two networks that teach each "
-    "other, each needs a copy.deepcopy of the other as its teacher)"
+    "student.requires_grad_() (a Distiller freezes its teacher; for two networks that teach "
+    "each other, pass a copy.deepcopy as each teacher)"
 )
 DETACHED = (
-    "sokd: the student's logits have no gradient, so no loss of the logits trains the student; "
+    "sokd: the student's logits have no gradient, so their losses do not train the student; "
     "compute them without .detach() and torch.no_grad()"
 )
 

@@ -1,7 +1,5 @@
 """Errors that name what really happened."""
 
-from __future__ import annotations
-
 import copy
 import re
 import subprocess
@@ -17,9 +15,9 @@ import sokd
 from sokd import methods
 
 REPLACED = (
-    "Distiller: the student's layer {!r} must be the module that it was when the Distiller was "
-    "made, got another one (convert_sync_batchnorm, an adapter such as LoRA or a rebuilt part): "
-    "change the model first, then make its Distiller"
+    "Distiller: the student's layer {!r} must be the module that it was when the Distiller "
+    "was made, got another one (convert_sync_batchnorm, an adapter such as LoRA, or a rebuilt "
+    "part); change the model first, then make its Distiller"
 )
 
 
@@ -29,8 +27,6 @@ def refused(error: type[Exception], text: str, call) -> None:
 
 
 # ------------------------------------------------------------------------ layers that are elsewhere
-
-
 class Wrapped(nn.Module):
     """A frozen layer with something trained beside it."""
 
@@ -108,8 +104,6 @@ def test_a_layer_that_is_skipped_in_a_pass():
 
 
 # ------------------------------------------------------------------------------------------- labels
-
-
 @pytest.mark.parametrize("wrong", [-1, 5, 255])
 def test_dkd_and_a_label_that_is_no_class(wrong):
     target = torch.tensor([0, 1, wrong, -100])
@@ -147,8 +141,6 @@ def test_dkd_by_name_honours_the_ignored_label():
 
 
 # ------------------------------------------------------------------------------------------ reloads
-
-
 def reloaded_sokd() -> nn.Module:
     """A SoKD of the class as it was before a notebook's reload."""
     old = sokd.SoKD(3, 3, **SMALL)
@@ -185,8 +177,6 @@ def test_a_kd_of_a_real_reload():
 
 
 # -------------------------------------------------------------------------- the order of the models
-
-
 def test_a_student_larger_than_its_teacher():
     counts = [sum(p.numel() for p in Net(width).parameters()) for width in (6, 3)]
     text = (

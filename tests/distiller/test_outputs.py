@@ -1,7 +1,5 @@
 """What a model returns reaches the task as it is; logits are picked, and the pick is reported."""
 
-from __future__ import annotations
-
 from collections import namedtuple
 
 import pytest
@@ -101,7 +99,7 @@ def test_logits_picks_the_part_that_the_task_gets(where, count):
 def test_a_part_that_is_no_tensor_serves_no_logits():
     pair = (Detector(), Detector())
     distiller = make(models=pair, layers="mid", logits=lambda maps: maps)
-    text = "logits must lead to a tensor of the list that the model gives, got list"
+    text = "logits must select a tensor of the list that the model returns, got list"
     with pytest.raises(TypeError, match=text):
         distiller(*batch())
 
@@ -111,7 +109,7 @@ def test_a_task_that_takes_a_tensor_alone():
     distiller = make(models=pair, layers="net.stage1", task=nn.CrossEntropyLoss())
     with pytest.raises(TypeError) as caught:
         objective(distiller)
-    rule = "take what the student returns (logits= picks a part of it)"
+    rule = "accept the student's output (logits= selects a part of it)"
     assert str(caught.value).startswith(f"Distiller: task must {rule}, got tuple: ")
     named = make(models=pair, layers="net.stage1", task=nn.CrossEntropyLoss(), logits=0)
     x, y = batch()
@@ -132,8 +130,6 @@ def test_a_task_that_returns_no_scalar(reduction, got):
 
 
 # ---------------------------------------------------------------- one of several tensors of a width
-
-
 class TwoHeads(Net):
     """Two classifiers, as DeiT's class and distillation heads."""
 
@@ -149,8 +145,8 @@ class TwoHeads(Net):
 
 Named = namedtuple("Named", "logits aux_logits")
 TEXT = (
-    "sokd: the student returns several outputs of one width; the logits are {!r}, and no loss of "
-    "the logits trains {!r} (logits= names another one, task= a loss of all)"
+    "sokd: the student returns several outputs of one width; {!r} is taken as the logits, and "
+    "losses of the logits do not train {!r} (logits= selects another one, task= a loss of all)"
 )
 
 

@@ -1,7 +1,5 @@
 """Targets and logits of which a cross entropy has no meaning are refused, with the way out."""
 
-from __future__ import annotations
-
 import re
 
 import pytest
@@ -14,8 +12,8 @@ import sokd
 from sokd.compat import MDistiller
 
 OTHERS = (
-    "task=F.mse_loss for numbers, task=F.binary_cross_entropy_with_logits for classes that do not "
-    "exclude each other"
+    "task=F.mse_loss for numbers, task=F.binary_cross_entropy_with_logits for several labels "
+    "per sample"
 )
 
 
@@ -89,9 +87,8 @@ ROWS = {
 @pytest.mark.parametrize("training", [True, False])
 def test_rows_that_are_not_probabilities(target, row, training):
     rule = f"hold rows of probabilities, which sum to 1, where it is floating point ({OTHERS})"
-    with pytest.raises(
-        ValueError, match=re.escape(f"Distiller: target must {rule}, got a row {row}")
-    ):
+    text = re.escape(f"Distiller: target must {rule}, got a row {row}")
+    with pytest.raises(ValueError, match=text):
         make().train(training)(batch()[0], target)
 
 
@@ -118,9 +115,8 @@ def test_only_the_first_batch_is_read(monkeypatch):
     distiller, (x, y) = make(), batch()
     good = F.one_hot(y, 5).float()
     distiller(x, good)
-    monkeypatch.setattr(
-        "sokd.distiller.outputs._check_probabilities", lambda target: pytest.fail("read again")
-    )
+    checks = "sokd.distiller.outputs._check_probabilities"
+    monkeypatch.setattr(checks, lambda target: pytest.fail("read again"))
     distiller(x, good)
     with pytest.raises(pytest.fail.Exception):
         make()(x, good)

@@ -1,6 +1,4 @@
-"""`sokd.inspect`: what a run shows of itself, and that looking changes nothing."""
-
-from __future__ import annotations
+"""`sokd.inspect`: its results, and that it changes nothing."""
 
 import copy
 import json
@@ -26,8 +24,6 @@ def moved(distiller, value=2.0):
 
 
 # --------------------------------------------------------------------------------------- the policy
-
-
 def test_the_table_is_sorted_and_named():
     distiller = moved(make())
     lines = inspect.table(distiller).splitlines()
@@ -36,11 +32,8 @@ def test_the_table_is_sorted_and_named():
     share = math.exp(2) / (math.exp(2) + 35)
     assert f"{share:.2%}" in lines[1] and "50%   50%" in lines[1] and "of the width" in lines[1]
     assert inspect.table(distiller, top=3) == "\n".join(lines[:4])
-    assert (
-        inspect.table(distiller.kd)
-        == inspect.table(distiller.kd.policy)
-        == inspect.table(distiller)
-    )
+    of_kd, of_policy = inspect.table(distiller.kd), inspect.table(distiller.kd.policy)
+    assert of_kd == of_policy == inspect.table(distiller)
 
 
 def test_entropy():
@@ -85,15 +78,12 @@ def test_a_trajectory_is_the_way_of_the_policy(tmp_path):
 def test_a_trajectory_of_nothing():
     with pytest.raises(ValueError, match="Trajectory: every must be positive, got 0"):
         inspect.Trajectory(make(), every=0)
-    with pytest.raises(
-        ValueError, match="Trajectory: draw must be called after record, got no snapshots"
-    ):
+    text = "Trajectory: draw must be called after record, got no snapshots"
+    with pytest.raises(ValueError, match=text):
         inspect.Trajectory(make()).draw("nowhere.png")
 
 
 # -------------------------------------------------------------------------------------------- areas
-
-
 def test_areas_are_dams_own():
     distiller, (x, _) = make(), batch()
     found = inspect.areas(distiller, x)
@@ -105,6 +95,20 @@ def test_areas_are_dams_own():
     assert len(found) == 2 and list(found[1]) == ["teacher", "student", "mutual"]
     assert torch.equal(found[1]["mutual"].coverage, mutual.coverage)
     assert inspect.areas(kd, students, teachers)[0]["student"].coverage.shape == (4, 8, 8)
+
+
+@pytest.mark.parametrize("base", ["keep", "replace"])
+def test_areas_of_attention_are_those_of_the_students_own_map(base):
+    """Without an adapter too: AT reads no adapted map, nor does attention."""
+    parts = {"heads": "attention", "base": base, "k": 3}
+    distiller, (x, _) = make(method="at", sokd=parts), batch()
+    students, teachers = distiller.features(x)
+    assert (distiller.kd.adapter is None) == (base == "replace")
+    for index, found in enumerate(inspect.areas(distiller, x)):
+        for whose, areas in found.items():
+            expected = distiller.kd.dam[index].find(students[index], teachers[index], whose)
+            assert torch.equal(areas.boxes, expected.boxes)
+    assert inspect.areas(distiller, x)[0]["mutual"].coverage.any()
 
 
 def test_areas_of_what_wrap_returns():
@@ -164,9 +168,8 @@ def test_shares_are_of_the_cells():
     "subject", [make(sokd=False, method="at"), make(sokd={"dam": None})], ids=["none", "dam"]
 )
 def test_areas_without_a_dam(subject):
-    with raises(
-        TypeError, "areas: subject must be a SoKD or a Distiller with a DAM, got Distiller"
-    ):
+    text = "areas: subject must be a SoKD or a Distiller with a DAM, got Distiller"
+    with raises(TypeError, text):
         inspect.areas(subject, batch()[0])
 
 
@@ -200,7 +203,7 @@ WRONG_PICTURES = {
          "images must be [B, 3, H, W] or [B, 1, H, W], got [2, 2, 16, 16]"),
     "a list":
         (([torch.zeros(3, 16, 16)],), {}, "images must be [B, 3, H, W] or [B, 1, H, W], got list"),
-    "too many": ((torch.zeros(5, 3, 16, 16),), {}, "images must be 1 to 4, as found is of, got 5"),
+    "too many": ((torch.zeros(5, 3, 16, 16),), {}, "images must be 1 to 4, as in found, got 5"),
     "no such layer":
         ((torch.zeros(4, 3, 16, 16),), {"layer": 2}, "layer must be one of the 2 in found, got 2"),
     "titles":
@@ -223,8 +226,6 @@ def test_matplotlib_is_not_imported_before_a_picture():
 
 
 # --------------------------------------------------------------------------------------- for others
-
-
 def test_json_holds_all_there_is(tmp_path):
     distiller = make()
     _, losses = distiller(*batch())
@@ -236,9 +237,8 @@ def test_json_holds_all_there_is(tmp_path):
     assert len(read["policy"]) == 36 and read["policy"][0]["operations"] == ["shear_x", "shear_y"]
     assert inspect.export_json(distiller.kd.policy).keys() == {"policy", "entropy"}
     assert "policy" not in inspect.export_json(sokd.SoKD(3, 4, policy=None))
-    with pytest.raises(
-        TypeError, match="export_json: subject must be a Policy, a SoKD or a Distiller with one"
-    ):
+    text = "export_json: subject must be a Policy, a SoKD or a Distiller with one"
+    with pytest.raises(TypeError, match=text):
         inspect.export_json(nn.Identity())
 
 

@@ -1,7 +1,5 @@
 """The adapter: sizes, channels, tokens, and the texts of its errors."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -79,9 +77,8 @@ def test_it_computes_three_convolutions_each_with_norm_and_relu():
     for conv, norm in zip(convs, norms, strict=True):
         want = F.conv2d(want, conv.weight, padding=conv.kernel_size[0] // 2)
         scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-        want = (want - norm.running_mean[:, None, None]) * scale[:, None, None] + norm.bias[
-            :, None, None
-        ]
+        mean, bias = norm.running_mean[:, None, None], norm.bias[:, None, None]
+        want = (want - mean) * scale[:, None, None] + bias
         want = want.clamp(min=0)
     torch.testing.assert_close(adapter(features, (2, 2)), want)
 

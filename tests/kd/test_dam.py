@@ -1,25 +1,22 @@
 """DAM: heads, agreement, areas and weights, against the formulas written out head by head."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F
 from support.raises import raises
+from torch import Tensor
 
 from sokd import reference
 from sokd.kd.dam import DAM
 
 
-def maps_written_out(dam: DAM, features: torch.Tensor) -> dict[str, torch.Tensor]:
+def maps_written_out(dam: DAM, features: Tensor) -> dict[str, Tensor]:
     """The three heads one by one, each with its own first convolution."""
     channels, height, width = features.shape[1:]
     raw = {}
     for index, name in enumerate(("heat", "offset", "size")):
         rows = slice(index * channels, (index + 1) * channels)
-        hidden = F.conv2d(features, dam.first.weight[rows], dam.first.bias[rows], padding=1).clamp(
-            min=0
-        )
+        hidden = F.conv2d(features, dam.first.weight[rows], dam.first.bias[rows], padding=1).relu()
         head = getattr(dam, name)
         raw[name] = F.conv2d(hidden, head.weight, head.bias)
     if dam.heads == "paper":
@@ -32,7 +29,7 @@ def maps_written_out(dam: DAM, features: torch.Tensor) -> dict[str, torch.Tensor
     }
 
 
-def agreement_written_out(dam: DAM, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+def agreement_written_out(dam: DAM, student: Tensor, teacher: Tensor) -> Tensor:
     sides = [
         torch.cat(list(maps_written_out(dam, side).values()), dim=1)
         for side in (student, teacher.detach())
@@ -40,7 +37,7 @@ def agreement_written_out(dam: DAM, student: torch.Tensor, teacher: torch.Tensor
     return (sides[0] - sides[1]).square().mean()
 
 
-def a_pair(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+def a_pair(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
     student, teacher = (torch.randn(*shape, generator=generator, dtype=dtype) for _ in range(2))
     return student.requires_grad_(), teacher
@@ -79,9 +76,8 @@ def test_agreement_is_the_mean_over_all_entries_with_the_gradients_of_both_sides
     )
     torch.testing.assert_close(got, want)
     inputs = [student, *dam.parameters()]
-    for d_got, d_want in zip(
-        torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs), strict=True
-    ):
+    of_both = (torch.autograd.grad(value, inputs) for value in (got, want))
+    for d_got, d_want in zip(*of_both, strict=True):
         torch.testing.assert_close(d_got, d_want)
 
 
@@ -110,11 +106,7 @@ def test_areas_come_from_the_maps_named(whose):
     want = reference.areas(heat.detach(), size, offset, k=3, kernel=5, teacher=other)
     assert torch.equal(found.boxes, want.boxes)
     assert torch.equal(found.coverage, want.coverage)
-    assert (
-        not found.coverage.requires_grad
-        and not found.weight.requires_grad
-        and not found.heat.requires_grad
-    )
+    assert not any(each.requires_grad for each in (found.coverage, found.weight, found.heat))
 
 
 def one_peak(**options) -> DAM:

@@ -1,7 +1,5 @@
 """Gradients of refined maps: choices against a sum over all plans, magnitudes numerically."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest
@@ -20,12 +18,9 @@ PAIRS = [
 ]
 
 
-def made(
-    granularity: str = "batch", gradient: str = "straight_through", policies: list = PAIRS
-) -> Policy:
-    policy = Policy(
-        policies=policies, granularity=granularity, magnitude_gradient=gradient
-    ).double()
+def made(granularity="batch", gradient="straight_through", policies=PAIRS) -> Policy:
+    policy = Policy(policies=policies, granularity=granularity, magnitude_gradient=gradient)
+    policy = policy.double()
     with torch.no_grad():
         policy.alpha.normal_(std=0.3)
         policy.beta.uniform_(0.2, 0.8)
@@ -46,16 +41,11 @@ def plain(
         draw.seed,
     )
     plan = alone.plan(own, features.shape)
-    return sokd.reference.refine(
-        features, plan.theta, hole=plan.hole, sigma=plan.sigma, perm=plan.perm, keep=plan.keep,
-        seed=plan.seed,
-    )  # fmt: skip
+    return sokd.reference.refine(features, **plan._asdict())
 
 
 def dense(features: Tensor, policy: Policy, draw: Draw) -> Tensor:
-    """The sum over all sub-policies and gates at the hard sample, with the relaxed values'
-    gradient.
-    """
+    """The sum over all sub-policies and gates, hard samples with the relaxed values' gradient."""
     sample = policy.sample(draw)
     soft = (sample.z_choice / policy.temperature).softmax(1)
     hard = torch.nn.functional.one_hot(sample.chosen, soft.shape[1]).to(soft.dtype)
@@ -63,9 +53,8 @@ def dense(features: Tensor, policy: Policy, draw: Draw) -> Tensor:
     relaxed = (sample.z_gates / policy.temperature).sigmoid()
     gates = sample.gates.to(soft.dtype) + relaxed - relaxed.detach()  # [G, K, 2]
     total = torch.zeros_like(features)
-    for index, pattern in itertools.product(
-        range(len(policy.policies)), itertools.product((False, True), repeat=2)
-    ):
+    gate_patterns = itertools.product((False, True), repeat=2)
+    for index, pattern in itertools.product(range(len(policy.policies)), gate_patterns):
         weight = choice[:, index]
         for gate, on in zip(gates[:, index].unbind(1), pattern, strict=True):
             weight = weight * (gate if on else 1 - gate)
@@ -125,9 +114,8 @@ def test_all_36_in_single_precision() -> None:
     for _ in range(3):
         twin.load_state_dict(policy.state_dict())
         draw = policy.draw(SHAPE[0])
-        got = torch.autograd.grad(
-            loss_of(policy(features, draw, differentiable=True)), policy.alpha
-        )[0]
+        loss = loss_of(policy(features, draw, differentiable=True))
+        got = torch.autograd.grad(loss, policy.alpha)[0]
         want = torch.autograd.grad(loss_of(dense(features.double(), twin, draw)), twin.alpha)[0]
         torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=1e-3)
 
@@ -147,9 +135,8 @@ def test_straight_through_is_the_sum_of_the_upstream(granularity: str) -> None:
                 if sample.gates[group, chosen, slot] and PAIRS[chosen][slot] != "channel_shuffle":
                     expected[chosen, slot] += sums[group]
         refined = policy(features, draw, differentiable=True)
-        torch.testing.assert_close(
-            torch.autograd.grad(refined, policy.magnitude, upstream)[0], expected
-        )
+        got = torch.autograd.grad(refined, policy.magnitude, upstream)[0]
+        torch.testing.assert_close(got, expected)
 
 
 def test_pathwise_against_finite_differences() -> None:
@@ -164,9 +151,8 @@ def test_pathwise_against_finite_differences() -> None:
     step, checked = 1e-6, 0
     for _ in range(10):
         draw = policy.draw(SHAPE[0])
-        got = torch.autograd.grad(
-            loss_of(policy(features, draw, differentiable=True)), policy.magnitude
-        )[0]
+        loss = loss_of(policy(features, draw, differentiable=True))
+        got = torch.autograd.grad(loss, policy.magnitude)[0]
         chosen = policy.sample(draw).chosen.item()
         for slot in range(2):
             ends = []
@@ -175,9 +161,8 @@ def test_pathwise_against_finite_differences() -> None:
                     policy.magnitude[chosen, slot] += sign * step
                     ends.append(loss_of(policy(features, draw)).item())
                     policy.magnitude[chosen, slot] -= sign * step
-            assert got[chosen, slot].item() == pytest.approx(
-                (ends[0] - ends[1]) / (2 * step), rel=1e-4, abs=1e-5
-            )
+            slope = (ends[0] - ends[1]) / (2 * step)
+            assert got[chosen, slot].item() == pytest.approx(slope, rel=1e-4, abs=1e-5)
             checked += got[chosen, slot].item() != 0
         got[chosen] = 0
         assert not got.any()
@@ -189,9 +174,8 @@ def test_pathwise_passes_straight_where_the_effect_steps() -> None:
     features, upstream = (torch.randn(SHAPE, dtype=torch.float64) for _ in range(2))
     draw = policy.draw(SHAPE[0])
     gates = policy.sample(draw).gates[0, 0]
-    got = torch.autograd.grad(
-        policy(features, draw, differentiable=True), policy.magnitude, upstream
-    )[0]
+    refined = policy(features, draw, differentiable=True)
+    got = torch.autograd.grad(refined, policy.magnitude, upstream)[0]
     torch.testing.assert_close(got, (gates * upstream.sum()).unsqueeze(0))
 
 
@@ -207,6 +191,5 @@ def test_relax_leaves_the_choices_to_the_search() -> None:
     policy = Policy(estimator="relax")
     refined = policy(torch.randn(SHAPE), policy.draw(3), differentiable=True)
     refined.sum().backward()
-    assert (
-        policy.alpha.grad is None and policy.beta.grad is None and policy.magnitude.grad is not None
-    )
+    assert policy.alpha.grad is None and policy.beta.grad is None
+    assert policy.magnitude.grad is not None

@@ -1,14 +1,12 @@
 """Runs the docstring examples of the public names of `sokd.kd`."""
 
-from __future__ import annotations
-
 from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support.docstrings import run_example
-from support.kd_cases import features
+from support.kd_cases import features, trained
 from torch import nn
 
 import sokd
@@ -33,7 +31,7 @@ class Student(nn.Module):
 
 @pytest.mark.parametrize("subject", EXPLAINED, ids=lambda subject: subject.__qualname__)
 def test_the_example_runs(subject):
-    student, kd = Student(), sokd.SoKD(64, 256, heat_channels=3)
+    student, kd = Student(), trained(64, 256, heat_channels=3)
     x, y = torch.randn(8, 3, 28, 28), torch.randint(0, 5, (8,))
     logits, f_s = student(x)
     names = {

@@ -1,37 +1,22 @@
 """sokd.loss: values, gradients, options, ablations, shapes and layers."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F
-from support.kd_cases import features, make, pair, rewound
-from torch import nn
+from support.kd_cases import FixedMask, features, make, pair, rewound, trained
+from torch import Tensor, nn
 
 from sokd import reference
-from sokd.kd.dam import DAM, Attention
+from sokd.kd.dam import DAM
 from sokd.kd.features import tokens_to_map
 from sokd.kd.policy import Policy
 from sokd.kd.sokd import SoKD, loss
-
-
-class FixedMask(nn.Module):
-    """In DAM's place: a given weight and no agreement."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, student: torch.Tensor, teacher: torch.Tensor, *, scale: float) -> Attention:
-        empty = self.weight.new_zeros(0)
-        return Attention(torch.zeros(()), self.weight, self.weight, empty, empty)
-
 
 # ------------------------------------------------------------------------------------------- values
 
 
 def test_by_hand_without_any_part():
-    kd = SoKD(1, 1, adapter=None, policy=None, dam=None, lambda_areas=2.0)
+    kd = trained(1, 1, adapter=None, policy=None, dam=None, lambda_areas=2.0)
     student = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]], requires_grad=True)
     teacher = torch.tensor([[[[0.0, 2.0], [1.0, 1.0]]]])
     value = loss(student, teacher, kd)
@@ -46,7 +31,7 @@ def test_by_hand_without_any_part():
 )
 def test_by_hand_with_a_mask(normalise, value, gradient):
     mask = FixedMask(torch.tensor([[[2.0, 0.0], [0.0, 1.0]]]))
-    kd = SoKD(1, 1, adapter=None, policy=None, dam=mask, lambda_areas=2.0, normalise=normalise)
+    kd = trained(1, 1, adapter=None, policy=None, dam=mask, lambda_areas=2.0, normalise=normalise)
     student = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]], requires_grad=True)
     got = loss(student, torch.tensor([[[[0.0, 2.0], [1.0, 1.0]]]]), kd)
     got.backward()
@@ -55,15 +40,10 @@ def test_by_hand_with_a_mask(normalise, value, gradient):
     assert student.grad[0, 0, 0, 1] == student.grad[0, 0, 1, 0] == 0
 
 
-def written_out(
-    kd: SoKD, student: torch.Tensor, teacher: torch.Tensor, draw
-) -> dict[str, torch.Tensor]:
+def written_out(kd: SoKD, student: Tensor, teacher: Tensor, draw) -> dict[str, Tensor]:
     """docs/method.md 2 to 4, one line each, in plain PyTorch."""
     plan = kd.policy.plan(draw, teacher.shape)
-    refined = reference.refine(
-        teacher, plan.theta, hole=plan.hole, sigma=plan.sigma, perm=plan.perm, keep=plan.keep,
-        seed=plan.seed,
-    )  # fmt: skip
+    refined = reference.refine(teacher, **plan._asdict())
     adapted = kd.adapter(student, teacher.shape[2:])
     heads_s, heads_t = kd.dam.maps(adapted), kd.dam.maps(refined)
     entries = sum(part.numel() for part in heads_s)
@@ -115,9 +95,8 @@ def test_without_dam_it_is_the_plain_mean_square_against_refined_features():
 def test_without_policy_the_teacher_is_as_it_is():
     kd = make(policy=None, dam=None, lambda_areas=1.0).eval()
     student, teacher = pair()
-    torch.testing.assert_close(
-        loss(student, teacher, kd), F.mse_loss(kd.adapter(student, (6, 6)), teacher)
-    )
+    expected = F.mse_loss(kd.adapter(student, (6, 6)), teacher)
+    torch.testing.assert_close(loss(student, teacher, kd), expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"policy": None}, {"policy": None, "dam": None}], ids=str)
@@ -164,9 +143,8 @@ def test_options_reach_their_part(options):
             "student_size": 6,
             "teacher_size": (6, 6),
         }
-        assert getattr(kd.dam, name, held.get(name)) == value or (
-            name in held and held[name] == value
-        )
+        given = getattr(kd.dam, name, held.get(name))
+        assert given == value or (name in held and held[name] == value)
     assert loss(*pair(), kd).isfinite()
 
 
@@ -190,8 +168,6 @@ def test_options_of_the_policy_reach_it():
 
 
 # -------------------------------------------------------------------------------- shapes and layers
-
-
 @pytest.mark.parametrize(("student", "teacher"), [
     pytest.param((2, 3, 6, 6), (2, 4, 3, 3), id="teacher smaller"),
     pytest.param((2, 3, 4, 4), (2, 4, 8, 8), id="teacher larger"),
@@ -225,7 +201,7 @@ def test_several_layers_add_up_with_one_draw_and_noise_of_their_own():
     want = {"agreement": 0.0, "areas": 0.0}
     for index, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
         refined = kd.policy(teacher, draw, layer=index)
-        single = SoKD(1, 1, adapter=kd.adapter[index], dam=kd.dam[index], policy=None)
+        single = trained(1, 1, adapter=kd.adapter[index], dam=kd.dam[index], policy=None)
         single.student_channels, single.teacher_channels = [student.shape[1]], [teacher.shape[1]]
         for name, term in single.terms(student, refined).items():
             want[name] = want.get(name, 0) + term
@@ -235,9 +211,8 @@ def test_several_layers_add_up_with_one_draw_and_noise_of_their_own():
 
 
 def test_layers_may_have_their_own_options_and_share_a_module():
-    kd = make(
-        [3, 3], [4, 4], student_size=[6, None], teacher_size=[3, None], teacher_tokens=[None, 0]
-    )
+    options = {"student_size": [6, None], "teacher_size": [3, None], "teacher_tokens": [None, 0]}
+    kd = make([3, 3], [4, 4], **options)
     assert [adapter.match.stride for adapter in kd.adapter] == [(2, 2), (1, 1)]
     kd.dam = DAM(4, heat_channels=2, k=1)
     students, teachers = [pair()[0]] * 2, [features(2, 4, 3, 3), features(2, 9, 4)]
@@ -274,8 +249,6 @@ def test_channels_last_gives_the_same_and_stays():
 
 
 # ---------------------------------------------------------------------------------------- gradients
-
-
 def test_training_gives_the_policy_and_the_teacher_no_gradient():
     kd = make()
     student, teacher = pair()
@@ -313,9 +286,8 @@ def test_consistency_is_half_the_mean_square():
     got = kd.consistency(student, teacher, draw=draw)
     want = F.mse_loss(kd.policy(teacher, draw), kd.adapter(student, (6, 6))) / 2
     torch.testing.assert_close(got, want)
-    torch.testing.assert_close(
-        torch.autograd.grad(got, student)[0], torch.autograd.grad(want, student)[0]
-    )
+    found, wanted = (torch.autograd.grad(value, student)[0] for value in (got, want))
+    torch.testing.assert_close(found, wanted)
 
 
 def test_under_no_grad_it_is_only_a_value():

@@ -1,27 +1,29 @@
 """sokd.loss under torch.compile, autocast, DDP and fake tensors; its peak memory."""
 
-from __future__ import annotations
-
 import functools
-import os
+import itertools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from support import kd_cases
-from support.cases import compiles
-from support.kd_cases import make
+from support.cases import compiles, skip_without_fake_cuda
+from support.kd_cases import FixedMask, make, trained
+from support.ranks import of_ranks
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import ProfilerActivity, profile
 
-from sokd.kd.dam import Attention
+from benches.bench_loss import peak_bytes
 from sokd.kd.sokd import SoKD, loss
+from sokd.ops.torch_internals import RELEASE
+
+exports = pytest.mark.skipif(
+    RELEASE < (2, 6), reason="torch.export before torch 2.6 loses the names of a policy's tables"
+)
 
 
 def pair(dtype: torch.dtype = torch.float32, batch: int = 2) -> tuple[Tensor, Tensor]:
@@ -37,8 +39,6 @@ def value_and_gradients(
 
 
 # ---------------------------------------------------------------------------------------- compilers
-
-
 @compiles
 @pytest.mark.parametrize(
     ("backend", "batches"),
@@ -90,6 +90,7 @@ def test_a_compiled_kd_is_taken_by_the_loss():
 
 
 @compiles
+@exports
 def test_it_exports():
     kd = make().eval()
     features = [side.detach() for side in pair()]
@@ -101,6 +102,7 @@ def test_it_exports():
 
 
 @compiles
+@exports
 @pytest.mark.parametrize(
     "which", [{0: "batch"}, {0: "batch", 2: "height", 3: "width"}], ids=["batch", "all"]
 )
@@ -127,6 +129,8 @@ def remake_on(device: str, module: nn.Module) -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_no_value_is_read_on_the_host(device):
     """Fake tensors have no values: `.item()`, a branch on a tensor or a copy to the host raises."""
+    if device == "cuda":
+        skip_without_fake_cuda()
     with FakeTensorMode(), warnings.catch_warnings():
         # the plain path; its kernels, if any, likewise
         warnings.filterwarnings("ignore", "sokd: no kernels for cuda")
@@ -144,12 +148,8 @@ def test_no_value_is_read_on_the_host(device):
 
 
 # ----------------------------------------------------------------------------------------- autocast
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    "sides", [(True, True), (False, True), (True, False), (False, False)], ids=str
-)
+@pytest.mark.parametrize("sides", list(itertools.product([True, False], repeat=2)), ids=str)
 def test_under_autocast_the_loss_is_float32_and_near(dtype, sides):
     kd = make(lambda_agreement=1.0, lambda_areas=1.0).eval()
     student, teacher = pair()
@@ -179,19 +179,14 @@ def test_a_module_of_another_dtype(dtype):
 
 
 # ---------------------------------------------------------------------------------------------- DDP
-
-
 def free_of_the_batch() -> SoKD:
     """Without noise and BatchNorm, which depend on the position in the batch and on its content."""
-    return SoKD(
-        3, 4, heat_channels=5, k=2, policies=[("rotate", "cutout"), ("shear_x", "channel_drop")]
-    ).eval()
+    policies = [("rotate", "cutout"), ("shear_x", "channel_drop")]
+    return trained(3, 4, heat_channels=5, k=2, policies=policies).eval()
 
 
-def _rank(rank: int, folder: str) -> None:
-    """One of two processes: half of the batch, its own seed; writes its gradients."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _rank(rank: int) -> dict[str, Any]:
+    """Half of the batch, and a seed that differs: the state and the gradients of two steps."""
     torch.manual_seed(100 + rank)
     kd = free_of_the_batch()
     wrapped = DistributedDataParallel(kd)
@@ -201,15 +196,11 @@ def _rank(rank: int, folder: str) -> None:
         kd.zero_grad()
         loss(student + step, teacher, wrapped).backward()
         steps.append({name: parameter.grad.clone() for name, parameter in kd.named_parameters()})
-    torch.save({"state": kd.state_dict(), "gradients": steps}, f"{folder}/{rank}")
-    dist.destroy_process_group()
-    # DDP's destructor holds the GIL and may deadlock with gloo's thread, which needs it
-    os._exit(0)
+    return {"state": kd.state_dict(), "gradients": steps}
 
 
 def test_two_ranks_draw_alike_and_give_the_gradients_of_the_whole_batch(tmp_path: Path):
-    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
-    ranks = [torch.load(tmp_path / str(rank)) for rank in range(2)]
+    ranks = of_ranks(_rank, tmp_path)
     torch.manual_seed(100)
     kd = free_of_the_batch()
     for step in range(2):
@@ -225,36 +216,6 @@ def test_two_ranks_draw_alike_and_give_the_gradients_of_the_whole_batch(tmp_path
 
 
 # ------------------------------------------------------------------------------------------- memory
-
-
-class Stored(nn.Module):
-    """In DAM's place, at no cost: a mask made before."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, student: Tensor, teacher: Tensor, *, scale: float) -> Attention:
-        return Attention(
-            self.weight.new_zeros(()), self.weight, self.weight, self.weight, student.detach()[:0]
-        )
-
-
-def peak(call: Callable[[], object]) -> int:
-    """Peak bytes of PyTorch's allocator beyond those held at the start."""
-    call()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        call()
-    events = [
-        event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"
-    ]
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
-
-
 def step(kd: SoKD, student: Tensor, teacher: Tensor) -> None:
     torch.autograd.grad(loss(student, teacher, kd), student)
 
@@ -264,19 +225,21 @@ def step(kd: SoKD, student: Tensor, teacher: Tensor) -> None:
 )
 @pytest.mark.parametrize("mask", [True, False])
 def test_the_loss_holds_two_maps_at_most(mask, layout):
+    """Three on torch before 2.8, where masked_mse's backward writes to new memory."""
     shape = (8, 32, 32, 32)
     student, teacher = (torch.randn(shape).to(memory_format=layout) for _ in range(2))
     weight = torch.rand(shape[0], *shape[2:])
-    kd = SoKD(
+    kd = trained(
         32,
         32,
         adapter=None,
-        dam=Stored(weight) if mask else None,
+        dam=FixedMask(weight) if mask else None,
         policies=[("rotate", "channel_shuffle")],
     )
     map_bytes = student.numel() * student.element_size()
-    most = peak(functools.partial(step, kd, student.requires_grad_(), teacher))
-    assert most <= 2.05 * map_bytes, f"{most / map_bytes:.2f} maps"
+    most = peak_bytes(functools.partial(step, kd, student.requires_grad_(), teacher))
+    maps = 2.05 if RELEASE >= (2, 8) else 3.05
+    assert most <= maps * map_bytes, f"{most / map_bytes:.2f} maps"
     assert most >= 1.5 * map_bytes, "the count is blind"
 
 
@@ -285,14 +248,13 @@ def test_beyond_its_convolutions_dam_adds_no_map():
     torch.manual_seed(0)
     shape = (4, 32, 32, 32)
     student, teacher = torch.randn(shape, requires_grad=True), torch.randn(shape)
-    kd = SoKD(32, 32, adapter=None, heat_channels=8, policies=[("rotate", "channel_shuffle")])
+    kd = trained(32, 32, adapter=None, heat_channels=8, policies=[("rotate", "channel_shuffle")])
 
     def convolutions() -> None:
-        points, size = kd.dam._heads(torch.cat((student, teacher)))
-        torch.autograd.grad(
-            (points, size), student, (torch.ones_like(points), torch.ones_like(size))
-        )
+        sides = [kd.dam._heads(side, *kd.dam._last()) for side in (student, teacher)]
+        outputs = [part for side in sides for part in side]
+        torch.autograd.grad(outputs, student, list(map(torch.ones_like, outputs)))
 
     map_bytes = student.numel() * student.element_size()
-    most = peak(functools.partial(step, kd, student, teacher)) - peak(convolutions)
+    most = peak_bytes(functools.partial(step, kd, student, teacher)) - peak_bytes(convolutions)
     assert most <= 2.05 * map_bytes, f"{most / map_bytes:.2f} maps"

@@ -1,14 +1,12 @@
 """SoKD.match: the effect of each option, and its agreement with all its callers."""
 
-from __future__ import annotations
-
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support.kd_cases import features, make, pair, rewound
-from torch import nn
+from torch import Tensor, nn
 
 import sokd
 from sokd.kd.dam import DAM, masked
@@ -16,7 +14,7 @@ from sokd.kd.dam import DAM, masked
 COUNTER = 5  # of a draw whose gates fire
 
 
-def matched(kd: sokd.SoKD, student: torch.Tensor, teacher: torch.Tensor, **options) -> sokd.Match:
+def matched(kd: sokd.SoKD, student: Tensor, teacher: Tensor, **options) -> sokd.Match:
     """The match of the only layer, always from the same draw."""
     (match,) = rewound(kd, COUNTER).match(student, teacher, **options)
     return match
@@ -162,8 +160,6 @@ def test_the_part_of_a_layer(shared):
 
 
 # ---------------------------------------------------------------------------------- omega as a mask
-
-
 def test_the_mask_is_the_root_of_the_weight():
     maps, weight = features(2, 3, 4, 4), features(2, 4, 4, seed=1).square()
     expected = maps * weight.sqrt().unsqueeze(1)

@@ -1,7 +1,5 @@
 """The policy: plans of each operation against values by hand, draws, state as a module."""
 
-from __future__ import annotations
-
 import copy
 import io
 import math
@@ -10,7 +8,7 @@ import re
 
 import pytest
 import torch
-from support.cases import compiles
+from support.cases import compiles, skip_without_fake_cuda
 from support.raises import raises
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -49,7 +47,6 @@ def plan_of(policy: Policy, *centre: float) -> sokd.ops.Plan:
 
 
 # --------------------------------------------------------------------------------------- operations
-
 ROTATION = [
     [math.cos(math.pi / 6), 0.5 * 0.5, 0],
     [-0.5 * 2, math.cos(math.pi / 6), 0],
@@ -96,16 +93,13 @@ def test_magnitude_one_half_is_the_identity_to_the_bit(name: str) -> None:
     assert not torch.signbit(theta).any()
 
 
-@pytest.mark.parametrize(
-    ("magnitude", "centre", "hole"),
-    [
-        (1.0, (0.5, 0.5), [4, 8, 6, 12]),  # 0.2 of 10 and 20: 2 by 4 about the cells 5 and 10
-        (0.3, (0.5, 0.5), [5, 10, 6, 11]),  # 0.06: 0.6 and 1.2 round to 1 by 1
-        (0.01, (0.5, 0.5), [5, 10, 6, 11]),  # rounds to 0 by 0: at least one cell
-        (0.0, (0.5, 0.5), [0, 0, 0, 0]),  # v = 0: no hole
-        (1.0, (0.01, 0.99), [0, 17, 1, 20]),  # at a corner: clipped
-    ],
-)
+@pytest.mark.parametrize(("magnitude", "centre", "hole"), [
+    (1.0, (0.5, 0.5), [4, 8, 6, 12]),  # 0.2 of 10 and 20: 2 by 4 about the cells 5 and 10
+    (0.3, (0.5, 0.5), [5, 10, 6, 11]),  # 0.06: 0.6 and 1.2 round to 1 by 1
+    (0.01, (0.5, 0.5), [5, 10, 6, 11]),  # rounds to 0 by 0: at least one cell
+    (0.0, (0.5, 0.5), [0, 0, 0, 0]),  # v = 0: no hole
+    (1.0, (0.01, 0.99), [0, 17, 1, 20]),  # at a corner: clipped
+])  # fmt: skip
 def test_hole(magnitude: float, centre: tuple[float, float], hole: list[int]) -> None:
     plan = plan_of(policy_of("cutout", "noise", magnitude, 0.0), *centre)
     assert plan.hole.tolist() == [hole] and plan.hole.dtype == torch.int64
@@ -114,9 +108,8 @@ def test_hole(magnitude: float, centre: tuple[float, float], hole: list[int]) ->
 
 def test_noise() -> None:
     assert plan_of(policy_of("shear_x", "noise", 0.5, 1.0)).sigma.tolist() == pytest.approx([0.1])
-    assert plan_of(policy_of("shear_x", "noise", 0.5, 1.0, fired=(True, False))).sigma.tolist() == [
-        0.0
-    ]
+    quiet = policy_of("shear_x", "noise", 0.5, 1.0, fired=(True, False))
+    assert plan_of(quiet).sigma.tolist() == [0.0]
 
 
 def test_channel_shuffle_is_a_permutation_when_it_fires() -> None:
@@ -159,8 +152,6 @@ def test_layers_share_the_choice_but_not_noise_or_channels() -> None:
 
 
 # -------------------------------------------------------------------------------------------- draws
-
-
 def test_choices_follow_their_probabilities() -> None:
     policy = Policy(granularity="sample", generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -179,9 +170,8 @@ def test_choices_follow_their_probabilities() -> None:
     together = torch.corrcoef(sample.gates.flatten(1).double().T)
     assert (together - torch.eye(72)).abs().max() < 5 / math.sqrt(draws)
     chosen = torch.nn.functional.one_hot(sample.chosen, 36).double()
-    with_choice = torch.corrcoef(torch.cat([chosen, sample.gates.flatten(1).double()], dim=1).T)[
-        :36, 36:
-    ]
+    both = torch.cat([chosen, sample.gates.flatten(1).double()], dim=1)
+    with_choice = torch.corrcoef(both.T)[:36, 36:]
     assert with_choice.abs().max() < 5 / math.sqrt(draws)
 
 
@@ -190,9 +180,8 @@ def test_draws_follow_one_another_and_leave_torch_alone() -> None:
     state = torch.get_rng_state()
     first, second = policy.draw(4), policy.draw(4)
     assert policy.counter.tolist() == [2]
-    assert not torch.equal(first.uniforms, second.uniforms) and not torch.equal(
-        first.seed, second.seed
-    )
+    assert not torch.equal(first.uniforms, second.uniforms)
+    assert not torch.equal(first.seed, second.seed)
     assert first.uniforms.shape == (1, 110) and finer.draw(4).uniforms.shape == (4, 110)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(policy.draw_at(policy.seed, torch.tensor([1]), 4).uniforms, second.uniforms)
@@ -228,8 +217,6 @@ def test_seeds() -> None:
 
 
 # ------------------------------------------------------------------------------------------- passes
-
-
 @pytest.mark.parametrize("granularity", ["batch", "sample"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_pass_is_refine_of_the_plan_in_both_modes(granularity: str, dtype: torch.dtype) -> None:
@@ -242,10 +229,7 @@ def test_a_pass_is_refine_of_the_plan_in_both_modes(granularity: str, dtype: tor
         refined = policy(features, draw)
         plan = policy.plan(draw, features.shape)
         assert plan.straight is None and not any(p is not None and p.requires_grad for p in plan)
-        expected = sokd.reference.refine(
-            features, plan.theta, hole=plan.hole, sigma=plan.sigma, perm=plan.perm, keep=plan.keep,
-            seed=plan.seed,
-        )  # fmt: skip
+        expected = sokd.reference.refine(features, **plan._asdict())
         torch.testing.assert_close(refined, expected)
         assert refined.dtype == dtype and refined.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(refined, policy(features, draw, differentiable=True))
@@ -271,6 +255,7 @@ def test_samples_have_their_own_plans() -> None:
 @pytest.mark.parametrize("granularity", ["batch", "sample"])
 def test_reads_no_value_and_mixes_no_devices(granularity: str) -> None:
     """Fake tensors have no values to read and cannot be mixed with those of another device."""
+    skip_without_fake_cuda()
     with FakeTensorMode(), torch.device("cuda"):
         policy = Policy(granularity=granularity)
         features = torch.randn(3, 4, 6, 6)
@@ -293,8 +278,6 @@ def test_compiles_in_one_graph() -> None:
 
 
 # -------------------------------------------------------------------------------------- as a module
-
-
 def test_checkpoint_copies_and_pickles_go_on_alike() -> None:
     policy = Policy(granularity="sample")
     features = torch.randn(3, 4, 5, 5)
@@ -308,14 +291,8 @@ def test_checkpoint_copies_and_pickles_go_on_alike() -> None:
     for _ in range(3):
         refined = policy(features)
         assert all(torch.equal(other(features), refined) for other in others)
-    assert set(policy.state_dict()) == {
-        "alpha",
-        "beta",
-        "magnitude",
-        "seed",
-        "counter",
-        "operations",
-    }
+    names = "alpha beta magnitude seed counter operations"
+    assert set(policy.state_dict()) == set(names.split())
 
 
 def test_a_state_of_other_operations_is_refused() -> None:
@@ -345,9 +322,8 @@ def test_ranges_survive_a_cast() -> None:
     policy = policy_of("shear_x", "translate_x", 1.0, 0.0, fired=(True, True)).bfloat16()
     policy.beta.data.fill_(0.99)
     theta = policy.plan(draw_of(policy), SHAPE).theta
-    torch.testing.assert_close(
-        theta, torch.tensor([[[1, 0.3, -0.9], [0, 1, 0]]], dtype=theta.dtype)
-    )
+    expected = torch.tensor([[[1, 0.3, -0.9], [0, 1, 0]]], dtype=theta.dtype)
+    torch.testing.assert_close(theta, expected)
 
 
 def test_table_and_diagnostics() -> None:
@@ -377,31 +353,23 @@ def test_projection() -> None:
     assert (policy.magnitude.min(), policy.magnitude.max()) == (0, 1)
 
 
+RULE = f"policies must be pairs of two distinct operations of {', '.join(NAMES)}"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"estimator": "reinforce"},
-            "Policy: estimator must be 'gumbel' or 'relax', got 'reinforce'",
-        ),
-        (
-            {"magnitude_gradient": "none"},
-            "Policy: magnitude_gradient must be 'straight_through' or 'pathwise', got 'none'",
-        ),
-        ({"granularity": "layer"}, "Policy: granularity must be 'batch' or 'sample', got 'layer'"),
-        ({"temperature": 0.0}, "Policy: temperature must be positive and finite, got 0.0"),
-        ({"temperature": math.inf}, "Policy: temperature must be positive and finite, got inf"),
-        ({"policies": []}, "Policy: policies must hold at least one pair, got none"),
-        *(
-            (
-                {"policies": [entry]},
-                "Policy: policies must be pairs of two distinct operations of "
-                f"{', '.join(NAMES)}, got {entry!r}",
-            )
-            for entry in [("shear_x", "blur"), ("noise", "noise"), ("noise",), (1, 9), (3, -1), 7]
-        ),
+        ({"estimator": "reinforce"}, "estimator must be 'gumbel' or 'relax', got 'reinforce'"),
+        ({"magnitude_gradient": "none"},
+         "magnitude_gradient must be 'straight_through' or 'pathwise', got 'none'"),
+        ({"granularity": "layer"}, "granularity must be 'batch' or 'sample', got 'layer'"),
+        ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
+        ({"temperature": math.inf}, "temperature must be positive and finite, got inf"),
+        ({"policies": []}, "policies must hold at least one pair, got none"),
+        *(({"policies": [pair]}, f"{RULE}, got {pair!r}")
+          for pair in [("shear_x", "blur"), ("noise", "noise"), ("noise",), (1, 9), (3, -1), 7]),
     ],
-)
+)  # fmt: skip
 def test_options_are_checked(options: dict, message: str) -> None:
-    with raises(ValueError, message):
+    with raises(ValueError, f"Policy: {message}"):
         Policy(**options)

@@ -1,7 +1,5 @@
 """RELAX on a problem small enough to enumerate: unbiased estimates, distribution of z~."""
 
-from __future__ import annotations
-
 import itertools
 import math
 
@@ -49,18 +47,15 @@ def exact_gradients(policy: Policy) -> list[Tensor]:
 
 
 def estimates(policy: Policy, control: ControlVariate, count: int) -> tuple[Tensor, Tensor]:
-    """`count` independent estimates, [count, 3] and [count, 3, 2], each from a draw of one
-    group.
-    """
+    """`count` independent estimates, [count, 3] and [count, 3, 2], each from its own draw."""
     draws, others = policy.draw(count), policy.draw(count)
     alphas, betas = [], []
     for row in range(count):
         one, other = (Draw(d.uniforms[row : row + 1], d.seed) for d in (draws, others))
         sample = policy.sample(one)
         chosen = sample.chosen.item()
-        value = torch.tensor(
-            value_of(chosen, *sample.gates[0, chosen].tolist()), dtype=torch.float64
-        )
+        gates = sample.gates[0, chosen].tolist()
+        value = torch.tensor(value_of(chosen, *gates), dtype=torch.float64)
         d_alpha, d_beta = estimate(value, policy, control, one, other)
         alphas.append(d_alpha)
         betas.append(d_beta)
@@ -72,9 +67,8 @@ def test_the_estimate_is_unbiased(policy: Policy) -> None:
     control = control_variate()
     with torch.no_grad():
         control.out.mul_(5)  # a Q that is neither 0 nor f
-    for found, wanted in zip(
-        (part.detach() for part in estimates(policy, control, count)), exact, strict=True
-    ):
+    parts = [part.detach() for part in estimates(policy, control, count)]
+    for found, wanted in zip(parts, exact, strict=True):
         error = (found.mean(0) - wanted) / (found.std(0) / math.sqrt(count))
         # nine scores: the largest of nine normals exceeds 3.9 once in a thousand runs
         assert error.abs().max() < 3.9, error
@@ -144,9 +138,8 @@ def test_extreme_uniforms_stay_finite() -> None:
 
 
 def test_the_control_variate_starts_as_linear_layers_do() -> None:
-    control, other = (
-        ControlVariate(36, temperature=0.5, seed=torch.tensor([seed])) for seed in (1, 2)
-    )
+    seeds = torch.tensor([1]), torch.tensor([2])
+    control, other = (ControlVariate(36, temperature=0.5, seed=seed) for seed in seeds)
     for weights in (control.hidden.detach(), control.out.detach()):
         bound = (weights.shape[1] - 1) ** -0.5
         scaled = (weights.flatten() / bound).numpy()

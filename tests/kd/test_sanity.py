@@ -1,7 +1,5 @@
 """Common mistakes of a training script: each is warned of once; a right script never is."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import pickle
@@ -11,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support.kd_cases import trained
 from support.raises import warns
 from torch import Tensor, nn
 from torch.optim.optimizer import (
@@ -44,15 +43,12 @@ MASK_EMPTY = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    """Many small steps gain nothing from a second thread; conftest restores the count."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small() -> tuple[nn.Module, SoKD]:
     torch.manual_seed(0)
-    return nn.Conv2d(1, 3, 3, padding=1), SoKD(3, 4, heat_channels=3, k=1, policy=None)
+    return nn.Conv2d(1, 3, 3, padding=1), trained(3, 4, heat_channels=3, k=1, policy=None)
 
 
 def sgd(*held: nn.Module, **options) -> torch.optim.Optimizer:
@@ -95,9 +91,8 @@ def test_a_right_script_is_left_alone():
 )
 def test_parameters_that_no_optimiser_holds(held, parts):
     student, kd = small()
-    assert said(student, kd, student, *(getattr(kd, name) for name in held)) == [
-        UNHELD.format(parts)
-    ]
+    parts_held = [getattr(kd, name) for name in held]
+    assert said(student, kd, student, *parts_held) == [UNHELD.format(parts)]
     assert said(student, kd, student) == [], "once is enough"
 
 
@@ -283,7 +278,7 @@ def test_a_loss_that_does_not_depend_on_a_part_is_meant_so():
 
 def test_parameters_of_several_layers_are_one_part():
     student, _ = small()
-    kd = SoKD([3, 3], [4, 4], heat_channels=3, k=1, policy=None, dam=None)
+    kd = trained([3, 3], [4, 4], heat_channels=3, k=1, policy=None, dam=None)
     optimiser = torch.optim.SGD(student.parameters(), lr=1e-6)
     with warns(UNHELD.format("kd.adapter")):
         for _ in range(15):
@@ -329,7 +324,7 @@ def test_features_that_a_hook_detached(way):
 
 def test_one_of_two_layers_that_is_detached():
     student, _ = small()
-    kd = SoKD([3, 3], [4, 4], heat_channels=3, k=1, policy=None, dam=None)
+    kd = trained([3, 3], [4, 4], heat_channels=3, k=1, policy=None, dam=None)
     maps, teacher = student(torch.randn(2, 1, 6, 6)), torch.randn(2, 4, 6, 6)
     loss([maps, maps.detach()], [teacher, teacher], kd).backward()
     with pytest.warns(UserWarning, match="student_features have no gradient"):
@@ -385,9 +380,8 @@ def test_a_teacher_with_gradients_and_in_train_mode(training, layer):
     with pytest.warns(UserWarning) as caught:
         loss(torch.randn(2, 3, 6, 6, requires_grad=True), features, kd).backward()
     seen = training and isinstance(layer, nn.BatchNorm2d)
-    assert [str(warning.message) for warning in caught] == [TEACHER_GRAPH, TEACHER_TRAINS][
-        : 1 + seen
-    ]
+    texts = [str(warning.message) for warning in caught]
+    assert texts == [TEACHER_GRAPH, TEACHER_TRAINS][: 1 + seen]
     assert teacher[0].weight.grad is None
 
 

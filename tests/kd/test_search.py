@@ -1,13 +1,12 @@
 """The policy search: its gradients against explicit ones, and that a step leaves no trace."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.kd_cases import trained
 from test_gumbel import dense
 from torch import Tensor, nn
 
@@ -24,9 +23,8 @@ class Student(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(0.3)
-        )
+        first = nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.body = nn.Sequential(*first, nn.ReLU(), nn.Dropout(0.3))
         self.head = nn.Linear(3, 5)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,7 +62,7 @@ def step(model: Student, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, 
 def made(**options: Any) -> tuple[Student, SoKD, PolicySearch]:
     torch.manual_seed(0)
     student = Student()
-    kd = SoKD(3, 4, heat_channels=3, policies=PAIRS, lambda_agreement=1.0, lambda_areas=1.0)
+    kd = trained(3, 4, heat_channels=3, policies=PAIRS, lambda_agreement=1.0, lambda_areas=1.0)
     with torch.no_grad():
         kd.policy.magnitude.uniform_()
     return student, kd, PolicySearch(kd, student, **{"lr": 0.01, **options})
@@ -76,15 +74,13 @@ def hypergradient(search: PolicySearch) -> list[Tensor]:
 
 
 # ------------------------------------------------------------------------------------ its gradients
-
-
 def planted_linear(**options: Any) -> tuple[Linear, SoKD, PolicySearch]:
     student = Linear()
     policy = Policy(policies=PAIRS, magnitude_gradient="pathwise").double()
     with torch.no_grad():
         policy.alpha.normal_(std=0.3)
         policy.magnitude.uniform_(0.6, 0.95)
-    kd = SoKD(4, 4, adapter=None, dam=None, policy=policy, lambda_areas=1.0)
+    kd = trained(4, 4, adapter=None, dam=None, policy=policy, lambda_areas=1.0)
     return student, kd, PolicySearch(kd, student, unroll=0.1, **options)
 
 
@@ -157,7 +153,7 @@ def test_float16_loses_no_gradient_of_a_large_map(order: int) -> None:
     for dtype in (torch.float32, torch.float16):
         torch.manual_seed(0)
         policy = Policy(policies=PAIRS, magnitude_gradient="pathwise")
-        kd = SoKD(4, 4, adapter=None, dam=None, policy=policy, lambda_areas=1.0).to(dtype)
+        kd = trained(4, 4, adapter=None, dam=None, policy=policy, lambda_areas=1.0).to(dtype)
         search = PolicySearch(kd, Linear().to(dtype), order=order, unroll=0.1)
         batch = tuple((torch.randn(8, 4, 64, 64) * 4e-3).to(dtype) for _ in range(2))
         search.step(linear_step, batch)
@@ -168,9 +164,7 @@ def test_float16_loses_no_gradient_of_a_large_map(order: int) -> None:
 
 @pytest.mark.parametrize("order", [1, 2])
 def test_relax_learns_by_its_estimate(order: int) -> None:
-    """With Q = 0 the estimate is f * score, f the value with the unrolled step's first-order
-    change.
-    """
+    """With Q = 0 the estimate is f * score, f with the unrolled step's first-order change."""
     student, kd, search = planted_linear(estimator="relax", order=order)
     for parameter in search._control.parameters():
         nn.init.zeros_(parameter)
@@ -185,9 +179,8 @@ def test_relax_learns_by_its_estimate(order: int) -> None:
     def total(weight: Tensor) -> Tensor:
         return (weight * batch[0]).square().mean() + F.mse_loss(weight * batch[0], refined)
 
-    slope = (
-        torch.autograd.grad(total(weight), weight)[0] if order == 2 else torch.zeros_like(weight)
-    )
+    zero = torch.zeros_like(weight)
+    slope = torch.autograd.grad(total(weight), weight)[0] if order == 2 else zero
     virtual = (weight - 0.1 * slope).detach().requires_grad_()
     loss = F.mse_loss(virtual * batch[0], refined) / 2
     v = torch.autograd.grad(loss, virtual)[0]
@@ -203,16 +196,11 @@ def test_relax_learns_by_its_estimate(order: int) -> None:
 
 
 # ----------------------------------------------------------------------------------------- no trace
-
-
 def everything(student: nn.Module, kd: SoKD, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     chi = {"policy.alpha", "policy.beta", "policy.magnitude"}
-    tensors = {
-        f"student.{name}": value for name, value in student.state_dict(keep_vars=True).items()
-    }
-    tensors |= {
-        f"kd.{n}": value for n, value in kd.state_dict(keep_vars=True).items() if n not in chi
-    }
+    tensors = {f"student.{n}": value for n, value in student.state_dict(keep_vars=True).items()}
+    own = kd.state_dict(keep_vars=True)
+    tensors |= {f"kd.{name}": value for name, value in own.items() if name not in chi}
     tensors |= {f"kd.buffer.{name}": value for name, value in kd.named_buffers()}
     found: dict[str, Any] = {name: value.detach().clone() for name, value in tensors.items()}
     found |= {f"{n}.grad": None if v.grad is None else v.grad.clone() for n, v in tensors.items()}
@@ -285,9 +273,8 @@ def test_all_evaluations_see_one_random_state_and_the_right_batch() -> None:
         return step(model, batch)
 
     search.step(recording, train, held_out=held_out)
-    assert [batch is train for batch, _, _ in seen] == [True, False, True, True] and seen[1][
-        0
-    ] is held_out
+    assert [batch is train for batch, _, _ in seen] == [True, False, True, True]
+    assert seen[1][0] is held_out
     assert all(torch.equal(numbers, seen[0][1]) for _, numbers, _ in seen)
     weights = [weight for _, _, weight in seen]
     assert torch.equal(weights[0], student.body[0].weight)

@@ -1,23 +1,22 @@
 """The policy search from its first step to its last: resumption, planted problems, two ranks."""
 
-from __future__ import annotations
-
 import copy
 import io
-import os
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support.cases import compiles
+from support.kd_cases import trained
+from support.ranks import of_ranks
 from test_search import PAIRS, SHAPE, Student, batch_of, hypergradient, made, same, step
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sokd.kd.policy import Policy
 from sokd.kd.search import PolicySearch
-from sokd.kd.sokd import SoKD
 
 # --------------------------------------------------------------------------------- life of a search
 
@@ -37,7 +36,7 @@ def test_resumes_to_the_bit(estimator: str) -> None:
     torch.manual_seed(99)
     student2, kd2 = (
         Student(),
-        SoKD(3, 4, heat_channels=3, policies=PAIRS, lambda_agreement=1.0, lambda_areas=1.0),
+        trained(3, 4, heat_channels=3, policies=PAIRS, lambda_agreement=1.0, lambda_areas=1.0),
     )
     search2 = PolicySearch(kd2, student2, lr=0.01, estimator=estimator)
     student2.load_state_dict(saved["student"])
@@ -75,13 +74,10 @@ def test_ends_after_its_epochs() -> None:
 def test_sets_the_policy_up() -> None:
     _, kd, _ = made(estimator="relax")
     assert kd.policy.estimator == "relax"
-    assert PolicySearch(kd, Student())._control is not None and kd.policy.estimator == "relax", (
-        "kd's own"
-    )
-    assert (
-        PolicySearch(kd, Student(), estimator="gumbel")._control is None
-        and kd.policy.estimator == "gumbel"
-    )
+    assert PolicySearch(kd, Student())._control is not None
+    assert kd.policy.estimator == "relax", "kd's own"
+    assert PolicySearch(kd, Student(), estimator="gumbel")._control is None
+    assert kd.policy.estimator == "gumbel"
     assert made()[1].policy.estimator == "gumbel", "unless kd says otherwise"
     adam = made()[2].state_dict()["adam"]["param_groups"][0]
     assert (adam["betas"], adam["weight_decay"]) == ((0.5, 0.999), 0)
@@ -99,7 +95,7 @@ def test_chi_stays_in_its_bounds() -> None:
 def test_samples_with_their_own_draws_and_a_smaller_held_out_batch(estimator: str) -> None:
     torch.manual_seed(0)
     student = Student()
-    kd = SoKD(3, 4, heat_channels=3, policies=PAIRS, granularity="sample")
+    kd = trained(3, 4, heat_channels=3, policies=PAIRS, granularity="sample")
     search = PolicySearch(kd, student, estimator=estimator)
     small = tuple(part[:2] for part in batch_of(2))
     assert search.step(step, batch_of(1), held_out=small).isfinite()
@@ -108,7 +104,10 @@ def test_samples_with_their_own_draws_and_a_smaller_held_out_batch(estimator: st
 @pytest.mark.parametrize("estimator", ["gumbel", "relax"])
 @pytest.mark.parametrize("order", [1, 2])
 def test_an_empty_batch_moves_nothing(order: int, estimator: str) -> None:
-    student, kd = Student(), SoKD(3, 4, heat_channels=3, policies=PAIRS, granularity="sample")
+    student, kd = (
+        Student(),
+        trained(3, 4, heat_channels=3, policies=PAIRS, granularity="sample"),
+    )
     search = PolicySearch(kd, student, estimator=estimator, order=order)
 
     def summed(model: Student, batch: Any) -> Any:
@@ -183,7 +182,7 @@ def test_a_step_left_out_is_said_once() -> None:
 
 def test_several_layers() -> None:
     student = Student()
-    kd = SoKD([3, 3], [4, 6], heat_channels=3, policies=PAIRS)
+    kd = trained([3, 3], [4, 6], heat_channels=3, policies=PAIRS)
     search = PolicySearch(kd, student)
 
     def two_layers(model: Student, batch: Any) -> Any:
@@ -191,16 +190,15 @@ def test_several_layers() -> None:
         return task, [f_s, f_s], [f_t, torch.cat([f_t, f_t[:, :2]], 1)]
 
     before = kd.policy.alpha.detach().clone()
-    assert search.step(two_layers, batch_of()).isfinite() and not torch.equal(
-        before, kd.policy.alpha
-    )
+    assert search.step(two_layers, batch_of()).isfinite()
+    assert not torch.equal(before, kd.policy.alpha)
 
 
 @pytest.mark.parametrize("estimator", ["gumbel", "relax"])
 def test_a_step_reads_no_value(estimator: str) -> None:
     """Fake tensors have no values: a synchronisation raises."""
     with FakeTensorMode() as mode:
-        student, kd = Student(), SoKD(3, 4, heat_channels=3, policies=PAIRS)
+        student, kd = Student(), trained(3, 4, heat_channels=3, policies=PAIRS)
         search = PolicySearch(kd, student, estimator=estimator)
         batch = (torch.randn(3, 2, 6, 5), torch.randint(5, (3,)), torch.randn(SHAPE))
         assert mode is search.step(step, batch).fake_mode
@@ -223,6 +221,12 @@ def test_inside_no_grad_and_with_wrapped_modules() -> None:
 
 
 # ------------------------------------------------------------------------------------------ planted
+def shifted(cells: int, model: nn.Module, _: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """A step whose student's map is the teacher's, moved left."""
+    kernel = torch.ones(4, 1, 3, 3) / 3
+    teacher = F.conv2d(torch.randn(8, 4, 8, 8), kernel, padding=1, groups=4)
+    seen = torch.cat([teacher[..., cells:], torch.zeros(8, 4, 8, cells)], 3)
+    return model.weight.sum() * 0, seen, teacher
 
 
 @pytest.mark.parametrize(
@@ -240,23 +244,16 @@ def test_finds_the_planted_operation(estimator: str, steps: int, lr: float) -> N
     ]
     # straight-through magnitudes drift on noise where choices are all that matters
     options = {"policies": policies, "magnitude_gradient": "pathwise"}
-    kd = SoKD(4, 4, adapter=None, dam=None, lambda_areas=1.0, **options)
+    kd = trained(4, 4, adapter=None, dam=None, lambda_areas=1.0, **options)
     with torch.no_grad():
         kd.policy.magnitude.fill_(0.5)  # what has both signs does nothing
         kd.policy.magnitude[:2, 0] = 0.5 + 0.25 / 0.9  # by a quarter of the side
         kd.policy.magnitude[2:] = 0.9
     student = nn.Conv2d(1, 1, 1)  # its weights play no part
     search = PolicySearch(kd, student, estimator=estimator, order=1, lr=lr)
-    kernel = torch.ones(4, 1, 3, 3) / 3
-
-    def shifted(model: nn.Module, _: Any) -> tuple[Tensor, Tensor, Tensor]:
-        teacher = F.conv2d(torch.randn(8, 4, 8, 8), kernel, padding=1, groups=4)
-        seen = torch.cat([teacher[..., 2:], torch.zeros(8, 4, 8, 2)], 3)
-        return model.weight.sum() * 0, seen, teacher
-
     for seed in range(steps):
         torch.manual_seed(seed)
-        search.step(shifted, None)
+        search.step(partial(shifted, 2), None)
     rows = kd.policy.table()
     chances = [row["probability"] for row in rows]
     assert chances[0] > 0.6, rows
@@ -268,53 +265,36 @@ def test_finds_the_planted_magnitude() -> None:
     torch.set_num_threads(1)  # hundreds of steps too small for a second thread
     torch.manual_seed(1)
     policy = Policy(policies=[("translate_x", "translate_y")], magnitude_gradient="pathwise")
-    kd = SoKD(4, 4, adapter=None, dam=None, policy=policy, lambda_areas=1.0)
+    kd = trained(4, 4, adapter=None, dam=None, policy=policy, lambda_areas=1.0)
     search = PolicySearch(kd, nn.Conv2d(1, 1, 1), order=1, lr=0.02)
-    kernel = torch.ones(4, 1, 3, 3) / 3
-
-    def shifted(model: nn.Module, _: Any) -> tuple[Tensor, Tensor, Tensor]:
-        teacher = F.conv2d(torch.randn(8, 4, 8, 8), kernel, padding=1, groups=4)
-        seen = torch.cat([teacher[..., 1:], torch.zeros(8, 4, 8, 1)], 3)
-        return model.weight.sum() * 0, seen, teacher
-
     for seed in range(120):
         torch.manual_seed(seed)
-        search.step(shifted, None)
+        search.step(partial(shifted, 1), None)
     (x, y), (beta_x, _) = policy.table()[0]["value"], policy.table()[0]["beta"]
     assert x == pytest.approx(1 / 8, abs=0.03) and y == pytest.approx(0, abs=0.06)
     assert beta_x > 0.8
 
 
 # ------------------------------------------------------------------------------------ two processes
-
-
-def one_rank(rank: int, folder: str) -> None:
-    """A search on this rank's own batch, the student wrapped; writes the policy's state."""
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+def one_rank(rank: int) -> dict[str, Any]:
+    """A search on this rank's own batch, the student wrapped: the policy's state."""
     torch.manual_seed(rank)  # seeds and weights differ at first
-    kd = SoKD(3, 4, heat_channels=3, policies=PAIRS)
+    kd = trained(3, 4, heat_channels=3, policies=PAIRS)
     student = nn.parallel.DistributedDataParallel(Student())
     search = PolicySearch(kd, student, estimator="relax")  # the control variate is averaged too
     for seed in range(2):
         search.step(step, batch_of(10 * rank + seed))
-    state: dict[str, Any] = {"kd": kd.policy.state_dict(), "search": search.state_dict()}
     alike = made()[2]  # the same on both ranks: the average is what one process finds
     alike.step(step, batch_of())
-    state["alike"] = hypergradient(alike)
-    torch.save(state, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-    # DDP's destructor holds the GIL and may deadlock with gloo's thread, which needs it
-    os._exit(0)
+    state = {"kd": kd.policy.state_dict(), "search": search.state_dict()}
+    return state | {"alike": hypergradient(alike)}
 
 
 @pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this torch has no torch.distributed"
 )
 def test_ranks_keep_one_policy(tmp_path: Any) -> None:
-    torch.multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
-    states = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    states = of_ranks(one_rank, tmp_path)
     for name in ("alpha", "beta", "magnitude"):
         assert torch.equal(*(state["kd"][name] for state in states))
     assert same(states[0]["search"], states[1]["search"])

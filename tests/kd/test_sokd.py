@@ -1,7 +1,5 @@
 """sokd.SoKD: parameters, state, resumption, diagnostics, and the texts of its errors."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle
@@ -10,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.cases import compiles
-from support.kd_cases import features, make, pair, rewound
+from support.kd_cases import features, make, pair, rewound, trained
 from support.raises import raises
-from torch import nn
+from torch import Tensor, nn
 
 from sokd.kd.policy import Policy
 from sokd.kd.sokd import SoKD, loss
@@ -27,17 +25,11 @@ def test_the_policy_is_in_the_state_but_not_among_the_parameters():
     for module in (kd, holder):
         assert not of_policy & set(module.parameters())
         assert not any("policy" in name for name, _ in module.named_parameters())
-    assert len(list(kd.parameters())) == len(list(kd.adapter.parameters())) + len(
-        list(kd.dam.parameters())
-    )
+    of_parts = [*kd.adapter.parameters(), *kd.dam.parameters()]
+    assert len(list(kd.parameters())) == len(of_parts)
     names = set(kd.state_dict())
-    assert {
-        "policy.alpha",
-        "policy.beta",
-        "policy.magnitude",
-        "policy.seed",
-        "policy.counter",
-    } <= names
+    of_policy = {f"policy.{name}" for name in ("alpha", "beta", "magnitude", "seed", "counter")}
+    assert of_policy <= names
     assert "statistics" not in names
     buffers = dict(holder.named_buffers())
     assert buffers["kd.policy.counter"] is kd.policy.counter
@@ -89,7 +81,7 @@ class Student(nn.Module):
         self.body = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU())
         self.head = nn.Linear(3, 2)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         maps = self.body(x)
         return self.head(maps.mean((2, 3))), maps
 
@@ -98,7 +90,7 @@ def test_the_default_weights_train_with_the_usual_optimiser():
     """The shortest real use: SGD, lr 0.05, momentum 0.9, features of unit variance."""
     torch.set_num_threads(1)  # small steps; conftest restores the count
     student = Student()
-    kd = SoKD(3, 4, heat_channels=5, k=2)
+    kd = trained(3, 4, heat_channels=5, k=2)
     parameters = [*student.parameters(), *kd.parameters()]
     optimiser = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
     tasks = []
@@ -119,18 +111,17 @@ class Run:
 
     def __init__(self, seed: int) -> None:
         torch.manual_seed(seed)
-        self.student, self.kd = Student(), SoKD(3, 4, heat_channels=5, k=2)
+        self.student, self.kd = Student(), trained(3, 4, heat_channels=5, k=2)
         parameters = [*self.student.parameters(), *self.kd.parameters()]
         self.optimiser = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9)
 
-    def steps(self, first: int, last: int) -> list[torch.Tensor]:
+    def steps(self, first: int, last: int) -> list[Tensor]:
         values = []
         for step in range(first, last):
             x, y = features(4, 1, 6, 6, seed=step), torch.arange(4) % 2
             logits, maps = self.student(x)
-            value = F.cross_entropy(logits, y) + loss(
-                maps, features(4, 4, 6, 6, seed=100 + step), self.kd
-            )
+            distilled = loss(maps, features(4, 4, 6, 6, seed=100 + step), self.kd)
+            value = F.cross_entropy(logits, y) + distilled
             self.optimiser.zero_grad()
             value.backward()
             self.optimiser.step()
@@ -163,8 +154,6 @@ def test_a_run_taken_up_from_a_checkpoint_is_the_same_run_to_the_bit():
 
 
 # -------------------------------------------------------------------------------------- diagnostics
-
-
 def test_diagnostics_are_the_last_steps():
     kd = make()
     student, teacher = pair()
@@ -184,9 +173,7 @@ def test_diagnostics_are_the_last_steps():
     assert not any(value.requires_grad for value in found.values())
     before = found["areas"].clone()
     loss(student * 2, teacher, kd)
-    assert torch.equal(found["areas"], before), (
-        "a later step must not write into what was handed out"
-    )
+    assert torch.equal(found["areas"], before), "a later step does not write into it"
 
 
 def test_diagnostics_of_several_layers_and_of_what_is_absent():
@@ -198,9 +185,8 @@ def test_diagnostics_of_several_layers_and_of_what_is_absent():
         "agreement", "areas", "heat_variance", "heat_variance.0", "heat_variance.1",
         "covered_share", "covered_share.0", "covered_share.1",
     }  # fmt: skip
-    torch.testing.assert_close(
-        found["heat_variance"], (found["heat_variance.0"] + found["heat_variance.1"]) / 2
-    )
+    mean = (found["heat_variance.0"] + found["heat_variance.1"]) / 2
+    torch.testing.assert_close(found["heat_variance"], mean)
     kd.dam = None
     assert set(kd.diagnostics()) == {"areas"}
 
@@ -229,7 +215,6 @@ def test_the_search_leaves_the_diagnostics_alone():
 
 
 # ----------------------------------------------------------------------------------------- refusals
-
 STUDENT, TEACHER = torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4, 4)
 
 
@@ -267,9 +252,8 @@ def test_features_that_do_not_fit_are_refused(error, student, teacher, text):
 
 
 def test_the_layer_is_named():
-    with raises(
-        ValueError, "loss: teacher_features[1] must be [B, 4, H, W] or [B, N, 4], got [2, 3, 4, 4]"
-    ):
+    text = "loss: teacher_features[1] must be [B, 4, H, W] or [B, N, 4], got [2, 3, 4, 4]"
+    with raises(ValueError, text):
         loss([STUDENT] * 2, [TEACHER, STUDENT], make([3, 3], [4, 4]))
 
 

@@ -1,7 +1,5 @@
 """`sokd.wrap`: any loss with its own signature, its features refined and masked."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import pickle
@@ -12,11 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.cases import compiles
-from support.kd_cases import features, make, pair, rewound
+from support.kd_cases import features, make, pair, rewound, trained
 from support.raises import raises
 from torch import nn
 
-import sokd
 from sokd.kd.plugin import wrap
 from sokd.kd.sokd import loss
 
@@ -32,8 +29,8 @@ def test_its_gradients_are_sokd_loss_too():
     wanted = [f_s, *kd.parameters()]
     found = torch.autograd.grad(wrap(F.mse_loss, kd)(f_s, f_t), wanted)
     expected = torch.autograd.grad(loss(f_s, f_t, rewound(kd)), wanted)
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    for actual, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, other, rtol=1e-4, atol=1e-6)
 
 
 def test_the_agreement_can_be_added_by_hand():
@@ -253,12 +250,12 @@ WRONG = {
     "no such argument":
         (lambda: wrap(scaled, make(), student="f_s", teacher="teacher")(*pair()),
          "wrap: student must be among the arguments of any_loss as 'f_s', got [0, 1]"),
-    "a place that is none":
+    "an invalid position":
         (lambda: wrap(scaled, make(), student=-1),
-         "wrap: student must be a place (0 or more) or a name, got -1"),
+         "wrap: student must be a position (0 or more) or a name, got -1"),
     "no place":
         (lambda: wrap(scaled, make(), teacher=True),
-         "wrap: teacher must be a place (0 or more) or a name, got True"),
+         "wrap: teacher must be a position (0 or more) or a name, got True"),
     "no tensor":
         (lambda: wrap(lambda f_s, f_t: {"loss": f_s.sum()}, make())(*pair()),
          "wrap: any_loss must return a scalar tensor to add the agreement to (agreement=False "
@@ -276,7 +273,9 @@ def test_what_is_refused(call, text):
         call()
 
 
-LEAD = "lead to features [B, C, H, W] or [B, N, C], or a list of them, among any_loss's arguments"
+LEAD = (
+    "select features [B, C, H, W] or [B, N, C], or a list of them, among the arguments of any_loss"
+)
 ELSEWHERE = {
     "logits first":
         (lambda: wrap(of_a_task, make())(torch.randn(2, 5), torch.arange(2), *pair()),
@@ -300,7 +299,7 @@ def test_places_that_are_swapped():
     def loss_of(teacher_maps, student_maps):
         return F.mse_loss(student_maps, teacher_maps)
 
-    kd = sokd.SoKD(3, 4, heat_channels=3)
+    kd = trained(3, 4, heat_channels=3)
     rule = "be the argument of the student's features"
     text = f"wrap: student must {rule}, got 0, which is 'teacher_maps'"
     with raises(ValueError, text):

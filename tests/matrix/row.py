@@ -8,14 +8,13 @@
 Each prints one line. The inputs are arithmetic, because a generator may change with torch.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,13 +101,17 @@ def network(width: int) -> nn.Sequential:
 
 
 IMAGES, LABELS = pattern((8, 3, 32, 32), torch.float32), torch.arange(8)
+PARTS: dict[str, Any] = {
+    "adapter": "conv", "heads": "bounded", "base": "replace", "lambda_agreement": 10.0,
+    "lambda_areas": 10.0,
+}  # fmt: skip
 
 
 def distiller() -> sokd.Distiller:
     torch.manual_seed(0)
     sokd.manual_seed(0)
-    made = sokd.Distiller(network(8), network(16), layers="2", method="fitnet", example=IMAGES)
-    return made.train()
+    options = {"layers": "2", "method": "fitnet", "sokd": PARTS, "example": IMAGES}
+    return sokd.Distiller(network(8), network(16), **options).train()
 
 
 def losses() -> list[float]:
@@ -125,7 +128,7 @@ def losses() -> list[float]:
         optimizer.step()
         search.end_epoch()
         found.append(total.item())
-    kd = sokd.SoKD(8, 16)
+    kd = sokd.SoKD(8, 16, **PARTS)
     student = pattern((4, 8, 6, 6), torch.float32).requires_grad_()
     loss = sokd.loss(student, pattern((4, 16, 6, 6), torch.float32), kd)
     loss.backward()
@@ -168,11 +171,5 @@ def write() -> str:
 
 
 if __name__ == "__main__":
-    print(
-        {
-            "bits": check_bits,
-            "training": check_training,
-            "compile": check_compile,
-            "--write": write,
-        }[sys.argv[1]]()
-    )
+    checks = {"bits": check_bits, "training": check_training, "compile": check_compile}
+    print({**checks, "--write": write}[sys.argv[1]]())

@@ -1,7 +1,5 @@
 """Distillation losses without state: values against loops, gradients, edges."""
 
-from __future__ import annotations
-
 import functools
 
 import numpy as np
@@ -9,14 +7,14 @@ import pytest
 import support.naive_methods as naive
 import torch
 from support.raises import raises
-from torch import Tensor
 
 from sokd import methods
 
 F64 = torch.float64
-LOGITS = ["kd", "lskd", "dkd", "dist"]
-FEATURES = ["fitnet", "at", "sp", "rkd", "catkd", "hcl"]
-SAME_SHAPE = {"fitnet", "hcl"}  # the others take any size, these and catkd the teacher's channels
+LOGITS = ["kd", "lskd", "dkd", "dist", "wkd_logits"]
+FEATURES = ["fitnet", "at", "sp", "rkd", "catkd", "hcl", "wkd_features", "nst", "pkt", "cc"]
+# the others take any size, these and catkd the teacher's channels
+SAME_SHAPE = {"fitnet", "hcl", "wkd_features"}
 
 
 def logits(batch=5, classes=7, dtype=F64, spread=3.0):
@@ -25,6 +23,19 @@ def logits(batch=5, classes=7, dtype=F64, spread=3.0):
 
 def target(batch=5, classes=7):
     return torch.randint(0, classes, (batch,))
+
+
+def distances(classes=7, dtype=F64):
+    """Between points in a plane, at most 1."""
+    points = torch.rand(classes, 2, dtype=F64)
+    return (torch.cdist(points, points) / 2**0.5).to(dtype)
+
+
+def rest_of(name, batch=5, dtype=F64):
+    """What a loss of logits takes beside them."""
+    if name == "wkd_logits":
+        return target(batch), distances(dtype=dtype)
+    return (target(batch),) if name == "dkd" else ()
 
 
 def maps(name, student=(3, 4, 6, 6), teacher=(3, 5, 6, 6), dtype=F64):
@@ -54,14 +65,11 @@ def arrays(*tensors):
 
 def close(actual, expected, rtol=1e-9, atol=1e-12):
     assert actual.dtype == F64 and actual.dim() == 0
-    torch.testing.assert_close(
-        actual, torch.tensor(float(expected), dtype=F64), rtol=rtol, atol=atol
-    )
+    expected = torch.tensor(float(expected), dtype=F64)
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
 
 
 # --- values
-
-
 @pytest.mark.parametrize("batch, classes", [(5, 7), (1, 2), (2, 30)])
 @pytest.mark.parametrize("name, options", [
     ("kd", {}), ("kd", {"temperature": 1.0}), ("lskd", {}), ("lskd", {"temperature": 3.0}),
@@ -82,14 +90,12 @@ def test_dense_logits_are_samples_of_their_own(name, places):
     loss = getattr(methods, name)
     student, teacher = (torch.randn(2, 6, *places, dtype=F64) for _ in range(2))
     cells = [np.moveaxis(each.numpy(), 1, -1).reshape(-1, 6) for each in (student, teacher)]
-    close(
-        loss(student, teacher), getattr(naive, name)(*cells), rtol=1e-6 if name == "lskd" else 1e-9
-    )
+    rtol = 1e-6 if name == "lskd" else 1e-9
+    close(loss(student, teacher), getattr(naive, name)(*cells), rtol=rtol)
     last = student.movedim(1, -1).contiguous().movedim(-1, 1)  # channels_last
     torch.testing.assert_close(loss(last, teacher), loss(student, teacher))
-    assert torch.autograd.gradcheck(
-        lambda given: loss(given, teacher), student.clone().requires_grad_()
-    )
+    leaf = student.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda given: loss(given, teacher), leaf)
     assert loss(student[:0], teacher[:0]) == 0
 
 
@@ -99,6 +105,70 @@ def test_dkd_against_loops(batch, classes, options):
     (student, teacher), true = logits(batch, classes), target(batch, classes)
     expected = naive.dkd(*arrays(student, teacher, true), **options)
     close(methods.dkd(student, teacher, true, **options), expected)
+
+
+WKD = [
+    {},
+    {"transport": 1.0, "temperature": 8.0, "sharpness": 2.0},
+    {"regularisation": 0.3, "iterations": 3},
+]
+
+
+@pytest.mark.parametrize("options", WKD, ids=str)
+@pytest.mark.parametrize("batch, classes", [(5, 7), (1, 2), (2, 30)])
+def test_wkd_logits_against_loops(batch, classes, options):
+    (student, teacher), true = logits(batch, classes), target(batch, classes)
+    between = distances(classes)
+    expected = naive.wkd_logits(*arrays(student, teacher, true, between), **options)
+    close(methods.wkd_logits(student, teacher, true, between, **options), expected)
+
+
+def test_wkd_transports_between_near_classes_for_less():
+    """All mass on one class, the teacher's on another: the cost of the way, not more of it."""
+    between = distances(4)
+    student, teacher = 40 * torch.eye(4, dtype=F64)[[1, 1]], 40 * torch.eye(4, dtype=F64)[[2, 3]]
+    true, options = torch.zeros(1).long(), {"transport": 1.0, "iterations": 200}
+    for row, to in enumerate((2, 3)):
+        given = student[row : row + 1], teacher[row : row + 1], true, between
+        plain = methods.wkd_logits(*given, **{**options, "transport": 0.0})
+        moved = methods.wkd_logits(*given, **options) - plain
+        torch.testing.assert_close(moved, 1 - (-between[1, to]).exp(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("samples", [2, 9, 100])
+def test_class_distances(samples):
+    features = torch.randn(4, samples, 3, dtype=F64)
+    features[2] = features[0] @ torch.linalg.qr(torch.randn(3, 3, dtype=F64))[0] + 5  # alike
+    found = methods.class_distances(features)
+    for i in range(4):
+        for j in range(4):
+            expected = 0.0 if i == j else 1 - naive.cka(*features[[i, j]].numpy())
+            assert found[i, j].item() == pytest.approx(expected, abs=1e-9)
+    features[3] = 1.0  # no variance: alike to none
+    distances = methods.class_distances(features.float())
+    assert distances[3].tolist() == [1, 1, 1, 0] and distances.dtype == torch.float32
+
+
+def test_labels_that_are_ignored_do_not_count():
+    (student, teacher), true, between = logits(), target(), distances()
+    expected = methods.wkd_logits(student[1:4], teacher[1:4], true[1:4], between)
+    for ignored in (-100, 9):
+        labels = true.clone()
+        labels[[0, 4]] = ignored
+        value = methods.wkd_logits(student, teacher, labels, between, ignore_index=ignored)
+        torch.testing.assert_close(value, expected)
+    assert methods.wkd_logits(student, teacher, true * 0 - 100, between) == 0
+
+
+def test_wkd_is_the_sum_of_its_parts():
+    (student, teacher), true, between = logits(3), target(3), distances()
+    own, other, weight = with_mask("fitnet", True)
+    options = {"grid": 2, "means": 3.0}
+    value = methods.wkd(student, teacher, true, between, own, other, weight, features=0.5,
+                        transport=7.0, **options)  # fmt: skip
+    parts = methods.wkd_logits(student, teacher, true, between, transport=7.0)
+    parts += 0.5 * methods.wkd_features(own, other, weight, **options)
+    torch.testing.assert_close(value, parts)
 
 
 def test_the_parts_of_dkd_make_kd():
@@ -146,7 +216,9 @@ def test_a_mask_grows_with_the_map():
 
 @pytest.mark.parametrize("name, options", [
     ("rkd", {"distance": 0.0}), ("rkd", {"angle": 0.0}), ("catkd", {"resolution": 3}),
-    ("catkd", {"normalise": False}),
+    ("catkd", {"normalise": False}), ("wkd_features", {"grid": 1}),
+    ("wkd_features", {"grid": 5, "means": 0.5}), ("cc", {"gamma": 1.5, "order": 1}),
+    ("cc", {"order": 5}),
 ])  # fmt: skip
 def test_options(name, options):
     student, teacher, weight = with_mask(name, True)
@@ -154,12 +226,11 @@ def test_options(name, options):
     close(getattr(methods, name)(student, teacher, weight, **options), expected)
 
 
-@pytest.mark.parametrize("name", ["sp", "rkd"])
+@pytest.mark.parametrize("name", ["sp", "rkd", "pkt", "cc"])
 def test_embeddings(name):
     student, teacher = torch.randn(4, 3, dtype=F64), torch.randn(4, 6, dtype=F64)
-    expected = getattr(naive, name)(
-        *([each[:, :, None, None].numpy() for each in (student, teacher)])
-    )
+    maps = [each[:, :, None, None].numpy() for each in (student, teacher)]
+    expected = getattr(naive, name)(*maps)
     close(getattr(methods, name)(student, teacher), expected)
 
 
@@ -183,18 +254,22 @@ def test_class_maps():
 
 
 # --- gradients
-
-
 def loss_of(name, dtype=F64, mask=True, **sizes):
     """A loss as a function of the student alone, and a student."""
     function = getattr(methods, name)
     if name in LOGITS:
         student, teacher = logits(dtype=dtype)
         return functools.partial(
-            _flipped, function, (teacher, *([target()] if name == "dkd" else []))
+            _flipped, function, (teacher, *rest_of(name, dtype=dtype))
         ), student
     student, teacher, weight = with_mask(name, mask, dtype=dtype, **sizes)
     return functools.partial(_flipped, function, (teacher, weight)), student
+
+
+def of_batch(part, count):
+    """The first samples of a part; distances [K, K] are of no sample."""
+    square = part is not None and part.dim() == 2 and part.shape[0] == part.shape[1]
+    return part if part is None or square else part[:count]
 
 
 def _flipped(function, rest, student):
@@ -216,9 +291,8 @@ def test_gradcheck(name):
 def test_a_second_derivative_of_dist_is_refused():
     loss, student = loss_of("dist")
     (gradient,) = torch.autograd.grad(loss(student.requires_grad_()), student, create_graph=True)
-    with raises(
-        RuntimeError, "dist: the loss must be differentiated once only, got a second backward"
-    ):
+    text = "dist: the loss must be differentiated once only, got a second backward"
+    with raises(RuntimeError, text):
         gradient.sum().backward()
 
 
@@ -230,20 +304,18 @@ def test_the_teacher_gets_no_gradient(name):
     assert teacher.grad is None and student.grad is not None and student.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", [*LOGITS, *FEATURES])
+@pytest.mark.parametrize("name", [n for n in LOGITS + FEATURES if n != "wkd_logits"])
 def test_a_student_like_the_teacher_has_no_loss(name):
     loss, _ = loss_of(name)
     assert abs(loss(loss.args[1][0]).item()) < 1e-5  # dist: 1e-8 beside the lengths
 
 
 # --- edges
-
-
 @pytest.mark.parametrize("name", LOGITS + FEATURES)
 def test_an_empty_batch_is_zero(name):
     loss, student = loss_of(name)
     function, rest = loss.args
-    rest = [part[:0] if isinstance(part, Tensor) else part for part in rest]
+    rest = [of_batch(part, 0) for part in rest]
     student = student[:0].clone().requires_grad_()
     value = function(student, *rest)
     value.backward()
@@ -255,7 +327,7 @@ def test_a_batch_of_one(name):
     loss, student = loss_of(name)
     function, rest = loss.args
     student = student[:1].clone().requires_grad_()
-    value = function(student, *[part[:1] if isinstance(part, Tensor) else part for part in rest])
+    value = function(student, *[of_batch(part, 1) for part in rest])
     value.backward()
     assert value.isfinite() and student.grad.isfinite().all()
 
@@ -266,17 +338,14 @@ def test_extreme_logits(name, dtype):
     """No doubt, no difference, large offsets: finite values and gradients."""
     scale = 1e4 if dtype == torch.float16 else 1e15
     student = torch.eye(4) * scale
-    teachers = [
-        student.flip(0),
-        -student,
-        torch.zeros(4, 4),
-        student + scale / 2,
-        torch.full((4, 4), scale),
-    ]
-    for one in (student, torch.zeros(4, 4), torch.full((4, 4), -scale)):
+    zeros, full = torch.zeros(4, 4), torch.full((4, 4), scale)
+    teachers = [student.flip(0), -student, zeros, student + scale / 2, full]
+    for one in (student, zeros, -full):
         for teacher in teachers:
             leaf = one.to(dtype).requires_grad_()
-            extra = (torch.arange(4),) if name == "dkd" else ()
+            extra = {"dkd": (torch.arange(4),)}.get(name, ())
+            if name == "wkd_logits":
+                extra = torch.arange(4), distances(4, torch.float32)
             value = getattr(methods, name)(leaf, teacher.to(dtype), *extra)
             value.backward()
             assert value.isfinite() and leaf.grad.isfinite().all(), (one, teacher)
@@ -308,20 +377,13 @@ def test_samples_at_one_place():
 
 
 # --- precision, layouts
-
-
 @pytest.mark.parametrize("name", LOGITS + FEATURES)
 def test_autocast_changes_nothing(name):
     """Half-precision inputs are widened first; autocast is not let at the products."""
     loss, student = loss_of(name, dtype=torch.bfloat16)
-    wide_loss = functools.partial(
-        _flipped,
-        loss.args[0],
-        [
-            part.float() if part is not None and part.is_floating_point() else part
-            for part in loss.args[1]
-        ],
-    )
+    function, rest = loss.args
+    wide = [x.float() if x is not None and x.is_floating_point() else x for x in rest]
+    wide_loss = functools.partial(_flipped, function, wide)
     expected = wide_loss(student.float())
     with torch.autocast("cpu", torch.bfloat16):
         actual, of_float = loss(student), wide_loss(student.float())

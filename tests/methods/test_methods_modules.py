@@ -1,7 +1,5 @@
 """The distillation losses with state: CRD's banks, ReviewKD's fusions, MGD's generator."""
 
-from __future__ import annotations
-
 import copy
 
 import numpy as np
@@ -41,8 +39,6 @@ def unit_rows(features: Tensor, layer: nn.Linear) -> np.ndarray:
 
 
 # --- crd
-
-
 def test_crd_against_loops(way):
     """Three batches: the first sets Z, each finds the banks as the ones before left them."""
     loss = crd()
@@ -81,9 +77,8 @@ def test_noise_contrast_gradcheck(way):
 
     assert torch.autograd.gradcheck(loss, anchor)
     (gradient,) = torch.autograd.grad(loss(anchor), anchor, create_graph=True)
-    with raises(
-        RuntimeError, "crd: the loss must be differentiated once only, got a second backward"
-    ):
+    text = "crd: the loss must be differentiated once only, got a second backward"
+    with raises(RuntimeError, text):
         gradient.sum().backward()
 
 
@@ -172,9 +167,7 @@ def test_crd_in_eval_leaves_no_trace():
     first = run(loss, 1)
     assert torch.equal(first[0], run(loss, 1)[0]) and first[0].isfinite()
     after = loss.state_dict()
-    assert all(
-        torch.equal(before[name], after[name]) or name == "log_normaliser" for name in before
-    )
+    assert all(torch.equal(before[n], after[n]) or n == "log_normaliser" for n in before)
     assert after["log_normaliser"].isnan().all()
 
 
@@ -217,16 +210,13 @@ def test_pooled():
     features, omega = torch.randn(3, 4, 5, 6, dtype=F64), torch.rand(3, 5, 6, dtype=F64)
     omega[1] = 0
     share = omega.sqrt() / omega.sqrt().sum((1, 2), keepdim=True).clamp(min=1e-300)
-    torch.testing.assert_close(
-        methods.pooled(features, omega), torch.einsum("bchw,bhw->bc", features, share)
-    )
+    expected = torch.einsum("bchw,bhw->bc", features, share)
+    torch.testing.assert_close(methods.pooled(features, omega), expected)
     torch.testing.assert_close(methods.pooled(features), features.mean((2, 3)))
     torch.testing.assert_close(methods.pooled(features, omega * 0 + 7), features.mean((2, 3)))
 
 
 # --- reviewkd
-
-
 def stages(batch=2, dtype=F64):
     student = [(3, 8, 6), (4, 4, 3), (5, 2, 2)]
     teacher = [(4, 8, 6), (3, 8, 6), (6, 1, 2)]  # equal, larger and smaller than the student's
@@ -263,14 +253,12 @@ def test_reviewkd_against_loops(mask, hidden):
     layers = list(zip(loss.fusions, student, teacher, weights, strict=True))
     for fusion, of_student, of_teacher, weight in layers[::-1]:
         attention = fusion.attention
-        attention = attention and [
-            each.detach().numpy() for each in (attention.weight, attention.bias)
-        ]
+        if attention is not None:
+            attention = [each.detach().numpy() for each in (attention.weight, attention.bias)]
         blocks = parameters_of(fusion.reduce), attention, parameters_of(fusion.expand)
         output, fused = naive.abf(of_student.numpy(), fused, of_teacher.shape[2:], *blocks)
-        expected += naive.hcl(
-            output, of_teacher.numpy(), None if weight is None else weight.numpy()
-        )
+        omega = None if weight is None else weight.numpy()
+        expected += naive.hcl(output, of_teacher.numpy(), omega)
     value = loss(student, teacher, weights if mask else None)
     torch.testing.assert_close(value.detach(), torch.tensor(expected, dtype=F64))
 
@@ -280,9 +268,7 @@ def test_reviewkd_gradcheck():
     student = [torch.randn(2, 1, 2, 3, dtype=F64, requires_grad=True) for _ in range(2)]
     teacher = [torch.randn(2, channels, 2, 3, dtype=F64) for channels in (2, 1)]
     weight = torch.rand(2, 2, 3, dtype=F64)
-    assert torch.autograd.gradcheck(
-        lambda *student: loss(student, teacher, [weight, None]), student
-    )
+    assert torch.autograd.gradcheck(lambda *maps: loss(maps, teacher, [weight, None]), student)
 
 
 def test_reviewkd_trains_all_it_has_and_not_the_teacher():
@@ -302,8 +288,6 @@ def test_reviewkd_of_nothing():
 
 
 # --- mgd
-
-
 @pytest.mark.parametrize("mask", [False, True], ids=["plain", "masked"])
 @pytest.mark.parametrize("over", ["channels", "cells"])
 def test_mgd_against_loops(over, mask):
@@ -337,9 +321,8 @@ def test_mgd_gradcheck():
     loss = methods.mgd(2).double().eval()  # the same mask again
     student, teacher = torch.randn(2, 2, 2, 3, 3, dtype=F64)
     student.requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda student: loss(student, teacher, torch.ones(2, 3, 3)), student
-    )
+    weight = torch.ones(2, 3, 3)
+    assert torch.autograd.gradcheck(lambda maps: loss(maps, teacher, weight), student)
 
 
 def test_mgd_resumes_bit_for_bit():
@@ -350,3 +333,114 @@ def test_mgd_resumes_bit_for_bit():
     other.load_state_dict(loss.state_dict())
     assert torch.equal(loss(student, teacher), other(student, teacher))
     assert loss(student[:0], teacher[:0]).item() == 0
+
+
+# --- vid and ofd
+
+M = torch.ones(2, 4, 3, 3)
+SIZES = [((4, 5), (4, 5)), ((8, 5), (4, 5)), ((2, 5), (4, 7))]  # student and teacher
+
+
+def both(own, other):
+    return torch.randn(3, 2, *own, dtype=F64), torch.randn(3, 4, *other, dtype=F64)
+
+
+def omega_or_none(mask, size):
+    return torch.randint(0, 3, (3, *size)).double() if mask else None
+
+
+@pytest.mark.parametrize("mask", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_vid_against_loops(sizes, mask):
+    loss, (student, teacher) = methods.vid(2, 4).double(), both(*sizes)
+    nn.init.normal_(loss.scale)
+    weight = omega_or_none(mask, sizes[1])
+    kernels = [loss.regressor[at].weight.detach().numpy() for at in (0, 2, 4)]
+    given = [None if each is None else each.numpy() for each in (student, teacher, weight)]
+    expected = naive.vid(*given, kernels, loss.scale.detach().numpy())
+    value = loss(student, teacher, weight).detach()
+    torch.testing.assert_close(value, torch.tensor(expected, dtype=F64))
+
+
+@pytest.mark.parametrize("variance", [0.01, 5.0, 1000.0])
+def test_vid_starts_with_its_variance(variance):
+    found = nn.functional.softplus(methods.vid(2, 4, variance=variance).scale) + 1e-5
+    torch.testing.assert_close(found, torch.full((4,), variance))
+
+
+def margins(margin):
+    return -torch.rand(4, dtype=F64) - 0.1 if margin else None
+
+
+@pytest.mark.parametrize("mask", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("margin", [False, True], ids=["of the batch", "given"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_ofd_against_loops(sizes, margin, mask):
+    margin, (student, teacher) = margins(margin), both(*sizes)
+    loss = methods.ofd(2, 4, margin=margin).double().eval()
+    for parameter in loss.connector[1].parameters():
+        nn.init.normal_(parameter)
+    weight = omega_or_none(mask, sizes[1])
+    kernel, *norm = parameters_of(loss.connector)
+    given = [None if each is None else each.numpy() for each in (student, teacher, weight)]
+    expected = naive.ofd(*given, None if margin is None else margin.numpy(), kernel, norm)
+    value = loss(student, teacher, weight).detach()
+    torch.testing.assert_close(value, torch.tensor(expected, dtype=F64))
+
+
+def test_ofd_margin_is_the_mean_of_what_is_negative():
+    norm = nn.BatchNorm2d(4).double()
+    norm.weight.data = torch.tensor([1.0, -0.5, 2.0, 1.0], dtype=F64)
+    norm.bias.data = torch.tensor([0.0, 0.3, -1.0, 40.0], dtype=F64)
+    values = torch.randn(200_000, 3, dtype=F64) * norm.weight[:3] + norm.bias[:3]
+    found = methods.ofd_margin(norm)
+    for channel in range(3):
+        column = values[:, channel].detach()
+        assert found[channel].item() == pytest.approx(column[column < 0].mean().item(), abs=0.02)
+    assert found[3] == -3 and not found.requires_grad
+
+
+def test_ofd_halves_the_weight_of_each_shallower_layer():
+    shapes = [(2, 4, 4)] * 3
+    method = methods.build("ofd", student_shapes=shapes, teacher_shapes=shapes).eval()
+    maps, weights = [torch.randn(3, 2, 4, 4) for _ in range(6)], [None] * 3
+    step = methods.Step(None, None, None, maps[:3], maps[3:], [], weights, None)
+    each = [layer(*pair) for layer, *pair in zip(method.layers, maps[:3], maps[3:], strict=True)]
+    torch.testing.assert_close(method(step), each[0] / 4 + each[1] / 2 + each[2])
+
+
+@pytest.mark.parametrize("name", ["vid", "ofd"])
+def test_vid_and_ofd_gradients_and_edges(name):
+    loss, (student, teacher) = getattr(methods, name)(2, 4).double(), both((2, 3), (2, 3))
+    weight = torch.rand(3, 2, 3, dtype=F64)
+    student.requires_grad_()
+    teacher.requires_grad_()
+    loss(student, teacher, weight).backward()
+    assert teacher.grad is None and student.grad.any()
+    assert all(parameter.grad.any() for parameter in loss.parameters())
+    loss.eval()  # running statistics, which stay
+    teacher = teacher.detach()
+    assert torch.autograd.gradcheck(lambda leaf: loss(leaf, teacher, weight), student)
+    assert loss(student[:0], teacher[:0]).item() == 0
+    assert loss(student.detach() * 0, teacher * 0, weight * 0).isfinite()
+    last = [each.detach().to(memory_format=torch.channels_last) for each in (student, teacher)]
+    torch.testing.assert_close(loss(*last), loss(student.detach(), teacher))
+
+
+@pytest.mark.parametrize("mistake, kind, text", [
+    (lambda: methods.vid(2, 4)(M, M), ValueError,
+     "vid: student must have 2 channels (student_channels), got [2, 4, 3, 3]"),
+    (lambda: methods.ofd(4, 2)(M, M), ValueError,
+     "ofd: teacher must have 2 channels (teacher_channels), got [2, 4, 3, 3]"),
+    (lambda: methods.vid(0, 4), ValueError, "vid: student_channels must be 1 or more, got 0"),
+    (lambda: methods.ofd(2, 4, margin=torch.ones(3)), ValueError,
+     "ofd: margin must be a tensor [4], got [3]"),
+    (lambda: methods.ofd_margin(nn.ReLU()), TypeError,
+     "ofd_margin: norm must be a BatchNorm with weight and bias, got ReLU"),
+    (lambda: methods.build("ofd", student_shapes=[(2, 3, 3)], teacher_shapes=[(2, 3, 3)],
+                           margins=[]), ValueError,
+     "ofd: margins must have one entry for each of the 1 layers, got 0"),
+])  # fmt: skip
+def test_mistakes_with_vid_and_ofd(mistake, kind, text):
+    with raises(kind, text):
+        mistake()

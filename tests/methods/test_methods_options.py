@@ -1,7 +1,5 @@
 """Every option that is a number is judged when it is given, by the function and by name."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -21,7 +19,12 @@ RULES = {
     ("rkd", "distance"): WEIGHT, ("rkd", "angle"): WEIGHT, ("catkd", "resolution"): COUNT,
     ("mgd", "ratio"): SHARE, ("reviewkd", "hidden"): COUNT, ("crd", "dim"): COUNT,
     ("crd", "negatives"): COUNT, ("crd", "temperature"): POSITIVE, ("crd", "momentum"): SHARE,
-    ("crd", "num_samples"): "be 2 or more",
+    ("crd", "num_samples"): "be 2 or more", ("fgd", "foreground"): WEIGHT,
+    ("fgd", "background"): WEIGHT, ("fgd", "attention"): WEIGHT, ("fgd", "relation"): WEIGHT,
+    ("fgd", "temperature"): POSITIVE, ("wkd", "transport"): WEIGHT, ("wkd", "features"): WEIGHT,
+    ("wkd", "means"): WEIGHT, ("wkd", "temperature"): POSITIVE, ("wkd", "sharpness"): POSITIVE,
+    ("wkd", "regularisation"): POSITIVE, ("wkd", "iterations"): COUNT, ("wkd", "grid"): COUNT,
+    ("cc", "gamma"): POSITIVE, ("cc", "order"): COUNT, ("vid", "variance"): POSITIVE,
 }  # fmt: skip
 WRONG = {
     POSITIVE: [0, -1.0, math.nan, math.inf], WEIGHT: [-1, math.nan, math.inf],
@@ -34,7 +37,7 @@ MAPS = torch.randn(4, 5, 3, 3), torch.randn(4, 5, 3, 3)
 
 def by_name(name: str, **options):
     shapes = [(5, 3, 3)]
-    needed = {"num_samples": 9} if name == "crd" else {}
+    needed = {"crd": {"num_samples": 9}, "wkd": {"distances": torch.ones(5, 5)}}.get(name, {})
     return build(name, student_shapes=shapes, teacher_shapes=shapes, **{**needed, **options})
 
 
@@ -42,10 +45,14 @@ def called(name: str, **options):
     method = getattr(methods, name)
     if name == "crd":
         return method(5, 5, options.pop("num_samples", 9), **options)
-    if name == "mgd":
+    if name in ("mgd", "fgd"):
         return method(5, **options)
+    if name == "vid":
+        return method(5, 5, **options)
     if name == "reviewkd":
         return method([5], [5], **options)
+    if name == "wkd":
+        return method(*LOGITS, torch.tensor([0, 1, 2, 3]), torch.ones(5, 5), *MAPS, **options)
     arguments = LOGITS if "logits" in METHODS[name].needs and name != "catkd" else MAPS
     target = [torch.tensor([0, 1, 2, 3])] if name == "dkd" else []
     return method(*arguments, *target, **options)
@@ -83,7 +90,7 @@ def test_a_distiller_judges_them_before_the_first_batch():
 
 def test_every_number_among_the_options_has_a_rule():
     others = {"over", "generator", "labels", "normalise", "student_head", "teacher_head"}
-    others |= {"ignore_index"}  # any class, or none
+    others |= {"distances", "ignore_index", "margins"}  # any class, or none
     for name in METHODS:
         assert {option for option in options_of(name) if option not in others} == {
             option for of, option in RULES if of == name

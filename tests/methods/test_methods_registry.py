@@ -1,7 +1,5 @@
 """The methods by name: their declarations, their errors, `Step`s with and without the mask."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import pickle
@@ -14,11 +12,14 @@ from torch import nn
 
 from sokd import methods
 from sokd.methods import METHODS, Method, Step, build
+from sokd.methods.regions import Images
 
 STUDENT, TEACHER = [(3, 8, 6), (4, 4, 3)], [(5, 8, 6), (6, 2, 2)]
 CLASSES, BATCH, SAMPLES = 7, 4, 20
+NEEDS = {"logits", "features", "target", "index", "boxes"}
 NAMES = [
     "fitnet", "at", "crd", "reviewkd", "kd", "dkd", "lskd", "dist", "sp", "rkd", "catkd", "mgd",
+    "fgd", "wkd", "nst", "pkt", "vid", "cc", "ofd",
 ]  # fmt: skip
 
 
@@ -27,14 +28,15 @@ def made(name: str) -> Method:
     options = {
         "crd": {"num_samples": SAMPLES, "negatives": 6},
         "catkd": {"student_head": nn.Linear(4, CLASSES), "teacher_head": nn.Conv2d(6, CLASSES, 1)},
+        "wkd": {"teacher_head": nn.Linear(6, CLASSES)},
     }
     return build(name, student_shapes=STUDENT, teacher_shapes=TEACHER, **options.get(name, {}))
 
 
 def step(mask: bool = False, method: type[Method] | None = None, batch: int = BATCH) -> Step:
-    """What a method says it needs; nothing else if it is given."""
+    """A step with what the method declares in `needs`, and nothing else."""
     torch.manual_seed(1)
-    needs = {"logits", "features", "target", "index"} if method is None else method.needs
+    needs = NEEDS if method is None else method.needs
 
     def maps(shapes):
         return [torch.randn(batch, *shape) for shape in shapes] if "features" in needs else []
@@ -48,7 +50,15 @@ def step(mask: bool = False, method: type[Method] | None = None, batch: int = BA
         student=maps(STUDENT), teacher=maps(TEACHER), adapted=adapted,
         weight=[weight if mask else None for weight in weights],
         index=torch.arange(batch) if "index" in needs else None,
+        **(boxes_of(batch) if "boxes" in needs else {}),
     )  # fmt: skip
+
+
+def boxes_of(batch: int) -> dict:
+    """One to each image but the first, which is smaller than the input."""
+    boxes = [torch.tensor([[3.0, 2.0, 9.0, 20.0]])[: min(image, 1)] for image in range(batch)]
+    sizes = tuple((20 if image == 0 else 32, 24) for image in range(batch))
+    return {"boxes": boxes, "images": Images(sizes, (32, 24))}
 
 
 def leaves(given: Step) -> list[torch.Tensor]:
@@ -62,7 +72,7 @@ def test_the_names():
     for name in NAMES:
         method = METHODS[name]
         assert method.name == name and callable(getattr(methods, name))
-        assert method.needs <= {"logits", "features", "target", "index"} and method.needs
+        assert method.needs <= NEEDS and method.needs
         assert method.default_weight > 0 and isinstance(method.adapts, bool)
 
 
@@ -89,7 +99,10 @@ def test_the_mask_is_heard_or_not(name):
     assert (plain == masked) == (METHODS[name].needs & {"logits", "features"} == {"logits"})
 
 
-@pytest.mark.parametrize("name", ["fitnet", "at", "sp", "rkd", "kd", "lskd", "dist"])
+PLAIN = ["fitnet", "at", "sp", "rkd", "kd", "lskd", "dist", "nst", "pkt", "cc"]
+
+
+@pytest.mark.parametrize("name", PLAIN)
 def test_by_name_it_is_the_function(name):
     given, function = step(mask=True), getattr(methods, name)
     if "logits" in METHODS[name].needs:
@@ -124,7 +137,8 @@ def test_under_autocast(name):
     with torch.autocast("cpu", torch.bfloat16):
         loss = made(name)(step(mask=True))
     assert loss.dtype == torch.float32
-    tolerance = 0.05 if name in ("reviewkd", "mgd") else 1e-5  # their convolutions are bfloat16
+    # the first ones' convolutions are bfloat16
+    tolerance = 0.05 if name in ("reviewkd", "mgd", "vid", "ofd") else 1e-5
     torch.testing.assert_close(loss, made(name)(step(mask=True)), rtol=tolerance, atol=0)
 
 
@@ -144,14 +158,11 @@ def test_compiled(name):
     for _ in range(2):  # with state: the second call too
         actual, expected = fast(*(getattr(given, field) for field in fields)), plain(given)
         torch.testing.assert_close(actual, expected)
-        pairs = (
-            torch.autograd.grad(loss, tensors, allow_unused=True) for loss in (actual, expected)
-        )
+        pairs = (torch.autograd.grad(x, tensors, allow_unused=True) for x in (actual, expected))
         torch.testing.assert_close(*([each for each in pair if each is not None] for pair in pairs))
 
 
 # --- mistakes
-
 M = torch.ones(2, 3, 4, 5)
 LOGITS = torch.ones(2, 4)
 INDEX = torch.arange(2)
@@ -170,12 +181,12 @@ def without(name, **missing):
 
 ERRORS = [
     (lambda: build("kdd", **SHAPES), ValueError,
-     f"build: name must be one of {ALL} (nearest: kd, rkd, dkd), got 'kdd'"),
+     f"build: name must be one of {ALL} (nearest: kd, wkd, rkd), got 'kdd'"),
     (lambda: build("zzz", **SHAPES), ValueError, f"build: name must be one of {ALL}, got 'zzz'"),
     (lambda: build("kd", temprature=2, **SHAPES), TypeError,
      "kd: options must be among temperature, got temprature"),
     (lambda: build("at", p=2, **SHAPES), TypeError,
-     "at: options must be left out (it has none), got p"),
+     "at: options must be empty (it has none), got p"),
     (lambda: build("crd", **SHAPES), TypeError,
      "crd: num_samples must be given (the size of the training set), got None"),
     (lambda: build("catkd", student_head=nn.Linear(5, 7), **SHAPES), ValueError,
@@ -183,14 +194,14 @@ ERRORS = [
     (lambda: build("catkd", student_head=nn.ReLU(), **SHAPES), TypeError,
      "catkd: head must be a linear layer, a 1x1 convolution or a weight [K, C], got ReLU"),
     (without("crd", index=None), ValueError,
-     "crd: index must be given (the samples' places in the training set, int64 [B]), got None"),
+     "crd: index must be given (the samples' indices in the training set, int64 [B]), got None"),
     (without("dkd", target=None), ValueError,
-     "dkd: target must be given (it tells the target class from the others), got None"),
+     "dkd: target must be given (the target class has its own term), got None"),
     (without("kd", teacher_logits=None), ValueError,
      "kd: teacher_logits must be given (this method compares logits [B, K]), got None"),
     (lambda: build("catkd", **SHAPES)(step()), ValueError,
-     "catkd: student_head must be given (student's last linear layer), or its last map have 7 "
-     "channels, got 4"),
+     "catkd: student_head must be given unless the student's last map has 7 channels, one for "
+     "each class, got 4"),
     # logits
     (lambda: methods.kd([1.0], LOGITS), TypeError, "kd: student_logits must be a tensor, got list"),
     (lambda: methods.kd(LOGITS, LOGITS.long()), TypeError,
@@ -211,6 +222,23 @@ ERRORS = [
      "dkd: target must be an int64 tensor [B], got torch.float32"),
     (lambda: methods.dkd(LOGITS, LOGITS, INDEX[:1]), ValueError,
      "dkd: target must be [2], got [1]"),
+    (lambda: methods.wkd_logits(LOGITS, LOGITS, INDEX[:1], torch.ones(4, 4)), ValueError,
+     "wkd: target must be [2], got [1]"),
+    (lambda: methods.wkd_logits(LOGITS, LOGITS, INDEX, torch.ones(3, 4)), ValueError,
+     "wkd: distances must be [4, 4] for the logits' classes, got [3, 4]"),
+    (lambda: methods.wkd_logits(LOGITS, LOGITS, INDEX, None), TypeError,
+     "wkd: distances must be a floating-point tensor [K, K], got NoneType"),
+    (lambda: build("wkd", **SHAPES), TypeError,
+     "wkd: distances must be given, [K, K] (sokd.methods.class_distances), or teacher_head, "
+     "got None"),
+    (lambda: build("wkd", teacher_head=nn.Linear(5, 7), **SHAPES), ValueError,
+     "wkd: head must have the weight [K, 6], got [7, 5]"),
+    (without("wkd", target=None), ValueError,
+     "wkd: target must be given (it tells the target from the others), got None"),
+    (lambda: methods.class_distances(torch.ones(3, 4)), ValueError,
+     "class_distances: features must be [K >= 2, N >= 2, D], got [3, 4]"),
+    (lambda: methods.class_distances(torch.ones(3, 4, 5).int()), TypeError,
+     "class_distances: features must be a floating-point tensor, got torch.int32"),
     # features
     (lambda: methods.at(LOGITS, M), ValueError, "at: student must be [B, C, H, W], got [2, 4]"),
     (lambda: methods.sp(M, M[0]), ValueError,
@@ -220,8 +248,8 @@ ERRORS = [
     (lambda: methods.rkd(M[:, :, :0], M), ValueError,
      "rkd: student must have at least one cell, got [2, 3, 0, 5]"),
     (lambda: methods.fitnet(M[:, :2], M), ValueError,
-     "fitnet: student must have the teacher's shape [2, 3, 4, 5] (an adapter brings it there), "
-     "got [2, 2, 4, 5]"),
+     "fitnet: student must have the teacher's shape [2, 3, 4, 5] (see sokd.Adapter), got [2, "
+     "2, 4, 5]"),
     (lambda: methods.catkd(M[:, :2], M), ValueError,
      "catkd: student must have the teacher's 3 channels, got 2"),
     (lambda: methods.at([M, M], [M]), ValueError,
@@ -247,7 +275,7 @@ ERRORS = [
     (lambda: crd()(*VECTORS, INDEX - 1), ValueError,
      "crd: index must lie in 0 .. 4 (num_samples), got -1"),
     (lambda: crd()(M, M, INDEX), ValueError,
-     "crd: student must be [B, D] (sokd.methods.pooled makes it of a map), got [2, 3, 4, 5]"),
+     "crd: student must be [B, D] (see sokd.methods.pooled for maps), got [2, 3, 4, 5]"),
     (lambda: methods.mgd(3, over="rows"), ValueError,
      "mgd: over must be one of channels, cells, got 'rows'"),
     (lambda: methods.reviewkd([3], []), ValueError,
@@ -255,8 +283,8 @@ ERRORS = [
     (lambda: methods.reviewkd([3], [3])([M, M], [M, M]), ValueError,
      "reviewkd: student must have one map for each of the 1 stages, got 2"),
     (lambda: methods.reviewkd([3], [3])([M[:1, :, :1, :1]], [M[:1]]), ValueError,
-     "reviewkd: student must have more than one value a channel in training, for BatchNorm "
-     "(drop_last=True in the DataLoader), got [1, 3, 1, 1]"),
+     "reviewkd: student must have more than one value per channel in train mode, for "
+     "BatchNorm (drop_last=True in the DataLoader), got [1, 3, 1, 1]"),
 ]  # fmt: skip
 
 

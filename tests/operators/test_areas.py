@@ -1,7 +1,5 @@
 """ops.areas: boxes, scores and coverage, equal to the twin's and to naive loops."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -19,9 +17,8 @@ def maps(shape, dtype=torch.float32, layout="contiguous"):
     """heat, size and offset; the heat in sixths, so that many are equal."""
     batch, _, height, width = shape
     heat = (laid_out(shape, layout, torch.float64).sigmoid() * 6).round() / 6
-    size, offset = (
-        laid_out((batch, 2, height, width), layout, torch.float64).sigmoid() for _ in range(2)
-    )
+    pair = (batch, 2, height, width)
+    size, offset = (laid_out(pair, layout, torch.float64).sigmoid() for _ in range(2))
     return [
         (part * scale).to(dtype)
         for part, scale in ((heat, 1), (size, max(height, width)), (offset, 1))
@@ -43,9 +40,8 @@ def test_naive_loops(module, k, kernel):
     coverage, boxes, scores = naive.areas(heat.numpy(), size.numpy(), offset.numpy(), k, kernel)
     actual = module.areas(heat, size, offset, k=k, kernel=kernel)
     assert actual.boxes.tolist() == boxes.tolist()
-    assert (
-        actual.coverage.tolist() == coverage.tolist() and actual.scores.tolist() == scores.tolist()
-    )
+    assert actual.coverage.tolist() == coverage.tolist()
+    assert actual.scores.tolist() == scores.tolist()
 
 
 @pytest.mark.parametrize("mutual", [False, True])
@@ -58,9 +54,8 @@ def test_naive_loops(module, k, kernel):
 def test_values(shape, dtype, layout, mutual):
     student, k = maps(shape, dtype, layout), min(8, math.prod(shape[1:]))
     teacher = tuple(maps(shape, dtype, layout)) if mutual else None
-    assert_same(
-        ops.areas(*student, k=k, teacher=teacher), reference.areas(*student, k=k, teacher=teacher)
-    )
+    options = {"k": k, "teacher": teacher}
+    assert_same(ops.areas(*student, **options), reference.areas(*student, **options))
 
 
 @pytest.mark.parametrize(
@@ -89,9 +84,28 @@ def test_ties_go_to_the_lower_flat_index():
     size, offset = torch.ones(1, 2, 3, 3), torch.zeros(1, 2, 3, 3)
     boxes = ops.areas(heat, size, offset, k=3).boxes[0]
     assert boxes.tolist() == [[0, 0, 0, 0], [1, 1, 2, 2], [0, 0, 0, 0]]
-    assert ops.areas(
-        -torch.zeros(1, 1, 2, 2), size[..., :2, :2], offset[..., :2, :2], k=4
-    ).scores.tolist() == [[0.0] * 4]
+
+
+@pytest.mark.parametrize("module", [ops, reference], ids=["ops", "reference"])
+@pytest.mark.parametrize("mutual", [False, True])
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "expanded"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_cell_of_heat_zero_is_no_peak(dtype, layout, mutual, module):
+    """Neither on a plateau of zeros nor below 0; the two cells above 0 are."""
+    heat = torch.zeros(3, 20, 6, 7)
+    heat[0, 3, 2, 2], heat[0, 17, 5, 6] = 0.25, 0.5
+    heat[1] = -0.0
+    heat[2] = -1.0  # the root of the product of two such is 1
+    heat = laid_out(heat.shape, layout, dtype).copy_(heat.to(dtype))
+    size, offset = (torch.zeros(3, 2, 6, 7, dtype=dtype) for _ in range(2))
+    teacher = (heat, size, offset) if mutual else None
+    found = module.areas(heat, size, offset, k=4, teacher=teacher)
+    none = [0, 0, -1, -1]
+    assert found.boxes[0].tolist() == [[5, 6, 5, 6], [2, 2, 2, 2], none, none]
+    assert found.scores[0].tolist() == [0.5, 0.25, 0, 0]
+    assert found.boxes[1].tolist() == [none] * 4 and not found.scores[1].any()
+    assert found.coverage[0].sum() == 2 and not found.coverage[1].any()
+    assert found.scores[2].tolist() == ([1.0] * 4 if mutual else [0.0] * 4)
 
 
 def test_boxes_are_clamped_truncated_and_filled_inclusively():
@@ -151,9 +165,8 @@ def test_same_bits_for_any_number_of_threads(with_threads):
     student, teacher = maps((5, 40, 20, 21)), tuple(maps((5, 40, 20, 21)))
     first = with_threads(1, lambda: ops.areas(*student, k=30, teacher=teacher))
     for threads in (2, 3):
-        assert_same(
-            with_threads(threads, lambda: ops.areas(*student, k=30, teacher=teacher)), first
-        )
+        again = with_threads(threads, lambda: ops.areas(*student, k=30, teacher=teacher))
+        assert_same(again, first)
 
 
 @given(

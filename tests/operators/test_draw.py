@@ -1,7 +1,5 @@
 """ops.draw: the same bits as the twin and as Python's own integers, and nothing else touched."""
 
-from __future__ import annotations
-
 import random
 
 import numpy as np

@@ -1,7 +1,5 @@
 """ops.masked_mse: loss and gradient against the twin, naive loops and eager PyTorch."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -32,6 +30,12 @@ def loss_and_gradient(function, student, *rest, **options):
     return loss.detach(), torch.autograd.grad(loss, student)[0]
 
 
+def in_double(*maps, **options):
+    """The same from the twin."""
+    wide = (None if each is None else each.double() for each in maps)
+    return loss_and_gradient(reference.masked_mse, *wide, **options)
+
+
 @pytest.mark.parametrize("normalise", ["elements", "area"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -39,20 +43,10 @@ def loss_and_gradient(function, student, *rest, **options):
 def test_values(shape, dtype, layout, normalise):
     student, teacher = laid_out(shape, layout, dtype), laid_out(shape, "contiguous", dtype)
     weight = torch.randint(0, 3, (shape[0], *shape[2:])).float()
-    loss, d_student = loss_and_gradient(
-        ops.masked_mse, student, teacher, weight, normalise=normalise
-    )
-    exact = loss_and_gradient(
-        reference.masked_mse,
-        student.double(),
-        teacher.double(),
-        weight.double(),
-        normalise=normalise,
-    )
-    assert (
-        loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        and loss.shape == ()
-    )
+    given = (student, teacher, weight)
+    loss, d_student = loss_and_gradient(ops.masked_mse, *given, normalise=normalise)
+    exact = in_double(*given, normalise=normalise)
+    assert loss.dtype == torch.promote_types(dtype, torch.float32) and loss.shape == ()
     assert d_student.dtype == dtype and d_student.shape == shape
     torch.testing.assert_close(loss.double(), exact[0], rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(d_student.double(), exact[1], **CLOSE[dtype])
@@ -65,9 +59,8 @@ def test_naive_loops(normalise, module):
     weight = torch.randint(0, 3, (2, 4, 5)).double()
     expected = naive.masked_mse(student.numpy(), teacher.numpy(), weight.numpy(), normalise)
     for omega in (weight, weight[:, None]):
-        loss, d_student = loss_and_gradient(
-            module.masked_mse, student, teacher, omega, normalise=normalise
-        )
+        given = (student, teacher, omega)
+        loss, d_student = loss_and_gradient(module.masked_mse, *given, normalise=normalise)
         assert loss.item() == pytest.approx(expected[0], rel=1e-12)
         torch.testing.assert_close(d_student, torch.from_numpy(expected[1]))
 
@@ -79,19 +72,11 @@ def test_naive_loops(normalise, module):
 )
 def test_mixed_layouts(layouts, dtype):
     student, teacher = (laid_out((2, 18, 7, 8), layout, dtype) for layout in layouts)
-    weights = [
-        None,
-        torch.rand(2, 7, 8),
-        torch.rand(2, 1, 7, 8),
-        torch.rand(1, 7, 8).expand(2, 7, 8),
-        torch.rand(2, 8, 7).transpose(1, 2),
-        torch.rand(2, 7, 8).double(),
-        torch.rand(2, 7, 8).to(dtype),
-    ]
-    for weight in weights:
+    weights = [None, torch.rand(2, 1, 7, 8), torch.rand(1, 7, 8).expand(2, 7, 8)]
+    weights += [torch.rand(2, 7, 8).to(kind) for kind in (torch.float32, torch.float64, dtype)]
+    for weight in [*weights, torch.rand(2, 8, 7).transpose(1, 2)]:
         loss, d_student = loss_and_gradient(ops.masked_mse, student, teacher, weight)
-        wide = None if weight is None else weight.double()
-        exact = loss_and_gradient(reference.masked_mse, student.double(), teacher.double(), wide)
+        exact = in_double(student, teacher, weight)
         torch.testing.assert_close(loss.double(), exact[0], rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(d_student.double(), exact[1], **CLOSE[dtype])
 
@@ -115,12 +100,12 @@ def test_half_precision_is_no_worse_than_eager(dtype):
     exact = loss_and_gradient(
         reference.masked_mse, student.double(), teacher.double(), weight.double()
     )
-    ours, theirs = (
+    actual, other = (
         loss_and_gradient(function, student, teacher, weight)
         for function in (ops.masked_mse, eager)
     )
-    for ours_, theirs_, exact_ in zip(ours, theirs, exact, strict=True):
-        error, eagers_own = ((value.double() - exact_).abs().max() for value in (ours_, theirs_))
+    for actual_, other_, exact_ in zip(actual, other, exact, strict=True):
+        error, eagers_own = ((value.double() - exact_).abs().max() for value in (actual_, other_))
         assert error <= eagers_own + 1e-6 * exact_.abs().max()
 
 
@@ -134,8 +119,7 @@ def test_float16_gradients_do_not_underflow():
 
 
 def test_float16_gradients_of_a_small_area_do_not_overflow():
-    """The area may be one cell of ten thousand: what is kept for the backward must not grow by
-    that."""
+    """The area may be one cell of ten thousand: what the backward keeps must not grow by that."""
     student = torch.zeros(2, 256, 100, 100).half()
     teacher = torch.full_like(student, 40)
     weight = torch.zeros(2, 100, 100)
@@ -148,17 +132,10 @@ def test_float16_gradients_of_a_small_area_do_not_overflow():
 def test_float16_gradients_of_large_weighted_differences_do_not_overflow():
     student, teacher = torch.zeros(1, 4, 64, 64).half(), torch.full((1, 4, 64, 64), 1e4).half()
     weight = torch.full((1, 64, 64), 64.0)
+    given = student, teacher, weight
     for normalise in ("elements", "area"):
-        gradient = loss_and_gradient(ops.masked_mse, student, teacher, weight, normalise=normalise)[
-            1
-        ]
-        exact = loss_and_gradient(
-            reference.masked_mse,
-            student.double(),
-            teacher.double(),
-            weight.double(),
-            normalise=normalise,
-        )[1]
+        _, gradient = loss_and_gradient(ops.masked_mse, *given, normalise=normalise)
+        _, exact = in_double(*given, normalise=normalise)
         torch.testing.assert_close(gradient.double(), exact, **CLOSE[torch.float16])
 
 
@@ -170,8 +147,6 @@ def test_the_gradient_keeps_the_layout(layout):
 
 
 # --- gradient
-
-
 @pytest.mark.parametrize("normalise", ["elements", "area"])
 def test_gradcheck(normalise):
     student, teacher = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64)
@@ -203,9 +178,8 @@ def test_any_upstream_twice(dtype, upstream):
     factor = torch.tensor(upstream, dtype=loss.dtype)
     first = torch.autograd.grad(loss, student, factor, retain_graph=True)[0]
     kept = first.clone()
-    exact = (
-        loss_and_gradient(reference.masked_mse, student.double(), teacher.double())[1] * upstream
-    )
+    exact = loss_and_gradient(reference.masked_mse, student.double(), teacher.double())[1]
+    exact *= upstream
     torch.testing.assert_close(first.double(), exact, **CLOSE[dtype])
     second = torch.autograd.grad(loss, student, factor, retain_graph=True)[0]
     assert torch.equal(second, kept)
@@ -233,7 +207,8 @@ def test_the_product_with_upstream_is_rounded_once(dtype, memory_format):
 
 
 @pytest.mark.skipif(
-    torch_internals.RELEASE < (2, 8), reason="torch before 2.8 does not say whether hooks are set"
+    torch_internals.RELEASE < (2, 8),
+    reason="torch before 2.8 does not report hooks on saved tensors",
 )
 @pytest.mark.parametrize("upstream", [1.0, 3.0])
 def test_the_saved_gradient_is_handed_on_where_the_graph_ends(upstream):
@@ -271,18 +246,16 @@ def test_what_a_hook_for_saved_tensors_holds_stays_as_it_is():
 def test_scale_is_folded_in():
     student, teacher = torch.randn(2, 2, 3, 4, 5)
     plain = loss_and_gradient(ops.masked_mse, student, teacher)
-    scaled = loss_and_gradient(
-        scaled_mse, student, teacher, None, normalise="elements", scale=1000.0
-    )
+    options = {"normalise": "elements", "scale": 1000.0}
+    scaled = loss_and_gradient(scaled_mse, student, teacher, None, **options)
     for one, two in zip(plain, scaled, strict=True):
         torch.testing.assert_close(one * 1000, two)
 
 
 def test_mutual_gradients_are_opposite():
     student, teacher = (torch.randn(2, 3, 4, 5, requires_grad=True) for _ in range(2))
-    loss = scaled_mse(
-        student, teacher, torch.rand(2, 4, 5), normalise="area", scale=2.0, mutual=True
-    )
+    options = {"normalise": "area", "scale": 2.0, "mutual": True}
+    loss = scaled_mse(student, teacher, torch.rand(2, 4, 5), **options)
     loss.backward()
     assert torch.equal(student.grad, -teacher.grad) and student.grad.any()
 
@@ -290,13 +263,11 @@ def test_mutual_gradients_are_opposite():
 @pytest.mark.parametrize("of_features", [False, True])
 @pytest.mark.parametrize("twice", [False, True])
 def test_the_gradient_of_refined_features_goes_on_without_a_copy(of_features, twice):
-    """`refine` reads the student's gradient with its sign set; what comes out is an ordinary
-    tensor."""
+    """`refine` reads the student's gradient with its sign set, and returns an ordinary tensor."""
     features = torch.randn(2, 5, 6, 6, dtype=torch.float64, requires_grad=of_features)
     student = torch.randn(2, 5, 6, 6, dtype=torch.float64, requires_grad=True)
-    theta = torch.tensor(
-        [[[0.9, 0.1, 0.2], [0.0, 1.1, -0.1]]], dtype=torch.float64, requires_grad=True
-    )
+    theta = torch.tensor([[[0.9, 0.1, 0.2], [0.0, 1.1, -0.1]]], dtype=torch.float64)
+    theta.requires_grad_()
     sigma, straight = torch.full((2, 1), 0.3, dtype=torch.float64, requires_grad=True).unbind()
     wanted = [student, theta, sigma, straight, *([features] if of_features else [])]
 
@@ -307,9 +278,9 @@ def test_the_gradient_of_refined_features_goes_on_without_a_copy(of_features, tw
         loss = mutual(student, refined, None, normalise="elements", scale=2.0, **options)
         return torch.autograd.grad(loss, wanted, create_graph=twice)
 
-    ours = gradients(ops)
-    torch.testing.assert_close(ours, gradients(reference))
-    assert not any(gradient.is_neg() for gradient in ours)
+    actual = gradients(ops)
+    torch.testing.assert_close(actual, gradients(reference))
+    assert not any(gradient.is_neg() for gradient in actual)
 
 
 def test_a_teacher_that_is_no_refined_map_gets_memory_of_its_own():
@@ -326,9 +297,8 @@ def test_other_gradients_are_refused(name, module):
     maps, weight = torch.ones(2, 1, 1, 2, 2), torch.ones(1, 2, 2)
     inputs = {"student": maps[0], "teacher": maps[1], "weight": weight}
     inputs[name].requires_grad_()
-    with raises(
-        ValueError, f"masked_mse: {name} must not require grad, got a tensor that requires grad"
-    ):
+    text = f"masked_mse: {name} must not require grad, got a tensor that requires grad"
+    with raises(ValueError, text):
         module.masked_mse(**inputs)
     with torch.no_grad():
         assert module.masked_mse(**inputs).item() == 0
@@ -342,8 +312,6 @@ def test_no_gradient_is_computed_when_none_is_wanted():
 
 
 # --- values that are not numbers, maps that are empty
-
-
 def test_nan_propagates():
     student, teacher, weight = torch.randn(1, 2, 3, 3), torch.randn(1, 2, 3, 3), torch.ones(1, 3, 3)
     for index, target in enumerate((student, teacher, weight)):
@@ -357,9 +325,8 @@ def test_nan_propagates():
 @both
 def test_an_area_of_nothing_is_zero(module, dtype):
     student, teacher = torch.randn(2, 2, 3, 4, 5).to(dtype)
-    loss, gradient = loss_and_gradient(
-        module.masked_mse, student, teacher, torch.zeros(2, 4, 5), normalise="area"
-    )
+    given = (student, teacher, torch.zeros(2, 4, 5))
+    loss, gradient = loss_and_gradient(module.masked_mse, *given, normalise="area")
     assert loss.item() == 0 and not gradient.any()
     assert module.masked_mse(student[:0], teacher[:0]).item() == 0
 
@@ -391,8 +358,7 @@ def test_any_case(shape, layout, teachers, normalise, seed, scale):
     )
     weight = torch.randint(0, 3, (shape[0], *shape[2:])).double()
     actual = loss_and_gradient(ops.masked_mse, student, teacher, weight, normalise=normalise)
-    expected = loss_and_gradient(
-        reference.masked_mse, student, teacher, weight, normalise=normalise
-    )
+    given = (student, teacher, weight)
+    expected = loss_and_gradient(reference.masked_mse, *given, normalise=normalise)
     for one, two in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)

@@ -1,7 +1,4 @@
-"""The readers of torch tensors, the reader of NumPy arrays, forked processes, and the page about
-it."""
-
-from __future__ import annotations
+"""The readers of torch tensors and of NumPy arrays, and forked processes."""
 
 import ctypes
 import os
@@ -17,6 +14,7 @@ import pytest
 import torch
 from support.cases import DTYPES, LAYOUTS, everything, laid_out
 from support.raises import raises
+from torch import Tensor
 
 import sokd
 from sokd import _core, ops, reference
@@ -24,7 +22,7 @@ from sokd.ops import config
 from sokd.reference import Plan
 
 SHAPE = (2, 5, 6, 7)
-FALLBACK = "dlpack" if hasattr(torch.Tensor, "__dlpack_c_exchange_api__") else "portable"
+FALLBACK = "dlpack" if hasattr(Tensor, "__dlpack_c_exchange_api__") else "portable"
 
 
 def run_everything(dtype=torch.float32, layout="contiguous"):
@@ -34,23 +32,15 @@ def run_everything(dtype=torch.float32, layout="contiguous"):
     features, student = (laid_out(SHAPE, layout, dtype).detach().requires_grad_() for _ in range(2))
     plan["theta"].requires_grad_()
     refined = ops.refine(features, **plan, seed=3)
-    found = ops.areas(
-        features.detach().sigmoid(), *(features.detach()[:, :2].sigmoid() for _ in range(2))
-    )
+    maps = features.detach().sigmoid()
+    found = ops.areas(maps, maps[:, :2], maps[:, :2])
     loss = ops.masked_mse(student, refined.detach(), found.coverage)
-    gradients = torch.autograd.grad(
-        loss + refined.float().square().sum(), (features, student, plan["theta"])
-    )
+    total = loss + refined.float().square().sum()
+    gradients = torch.autograd.grad(total, (features, student, plan["theta"]))
     stacked = {name: part.detach()[None] for name, part in plan.items()}
     dots = ops.refine_dots(features.detach(), student.detach(), stacked)
-    return [
-        refined.detach(),
-        *found,
-        loss.detach(),
-        *gradients,
-        dots,
-        *ops.draw(torch.tensor([1]), torch.tensor([2]), 9),
-    ]
+    drawn = ops.draw(torch.tensor([1]), torch.tensor([2]), 9)
+    return [refined.detach(), *found, loss.detach(), *gradients, dots, *drawn]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -172,8 +162,6 @@ def test_show_config(capsys):
 
 
 # --- NumPy
-
-
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
 def test_numpy_arrays_give_the_same_as_tensors(dtype):
     plan = everything(SHAPE, 2, torch.float32)
@@ -193,10 +181,11 @@ def test_numpy_arrays_give_the_same_as_tensors(dtype):
         assert isinstance(one, np.ndarray) and np.array_equal(one, two.numpy())
     stacked = {name: part[None] for name, part in arrays.items()}
     dots = ops.refine_dots(features, refined, stacked)
-    twin = ops.refine_dots(
-        tensor, torch.from_numpy(refined), {name: part[None] for name, part in plan.items()}
-    )
+    parts = {name: part[None] for name, part in plan.items()}
+    twin = ops.refine_dots(tensor, torch.from_numpy(refined), parts)
     assert isinstance(dots, np.ndarray) and np.array_equal(dots, twin.numpy())
+    pairs = ops.refine_dots(features, refined, stacked, by_sample=True)
+    assert isinstance(pairs, np.ndarray) and pairs.shape == (2, 1, len(features))
 
 
 @pytest.mark.parametrize("view", [
@@ -209,9 +198,8 @@ def test_numpy_views_of_any_stride(view):
     features = view(np.random.randn(*SHAPE))
     sigma = np.ones(1)
     copy = np.ascontiguousarray(features)
-    assert np.array_equal(
-        ops.refine(features, sigma=sigma, seed=1), ops.refine(copy, sigma=sigma, seed=1)
-    )
+    of_both = [ops.refine(each, sigma=sigma, seed=1) for each in (features, copy)]
+    assert np.array_equal(*of_both)
     assert ops.masked_mse(features, copy) == 0
 
 
@@ -234,8 +222,6 @@ def test_numpy_arrays_that_may_not_be_written_are_only_read():
 
 
 # --- processes
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # CPython's, about threads and fork
 def test_a_forked_child_computes_the_same():

@@ -1,7 +1,5 @@
 """sokd.reference against PyTorch's own operators, naive loops, published numbers and statistics."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -33,9 +31,8 @@ def test_philox_known_answers(counter, key, words):
 def test_normals_equal_the_naive_ones(seed):
     values = reference.normals((2, 2, 3, 3), seed)
     for n, c, y, x in torch.cartesian_prod(*(torch.arange(side) for side in values.shape)).tolist():
-        assert values[n, c, y, x].item() == pytest.approx(
-            naive.normal(seed, n * 2 + c, y * 3 + x), abs=1e-6
-        )
+        expected = naive.normal(seed, n * 2 + c, y * 3 + x)
+        assert values[n, c, y, x].item() == pytest.approx(expected, abs=1e-6)
     tensor = torch.tensor([seed - 2**64 if seed >= 2**63 else seed])
     assert torch.equal(values, reference.normals((2, 2, 3, 3), tensor))
 
@@ -81,8 +78,7 @@ def test_draw_is_uniform_and_never_0_or_1():
 
 
 def test_theta_at_the_kinks_has_the_right_derivative():
-    """Whole coordinates (identity, whole shifts): grid_sample's right derivative, zeros beyond the
-    border."""
+    """Whole coordinates: grid_sample's right derivative, zeros beyond the border."""
     features = torch.arange(1.0, 5.0, dtype=torch.float64).reshape(1, 1, 1, 4)
     theta = torch.eye(2, 3, dtype=torch.float64).unsqueeze(0).requires_grad_()
     refined = reference.refine(features, theta)
@@ -99,9 +95,8 @@ def test_theta_at_the_kinks_has_the_right_derivative():
 def test_everything_equals_the_naive_loops(shape, groups):
     plan = everything(shape, 1 if groups == "one" else shape[0])
     features = torch.randn(shape, dtype=torch.float64)
-    expected = naive.refine(
-        features.numpy(), **{name: part.numpy() for name, part in plan.items()}, seed=5
-    )
+    arrays = {name: part.numpy() for name, part in plan.items()}
+    expected = naive.refine(features.numpy(), **arrays, seed=5)
     actual = reference.refine(features, **plan, seed=5)
     torch.testing.assert_close(actual, torch.from_numpy(expected), rtol=1e-6, atol=1e-6)
 
@@ -120,12 +115,28 @@ def test_refine_dots_are_inner_products():
         ).sum()
         for v in range(4)
     ]
-    torch.testing.assert_close(
-        reference.refine_dots(features, upstream, plans), torch.stack(expected)
-    )
+    found = reference.refine_dots(features, upstream, plans)
+    torch.testing.assert_close(found, torch.stack(expected))
     torch.testing.assert_close(
         reference.refine_dots(features, upstream, reference.Plan(**plans)), torch.stack(expected)
     )
+
+
+def test_refine_dots_by_sample_are_products_and_squares():
+    features, upstream = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64)
+    plans = {
+        "sigma": torch.rand(4, 2, dtype=torch.float64),
+        "keep": torch.rand(4, 1, 3) < 0.5,
+        "seed": 3,
+    }
+    found = reference.refine_dots(features, upstream, plans, by_sample=True)
+    for v in range(4):
+        refined = reference.refine(features, sigma=plans["sigma"][v], keep=plans["keep"][v], seed=3)
+        for n in range(2):
+            pair = (upstream[n] * refined[n]).sum(), refined[n].square().sum()
+            torch.testing.assert_close(found[:, v, n], torch.stack(pair))
+    none = reference.refine_dots(features, upstream, {"sigma": torch.ones(0, 1)}, by_sample=True)
+    assert none.shape == (2, 0, 2)
 
 
 def test_areas_of_two_are_those_of_the_means():
@@ -134,9 +145,8 @@ def test_areas_of_two_are_those_of_the_means():
         (student[0] * teacher[0]).double().sqrt().float(),
         *((student[i] + teacher[i]) / 2 for i in (1, 2)),
     ]
-    for one, two in zip(
-        reference.areas(*student, teacher=tuple(teacher)), reference.areas(*mutual), strict=True
-    ):
+    both = reference.areas(*student, teacher=tuple(teacher)), reference.areas(*mutual)
+    for one, two in zip(*both, strict=True):
         assert torch.equal(one, two)
 
 

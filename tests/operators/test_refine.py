@@ -1,7 +1,4 @@
-"""ops.refine and ops.refine_dots: values and gradients against the twin, naive loops and PyTorch
-itself."""
-
-from __future__ import annotations
+"""ops.refine and ops.refine_dots against the twin, naive loops and PyTorch itself."""
 
 import itertools
 import math
@@ -10,7 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import naive
-from support.cases import DTYPES, LAYOUTS, SHAPES, both, everything, laid_out, pair, same_bits
+from support.cases import (
+    DTYPES,
+    LAYOUTS,
+    SHAPES,
+    both,
+    everything,
+    laid_out,
+    neutral_plan,
+    pair,
+    same_bits,
+)
 from support.raises import raises
 
 from sokd import ops, reference
@@ -28,8 +35,7 @@ GRADIENT = {
 
 
 def assert_near(actual, expected, dtype):
-    """Close for the full precisions; for the half ones one rounding (half a unit in the last place)
-    more."""
+    """Close for the full precisions; half a unit in the last place more for the half ones."""
     assert actual.dtype == dtype and actual.shape == expected.shape
     if dtype in CLOSE:
         torch.testing.assert_close(actual, expected.to(dtype), **CLOSE[dtype])
@@ -39,19 +45,15 @@ def assert_near(actual, expected, dtype):
 
 
 # --- values
-
-
 @pytest.mark.parametrize("first, second", list(itertools.combinations(range(9), 2)))
 def test_every_pair_of_operations(first, second):
     shape = (2, 4, 7, 6)
     features, plan = torch.randn(shape), pair(first, second, shape)
     actual = ops.refine(features, **plan, seed=9)
-    torch.testing.assert_close(
-        actual, reference.refine(features, **plan, seed=9), rtol=1e-5, atol=1e-5
-    )
-    expected = naive.refine(
-        features.double().numpy(), **{name: part.numpy() for name, part in plan.items()}, seed=9
-    )
+    twin = reference.refine(features, **plan, seed=9)
+    torch.testing.assert_close(actual, twin, rtol=1e-5, atol=1e-5)
+    arrays = {name: part.numpy() for name, part in plan.items()}
+    expected = naive.refine(features.double().numpy(), **arrays, seed=9)
     torch.testing.assert_close(actual.double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-5)
 
 
@@ -89,9 +91,7 @@ def test_theta_is_affine_grid_and_grid_sample(shape, module):
     torch.testing.assert_close(single, expected, rtol=1e-5, atol=1e-5)
     actual = module.refine(*wide)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
-    found, wanted = (
-        torch.autograd.grad(out, wide, upstream.double()) for out in (actual, expected)
-    )
+    found, wanted = (torch.autograd.grad(y, wide, upstream.double()) for y in (actual, expected))
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
@@ -101,12 +101,10 @@ def test_half_precision_is_no_worse_than_eager(dtype):
     features = torch.randn(shape).to(dtype)
     theta = (torch.eye(2, 3) + 0.2 * torch.randn(2, 2, 3)).to(dtype)
     exact = reference.refine(features.double(), theta.double())
-    eager = F.grid_sample(
-        features, F.affine_grid(theta, list(shape), align_corners=False), align_corners=False
-    )
-    error, eagers_own = (
-        (value.double() - exact).abs() for value in (ops.refine(features, theta), eager)
-    )
+    grid = F.affine_grid(theta, list(shape), align_corners=False)
+    eager = F.grid_sample(features, grid, align_corners=False)
+    values = ops.refine(features, theta), eager
+    error, eagers_own = ((value.double() - exact).abs() for value in values)
     assert error.max() <= eagers_own.max() + ULP[dtype] * exact.abs().max()
     assert (error <= ULP[dtype] * exact.abs() + 1e-6).all()
 
@@ -118,14 +116,7 @@ def test_neutral_values_copy_bit_for_bit(module, dtype, layout):
     features = laid_out((2, 3, 6, 5), layout, dtype)
     if layout != "expanded":
         features[0, 0, 0, :3] = torch.tensor([math.nan, -0.0, math.inf])
-    neutral = {
-        "theta": torch.eye(2, 3).unsqueeze(0),
-        "hole": torch.tensor([[2, 2, 2, 5], [4, 4, 1, 1]]),
-        "sigma": torch.zeros(1),
-        "perm": torch.arange(3).unsqueeze(0),
-        "keep": torch.ones(2, 3, dtype=torch.bool),
-        "straight": torch.ones(2),
-    }
+    neutral = neutral_plan()
     for plan in [{}, neutral, *({name: part} for name, part in neutral.items())]:
         assert same_bits(module.refine(features, **plan, seed=1), features.contiguous())
 
@@ -152,13 +143,8 @@ def test_integer_parts_of_any_width(dtype):
 
 def test_holes_are_clipped_to_the_map():
     features = torch.randn(1, 2, 4, 5)
-    for hole in (
-        [-3, -2, 2, 2],
-        [0, 0, 100, 100],
-        [2, 3, 2**40, 2**40],
-        [-9, -9, -1, -1],
-        [5, 5, 9, 9],
-    ):
+    far = 2**40
+    for hole in (-3, -2, 2, 2), (0, 0, 100, 100), (2, 3, far, far), (-9, -9, -1, -1), (5, 5, 9, 9):
         part = torch.tensor([hole])
         assert torch.equal(ops.refine(features, hole=part), reference.refine(features, hole=part))
 
@@ -171,8 +157,7 @@ def test_a_far_theta_empties_the_map():
 
 
 def test_corners_outside_are_zero_even_next_to_nan():
-    """A NaN's own share is NaN; a corner outside the map adds nothing, whatever lies at its
-    address."""
+    """A NaN's own share is NaN; a corner outside the map adds nothing, whatever it holds."""
     features = torch.full((1, 1, 3, 3), math.nan)
     features[0, 0, 1, 1] = 1.0
     # three columns to the side: all outside
@@ -187,14 +172,11 @@ def test_nan_features_propagate_and_keep_clears_them():
     theta = torch.tensor([[[1.0, 0, 0.1], [0, 1, 0.1]]])
     refined = ops.refine(features, theta, keep=keep, sigma=torch.ones(1))
     assert refined[0, 0].isnan().any() and torch.equal(refined[0, 1], torch.zeros(4, 4))
-    assert torch.equal(
-        refined.isnan(), reference.refine(features, theta, keep=keep, sigma=torch.ones(1)).isnan()
-    )
+    twin = reference.refine(features, theta, keep=keep, sigma=torch.ones(1))
+    assert torch.equal(refined.isnan(), twin.isnan())
 
 
 # --- gradients
-
-
 def gradients(refine, features, plan, upstream, straight):
     leaves = [features.detach(), plan["theta"], plan["sigma"], straight]
     features, theta, sigma, straight = (leaf.clone().requires_grad_() for leaf in leaves)
@@ -240,9 +222,8 @@ def test_a_stride_0_upstream():
     ops.refine(features, **plan, seed=1).sum().backward()  # sum's gradient is one element, expanded
     actual = features.grad, theta.grad, sigma.grad
     ones = torch.ones(shape)
-    expected = torch.autograd.grad(
-        ops.refine(features, **plan, seed=1), (features, theta, sigma), ones
-    )
+    refined = ops.refine(features, **plan, seed=1)
+    expected = torch.autograd.grad(refined, (features, theta, sigma), ones)
     for one, two in zip(actual, expected, strict=True):
         assert torch.equal(one, two)
 
@@ -310,17 +291,14 @@ def test_only_wanted_gradients_exist():
 
 
 # --- refine_dots
-
-
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_refine_dots(dtype, layout):
     shape, plans = (2, 5, 6, 7), 5
     features, upstream = (laid_out(shape, layout, dtype) for _ in range(2))
     each = [everything(shape, 2) for _ in range(plans)]
-    stacked = ops.Plan(
-        **{name: torch.stack([plan[name] for plan in each]) for name in each[0]}, seed=8
-    )
+    parts = {name: torch.stack([plan[name] for plan in each]) for name in each[0]}
+    stacked = ops.Plan(**parts, seed=8)
     actual = ops.refine_dots(features, upstream, stacked)
     expected = reference.refine_dots(features.double(), upstream.double(), stacked)
     assert actual.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -331,13 +309,42 @@ def test_refine_dots(dtype, layout):
     torch.testing.assert_close(fewer.double(), expected, rtol=1e-4, atol=1e-4)
 
 
+# one group, a group for each sample; a tile and a rest, more channels than a chunk has
+@pytest.mark.parametrize(
+    "groups, shape", [(1, (3, 5, 6, 7)), (3, (3, 5, 6, 7)), (2, (2, 33, 9, 8))]
+)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_refine_dots_by_sample(dtype, layout, groups, shape):
+    features, upstream = (laid_out(shape, layout, dtype) for _ in range(2))
+    each = [everything(shape, groups) for _ in range(6)]
+    each[1] = {**each[1], "theta": torch.eye(2, 3).expand(groups, 2, 3).double()}
+    each[2] = {**each[2], "sigma": torch.zeros(groups, dtype=torch.float64)}
+    stacked = ops.Plan(
+        **{name: torch.stack([plan[name] for plan in each]) for name in each[0]}, seed=8
+    )
+    found = ops.refine_dots(features, upstream, stacked, by_sample=True)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    wide = features.double(), upstream.double()
+    expected = reference.refine_dots(*wide, stacked, by_sample=True)
+    assert found.shape == (2, 6, shape[0])
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    products = ops.refine_dots(features, upstream, stacked)
+    torch.testing.assert_close(found[0].sum(1), products, rtol=1e-4, atol=1e-3)
+    again = ops.refine_dots(features, upstream, stacked, by_sample=True)
+    assert torch.equal(found, again)
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4)])
 def test_refine_dots_of_nothing_are_zero(shape):
     empty = torch.randn(shape)
-    assert ops.refine_dots(empty, empty, {"sigma": torch.ones(3, 1)}).tolist() == [0.0] * 3
-    assert ops.refine_dots(
-        torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2), {"sigma": torch.ones(0, 1)}
-    ).shape == (0,)
+    three = {"sigma": torch.ones(3, 1)}
+    assert ops.refine_dots(empty, empty, three).tolist() == [0.0] * 3
+    by_sample = ops.refine_dots(empty, empty, three, by_sample=True)
+    assert by_sample.tolist() == [[[0.0] * shape[0]] * 3] * 2
+    one, none = torch.ones(1, 1, 2, 2), {"sigma": torch.ones(0, 1)}
+    assert ops.refine_dots(one, one, none).shape == (0,)
+    assert ops.refine_dots(one, one, none, by_sample=True).shape == (2, 0, 1)
 
 
 @pytest.mark.parametrize("name", ["features", "upstream", "theta"])
@@ -349,24 +356,20 @@ def test_refine_dots_refuse_gradients(name):
     }
     inputs[name] = inputs[name].clone().requires_grad_()
     plans = {"theta": inputs.pop("theta")}
-    with raises(
-        ValueError, f"refine_dots: {name} must not require grad, got a tensor that requires grad"
-    ):
+    text = f"refine_dots: {name} must not require grad, got a tensor that requires grad"
+    with raises(ValueError, text):
         ops.refine_dots(**inputs, plans=plans)
     with torch.no_grad():
         assert ops.refine_dots(**inputs, plans=plans).tolist() == [4.0]
 
 
 # --- noise: a function of the seed and the logical index alone
-
-
 def test_noise_is_the_twins():
     features = torch.zeros(2, 5, 7, 9)
     for seed in (0, 5, -5, 2**63 + 1, torch.tensor([77])):
         actual = ops.refine(features, sigma=torch.ones(1), seed=seed)
-        torch.testing.assert_close(
-            actual, reference.normals((2, 5, 7, 9), seed), rtol=1e-6, atol=1e-6
-        )
+        expected = reference.normals((2, 5, 7, 9), seed)
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -411,21 +414,13 @@ def test_same_bits_for_any_number_of_threads(layout, with_threads):
 
 
 # --- any shape, any strides, any values
-
-
 @st.composite
 def cases(draw):
-    shape = tuple(
-        draw(st.integers(0 if i < 2 else 1, limit)) for i, limit in enumerate((3, 9, 12, 12))
-    )
+    limits = (0, 3), (0, 9), (1, 12), (1, 12)
+    shape = tuple(draw(st.integers(*limit)) for limit in limits)
     parts = draw(st.sets(st.sampled_from(["theta", "hole", "sigma", "perm", "keep"])))
-    return (
-        shape,
-        parts,
-        draw(st.sampled_from(LAYOUTS)),
-        draw(st.integers(0, 2**31)),
-        draw(st.booleans()),
-    )
+    layout, seed = draw(st.sampled_from(LAYOUTS)), draw(st.integers(0, 2**31))
+    return shape, parts, layout, seed, draw(st.booleans())
 
 
 @given(cases())

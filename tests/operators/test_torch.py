@@ -1,7 +1,4 @@
-"""The operators as PyTorch's own: opcheck, compile, export, functorch, autocast, devices without
-kernels."""
-
-from __future__ import annotations
+"""The operators as PyTorch's own: opcheck, compile, export, functorch, autocast, other devices."""
 
 import warnings
 from typing import ClassVar
@@ -40,7 +37,8 @@ def samples():
         ("refine", (features.double()[:, :, ::2], parts[0], *[None] * 5, 3)),
         ("refine_backward", (features, features, *parts, None, 3, torch.zeros(1), [True] * 4)),
         ("refine_backward", (last, last, *parts, seed, 0, None, [False, True, False, False])),
-        ("refine_dots", (features, features, *stacked, None, 3, 2)),
+        ("refine_dots", (features, features, *stacked, None, 3, 2, False)),
+        ("refine_dots", (features, last, *stacked, None, 3, 2, True)),
         ("areas", (heat, size, offset, None, None, None, 4, 3)),
         ("areas", (heat, size, offset, *maps(), 4, 3)),
         ("masked_mse", (features, last, torch.rand(2, 5, 6), "area", 2.0, True)),
@@ -52,7 +50,7 @@ def samples():
 
 
 @compiles
-@pytest.mark.parametrize("index", range(13))
+@pytest.mark.parametrize("index", range(14))
 def test_opcheck(index):
     name, args = samples()[index]
     opcheck(getattr(torch.ops.sokd, name).default, args)
@@ -101,15 +99,14 @@ def test_numbers_that_two_calls_share_compile_for_any_batch():
     class Model(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.seed, self.scale = 5, 0.7  # symbols to a compiler that is told `dynamic=True`
+            self.seed, self.scale = 5, 0.7  # symbols under `dynamic=True`
 
         def forward(self, student, teacher, sigma):
             terms = []
             for _ in range(2):
                 refined = ops.refine(teacher, sigma=sigma, seed=self.seed)
-                terms.append(
-                    scaled_mse(student, refined, None, normalise="elements", scale=self.scale)
-                )
+                options = {"normalise": "elements", "scale": self.scale}
+                terms.append(scaled_mse(student, refined, None, **options))
             return sum(terms)
 
     model, sigma = Model(), torch.tensor([0.1])
@@ -132,15 +129,13 @@ def test_compile_by_inductor():
         objective(*inputs, plan, heads),
     )
     torch.testing.assert_close(one, two)
-    for first, second in zip(
-        torch.autograd.grad(one, inputs), torch.autograd.grad(two, inputs), strict=True
-    ):
+    of_both = (torch.autograd.grad(value, inputs) for value in (one, two))
+    for first, second in zip(*of_both, strict=True):
         torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
     plans = ops.Plan(theta=torch.randn(3, 1, 2, 3))
     features = torch.randn(SHAPE)
-    dots = torch.compile(
-        lambda features: ops.refine_dots(features, features, plans), fullgraph=True
-    )(features)
+    by_plans = torch.compile(lambda x: ops.refine_dots(x, x, plans), fullgraph=True)
+    dots = by_plans(features)
     torch.testing.assert_close(dots, ops.refine_dots(features, features, plans))
     draws = torch.compile(lambda seed: ops.draw(seed, seed, 5), fullgraph=True)(torch.tensor([3]))
     assert all(map(torch.equal, draws, ops.draw(torch.tensor([3]), torch.tensor([3]), 5)))
@@ -167,8 +162,6 @@ def test_export(strict):
 
 
 # --- functorch
-
-
 def test_func_grad():
     inputs, plan = leaves(DOUBLE)
     heads = maps(DOUBLE)
@@ -205,15 +198,13 @@ def test_batched_gradients(dtype):
         single = [torch.autograd.grad(output, inputs, one, retain_graph=True) for one in upstreams]
         expected = [torch.stack(each) for each in zip(*single, strict=True)]
         for kept in (True, output is refined):  # the loss's graph ends with it
-            found = torch.autograd.grad(
-                output, inputs, upstreams, is_grads_batched=True, retain_graph=kept
-            )
+            options = {"is_grads_batched": True, "retain_graph": kept}
+            found = torch.autograd.grad(output, inputs, upstreams, **options)
             torch.testing.assert_close(list(found), expected)
 
 
 def test_zero_tensors_without_memory():
-    """`torch._efficientzerotensor`, as forward derivatives have them: the dispatcher makes numbers
-    of it."""
+    """`torch._efficientzerotensor`, as forward derivatives have them."""
     zero, ones = torch._efficientzerotensor(SHAPE), torch.ones(SHAPE)
     assert ops.masked_mse(zero, ones) == ops.masked_mse(ones, zero) == 1
     assert torch.equal(ops.refine(zero, sigma=torch.zeros(1)), torch.zeros(SHAPE))
@@ -228,9 +219,8 @@ def test_func_vmap_of_areas_draws_and_dots():
     counters = torch.arange(3).unsqueeze(1)
     draws = torch.func.vmap(lambda counter: ops.draw(torch.tensor([1]), counter, 5))(counters)
     features = torch.randn(3, *SHAPE)
-    dots = torch.func.vmap(lambda each: ops.refine_dots(each, each, {"sigma": torch.ones(2, 1)}))(
-        features
-    )
+    sigma = {"sigma": torch.ones(2, 1)}
+    dots = torch.func.vmap(lambda each: ops.refine_dots(each, each, sigma))(features)
     for index in range(3):
         each = ops.areas(many[index], size, offset, teacher=(many[index], size, offset))
         assert all(torch.equal(part[index], other) for part, other in zip(found, each, strict=True))
@@ -254,9 +244,8 @@ def test_per_sample_gradients():
     one = torch.func.vmap(torch.func.grad(loss), (None, 0))(theta, many)
     for index in range(4):
         torch.testing.assert_close(one[index], torch.func.grad(loss)(theta, many[index]))
-    total = torch.func.grad(lambda theta: torch.func.vmap(loss, (None, 0))(theta, many).sum())(
-        theta
-    )
+    whole = torch.func.grad(lambda theta: torch.func.vmap(loss, (None, 0))(theta, many).sum())
+    total = whole(theta)
     torch.testing.assert_close(total, one.sum(0))
 
 
@@ -276,8 +265,7 @@ def test_second_derivatives_by_functorch():
 
 
 def test_a_view_with_its_sign_set():
-    """`x.conj().imag` is -x as far as its memory goes: what PyTorch resolves before a kernel sees
-    it."""
+    """`x.conj().imag` is -x in memory; PyTorch resolves it before a kernel sees it."""
     own = torch.randn(SHAPE)
     negated = torch._neg_view(own)
     assert torch.equal(ops.refine(negated), -own)
@@ -301,9 +289,8 @@ def test_a_tensor_that_outlives_its_transform():
     torch.func.grad(leaking)(theta)
     features = torch.randn(SHAPE)
     assert torch.equal(ops.refine(features, leaked[0]), ops.refine(features, theta))
-    dots = [
-        ops.refine_dots(features, features, {"theta": each[None]}) for each in (leaked[0], theta)
-    ]
+    plans = [{"theta": each[None]} for each in (leaked[0], theta)]
+    dots = [ops.refine_dots(features, features, plan) for plan in plans]
     assert torch.equal(*dots)
     maps, own = ([each[None].expand(1, 2, 2, 3)] * 3 for each in (leaked[0], theta))
     assert torch.equal(ops.masked_mse(maps[0], own[0]), torch.zeros(()))
@@ -326,8 +313,6 @@ def test_subclasses_reach_their_own_dispatch():
 
 
 # --- precision, devices
-
-
 def test_autocast_leaves_the_operators_alone():
     features, theta = torch.randn(SHAPE).bfloat16(), torch.eye(2, 3).unsqueeze(0).requires_grad_()
     student = torch.randn(SHAPE).bfloat16().requires_grad_()
@@ -354,7 +339,8 @@ def test_a_device_without_kernels_uses_the_twin_and_says_so_once(monkeypatch):
     inputs, plan = leaves()
     heads = maps()
     sentence = (
-        "sokd: no kernels for cpu in this build, the plain PyTorch path \\(sokd.reference\\) serves"
+        "sokd: no kernels for cpu in this build; "
+        r"the plain PyTorch path \(sokd.reference\) is used"
     )
     with pytest.warns(UserWarning, match=sentence):
         loss = objective(*inputs, plan, heads)
@@ -371,21 +357,11 @@ def test_a_device_without_kernels_uses_the_twin_and_says_so_once(monkeypatch):
 
 
 def test_bare_ops_are_out_of_sight():
-    assert sorted(ops.__all__) == [
-        "Areas",
-        "Plan",
-        "Plans",
-        "areas",
-        "draw",
-        "masked_mse",
-        "refine",
-        "refine_dots",
-    ]
+    names = "Areas Plan Plans areas draw masked_mse refine refine_dots"
+    assert sorted(ops.__all__) == names.split()
 
 
 # ------------------------------------------------------------------------------------ the checks
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_metadata_of_a_valid_call_crosses_once(monkeypatch, dtype):
     """The kernels check their arguments: the checks by themselves are for calls that failed."""

@@ -1,7 +1,5 @@
 """The fallbacks for PyTorch's private names: a torch without any of them gives the same numbers."""
 
-from __future__ import annotations
-
 import runpy
 import sys
 import types
@@ -9,6 +7,7 @@ import types
 import pytest
 import torch
 from support.cases import everything
+from torch import Tensor
 
 from sokd import ops
 from sokd.ops import torch_internals
@@ -21,7 +20,7 @@ SHAPE = (2, 3, 5, 6)
 def without_private_names(monkeypatch):
     """Every name that `_find` looks up, as on a torch that has none of them."""
     bare = types.ModuleType("torch")
-    bare.__version__, bare.Tensor = "2.5.0", torch.Tensor
+    bare.__version__, bare.Tensor = "2.5.0", Tensor
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "torch", bare)
         found = runpy.run_path(torch_internals.__file__)
@@ -32,7 +31,7 @@ def without_private_names(monkeypatch):
     monkeypatch.setattr(torch_internals, "TRACES_GUARDS", found["TRACES_GUARDS"])
 
 
-def numbers() -> list[torch.Tensor]:
+def numbers() -> list[Tensor]:
     torch.manual_seed(0)
     plan = everything(SHAPE, 2, torch.float32)
     features, student = torch.randn(2, *SHAPE).unbind()

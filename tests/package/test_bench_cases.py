@@ -1,11 +1,10 @@
 """The checks of the benches, which precede measurements, at small shapes: the sides agree."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest
 import torch
+from pytest import MonkeyPatch
 
 from benches import (
     bench_areas,
@@ -39,19 +38,20 @@ def test_readers() -> None:
         case.check()
 
 
-def method_cases(patch: pytest.MonkeyPatch) -> Iterator[Case]:
+def method_cases(patch: MonkeyPatch) -> Iterator[Case]:
     patch.setattr(bench_methods, "MAP", (4, 16, 4, 4))
     patch.setattr(bench_methods, "STAGES", [(4, 8, 16, 16), (4, 12, 8, 8), (4, 16, 4, 4)])
+    patch.setattr(bench_methods, "LEVEL", (2, 16, 5, 7))
     patch.setattr(bench_methods, "SAMPLES", 200)
     yield from bench_methods.logit_cases(8, 10)
     yield from bench_methods.feature_cases()
     yield from bench_methods.crd_cases()
 
 
-def test_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_methods(monkeypatch: MonkeyPatch) -> None:
     torch.manual_seed(0)
     cases = list(method_cases(monkeypatch))
-    assert len(cases) == 13
+    assert len(cases) == 21
     for case in cases:
         case.check()
 
@@ -60,7 +60,7 @@ def test_loss() -> None:
     bench_loss._check_loss()
 
 
-def test_a_wrong_answer_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_answer_is_not_measured(monkeypatch: MonkeyPatch) -> None:
     right = bench_masked_mse.sokd.ops.masked_mse
     monkeypatch.setattr(
         bench_masked_mse.sokd.ops, "masked_mse", lambda *given: 1.01 * right(*given)

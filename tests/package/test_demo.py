@@ -1,7 +1,5 @@
 """The demo: safe reading, a fair split, every method trains, the table and pictures are written."""
 
-from __future__ import annotations
-
 import argparse
 import csv
 import gzip
@@ -30,16 +28,13 @@ from sokd.demo import __main__ as demo
 from sokd.demo import data, networks, train
 
 # The tests' teachers are tiny.
-pytestmark = pytest.mark.filterwarnings("ignore:sokd. the student has:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:sokd. the student has:UserWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 SOLVER = train.Solver(epochs=4, batch=15)
 LINE = r"^sokd.demo: .+ must be installed: pip install [^\n]+\n$"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(_same_start: None) -> None:
-    """As in the demo's student runs."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +54,6 @@ def run_of(name: str, task: train.Task, seed: int = 0, **method: Any) -> train.R
 
 
 # --- data
-
-
 def written(path: Path, thing: Any) -> str:
     """The SHA-256 of the pickle in the file."""
     content = pickle.dumps(thing)
@@ -159,8 +152,6 @@ def test_a_missing_package_is_one_line_that_says_how_to_install_it(
 
 
 # --- networks
-
-
 def test_networks_return_logits_and_a_feature_map() -> None:
     made = synthetic(count=24, side=28, classes=6)
     teacher, student = networks.build_teacher("tiny", made), networks.build_student("small", made)
@@ -184,7 +175,6 @@ def test_an_unknown_name_is_refused(option: str, capsys: pytest.CaptureFixture[s
 
 
 # --- methods
-
 ROWS = torch.arange(16, 32)
 
 
@@ -220,7 +210,8 @@ def test_fitnet_is_its_formula(task: train.Task) -> None:
 
 
 def test_sokd_without_its_parts_is_fitnet(task: train.Task) -> None:
-    bare = built(task, sokd={"policy": None, "dam": None, "lambda_areas": 2.5})
+    parts = {"base": "replace", "policy": None, "dam": None, "search": None}
+    bare = built(task, sokd={**parts, "lambda_areas": 2.5})
     fitnet = built(task, method={"fitnet": 2.5})
     fitnet.student.load_state_dict(bare.student.state_dict())
     assert bare.kd is not None and fitnet.adapters is not None
@@ -272,8 +263,6 @@ def test_the_test_part_can_be_left_alone(task: train.Task) -> None:
 
 
 # --- table, pictures, command line
-
-
 def finished(name: str, seed: int, test: list[float], validation: list[float]) -> train.Run:
     run = train.Run(name, train.METHODS[name], seed, validation, dict(enumerate(test)))
     run.seconds = 2.0
@@ -304,9 +293,7 @@ def test_pictures_are_written(task: train.Task, runs: dict[str, train.Run], tmp_
         assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
 
 
-def test_the_state_of_a_run_gives_its_accuracy(
-    task: train.Task, runs: dict[str, train.Run]
-) -> None:
+def test_a_runs_state_gives_its_accuracy(task: train.Task, runs: dict[str, train.Run]) -> None:
     distiller = train.build(runs["sokd"], task)
     distiller.load_state_dict(runs["sokd"].state)
     last = runs["sokd"].test[SOLVER.epochs - 1]

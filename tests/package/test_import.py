@@ -1,7 +1,5 @@
 """What `import sokd` loads and writes, and what it refuses: one sentence each, never an abort."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

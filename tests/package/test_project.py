@@ -1,7 +1,5 @@
 """What holds for the whole source tree: one operator, one name; one version; imports go down."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import os
@@ -28,9 +26,7 @@ VERSION = sokd.__version__
 
 
 def sources() -> list[Path]:
-    """The files that are, or would be, in git; all files of the source folders where there is no
-    git.
-    """
+    """The files in git or to be added; all files of the source folders where there is no git."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if listed.returncode == 0:
@@ -45,33 +41,26 @@ TEXTS = [path for path in sources() if path.suffix in {*CODE, ".pyi", ".md", ".t
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_operator_has_its_place_in_every_layer(operator: str) -> None:
-    places = (
-        f"src/ops/{operator}/mod.rs",
-        f"src/ops/{operator}/naive.rs",
-        f"python/sokd/ops/{operator}.py",
-        f"tests/operators/test_{operator}.py",
-        f"benches/bench_{operator}.py",
-    )
+    places = [f"src/ops/{operator}/mod.rs", f"src/ops/{operator}/naive.rs"]
+    places += [f"python/sokd/ops/{operator}.py", f"tests/operators/test_{operator}.py"]
+    places += [f"benches/bench_{operator}.py"]
     assert [place for place in places if not (ROOT / place).is_file()] == []
 
 
 @pytest.mark.parametrize("operator", [*OPERATORS, "refine_dots"])
 def test_twin_has_the_same_signature(operator: str) -> None:
     def shape_of(function: Callable[..., object]) -> list[tuple[object, ...]]:
-        return [
-            (p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()
-        ]
+        parameters = inspect.signature(function).parameters.values()
+        return [(p.name, p.kind, p.default) for p in parameters]
 
     assert shape_of(getattr(sokd.ops, operator)) == shape_of(getattr(reference, operator))
 
 
 def test_one_version_everywhere() -> None:
-    """Cargo.toml states it and the changelog has its section; `installation` compares the two
-    halves."""
+    """Cargo.toml states it, the changelog has its section, `installation` compares both halves."""
     released = re.search(r"^## \[(\d.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    stating = [
-        path for path in TEXTS if path.suffix in {*CODE, ".toml"} and VERSION in path.read_text()
-    ]
+    suffixes = {*CODE, ".toml"}
+    stating = [path for path in TEXTS if path.suffix in suffixes and VERSION in path.read_text()]
     assert released is not None and released[1] == VERSION == metadata("sokd")["Version"]
     compared = ROOT / "python" / "sokd" / "ops" / "installation.py"
     assert sorted(stating) == [ROOT / "Cargo.toml", compared]
@@ -87,9 +76,8 @@ def test_the_compiled_module_keeps_to_the_stable_abi() -> None:
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="this system has no readelf")
 def test_the_compiled_module_needs_the_c_library_alone() -> None:
     """Above all nothing of torch: a torch that lacks one symbol would refuse to load it."""
-    printed = subprocess.run(
-        ["readelf", "-d", _core.__file__], capture_output=True, text=True, check=True
-    )
+    command = ["readelf", "-d", _core.__file__]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True)
     needed = set(re.findall(r"NEEDED.*\[(.+?)\.so", printed.stdout))
     c_library = {"libc", "libm", "libdl", "libpthread", "librt", "libgcc_s"}
     assert "libc" in needed
@@ -158,21 +146,18 @@ def test_private_names_stay_in_their_module() -> None:
     assert found == {}
 
 
-@pytest.mark.parametrize(
-    ("source", "name"),
-    [
-        ("tensor._version", "_version"),
-        ("self._buffers", "_buffers"),
-        ("torch._C._len_torch_dispatch_stack()", "_C"),
-        ("getattr(module, '_orig_mod', None)", "_orig_mod"),
-        ("'torch._dynamo' in sys.modules", "torch._dynamo"),
-        ("from torch.nn.modules.dropout import _DropoutNd", "_DropoutNd"),
-        ("import torch._dynamo", "torch._dynamo"),
-        ("from sokd.kd.sokd import _channels", "_channels"),
-        ("def _apply(self):\n    super()._load_from_state_dict()", "_load_from_state_dict"),
-        ("class A:\n    def f(self):\n        return super()._apply()", "_apply"),
-    ],
-)
+@pytest.mark.parametrize(("source", "name"), [
+    ("tensor._version", "_version"),
+    ("self._buffers", "_buffers"),
+    ("torch._C._len_torch_dispatch_stack()", "_C"),
+    ("getattr(module, '_orig_mod', None)", "_orig_mod"),
+    ("'torch._dynamo' in sys.modules", "torch._dynamo"),
+    ("from torch.nn.modules.dropout import _DropoutNd", "_DropoutNd"),
+    ("import torch._dynamo", "torch._dynamo"),
+    ("from sokd.kd.sokd import _channels", "_channels"),
+    ("def _apply(self):\n    super()._load_from_state_dict()", "_load_from_state_dict"),
+    ("class A:\n    def f(self):\n        return super()._apply()", "_apply"),
+])  # fmt: skip
 def test_a_foreign_private_name_is_found(source: str, name: str) -> None:
     assert name in foreign_private_names(source)
 
@@ -244,9 +229,7 @@ def test_imports_go_down() -> None:
 
 
 def test_imports_make_no_circle() -> None:
-    """Each module can be read, and imported, after those that it imports; for types alone it may
-    refer back.
-    """
+    """A module can be read after those that it imports; for types alone it may refer back."""
     # CycleError names the circle
     tuple(TopologicalSorter(import_graph(types=False)).static_order())
 

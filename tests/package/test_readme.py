@@ -1,8 +1,5 @@
 """The code in README.md runs, and the numbers on the pages are those of the measured files."""
 
-from __future__ import annotations
-
-import re
 from pathlib import Path
 
 import pytest
@@ -29,11 +26,3 @@ def test_examples_run_in_order() -> None:
 def test_table_is_that_of_its_files(page: Path, table: str) -> None:
     expected = report.rendered()[page][table]
     assert report.between(page.read_text(), table)[1] == expected, "run `python -m benches.report`"
-
-
-LINKS = sorted(set(re.findall(r"\]\((?!https?:|#)([^)#]+)", README.read_text())))
-
-
-@pytest.mark.parametrize("link", LINKS)
-def test_linked_file_exists(link: str) -> None:
-    assert (README.parent / link).exists()

@@ -1,7 +1,5 @@
 """coco.py from the command line to the student's file, and what it refuses."""
 
-from __future__ import annotations
-
 import csv
 import os
 import shutil
@@ -13,13 +11,14 @@ from typing import Any
 import coco
 import pytest
 import torch
+import torch.nn.functional as F
 from parts import detection, published
 from support.detection import changed, options, write_set
 from support.recipes import checkpoint, differences
 from torch import nn
 from torchvision import models
 
-import sokd
+from sokd.methods.regions import Images
 
 pytest.importorskip("pycocotools")
 
@@ -54,18 +53,18 @@ def run(data, teacher, tmp_path):
     return call
 
 
-DISTIL = "--method fitnet=1 mgd --search-epochs 1 --search-every 2 --ema 0.9".split()
+DISTIL = ["--method", "fitnet=1", "fgd", "--search-epochs", "1", "--search-every", "2"]
 
 
 def test_logs_result_and_a_student_without_sokd(run, tmp_path, capsys):
-    result = run("out", *DISTIL, "--accumulate", "2")
+    result = run("out", *DISTIL, "--accumulate", "2", "--ema", "0.9")
     with (tmp_path / "out" / "log.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2"]
     own = {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
     figures = {*detection.FIGURES, "ema_AP", "best_AP", "best_epoch"}
     seconds = {f"seconds_{n}" for n in ("search", "forward", "loss", "backward", "evaluation")}
-    distilled = {"loss_fitnet", "loss_mgd", "loss_agreement"}
+    distilled = {"loss_fitnet", "loss_fgd", "loss_agreement"}
     assert own | figures | seconds | distilled <= rows[0].keys()
     assert all(float(rows[0][name]) > 0 for name in seconds)
     assert result["last_epoch"] == 2 and result["last_AP"] == float(rows[1]["AP"])
@@ -79,7 +78,7 @@ def test_logs_result_and_a_student_without_sokd(run, tmp_path, capsys):
     "more",
     [
         "--method mgd --amp bf16 --channels-last",
-        "--method at=1 --no-sokd --layers backbone.fpn:0=backbone.fpn:0 backbone.fpn:2=backbone.fpn:2",
+        "--method at=1 --no-sokd --layers backbone.fpn:1=backbone.fpn:1",
         "--method none --keep-empty --train-samples 4 --schedule 2x",
         "--method reviewkd=1 --no-sokd --min-size 48 64 --warmup-epochs 2",
     ],
@@ -131,30 +130,39 @@ def test_one_transform_a_batch_and_the_teachers_backbone_alone(run, monkeypatch)
 
     monkeypatch.setattr(detection, "build", watched)
     monkeypatch.setattr(coco, "prepare", lambda *given: seen.clear() or prepare(*given))
-    monkeypatch.setattr(coco, "objective", lambda *given: steps.append([*seen]) or objective(*given))
-    run("out", "--method", "fitnet=1", "--no-sokd", "--min-size", "48", "64")
+    monkeypatch.setattr(
+        coco, "objective", lambda *given: steps.append([*seen]) or objective(*given)
+    )
+    run("out", "--method", "fgd", "--no-sokd", "--min-size", "48", "64")
     expected = "small4.transform small8.backbone small4.backbone small4.rpn small4.roi_heads"
     assert [[at for at, _ in step] for step in steps] == [expected.split()] * 4
     assert all(step[1][1] is step[2][1] for step in steps)
     assert len({step[1][1].shape for step in steps}) > 1
 
 
-def test_boxes_and_sizes_are_those_of_the_padded_batch(data):
-    """Each box holds its bright article in x, and nothing of x is bright in the padding."""
+def test_boxes_fall_on_the_right_cells_of_every_level(data):
+    """Four images of unequal size: in the padded batch each box holds its bright article, and on
+    P2 to P6 the cells of fgd's boxes are those with a bright pixel; padding has neither."""
     found = detection.coco(str(data), None, 0, False, print)
     images, targets, _ = detection.as_lists([found.train[0, index] for index in range(4)])
     transform = detection.build("small4", 4, [80], 96).transform.train()
-    x, targets, sizes = coco.prepare(transform, images, targets)
-    assert x.shape[2] % 32 == x.shape[3] % 32 == 0 and len(set(sizes)) == 4
-    for picture, target, (height, width) in zip(x, targets, sizes, strict=True):
-        assert target["size"] == (height, width) and target["labels"].tolist() == [1, 3]
+    x, targets, where = coco.prepare(transform, images, targets)
+    assert x.shape[2] % 32 == x.shape[3] % 32 == 0 and len(set(where["image_sizes"])) == 4
+    assert [target["size"] for target in targets] == where["image_sizes"]
+    assert targets[0]["boxes"] is where["boxes"][0] and targets[0]["labels"].tolist() == [1, 3]
+    bright = (x[:, :1] > 0.5).float()
+    for picture, (height, width) in zip(x, where["image_sizes"], strict=True):
         assert not picture[:, height:].any() and not picture[:, :, width:].any()
-        bright = picture[0] > 0.5
-        inside = torch.zeros_like(bright)
-        for x1, y1, x2, y2 in target["boxes"].round().int().tolist():
-            assert bright[y1 + 1 : y2 - 1, x1 + 1 : x2 - 1].all()
-            inside[max(0, y1 - 1) : y2 + 1, max(0, x1 - 1) : x2 + 1] = True
-        assert not (bright & ~inside).any()
+    near = F.max_pool2d(bright, 5, stride=1, padding=2)  # a resize rounds
+    far = 1 - F.max_pool2d(1 - bright, 5, stride=1, padding=2)
+    for stride in (4, 8, 16, 32, 64):
+        level = torch.zeros(4, 1, *(-(-side // stride) for side in x.shape[2:]))
+        inside = Images(where["image_sizes"], x.shape[2:]).density(where["boxes"], level) > 0
+        surely, perhaps = (
+            F.adaptive_max_pool2d(part, level.shape[2:])[:, 0] > 0 for part in (far, near)
+        )
+        assert surely.any() and not (surely & ~inside).any(), stride
+        assert not (inside & ~perhaps).any(), stride
 
 
 def test_the_learning_rate():
@@ -212,7 +220,7 @@ def test_torchvisions_checkpoints_load(tmp_path):
     for one, other in ((counting, frozen), (frozen, counting)):
         detection.load_weights(one, other.state_dict(), "--teacher-weights")
         assert torch.equal(one.backbone.body.bn1.weight, other.backbone.body.bn1.weight)
-    with pytest.raises(SystemExit, match="bn1.weight is missing"):
+    with pytest.raises(SystemExit, match=r"bn1\.weight is missing"):
         state = frozen.state_dict()
         del state["backbone.body.bn1.weight"]
         detection.load_weights(counting, state, "--teacher-weights")
@@ -323,7 +331,7 @@ def test_files_that_do_not_fit_are_refused_by_name(spoiled, data, tmp_path):
 
 def test_an_image_of_another_size_than_its_entry(spoiled):
     data, _ = spoiled(change=lambda content: content["images"][0].update(height=32))
-    with pytest.raises(ValueError, match="0.png must have the 32 x 96 of its entry, got 64 x 96"):
+    with pytest.raises(ValueError, match=r"0\.png must have the 32 x 96 of its entry, got 64 x 96"):
         data.train[0, 0]
 
 

@@ -1,7 +1,5 @@
 """Orders, seeds and files of the recipes' data."""
 
-from __future__ import annotations
-
 import pickle
 from argparse import Namespace
 

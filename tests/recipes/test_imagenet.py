@@ -1,7 +1,5 @@
 """imagenet.py from end to end on an ImageFolder of real photographs, a few tiles of each."""
 
-from __future__ import annotations
-
 import imagenet
 import pytest
 import torch

@@ -6,8 +6,6 @@ of them in words, the shapes of the stages for an image of 32x32, and the channe
 mdistiller (a08d46f) has the same keys and shapes in the same order.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """proof.py on a few random images: its rows, and that a second call trains nothing."""
 
-from __future__ import annotations
-
 import csv
 
 import cifar100

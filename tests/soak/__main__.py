@@ -4,8 +4,6 @@ Writes docs/reliability.md from what it ran. A run of some parts (`--only`) repl
 page and leaves the others. The exit status is 1 where anything was found.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import platform

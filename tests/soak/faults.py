@@ -14,7 +14,7 @@ from typing import Any
 
 STEPS = """
 import torch, sokd
-kd = sokd.SoKD(4, 6, heat_channels=4)
+kd = sokd.SoKD(4, 6)
 f_s, f_t = torch.randn(2, 4, 4, 4, requires_grad=True), torch.randn(2, 6, 4, 4)
 print("ready", flush=True)
 for _ in range({steps}):

@@ -42,7 +42,7 @@ def slope(step: Callable[[], None], steps: int) -> dict[str, Any]:
 
 
 def loss_step() -> Callable[[], None]:
-    kd = sokd.SoKD(4, 6, heat_channels=4)
+    kd = sokd.SoKD(4, 6)
     optimizer = torch.optim.SGD(kd.parameters(), lr=1e-4)
     f_s, f_t = torch.randn(2, 4, 4, 4, requires_grad=True), torch.randn(2, 6, 4, 4)
 
@@ -64,12 +64,9 @@ def _small(width: int) -> nn.Sequential:
 def distiller_step() -> Callable[[], None]:
     x, y = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2,))
     distiller = sokd.Distiller(
-        student=_small(4),
-        teacher=_small(6),
-        layers="1",
-        method={"fitnet": 1.0, "kd": 1.0},
+        student=_small(4), teacher=_small(6), layers="1", method={"fitnet": 1.0, "kd": 1.0},
         example=x,
-    )
+    )  # fmt: skip
     optimizer = torch.optim.SGD(distiller.parameters(), lr=1e-4)
 
     def step() -> None:
@@ -82,7 +79,7 @@ def distiller_step() -> Callable[[], None]:
 
 def search_step() -> Callable[[], None]:
     student = nn.Conv2d(3, 4, 3, padding=1)
-    kd = sokd.SoKD(4, 6, heat_channels=4)
+    kd = sokd.SoKD(4, 6)
     search = sokd.PolicySearch(kd, student)
     x, f_t = torch.randn(2, 3, 4, 4), torch.randn(2, 6, 4, 4)
 

@@ -1,7 +1,5 @@
 """The Rust core under more cases, under valgrind, and its threads under stress."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -5,8 +5,6 @@ Each action either works, with finite losses and the right parameters moving, or
 sokd: a sentence that begins with the name of what was called.
 """
 
-from __future__ import annotations
-
 import copy
 import io
 import random
@@ -33,11 +31,10 @@ FORMS: list[Callable[[Tensor], Any]] = [
     lambda logits: (logits, {"scale": 1.0}),
     lambda logits: [logits],
 ]
-
-
 PLUGS: list[Any] = [
     True, True, False, {"granularity": "sample"}, {"dam": None}, {"policy": None},
     {"areas": "student", "k": 2}, {"estimator": "relax"}, {"normalise": "area"},
+    {"base": "replace"}, {"heads": "bounded"}, {"preset": "paper"}, {"search": "online"},
 ]  # fmt: skip
 
 
@@ -241,14 +238,19 @@ class Program:
     def bare_loss(self) -> None:
         """`sokd.loss` alone, also on empty and one-cell maps."""
         batch, side = self.rng.choice([0, 1, 3]), self.rng.choice([1, 2, 7])
-        kd = sokd.SoKD(4, 6, heat_channels=5, k=self.rng.choice([1, 4]))
+        kd = sokd.SoKD(
+            4,
+            6,
+            heads=self.rng.choice(["attention", "bounded", "paper"]),
+            k=self.rng.choice([1, 4]),
+        )
         f_s = torch.randn(batch, 4, side, side, requires_grad=True)
         loss = sokd.loss(f_s, torch.randn(batch, 6, side, side), kd)
         loss.backward()
         assert torch.isfinite(loss) and torch.isfinite(f_s.grad).all()
 
     def wrapped(self) -> None:
-        loss = sokd.wrap(F.mse_loss, sokd.SoKD(4, 6, heat_channels=5))
+        loss = sokd.wrap(F.mse_loss, sokd.SoKD(4, 6, base=self.rng.choice(["keep", "replace"])))
         f_s = torch.randn(3, 4, 4, 4, requires_grad=True)
         total = loss(f_s, torch.randn(3, 6, 4, 4))
         total.backward()

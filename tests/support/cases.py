@@ -1,17 +1,18 @@
 """Inputs that several test files share: plans for each operation, memory layouts, tolerances."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sokd import ops, reference
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+Shape = tuple[int, ...]
+DType = torch.dtype
 LAYOUTS = ["contiguous", "channels_last", "sliced", "expanded", "transposed", "offset"]
 
 # torch.compile itself warns (deprecated calls inside PyTorch); not what these tests are about
@@ -35,6 +36,15 @@ SHAPES = [  # batch, channels, height, width: and what each is for
 ]
 
 
+def skip_without_fake_cuda() -> None:
+    """Skip a test of fake CUDA tensors where an older torch opens the CUDA driver to slice one."""
+    with FakeTensorMode():
+        try:
+            torch.zeros(2, device="cuda")[:1]
+        except RuntimeError:
+            pytest.skip("this torch needs a CUDA driver to slice a fake CUDA tensor")
+
+
 def laid_out(shape: tuple[int, ...], layout: str, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     """A random map of this logical shape in one of LAYOUTS."""
     batch, channels, height, width = shape
@@ -55,7 +65,7 @@ def laid_out(shape: tuple[int, ...], layout: str, dtype: torch.dtype, scale: flo
     return rand(*shape)
 
 
-def operation(index: int, shape: tuple[int, ...], m: float) -> dict[str, Any]:
+def operation(index: int, shape: Shape, m: float) -> dict[str, Any]:
     """The plan of one operation of the policy, alone, at magnitude m; G = 1, float64."""
     _, channels, height, width = shape
     low, high = (
@@ -83,7 +93,7 @@ def operation(index: int, shape: tuple[int, ...], m: float) -> dict[str, Any]:
     return {"keep": torch.rand(1, channels) < 0.7}
 
 
-def pair(first: int, second: int, shape: tuple[int, ...]) -> dict[str, Any]:
+def pair(first: int, second: int, shape: Shape) -> dict[str, Any]:
     """The plan of a pair of operations; two affine ones compose, the first applied first."""
     one, two = operation(first, shape, 0.8), operation(second, shape, 0.3)
     if "theta" in one and "theta" in two:
@@ -93,24 +103,27 @@ def pair(first: int, second: int, shape: tuple[int, ...]) -> dict[str, Any]:
     return one | two
 
 
-def everything(
-    shape: tuple[int, ...], groups: int, dtype: torch.dtype = torch.float64
-) -> dict[str, Any]:
+def everything(shape: Shape, groups: int, dtype: DType = torch.float64) -> dict[str, Any]:
     """All five parts, active and different for each group."""
     _, channels, height, width = shape
-    theta = torch.eye(2, 3, dtype=torch.float64) + 0.2 * torch.randn(
-        groups, 2, 3, dtype=torch.float64
-    )
+    theta = torch.eye(2, 3).double() + 0.2 * torch.randn(groups, 2, 3, dtype=torch.float64)
     y0, x0 = torch.randint(0, height + 1, (groups,)), torch.randint(0, width + 1, (groups,))
     return {
         "theta": theta.to(dtype),
         "hole": torch.stack((y0, x0, y0 + 2, x0 + 3), 1),
         "sigma": torch.rand(groups, dtype=torch.float64).to(dtype),
-        "perm": torch.stack([torch.randperm(channels) for _ in range(groups)])
-        if groups
-        else torch.zeros(0, channels).long(),
+        "perm": torch.rand(groups, channels).argsort(1),
         "keep": torch.rand(groups, channels) < 0.7,
     }
+
+
+def neutral_plan() -> dict[str, Tensor]:
+    """All five parts and the straight one, without an effect on maps [2, 3, 6, 5]."""
+    return {
+        "theta": torch.eye(2, 3).unsqueeze(0), "hole": torch.tensor([[2, 2, 2, 5], [4, 4, 1, 1]]),
+        "sigma": torch.zeros(1), "perm": torch.arange(3).unsqueeze(0),
+        "keep": torch.ones(2, 3, dtype=torch.bool), "straight": torch.ones(2),
+    }  # fmt: skip
 
 
 def same_bits(one: Tensor, two: Tensor) -> bool:

@@ -1,7 +1,5 @@
 """A made-up data set, and student runs in this process: what the tests of the demo start from."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any

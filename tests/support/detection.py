@@ -1,7 +1,5 @@
 """A tiny detection set of COCO's form, with images of unequal size, and runs of coco.py on it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Small networks of stages, and a Distiller of two of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from sokd.distiller import Distiller
+from support.kd_cases import TRAINED
 
 CLASSES = 5
-SMALL = {"heat_channels": 3, "k": 2}  # DAM's options: quick
+SMALL = {**TRAINED, "heat_channels": 3, "k": 2}
 
 
 class Net(nn.Module):
@@ -84,11 +83,23 @@ def batch(samples: int = 4, *, dtype: torch.dtype = torch.float32) -> tuple[Tens
     return x.to(dtype), torch.randint(0, CLASSES, (samples,), generator=generator)
 
 
+def extra(samples: int = 4) -> dict[str, Any]:
+    """What methods take beside `batch`: places in the training set, boxes."""
+    boxes = [torch.tensor([[2.0, 3.0, 9.0, 8.0]]), torch.zeros(0, 4)] * samples
+    return {"index": torch.arange(samples), "boxes": boxes[:samples]}
+
+
 def make(**options: Any) -> Distiller:
-    """A Distiller of two Nets in train mode."""
+    """A Distiller of two Nets in train mode; a SoKD of trained parts but for those named."""
     teacher, student = options.pop("models", None) or models()
-    if options.get("sokd", True) is True:
-        options["sokd"] = SMALL
+    plug = options.get("sokd", True)
+    if plug is False:
+        options.setdefault("adapter", "conv")
+    elif plug is True or (isinstance(plug, dict) and "preset" not in plug):
+        parts = SMALL if plug is True else {**TRAINED, **plug}
+        given = () if plug is True else plug
+        named = "adapter" in options and "adapter" not in given
+        options["sokd"] = {n: v for n, v in parts.items() if not (named and n == "adapter")}
     defaults = {"layers": ["stage1", "stage2"], "method": "fitnet", "example": batch()[0]}
     return Distiller(teacher=teacher, student=student, **{**defaults, **options})
 

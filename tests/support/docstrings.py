@@ -1,7 +1,5 @@
 """Docstring examples."""
 
-from __future__ import annotations
-
 import inspect
 import itertools
 import textwrap

@@ -1,7 +1,5 @@
 """The operators in PyTorch as users write them: the baselines of the benches."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

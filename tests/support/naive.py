@@ -1,7 +1,4 @@
-"""The operators once more, as float64 loops over single elements: slow, and unlike the vectorised
-twin."""
-
-from __future__ import annotations
+"""The operators as float64 loops over single elements, unlike the vectorised twin."""
 
 import math
 
@@ -49,8 +46,7 @@ def draw(seed: int, counter: int, n: int) -> tuple[list[float], int]:
 
 
 def sample(plane: np.ndarray, theta: np.ndarray, y: int, x: int) -> float:
-    """One cell of affine_grid + grid_sample(align_corners=False), step by step as PyTorch documents
-    them."""
+    """One cell of affine_grid + grid_sample(align_corners=False), as PyTorch documents them."""
     height, width = plane.shape
     u, v = (2 * x + 1) / width - 1, (2 * y + 1) / height - 1
     ix = ((theta[0] @ (u, v, 1) + 1) * width - 1) / 2
@@ -79,9 +75,8 @@ def refine(features, theta=None, hole=None, sigma=None, perm=None, keep=None, se
             y0, x0, y1, x1 = of(hole, n)
             value = 0.0 if y0 <= y < y1 and x0 <= x < x1 else value
         if sigma is not None:
-            value += of(sigma, n) * normal(
-                seed, n * features.shape[1] + c, y * features.shape[3] + x
-            )
+            where = n * features.shape[1] + c, y * features.shape[3] + x
+            value += of(sigma, n) * normal(seed, *where)
         out[n, c, y, x] = value
     return out
 
@@ -100,7 +95,8 @@ def areas(heat, size, offset, k, kernel):  # type: ignore[no-untyped-def]
             window = heat[
                 n, a, max(0, y - reach) : y + reach + 1, max(0, x - reach) : x + reach + 1
             ]
-            if np.all(heat[n, a, y, x] >= window):  # false for a NaN on either side
+            # false for a NaN on either side
+            if heat[n, a, y, x] > 0 and np.all(heat[n, a, y, x] >= window):
                 peaks.append((-heat[n, a, y, x], (a * height + y) * width + x))
         for slot, (negative, flat) in enumerate(sorted(peaks)[:k]):
             y, x = flat // width % height, flat % width

@@ -1,7 +1,5 @@
 """The distillation methods in float64 NumPy, element by element from the papers' formulas."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -55,18 +53,50 @@ def pearson(u, v):
 
 
 def dist(student, teacher, beta=1.0, gamma=1.0, temperature=1.0):
-    p_s, p_t = (
-        np.array([softmax(row, temperature) for row in rows]) for rows in (student, teacher)
-    )
+    p_s, p_t = (np.array([softmax(row, temperature) for row in z]) for z in (student, teacher))
     batch, classes = p_s.shape
     inter = sum(pearson(p_s[b], p_t[b]) for b in range(batch)) / batch
     intra = sum(pearson(p_s[:, k], p_t[:, k]) for k in range(classes)) / classes
     return temperature**2 * (beta * (1 - inter) + gamma * (1 - intra))
 
 
+def transported(p_s, p_t, cost, regularisation, iterations):
+    """The cost of the plan after so many steps of Sinkhorn's algorithm."""
+    count = range(len(p_s))
+    kernel = np.exp(-cost / regularisation)
+    u = [1 / len(p_s)] * len(p_s)
+    for _ in range(iterations):
+        v = [p_t[j] / (sum(kernel[i, j] * u[i] for i in count) + 1e-8) for j in count]
+        u = [p_s[i] / (sum(kernel[i, j] * v[j] for j in count) + 1e-8) for i in count]
+    return sum(u[i] * kernel[i, j] * cost[i, j] * v[j] for i in count for j in count)
+
+
+def wkd_logits(
+    student, teacher, target, distances, *, transport=10.0, temperature=2.0, sharpness=1.0,
+    regularisation=0.05, iterations=10,
+):  # fmt: skip
+    """The target's row and column of the costs are left out."""
+    loss = 0.0
+    for s, t, y in zip(student, teacher, target, strict=True):
+        others = np.delete(np.delete(distances, y, 0), y, 1)
+        p_s, p_t = (softmax(np.delete(each, y), temperature) for each in (s, t))
+        cost = 1 - np.exp(-sharpness * others)
+        loss += transport * transported(p_s, p_t, cost, regularisation, iterations)
+        loss -= softmax(t)[y] * math.log(softmax(s)[y])
+    return loss / len(student)
+
+
+def cka(one, two):
+    """Linear, of [N, D] each, from the covariances of their columns."""
+    one, two = (each - each.mean(0) for each in (one, two))
+
+    def size(a, b):
+        return sum(sum(x * y) ** 2 for x in a.T for y in b.T)
+
+    return size(one, two) / math.sqrt(size(one, one) * size(two, two))
+
+
 # --- features [B, C, H, W], omega [B, H, W]
-
-
 def pool(features, height, width):
     """The mean of the cells that each new cell covers."""
     out = np.zeros((*features.shape[:2], height, width))
@@ -132,9 +162,50 @@ def similarity(features, weight):
 
 
 def sp(student, teacher, weight=None):
-    return ((similarity(student, weight) - similarity(teacher, weight)) ** 2).sum() / len(
-        student
-    ) ** 2
+    apart = similarity(student, weight) - similarity(teacher, weight)
+    return (apart**2).sum() / len(student) ** 2
+
+
+def smaller(student, teacher, weight):
+    """Both in the smaller size of each axis, masked."""
+    size = [min(pair) for pair in zip(student.shape[2:], teacher.shape[2:], strict=True)]
+    return (masked(pool(each, *size), weight) for each in (student, teacher))
+
+
+def nst(student, teacher, weight=None):
+    """The kernel of every two channels."""
+    loss = 0.0
+    for s, t in zip(*smaller(student, teacher, weight), strict=True):
+        own, other = ([row.ravel() / math.sqrt((row**2).sum()) for row in each] for each in (s, t))
+        for one, two, factor in ((own, own, 1), (other, other, 1), (own, other, -2)):
+            kernels = [sum(a * b) ** 2 for a in one for b in two]
+            loss += factor * sum(kernels) / len(kernels)
+    return loss / len(student)
+
+
+def neighbours(points):
+    unit = [point / math.sqrt(sum(point**2)) for point in points]
+    near = np.array([[(1 + sum(a * b)) / 2 for b in unit] for a in unit])
+    return near / near.sum(1, keepdims=True)
+
+
+def pkt(student, teacher, weight=None):
+    p_s, p_t = (neighbours(embedding(each, weight)) for each in (student, teacher))
+    pairs = list(zip(p_s.ravel(), p_t.ravel(), strict=True))
+    return sum(t * math.log((t + 1e-7) / (s + 1e-7)) for s, t in pairs) / len(pairs)
+
+
+def cc(student, teacher, weight=None, gamma=0.4, order=2):
+    def kernel(features):
+        points = embedding(features, weight)
+        unit = [point / math.sqrt(sum(point**2)) for point in points]
+        return np.array([
+            [sum(math.exp(-2 * gamma) * (2 * gamma) ** p / math.factorial(p) * sum(a * b) ** p
+                 for p in range(order + 1)) for b in unit]
+            for a in unit
+        ])  # fmt: skip
+
+    return ((kernel(student) - kernel(teacher)) ** 2).mean()
 
 
 def huber(a, b):
@@ -165,9 +236,8 @@ def relations(points):
 
 
 def rkd(student, teacher, weight=None, distance=25.0, angle=50.0):
-    far, turns = zip(
-        *(relations(embedding(each, weight)) for each in (student, teacher)), strict=True
-    )
+    both = (relations(embedding(each, weight)) for each in (student, teacher))
+    far, turns = zip(*both, strict=True)
     distances = sum(huber(far[0][key], far[1][key]) for key in far[0]) / len(far[0])
     angles = sum(huber(turns[0][key], turns[1][key]) for key in turns[0]) / len(turns[0])
     return distance * distances + angle * angles
@@ -203,9 +273,30 @@ def hcl(student, teacher, weight=None):
     return loss / norm
 
 
+def moments(features, grid):
+    """Means and standard deviations [B, C, g, g] over the cells that each region covers."""
+    height, width = (min(grid, side) for side in features.shape[2:])
+    means = pool(features, height, width)
+    deviations = np.zeros(means.shape)
+    rows, columns = features.shape[2:]
+    for b, c, y, x in np.ndindex(means.shape):
+        down = range(y * rows // height, -(-(y + 1) * rows // height))
+        across = range(x * columns // width, -(-(x + 1) * columns // width))
+        squares = [(features[b, c, i, j] - means[b, c, y, x]) ** 2 for i in down for j in across]
+        variance = sum(squares) / (len(squares) - 1) if len(squares) > 1 else 0.0
+        deviations[b, c, y, x] = math.sqrt(variance + 1e-5)
+    return means, deviations
+
+
+def wkd_features(student, teacher, weight=None, means=2.0, grid=4):
+    (mean_s, deviation_s), (mean_t, deviation_t) = (
+        moments(masked(each, weight), grid) for each in (student, teacher)
+    )
+    loss = means * ((mean_s - mean_t) ** 2).sum() + ((deviation_s - deviation_t) ** 2).sum()
+    return loss / (len(student) * mean_s.shape[2] * mean_s.shape[3])
+
+
 # --- modules: their parameters as arrays
-
-
 def convolution(features, kernel, bias=None):
     """Zero padding that keeps the size; kernel [C_out, C_in, k, k]."""
     batch, channels, height, width = features.shape
@@ -225,9 +316,8 @@ def batch_norm(features, gain, shift, mean, variance):
     """With the running statistics."""
     out = np.zeros(features.shape)
     for b, c, y, x in np.ndindex(features.shape):
-        out[b, c, y, x] = (
-            gain[c] * (features[b, c, y, x] - mean[c]) / math.sqrt(variance[c] + 1e-5) + shift[c]
-        )
+        scaled = gain[c] * (features[b, c, y, x] - mean[c]) / math.sqrt(variance[c] + 1e-5)
+        out[b, c, y, x] = scaled + shift[c]
     return out
 
 
@@ -254,6 +344,97 @@ def abf(features, deeper, size, reduce, attention_conv, expand):
 def generated(features, keep, first, second):
     """MGD's generator on the kept part; first, second: (kernel, bias)."""
     return convolution(np.maximum(convolution(keep * features, *first), 0), *second)
+
+
+def attentions(features, cells, temperature):
+    """FGD's attention over the cells {(y, x): } and the channels [C] of one sample [C, H, W]."""
+    energies = {(y, x): np.mean(np.abs(features[:, y, x])) for y, x in cells}
+    strengths = [np.mean([abs(channel[y, x]) for y, x in cells]) for channel in features]
+    where = len(cells) * softmax(np.array(list(energies.values())), temperature)
+    return dict(zip(energies, where, strict=True)), len(features) * softmax(strengths, temperature)
+
+
+def covered(box, cells, size, input_size):
+    """The cells of an image that a box touches."""
+    found = []
+    for y, x in cells:
+        top, bottom = (edge * input_size[0] / size[0] for edge in (y, y + 1))
+        left, right = (edge * input_size[1] / size[1] for edge in (x, x + 1))
+        if box[0] < right and box[2] > left and box[1] < bottom and box[3] > top:
+            found.append((y, x))
+    return found
+
+
+def context(features, cells, score, first, norm, last):
+    """GcBlock's addition [C] for one sample; first, norm, last: (weight, bias)."""
+    share = softmax([sum(score * features[:, y, x]) for y, x in cells])
+    pooled = sum(p * features[:, y, x] for p, (y, x) in zip(share, cells, strict=True))
+    hidden = first[0] @ pooled + first[1]
+    hidden = (hidden - hidden.mean()) / math.sqrt(hidden.var() + 1e-5) * norm[0] + norm[1]
+    return last[0] @ np.maximum(hidden, 0) + last[1]
+
+
+def fgd(
+    student, teacher, boxes, input_size, image_sizes, weight, contexts, *, foreground=1e-3,
+    background=5e-4, attention=1e-3, relation=5e-6, temperature=0.5,
+):  # fmt: skip
+    """contexts: the arguments of `context` after the cells, for each side."""
+    loss, size = 0.0, student.shape[2:]
+    for b, (f_s, f_t) in enumerate(zip(student, teacher, strict=True)):
+        cells = [
+            (y, x) for y, x in np.ndindex(size)
+            if y * input_size[0] / size[0] < image_sizes[b][0]
+            and x * input_size[1] / size[1] < image_sizes[b][1]
+        ]  # fmt: skip
+        density = dict.fromkeys(cells, 0.0)
+        for box in boxes[b]:
+            touched = covered(box, cells, size, input_size)
+            for cell in touched:
+                density[cell] = max(density[cell], 1 / len(touched))
+        behind = sum(value == 0 for value in density.values())
+        (where_s, which_s), (where_t, which_t) = (
+            attentions(each, cells, temperature) for each in (f_s, f_t)
+        )
+        added = context(f_s, cells, *contexts[0]) - context(f_t, cells, *contexts[1])
+        for y, x in cells:
+            omega = 1.0 if weight is None else weight[b, y, x]
+            focus = foreground * density[y, x] if density[y, x] else background / behind
+            difference = f_s[:, y, x] - f_t[:, y, x]
+            loss += focus * where_t[y, x] * omega * sum(which_t * difference**2)
+            loss += relation * omega * sum((difference + added) ** 2)
+            loss += attention * abs(where_s[y, x] - where_t[y, x])
+        loss += attention * sum(abs(which_s - which_t))
+    return loss / len(student)
+
+
+def vid(student, teacher, weight, kernels, scale):
+    """kernels: of the three 1x1 convolutions; scale [C]."""
+    size = [min(pair) for pair in zip(student.shape[2:], teacher.shape[2:], strict=True)]
+    mean, teacher = pool(student, *size), pool(teacher, *size)
+    omega = np.ones(mean[:, 0].shape) if weight is None else omega_at(weight, mean)
+    for place, kernel in enumerate(kernels):
+        mean = convolution(np.maximum(mean, 0) if place else mean, kernel)
+    loss = 0.0
+    for b, c, y, x in np.ndindex(mean.shape):
+        variance = math.log(1 + math.exp(scale[c])) + 1e-5
+        distance = (teacher[b, c, y, x] - mean[b, c, y, x]) ** 2
+        loss += omega[b, y, x] * 0.5 * (distance / variance + math.log(variance))
+    return loss / mean.size
+
+
+def ofd(student, teacher, weight, margin, kernel, norm):
+    """norm: the connector's batch norm; margin [C] or None."""
+    size = [min(pair) for pair in zip(student.shape[2:], teacher.shape[2:], strict=True)]
+    own = batch_norm(convolution(pool(student, *size), kernel), *norm)
+    teacher = pool(teacher, *size)
+    omega = np.ones(own[:, 0].shape) if weight is None else omega_at(weight, own)
+    loss = 0.0
+    for b, c, y, x in np.ndindex(own.shape):
+        negative = teacher[:, c][teacher[:, c] < 0]
+        lowest = negative.mean() if margin is None else margin[c]
+        s, t = own[b, c, y, x], max(teacher[b, c, y, x], lowest)
+        loss += 0.0 if s <= t <= 0 else omega[b, y, x] * (t - s) ** 2
+    return loss / len(own)
 
 
 def normalised(row):

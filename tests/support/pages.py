@@ -1,7 +1,5 @@
 """Python blocks of Markdown pages, and the names of a training script that they continue."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any
@@ -36,6 +34,7 @@ def prelude() -> dict[str, Any]:
         "student": Network(64),
         "teacher": teacher,
         "teacher_features": lambda x: teacher(x)[1],
+        "held_out": [(torch.randn(4, 3, 8, 8), torch.randint(0, 10, (4,))) for _ in range(2)],
         "loader": [(torch.randn(4, 3, 8, 8), torch.randint(0, 10, (4,))) for _ in range(2)],
     }
 

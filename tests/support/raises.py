@@ -1,7 +1,5 @@
 """Errors and warnings with their whole sentences."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager

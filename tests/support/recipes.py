@@ -1,7 +1,5 @@
 """Tiny data and runs for the tests of examples/recipes."""
 
-from __future__ import annotations
-
 import gzip
 import sys
 from pathlib import Path
@@ -9,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 if str(RECIPES) not in sys.path:
@@ -59,7 +58,7 @@ def differences(one: Any, other: Any, name: str = "") -> list[str]:
             return [name]
         pairs = enumerate(zip(one, other, strict=True))
         return [d for i, pair in pairs for d in differences(*pair, f"{name}.{i}")]
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
         same = one.dtype == other.dtype and torch.equal(
             one.nan_to_num(7) if one.is_floating_point() else one,
             other.nan_to_num(7) if other.is_floating_point() else other,

@@ -4,8 +4,6 @@ Started anew by torchrun (or by a test, which then sets `FAULTS` anew) a run has
 none when the list is at its end. A batch of -1: never.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

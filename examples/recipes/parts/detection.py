@@ -425,7 +425,9 @@ def score(results: list[dict[str, Any]], truth: dict[str, Any]) -> list[float]:
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return [value if value < 0 else round(100 * value, 4) for value in evaluation.stats.tolist()[:6]]
+    return [
+        value if value < 0 else round(100 * value, 4) for value in evaluation.stats.tolist()[:6]
+    ]
 
 
 def pycocotools() -> tuple[Any, Any]:

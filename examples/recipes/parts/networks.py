@@ -9,8 +9,6 @@ Zisserman 2015 (vgg), Sandler et al. 2018 (MobileNetV2), Zhang et al. 2018 (Shuf
 2018 (ShuffleV2).
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial

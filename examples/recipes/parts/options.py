@@ -1,7 +1,5 @@
 """The command line of the recipes."""
 
-from __future__ import annotations
-
 import argparse
 import ast
 from collections.abc import Callable, Sequence

@@ -5,8 +5,6 @@ mdistiller, which most later papers copy. ImageNet: 100 epochs, batch 256 or 512
 papers and mdistiller's README. COCO: the READMEs of FGD and MGD.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 CIFAR100_SOURCE = "RepDistiller and mdistiller READMEs, CIFAR-100 top-1, 240 epochs"
@@ -124,6 +122,8 @@ def imagenet_settings(teacher: str, student: str, methods: list[str]) -> dict[st
 def coco_settings(teacher: str, student: str, methods: list[str]) -> dict[str, Any]:
     """As `cifar100_settings`. FitNet's weight is settled here: most cells are background."""
     found: dict[str, Any] = {"weights": {"fitnet": 1.0, "mgd": 2e-5}, "search_epochs": 1}
-    if "mgd" in methods:
-        found["method_option"] = {"over": "cells"}
+    found["method_option"] = {"over": "cells"} if "mgd" in methods else {}
+    if "fgd" in methods:  # the authors' for detectors of two stages
+        weights = {"foreground": 5e-5, "background": 2.5e-5, "attention": 5e-5, "relation": 5e-7}
+        found["method_option"] |= weights
     return found

@@ -35,8 +35,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from parts.options import FREE

@@ -28,7 +28,7 @@ Part = tuple[torch.Tensor, torch.Tensor]  # images [N, 1, H, W] float32, labels 
 
 
 class MissingData(RuntimeError):
-    """A package is missing, or its data are not the expected ones; the message says what to do."""
+    """A package is missing, or its data are not those expected; the message gives the command."""
 
 
 class DataSet(NamedTuple):

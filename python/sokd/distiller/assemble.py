@@ -9,12 +9,14 @@ from typing import Any
 from torch import nn
 
 from sokd.distiller.recipe import Recipe
-from sokd.kd.adapter import Adapter
-from sokd.kd.sokd import SoKD, named_kd
+from sokd.kd.adapter import KINDS, Adapter
+from sokd.kd.dam import reads_adapted
+from sokd.kd.features import one_of
+from sokd.kd.sokd import SoKD, named_kd, settled
 from sokd.methods.common import Shape
 from sokd.methods.registry import nearest, options_of
 
-__all__ = ["Needs", "checked_plug", "find_heads", "make_adapters", "make_kd"]
+__all__ = ["Needs", "checked_plug", "find_heads", "make_adapters", "make_kd", "with_adapter"]
 
 Plug = bool | SoKD | Mapping[str, Any]
 
@@ -40,21 +42,51 @@ def checked_plug(plug: Any) -> Plug:
     return plug
 
 
+def with_adapter(plug: Plug, adapter: str) -> tuple[Plug, str]:
+    """`sokd=` with the adapter that `adapter=` names, and that adapter's kind without SoKD.
+
+    Raises:
+        ValueError: no such adapter, or named where `sokd=` has its own.
+    """
+    if adapter == "default":
+        return plug, str(settled(None, {})["adapter"])
+    one_of("Distiller", "adapter", adapter, KINDS)
+    if isinstance(plug, SoKD) or (isinstance(plug, Mapping) and "adapter" in plug):
+        rule = "be left out where sokd= has an adapter of its own"
+        raise ValueError(f"Distiller: adapter must {rule}, got {adapter!r}")
+    if plug is False:
+        return plug, adapter
+    return {**(plug if isinstance(plug, Mapping) else {}), "adapter": adapter}, adapter
+
+
 class Needs:
-    """What the methods of a Distiller need from the layers."""
+    """What the methods of a Distiller require."""
 
     def __init__(self, recipes: Sequence[Recipe], plug: Plug) -> None:
-        # no method reads features, so SoKD's own masked term does
-        self.plain = not any("features" in recipe.kind.needs for recipe in recipes)
+        plain = not any("features" in recipe.kind.needs for recipe in recipes)
+        # the base method's own loss stays, of the clean teacher
+        self.keeps = _base_of(plug) == "keep"
+        # without a method that reads features SoKD's masked term is all there is of it
+        self.own = plug is not False and (plain or self.keeps)
+        # without a method the objective is that of `sokd.loss`
+        self.base = self.keeps and not recipes
         self.logits = any("logits" in recipe.kind.needs for recipe in recipes)
-        self.maps = plug is not False or not self.plain
-        self.adapted = self.maps and (self.plain or any(recipe.kind.adapts for recipe in recipes))
+        self.maps = plug is not False or not plain
+        self.adapted = self.own or any(recipe.kind.adapts for recipe in recipes)
 
 
-def make_adapters(students: Sequence[Shape], teachers: Sequence[Shape]) -> nn.ModuleList:
+def _base_of(plug: Plug) -> str | None:
+    """`base` of the SoKD that `sokd=` selects; None without one."""
+    if isinstance(plug, SoKD):
+        return plug.base
+    options = plug if isinstance(plug, Mapping) else {}
+    return None if plug is False else str(settled(options.get("preset"), options)["base"])
+
+
+def make_adapters(students: Sequence[Shape], teachers: Sequence[Shape], kind: str) -> nn.ModuleList:
     """One `Adapter` for each pair, for its channels and sizes."""
     return nn.ModuleList(
-        Adapter(s[0], t[0], student_size=s[1:], teacher_size=t[1:])
+        Adapter(s[0], t[0], student_size=s[1:], teacher_size=t[1:], kind=kind)
         for s, t in zip(students, teachers, strict=True)
     )
 
@@ -77,16 +109,25 @@ def make_kd(
             raise ValueError(f"Distiller: sokd must {rule}, got {own[0]} -> {own[1]}")
         return plug
     options = dict(plug) if isinstance(plug, Mapping) else {}
-    if not needs.adapted and options.get("dam", "default") is None:
-        options.setdefault("adapter", None)  # nothing would train it
+    if not needs.adapted and not _dam_adapts(options):
+        options["adapter"] = None  # nothing would train it
     sizes: list[Any] = [[shape[1:] for shape in side] for side in (students, teachers)]
     return SoKD(*channels, **{"student_size": sizes[0], "teacher_size": sizes[1], **options})
+
+
+def _dam_adapts(options: Mapping[str, Any]) -> bool:
+    """Whether the DAM of a SoKD with these options reads adapted maps."""
+    dam = options.get("dam", "default")
+    if isinstance(dam, nn.Module):
+        return reads_adapted(dam)
+    heads = settled(options.get("preset"), options)["heads"]
+    return dam is not None and heads != "attention"
 
 
 def find_heads(
     recipe: Recipe, models: Sequence[nn.Module], shapes: Sequence[Sequence[Shape]]
 ) -> dict[str, nn.Module]:
-    """The models' classifiers for a method that reads them, if its options do not name them.
+    """The models' classifiers for a method that needs them, unless its options give them.
 
     A classifier is the last linear layer or 1x1 convolution with the channels of the last map.
     """

@@ -1,7 +1,7 @@
 """`layers="auto"`: the last map of each resolution that both models have, found in one pass each.
 
-These are the layers that a person would name: the output of a stage, not what a block computes on
-its way to the next resolution; features, not the map of logits; with a gradient in the student.
+These are the outputs of stages: not the maps that a block computes on its way to the next
+resolution, not the map of logits, and, in the student, with a gradient.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PASSED_OVER = (
     *(nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d),
     *(nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
 )
-# What may follow a convolution whose map holds logits; after anything else it holds features.
+# Modules that may follow a convolution whose map is logits; before any other it is features.
 AFTER_LOGITS = (
     *(nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Upsample),
     *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout),
@@ -38,25 +38,25 @@ AFTER_LOGITS = (
 
 @dataclass
 class _Made:
-    """What is known of the output of a module without children."""
+    """Properties of the output of a module without children."""
 
-    logits: bool  # whether it may be a map of logits: a convolution's, as it is
+    logits: bool  # whether it may be a map of logits: the unchanged output of a convolution
 
 
 @dataclass
 class _Map:
-    """A map that a layer gave."""
+    """The map that a layer returned."""
 
     name: str
     size: Grid
     channels: int
     learns: bool  # whether a gradient of the map reaches a parameter
-    made: _Made | None  # where the map is what a module without children gave, as it is
+    made: _Made | None  # if the map is the unchanged output of a module without children
 
 
 @dataclass
 class _Open:
-    """A module that has begun to run: how many maps there were, and the resolution of the last."""
+    """A running module: the number of maps before it, and the resolution of the last of them."""
 
     maps: int
     size: Grid | None
@@ -72,8 +72,8 @@ class _Seen:
     calls: dict[str, int] = field(default_factory=dict)
     tokens: set[int] = field(default_factory=set)
     running: list[_Open] = field(default_factory=list)
-    last: Any = None  # output of a module without children; one alone is held
-    made: _Made = field(default_factory=lambda: _Made(False))  # what is known of it
+    last: Any = None  # the latest output of a module without children
+    made: _Made = field(default_factory=lambda: _Made(False))  # its properties
 
     def begin(self) -> None:
         self.running.append(_Open(len(self.maps), self.maps[-1].size if self.maps else None))
@@ -93,7 +93,7 @@ class _Seen:
         self.maps.append(_Map(name, size, channels, output.requires_grad, made))
 
     def _follow(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Whether the map that this module gives, and the one it was given, may be of logits."""
+        """Update whether this module's output, and its input, may be a map of logits."""
         logits = isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))
         if self.last is not None and any(each is self.last for each in args):
             goes_on = isinstance(module, AFTER_LOGITS)
@@ -130,9 +130,9 @@ class _Seen:
     def found(self, image: Grid | None, classes: int | None, learning: bool) -> dict[Grid, str]:
         """The last layer of each resolution.
 
-        Layers that run once; no attention maps [B, heads, N, N], no map of logits, by a convolution
-        or by a module with that convolution in it; if `learning`, with a gradient; if there are
-        others, no pooled ones and none of another aspect than the image's.
+        Only layers that run once; no attention maps [B, heads, N, N]; no map of logits, whether of
+        a convolution or of a module that contains it; with a gradient if `learning`; and, unless
+        nothing else is left, no pooled maps and none of another aspect than the image.
         """
         attention = {(count, count) for count in self.tokens}
         as_logits = [each for each in self.maps if each.channels == classes]
@@ -171,10 +171,10 @@ def auto_layers(
 
     Args:
         student, teacher: run once each; the student with a graph, to find what is trained.
-        run: run(model) is that pass.
-        x: its input, for the batch size and the aspect of the images.
-        logits: finds them in what a model gives; where they are a map, that is no layer.
-        orders: of the "student"'s and the "teacher"'s four dimensions.
+        run: run(model) runs the pass.
+        x: the input, for the batch size and the aspect of the images.
+        logits: finds the logits in a model's output; a map of logits is not a layer.
+        orders: the order of dimensions of the "student"'s and the "teacher"'s maps.
     """
     layers = {}
     for side, model in {"student": student, "teacher": teacher}.items():
@@ -186,7 +186,7 @@ def auto_layers(
         layers[side] = seen.found(Given.of(x).image, classes, trained)
         if not layers[side]:
             which = f"of the {side} with a gradient" if trained else f"of the {side}"
-            rule = f"be named, for no layer {which} gives a map or a square of tokens"
+            rule = f"be named, because no layer {which} returns a map or a square of tokens"
             raise ValueError(f"Distiller: layers must {rule}, got 'auto'")
     of_student, of_teacher = layers.values()
     common = [(name, of_teacher[size]) for size, name in of_student.items() if size in of_teacher]

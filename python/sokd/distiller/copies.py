@@ -1,4 +1,4 @@
-"""Dry runs that leave no trace, and the copy of a student that is deployed."""
+"""Dry runs that leave models unchanged, and copies of a student for deployment."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def as_eval(model: M) -> M:
 
 @contextmanager
 def untouched(*models: nn.Module) -> Iterator[None]:
-    """Run models in eval mode without gradients; modes and buffers are afterwards as they were.
+    """Run models in eval mode without gradients, and restore modes and buffers afterwards.
 
-    The models run on copies of their buffers, so it does not matter whether they write to a buffer,
-    resize it or put another in its place. Lazy parameters and buffers are made and stay.
+    The models run on copies of their buffers, so they may write to a buffer, resize it or replace
+    it. Lazy parameters and buffers are initialised and stay.
     """
     parts = [part for model in models for part in model.modules()]
     modes = [part.training for part in parts]
@@ -50,7 +50,7 @@ def untouched(*models: nn.Module) -> Iterator[None]:
         for buffers in own
         for buffer in buffers.values()
     }
-    # buffers of TorchScript cannot be exchanged, nor be resized or reassigned
+    # buffers of TorchScript cannot be replaced, resized or reassigned
     fixed = [(buffer, buffer.clone()) for part in scripted for buffer in part.buffers(False)]
     try:
         for part, buffers in zip(eager, own, strict=True):
@@ -71,8 +71,8 @@ def untouched(*models: nn.Module) -> Iterator[None]:
 def bare_copy(model: M, hooks: type) -> M:
     """A deep copy without the forward hooks of that type.
 
-    Copies of tensors with a graph (the weight of an old-style weight norm, a feature that a module
-    keeps) are constants: PyTorch refuses to copy a graph.
+    Copies of tensors with a graph (the weight of an old-style weight norm, a feature stored in a
+    module) are constants, because PyTorch cannot copy a graph.
     """
     memo: dict[int, Any] = {id(each): each.detach().clone() for each in _with_graph(model)}
     twin = deepcopy(model, memo)

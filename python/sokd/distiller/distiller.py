@@ -1,8 +1,8 @@
-"""Distillation of any two models by any method, with SoKD plugged in."""
+"""The Distiller: distillation of any two models by any method, with SoKD."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -11,10 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from sokd.distiller import guards
-from sokd.distiller.assemble import Needs, Plug, checked_plug, find_heads, make_adapters, make_kd
+from sokd.distiller.assemble import (
+    Needs,
+    Plug,
+    checked_plug,
+    find_heads,
+    make_adapters,
+    make_kd,
+    with_adapter,
+)
 from sokd.distiller.auto import auto_layers
 from sokd.distiller.copies import as_eval, bare_copy, untouched
-from sokd.distiller.images import Images, inside, only
+from sokd.distiller.images import Images, images_of, inside
 from sokd.distiller.inputs import Given, apart, changed, copied
 from sokd.distiller.maps import as_map, check_pair
 from sokd.distiller.outputs import (
@@ -32,7 +40,8 @@ from sokd.distiller.outputs import (
 from sokd.distiller.recipe import Chosen, chosen
 from sokd.distiller.taps import Layers, Pair, Tap, Taps, layer_pairs
 from sokd.kd import sanity
-from sokd.kd.features import layouts
+from sokd.kd.dam import Attention
+from sokd.kd.features import kept, layouts, total
 from sokd.kd.sokd import Match, SoKD
 from sokd.kd.virtual import replayed, unwrapped
 from sokd.methods.common import Method, Step, constant
@@ -43,13 +52,13 @@ __all__ = ["Distiller"]
 Losses = dict[str, Tensor]
 
 NOT_READY = (
-    "Distiller: the parameters do not exist before the shapes are known; pass example=, a batch of "
-    "inputs, or call distiller.setup(x) first: an optimiser made now would lack the adapters"
+    "Distiller: the parameters do not exist before the shapes are known, and an optimiser made now "
+    "would lack the adapters; pass example=, a batch of inputs, or call distiller.setup(x) first"
 )
 
 
 class Pass(NamedTuple):
-    """What one forward pass of a model returned."""
+    """The results of one forward pass of a model."""
 
     output: Any
     logits: Tensor | None
@@ -57,7 +66,7 @@ class Pass(NamedTuple):
 
 
 class Distiller(nn.Module):
-    """Distils one model into another without a change to either.
+    """Distils a teacher into a student without changes to their code.
 
         distiller = sokd.Distiller(student, teacher, layers="stage2", example=images)
         optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
@@ -66,16 +75,16 @@ class Distiller(nn.Module):
 
     In train mode `distiller(x, y)` is `(output, losses)`: what the student returned, and a dict of
     scalars whose sum is the objective: the task's (`loss_ce`), one for each method (`loss_<name>`,
-    weighted), and SoKD's `loss_agreement`. In eval mode `distiller(x)` is the student's output, and
-    `distiller(x, y)` that and the task's loss. `distiller.logits_of(output)` picks the logits.
+    weighted), and SoKD's own (`sokd=` below). In eval mode `distiller(x)` is the student's output,
+    and `distiller(x, y)` that and the task's loss. `distiller.logits_of(output)` picks the logits.
 
-    `parameters()` and `state_dict()` are those of the student, the adapters, methods and SoKD: what
-    the optimiser must hold. The teacher is in neither; it is frozen, put in eval mode and run
-    without gradients, and `.to()` moves it too. `distiller.student` is the student itself, with
-    hooks that do nothing outside a Distiller but are pickled with it; `distiller.export()` is a
-    copy without them, to be saved, scripted and loaded where sokd is not installed.
+    `parameters()` and `state_dict()` are those of the student, adapters, methods and SoKD, which
+    the optimiser must hold. They do not include the teacher, which is frozen, set to eval mode and
+    run without gradients; `.to()` moves it too. `distiller.student` is the student itself. Its
+    hooks are inactive outside a Distiller but are pickled with it; `distiller.export()` returns a
+    copy without hooks, to be saved, scripted and loaded without sokd.
 
-    With `fullgraph=True` compile: the Distiller, once its shapes are known
+    These compile with `fullgraph=True`: the Distiller, once its shapes are known
     (`torch.compile(distiller)`); a training step around it; the student alone, by
     `torch.compile(student)` or `student.compile()`. The hooks are part of the graph. Compiled code
     skips the checks for common mistakes.
@@ -90,29 +99,35 @@ class Distiller(nn.Module):
             layer that returns a dict or tuple; "auto": the last map of each resolution that both
             have, the output of a stage and with a gradient, no map of logits (`task=None` where the
             models return features). Maps [B, C, H, W], tokens [B, N, C] and vectors [B, C] (as 1x1
-            maps) are matched by adapters. Of a layer that runs several times the first run counts.
+            maps) are matched by adapters. If a layer runs several times, its first output is used.
         method: a name of `sokd.methods`, a dict of name -> weight (None: the method's own), a
             callable (f_s, f_t) -> scalar for maps of one shape, or None. A method's own options are
             further keywords.
-        sokd: whether SoKD is plugged in: the teacher's maps refined, the mask on, `loss_agreement`
-            added; where no method uses features, its own masked term too (`loss_sokd`). A dict:
+        sokd: whether SoKD is plugged in. With base="keep" every method runs as it is, on the clean
+            teacher, and SoKD's terms stand beside it: `loss_sokd`, the masked loss of adapted
+            student and refined teacher, and `loss_agreement`. With base="replace" the methods get
+            the refined teacher and the mask, and `loss_sokd` is there only where no method uses
+            features. `method=None` is `sokd.loss`: with base="keep" `loss_base` too. A dict:
             options of `SoKD`; a `SoKD`: that one. `distiller.kd`, None for False.
+        adapter: "conv", "separable", "regressor" or "linear" (see `Adapter`), for SoKD and every
+            method that reads adapted maps (fitnet, mgd, a callable); "default": that of `SoKD`.
         task: the task's loss: "auto", losses that the student returns, else cross entropy with y;
-            "model", the student is called as `student(x, y)` and returns them (also for y that is a
-            list of dicts); a callable (output, y) -> scalar, as `loss_task`; None. A callable gets
-            what the student returned, or the part that `logits=` names.
-        logits: where logits are in an output that is not a tensor: a key, an index or a function;
-            None: "logits", "out", the first tensor. They have to be named where that is one of
-            several [B, D] of different D, one of which may be an embedding.
-        example: a batch of inputs for the dry run that finds the shapes (eval mode, no gradients;
-            it leaves buffers, modes, the random state and the batch as they were, and makes lazy
-            parameters). None: the first batch is, and reading `parameters()` before it is an error.
+            "model", the student is called as `student(x, y)` and returns its losses (also the
+            default for y that is a list of dicts); a callable (output, y) -> scalar, as
+            `loss_task`; None. A callable is called with the student's output, or with the part of
+            it that `logits=` selects.
+        logits: where the logits are in an output that is not a tensor: a key, an index or a
+            function; None: "logits", "out", else the first tensor. Required if the first tensor is
+            one of several [B, D] of different D, one of which may be an embedding.
+        example: a batch of inputs for the dry run that finds the shapes (eval mode, no gradients).
+            Buffers, modes, the random state and the batch stay as they were; lazy parameters are
+            initialised. None: the first batch is used, and `parameters()` before it raises.
         student_tokens, teacher_tokens, student_grid, teacher_grid: of token features, see `SoKD`.
-            A grid that is not named is a square, and an error where the images are not square.
+            A grid of None is a square, and raises where the images are not square.
         student_order, teacher_order: "BCHW" or "BHWC" of maps, "BNC", "NBC" or "BCN" of tokens;
             None: "BCHW" and "BNC", checked against the images. A list has one entry for each pair.
         check_finite: on the CPU, raise FloatingPointError for a term that is NaN or infinite, with
-            the names of the term and the layer.
+            the name of the term and the layer.
 
     Raises:
         TypeError, ValueError, RuntimeError: `Distiller: {argument} must {rule}, got {value}`.
@@ -121,7 +136,7 @@ class Distiller(nn.Module):
     def __init__(
         self, student: nn.Module, teacher: nn.Module, *, layers: Layers = "auto",
         method: Chosen = "fitnet",
-        sokd: Plug = True, task: Task = "auto", logits: Logits = None,
+        sokd: Plug = True, adapter: str = "default", task: Task = "auto", logits: Logits = None,
         example: Any = None, student_tokens: Any = None, teacher_tokens: Any = None,
         student_grid: Any = None, teacher_grid: Any = None, student_order: Any = None,
         teacher_order: Any = None,
@@ -136,7 +151,8 @@ class Distiller(nn.Module):
         self._teacher_parts = tuple(teacher.modules())
         self._recipes = chosen(method, options)
         self.weights = {recipe.name: recipe.weight for recipe in self._recipes}
-        self._plug, self.task = checked_plug(sokd), checked_task(task)
+        self._plug, self._adapter = with_adapter(checked_plug(sokd), adapter)
+        self.task = checked_task(task)
         self.logits, self.check_finite = logits, check_finite
         self._given = {"student": (student_tokens, student_grid, student_order),
                        "teacher": (teacher_tokens, teacher_grid, teacher_order)}  # fmt: skip
@@ -146,7 +162,7 @@ class Distiller(nn.Module):
         self.ready = self._checked = False
         self._read_target = True  # whether the rows of the next soft target are read
         self._copies: bool | None = None  # whether the teacher needs a copy of x; None: not known
-        self._needs = Needs(self._recipes, sokd)
+        self._needs = Needs(self._recipes, self._plug)
         self.needs_logits = self._needs.logits
         guards.check_size(self)
         if self._needs.maps:
@@ -164,27 +180,34 @@ class Distiller(nn.Module):
 
     def forward(
         self, x: Any, target: Any = None, *, index: Tensor | None = None,
+        boxes: Sequence[Tensor] | None = None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
+        input_size: tuple[int, int] | None = None,
     ) -> Any:  # fmt: skip
         """`(output, losses)` in train mode and with a target; in eval mode without one the output.
 
         Args:
-            x: what the models take: a tensor, a list of images, or a dict of keywords.
-            target: [B] class indices, or what `task` takes. None: no task loss.
-            index: [B] int64, the samples' places in the training set, for methods that keep a
-                memory (crd).
+            x: the models' input: a tensor, a list of images, or a dict of keywords.
+            target: [B] class indices, or the target of `task`. None: no task loss.
+            index: [B] int64, the samples' indices in the training set, for methods with a memory
+                bank (crd).
+            boxes: one [n, 4] for each image, for methods that read them (fgd): x1 y1 x2 y2 in
+                pixels of x; [0, 4] for an image without boxes.
             image_sizes: (height, width) of each image in a padded batch x [B, C, H, W]: no cell of
                 padding is distilled.
+            input_size: (height, width) of the padded input where x is not such a batch.
         """
+        extra = {"index": index, "boxes": boxes}
+        sizes = image_sizes, input_size
         if torch.compiler.is_compiling():
-            return self._forward(x, target, index, image_sizes)
+            return self._forward(x, target, extra, sizes)
         with guards.explained(self, x):
-            return self._forward(x, target, index, image_sizes)
+            return self._forward(x, target, extra, sizes)
 
-    def _forward(self, x: Any, target: Any, index: Tensor | None, sizes: Any) -> Any:
+    def _forward(self, x: Any, target: Any, extra: dict[str, Any], sizes: tuple[Any, Any]) -> Any:
         if not self.training:
             return self._evaluate(x, target)
-        images = Images.of(x, sizes)
+        extra["images"] = images_of(x, *sizes)
         eager = not torch.compiler.is_compiling()
         if not self.ready:
             self.setup(x)
@@ -195,7 +218,7 @@ class Distiller(nn.Module):
         losses = self._task(student.output, student.logits, target)
         if eager:
             guards.check_maps(self, student.maps, teacher.maps, self._labels)
-        losses.update(self._distil(student, teacher, target, index, images))
+        losses.update(self._distil(student, teacher, target, extra))
         if eager:
             self._look(losses, student, teacher)
         return student.output, losses
@@ -236,7 +259,7 @@ class Distiller(nn.Module):
         is trained. `image_sizes` as in a call: the maps are 0 in the padding.
         """
         x, target = batch[:2] if isinstance(batch, (tuple, list)) else (batch, None)
-        images = Images.of(x, image_sizes)
+        images = images_of(x, image_sizes, None)
         self.setup(x)
         teacher, student = (
             each._replace(maps=inside(each.maps, images)[0])
@@ -257,14 +280,14 @@ class Distiller(nn.Module):
             return self._study(models[0], copied(x), None).maps, self._teach(x).maps
 
     def logits_of(self, output: Any) -> Any:
-        """The logits in what the student returned, or all of it where there are none."""
+        """The logits in the student's output, or the whole output if there are none."""
         logits = self._logits(output)
         return output if logits is None else logits
 
     def export(self) -> nn.Module:
-        """A copy of the student alone, in eval mode, without wrappers and hooks: what is deployed.
+        """A copy of the student for deployment, in eval mode, without wrappers and hooks.
 
-        It can be saved, scripted and loaded where sokd is not installed, after any number of steps.
+        It can be saved, scripted and loaded without sokd, after any number of steps.
         """
         return as_eval(bare_copy(cast(nn.Module, unwrapped(self.student)), Tap))
 
@@ -274,7 +297,7 @@ class Distiller(nn.Module):
     def setup(self, example: Any) -> Distiller:
         """Find the shapes by a dry run on a batch of inputs, and make adapters, methods and SoKD.
 
-        Only the first call does anything.
+        Later calls are no-ops.
         """
         if self.ready:
             return self
@@ -285,7 +308,7 @@ class Distiller(nn.Module):
         with guards.explained(self, example), untouched(student, teacher), self._replayed():
             if self._layers == "auto":
                 self._tap(self._auto(student, teacher, example))
-            named = self._layers != "auto"  # else a name promises nothing
+            named = self._layers != "auto"  # the warnings are about names that the user chose
             maps = []
             for side, model in (("student", student), ("teacher", teacher)):
                 x = copied(example)
@@ -323,10 +346,10 @@ class Distiller(nn.Module):
 
     @torch.inference_mode(False)
     def _build(self, students: list[Any], teachers: list[Any]) -> None:
-        """Make what is trained beside the student, where the student is and in its dtype."""
+        """Make SoKD, adapters and methods, on the student's device and in its dtype."""
         self.kd = make_kd(self._plug, students, teachers, self._needs)
         if self.kd is None and self._needs.adapted:
-            self.adapters = make_adapters(students, teachers)
+            self.adapters = make_adapters(students, teachers, self._adapter)
         for recipe in self._recipes:
             heads = find_heads(
                 recipe, (unwrapped(self.student), self.teacher), (students, teachers)
@@ -346,7 +369,7 @@ class Distiller(nn.Module):
     # --------------------------------------------------------------------------------------- a step
 
     def _teach(self, x: Any) -> Pass:
-        """The teacher's pass, on a copy of x if the teacher writes to its input."""
+        """The teacher's pass, with a copy of x if the teacher writes to its input."""
         compiling = torch.compiler.is_compiling()
         given = apart(x) if self._copies is False else copied(x)
         written = None if compiling else changed(given)
@@ -369,7 +392,7 @@ class Distiller(nn.Module):
         return Pass(output, self._logits(output), self._as_maps("student", taken, given))
 
     def _is_models(self, target: Any) -> bool:
-        """Whether the student takes the target itself."""
+        """Whether the student is called with the target."""
         return target is not None and (
             self.task == "model" or (self.task == "auto" and is_for_model(target))
         )
@@ -382,21 +405,24 @@ class Distiller(nn.Module):
 
     @property
     def _labels(self) -> list[tuple[str, str]]:
-        """The pairs' layers, as messages name them."""
+        """The names of the pairs' layers for messages."""
         return list(zip(self._taps["student"].labels, self._taps["teacher"].labels, strict=True))
 
     def _distil(
-        self, student: Pass, teacher: Pass, target: Any, index: Tensor | None,
-        images: Images | None,
-    ) -> Losses:  # fmt: skip
+        self, student: Pass, teacher: Pass, target: Any, extra: Mapping[str, Any]
+    ) -> Losses:
         """The methods' terms and SoKD's."""
+        images: Images | None = extra["images"]
         students, _ = inside(student.maps, images)
         teachers, cells = inside(teacher.maps, images)
         matches = self._matched(students, teachers, cells)
+        keeps = self._needs.keeps
+        masks = [None if keeps else match.attention for match in matches]
         step = Step(
             student.logits, teacher.logits, labels_of(target), students,
-            [match.refined for match in matches], [match.student for match in matches],
-            list(map(_omega, matches, cells)), index,
+            [match.clean if keeps else match.refined for match in matches],
+            [match.student for match in matches],
+            list(map(_omega, masks, cells)), **extra,
         )  # fmt: skip
         losses = {}
         for name, method in self.methods.items():
@@ -409,7 +435,7 @@ class Distiller(nn.Module):
     def _matched(
         self, students: list[Tensor], teachers: list[Tensor], cells: list[Tensor | None]
     ) -> list[Match]:
-        """The layers' maps as SoKD matches them; without SoKD adapted, if there are adapters."""
+        """The layers' maps as SoKD matches them; without SoKD, adapted if there are adapters."""
         if self.kd is not None:
             return self.kd.match(students, teachers, adapt=self._needs.adapted, valid=cells)
         if self.adapters is not None:
@@ -417,18 +443,21 @@ class Distiller(nn.Module):
                 adapter(student, (teacher.shape[2], teacher.shape[3]))
                 for adapter, student, teacher in zip(self.adapters, students, teachers, strict=True)
             ]
-            students = list(map(only, students, cells))
-        return [Match(*pair, None) for pair in zip(students, teachers, strict=True)]
+            students = list(map(kept, students, cells))
+        pairs = zip(students, teachers, strict=True)
+        return [Match(student, teacher, None, teacher) for student, teacher in pairs]
 
     def _own_terms(self, kd: SoKD, matches: list[Match], losses: Losses) -> Losses:
-        """SoKD's terms beside the methods'; records the statistics of the step."""
+        """SoKD's terms, which are added to the methods'; records the statistics of the step."""
         added = {}
-        if self._needs.plain:
-            added["loss_sokd"] = torch.stack(kd.distances(matches)).sum()
-        kd.record(matches, [torch.stack(list((added or losses).values())).sum()])
+        if self._needs.own:
+            added["loss_sokd"] = total(kd.distances(matches))
+        kd.record(matches, [total(list((added or losses).values()))])
+        if self._needs.base:
+            added["loss_base"] = total(kd.bases(matches))
         agreement = [match.attention.agreement for match in matches if match.attention is not None]
         if agreement:
-            added["loss_agreement"] = torch.stack(agreement).sum()
+            added["loss_agreement"] = total(agreement)
         return added
 
     # --------------------------------------------------------------------------------------- guards
@@ -460,7 +489,7 @@ class Distiller(nn.Module):
         return self._constant[0]
 
     def own_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """What is trained beside the student, by name."""
+        """The modules trained beside the student, by name."""
         for name, method in self.methods.items():
             yield f"methods.{name}", method
         if self.adapters is not None:
@@ -471,7 +500,7 @@ class Distiller(nn.Module):
                 yield f"kd.{name}", part
 
     def own_parameters(self) -> Iterator[nn.Parameter]:
-        """Those of `own_modules`."""
+        """The parameters of `own_modules`."""
         for _, module in self.own_modules():
             yield from module.parameters()
 
@@ -503,13 +532,18 @@ class Distiller(nn.Module):
         weights = ", ".join(f"{name}={weight:g}" for name, weight in self.weights.items())
         return (
             f"teacher={type(self.teacher).__name__}, layers: {pairs or 'none'}, weights: "
-            f"{weights or 'none'}"
+            f"{weights or 'none'}{self._idle_search()}"
         )
 
+    def _idle_search(self) -> str:
+        """What `repr` says of a search that never steps."""
+        if self.kd is None or self.kd.search is None or self._needs.adapted:
+            return ""
+        return ", search: no method reads an adapted map, so the policy stays uniform"
 
-def _omega(match: Match, cells: Tensor | None) -> Tensor | None:
+
+def _omega(mask: Attention | None, cells: Tensor | None) -> Tensor | None:
     """omega [B, H, W] of a layer: SoKD's, else 1 in the images and 0 in the padding."""
-    own = None if match.attention is None else match.attention.weight
-    if cells is None or own is None:
-        return own if cells is None else cells[:, 0]
-    return own * cells[:, 0]
+    if mask is None and cells is not None:
+        return cells[:, 0]
+    return None if mask is None else mask.weight

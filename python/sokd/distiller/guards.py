@@ -39,16 +39,16 @@ __all__ = [
 
 PASS_ALL = "pass it the distiller's parameters, e.g. SGD(distiller.parameters(), lr=...)"
 TEACHER_TRAINS = (
-    "sokd: the teacher was in train mode; it is set back to eval, call teacher.eval() after "
+    "sokd: the teacher was in train mode and has been set to eval mode; call teacher.eval() after "
     "teacher.train()"
 )
 FROZEN = (
     "sokd: no parameter of the student requires grad, so the student does not learn; call "
-    "student.requires_grad_() (a Distiller freezes its teacher: of two networks that teach each "
-    "other, each needs a copy.deepcopy of the other as its teacher)"
+    "student.requires_grad_() (a Distiller freezes its teacher; for two networks that teach each "
+    "other, pass a copy.deepcopy as each teacher)"
 )
 LOGITS_WITHOUT_GRADIENT = (
-    "sokd: the student's logits have no gradient, so no loss of the logits trains the student; "
+    "sokd: the student's logits have no gradient, so their losses do not train the student; "
     "compute them without .detach() and torch.no_grad()"
 )
 LARGER = (
@@ -56,32 +56,32 @@ LARGER = (
     "is Distiller(student, teacher)"
 )
 UNTRAINED = (
-    "sokd: the student returns several outputs of one width; the logits are {taken!r}, and no loss "
-    "of the logits trains {rest} (logits= names another one, task= a loss of all)"
+    "sokd: the student returns several outputs of one width; {taken!r} is taken as the logits, and "
+    "losses of the logits do not train {rest} (logits= selects another one, task= a loss of all)"
 )
 WRITES_INPUT = (
     "Distiller: the teacher changed its input in place in this pass, but not in the first one, so "
-    "the student would see the changed input; let the teacher work on a copy (x = x.clone())"
+    "the student would get the changed input; clone it in the teacher (x = x.clone())"
 )
 NO_GRADIENT = (
-    "Distiller: {which} must give a map with a gradient, got one without: it is frozen, runs under "
-    "no_grad, or is checkpointed with use_reentrant=True (use_reentrant=False keeps it)"
+    "Distiller: {which} must give a map with a gradient, got one without; it is frozen, runs under "
+    "no_grad, or is checkpointed with use_reentrant=True (use use_reentrant=False)"
 )
 SCRIPTED = (
-    "Distiller: {side} must be an eager module where layers are used, because the parts of "
-    "TorchScript run without hooks (method='kd' with sokd=False uses none), got {kind}"
+    "Distiller: {side} must be an eager module where layers are used, because TorchScript runs "
+    "no hooks (method='kd' with sokd=False uses no layers), got {kind}"
 )
 EMPTY = "Distiller: x must hold at least one sample, got none"
 INPUTS = (
-    "Distiller: x must be what both models take, a tensor, a dict of keywords or a list of images "
-    "(of a loader's batch (x, y) the x alone), got {got}"
+    "Distiller: x must be an input of both models, a tensor, a dict of keywords or a list of "
+    "images (the x of a loader's batch (x, y)), got {got}"
 )
 ONE_SAMPLE = (
-    "Distiller: x must hold more than one sample where a BatchNorm in train mode has one value a "
+    "Distiller: x must hold more than one sample where a BatchNorm in train mode has one value per "
     "channel, got 1 (drop_last=True in the DataLoader)"
 )
 LOST_IN_PARALLEL = (
-    "Distiller: the model must run in one thread a process, got torch.nn.DataParallel; "
+    "Distiller: the model must run in one thread per process, got torch.nn.DataParallel; "
     "use DistributedDataParallel(distiller)"
 )
 WRAPPED_INSIDE = (
@@ -110,7 +110,7 @@ def check_models(student: Any, teacher: Any) -> None:
     trained = {id(parameter) for parameter in student.parameters()}
     shared = sum(id(parameter) in trained for parameter in teacher.parameters())
     if shared:
-        rule = "share no parameter with the student, for it is frozen (copy.deepcopy it)"
+        rule = "share no parameter with the student, because it is frozen (use copy.deepcopy)"
         raise ValueError(f"Distiller: teacher must {rule}, got {shared} of them")
 
 
@@ -150,7 +150,7 @@ def check_start(distiller: Distiller) -> None:
 
 
 def check_devices(distiller: Distiller) -> None:
-    """Whether the two models share a device."""
+    """Raise unless the two models share a device."""
     student, teacher = _devices(distiller.student), _devices(distiller.teacher)
     if student and teacher and not student & teacher:
         rule = f"be on the student's device {_one(student)} (distiller.to moves both)"
@@ -171,7 +171,7 @@ def check_maps(
     teachers: Sequence[Tensor],
     names: Sequence[tuple[str, str]],
 ) -> None:
-    """Maps of one dtype; the student's with a gradient, if anything in the student is trained."""
+    """Raise for maps of two dtypes, and for a map of a trained student without a gradient."""
     trained = torch.is_grad_enabled() and _is_trained(distiller.student)
     for student, teacher, (of_student, of_teacher) in zip(students, teachers, names, strict=True):
         if student.dtype != teacher.dtype and not mixed_dtypes_allowed(student):
@@ -233,8 +233,8 @@ def _misfit(distiller: Distiller, x: Any, error: str) -> Exception | None:
         own = f"{parameter.dtype} of the student's parameters"
         rule = f"have the dtype {own} (distiller.to converts both models)"
         return TypeError(f"Distiller: teacher must {rule}, got {of_teacher.dtype}")
-    # a convolution's words, with a bias and without: pixels as bytes; other layers may take
-    # integers
+    # the messages of a convolution with and without a bias (pixels as bytes); other layers may
+    # accept integers
     integers = "Input type" in error or "expected scalar type" in error
     if x.dtype != parameter.dtype and (x.is_floating_point() or integers):
         rule = f"have the dtype {parameter.dtype} of the student's parameters"
@@ -253,10 +253,10 @@ def _first(model: nn.Module) -> nn.Parameter | None:
 def check_finite(losses: Mapping[str, Tensor], maps: Mapping[str, Tensor]) -> None:
     """Name a term that is NaN or infinite, and the first layer whose map is not finite.
 
-    Read on the CPU alone: elsewhere it would wait for the device.
+    Read on the CPU only, because elsewhere it would synchronise with the device.
 
     Raises:
-        FloatingPointError: there is one.
+        FloatingPointError: a term is not finite.
     """
     for name, loss in losses.items():
         if loss.device.type != "cpu" or math.isfinite(loss.item()):
@@ -265,17 +265,17 @@ def check_finite(losses: Mapping[str, Tensor], maps: Mapping[str, Tensor]) -> No
         where = f"{bad[0]} is not finite either" if bad else "the maps of all layers are finite"
         raise FloatingPointError(
             f"Distiller: {name} must be finite, got {loss.item()}; {where} (check_finite=False "
-            f"lets it pass)"
+            f"skips this check)"
         )
 
 
 def look(
     distiller: Distiller, output: Any, logits: Tensor | None, losses: Mapping[str, Tensor]
 ) -> None:
-    """Look at one training step, for parts of the student that are not trained.
+    """Check one training step for parts of the student that are not trained.
 
     Args:
-        output, logits: what the student returned, and the logits in it.
+        output, logits: the student's output, and the logits in it.
     """
     watch, student = Watch.of(distiller), distiller.student
     used = "loss_ce" in losses or distiller.needs_logits

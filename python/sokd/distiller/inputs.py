@@ -1,4 +1,4 @@
-"""What a batch of inputs is: how many samples, how large the images, and copies of it."""
+"""Batches of inputs: the number of samples, the size of the images, and copies."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ from torch import Tensor
 
 from sokd.ops.torch_internals import version
 
-__all__ = ["Given", "Grid", "apart", "batch_size", "changed", "copied", "is_input", "kinds"]
+__all__ = [
+    "Given", "Grid", "apart", "batch_size", "changed", "copied", "input_size", "is_input", "kinds",
+]  # fmt: skip
 
 Grid = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Given:
-    """What is known of the inputs of a forward pass; None for what is not."""
+    """Properties of the inputs of a forward pass; None for an unknown one."""
 
-    batches: frozenset[int] | None = None  # the batch sizes that a layer may have
+    batches: frozenset[int] | None = None  # the possible batch sizes of a layer
     image: Grid | None = None  # height and width of the images
-    sequence: bool = False  # whether the inputs are tensors, and no images
+    sequence: bool = False  # whether the inputs are tensors but not images
 
     @classmethod
     def of(cls, x: Any) -> Given:
-        """Read from the tensors in x.
+        """Read the properties from the tensors in x.
 
-        Frames [B, T, ...] of a video may be samples, and so may the samples of several tensors
-        together.
+        The frames [B, T, ...] of a video may count as samples, and so may the samples of several
+        tensors together.
         """
         tensors, images = _tensors(x), _images(x)
         if not tensors:
@@ -58,12 +60,20 @@ def _images(x: Any) -> list[Tensor]:
 
 
 def batch_size(x: Any) -> int | None:
-    """How many samples the input holds, where that can be seen."""
+    """The number of samples in the input; None where it is unknown."""
     if isinstance(x, Mapping):
         x = next((value for value in x.values() if isinstance(value, Tensor)), None)
     if isinstance(x, Tensor):
         return x.shape[0] if x.dim() else None
     return len(x) if isinstance(x, (list, tuple)) else None
+
+
+def input_size(x: Any) -> Grid | None:
+    """The height and width of the one batch of images [B, C, H, W] in the input; None: no such."""
+    images = [] if isinstance(x, (list, tuple)) else _images(x)
+    if len(images) != 1 or images[0].dim() != 4:
+        return None
+    return images[0].shape[2], images[0].shape[3]
 
 
 def copied(x: Any) -> Any:
@@ -96,7 +106,7 @@ def _attributes(x: Any) -> dict[str, Any]:
 
 
 def changed(x: Any) -> Callable[[], bool]:
-    """A function that tells whether a tensor in x has been written to since."""
+    """A function that returns whether a tensor in x has been written to since this call."""
     tensors: list[Tensor] = []
     _mapped(x, tensors.append)
     seen = [(tensor, version(tensor)) for tensor in tensors]
@@ -104,14 +114,14 @@ def changed(x: Any) -> Callable[[], bool]:
 
 
 def is_input(x: Any) -> bool:
-    """Whether models take such a thing: a tensor, keywords, images (which have one rank)."""
+    """Whether x can be a model's input: a tensor, keywords, or images, which have one rank."""
     if isinstance(x, (list, tuple)):
         return all(isinstance(each, Tensor) for each in x) and len({each.dim() for each in x}) == 1
     return isinstance(x, (Tensor, Mapping))
 
 
 def kinds(x: Any) -> str:
-    """The type of x, and those in a list or tuple, as an error names them."""
+    """The type of x, with those in a list or tuple, for an error."""
     kind = type(x).__name__
     if not isinstance(x, (list, tuple)):
         return kind

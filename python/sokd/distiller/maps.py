@@ -17,7 +17,7 @@ def as_map(
 
     Args:
         which: "student" or "teacher", and the layer's name for an error.
-        given: what is known of the inputs; None: nothing is checked against them.
+        given: the properties of the inputs to check against; None: no such check.
 
     Raises:
         TypeError, ValueError: `Distiller: {name} must {rule}, got {value}`.
@@ -48,7 +48,7 @@ def as_map(
 
 
 def _check_order(features: Tensor, layout: Layout, which: tuple[str, str], given: Given) -> None:
-    """Refuse [B, H, W, C], which as [B, C, H, W] has another aspect than the images."""
+    """Raise for [B, H, W, C], which read as [B, C, H, W] has another aspect than the images."""
     if given.image is None or layout.order in ("BCHW", "BHWC"):
         return
     rows, cells, channels = features.shape[1:]
@@ -62,7 +62,7 @@ def _check_order(features: Tensor, layout: Layout, which: tuple[str, str], given
 def _check_grid(
     maps: Tensor, layout: Layout, which: tuple[str, str], given: Given, shape: list[int]
 ) -> None:
-    """Refuse a guessed square of tokens where the images are not square, and a swapped grid."""
+    """Raise for a guessed square where the images are not square, and for a swapped grid."""
     side, name = which
     cells = maps.shape[2]
     if layout.grid is not None:
@@ -71,11 +71,11 @@ def _check_grid(
     if not (given.image or given.sequence):
         return
     if given.image is None:
-        rule = f"have a grid, for x is not a batch of images ({side}_grid=(H, W), e.g. (1, N))"
+        rule = f"have a grid, because x is not a batch of images ({side}_grid=(H, W), e.g. (1, N))"
         raise ValueError(f"Distiller: {name} must {rule}, got {shape}")
     if max(given.image) * cells >= min(given.image) * (cells + 1):
-        rule = f"be tokens of images of {_sides(given.image)} (name {side}_grid=(H, W), and "
-        rule += f"{side}_tokens for those that are not of the grid)"
+        rule = f"be tokens of images of {_sides(given.image)} (pass {side}_grid=(H, W), and "
+        rule += f"{side}_tokens for the others)"
         got = f"{shape}, guessed to be a {cells} x {cells} grid"
         raise ValueError(f"Distiller: {name} must {rule}, got {got}")
 
@@ -94,12 +94,12 @@ def _sides(size: Grid) -> str:
 
 
 def check_pair(student: Tensor, teacher: Tensor, names: tuple[str, str]) -> None:
-    """Refuse two maps that an adapter would fit together without a reason to.
+    """Raise for two maps that an adapter could match, but that do not belong together.
 
     Raises:
-        ValueError: of other batches; one a vector and the other a map; of another aspect, by more
-            than the rounding of strides: a transposed map, dimensions in another order, or a wrong
-            grid of tokens.
+        ValueError: the batch sizes differ; one is a vector and the other a map; the aspects differ
+            by more than the rounding of strides (a transposed map, dimensions in another order, or
+            a wrong grid of tokens).
     """
     (of_student, of_teacher), shape = names, list(student.shape)
     wanted: str | None = None
@@ -109,8 +109,8 @@ def check_pair(student: Tensor, teacher: Tensor, names: tuple[str, str]) -> None
         wanted = f"be a map where {of_teacher} is one, {list(teacher.shape)}"
     elif not same_aspect(_size(student), _size(teacher)):
         wanted = (
-            f"have the aspect of {of_teacher}, {list(teacher.shape)} (name student_order='BHWC', "
-            "student_grid or the teacher's where another layout is meant)"
+            f"have the aspect of {of_teacher}, {list(teacher.shape)} (for another layout pass "
+            "student_order='BHWC', student_grid or the teacher's)"
         )
     if wanted:
         raise ValueError(f"Distiller: {of_student} must {wanted}, got {shape}")

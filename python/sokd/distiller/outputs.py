@@ -1,4 +1,4 @@
-"""Calls of a model, and what is read from its output: logits and its own losses."""
+"""Calls of a model, and the logits and losses in its output."""
 
 from __future__ import annotations
 
@@ -30,8 +30,7 @@ __all__ = [
     "untrained_entries",
 ]
 
-# How logits are found: a key or an index of the output, or a function of it; None: where they
-# usually are.
+# Where the logits are: a key or an index of the output, or a function of it; None: the usual keys.
 Logits: TypeAlias = str | int | Callable[[Any], Tensor] | None
 # The task's loss: see `sokd.Distiller`.
 Task: TypeAlias = Literal["auto", "model"] | Callable[[Any, Any], Tensor] | None
@@ -40,19 +39,19 @@ _USUAL_KEYS = ("logits", "out")  # Hugging Face; torchvision's segmentation mode
 
 
 def call(model: nn.Module, x: Any, *target: Any) -> Any:
-    """model(**x) for a dict (as Hugging Face's models are called), else model(x, *target)."""
+    """model(**x) for a dict (the convention of Hugging Face), else model(x, *target)."""
     return model(**x) if isinstance(x, Mapping) else model(x, *target)
 
 
 def is_for_model(target: Any) -> bool:
-    """Whether a target is meant for the model itself, as torchvision's detectors take it."""
+    """Whether a target is an argument of the model, as for torchvision's detectors."""
     return isinstance(target, (list, tuple)) and len(target) > 0 and isinstance(target[0], Mapping)
 
 
 def own_losses(output: Any) -> dict[str, Tensor]:
     """The losses that a model computed itself: a dict of scalars, or the entry "loss" of an output.
 
-    Named `loss_<key>`, or by a key that says so already; the entry "loss" is `loss_task`.
+    The names are `loss_<key>`, or the key if it begins with "loss"; "loss" becomes `loss_task`.
     """
     if _only_losses(output):
         return {_loss_name(str(key)): value for key, value in output.items()}
@@ -73,7 +72,7 @@ def _loss_name(key: str) -> str:
 
 
 def entries(output: Any) -> dict[str, Any]:
-    """What a dict, a tuple, a list or an object with attributes holds, by key, place or name."""
+    """The entries of a dict, tuple, list or object with attributes, by key, index or name."""
     if isinstance(output, Tensor):
         return {}
     if isinstance(output, Mapping):
@@ -91,12 +90,11 @@ def find_logits(
     """The logits in a model's output; None where there are none.
 
     Without `where`: the output itself, its entry or attribute "logits" or "out", else, as a guess,
-    its first tensor that is not a scalar; None where another is [B, D] and that one a map, or
-    [B, D] of another D: features and logits, in an order that only the user knows. A tensor has no
-    entries: it is the logits.
+    its first tensor that is not a scalar; None if there is a second [B, D] and the first is a map,
+    or [B, D] of another D: features and logits in an unknown order. A tensor is the logits itself.
 
     Raises:
-        TypeError, ValueError: `where` leads to nothing or, if `strict`, to something other than a
+        TypeError, ValueError: `where` selects nothing or, if `strict`, something other than a
             tensor.
     """
     if _only_losses(output):
@@ -104,7 +102,7 @@ def find_logits(
     if where is not None and (callable(where) or not isinstance(output, Tensor)):
         found = picked(output, where)
         if strict and not isinstance(found, Tensor):
-            rule = f"lead to a tensor of the {type(output).__name__} that the model gives"
+            rule = f"select a tensor of the {type(output).__name__} that the model returns"
             raise TypeError(f"Distiller: logits must {rule}, got {type(found).__name__}")
         return found if isinstance(found, Tensor) else None
     if isinstance(output, Tensor):
@@ -130,7 +128,7 @@ def _tensors(output: Any) -> list[Tensor]:
 
 
 def picked(output: Any, where: Logits) -> Any:
-    """The part of an output that `logits=` names.
+    """The part of an output that `logits=` selects.
 
     Raises:
         ValueError: there is no such part.
@@ -143,15 +141,15 @@ def picked(output: Any, where: Logits) -> Any:
     except (KeyError, IndexError, AttributeError, TypeError):
         names = entries(output) if isinstance(output, Mapping) else [type(output).__name__]
         got = getattr(where, "__name__", repr(where))
-        rule = f"name what the models give ({', '.join(map(repr, names))})"
+        rule = f"select from the models' output ({', '.join(map(repr, names))})"
         raise ValueError(f"Distiller: logits must {rule}, got {got}") from None
 
 
 def untrained_entries(output: Any, logits: Tensor | None) -> tuple[str, list[str]] | None:
-    """The entry that was taken for the logits, and others of its width that it leaves untrained.
+    """The entry taken as the logits, and others of its width that get no gradient from it.
 
-    An entry beside one of the usual names counts if it has parameters of its own; where the first
-    tensor was guessed, all of its width count.
+    Beside one of the usual names, an entry counts if it has parameters that the logits do not; if
+    the first tensor was guessed, all entries of its width count.
     """
     of_width = {
         name: value
@@ -177,7 +175,7 @@ def untrained_entries(output: Any, logits: Tensor | None) -> tuple[str, list[str
 
 
 def checked_task(task: Any) -> Task:
-    """`task=`, if it is one."""
+    """`task=`, checked."""
     if task is None or task in ("auto", "model") or callable(task):
         return cast(Task, task)
     raise TypeError(
@@ -192,9 +190,9 @@ def task_losses(
     """The task's terms: the model's own, a callable's, or cross entropy; none without a target.
 
     Args:
-        output, logits: what the student returned, and the logits in it.
-        where: `logits=`; a callable gets that part of the output, without it all of the output.
-        look: whether the rows of soft targets are read (on the CPU alone).
+        output, logits: the student's output, and the logits in it.
+        where: `logits=`; a callable is called with that part of the output, or with all of it.
+        look: whether the rows of soft targets are checked (on the CPU only).
 
     Raises:
         TypeError: no logits to compute them from, or no losses where the model should have
@@ -226,7 +224,7 @@ def _called(task: Callable[[Any, Any], Tensor], output: Any, target: Any) -> Ten
     except (TypeError, AttributeError) as error:
         if isinstance(output, Tensor):
             raise
-        rule = "take what the student returns (logits= picks a part of it)"
+        rule = "accept the student's output (logits= selects a part of it)"
         got = f"{type(output).__name__}: {error}"
         raise TypeError(f"Distiller: task must {rule}, got {got}") from error
     if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -236,8 +234,8 @@ def _called(task: Callable[[Any, Any], Tensor], output: Any, target: Any) -> Ten
 
 
 OTHER_LOSSES = (
-    "task=F.mse_loss for numbers, task=F.binary_cross_entropy_with_logits for classes that do not "
-    "exclude each other"
+    "task=F.mse_loss for numbers, task=F.binary_cross_entropy_with_logits for several labels per "
+    "sample"
 )
 
 
@@ -259,16 +257,16 @@ def _cross_entropy(logits: Tensor, target: Any, look: bool) -> Tensor:
         _check_probabilities(target)
     try:
         return F.cross_entropy(logits, target)
-    except IndexError as error:  # raised on the CPU, where reading the target costs nothing
+    except IndexError as error:  # raised on the CPU only, where the target can be read
         raise ValueError(f"Distiller: {wrong_class(target, classes[1])}") from error
 
 
 def _check_target(logits: Tensor, target: Any, rule: str) -> None:
-    """Raise TypeError or ValueError unless a cross entropy can be made of the two."""
+    """Raise TypeError or ValueError unless the cross entropy of the two is defined."""
     if not isinstance(target, Tensor):
         raise TypeError(f"Distiller: target must {rule}, got {type(target).__name__}")
     if logits.dim() < 2:
-        two = "be [B, K] for the cross entropy (name them by logits=, or another loss by task=)"
+        two = "be [B, K] for the cross entropy (select them by logits=, or another loss by task=)"
         raise ValueError(f"Distiller: logits must {two}, got {list(logits.shape)}")
     shape = logits.shape if target.is_floating_point() else logits.shape[:1] + logits.shape[2:]
     if not target.is_floating_point() and target.dtype not in (torch.int64, torch.uint8):
@@ -281,7 +279,7 @@ def _check_target(logits: Tensor, target: Any, rule: str) -> None:
 
 
 def _check_probabilities(target: Tensor) -> None:
-    """Raise ValueError for soft targets whose rows are not probabilities; read on the CPU alone."""
+    """Raise ValueError for soft targets whose rows are not probabilities, on the CPU only."""
     if target.device.type != "cpu" or not is_eager(target) or target.numel() == 0:
         return
     rows = target.detach().to(torch.float64)
@@ -303,24 +301,27 @@ def labels_of(target: Any) -> Tensor | None:
 
 
 _HINTS = {
-    "logits": "logits must be found in what both models return for method {name!r} (name them by "
+    "logits": "logits must be in the output of both models for method {name!r} (select them by "
     "logits=)",
     "target": "target must be class indices [B] for method {name!r}, as in distiller(x, y)",
-    "index": "index must be the samples' places in the training set, int64 [B], for method "
+    "index": "index must be the samples' indices in the training set, int64 [B], for method "
     "{name!r}, as in distiller(x, y, index=i)",
+    "boxes": "boxes must be a list of tensors [n, 4], one an image, for method {name!r}, as in "
+    "distiller(x, y, boxes=b)",
 }
 
 
 def check_needs(name: str, needs: Set[str], step: Step, target: Any) -> None:
-    """Whether the step holds what the method needs.
+    """Raise unless the step has what the method needs.
 
     Raises:
-        ValueError: it does not; says what to pass.
+        ValueError: something is missing; the error names the argument to pass.
     """
     has = {
         "logits": step.student_logits is not None and step.teacher_logits is not None,
         "target": step.target is not None,
         "index": step.index is not None,
+        "boxes": step.boxes is not None,
     }
     for need, hint in _HINTS.items():
         if need in needs and not has[need]:

@@ -20,7 +20,7 @@ Chosen = str | Method | FeatureLoss | Mapping[Any, float] | None
 
 
 class Called(Method):
-    """Any loss(f_s, f_t) as a method, on masked maps of one shape; the sum over the layers."""
+    """A loss(f_s, f_t) as a method, on masked maps of one shape, summed over the layers."""
 
     name: ClassVar[str] = "feature"
     needs: ClassVar[frozenset[str]] = frozenset({"features"})
@@ -54,7 +54,7 @@ class Recipe:
 
     @property
     def kind(self) -> type[Method] | Method:
-        """Where `needs` and `adapts` can be read."""
+        """The class or method with `needs` and `adapts`."""
         if isinstance(self.source, str):
             return METHODS[self.source]
         return self.source if isinstance(self.source, Method) else Called
@@ -62,7 +62,7 @@ class Recipe:
     def make(
         self, student_shapes: Sequence[Shape], teacher_shapes: Sequence[Shape], **found: Any
     ) -> Method:
-        """The method for layer pairs of these shapes, with its options and those `found` for it."""
+        """Make the method for layer pairs of these shapes, its options and those in `found`."""
         if isinstance(self.source, str):
             shapes = {"student_shapes": student_shapes, "teacher_shapes": teacher_shapes}
             return build(self.source, **shapes, **{**found, **self.options})
@@ -70,11 +70,11 @@ class Recipe:
 
 
 def chosen(method: Chosen, options: Mapping[str, Any]) -> list[Recipe]:
-    """The recipes for `method`, each with those of the options that it has.
+    """The recipes for `method`, each with the options that apply to it.
 
     Raises:
-        TypeError: no method of any kind, or an option that none of them has.
-        ValueError: no such name, two of one name, or a weight out of range.
+        TypeError: not a method, or an option that no method has.
+        ValueError: an unknown name, two methods of one name, or a weight out of range.
     """
     weighted: list[tuple[Any, Any]] = [] if method is None else [(method, None)]
     if isinstance(method, Mapping):

@@ -1,8 +1,8 @@
-"""The outputs of a model's named layers, read by one forward hook for each.
+"""The outputs of a model's named layers, read by one forward hook per layer.
 
-A hook does nothing until it is armed for the length of a forward pass, so the model by itself keeps
-nothing of a pass and computes what it always did. Gradient checkpointing runs the layers again in
-the backward pass; the hooks are not armed then.
+A hook is armed for one forward pass of a Distiller. Otherwise it is a no-op, so the model alone
+stores nothing and computes as before. Gradient checkpointing runs the layers again in the backward
+pass, when the hooks are not armed.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ WHY_COMPILED = (
     "the model is compiled: if it ran before its Distiller was made, call torch.compiler.reset()"
 )
 WHY_SCRIPTED = (
-    "it is inside a TorchScript module, whose parts run without hooks: pass the module that was "
-    "scripted or traced, or name a layer outside it"
+    "it is inside a TorchScript module, which runs no hooks: pass the module that was scripted or "
+    "traced, or name a layer outside it"
 )
 WHY_FLAT = (
     "the model is a torch.fx graph, which calls the innermost modules alone: name one of those"
@@ -40,10 +40,10 @@ WHY_SKIPPED = (
 )
 REPLACED = (
     "Distiller: {which} must be the module that it was when the Distiller was made, got another "
-    "one (convert_sync_batchnorm, an adapter such as LoRA or a rebuilt part): change the model "
+    "one (convert_sync_batchnorm, an adapter such as LoRA, or a rebuilt part); change the model "
     "first, then make its Distiller"
 )
-RAN_AGAIN = "sokd: {which} runs several times in a forward pass; its first output is distilled"
+RAN_AGAIN = "sokd: {which} runs several times in a forward pass; its first output is used"
 OVERWRITTEN = (
     "sokd: {which} is overwritten in place by the layer after it, and the overwritten map is "
     "distilled; name that layer instead"
@@ -51,13 +51,13 @@ OVERWRITTEN = (
 
 
 class Tap:
-    """A forward hook that keeps its layer's output while it is armed: the first of a pass."""
+    """A forward hook that, while armed, stores the first output of its layer."""
 
     def __init__(self) -> None:
         self.armed = False
         self.value: Any = None
         self.again = False  # whether the layer ran more than once
-        self.version: int | None = None  # of the output, where it is asked for by a number
+        self.version: int | None = None  # of the output; recorded if it is an int beforehand
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self.armed:
@@ -70,7 +70,7 @@ class Tap:
             self.version = version(output)
 
     def take(self) -> Any:
-        """What was kept; the tap is disarmed and empty afterwards."""
+        """Return the stored output, and disarm and empty the tap."""
         value, self.value, self.armed = self.value, None, False
         return value
 
@@ -82,11 +82,11 @@ class Taps:
         side: "student" or "teacher", for errors.
         model: with the layers in it, also inside DistributedDataParallel or torch.compile.
         layers: names from the model's `named_modules`, one for each pair; `name:key` where the
-            layer gives a dict or a tuple.
-        other: the other side's model, to tell a swapped pair.
+            layer returns a dict or a tuple.
+        other: the other side's model, to detect a swapped pair.
 
     Raises:
-        ValueError: no layer of that name; the nearest names are given.
+        ValueError: no layer of that name; the error lists the nearest names.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Taps:
                 raise RuntimeError(NEVER_RAN.format(which=label, why=WHY_SCRIPTED)) from error
 
     def check_in_place(self, model: nn.Module) -> None:
-        """Raise RuntimeError if another module is now where a layer was."""
+        """Raise RuntimeError if a layer has been replaced by another module."""
         for layer, label in zip(self.layers, self.labels, strict=True):
             name = _split(layer)[0]
             try:
@@ -126,7 +126,7 @@ class Taps:
         """The output of `call`, a forward pass of the model, and that of each layer in it.
 
         Args:
-            warn: of layers whose output is not what a reader of their names expects.
+            warn: whether to warn about layers that run again or are overwritten in place.
 
         Raises:
             RuntimeError: a layer that did not run.
@@ -202,7 +202,7 @@ def _split(layer: str) -> tuple[str, str | None]:
 
 
 def _why_never_ran(model: nn.Module, name: str) -> str:
-    """What kept a layer's hook from running."""
+    """The likely reason why a layer's hook did not run."""
     inner = unwrapped(model)
     outer = ["", *(name[:at] for at, letter in enumerate(name) if letter == ".")]
     if any(isinstance(inner.get_submodule(part), torch.jit.ScriptModule) for part in outer):

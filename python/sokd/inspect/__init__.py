@@ -1,4 +1,4 @@
-"""Views of a run: the policy as a table and over time, the areas on images, exported figures.
+"""Inspection of a run: the policy as a table and over time, areas on images, exported figures.
 
     trajectory = sokd.inspect.Trajectory(kd)
     trajectory.record(step)                                    # every so often in training
@@ -7,9 +7,9 @@
     sokd.inspect.draw_areas(images, sokd.inspect.areas(distiller, images), "areas.png")
     sokd.inspect.log(writer, kd, step)                         # any writer with add_scalar
 
-Whatever is looked at, a `SoKD`, a `Policy` or a `Distiller`, is left as it is: no draw is taken, no
-mode changed. Reading numbers waits for the device; so these are for now and then, not for every
-step. Pictures need matplotlib, which is imported when the first is drawn.
+The functions do not change the `SoKD`, `Policy` or `Distiller`: they take no draw and change no
+mode. Reading numbers synchronises with the device, so do not call them in every step. Pictures need
+matplotlib, which is imported when the first is drawn.
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from sokd.kd.dam import DAM
+from sokd.kd.attention import AttentionDAM
+from sokd.kd.dam import DAM, reads_adapted
 from sokd.kd.policy import Policy
 from sokd.kd.policy.plan import OPERATIONS
 from sokd.kd.sokd import Match, SoKD, part_of
 from sokd.kd.virtual import unwrapped
 from sokd.ops import Areas
-from sokd.ops import areas as find_areas
 
 __all__ = [
     "Snapshot",
@@ -59,13 +58,13 @@ class Writer(Protocol):
 
 
 def table(subject: nn.Module, *, top: int | None = None) -> str:
-    """The policy as text: a line for each sub-policy, the likeliest first.
+    """The policy as text: a line for each sub-policy, the most probable first.
 
         print(sokd.inspect.table(sokd.SoKD(8, 16), top=5))
 
     Args:
         subject: a `Policy`, or a `SoKD` or `Distiller` with one.
-        top: how many lines; None: all.
+        top: number of lines; None: all.
     """
     rows = sorted(_policy_of("table", subject).table(), key=lambda row: -row["probability"])[:top]
     lines = [f"{'sub-policy':<32}{'drawn':>7}   fires         strength"]
@@ -119,7 +118,7 @@ def _kind_of(subject: Any) -> str:
     return type(subject).__name__ + waits
 
 
-# --------------------------------------------------------------------------------- the policy's way
+# ----------------------------------------------------------------------------- the policy over time
 
 
 @dataclass(frozen=True)
@@ -204,8 +203,7 @@ def areas(subject: nn.Module, *inputs: Any) -> list[LayerAreas]:
     areas(distiller, images), or areas(kd, student_features, teacher_features), also for what
     `sokd.wrap` returns.
 
-    The teacher's features are taken as they are, not refined: what is drawn does not hang on a
-    draw.
+    The teacher's features are not refined, so the areas do not depend on a draw.
     """
     subject = unwrapped(subject)
     kd = _kd_of(subject)
@@ -213,9 +211,7 @@ def areas(subject: nn.Module, *inputs: Any) -> list[LayerAreas]:
         raise TypeError(
             f"areas: subject must be a SoKD or a Distiller with a DAM, got {_kind_of(subject)}"
         )
-    read = getattr(
-        subject, "features", None
-    )  # a Distiller's; what else holds a SoKD is given features
+    read = getattr(subject, "features", None)  # of a Distiller; the others take features
     if len(inputs) != (1 if read else 2):
         rule = "be the images" if read else "be the student's and the teacher's features"
         raise TypeError(f"areas: inputs must {rule}, got {len(inputs)} of them")
@@ -223,27 +219,27 @@ def areas(subject: nn.Module, *inputs: Any) -> list[LayerAreas]:
     training = [(part, part.training) for part in kd.modules()]
     kd.eval()
     try:
-        matches = kd.match(students, teachers, refine=False, attend=False)
-        return [_layer_areas(part_of(kd.dam, i), match) for i, match in enumerate(matches)]
+        found = []
+        for index in range(len(kd.student_channels)):
+            dam = part_of(kd.dam, index)
+            adapt = reads_adapted(dam)
+            matches = kd.match(students, teachers, adapt=adapt, refine=False, attend=False)
+            found.append(_layer_areas(dam, matches[index]))
+        return found
     finally:
         for part, mode in training:
             part.training = mode
 
 
 def _layer_areas(dam: nn.Module | None, match: Match) -> LayerAreas:
-    if not isinstance(dam, DAM):
-        raise TypeError(f"areas: kd.dam must be a DAM, got {type(dam).__name__}")
-    of_student, of_teacher = dam.maps(match.student), dam.maps(match.refined)
-    best = partial(find_areas, k=dam.k, kernel=dam.kernel)
-    return {
-        "teacher": best(*of_teacher),
-        "student": best(*of_student),
-        "mutual": best(*of_student, teacher=of_teacher),
-    }
+    if not isinstance(dam, (DAM, AttentionDAM)):
+        raise TypeError(f"areas: kd.dam must be a DAM or an AttentionDAM, got {type(dam).__name__}")
+    sides = match.student, match.refined
+    return {whose: dam.find(*sides, whose) for whose in ("teacher", "student", "mutual")}
 
 
 def shares(found: LayerAreas) -> dict[str, float]:
-    """The share of the cells under at least one area, by whose areas they are."""
+    """The share of the cells under at least one area, by side."""
     return {name: float((each.coverage > 0).float().mean()) for name, each in found.items()}
 
 
@@ -254,14 +250,15 @@ def draw_areas(
     """Write a picture: the images, and on them the areas of teacher, student and both.
 
     Args:
-        images: [B, 3 or 1, H, W], the input or anything of its aspect; shown from their smallest to
-            their largest number. B columns, so a few: they may be the first of those `found` is of.
-        found: what `areas` returned, or the dict of one layer.
-        layer: which of several layers.
-        titles: B of them, above the images.
+        images: [B, 3 or 1, H, W], the input or images of its aspect, scaled from their smallest to
+            their largest value. The picture has B columns; B may be smaller than the batch of
+            `found`, whose first samples are drawn.
+        found: the result of `areas`, or the dict of one layer.
+        layer: index of the layer.
+        titles: B titles above the images.
 
     Raises:
-        ValueError: images, layer or titles that do not fit.
+        ValueError: images, layer or titles do not match `found`.
     """
     from sokd.inspect.pictures import areas_on_images
 
@@ -276,7 +273,7 @@ def draw_areas(
     chosen = layers[layer]
     count, samples = len(images), len(chosen["mutual"].coverage)
     if not 1 <= count <= samples:
-        raise ValueError(f"draw_areas: images must be 1 to {samples}, as found is of, got {count}")
+        raise ValueError(f"draw_areas: images must be 1 to {samples}, as in found, got {count}")
     if titles is not None and len(titles) != count:
         raise ValueError(
             f"draw_areas: titles must be {count}, one for each image, got {len(titles)}"
@@ -284,15 +281,15 @@ def draw_areas(
     areas_on_images(images, chosen, shares(chosen), path, titles=titles, caption=caption)
 
 
-# --------------------------------------------------------------------------------------- for others
+# ------------------------------------------------------------------------------------------ exports
 
 
 def export_json(subject: nn.Module, path: Path | None = None) -> dict[str, Any]:
     """The figures of a SoKD or Distiller as plain data, written to `path` if it is given.
 
     "policy": `Policy.table()`; "entropy"; "diagnostics": those of the last step; for a Distiller
-    "layers" and "weights" too. A part that is not there has no entry. In the file a number that is
-    NaN or infinite is null: JSON has no such numbers.
+    "layers" and "weights" too. A missing part has no entry. In the file, NaN and infinity are null,
+    because JSON has no such numbers.
     """
     subject = unwrapped(subject)
     kd = _kd_of(subject)
@@ -320,7 +317,7 @@ def log(
     a Distiller's dict, each entry.
 
     Raises:
-        TypeError: the subject is of another type.
+        TypeError: the subject has another type.
     """
     subject = unwrapped(subject)
     source = subject if isinstance(subject, Policy) else _kd_of(subject)

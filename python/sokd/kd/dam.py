@@ -1,6 +1,7 @@
-"""DAM: the areas that student and teacher both attend to, and the agreement of their heads.
+"""DAM with trained heads: the areas that student and teacher both attend to, and their agreement.
 
-Source: docs/method.md section 3 [P: paper, A: authors' prototype, S: settled here].
+Source: docs/method.md section 3 [P: paper, A: authors' prototype, S: settled here]. The heads
+without parameters are `sokd.kd.attention`.
 
     hidden   = relu(conv3x3(features))           C -> 3C: the first convolutions of three heads
     heat     = sigmoid(conv1x1(hidden[0:C]))                    [B, A, H, W]
@@ -12,7 +13,7 @@ Source: docs/method.md section 3 [P: paper, A: authors' prototype, S: settled he
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,20 +21,20 @@ from torch import Tensor, nn
 
 from sokd.kd.adapter import resize
 from sokd.kd.features import one_of, positive
+from sokd.kd.virtual import unwrapped
 from sokd.ops import Areas
 from sokd.ops import areas as find_areas
 from sokd.ops.masked_mse import scaled_mse
 from sokd.reference import accumulator
 
-__all__ = ["DAM", "Attention", "Heads", "apply_dam", "masked", "resized", "root"]
+__all__ = [
+    "DAM", "Attention", "Heads", "checked_options", "masked", "reads_adapted",
+    "resized", "root", "weight_of",
+]  # fmt: skip
 
 _HEADS = ("bounded", "paper")
 _AREAS = ("mutual", "student", "teacher")
 _OVERLAP = ("sum", "square", "union")
-
-
-# (points, size) of student and teacher
-_Sides = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Heads(NamedTuple):
@@ -65,13 +66,15 @@ class DAM(nn.Module):
         channels: C of both feature maps.
         heat_channels: A, the number of heat maps [A: 100].
         heads: "bounded" [S], the formulas above; "paper": each head ends with ReLU, as in the
-            prototype.
+            prototype. "attention", without parameters: `sokd.AttentionDAM`.
         areas: the maps that the areas come from. "mutual" [P]: heat sqrt(heat_s * heat_t), the mean
             size and offset; "student" [A]; "teacher".
         overlap: the weight of a cell under n areas: "sum" [P] n, "square" [A] n * n, "union" 1.
         k: areas for each sample, 1 .. A*H*W.
         kernel: side of the neighbourhood in which a peak is the largest; odd.
     """
+
+    adapts: ClassVar[bool] = True  # whether it compares adapted maps, of one shape
 
     @torch.inference_mode(False)
     def __init__(
@@ -81,55 +84,65 @@ class DAM(nn.Module):
         super().__init__()
         self.channels = positive("DAM", "channels", channels)
         self.heat_channels = positive("DAM", "heat_channels", heat_channels)
-        for name, value, choices in (
-            ("heads", heads, _HEADS), ("areas", areas, _AREAS), ("overlap", overlap, _OVERLAP)
-        ):  # fmt: skip
-            one_of("DAM", name, value, choices)
+        one_of("DAM", "heads", heads, _HEADS)
         self.heads = heads
-        self.areas = areas
-        self.overlap = overlap
-        self.k = positive("DAM", "k", k)
-        self.kernel = positive("DAM", "kernel", kernel)
-        if kernel % 2 == 0:
-            raise ValueError(f"DAM: kernel must be odd, got {kernel}")
+        self.areas, self.overlap, self.k, self.kernel = checked_options(
+            "DAM", areas, overlap, k, kernel
+        )
         self.first = nn.Conv2d(channels, 3 * channels, 3, padding=1)
         self.heat = nn.Conv2d(channels, heat_channels, 1)
         self.size = nn.Conv2d(channels, 2, 1)
         self.offset = nn.Conv2d(channels, 2, 1)
 
     def forward(self, student: Tensor, teacher: Tensor, *, scale: float = 1.0) -> Attention:
-        """Agreement and areas of student and teacher, [B, C, H, W] each, as one batch.
+        """Agreement and areas of student and teacher, [B, C, H, W] each.
 
         The teacher's features are constants; both sides train the heads. `scale` multiplies L_D.
         """
-        points, size = self._heads(torch.cat((student, teacher.detach())))
-        batch = student.shape[0]
-        agreement = self._agreement(_sides(points, size, batch), scale)
-        detached = _sides(points.detach(), size.detach(), batch)
-        of_student, of_teacher = (self._named(*side) for side in detached)
-        found = self._areas(of_student, of_teacher)
-        weight = self._weight(found.coverage)
+        # two passes: in one batch the backward would compute the teacher's half of the input
+        # gradient, which nothing reads
+        last = self._last()
+        sides = self._heads(student, *last), self._heads(teacher.detach(), *last)
+        agreement = self._agreement(*sides, scale)
+        of_student, of_teacher = (
+            self._named(points.detach(), size.detach()) for points, size in sides
+        )
+        found = self._find(of_student, of_teacher, self.areas)
+        weight = weight_of(found.coverage, self.overlap)
         return Attention(agreement, weight, found.coverage, found.boxes, of_student.heat)
 
     def maps(self, features: Tensor) -> Heads:
         """The outputs of the heads for features [B, C, H, W]."""
-        return self._named(*self._heads(features))
+        return self._named(*self._heads(features, *self._last()))
+
+    @torch.no_grad()
+    def find(self, student: Tensor, teacher: Tensor, areas: str | None = None) -> Areas:
+        """The areas of student and teacher [B, C, H, W]; `areas` None: the module's own choice.
+
+        dam.find(f_s, f_t, "teacher").coverage                # [B, H, W]
+        """
+        return self._find(self.maps(student), self.maps(teacher), areas or self.areas)
 
     def extra_repr(self) -> str:
         names = ("heads", "areas", "overlap", "k", "kernel")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
-    def _heads(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, C, H, W] -> heat and offset [N, A + 2, H, W], size in cells [N, 2, H, W]."""
-        hidden = F.relu(self.first(features), inplace=True)
-        # One convolution with a block-diagonal weight: three would first copy their slices of
-        # `hidden`.
+    def _last(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the heads' last convolutions as one, with a block-diagonal weight.
+
+        Three would first copy their slices of the hidden map.
+        """
         heads = (self.heat, self.offset, self.size)
         weight: Tensor = torch.block_diag(*(head.weight.flatten(1) for head in heads))  # type: ignore[no-untyped-call]
         biases = [cast(Tensor, head.bias) for head in heads]
         if self.heads == "bounded":
             biases[2] = biases[2] - 1
-        raw = F.conv2d(hidden, weight[..., None, None], torch.cat(biases))
+        return weight[..., None, None], torch.cat(biases)
+
+    def _heads(self, features: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, C, H, W] -> heat and offset [N, A + 2, H, W], size in cells [N, 2, H, W]."""
+        hidden = F.relu(self.first(features), inplace=True)
+        raw = F.conv2d(hidden, weight, bias)
         ended = raw.sigmoid_() if self.heads == "bounded" else raw.relu_()
         points, size = torch.split(ended, [self.heat_channels + 2, 2], dim=1)
         return points, _in_cells(size) if self.heads == "bounded" else size
@@ -138,37 +151,42 @@ class DAM(nn.Module):
         heat, offset = torch.split(points, [self.heat_channels, 2], dim=1)
         return Heads(heat, size, offset)
 
-    def _agreement(self, sides: _Sides, scale: float) -> Tensor:
+    def _agreement(
+        self, student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], scale: float
+    ) -> Tensor:
         """scale * L_D, the mean over the entries of all three heads."""
         share = scale / (self.heat_channels + 4)
-        (points_s, size_s), (points_t, size_t) = sides
-        of_points = _mean_square(points_s, points_t, share * (self.heat_channels + 2))
-        return of_points + _mean_square(size_s, size_t, share * 2)
+        of_points = _mean_square(student[0], teacher[0], share * (self.heat_channels + 2))
+        return of_points + _mean_square(student[1], teacher[1], share * 2)
 
-    def _areas(self, student: Heads, teacher: Heads) -> Areas:
-        of = teacher if self.areas == "teacher" else student
-        other = teacher if self.areas == "mutual" else None
+    def _find(self, student: Heads, teacher: Heads, areas: str) -> Areas:
+        of = teacher if areas == "teacher" else student
+        other = teacher if areas == "mutual" else None
         return find_areas(*of, k=self.k, kernel=self.kernel, teacher=other)
 
-    def _weight(self, coverage: Tensor) -> Tensor:
-        """omega [B, H, W] from the number of areas over each cell."""
-        if self.overlap == "square":
-            return coverage.square()
-        return coverage.clamp(max=1) if self.overlap == "union" else coverage
+
+def checked_options(
+    op: str, areas: str, overlap: str, k: int, kernel: int
+) -> tuple[str, str, int, int]:
+    """The options of every DAM, checked."""
+    one_of(op, "areas", areas, _AREAS)
+    one_of(op, "overlap", overlap, _OVERLAP)
+    k, kernel = positive(op, "k", k), positive(op, "kernel", kernel)
+    if kernel % 2 == 0:
+        raise ValueError(f"{op}: kernel must be odd, got {kernel}")
+    return areas, overlap, k, kernel
 
 
-def apply_dam(
-    dam: nn.Module | None, student: Tensor, refined: Tensor, scale: float
-) -> Attention | None:
-    """The output of `dam`, a `DAM` or a module called as one is; None without one.
+def weight_of(coverage: Tensor, overlap: str) -> Tensor:
+    """omega [B, H, W] from the number of areas over each cell."""
+    if overlap == "square":
+        return coverage.square()
+    return coverage.clamp(max=1) if overlap == "union" else coverage
 
-    Raises:
-        TypeError: the module returns something else than an `Attention`.
-    """
-    found = None if dam is None else dam(student, refined, scale=scale)
-    if found is None or isinstance(found, Attention):
-        return found
-    raise TypeError(f"loss: kd.dam must return an Attention, got {type(found).__name__}")
+
+def reads_adapted(dam: nn.Module | None) -> bool:
+    """Whether a DAM compares adapted maps; one with `adapts = False` reads the student's own."""
+    return dam is not None and bool(getattr(unwrapped(dam), "adapts", True))
 
 
 # ------------------------------------------------------------------------------ omega as a mask
@@ -177,7 +195,7 @@ def apply_dam(
 def masked(features: Tensor, weight: Tensor | None) -> Tensor:
     """sqrt(omega) * features [B, C, H, W], omega resized to the features; no weight: as given.
 
-    The root, so that the square of a difference of two masked maps carries omega once, as in
+    With the root, the squared difference of two masked maps has omega as its weight, as in
     `masked_mse`.
     """
     return features if weight is None else features * root(features, weight).unsqueeze(1)
@@ -198,18 +216,6 @@ def resized(weight: Tensor, features: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------- small parts
 
 
-def _sides(points: Tensor, size: Tensor, batch: int) -> _Sides:
-    """The student's and the teacher's half of the batch.
-
-    One `split`, because its gradient is one concatenation. `chunk` would read the size of the
-    batch, which may be a symbol (torch.export).
-    """
-    (points_s, points_t), (size_s, size_t) = (
-        torch.split(both, [batch, batch]) for both in (points, size)
-    )
-    return (points_s, size_s), (points_t, size_t)
-
-
 def _mean_square(student: Tensor, teacher: Tensor, scale: float) -> Tensor:
     return scaled_mse(student, teacher, None, normalise="elements", scale=scale, mutual=True)
 
@@ -217,8 +223,7 @@ def _mean_square(student: Tensor, teacher: Tensor, scale: float) -> Tensor:
 def _in_cells(share: Tensor) -> Tensor:
     """Shares [N, 2, H, W] of the map's width and height in cells."""
     height, width = share.shape[-2:]
-    # one kernel fewer; a compiler fuses them anyway, and its sizes may be symbols, not to be
-    # compared
+    # saves a kernel; a compiler fuses them anyway, and comparing its symbolic sizes adds guards
     if not torch.compiler.is_compiling() and height == width:
         return share * width
     across, down = share.chunk(2, dim=1)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "Features", "Layout", "Size", "checked_maps", "described", "layouts", "mixed_dtypes_allowed",
-    "not_negative", "of_one_dtype", "one_of", "per_layer", "positive", "tensors_of",
-    "tokens_to_map", "total",
+    "Features", "Layout", "Size", "checked_maps", "described", "kept", "layouts",
+    "mixed_dtypes_allowed", "not_negative", "of_one_dtype", "one_of", "per_layer", "positive",
+    "tensors_of", "tokens_to_map", "total",
 ]  # fmt: skip
 
 Features = Tensor | Sequence[Tensor]
@@ -74,7 +74,7 @@ def layouts(
 def per_layer(
     name: str, value: Any, count: int, *, op: str = "SoKD", layers: str = "layers"
 ) -> list[Any]:
-    """An option for each of `count` layers: a list has one entry each, other values serve all.
+    """An option of `count` layers: a list has one entry per layer, other values apply to all.
 
     Raises:
         ValueError: a list of another length.
@@ -170,7 +170,7 @@ def of_one_dtype(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tensors_of(features: Features) -> list[Tensor]:
-    """The features of all layers: a tensor is that of the only one."""
+    """The features of all layers as a list; a tensor is that of a single layer."""
     return [features] if isinstance(features, Tensor) else list(features)
 
 
@@ -278,3 +278,8 @@ def _token_layout(
     if fits:
         return prefix, grid
     raise ValueError(f"{op}: {name} must hold {rule}, got {count} tokens")
+
+
+def kept(features: Tensor, cells: Tensor | None) -> Tensor:
+    """The features [B, C, H, W] with zeros where `cells` [B, 1, H, W] are 0; None: as given."""
+    return features if cells is None else features * cells.to(features.dtype)

@@ -1,11 +1,11 @@
-"""Any feature loss with SoKD plugged in: the same signature, its features refined and masked.
+"""Any feature loss with SoKD plugged in: the same signature, kd's terms beside or inside it.
 
-    wrapped(f_s, f_t, ...) = any_loss(sqrt(omega) * adapter(f_s), sqrt(omega) * policy(f_t), ...)
-                             + agreement
+base="replace":  any_loss(sqrt(omega) * adapter(f_s), sqrt(omega) * policy(f_t), ...) + agreement
+base="keep":     any_loss(adapter(f_s), f_t, ...) + areas + agreement
 
 Source: docs/method.md 4, "any loss(f_s, f_t): called with both sides masked and the teacher
 refined" [P]. Settled here: the root of the mask, so that a squared difference carries omega once;
-the agreement term in the result, because nothing else trains the DAM that finds the mask.
+kd's own terms in the result, because nothing else trains a DAM's heads; "keep" (docs/method.md 7).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def wrap(
     any_loss: Callable[..., Any], kd: nn.Module, *, student: int | str = 0, teacher: int | str = 1,
     agreement: bool = True,
 ) -> Wrapped:  # fmt: skip
-    """`any_loss` with SoKD plugged in, called with the same arguments as `any_loss`.
+    """Wrap a feature loss with SoKD; the result has the signature of `any_loss`.
 
         kd = sokd.SoKD(student_channels=64, teacher_channels=256)
         loss = sokd.wrap(F.mse_loss, kd)
@@ -38,22 +38,24 @@ def wrap(
 
     Args:
         any_loss: takes the student's and the teacher's features, and any other arguments. It is
-            called with maps [B, C, H, W] of the teacher's shape, or with lists of them where it is
-            given lists.
+            called once, with maps [B, C, H, W] of the teacher's shape, or with lists of them where
+            it is given lists: with base="replace" masked, the teacher's refined; with base="keep"
+            the adapted student and the clean teacher.
         kd: a `sokd.SoKD` for these features. Train its parameters, as for `sokd.loss`:
             `wrapped.parameters()` holds them and those of `any_loss`, if it is a module.
         student, teacher: which arguments of `any_loss` are the features: position (from 0) or name.
             A call may pass them either way.
-        agreement: add lambda_agreement * L_D to the result, a tensor of one number; False leaves it
-            in `wrapped.agreement`, to be added by hand: for losses that return a dict or a tuple.
+        agreement: add kd's own terms to the result, a tensor of one number: lambda_agreement * L_D,
+            and with base="keep" lambda_areas * L_DA. False leaves their sum in `wrapped.agreement`,
+            to be added by hand: for losses that return a dict or a tuple.
 
     Returns:
         A module with the signature of `any_loss`.
 
     Raises:
-        TypeError: arguments of another kind; with `agreement`, a result that is not a tensor of one
+        TypeError: arguments of another type; with `agreement`, a result that is not a tensor of one
             number.
-        ValueError: arguments that are not features; features that `sokd.loss` refuses.
+        ValueError: arguments that are not features, or features for which `sokd.loss` raises.
     """
     return Wrapped(any_loss, kd, student=student, teacher=teacher, agreement=agreement)
 
@@ -90,7 +92,7 @@ class Wrapped(nn.Module):
             raise ValueError(f"wrap: {side} must {rule}, got {place!r}, which is {name!r}")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """`any_loss(*args, **kwargs)` on refined and masked features."""
+        """`any_loss(*args, **kwargs)` on kd's maps, and kd's own terms."""
         arguments: dict[int | str, Any] = dict(enumerate(args))
         arguments.update(kwargs)
         at = {side: self._find(side, arguments) for side in self._places}
@@ -99,15 +101,19 @@ class Wrapped(nn.Module):
             raise ValueError(f"wrap: teacher must {rule}, got {at['teacher']!r} for both")
         f_s, f_t = (_features(side, key, arguments[key]) for side, key in at.items())
         matches = self.kd.match(f_s, f_t)
-        students, teachers = map(list, zip(*map(_masked, matches), strict=True))
+        kept = self.kd.base == "keep"
+        pairs = [(each.student, each.clean) if kept else _masked(each) for each in matches]
+        students, teachers = map(list, zip(*pairs, strict=True))
         for side, given, maps in (("student", f_s, students), ("teacher", f_t, teachers)):
             arguments[at[side]] = maps[0] if isinstance(given, Tensor) else maps
         result = self.any_loss(
             *(arguments[i] for i in range(len(args))), **{name: arguments[name] for name in kwargs}
         )
-        self.kd.record(matches, [result.sum()] if isinstance(result, Tensor) else [])
+        areas = self.kd.distances(matches) if kept else []
+        replaced = [result.sum()] if isinstance(result, Tensor) else []
+        self.kd.record(matches, areas if kept else replaced)
         sanity.look(self.kd, f_s, f_t)
-        return self._with_agreement(result, matches)
+        return self._with_terms(result, matches, areas)
 
     def extra_repr(self) -> str:
         name = getattr(self.any_loss, "__name__", type(self.any_loss).__name__)
@@ -130,9 +136,10 @@ class Wrapped(nn.Module):
         rule = f"be among the arguments of any_loss as {wanted!r}"
         raise TypeError(f"wrap: {side} must {rule}, got {list(arguments)}")
 
-    def _with_agreement(self, result: Any, matches: Sequence[Match]) -> Any:
-        """The result with the agreement added, or the agreement left in the attribute."""
+    def _with_terms(self, result: Any, matches: Sequence[Match], areas: Sequence[Tensor]) -> Any:
+        """The result with kd's terms added, or their sum left in the attribute."""
         terms = [match.attention.agreement for match in matches if match.attention is not None]
+        terms += areas
         agreement = torch.stack(terms).sum() if terms else None
         self.agreement = None if self.adds_agreement else agreement
         if not self.adds_agreement or agreement is None:
@@ -157,7 +164,7 @@ def _place(side: str, value: Any) -> int | str:
     """`student=` or `teacher=`, checked."""
     is_place = isinstance(value, int) and not isinstance(value, bool) and value >= 0
     if not is_place and not isinstance(value, str):
-        raise TypeError(f"wrap: {side} must be a place (0 or more) or a name, got {value!r}")
+        raise TypeError(f"wrap: {side} must be a position (0 or more) or a name, got {value!r}")
     return cast("int | str", value)
 
 
@@ -166,7 +173,7 @@ def _features(side: str, key: int | str, given: Any) -> Features:
     tensors = given if isinstance(given, (list, tuple)) else [given]
     if not all(isinstance(each, Tensor) and each.dim() in (3, 4) for each in tensors):
         shapes = "features [B, C, H, W] or [B, N, C], or a list of them"
-        rule = f"lead to {shapes}, among any_loss's arguments"
+        rule = f"select {shapes}, among the arguments of any_loss"
         got = f"{', '.join(map(described, tensors))} at {key!r}"
         raise ValueError(f"wrap: {side} must {rule}, got {got}")
     return cast(Features, given)

@@ -1,8 +1,8 @@
-"""Warnings about common mistakes of a training script, each given once for one module.
+"""Warnings about common training-script mistakes, each given once per module.
 
-Everything here reads metadata (graph nodes, modes, what an optimiser holds), except the mask's
-share of covered cells, which is read on the CPU alone. Under `torch.compile`, `torch.no_grad()`, a
-functorch transform or a dispatch mode nothing is looked at.
+The checks read metadata (graph nodes, modes, the parameters of an optimiser), except for the share
+of covered cells, which is read on the CPU only. They are skipped under `torch.compile`,
+`torch.no_grad()`, a functorch transform or a dispatch mode.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Watch", "leaves", "look", "look_at_mask"]
 
-PATIENCE = 10  # steps in a row before a mistake is warned of
+PATIENCE = 10  # consecutive steps before a warning
 
 UNHELD = (
     "sokd: {parts} had gradients in {steps} steps of the student's optimiser, but no optimiser "
@@ -44,7 +44,7 @@ TEACHER_GRAPH = (
     "sokd: teacher_features require grad, but no gradient flows to the teacher; call the teacher "
     "under torch.no_grad()"
 )
-# Seen in the teacher's graph alone: under torch.no_grad() train mode leaves no trace.
+# Detected in the teacher's graph only: under torch.no_grad() train mode leaves no trace.
 TEACHER_TRAINS = (
     "sokd: the teacher ran in train mode; call teacher.eval() before the student's training"
 )
@@ -59,9 +59,9 @@ MASK_EMPTY = (
 
 
 class Watch:
-    """What has been seen of one module's training, and which warnings have been given.
+    """The state of the checks of one module's training, and the warnings already given.
 
-    `Watch.of(module)` is the module's own; copies and pickles of the module start with a new one.
+    `Watch.of(module)` returns the watch of a module; copies and pickles of it start with a new one.
     """
 
     def __init__(self) -> None:
@@ -77,24 +77,24 @@ class Watch:
 
     @classmethod
     def of(cls, module: nn.Module) -> Watch:
-        """The module's own."""
+        """The watch of this module."""
         return _watches.setdefault(module, cls())
 
     def first(self, what: str) -> bool:
-        """Whether this is the first call with these words: a check that one step is enough for."""
+        """Whether this is the first call for `what`, a check that runs in one step only."""
         is_first = what not in self._given
         self._given.add(what)
         return is_first
 
     def warn(self, text: str, **values: Any) -> None:
-        """Give a warning once, at the line of the user's code that led here."""
+        """Warn once, at the line of the user's code that led here."""
         if text in self._given:
             return
         self._given.add(text)
         warn_user(text.format(**values))
 
     def teacher(self, features: Iterable[Tensor]) -> None:
-        """Warn of a teacher with gradients, and of one whose graph shows train mode."""
+        """Warn about a teacher with gradients, and about train mode in its graph."""
         outputs = [each for each in features if each.requires_grad]
         if not outputs or TEACHER_GRAPH in self._given:
             return
@@ -106,12 +106,12 @@ class Watch:
         self, student: Iterable[Tensor], parts: Mapping[str, nn.Module | None],
         fix: str = PASS_KD, *, idle: bool = False,
     ) -> None:  # fmt: skip
-        """Wait for the next step of an optimiser, to warn of what it does not train.
+        """Watch the next step of an optimiser, to warn about parameters that it does not train.
 
         Args:
-            student: its trained parameters; read until there is one.
-            parts: what is trained beside the student, by name.
-            fix: the end of the warning of parts that no optimiser holds.
+            student: the student's trained parameters.
+            parts: the modules trained beside the student, by name.
+            fix: the end of the warning about parts that no optimiser holds.
             idle: whether the student got no gradient in this step.
         """
         if not self._settled and not self._student:
@@ -126,9 +126,9 @@ class Watch:
         return self._idle or bool(self._student)
 
     def stepped(self, parameters: Mapping[int, Tensor]) -> None:
-        """Take note of a step of an optimiser that holds these parameters, by id.
+        """Record a step of an optimiser that holds these parameters, by id.
 
-        A part may have an optimiser of its own, which steps after the student's or less often.
+        A part may have a separate optimiser, which steps after the student's or less often.
         """
         trained = [
             (name, parameter)
@@ -156,11 +156,10 @@ class Watch:
         self._settled, self._student, self._held = True, [], set()
 
     def mask(self, shares: Tensor) -> None:
-        """Count the steps in a row in which the areas of every sample cover all cells, or none.
+        """Count the consecutive steps in which the areas of every sample cover all cells, or none.
 
         Args:
-            shares: [layers], the share of cells that the areas cover; on other devices than the CPU
-                nothing is read.
+            shares: [layers], the share of cells that the areas cover; read on the CPU only.
         """
         if shares.device.type != "cpu":
             return
@@ -226,7 +225,7 @@ def _is_last() -> bool:
 
 
 def look(kd: SoKD, student_features: Features, teacher_features: Features) -> None:
-    """Look at one training step of `kd`, whose statistics are just recorded."""
+    """Check one training step of `kd`, after its statistics were recorded."""
     if not is_eager(kd.statistics) or not torch.is_grad_enabled():
         return
     watch = Watch.of(kd)
@@ -240,7 +239,7 @@ def look(kd: SoKD, student_features: Features, teacher_features: Features) -> No
 
 
 def look_at_mask(kd: SoKD) -> None:
-    """Look at the mask alone, of a step whose statistics are just recorded."""
+    """Check only the mask of a step, after its statistics were recorded."""
     if kd.dam is not None and is_eager(kd.statistics):
         Watch.of(kd).mask(kd.statistics[:, -1])
 

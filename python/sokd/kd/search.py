@@ -43,17 +43,21 @@ _CHI = ("alpha", "beta", "magnitude")
 _AGREEING = ("objective", "estimator", "order")
 _OF_STUDENT = "members.0."  # prefix of the student's weights: it is the first of `Together`
 
+_SEARCHED = (
+    "PolicySearch: kd must be made without a search of its own, which moves the policy in each "
+    "loss, got one with search='online'"
+)
 _LEFT_OUT = (
     "PolicySearch: a step's hypergradient was not finite, and the policy stayed as it was; "
     "look for inf or NaN in the batch, the features and the losses"
 )
 _ANOTHER_MODEL = (
-    "PolicySearch: step must run the model it is called with, with gradients, got a loss that none "
-    "of the student's parameters enters"
+    "PolicySearch: step must run the model it is called with, with gradients, got a loss that does "
+    "not depend on the student's parameters"
 )
 _NOTHING_TRAINED = (
     "PolicySearch: student must have parameters that require grad (or kd.adapter or kd.dam some), "
-    "for its virtual step, got none; order=1 does without"
+    "for its virtual step, got none; order=1 needs none"
 )
 
 
@@ -89,8 +93,8 @@ class PolicySearch:
             `kd.policy.estimator`. None: that of `kd.policy`.
         order: 2, or 1 for the direct gradient alone (xi = 0).
         unroll: xi [A], finite, 0 or more.
-        lr: of Adam(betas=(0.5, 0.999)) on the policy; no weight decay [S: the prototype's pulls chi
-            to 0].
+        lr: of Adam(betas=(0.5, 0.999)) on the policy, 5e-3 as in the scripts of DADA's paper [S:
+            3e-4 [A] hardly moves it]; no weight decay [S: the prototype's pulls chi to 0].
         epochs: how long the search lasts [A: 20; 50 for ResNet32x4 to 8x4, 10 for VGG, 5 on
             ImageNet].
 
@@ -105,11 +109,13 @@ class PolicySearch:
     @torch.inference_mode(False)
     def __init__(
         self, kd: nn.Module, student: nn.Module, *, objective: str = "consistency",
-        estimator: str | None = None, order: int = 2, unroll: float = 0.01, lr: float = 3e-4,
+        estimator: str | None = None, order: int = 2, unroll: float = 0.01, lr: float = 5e-3,
         epochs: int = 20,
     ) -> None:  # fmt: skip
         self.kd, self.student = unwrapped(kd), unwrapped(student)
         self.policy = _policy_of(self.kd)
+        if getattr(self.kd, "search", None) is not None:
+            raise ValueError(_SEARCHED)
         estimator = self.policy.estimator if estimator is None else estimator
         if not isinstance(self.student, nn.Module):
             got = type(student).__name__
@@ -151,7 +157,7 @@ class PolicySearch:
                 teacher's without gradient. Called up to four times with the student itself, whose
                 weights are virtual meanwhile. Order 2 refuses a `step` that runs another model;
                 order 1, which uses no gradient of the student, cannot detect it.
-            batch: for L_train, and for L_up too unless there is `held_out` [A].
+            batch: for L_train, and for L_up too if `held_out` is None [A].
             held_out: for L_up.
 
         Mixed precision: call this method under torch.autocast, since kd's terms are computed after
@@ -177,7 +183,7 @@ class PolicySearch:
                 subject = f"PolicySearch: kd.policy.{name}"
                 raise ValueError(f"{subject} must require grad, got one that is frozen")
         if is_sharded(self.student.parameters()):
-            why = "virtual weights are not sharded; DistributedDataParallel serves"
+            why = "virtual weights are not sharded; use DistributedDataParallel"
             got = "parameters of fully_shard"
             raise NotImplementedError(
                 f"PolicySearch: student must hold whole parameters ({why}), got {got}"
@@ -199,7 +205,7 @@ class PolicySearch:
     def _update(self, found: list[Tensor]) -> None:
         """Adam's steps of chi, then of the control variate; none if any gradient is not finite."""
         found = [averaged(gradient) for gradient in found]
-        # of the average, so that all ranks decide alike; squared, as Adam's state holds the squares
+        # of the average, so that all ranks agree; squared, because Adam's state has the squares
         finite = torch.stack([gradient.square().isfinite().all() for gradient in found]).all()
         _apply(self._adam, self._chi, found[:3], finite)
         if self._control is not None:
@@ -298,7 +304,7 @@ class PolicySearch:
     # ---------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
-        """The state to resume bit for bit, beside those of kd, the student and its optimiser."""
+        """The state to resume bit for bit, with those of kd, the student and its optimiser."""
         state = {name: getattr(self, name) for name in (*_AGREEING, "unroll", "epoch")}
         state |= {"seed": self.seed.clone(), "counter": self.counter.clone()}
         state["adam"] = self._adam.state_dict()
@@ -310,11 +316,11 @@ class PolicySearch:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load the `state_dict` of a search with the same objective, estimator and order.
 
-        The step sizes, lr and unroll, are loaded too, as torch.optim loads its lr; `epochs` is not,
-        so that a search may be prolonged.
+        The step sizes lr and unroll are loaded too, as torch.optim loads its lr; `epochs` is not,
+        so that a search can be extended.
 
         Raises:
-            ValueError: the state of another search or another policy; nothing is loaded then.
+            ValueError: the state of another search or another policy; nothing has been loaded then.
         """
         self._check_state(state)
         self.unroll = state["unroll"]

@@ -2,9 +2,10 @@
 
 refined   = policy(F_t)                  constant in training, differentiable in the search
 student   = adapter(F_s)
-agreement = lambda_agreement * L_D(student, refined)
+agreement = lambda_agreement * L_D       of student and refined, or of F_s and refined (attention)
 areas     = lambda_areas * masked_mse(student, refined, omega of the areas)
-total     = agreement + areas, summed over the layers       [docs/method.md sections 3 and 4]
+base      = lambda_base * mse(student, F_t), with base="keep"
+total     = agreement + areas + base, summed over the layers    [docs/method.md sections 3, 4, 7]
 """
 
 from __future__ import annotations
@@ -12,19 +13,21 @@ from __future__ import annotations
 import functools
 import inspect
 import numbers
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
 
 from sokd.kd import sanity
-from sokd.kd.adapter import Adapter, apply_adapter
-from sokd.kd.dam import DAM, Attention, apply_dam
+from sokd.kd.adapter import KINDS, Adapter, apply_adapter, kind_of_state
+from sokd.kd.attention import AttentionDAM
+from sokd.kd.dam import DAM, Attention, reads_adapted
 from sokd.kd.features import (
     Features,
     Size,
     checked_maps,
+    kept,
     layouts,
     not_negative,
     of_one_dtype,
@@ -33,12 +36,13 @@ from sokd.kd.features import (
     total,
 )  # fmt: skip
 from sokd.kd.policy import Draw, Policy
+from sokd.kd.policy.online import Layer, OnlineSearch
 from sokd.kd.virtual import unwrapped
 from sokd.ops.masked_mse import scaled_mse
 from sokd.ops.runtime import savable, transformed
 from sokd.ops.torch_internals import has_forward, share_buffers
 
-__all__ = ["Match", "SoKD", "Terms", "loss", "part_of"]
+__all__ = ["PRESETS", "Match", "SoKD", "Terms", "loss", "part_of", "settled"]
 
 T = TypeVar("T")
 PerLayer: TypeAlias = T | list[T] | None
@@ -47,6 +51,22 @@ Terms = dict[str, Tensor]
 
 # Columns of the buffer `statistics`, which has one row for each layer.
 STATISTICS = ("agreement", "areas", "heat_variance", "covered_share")
+
+# What an option is where it is "default", by `preset`.
+PRESETS: dict[str | None, dict[str, Any]] = {
+    None: {
+        "adapter": "linear", "heads": "attention", "base": "keep",
+        "lambda_agreement": 0.5, "lambda_areas": 1.0, "lambda_base": 1.5,
+        "granularity": "batch", "magnitude_gradient": "straight_through", "search": "online",
+    },
+    "paper": {
+        "adapter": "conv", "heads": "paper", "base": "replace",
+        "lambda_agreement": 10.0, "lambda_areas": 10.0, "lambda_base": 0.0,
+        "granularity": "batch", "magnitude_gradient": "straight_through", "search": None,
+    },
+}  # fmt: skip
+_HEADS = ("attention", "bounded", "paper")
+_BASES = ("keep", "replace")
 
 # How the loss calls a part: positional arguments, keywords.
 _CALLS = {"adapter": (["student"], []), "dam": (["student", "refined"], ["scale"])}
@@ -66,7 +86,10 @@ def loss(
     student_features: Features, teacher_features: Features, kd: nn.Module, *,
     return_terms: bool = False,
 ) -> Tensor | Terms:  # fmt: skip
-    """lambda_D * L_D + lambda_DA * L_DA, to be added to the task's loss [docs/method.md section 4].
+    """The terms of SoKD, to be added to the task's loss [docs/method.md sections 4 and 7].
+
+    lambda_D * L_D + lambda_DA * L_DA, and lambda_base * mse(adapted student, teacher) with
+    base="keep".
 
         kd = sokd.SoKD(student_channels=64, teacher_channels=256)
         f_s, f_t = torch.randn(8, 64, 7, 7, requires_grad=True), torch.randn(8, 256, 7, 7)
@@ -78,8 +101,8 @@ def loss(
         teacher_features: [B, C, H, W], tokens [B, N, C], or an equally long list. It gets no
             gradient.
         kd: a `sokd.SoKD`, also wrapped by DistributedDataParallel or torch.compile.
-        return_terms: return a dict of "agreement", "areas" and their sum "total" instead of the
-            sum.
+        return_terms: return a dict of "agreement", "areas", "base" (0 with base="replace") and
+            their sum "total" instead of the sum.
 
     Returns:
         A scalar, float32 (float64 for float64 features) under autocast too; 0 for an empty batch.
@@ -100,7 +123,7 @@ def loss(
 
 
 def named_kd(kd: object) -> str:
-    """The type of what is not a SoKD, as an error names it."""
+    """The type of a value that is not a SoKD, for an error."""
     name = type(kd).__name__
     if name != "SoKD":
         return name
@@ -117,6 +140,7 @@ class Match(NamedTuple):
     student: Tensor  # the adapted map [B, C, H, W]; with adapt=False the map as given
     refined: Tensor  # the refined teacher [B, C, H, W]; with refine=False the clean one
     attention: Attention | None  # areas and agreement; None without a DAM or with attend=False
+    clean: Tensor  # the teacher as given [B, C, H, W], constant
 
 
 class SoKD(nn.Module):
@@ -127,38 +151,57 @@ class SoKD(nn.Module):
         loss = F.cross_entropy(logits, y) + kd(f_s, f_t)          # or sokd.loss(f_s, f_t, kd)
 
     `parameters()`, of this module and of any module that holds it, are those the student's
-    optimiser trains: adapter and DAM. The policy is trained by `PolicySearch` alone:
-    `kd.policy.parameters()`; `state_dict()`, `buffers()`, `.to()` and `.train()` include it. Draws
-    continue in `eval()`: a validation loss is refined as the training loss is (`kd.policy = None`
-    for one that is not). Several ranks: wrap kd in DistributedDataParallel, or put it into the
-    module that is wrapped; otherwise adapters and DAMs diverge between ranks. All ranks draw alike
-    if `sokd.manual_seed` was called with the same seed on all of them before kd was made.
+    optimiser trains: those of the adapter and of DAM's trained heads. The policy is trained by the
+    search only, `search="online"` or `PolicySearch`: `kd.policy.parameters()`; `state_dict()`,
+    `buffers()`, `.to()` and `.train()` include it. Draws continue in `eval()`: a validation loss is
+    refined as the training loss is (`kd.policy = None` for one that is not). Several ranks: wrap kd
+    in DistributedDataParallel, or put it into the module that is wrapped; otherwise adapters and
+    DAMs diverge between ranks. Draws are the same on all ranks if `sokd.manual_seed` was called
+    with the same seed before kd was made.
     `kd.adapter`, `kd.policy` and `kd.dam` can be replaced or set to None: no adapter (shapes must
     be equal already), no refinement, no mask (the plain mean squared error). With several layers
     `kd.adapter` and `kd.dam` are ModuleLists, or one module that the layers share.
 
     Args:
         student_channels, teacher_channels: channels of the features, one number or equally long
-            lists. Below, a list has one entry for each layer, any other value serves all layers.
+            lists. Below, a list has one entry for each layer, any other value is for all layers.
         student_size, teacher_size: (height, width) or one number, for a strided or transposed
             convolution in the `Adapter`; None: maps of unequal size are resized.
         student_tokens, teacher_tokens: prefix tokens to drop from token features; None: see
             `sokd.kd.features.tokens_to_map`.
         student_grid, teacher_grid: (H, W) of token features; None: square.
-        lambda_agreement, lambda_areas: lambda_D and lambda_DA, the terms' weights, to be tuned;
-            they may be set at any time (a compiled loss is compiled again). The default is settled
-            here. The prototype uses 1000 and 1000 on CIFAR-100 [A], which diverge on features of
-            unit variance with SGD at lr 0.05.
+        preset: "paper": what the paper or its prototype does, in every option left at "default";
+            None: what the trials support (docs/results.md). `sokd.kd.sokd.PRESETS` lists both.
+        adapter: "conv" [A], "separable", "regressor" or "linear" (see `Adapter`), None, or a
+            module, which is called with the student's map alone if it is no `Adapter`.
+        heads: "attention" [S], without parameters (`AttentionDAM`), or the trained "bounded" [S]
+            and "paper" [A] (`DAM`).
+        base: "keep" [S]: the base method's own loss of the clean teacher stays, beside the masked
+            loss of the refined one; "replace" [P]: the masked loss takes its place. For
+            `sokd.loss` the base method is the mean square of adapted student and teacher.
+        lambda_agreement, lambda_areas, lambda_base: the terms' weights, to be tuned; they may be
+            set at any time (a compiled loss is compiled again). The prototype uses 1000 and 1000 on
+            CIFAR-100 [A], which diverge on features of unit variance with SGD at lr 0.05: the
+            preset "paper" has 10 and 10.
         normalise: "elements" [A] or "area", see `sokd.ops.masked_mse`.
-        heat_channels, heads, areas, overlap, k, kernel: of `DAM`.
-        policies, estimator, magnitude_gradient, granularity: of `Policy`.
-        adapter, policy, dam: "default", None, or a module in its place. An adapter other than
-            `Adapter` is called with the student's map alone; a DAM as `dam(student, refined,
-            scale=lambda_agreement)` and returns an `Attention`; a policy is a `sokd.Policy`.
+        areas, overlap, k, kernel: of the DAM. heat_channels: of `DAM` alone, None: 100.
+            attention_temperature: `temperature` of `AttentionDAM` alone, None: 1.
+        policies, estimator, magnitude_gradient: of `Policy`.
+        granularity: of `Policy`; "default": "sample" with search="online", else "batch".
+        search: "online": the policy moves in each loss (docs/method.md 2.6), see `freeze_policy`;
+            None: it stays as it is, unless a `PolicySearch` trains it.
+        policy, dam: "default", None, or a module in its place. A DAM is called as `dam(student,
+            refined, scale=lambda_agreement)` and returns an `Attention`; it gets the student's own
+            map where it has an attribute `adapts = False`, else the adapted one. A policy is a
+            `sokd.Policy`.
         generator: source of the seed of the policy's draws; None: see `sokd.manual_seed`.
 
+    A state_dict that was made with another adapter or other heads is refused by name, with the
+    options that load it (RuntimeError).
+
     Raises:
-        TypeError, ValueError: `SoKD: {argument} must {rule}, got {value}`.
+        TypeError, ValueError: `SoKD: {argument} must {rule}, got {value}`; options that exclude
+            each other.
     """
 
     statistics: Tensor
@@ -169,16 +212,25 @@ class SoKD(nn.Module):
         student_size: PerLayer[int | Size] = None, teacher_size: PerLayer[int | Size] = None,
         student_tokens: PerLayer[int] = None, teacher_tokens: PerLayer[int] = None,
         student_grid: PerLayer[Size] = None, teacher_grid: PerLayer[Size] = None,
-        lambda_agreement: float = 10.0, lambda_areas: float = 10.0, normalise: str = "elements",
-        heat_channels: int = 100, heads: str = "bounded", areas: str = "mutual",
-        overlap: str = "sum", k: int = 8, kernel: int = 3,
+        preset: str | None = None, adapter: nn.Module | str | None = "default",
+        heads: str = "default", base: str = "default",
+        lambda_agreement: float | Default = "default", lambda_areas: float | Default = "default",
+        lambda_base: float | Default = "default", normalise: str = "elements",
+        heat_channels: int | None = None, attention_temperature: float | None = None,
+        areas: str = "mutual", overlap: str = "sum", k: int = 8, kernel: int = 3,
         policies: Sequence[Sequence[int | str]] | None = None,
-        estimator: str = "gumbel", magnitude_gradient: str = "straight_through",
-        granularity: str = "batch", adapter: nn.Module | Default | None = "default",
+        estimator: str = "gumbel", magnitude_gradient: str = "default",
+        granularity: str = "default", search: str | None = "default",
         policy: Policy | Default | None = "default", dam: nn.Module | Default | None = "default",
         generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
+        given = {
+            "adapter": adapter, "heads": heads, "base": base, "lambda_agreement": lambda_agreement,
+            "lambda_areas": lambda_areas, "lambda_base": lambda_base, "granularity": granularity,
+            "magnitude_gradient": magnitude_gradient, "search": search,
+        }  # fmt: skip
+        chosen = settled(preset, given)
         one_of("SoKD", "normalise", normalise, ("elements", "area"))
         self.student_channels, self.teacher_channels = _channels(student_channels, teacher_channels)
         count = len(self.student_channels)
@@ -186,33 +238,42 @@ class SoKD(nn.Module):
             layouts("student", count, student_tokens, student_grid),
             layouts("teacher", count, teacher_tokens, teacher_grid), strict=True,
         ))  # fmt: skip
-        self.lambda_agreement = not_negative("SoKD", "lambda_agreement", lambda_agreement)
-        self.lambda_areas = not_negative("SoKD", "lambda_areas", lambda_areas)
+        self.base: str = chosen["base"]
+        if self.base == "replace" and lambda_base != "default":
+            raise ValueError(
+                "SoKD: lambda_base must be left out with base='replace', which has no such term, "
+                f"got {lambda_base!r}"
+            )
+        self.lambda_agreement = not_negative("SoKD", "lambda_agreement", chosen["lambda_agreement"])
+        self.lambda_areas = not_negative("SoKD", "lambda_areas", chosen["lambda_areas"])
+        self.lambda_base = not_negative("SoKD", "lambda_base", chosen["lambda_base"])
         self.normalise = normalise
-        if adapter == "default":
+        if isinstance(kind := chosen["adapter"], str):
             rows = zip(
                 self.student_channels, self.teacher_channels,
                 per_layer("student_size", student_size, count),
                 per_layer("teacher_size", teacher_size, count), strict=True,
             )  # fmt: skip
             adapter = _one_or_list(
-                Adapter(of_student, of_teacher, student_size=from_size, teacher_size=to_size)
+                Adapter(
+                    of_student, of_teacher, student_size=from_size, teacher_size=to_size, kind=kind
+                )
                 for of_student, of_teacher, from_size, to_size in rows
             )
         if dam == "default":
-            make = functools.partial(
-                DAM, heat_channels=heat_channels, heads=heads, areas=areas, overlap=overlap, k=k,
-                kernel=kernel,
-            )  # fmt: skip
+            options = {"areas": areas, "overlap": overlap, "k": k, "kernel": kernel}
+            own = {"heat_channels": heat_channels, "temperature": attention_temperature}
+            make = _dam_maker(chosen["heads"], options, own)
             dam = _one_or_list(map(make, self.teacher_channels))
         if policy == "default":
             policy = Policy(
-                policies=policies, estimator=estimator, magnitude_gradient=magnitude_gradient,
-                granularity=granularity, generator=generator,
+                policies=policies, estimator=estimator, generator=generator,
+                magnitude_gradient=chosen["magnitude_gradient"], granularity=chosen["granularity"],
             )  # fmt: skip
         self.adapter = _part_or_none("adapter", adapter, count)
         self.policy = _policy_or_none(policy)
         self.dam = _part_or_none("dam", dam, count)
+        self.search = _search_or_none(chosen["search"], self.policy)
         # A buffer, so that compiled steps fill it too; not in the state_dict: each step overwrites
         # it.
         statistics = torch.zeros(count, len(STATISTICS), dtype=torch.float32)
@@ -231,20 +292,22 @@ class SoKD(nn.Module):
             difference = match.student - match.refined            # [B, C, H, W]
             weight = match.attention.weight                       # omega [B, H, W]
 
-        `sokd.loss`, `sokd.wrap`, `sokd.Distiller`, `sokd.PolicySearch` and `sokd.inspect` are made
-        of this. It records no statistics and warns about nothing.
+        `sokd.loss`, `sokd.wrap`, `sokd.Distiller`, `sokd.PolicySearch` and `sokd.inspect` call this
+        method. It records no statistics and gives no warnings. A kd with search="online" moves its
+        policy here: in train mode, with grad mode on, without `draw`, `differentiable`,
+        `adapt=False` or `refine=False`.
 
         Args:
             student_features, teacher_features: as `sokd.loss` takes them.
-            draw: the result of `self.policy.draw(batch)`, to evaluate twice alike; None: the next
+            draw: the result of `self.policy.draw(batch)`, to repeat an evaluation; None: the next
                 draw. All layers share one draw: the same sub-policy, gates and magnitudes.
-            adapt: False: `student` is the map as given. A DAM compares maps of one shape and reads
-                an adapted copy.
+            adapt: False: `student` is the map as given. Trained heads compare maps of one shape and
+                read an adapted copy.
             refine: False: no draw is taken and `refined` is the clean teacher.
             attend: False: the DAM does not run and `attention` is None.
             differentiable: whether `refined` carries the policy's gradient.
             valid: for each layer [B, 1, H, W] at the teacher's size, 0 for cells of padding: there
-                the adapted and the refined map are 0, and so are their agreement's terms.
+                the adapted map, the refined one and omega are 0.
 
         Raises:
             TypeError, ValueError: as `sokd.loss`.
@@ -252,34 +315,62 @@ class SoKD(nn.Module):
         channels = list(zip(self.student_channels, self.teacher_channels, strict=True))
         adapters = [part_of(self.adapter, index) for index in range(len(channels))]
         dams = [part_of(self.dam, index) if attend else None for index in range(len(channels))]
-        compared = adapt or (attend and self.dam is not None)
+        compared = [adapt or reads_adapted(dam) for dam in dams]
         first = [
-            _first_parameter(*parts) if compared else None
-            for parts in zip(adapters, dams, strict=True)
+            _first_parameter(*parts) if here else None
+            for *parts, here in zip(adapters, dams, compared, strict=True)
         ]
         maps = checked_maps(student_features, teacher_features, channels, self._layouts, first)
         policy = self.policy if refine else None
+        searches = adapt and self._searches(draw, differentiable)
+        layers = []
         if policy is not None and draw is None:
             draw = policy.draw(maps[0][1].shape[0])
         matches = []
-        for index, (student, refined) in enumerate(maps):
-            adapted = student
-            if compared:
-                adapted = apply_adapter(adapters[index], student, refined)
+        for index, (student, clean) in enumerate(maps):
+            adapted, refined, dam = student, clean, dams[index]
+            if compared[index]:
+                adapted = apply_adapter(adapters[index], student, clean)
             if policy is None or differentiable:  # otherwise the refined features are new tensors
                 refined = savable(refined)
             if policy is not None:
                 with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
                     refined = policy(refined, draw, layer=index, differentiable=differentiable)
-            if compared:
+            if compared[index]:
                 adapted, refined = of_one_dtype(adapted, refined)
+                if self.base == "keep":
+                    clean = of_one_dtype(adapted, clean)[1]
             cells = None if valid is None else valid[index]
-            if cells is not None:
-                refined = refined * cells.to(refined.dtype)
-                adapted = adapted * cells.to(adapted.dtype) if compared else adapted
-            attention = apply_dam(dams[index], adapted, refined, self.lambda_agreement)
-            matches.append(Match(adapted if adapt else student, refined, attention))
+            refined, clean = kept(refined, cells), kept(clean, cells)
+            if compared[index]:
+                adapted = kept(adapted, cells)
+            if searches:
+                layers.append(Layer(clean, refined, adapted))
+            seen = adapted if reads_adapted(dam) else student
+            attention = _attend(dam, seen, refined, self.lambda_agreement)
+            if attention is not None and cells is not None:
+                attention = attention._replace(weight=attention.weight * cells[:, 0])
+            matches.append(Match(adapted if adapt else student, refined, attention, clean))
+        if self.search is not None and policy is not None and draw is not None and layers:
+            self.search.step(unwrapped(policy), draw, layers)
         return matches
+
+    def _searches(self, draw: Draw | None, differentiable: bool) -> bool:
+        """Whether a loss that was given `draw` moves the policy."""
+        own_draw = self.search is not None and draw is None and not differentiable
+        return own_draw and self.training and torch.is_grad_enabled()
+
+    def freeze_policy(self) -> None:
+        """End the search: the policy stays as it is from now on, draws continue.
+
+            kd.freeze_policy()                     # after some epochs, say
+
+        The state_dict keeps the end of an online search. A `PolicySearch` refuses a frozen policy.
+        """
+        if self.search is not None:
+            self.search.freeze()
+        elif self.policy is not None:
+            self.policy.requires_grad_(False)
 
     # ------------------------------------------------------------------------------------ the terms
 
@@ -294,7 +385,7 @@ class SoKD(nn.Module):
         self, student_features: Features, teacher_features: Features, *,
         draw: Draw | None = None, differentiable: bool = False,
     ) -> Terms:  # fmt: skip
-        """The loss's "agreement", "areas" and "total", scalars, weighted as they enter the total.
+        """The loss's "agreement", "areas", "base" and "total", scalars, weighted as in the total.
 
             draw = kd.policy.draw(batch=8)
             kd.terms(f_s, f_t, draw=draw)["areas"]                # the same value in every call
@@ -303,7 +394,7 @@ class SoKD(nn.Module):
             student_features, teacher_features: as `sokd.loss` takes them.
             draw: see `match`.
             differentiable: whether the policy gets a gradient (from "areas" alone: in the agreement
-                the teacher's features are constants). Such a call leaves no statistics.
+                the teacher's features are constants). Such a call records no statistics.
         """
         matches = self.match(
             student_features, teacher_features, draw=draw, differentiable=differentiable
@@ -313,11 +404,14 @@ class SoKD(nn.Module):
             self.record(matches, areas)
             sanity.look(self, student_features, teacher_features)
         agreement = [match.attention.agreement for match in matches if match.attention is not None]
-        terms = {
-            "agreement": total(agreement or [torch.zeros_like(areas[0])]),
-            "areas": total(areas),
-        }
-        return {**terms, "total": terms["agreement"] + terms["areas"]}
+        nothing = torch.zeros_like(areas[0])
+        terms = {"agreement": total(agreement or [nothing]), "areas": total(areas)}
+        terms["total"] = terms["agreement"] + terms["areas"]
+        terms["base"] = nothing
+        if self.base == "keep":
+            terms["base"] = total(self.bases(matches))
+            terms["total"] = terms["total"] + terms["base"]
+        return terms
 
     def consistency(
         self, student_features: Features, teacher_features: Features, *,
@@ -344,6 +438,15 @@ class SoKD(nn.Module):
         """
         return [self._distance(match, self.lambda_areas, differentiable) for match in matches]
 
+    def bases(self, matches: Sequence[Match]) -> list[Tensor]:
+        """lambda_base * mse(student, clean teacher) of each layer: the base method of `sokd.loss`.
+
+        sum(kd.bases(kd.match(f_s, f_t)))                     # the "base" of kd.terms
+        """
+        pairs = [of_one_dtype(match.student, match.clean) for match in matches]
+        options: dict[str, Any] = {"normalise": "elements", "scale": self.lambda_base}
+        return [scaled_mse(*pair, None, **options) for pair in pairs]
+
     def _distance(self, match: Match, scale: float, mutual: bool) -> Tensor:
         weight = None if match.attention is None else match.attention.weight
         return scaled_mse(
@@ -368,7 +471,8 @@ class SoKD(nn.Module):
             return
         nothing = self.statistics.new_zeros(())
         values = []
-        for index, (_, _, attention) in enumerate(matches):
+        for index, match in enumerate(matches):
+            attention = match.attention
             agreement = nothing if attention is None else attention.agreement
             term = areas[index] if index < len(areas) else nothing
             values += [agreement, term, *_variance_and_share(attention, nothing)]
@@ -383,7 +487,8 @@ class SoKD(nn.Module):
 
         "agreement", "areas": the two terms.
         "heat_variance": of the student's heat maps over samples and cells, the mean over maps; at 0
-        the heads are constant. "covered_share": share of the cells under at least one area.
+        the heads are constant. "covered_share": share of the cells that are distilled: those under
+        an area, or all of a sample in which `AttentionDAM` finds none.
         "entropy", "beta", "magnitude": the policy's.
         With several layers the terms are sums, variance and share are means, and "heat_variance.0",
         "covered_share.0", ... are those of each layer. A part that is None has no entries.
@@ -425,8 +530,27 @@ class SoKD(nn.Module):
         for policy in hidden:
             yield f"{prefix}.policy" if prefix else "policy", _BuffersOf(policy)
 
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        """As `nn.Module._load_from_state_dict`, but refuse the state of other parts by name."""
+        own = _names_of(part_of(self.adapter, 0), part_of(self.dam, 0))
+        other = {
+            name: value
+            for name, value in _names_in(state_dict, prefix).items()
+            if name in own and own[name] not in value
+        }
+        if rest[1] and other:  # strict
+            made = " and ".join(f"{name}={' or '.join(map(repr, v))}" for name, v in other.items())
+            load = ", ".join(f"{name}={value[0]!r}" for name, value in other.items())
+            raise RuntimeError(
+                f"SoKD: the state was made with {made}; to load it make kd with SoKD(..., {load})"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def extra_repr(self) -> str:
-        return f"lambda_agreement={self.lambda_agreement:g}, lambda_areas={self.lambda_areas:g}"
+        weights = ["lambda_agreement", "lambda_areas"]
+        weights += ["lambda_base"] if self.base == "keep" else []
+        terms = ", ".join(f"{name}={getattr(self, name):g}" for name in weights)
+        return f"base={self.base!r}, {terms}"
 
 
 def _first_parameter(adapter: nn.Module | None, dam: nn.Module | None) -> Tensor | None:
@@ -457,10 +581,91 @@ def _variance_and_share(attention: Attention | None, nothing: Tensor) -> list[Te
     # `var` is ten times slower on the CPU than these two passes
     heat = attention.heat.to(torch.float32)
     variance = (heat - heat.mean((0, 2, 3), keepdim=True)).square_().mean()
-    return [variance, (attention.coverage > 0).to(torch.float32).mean()]
+    return [variance, (attention.weight > 0).to(torch.float32).mean()]
+
+
+# ---------------------------------------------------------------------------- the parts in a state
+
+
+def _names_of(adapter: nn.Module | None, dam: nn.Module | None) -> dict[str, str]:
+    """The options that name the parts of a SoKD; modules of the user's have none."""
+    adapter, dam = unwrapped(adapter), unwrapped(dam)
+    names = {"adapter": adapter.kind} if isinstance(adapter, Adapter) else {}
+    if isinstance(dam, (DAM, AttentionDAM)):
+        names["heads"] = dam.heads if isinstance(dam, DAM) else "attention"
+    return names
+
+
+def _names_in(state: Mapping[str, Any], prefix: str) -> dict[str, tuple[str, ...]]:
+    """The same options of the SoKD whose state_dict this is, as far as its keys show them."""
+    kinds = [kind_of_state(state, f"{prefix}adapter.{layer}") for layer in ("", "0.")]
+    kind = next(filter(None, kinds), None)
+    names: dict[str, tuple[str, ...]] = {} if kind is None else {"adapter": (kind,)}
+    if any(f"{prefix}dam.{layer}first.weight" in state for layer in ("", "0.")):
+        names["heads"] = ("bounded", "paper")  # whose parameters are the same
+    elif kind is not None and not any(key.startswith(f"{prefix}dam.") for key in state):
+        names["heads"] = ("attention",)
+    return names
 
 
 # ------------------------------------------------------------------------------- SoKD's own options
+
+
+def settled(preset: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Every option of `PRESETS`: as given, or the preset's where it is "default" or left out.
+
+    settled("paper", {"base": "keep"})["heads"]           # 'paper'
+    """
+    if preset is not None:
+        one_of("SoKD", "preset", preset, tuple(filter(None, PRESETS)))
+    chosen = {
+        name: value if given.get(name, "default") == "default" else given[name]
+        for name, value in PRESETS[preset].items()
+    }
+    one_of("SoKD", "heads", chosen["heads"], _HEADS)
+    one_of("SoKD", "base", chosen["base"], _BASES)
+    if chosen["search"] is not None:
+        one_of("SoKD", "search", chosen["search"], ("online",))
+        if given.get("granularity", "default") == "default":
+            chosen["granularity"] = "sample"  # the search learns most from many draws
+    if isinstance(chosen["adapter"], str):
+        one_of("SoKD", "adapter", chosen["adapter"], KINDS)
+    return chosen
+
+
+def _attend(
+    dam: nn.Module | None, student: Tensor, refined: Tensor, scale: float
+) -> Attention | None:
+    """The output of `dam`, a `DAM` or a module called as one is; None without one.
+
+    Raises:
+        TypeError: the module returns something else than an `Attention`.
+    """
+    found = None if dam is None else dam(student, refined, scale=scale)
+    if found is None or isinstance(found, Attention):
+        return found
+    raise TypeError(f"loss: kd.dam must return an Attention, got {type(found).__name__}")
+
+
+def _dam_maker(
+    heads: str, options: Mapping[str, Any], own: Mapping[str, Any]
+) -> Callable[[int], nn.Module]:
+    """Makes the DAM of a layer from its channels.
+
+    Args:
+        options: of every DAM.
+        own: `heat_channels` of trained heads, `temperature` of attention; None: not given. The
+            other kind's is refused.
+    """
+    other = "heat_channels" if heads == "attention" else "temperature"
+    if own[other] is not None:
+        name = other if heads == "attention" else "attention_temperature"
+        rule = f"be left out with heads={heads!r}, which has no such option"
+        raise ValueError(f"SoKD: {name} must {rule}, got {own[other]!r}")
+    given = {name: value for name, value in own.items() if value is not None}
+    if heads == "attention":
+        return lambda channels: AttentionDAM(**options, **given)
+    return functools.partial(DAM, heads=heads, **options, **given)
 
 
 def _channels(
@@ -492,6 +697,15 @@ def _policy_or_none(given: Any) -> Policy | None:
     if given is None or isinstance(unwrapped(given), Policy):
         return cast("Policy | None", given)
     raise TypeError(f"SoKD: policy must be 'default', None or a sokd.Policy, got {_named(given)}")
+
+
+def _search_or_none(search: str | None, policy: Policy | None) -> OnlineSearch | None:
+    if search is None:
+        return None
+    if policy is None:
+        rule = "be None for a SoKD without a policy"
+        raise ValueError(f"SoKD: search must {rule}, got {search!r}")
+    return OnlineSearch(unwrapped(policy))
 
 
 def _part_or_none(name: str, given: Any, layers: int) -> nn.Module | None:

@@ -1,4 +1,4 @@
-"""Running modules at virtual weights, without a trace in modules or random state."""
+"""Running modules at virtual weights, with modules and random state left as they were."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention transfer: the student's energy over the map is spread as the teacher's.
+"""Attention transfer: the student's spatial attention maps match the teacher's.
 
     E[b,y,x] = omega[b,y,x] * sum_c F[b,c,y,x]^2;   Q = E / |E|_2 for each sample
     d_F = 2 * omega * F * d_E
@@ -34,10 +34,10 @@ def at(student: Maps, teacher: Maps, weight: Weights = None) -> Tensor:
 
     Returns:
         [] float32 (float64 for float64), the sum over the layers; 0 for an empty batch. The usual
-        weight: 1000.
+        weight is 1000.
 
-    Where the sizes differ the larger map is averaged down to the smaller first, as in the usual
-    code bases (on each axis by itself: settled here), and so is omega. A map of zeros has the
+    Where the sizes differ, the larger map is average-pooled to the smaller size first, as in the
+    usual code bases (each axis separately: settled here), and so is omega. An all-zero map has the
     attention 0, with gradient 0. Maps of one cell, whose attention is always 1, are refused.
     """
     return total([_transfer(*pair) for pair in layer_pairs("at", student, teacher, weight)])
@@ -56,7 +56,7 @@ def _transfer(student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor
 
 
 class AT(Method):
-    """`at` by name, on the student's own maps."""
+    """`at` as a `Method`, on the student's maps without an adapter."""
 
     name: ClassVar[str] = "at"
     needs: ClassVar[frozenset[str]] = frozenset({"features"})

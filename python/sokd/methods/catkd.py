@@ -1,4 +1,4 @@
-"""Class attention transfer: the map of each class's evidence, not the features behind it.
+"""Class attention transfer: match class activation maps instead of features.
 
     A[b,k,y,x] = sum_c head[k,c] * F[b,c,y,x]          class activation maps
     P = averages of A over r x r regions
@@ -31,7 +31,7 @@ from sokd.methods.common import (
     wide,
 )
 
-__all__ = ["CATKD", "catkd", "class_maps"]
+__all__ = ["CATKD", "Head", "catkd", "class_maps", "head_weight"]
 
 Head = nn.Module | Tensor
 
@@ -52,12 +52,12 @@ def catkd(
     Args:
         student: class activation maps [B, K, H_s, W_s] (see `class_maps`), or a list of them.
         teacher: [B, K, H, W], constant, or an equally long list.
-        weight: omega [B, H, W] at the teacher's size: both sides are multiplied by its root before
-            the pooling.
-        resolution: r; the paper: 2 on CIFAR-100, 4 on ImageNet.
-        normalise: whether each pooled map is divided by its length. The authors' weights: 40 with
-            it (ResNet50 -> MobileNetV2), 15 without it (ResNet32x4 -> ResNet8x4). With it maps of
-            one cell, of which only the sign would be left, are refused, and resolution=1.
+        weight: omega [B, H, W] at the teacher's size: both sides are multiplied by its square root
+            before pooling.
+        resolution: r; the paper uses 2 on CIFAR-100 and 4 on ImageNet.
+        normalise: whether each pooled map is divided by its norm. The authors' weights are 40 with
+            normalisation (ResNet50 -> MobileNetV2) and 15 without (ResNet32x4 -> ResNet8x4). With
+            it, maps of one cell and resolution=1 are refused: only the sign would be left.
 
     Returns:
         [] float32 (float64 for float64), the sum over the pairs; 0 for an empty batch.
@@ -103,33 +103,34 @@ def class_maps(features: Tensor, head: Head) -> Tensor:
             weight [K, C]. Its bias is constant over positions and is left out (settled here).
     """
     with unmixed(features):
-        weight = wide(_head_weight(head, features.shape[1]))
+        weight = wide(head_weight("catkd", head, features.shape[1]))
         maps: Tensor = F.conv2d(wide(features), weight[:, :, None, None])
         return maps
 
 
-def _head_weight(head: Head, channels: int) -> Tensor:
+def head_weight(op: str, head: Head, channels: int) -> Tensor:
+    """The weight [K, C] of a classifier of `channels`."""
     weight: Tensor | None = head if isinstance(head, Tensor) else getattr(head, "weight", None)
     if not isinstance(weight, Tensor):
         rule = "be a linear layer, a 1x1 convolution or a weight [K, C]"
-        raise TypeError(f"catkd: head must {rule}, got {type(head).__name__}")
+        raise TypeError(f"{op}: head must {rule}, got {type(head).__name__}")
     if weight.dim() == 4 and weight.shape[2:] == (1, 1):
         weight = weight.flatten(1)
     if weight.dim() != 2 or weight.shape[1] != channels:
         raise ValueError(
-            f"catkd: head must have the weight [K, {channels}], got {list(weight.shape)}"
+            f"{op}: head must have the weight [K, {channels}], got {list(weight.shape)}"
         )
     return weight
 
 
 class CATKD(Method):
-    """`catkd` by name, on the last layer pair.
+    """`catkd` as a `Method`, on the last layer pair.
 
     Options:
-        student_head, teacher_head: the models' classifiers (see `class_maps`). The student's is
-            trained through its maps too, as in the paper; neither becomes a submodule. Without them
-            the last maps have to be class activation maps already, with one channel for each of the
-            logits.
+        student_head, teacher_head: the models' classifiers (see `class_maps`). Gradients reach the
+            student's classifier through its maps, as in the paper; neither becomes a submodule.
+            Without classifiers the last maps must be class activation maps already, with one
+            channel for each logit.
         resolution, normalise: see `catkd`.
     """
 
@@ -143,22 +144,22 @@ class CATKD(Method):
         resolution: int = 2, normalise: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(student_shapes, teacher_shapes)
-        # in a tuple: the models own them, and save them
+        # in a tuple, which hides the modules: the models own and save them
         self.heads = (student_head, teacher_head)
         self.resolution = number("catkd", "resolution", resolution, least=1, whole=True)
         self.normalise = normalise
         for head, shapes in zip(self.heads, (student_shapes, teacher_shapes), strict=True):
             if head is not None and shapes:
-                _head_weight(head, shapes[-1][0])
+                head_weight("catkd", head, shapes[-1][0])
 
     def forward(self, step: Step) -> Tensor:
         classes = given(
-            self.name, "student_logits", step.student_logits, "it says how many classes"
+            self.name, "student_logits", step.student_logits, "for the number of classes"
         ).shape[1]
         pairs = layer_pairs(self.name, step.student[-1], step.teacher[-1], step.weight[-1])
         (student, teacher, weight), (head_s, head_t) = pairs[0], self.heads
         _check_compared(student, teacher, self.resolution, self.normalise)
-        # pooling and the head commute: r x r cells are weighed, not the whole map
+        # pooling and the head commute, so the head runs on r x r cells instead of the whole map
         pooled_s = self._maps("student", _pooled(student, weight, self.resolution), head_s, classes)
         with torch.no_grad():
             pooled_t = self._maps(
@@ -169,6 +170,8 @@ class CATKD(Method):
     def _maps(self, side: str, pooled: Tensor, head: Head | None, classes: int) -> Tensor:
         maps = pooled if head is None else class_maps(pooled, head)
         if maps.shape[1] != classes:
-            rule = f"be given ({side}'s last linear layer), or its last map have {classes} channels"
+            rule = (
+                f"be given unless the {side}'s last map has {classes} channels, one for each class"
+            )
             raise ValueError(f"catkd: {side}_head must {rule}, got {maps.shape[1]}")
         return maps

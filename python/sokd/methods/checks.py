@@ -1,4 +1,4 @@
-"""Checks of the methods' arguments; they return layers as lists and teachers as constants."""
+"""Checks of the methods' arguments, which return layers as lists and teachers as constants."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from sokd.methods.common import Maps, Weights, constant, wide
 from sokd.ops.runtime import is_eager, warn_user
 
-__all__ = ["check_cells", "check_labels", "layer_pairs", "logits_pair", "number", "wrong_class"]
+__all__ = ["check_cells", "check_target", "layer_pairs", "logits_pair", "number", "wrong_class"]
 
 Pair = tuple[Tensor, Tensor, Tensor | None]  # student, teacher, omega
 
@@ -26,11 +26,11 @@ SWAPPED = (
 def logits_pair(
     op: str, student: Tensor, teacher: Tensor, *, dense: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Both sides' logits [B, K], checked; float32 or float64, the teacher's constant.
+    """Check both sides' logits; return them as [B, K], float32 or float64, the teacher's constant.
 
     Args:
-        dense: whether [B, K, H, W] (or [B, K, D, H, W]) is taken too, as [B * H * W, K]. Not [B, K,
-            N]: with as many dimensions others put K last.
+        dense: whether [B, K, H, W] (or [B, K, D, H, W]) is accepted too, as [B * H * W, K]. [B, K,
+            N] is not, because many models put K last there.
     """
     _check_tensors(op, "student_logits", student, "teacher_logits", teacher)
     rank = student.dim()
@@ -49,11 +49,11 @@ def layer_pairs(
     op: str, student: Maps, teacher: Maps, weight: Weights = None, *, embeddings: bool = False,
     same: str = "",
 ) -> list[Pair]:  # fmt: skip
-    """The layers' features and weights as lists, checked; the teacher's constant, dtypes as given.
+    """Check the layers' features and weights and return them as lists, the teacher's constant.
 
     Args:
-        embeddings: whether [B, D] is taken beside [B, C, H, W].
-        same: "shape" or "channels", what the two sides have to have in common beside the batch.
+        embeddings: whether [B, D] is accepted too.
+        same: "shape" or "channels", what the two sides must share besides the batch size.
     """
     students, teachers = _as_list(student), _as_list(teacher)
     weights = (
@@ -71,10 +71,10 @@ def number(
     op: str, name: str, value: Any, *, above: float | None = None, least: float | None = None,
     below: float = math.inf, whole: bool = False,
 ) -> Any:  # fmt: skip
-    """An option that is a number, checked; a tensor, such as a learned temperature, is not read.
+    """Check an option that is a number; a tensor, such as a learned temperature, is not read.
 
     Args:
-        above, least, below: bounds; `least` is in the range, the others are not.
+        above, least, below: bounds; `least` is inclusive, the others are exclusive.
         whole: whether it must be a whole number.
 
     Raises:
@@ -99,10 +99,15 @@ def number(
     raise ValueError(f"{op}: {name} must be {rule}, got {value!r}")
 
 
-def check_labels(op: str, target: Tensor, classes: int, ignored: int) -> None:
-    """Raise ValueError for labels that are not classes; read on the CPU alone."""
+def check_target(op: str, target: Any, logits: Tensor, ignored: int) -> None:
+    """Raise for a target that is not the class indices of logits [B, K]; read on the CPU only."""
+    if not isinstance(target, Tensor) or target.dtype != torch.int64:
+        got = str(target.dtype) if isinstance(target, Tensor) else type(target).__name__
+        raise TypeError(f"{op}: target must be an int64 tensor [B], got {got}")
+    if target.shape != logits.shape[:1]:
+        raise ValueError(f"{op}: target must be [{logits.shape[0]}], got {list(target.shape)}")
     if target.device.type == "cpu" and is_eager(target) and target.numel():
-        text = wrong_class(target, classes, ignored)
+        text = wrong_class(target, logits.shape[1], ignored)
         if text:
             raise ValueError(f"{op}: {text}")
 
@@ -129,7 +134,7 @@ def _layer_pair(
     _check_rank(op, "student", student, embeddings)
     _check_rank(op, "teacher", teacher, embeddings)
     if same == "shape" and student.shape != teacher.shape:
-        rule = f"have the teacher's shape {list(teacher.shape)} (an adapter brings it there)"
+        rule = f"have the teacher's shape {list(teacher.shape)} (see sokd.Adapter)"
         raise ValueError(f"{op}: student must {rule}, got {list(student.shape)}")
     if same == "channels" and student.shape[1] != teacher.shape[1]:
         raise ValueError(f"{op}: student must have the teacher's {teacher.shape[1]} channels, "

@@ -1,22 +1,23 @@
 """The inputs of a method in each step, its base class, and functions that the methods share.
 
-Every method is usable in two ways: as a loss of its own (`sokd.methods.kd(student_logits,
-teacher_logits)`) and by name (`build("kd", ...)`), when it is called with a `Step`. All compute in
-float32 (float64 for float64 input) regardless of autocast, never send a gradient to the teacher,
-and give 0 for an empty batch.
+A method can be used in two ways: as a function or module (`sokd.methods.kd(student_logits,
+teacher_logits)`), and by name (`build("kd", ...)`), which gives a `Method` that is called with a
+`Step`. All methods compute in float32 (float64 for float64 input) regardless of autocast, compute
+no gradient for the teacher, and return 0 for an empty batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from sokd.kd.dam import masked, resized, root
 from sokd.kd.features import total
+from sokd.methods.regions import Images
 from sokd.ops.runtime import apply, savable
 from sokd.reference import accumulator
 
@@ -24,6 +25,7 @@ __all__ = [
     "Maps", "Method", "Shape", "Shapes", "Step", "Weights", "masked", "resized", "root", "total",
 ]  # fmt: skip
 
+T = TypeVar("T")
 Shape = tuple[int, int, int]  # (C, H, W)
 Shapes = Sequence[Shape]
 Maps = Tensor | Sequence[Tensor]
@@ -37,21 +39,23 @@ class Step:
     student_logits: Tensor | None  # [B, K], or dense, [B, K, H, W]
     teacher_logits: Tensor | None  # of that shape, constant
     target: Tensor | None  # [B] class indices (int64)
-    student: list[Tensor]  # one map [B, C_s, H_s, W_s] for each layer pair, as the student gave it
-    teacher: list[Tensor]  # [B, C, H, W], constants; refined where SoKD is plugged in
-    adapted: list[Tensor]  # in the teacher's shapes where a method `adapts`, else as `student`
+    student: list[Tensor]  # one map [B, C_s, H_s, W_s] for each layer pair, not adapted
+    teacher: list[Tensor]  # [B, C, H, W], constants; refined where SoKD is on
+    adapted: list[Tensor]  # in the teacher's shapes where a method `adapts`, else `student`
     weight: list[Tensor | None]  # omega [B, H, W] at the teacher's size; None: no mask
     index: Tensor | None  # [B] int64: the samples' places in the training set
+    boxes: Sequence[Tensor] | None = None  # [n, 4] for each image: x1 y1 x2 y2 in input pixels
+    images: Images | None = None  # the sizes of the images and of the padded input
 
 
 class Method(nn.Module):
-    """A distillation method as a module: `forward(step)` is its term, a scalar, not yet weighted.
+    """A distillation method as a module: `forward(step)` returns its unweighted term, a scalar.
 
-    A subclass takes the shapes of the layer pairs, then its options, keyword-only.
+    The constructor of a subclass takes the shapes of the layer pairs, then keyword-only options.
     """
 
     name: ClassVar[str]
-    needs: ClassVar[frozenset[str]]  # of {"logits", "features", "target", "index"}
+    needs: ClassVar[frozenset[str]]  # of {"logits", "features", "target", "index", "boxes"}
     adapts: ClassVar[bool] = False  # whether it reads step.adapted
     default_weight: ClassVar[float]  # the paper's weight of the term
 
@@ -78,7 +82,7 @@ def constant(tensor: Tensor) -> Tensor:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """As float32, or as it is where it is float64."""
+    """The tensor in the accumulator dtype: float64 for float64, else float32."""
     return tensor.to(accumulator(tensor.dtype))
 
 
@@ -88,17 +92,17 @@ def unmixed(tensor: Tensor) -> torch.autocast:
 
 
 def unit(vectors: Tensor, dim: int) -> Tensor:
-    """The vectors along `dim`, divided by their lengths; zeros stay, with a bounded gradient.
+    """The vectors along `dim`, divided by their norms; a zero stays zero, with a bounded gradient.
 
-    `F.normalize` divides the gradient of a zero by its eps of 1e-12: one dead unit, and the step is
-    lost.
+    `F.normalize` divides the gradient at zero by its eps of 1e-12, so a single dead unit would
+    spoil the step.
     """
     length = torch.linalg.vector_norm(vectors, dim=dim, keepdim=True)
     return vectors / torch.where(length > 0, length, 1.0)
 
 
 def squares(features: Tensor, dim: int) -> Tensor:
-    """The sum of squares along `dim`; its backward is one product, where autograd takes several."""
+    """The sum of squares along `dim`, with a backward of one product."""
     return (
         cast(Tensor, apply(_Squares, features, dim))
         if features.requires_grad
@@ -125,9 +129,9 @@ class _Squares(torch.autograd.Function):
 
 
 def once(op: str, gradient: Tensor, of: Tensor) -> Tensor:
-    """A gradient computed beforehand, whose own gradient is refused.
+    """A gradient computed in the forward; differentiating it raises.
 
-    Not `once_differentiable`: that gives a silent 0 where the upstream gradient is a constant.
+    `once_differentiable` would give a silent 0 where the upstream gradient is a constant.
     """
     return cast(Tensor, apply(_Once, gradient, of, op))
 
@@ -150,8 +154,8 @@ class _Once(torch.autograd.Function):
         )
 
 
-def given(op: str, name: str, tensor: Tensor | None, what: str) -> Tensor:
+def given(op: str, name: str, value: T | None, what: str) -> T:
     """A part of the step that this method requires."""
-    if tensor is None:
+    if value is None:
         raise ValueError(f"{op}: {name} must be given ({what}), got None")
-    return tensor
+    return value

@@ -18,9 +18,9 @@ from sokd.methods.common import once
 
 __all__ = ["noise_contrast"]
 
-# So many rows of the bank for each row picked: up to here a product with the whole bank is faster
-# than going to the picked rows. Measured (64 x 16385 rows of 128): 18 against 66 ms at 3, 500
-# against 200 ms at 78.
+# Up to this many rows of the bank for each picked row, a product with the whole bank is faster than
+# a gather of the picked rows. Measured for 64 x 16385 rows of 128: 18 against 66 ms at a ratio of
+# 3, 500 against 200 ms at 78.
 _DENSE_UP_TO = 8
 
 
@@ -30,9 +30,9 @@ def noise_contrast(
     """The loss, a scalar with a gradient for the anchor, and the log Z it used.
 
     Args:
-        anchor: [B, D], of length 1; bank: [N, D], constant.
-        picked: [B, K + 1] int64, rows of the bank: the own one first, then the others.
-        known: [] log Z, or NaN: taken from these scores.
+        anchor: [B, D], of norm 1; bank: [N, D], constant.
+        picked: [B, K + 1] int64, rows of the bank: the positive first, then the negatives.
+        known: [] log Z; NaN: it is estimated from these scores.
     """
     loss, _, log_z = _NoiseContrast.apply(  # type: ignore[no-untyped-call]
         anchor, bank, picked, known, temperature
@@ -41,9 +41,9 @@ def noise_contrast(
 
 
 class _NoiseContrast(torch.autograd.Function):
-    """(loss, d_anchor, log Z): the forward computes the gradient, so it does not keep B x K scores.
+    """(loss, d_anchor, log Z). The forward computes the gradient and keeps no B x K scores.
 
-    It has to be: by the time of the backward the bank is another one.
+    The backward cannot compute it, because the bank has been updated by then.
     """
 
     @staticmethod
@@ -73,7 +73,7 @@ class _NoiseContrast(torch.autograd.Function):
 
 
 class _Similarities:
-    """<anchor_b, bank[picked_bk]> [B, K + 1], and its backward, without the rows [B, K + 1, D]."""
+    """<anchor_b, bank[picked_bk]> [B, K + 1] and its backward; no rows [B, K + 1, D] are stored."""
 
     def __init__(self, anchor: Tensor, bank: Tensor, picked: Tensor) -> None:
         self.anchor, self.bank, self.picked = anchor, bank, picked
@@ -82,7 +82,7 @@ class _Similarities:
     def values(self) -> Tensor:
         if self.dense:
             return (self.anchor @ self.bank.T).gather(1, self.picked)
-        # a weighted sum of rows has, for its weights, these products as its gradient
+        # these products are the gradient of a weighted sum of rows with respect to its weights
         with torch.enable_grad():
             ones = self.anchor.new_zeros(self.picked.shape).requires_grad_()
             (dots,) = torch.autograd.grad(self._weighted(ones), ones, self.anchor)

@@ -1,4 +1,4 @@
-"""Contrastive representation distillation: a sample's teacher embedding against those of others.
+"""Contrastive representation distillation: pick the teacher embedding of the same sample.
 
     v = W x / |W x|, W for each side;   h(v, m) = exp(<v, m> / tau) / Z;   c = K / N
     L(v, M) = -1/B * sum_b [log h(v_b, M_b) / (h(v_b, M_b) + c)
@@ -26,12 +26,12 @@ from sokd.methods.checks import layer_pairs, number
 from sokd.methods.common import Method, Shapes, Step, constant, given, root, unmixed, wide
 from sokd.methods.contrast import noise_contrast
 from sokd.methods.negatives import Negatives
-from sokd.ops.distributed import everyones, place
+from sokd.ops.distributed import all_gathered, place
 from sokd.ops.runtime import eager_only, is_eager
 
 __all__ = ["CRD", "CRDLoss", "crd", "pooled"]
 
-_SHORTEST = 1e-12  # what a length of 0 counts as, `F.normalize`'s own
+_SHORTEST = 1e-12  # the least norm that is divided by, as in `F.normalize`
 
 
 def crd(
@@ -55,21 +55,21 @@ class CRDLoss(nn.Module):
 
     Args:
         student_dim, teacher_dim: D_s and D.
-        num_samples: N, samples in the training set; `index` counts in it.
-        dim: of the embeddings; the paper: 128.
-        negatives: K for each sample; the paper: 16384. Drawn independently, as the formula has it.
-        temperature, momentum: tau and the banks' momentum; the paper: 0.07 and 0.5 (weight 0.8).
-        labels: [N] int64, the training set's classes: negatives are then of other classes (the
+        num_samples: N, the number of training samples; `index` is in 0 .. N - 1.
+        dim: of the embeddings; the paper uses 128.
+        negatives: K for each sample, drawn independently, as in the formula; the paper uses 16384.
+        temperature, momentum: tau and the momentum of the banks; the paper uses 0.07 and 0.5 (and a
+            weight of 0.8).
+        labels: [N] int64, the classes of the training samples, for negatives of other classes (the
             authors' "exact" mode); None: any other samples.
-        generator: where the seed of banks and negatives is taken from; None: `sokd.manual_seed`'s
-            source, else PyTorch's.
+        generator: source of the seed of banks and negatives; None: see `sokd.manual_seed`.
 
-    Parameters: the two embeddings. Buffers: the banks, Z's logarithms (NaN until the first batch
-    sets them, as the authors do), seed and counter of the negatives: a checkpoint resumes bit for
-    bit. All float32 under autocast. Under torch.distributed every rank's embeddings go into the
-    banks of all; the first batch has each rank's own Z, those after it the mean over the ranks.
-    Second derivatives are refused, torch.compile breaks its graph here. Rows given twice in one
-    batch: the last stays (on a GPU: either).
+    Parameters: the two embeddings. Buffers: the banks, the logarithms of Z (NaN until the first
+    batch sets them, as in the authors' code), seed and counter of the negatives; a checkpoint
+    resumes bit for bit. Everything is float32 under autocast. Under torch.distributed the banks of
+    every rank receive the embeddings of all ranks; Z is each rank's own in the first batch and the
+    mean over the ranks afterwards. A second derivative raises, and torch.compile breaks its graph
+    here. If an index occurs twice in a batch, the last embedding is kept (on a GPU, either one).
     """
 
     student_bank: Tensor
@@ -97,28 +97,28 @@ class CRDLoss(nn.Module):
         self.student_embedding = nn.Linear(student_dim, dim)
         self.teacher_embedding = nn.Linear(teacher_dim, dim)
         start = torch.rand(2, num_samples, dim, generator=torch.Generator().manual_seed(int(seed)))
-        start = (2 * start - 1) * math.sqrt(3 / dim)  # rows of length 1 on average
+        start = (2 * start - 1) * math.sqrt(3 / dim)  # rows of norm 1 on average
         self.register_buffer("student_bank", start[0])
         self.register_buffer("teacher_bank", start[1])
         self.register_buffer("log_normaliser", torch.full((2,), math.nan))
 
-    # A compiled graph may put off what the gradient reads from a bank until the bank has been
-    # changed: wrong gradients, seen with torch 2.13. Outside of it, this loss runs as it is.
+    # A compiled graph may delay the gradient's reads of a bank until the bank has been updated,
+    # which gave wrong gradients with torch 2.13. So this loss always runs eagerly.
     @eager_only
     def forward(
         self, student: Tensor, teacher: Tensor, index: Tensor, contrast: Tensor | None = None
     ) -> Tensor:
-        """Contrast, then (in training) put the new embeddings into the banks.
+        """The contrastive loss; in train mode the banks receive the new embeddings.
 
         Args:
             student, teacher: [B, D_s] and [B, D]; the teacher's embedding is trained, the teacher
                 is not.
-            index: [B] int64, the samples' places in the training set, 0 .. N - 1 (checked on the
+            index: [B] int64, the samples' indices in the training set, 0 .. N - 1 (checked on the
                 CPU).
             contrast: [B, K] int64, the negatives; None: drawn.
 
         Returns:
-            [] float32; 0 for an empty batch, which leaves no trace.
+            [] float32; 0 for an empty batch, which changes no buffer.
         """
         self._check_embeddings(student, teacher)
         self._check_index(index, student)
@@ -146,17 +146,18 @@ class CRDLoss(nn.Module):
     @torch.no_grad()
     def _settle(self, used: Tensor) -> None:
         """Set Z from the first batch, over all ranks."""
-        known, fresh = self.log_normaliser, _mean_of_exp(everyones(used.unsqueeze(0)))
+        known, fresh = self.log_normaliser, _mean_of_exp(all_gathered(used.unsqueeze(0)))
         known.copy_(torch.where(known.isnan(), fresh, known))
 
     @torch.no_grad()
     def _remember(self, index: Tensor, *embeddings: Tensor) -> None:
         """Write the new embeddings of all ranks into the banks, which stay equal on every rank."""
-        if place()[1] > 1:  # one exchange for both
-            index, embeddings = everyones(index), everyones(torch.cat(embeddings, 1)).chunk(2, 1)
+        if place()[1] > 1:  # one all-gather for both
+            index, joined = all_gathered(index), all_gathered(torch.cat(embeddings, 1))
+            embeddings = joined.chunk(2, 1)
         for bank, embedding in zip((self.student_bank, self.teacher_bank), embeddings, strict=True):
             rows = bank.index_select(0, index).lerp_(embedding, 1 - self.momentum)
-            # `F.normalize` in place: it takes a third of the whole update otherwise
+            # `F.normalize` in place, which is otherwise a third of the update
             length = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min_(_SHORTEST)
             bank.index_copy_(0, index, rows.div_(length))
 
@@ -168,7 +169,7 @@ class CRDLoss(nn.Module):
         )
         for name, features, embedding in sides:
             if features.dim() != 2:
-                rule = "be [B, D] (sokd.methods.pooled makes it of a map)"
+                rule = "be [B, D] (see sokd.methods.pooled for maps)"
                 raise ValueError(f"crd: {name} must {rule}, got {list(features.shape)}")
             if features.shape[1] != embedding.in_features:
                 rule = f"be [B, {embedding.in_features}] ({name}_dim)"
@@ -188,7 +189,7 @@ class CRDLoss(nn.Module):
 
 
 def _mean_of_exp(logs: Tensor) -> Tensor:
-    """log of the mean of exp(logs [R, 2]) over R, without NaN (of ranks without samples)."""
+    """log of the mean of exp(logs [R, 2]) over R, ignoring NaN (ranks without samples)."""
     there = ~logs.isnan()
     total = torch.where(there, logs, -math.inf).logsumexp(0)
     return torch.where(there.any(0), total - there.sum(0).log(), math.nan)
@@ -203,9 +204,9 @@ def pooled(features: Tensor, weight: Tensor | None = None) -> Tensor:
 
         assert sokd.methods.pooled(torch.randn(2, 16, 7, 7)).shape == (2, 16)
 
-    Settled here, for the mask on top of CRD (docs/method.md 4: refine, mask, then pool): the
-    weights are divided by their sum, so that the size of the areas does not scale the embedding;
-    where omega is 0 all over, 0.
+    Settled here, for CRD with a mask (docs/method.md 4: refine, mask, then pool): the weights are
+    divided by their sum, so that the size of the areas does not scale the embedding. An omega that
+    is 0 everywhere gives 0.
     """
     features = wide(features)
     if weight is None:
@@ -217,7 +218,7 @@ def pooled(features: Tensor, weight: Tensor | None = None) -> Tensor:
 
 
 class CRD(Method):
-    """`crd` by name, on the pooled last layer pair; options as of `CRDLoss`."""
+    """`crd` as a `Method`, on the pooled last layer pair; the options are those of `CRDLoss`."""
 
     name: ClassVar[str] = "crd"
     needs: ClassVar[frozenset[str]] = frozenset({"features", "index"})
@@ -241,7 +242,7 @@ class CRD(Method):
 
     def forward(self, step: Step) -> Tensor:
         index = given(
-            self.name, "index", step.index, "the samples' places in the training set, int64 [B]"
+            self.name, "index", step.index, "the samples' indices in the training set, int64 [B]"
         )
         ((student, teacher, weight),) = layer_pairs(
             self.name, step.student[-1], step.teacher[-1], step.weight[-1]

@@ -1,4 +1,4 @@
-"""DIST: correlation in place of divergence, over a sample's classes and over a class's samples.
+"""DIST: correlations over the classes of a sample and over the samples of a class.
 
     p = softmax(logits / T) [B, K]
     r(u, v) = <u - mean u, v - mean v> / (|u - mean u| |v - mean v| + 1e-8)
@@ -23,7 +23,7 @@ from sokd.ops.runtime import apply
 __all__ = ["DIST", "dist"]
 
 _EPS = 1e-8
-_ROUNDINGS = 4  # what is left of a constant less its mean, in units of its last place
+_ROUNDINGS = 4  # the rounding error of a constant minus its mean, in units in the last place
 
 
 def dist(
@@ -37,17 +37,18 @@ def dist(
 
     Args:
         student_logits, teacher_logits: [B, K], K >= 2, any floating-point dtypes; [B, K, H, W]
-            counts as B * H * W samples, as in the authors' code for segmentation.
+            is B * H * W samples, as in the authors' code for segmentation.
         beta, gamma: weights of the two relations; the paper's 2 and 2 are `default_weight` times
             these.
-        temperature: T; the paper: 4 on CIFAR-100, 1 on ImageNet. T^2 as in the authors' code.
+        temperature: T; the paper uses 4 on CIFAR-100 and 1 on ImageNet. The factor T^2 is that of
+            the authors' code.
 
     Returns:
-        [] float32 (float64 for float64); 0 for an empty batch. Second derivatives are refused.
+        [] float32 (float64 for float64); 0 for an empty batch. A second derivative raises.
 
-    Without variance (a batch of one, a student that says the same of everything) a correlation
-    counts as 0, with gradient 0: the formula's own is 1e8 there, at the first step of a head that
-    starts at zero.
+    A correlation without variance (a batch of one, or the same prediction for every sample) counts
+    as 0, with gradient 0. The formula would give a gradient of 1e8 there, at the first step of a
+    classifier that is initialised to zero.
     """
     _check_options(beta, gamma, temperature)
     student, teacher = logits_pair("dist", student_logits, teacher_logits)
@@ -111,7 +112,7 @@ def _correlation(a: Tensor, b: Tensor, dim: int, noise: Tensor | float) -> tuple
 
 
 class DIST(Method):
-    """`dist` by name. SoKD's mask, which is for features, is not used."""
+    """`dist` as a `Method`. SoKD's mask applies to features and is not used."""
 
     name: ClassVar[str] = "dist"
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})

@@ -1,6 +1,6 @@
-"""Decoupled knowledge distillation: the target's probability and the others' distribution, apart.
+"""Decoupled knowledge distillation: separate terms for the target class and the other classes.
 
-    b = (p_y, 1 - p_y);   q = softmax over the classes but y           (of logits / T, on each side)
+    b = (p_y, 1 - p_y);   q = softmax over the classes except y        (of logits / T, on each side)
     dkd = T^2 / B * sum_b  alpha * KL(b_t || b_s) + beta * KL(q_t || q_s)
 
 Source: Zhao, Cui, Song, Qiu, Liang, "Decoupled Knowledge Distillation" (CVPR 2022, arXiv
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sokd.methods.checks import check_labels, logits_pair, number
+from sokd.methods.checks import check_target, logits_pair, number
 from sokd.methods.common import Method, Shapes, Step, given
 
 __all__ = ["DKD", "dkd"]
@@ -34,20 +34,20 @@ def dkd(
     Args:
         student_logits, teacher_logits: [B, K], K >= 2, any floating-point dtypes.
         target: [B] int64, the true classes, or `ignore_index`.
-        alpha, beta: weights of the two parts; the paper: 1 and 8 for most CIFAR-100 pairs (0.25 to
-            8), 1 and 0.5 on ImageNet.
-        temperature: T; the paper: 4 on CIFAR-100, 1 on ImageNet.
-        ignore_index: the label of samples that are left out of the loss and its mean, as in
+        alpha, beta: weights of the two parts. The paper uses 1 and 8 for most CIFAR-100 pairs (beta
+            from 0.25 to 8), 1 and 0.5 on ImageNet.
+        temperature: T; the paper uses 4 on CIFAR-100 and 1 on ImageNet.
+        ignore_index: samples with this label are left out of the loss and its mean, as in
             `F.cross_entropy`.
 
     Returns:
-        [] float32 (float64 for float64); 0 for an empty batch. All in logarithms, so that
-        predictions without doubt (p_y = 1) stay finite. The paper raises the weight linearly over
-        the first 20 epochs.
+        [] float32 (float64 for float64); 0 for an empty batch. Computed in log space, so that it is
+        finite for a probability of 1. The paper increases the weight linearly over the first 20
+        epochs.
     """
     _check_options(alpha, beta, temperature)
     student, teacher = logits_pair("dkd", student_logits, teacher_logits, dense=False)
-    _check_target(target, student, ignore_index)
+    check_target("dkd", target, student, ignore_index)
     counted = (target != ignore_index).to(student.dtype)
     target = torch.where(target != ignore_index, target, 0).unsqueeze(1)
     (log_s, rest_s), (log_t, rest_t) = (
@@ -69,7 +69,7 @@ def _in_two(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _never(log: Tensor) -> float:
-    """A finite logarithm of probability 0, which stays finite when another one is subtracted."""
+    """The logarithm used for probability 0: finite, also after another one is subtracted."""
     return torch.finfo(log.dtype).min / 2
 
 
@@ -79,17 +79,8 @@ def _check_options(alpha: float, beta: float, temperature: float) -> None:
     number("dkd", "temperature", temperature, above=0)
 
 
-def _check_target(target: Tensor, logits: Tensor, ignore_index: int) -> None:
-    if not isinstance(target, Tensor) or target.dtype != torch.int64:
-        got = str(target.dtype) if isinstance(target, Tensor) else type(target).__name__
-        raise TypeError(f"dkd: target must be an int64 tensor [B], got {got}")
-    if target.shape != logits.shape[:1]:
-        raise ValueError(f"dkd: target must be [{logits.shape[0]}], got {list(target.shape)}")
-    check_labels("dkd", target, logits.shape[1], ignore_index)
-
-
 class DKD(Method):
-    """`dkd` by name. SoKD's mask, which is for features, is not used."""
+    """`dkd` as a `Method`. SoKD's mask applies to features and is not used."""
 
     name: ClassVar[str] = "dkd"
     needs: ClassVar[frozenset[str]] = frozenset({"logits", "target"})
@@ -105,9 +96,7 @@ class DKD(Method):
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
 
     def forward(self, step: Step) -> Tensor:
-        target = given(
-            self.name, "target", step.target, "it tells the target class from the others"
-        )
+        target = given(self.name, "target", step.target, "the target class has its own term")
         student, teacher = self.logits(step)
         return dkd(
             student, teacher, target, alpha=self.alpha, beta=self.beta,

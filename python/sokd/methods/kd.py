@@ -1,4 +1,4 @@
-"""Knowledge distillation: the student's softened class probabilities follow the teacher's.
+"""Knowledge distillation: KL divergence of the softened class probabilities.
 
     p = softmax(logits / T) [B, K];   kd = T^2 / B * sum_b KL(p_t || p_s)
     d_student = T / B * (p_s - p_t)
@@ -28,14 +28,15 @@ def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4
 
     Args:
         student_logits, teacher_logits: [B, K] or [B, K, H, W] (segmentation), K >= 2, any
-            floating-point dtypes. Of one logit z for a sigmoid: torch.stack([z, 0 * z], 1).
-        temperature: T. The usual CIFAR-100 recipe: T = 4, weight 0.9 beside 0.1 for the cross
-            entropy.
+            floating-point dtypes. For a single logit z with a sigmoid pass
+            torch.stack([z, 0 * z], 1).
+        temperature: T. The usual CIFAR-100 recipe uses T = 4 and a weight of 0.9, with 0.1 for the
+            cross entropy.
 
     Returns:
-        [] float32 (float64 for float64): exactly 0 for equal logits; 0 for an empty batch. Of dense
-        logits the mean over the positions too, as in Liu et al., "Structured Knowledge Distillation
-        for Dense Prediction" (arXiv 1903.04197, pixel-wise distillation, times T^2).
+        [] float32 (float64 for float64): exactly 0 for equal logits; 0 for an empty batch. Dense
+        logits are averaged over the positions too, as in Liu et al., "Structured Knowledge
+        Distillation for Dense Prediction" (arXiv 1903.04197, pixel-wise distillation, times T^2).
     """
     number("kd", "temperature", temperature, above=0)
     student, teacher = logits_pair("kd", student_logits, teacher_logits)
@@ -43,15 +44,15 @@ def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4
 
 
 def softened_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 * KL(teacher || student) of wide logits [B, K], the mean over the batch."""
+    """T^2 * KL(teacher || student) of float32 or float64 logits [B, K], the mean over the batch."""
     log_s, log_t = (F.log_softmax(logits / temperature, dim=1) for logits in (student, teacher))
-    # of logarithms: probabilities that underflow to 0 would make 0 * -inf
+    # log_target: a probability that underflows to 0 would give 0 * -inf
     divergence = F.kl_div(log_s, log_t, reduction="sum", log_target=True)
     return divergence * (temperature**2 / max(student.shape[0], 1))
 
 
 class KD(Method):
-    """`kd` by name. SoKD's mask, which is for features, is not used."""
+    """`kd` as a `Method`. SoKD's mask applies to features and is not used."""
 
     name: ClassVar[str] = "kd"
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})

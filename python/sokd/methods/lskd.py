@@ -1,4 +1,4 @@
-"""Knowledge distillation of standardised logits: the relations count, not the range.
+"""Knowledge distillation of standardised logits, which does not depend on their range.
 
     z = (logits - mean) / std, over the classes;   p = softmax(z / T)
     lskd = T^2 / B * sum_b KL(p_t || p_s)
@@ -34,16 +34,16 @@ def lskd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float =
     Args:
         student_logits, teacher_logits: [B, K] or, for each position, [B, K, H, W]; K >= 2, any
             floating-point dtypes.
-        temperature: the base temperature; the paper: 2 (3 for some pairs), weight 9 beside 0.1 for
-            the cross-entropy.
+        temperature: the base temperature. The paper uses 2 (3 for some pairs) and a weight of 9,
+            with 0.1 for the cross entropy.
 
     Returns:
         [] float32 (float64 for float64); 0 for an empty batch. Finite for logits up to 1e18 in
         float32.
 
-    The deviation is the authors' code's, divided by K - 1. Settled here: logits equal over all
-    classes count as a uniform prediction, with gradient 0 (a head may start at zero, where the
-    formula's own is 1e7).
+    The deviation divides by K - 1, as the authors' code does. Settled here: equal logits for all
+    classes count as a uniform prediction, with gradient 0. The formula would give a gradient of 1e7
+    there, at the first step of a classifier that is initialised to zero.
     """
     number("lskd", "temperature", temperature, above=0)
     student, teacher = logits_pair("lskd", student_logits, teacher_logits)
@@ -51,7 +51,7 @@ def lskd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float =
 
 
 def _standardised(logits: Tensor) -> Tensor:
-    """By a fused kernel, whose deviation divides by K; the factor makes it K - 1."""
+    """Standardise by `layer_norm`, whose deviation divides by K; the factor makes it K - 1."""
     classes = logits.shape[1]
     low, high = logits.detach().aminmax(dim=1, keepdim=True)
     logits = torch.where(low < high, logits, 0.0)
@@ -61,7 +61,7 @@ def _standardised(logits: Tensor) -> Tensor:
 
 
 class LSKD(Method):
-    """`lskd` by name. SoKD's mask, which is for features, is not used."""
+    """`lskd` as a `Method`. SoKD's mask applies to features and is not used."""
 
     name: ClassVar[str] = "lskd"
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})

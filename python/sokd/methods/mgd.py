@@ -1,4 +1,4 @@
-"""Masked generative distillation: from a part of the student's features, generate the teacher's.
+"""Masked generative distillation: generate the teacher's features from masked student features.
 
     keep ~ Bernoulli(1 - ratio) for each channel, or each cell, of each sample
     G = conv3x3, ReLU, conv3x3
@@ -24,7 +24,7 @@ from sokd.ops import draw
 
 __all__ = ["MGD", "MGDLoss", "mgd"]
 
-_RATIO = {"channels": 0.15, "cells": 0.65}  # the authors', in classification and in detection
+_RATIO = {"channels": 0.15, "cells": 0.65}  # the authors' for classification and for detection
 
 
 def mgd(
@@ -44,14 +44,13 @@ class MGDLoss(nn.Module):
 
     Args:
         channels: C of the teacher's map.
-        ratio: the share that is masked; None: 0.15 of the channels, 0.65 of the cells, as the
-            authors.
+        ratio: the share that is masked; None: the authors' 0.15 of the channels or 0.65 of the
+            cells.
         over: "channels" or "cells".
-        generator: where the seed of the masks is taken from; None: `sokd.manual_seed`'s source,
-            else PyTorch's.
+        generator: source of the seed of the masks; None: see `sokd.manual_seed`.
 
-    The masks are a function of the buffers `seed` and `counter` (int64 [1]): a checkpoint resumes
-    bit for bit. The authors' weights: 7e-5 (classification), 2e-5 (detection).
+    The masks are a function of the buffers `seed` and `counter` (int64 [1]), so a checkpoint
+    resumes bit for bit. The authors' weights are 7e-5 (classification) and 2e-5 (detection).
     """
 
     seed: Tensor
@@ -83,7 +82,7 @@ class MGDLoss(nn.Module):
         Args:
             student: [B, C, H, W], already of the teacher's shape (`sokd.Adapter`).
             teacher: [B, C, H, W], constant.
-            weight: omega [B, H, W]: generated and teacher's map are multiplied by its root.
+            weight: omega [B, H, W]: both maps are multiplied by its square root.
 
         Returns:
             [] float32 (float64 for float64); 0 for an empty batch. Autocast applies to the
@@ -95,7 +94,7 @@ class MGDLoss(nn.Module):
         return hint(generated, teacher, weight, scale=cells)
 
     def _keep(self, features: Tensor) -> Tensor:
-        """[B, C, 1, 1] or [B, 1, H, W] of ones and zeros; in training the next draw."""
+        """[B, C, 1, 1] or [B, 1, H, W] of ones and zeros; a new draw in each training step."""
         batch, channels, height, width = features.shape
         shape = (batch, channels, 1, 1) if self.over == "channels" else (batch, 1, height, width)
         uniforms, _ = draw(self.seed, self.counter, shape[0] * shape[1] * shape[2] * shape[3])
@@ -108,7 +107,7 @@ class MGDLoss(nn.Module):
 
 
 class MGD(Method):
-    """`mgd` by name, on the adapted maps: one `MGDLoss` for each layer pair, their sum."""
+    """`mgd` as a `Method`, on the adapted maps: the sum of one `MGDLoss` for each layer pair."""
 
     name: ClassVar[str] = "mgd"
     needs: ClassVar[frozenset[str]] = frozenset({"features"})

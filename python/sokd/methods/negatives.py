@@ -1,7 +1,7 @@
-"""CRD's negatives: for each sample of a batch, K places of other samples in the training set.
+"""CRD's negatives: for each sample of a batch, K indices of other samples of the training set.
 
-Uniform and independent, with repetition; a function of two int64 buffers alone, as `sokd.Policy`'s
-draws.
+The indices are uniform and independent, with replacement, and a function of two int64 buffers, as
+the draws of `sokd.Policy` are.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from sokd.ops.distributed import place
 
 __all__ = ["Negatives"]
 
-# The uniforms have 23 bits. Up to here no place is 1 % likelier than another; beyond, two of them
-# make one.
+# A uniform has 23 bits. Up to this many samples no index is 1 % likelier than another; for more
+# samples an index is made of two uniforms.
 _ONE_DRAW_UP_TO = 2**16
 
 
 class Negatives(nn.Module):
-    """index [B] -> [B, K] int64: other samples, with `labels` those of other classes.
+    """index [B] -> [B, K] int64: other samples, with `labels` samples of other classes.
 
-    The samples in the order of their labels make the own class one run, which is stepped over:
+    In the order of their labels, the samples of a class are contiguous and can be skipped:
         r uniform in 0 .. N - size(class) - 1
         place = order[r + (r >= start(class)) * size(class)]
-    Without labels each sample is a class of its own.
+    Without labels each sample is its own class.
     """
 
     seed: Tensor
@@ -53,7 +53,7 @@ class Negatives(nn.Module):
         _, own, sizes = torch.unique(labels, return_inverse=True, return_counts=True)
         if len(sizes) < 2:
             raise ValueError("crd: labels must be of at least 2 classes, got 1")
-        # not persistent: they come with the options
+        # not persistent: made from the options
         self.register_buffer("_order", own.argsort(stable=True), persistent=False)
         self.register_buffer("_start", (sizes.cumsum(0) - sizes)[own], persistent=False)
         self.register_buffer("_size", sizes[own], persistent=False)
@@ -68,14 +68,13 @@ class Negatives(nn.Module):
         return self.get_buffer("_order")[place + (place >= start) * size]
 
     def _integers(self, batch: int, bound: int | Tensor) -> Tensor:
-        """[B, K] uniform in 0 .. bound - 1, bound [B, 1] or an int; in training the next draw."""
+        """[B, K] uniform in 0 .. bound - 1, bound [B, 1] or an int; in train mode a new draw."""
         draws = 1 if self.num_samples <= _ONE_DRAW_UP_TO else 2
-        rank, ranks = place()  # each its own draws, and all the same counter
+        rank, ranks = place()  # the ranks draw differently and share the counter
         uniforms, _ = draw(self.seed, self.counter + rank, draws * batch * self.count)
         if self.training:
             self.counter.add_(ranks)
-        exact = uniforms.view(
-            draws, batch, self.count
-        ).double()  # in float32, u * bound may round up to bound
+        # float64, because u * bound may round up to bound in float32
+        exact = uniforms.view(draws, batch, self.count).double()
         unit = exact[0] if draws == 1 else exact[0] + (exact[1] - 0.5) * 2.0**-23
         return (unit * bound).long()

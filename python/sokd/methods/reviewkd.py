@@ -1,4 +1,4 @@
-"""Knowledge review: a teacher's stage guides the student's, into which all deeper ones are fused.
+"""Knowledge review: each teacher stage guides the fusion of a student stage with the deeper ones.
 
     from the deepest stage up:  x = conv1x1(F_s);   y = the next deeper fused map, upsampled to x
     a = sigmoid(conv1x1([x, y])) [B, 2, H, W];   fused = a_0 * x + a_1 * y, at the teacher's size
@@ -44,13 +44,13 @@ def hcl(student: Maps, teacher: Maps, weight: Weights = None) -> Tensor:
         student: [B, C, H, W] of the teacher's shape, or a list of them, one a stage.
         teacher: [B, C, H, W], constant, or an equally long list.
         weight: omega [B, H, W], or one (or None) for each stage: both sides are multiplied by its
-            root first.
+            square root first.
 
     Returns:
         [] float32 (float64 for float64), the sum over the stages; 0 for an empty batch.
 
-    Levels of 4, 2 and 1 cells a side are left out where a side of the map is not larger. One
-    difference is pooled in place of two maps: pooling is linear.
+    The levels have 4, 2 and 1 cells on a side; levels that are not smaller than the map are left
+    out. Pooling is linear, so the difference is pooled instead of both maps.
     """
     return total(
         [_context(*pair) for pair in layer_pairs("hcl", student, teacher, weight, same="shape")]
@@ -68,7 +68,7 @@ def _context(student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
         norm += factor
         loss = loss + factor * _mean_square(pooled)
         if not any(cells % side for cells in difference.shape[2:]):
-            difference = pooled  # of equal regions: the next level is the average of these
+            difference = pooled  # equal regions: their averages give the next level
     return loss / norm
 
 
@@ -89,8 +89,9 @@ class ReviewKDLoss(nn.Module):
         hidden: channels of the fused maps; None: those of the deepest student stage, at most 512
             (the authors').
 
-    The authors' weights: 0.6 to 8 by pair on CIFAR-100 (5 for most), 1 on ImageNet, raised linearly
-    over the first 20 epochs; they also take the pooled feature as one more stage of 1 x 1 cells.
+    The authors' weights are 0.6 to 8 on CIFAR-100 (5 for most pairs) and 1 on ImageNet, increased
+    linearly over the first 20 epochs. They also use the pooled features as a further stage of 1 x 1
+    cells.
     """
 
     @torch.inference_mode(False)
@@ -136,7 +137,7 @@ class ReviewKDLoss(nn.Module):
 
         Returns:
             [] float32 (float64 for float64); 0 for an empty batch. Autocast applies to the fusions
-            alone.
+            only.
         """
         pairs = layer_pairs("reviewkd", list(student), list(teacher), weight)
         if len(pairs) != len(self.fusions):
@@ -164,16 +165,13 @@ class ReviewKDLoss(nn.Module):
             rule = f"have the {channels} channels of its stage (student_channels)"
             raise ValueError(f"reviewkd: student must {rule}, got {list(features.shape)}")
         if self.training and features.shape[0] * features.shape[2] * features.shape[3] == 1:
-            rule = (
-                "have more than one value a channel in training, for BatchNorm (drop_last=True in "
-                "the "
-            )
-            rule += "DataLoader)"
+            rule = "have more than one value per channel in train mode, for BatchNorm"
+            rule += " (drop_last=True in the DataLoader)"
             raise ValueError(f"reviewkd: student must {rule}, got {list(features.shape)}")
 
 
 class ABF(nn.Module):
-    """Attention-based fusion of one stage with what the deeper ones gave."""
+    """Attention-based fusion of one stage with the fused map of the deeper stages."""
 
     def __init__(self, channels: int, hidden: int, teacher_channels: int, *, fuse: bool) -> None:
         super().__init__()
@@ -204,7 +202,7 @@ class ABF(nn.Module):
         return self.expand(fused), fused
 
     def _fuse(self, own: Tensor, deeper: Tensor, attention: nn.Conv2d) -> Tensor:
-        """Attention of [own, deeper] without concatenating them.
+        """Attention over [own, deeper] without concatenating them.
 
         The deeper half is convolved at its own size: a 1x1 convolution and an upsampling commute.
         """
@@ -222,7 +220,7 @@ def _nearest(features: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class ReviewKD(Method):
-    """`reviewkd` by name: the layer pairs are the stages, the shallowest first."""
+    """`reviewkd` as a `Method`: the layer pairs are the stages, the shallowest first."""
 
     name: ClassVar[str] = "reviewkd"
     needs: ClassVar[frozenset[str]] = frozenset({"features"})

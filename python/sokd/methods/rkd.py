@@ -1,12 +1,11 @@
 """Relational knowledge distillation: distances and angles between samples.
 
-    d_ij = |x_i - x_j| / their mean over the pairs that differ;   e_ij = (x_j - x_i) / |x_j - x_i|
+    d_ij = |x_i - x_j| / its mean over the pairs that differ;   e_ij = (x_j - x_i) / |x_j - x_i|
     rkd = distance * mean_{ij} huber(d_ij^s, d_ij^t)
         + angle * mean_{ijk} huber(<e_ij,e_ik>^s, <e_ij,e_ik>^t)
 
 Source: Park, Kim, Lu, Cho, "Relational Knowledge Distillation" (CVPR 2019, arXiv 1904.05068,
-section 3);
-huber: the smooth L1 with threshold 1. omega, 1 without a mask: settled here.
+section 3). huber is the smooth L1 loss with threshold 1. omega, 1 without a mask: settled here.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from sokd.methods.common import (
 )
 from sokd.methods.sp import products
 
-__all__ = ["RKD", "rkd"]
+__all__ = ["RKD", "embedding", "rkd"]
 
 
 def rkd(
@@ -53,14 +52,14 @@ def rkd(
             list of them.
         teacher: [B, D] or [B, C, H, W], constant, or an equally long list.
         weight: omega [B, H, W] at the teacher's size (maps only), or one (or None) for each layer:
-            both sides are multiplied by its root before the average.
-        distance, angle: weights of the two parts; the paper's for classification: 25 and 50.
+            both sides are multiplied by its square root before the average.
+        distance, angle: weights of the two parts. The paper uses 25 and 50 for classification.
 
     Returns:
-        [] float32 (float64 for float64), the sum over the layers; 0 for batches of none and one.
+        [] float32 (float64 for float64), the sum over the layers; 0 for a batch of 0 or 1.
 
-    Memory: B^2 D and B^3 numbers. Settled here: two samples at one place have the direction 0 and
-    do not count in the mean distance; their gradient is bounded.
+    Memory: B^2 D and B^3 numbers. Settled here: two equal samples have the direction 0 and are left
+    out of the mean distance; their gradient is bounded.
     """
     _check_options(distance, angle)
     pairs = layer_pairs("rkd", student, teacher, weight, embeddings=True)
@@ -78,14 +77,15 @@ def _relations(
     batch = max(student.shape[0], 1)
     with unmixed(student):
         (far_s, turn_s), (far_t, turn_t) = (
-            _geometry(_embedding(features, weight)) for features in (student, teacher)
+            _geometry(embedding(features, weight)) for features in (student, teacher)
         )
         distances = F.smooth_l1_loss(far_s, far_t, reduction="sum")
         angles = F.smooth_l1_loss(turn_s, turn_t, reduction="sum")
         return distance / batch**2 * distances + angle / batch**3 * angles
 
 
-def _embedding(features: Tensor, weight: Tensor | None) -> Tensor:
+def embedding(features: Tensor, weight: Tensor | None) -> Tensor:
+    """[B, D] as it is, maps [B, C, H, W] times the root of omega as means over cells [B, C]."""
     features = masked(wide(features), weight)
     return features if features.dim() == 2 else features.mean((2, 3))
 
@@ -95,17 +95,17 @@ def _geometry(points: Tensor) -> tuple[Tensor, Tensor]:
     difference = points.unsqueeze(0) - points.unsqueeze(1)
     squared = squares(difference, 2)
     apart = squared > 0
-    # the root of 1 in place of 0: that of 0 has no gradient
+    # sqrt has no finite gradient at 0
     distance = torch.where(apart, squared, 1.0).sqrt()
     direction = difference / distance.unsqueeze(2)
     distance = distance * apart
-    # not `distance[apart].mean()`: how many there are would have to be waited for
+    # not `distance[apart].mean()`, whose size synchronises with the device
     mean = distance.sum() / apart.sum().clamp(min=1)
     return distance / torch.where(mean > 0, mean, 1.0), products(direction)
 
 
 class RKD(Method):
-    """`rkd` by name, on the student's own maps."""
+    """`rkd` as a `Method`, on the student's maps without an adapter."""
 
     name: ClassVar[str] = "rkd"
     needs: ClassVar[frozenset[str]] = frozenset({"features"})

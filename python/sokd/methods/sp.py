@@ -1,7 +1,7 @@
-"""Similarity preserving: samples that excite the teacher alike excite the student alike.
+"""Similarity-preserving distillation: match the similarity matrices of the batch.
 
     A = sqrt(omega) F as rows [B, C*H*W];   G = A A^T [B, B]
-    G~ = G with each row divided by its length
+    G~ = G with each row divided by its norm
     sp = sum over layers of  1 / B^2 * |G~_s - G~_t|^2
 
 Source: Tung, Mori, "Similarity-Preserving Knowledge Distillation" (ICCV 2019, arXiv 1907.09682,
@@ -36,10 +36,10 @@ def sp(student: Maps, teacher: Maps, weight: Weights = None) -> Tensor:
 
     Returns:
         [] float32 (float64 for float64), the sum over the layers; 0 for an empty batch, and for a
-        batch of one (its only similarity is 1 on both sides). The usual weight: 3000.
+        batch of one (its only similarity is 1 on both sides). The usual weight is 3000.
 
-    The products are float32 under autocast too: features of a deep layer overflow half precision
-    when squared.
+    The products are float32 under autocast too, because squared features of a deep layer overflow
+    half precision.
     """
     pairs = layer_pairs("sp", student, teacher, weight, embeddings=True)
     return total([_difference(*pair) for pair in pairs])
@@ -60,7 +60,7 @@ def products(rows: Tensor) -> Tensor:
 
 
 class _Products(torch.autograd.Function):
-    """R R^T with the gradient (u + u^T) R: one matrix product, where autograd would do two."""
+    """R R^T with the gradient (u + u^T) R, one matrix product instead of autograd's two."""
 
     generate_vmap_rule = True
 
@@ -80,7 +80,7 @@ class _Products(torch.autograd.Function):
 
 
 class SP(Method):
-    """`sp` by name, on the student's own maps."""
+    """`sp` as a `Method`, on the student's maps without an adapter."""
 
     name: ClassVar[str] = "sp"
     needs: ClassVar[frozenset[str]] = frozenset({"features"})

@@ -1,8 +1,8 @@
 """Areas of interest: the k best local maxima of the heat, a box around each, the cells covered.
 
     heat = sqrt(heat_s * heat_t), size and offset the means, where a teacher is given
-    peaks: cells of heat >= all neighbours in the kernel; the k best of all maps, ties to the lower
-    flat index
+    peaks: cells of heat > 0 and >= all neighbours in the kernel; the k best of all maps, ties to
+    the lower flat index
     box  = trunc(clamp(cell + offset -+ size / 2)), filled inclusively
 No gradient flows through areas [method 3].
 """
@@ -73,13 +73,15 @@ def areas(
     Args:
         heat: [B, A, H, W] in [0, 1]; float64, float32, float16 or bfloat16.
         size: [B, 2, H, W], width and height in cells; offset: [B, 2, H, W], x and y in cells.
-        k: areas for each sample, 1 .. A*H*W; kernel: side of the window of a local maximum, odd.
-        teacher: the same three maps of the teacher, for the areas of mutual interest.
+        k: number of areas in each sample, 1 .. A*H*W.
+        kernel: side of the window of a local maximum; odd.
+        teacher: the teacher's heat, size and offset, for the areas that both attend to.
 
     Returns:
         Areas: coverage [B, H, W] float32; boxes [B, k, 4] int64, y0 x0 y1 x1 inclusive; scores
         [B, k] float32 (float64 for float64). With fewer peaks than k the missing boxes
-        are (0, 0, -1, -1) with score 0. A NaN is no peak and neither are its neighbours.
+        are (0, 0, -1, -1), which cover nothing, with score 0. A cell of heat 0 is no peak (a map of
+        zeros has none), nor is a NaN, nor are a NaN's neighbours.
 
     NumPy arrays give NumPy arrays. Source: method 3 [P, A]; ties and missing peaks settled here.
     """

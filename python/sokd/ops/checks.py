@@ -1,4 +1,4 @@
-"""Checks of an operator's arguments that Python makes; the kernels check the tensors' metadata."""
+"""Checks of arguments in Python; the kernels check the metadata of the tensors."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def split_seed(op: str, seed: int | Tensor, features: Any) -> tuple[int, Tensor | None]:
-    """A seed as the pair a schema can carry: an int in int64's range, or 0 and the tensor."""
+    """A seed as the schema's pair: (int in the range of int64, None) or (0, tensor)."""
     if isinstance(seed, Tensor):
         check_word(op, "seed", seed)
         if isinstance(features, np.ndarray):
             return int(seed), None
-        # a seed on another device, meta for one, would dispatch the call to that device's kernel
+        # the dispatcher would select the kernel of the seed's device, meta for example
         check_device(op, "seed", seed, "features", features)
         return 0, seed
     if not isinstance(seed, (int, np.integer)):
@@ -28,7 +28,7 @@ def split_seed(op: str, seed: int | Tensor, features: Any) -> tuple[int, Tensor 
 
 
 def check_word(op: str, name: str, tensor: Tensor) -> None:
-    """Whether it is one 64-bit word, int64 [1]."""
+    """Raise unless the tensor is int64 [1]."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be an int64 tensor [1], got {type(tensor).__name__}")
     if tensor.dtype != torch.int64:
@@ -40,7 +40,7 @@ def check_word(op: str, name: str, tensor: Tensor) -> None:
 
 
 def check_device(op: str, name: str, tensor: Tensor, of: str, other: Any) -> None:
-    """Whether the two are on one device; what is no tensor is for other checks to judge."""
+    """Raise for tensors on two devices; other checks reject what is not a tensor."""
     if isinstance(other, Tensor) and tensor.device != other.device:
         raise ValueError(
             f"{op}: {name} must be on the device of {of}, {other.device}, got {tensor.device}"

@@ -1,4 +1,4 @@
-"""Which reader of tensors is in use, and a page that says what this installation can do."""
+"""The choice of the reader of tensors, and the report on the installation."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def choose_reader() -> None:
 
 @cache
 def why_no_cuda() -> str | None:
-    """Why there are no CUDA kernels here; None: there are.
+    """The reason why no CUDA kernels are available; None if they are.
 
-    Opens the driver and NVRTC. Neither is initialised, so a later fork is as free as without sokd.
+    Opens the driver and NVRTC without initialising them, so the process may still fork.
     """
     if not _core.build_info()["cuda"]:
         return "this build has none"
@@ -61,7 +61,7 @@ def nvrtc_names(release: str) -> list[str]:
     wheels = find_spec("nvidia")
     roots = [Path(root) for root in (wheels and wheels.submodule_search_locations) or ()]
     paths = [root / part / "lib" / name for root in roots for part in (f"cu{major}", "cuda_nvrtc")]
-    # some builds bundle it under another name, beside its builtins and its variant
+    # some builds bundle it under another name, next to its builtins and its variant
     bundled = sorted((Path(torch.__file__).parent / "lib").glob("libnvrtc*.so*"))
     paths += [path for path in bundled if "builtins" not in path.name and ".alt." not in path.name]
     return [name, *(str(path) for path in paths if path.is_file())]
@@ -76,7 +76,7 @@ def describe() -> str:
         "torch": torch.__version__,
         "reader": f"{build['reader']}{why}; NumPy arrays by numpy",
         "simd": build["simd"],
-        "threads": f"{torch.get_num_threads()}, as torch.set_num_threads says",
+        "threads": f"{torch.get_num_threads()} (torch.get_num_threads())",
         "cuda": f"{_cuda()}; {torch.cuda.device_count()} devices visible",
     }
     return "\n".join(f"{name:8} {text}" for name, text in rows.items())
@@ -85,17 +85,13 @@ def describe() -> str:
 def _cuda() -> str:
     why = why_no_cuda()
     if why is not None:
-        return f"no kernels ({why}): the reference path serves"
+        return f"no kernels ({why}); the reference path is used"
     try:
         info = _core.cuda_info()
     except RuntimeError as error:
         return str(error).removeprefix("cuda_info: ")
-    kept = (
-        f"compiled kernels kept in {info['cache']}"
-        if info["cache"]
-        else "compiled kernels are not kept"
-    )
-    return f"driver for {info['driver']}, NVRTC {info['nvrtc']}, {kept}"
+    cache = f"kernel cache {info['cache']}" if info["cache"] else "no kernel cache"
+    return f"driver for {info['driver']}, NVRTC {info['nvrtc']}, {cache}"
 
 
 def show_config() -> None:

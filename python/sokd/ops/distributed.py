@@ -9,21 +9,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["agreed", "averaged", "everyones", "is_sharded", "place"]
+__all__ = ["agreed", "all_gathered", "averaged", "is_sharded", "place"]
 
 
 def place() -> tuple[int, int]:
-    """This rank, and how many there are."""
+    """This rank and the number of ranks."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def is_sharded(parameters: Iterable[Tensor]) -> bool:
-    """Whether any of them is spread over the ranks (`fully_shard`): each holds a part."""
-    module = sys.modules.get(
-        "torch.distributed.tensor"
-    )  # a second of import, and without it there are none
+    """Whether any of the parameters is sharded over the ranks (`fully_shard`)."""
+    # the import takes a second, and without it no parameter is a DTensor
+    module = sys.modules.get("torch.distributed.tensor")
     return module is not None and any(
         isinstance(parameter, module.DTensor) for parameter in parameters
     )
@@ -40,17 +39,16 @@ def averaged(tensor: Tensor) -> Tensor:
 
 
 def agreed(tensor: Tensor) -> Tensor:
-    """The first rank's, put into every rank's."""
+    """Broadcast the first rank's tensor, in place."""
     if place()[1] > 1:
         dist.broadcast(tensor, src=0)
     return tensor
 
 
-def everyones(rows: Tensor) -> Tensor:
-    """rows [B, ...] of all ranks, in the ranks' order; B may differ among them. Without a gradient.
+def all_gathered(rows: Tensor) -> Tensor:
+    """All-gather of rows [B, ...] in the order of the ranks; B may differ. No gradient.
 
-    All ranks have to call it, and wait for each other; each then waits for its device too, to read
-    the Bs.
+    All ranks must call it. Reading the batch sizes synchronises with the device.
     """
     _, count = place()
     if count == 1:

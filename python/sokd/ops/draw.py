@@ -33,7 +33,7 @@ def draw(seed: Tensor, counter: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
     Args:
         seed: [1] int64, the stream; counter: [1] int64, the step in it.
-        n: how many uniforms, not negative.
+        n: number of uniforms, not negative.
 
     Returns:
         uniforms [n] float32 in the open interval (0, 1); noise_seed [1] int64.

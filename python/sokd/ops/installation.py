@@ -1,4 +1,4 @@
-"""Checks torch, NumPy and the compiled module before anything else is imported."""
+"""Checks of torch, NumPy and the compiled module, before any other import."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 __all__ = ["VERSION", "check"]
 
-VERSION = "0.2.0"  # that of Cargo.toml
+VERSION = "0.2.0"  # as in Cargo.toml; `check` compares it with the compiled module
 OLDEST_TORCH = (2, 5)
 
 
 def check() -> None:
-    """Raise an ImportError that says what does not fit.
+    """Raise ImportError for an installation that does not work.
 
     >>> import sokd
     >>> sokd.ops.installation.check()

@@ -72,15 +72,14 @@ _forward = register(
 def _scale_kernel(gradient: Tensor, upstream: Tensor) -> None:
     if gradient.device.type != "cpu":
         _core.masked_mse_scale(gradient, upstream, resources(gradient))
-        # A backward that fails after this and is repeated would scale twice: autograd refuses
-        # instead.
+        # Repeating a backward that failed after this would scale twice; with a new version autograd
+        # raises instead.
         torch.autograd.graph.increment_version(gradient)
     elif (factor := upstream.item()) != 1.0:
         gradient.mul_(factor)
 
 
-# gradient *= upstream; nothing is written where upstream is one, and no device is waited for to
-# know.
+# gradient *= upstream, without a write where upstream is one, and without a synchronisation.
 _scale = register(
     "masked_mse_scale(Tensor(a!) gradient, Tensor upstream) -> ()",
     _scale_kernel,
@@ -108,7 +107,7 @@ class _MaskedMse(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
-        # The vmap of torch 2.5 to 2.7 takes no missing gradient; elsewhere zeros would cost a map.
+        # The vmap of torch 2.5 to 2.7 requires a gradient; elsewhere zeros would cost a map.
         eager = torch.compiler.is_compiling() or not torch_internals.is_transforming()
         ctx.set_materialize_grads(not eager)
         ctx.save_for_backward(output[1], *inputs[:3])
@@ -160,7 +159,7 @@ class _MaskedMseBackward(torch.autograd.Function):
 
 
 def _is_refined(teacher: Tensor) -> bool:
-    """Whether its gradient goes to `refine` only."""
+    """Whether the teacher's gradient flows to `refine` only."""
     if not is_eager(teacher):
         return False
     return teacher.grad_fn is not None and teacher.grad_fn.name() == "RefineBackward"
@@ -181,15 +180,15 @@ def _negated(d_student: Tensor, ctx: Any) -> Tensor:
 def _multiplied(gradient: Tensor, upstream: Tensor) -> Tensor:
     """gradient * upstream, rounded once, in new memory."""
     if gradient.dtype.itemsize == 2 and is_eager(gradient, upstream):
-        # with a dimension upstream takes part in the product's dtype; the cast is part of the write
+        # a scalar [] would not promote the dtype of the product; the write casts it
         return torch.mul(gradient, upstream.reshape(1), out=torch.empty_like(gradient))
     return (gradient.to(accumulator(gradient.dtype)) * upstream).to(gradient.dtype)
 
 
 def _scaled(gradient: Tensor, upstream: Tensor, is_hooked: bool) -> Tensor:
-    """gradient * upstream: in its own memory, unless that may be read again.
+    """gradient * upstream, in place unless the saved tensor may be read again.
 
-    The graph may be kept, and what a hook for saved tensors gave back may be the hook's.
+    It may be with a retained graph, and where a hook on saved tensors returned it.
     """
     if is_hooked or not _is_last_walk() or torch_internals.is_legacy_batched(upstream):
         return _multiplied(gradient, upstream)
@@ -218,8 +217,8 @@ def masked_mse(
     Returns:
         [] float32 (float64 for float64): 0, with gradient 0, for an empty batch or an area of 0.
 
-    Gradient: student alone (second derivatives by plain PyTorch: right, not fast); a teacher or
-    weight that requires grad is refused. NaN propagates. On the CPU a negative weight is a
+    Gradient: student only (second derivatives by plain PyTorch: exact, but slow); a teacher or
+    weight that requires grad raises. NaN propagates. On the CPU a negative weight raises
     ValueError. NumPy arrays give a NumPy array [].
     Source: method 3 [A: "elements"; settled here: "area"].
     """
@@ -241,10 +240,9 @@ def scaled_mse(
     student: Tensor, teacher: Tensor, weight: Tensor | None, *, normalise: str, scale: float,
     mutual: bool = False,
 ) -> Tensor:  # fmt: skip
-    """`masked_mse` times `scale`; with `mutual` the teacher's gradient, minus the student's, too.
+    """`masked_mse` times `scale`; with `mutual` the teacher gets a gradient too.
 
-    A factor inside the operator keeps the upstream gradient at one, and so saves a pass over the
-    map.
+    With the factor in the operator the upstream gradient stays 1, which saves a pass over the map.
     """
     check_kind("masked_mse", "student", student, teacher=teacher, weight=weight)
     if isinstance(student, np.ndarray):
@@ -279,7 +277,7 @@ def _split_scale(
     multiply it afterwards, in float32.
     """
     elements = student.numel()
-    if weight is not None and normalise == "area":  # which may be one cell, and is not waited for
+    if weight is not None and normalise == "area":  # unknown on the host, and possibly one cell
         area = weight.detach().sum(dtype=torch.float32) * student.shape[1]
         return elements / 64, torch.where(area == 0, area, 64 * scale / area)
     ratio = elements / abs(scale) if scale else 0.0

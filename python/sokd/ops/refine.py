@@ -73,14 +73,15 @@ def _backward_fake(upstream: Tensor, features: Tensor, *rest: Any) -> tuple[Tens
 
 
 def _dots_kernel(features: Tensor, upstream: Tensor, *rest: Any) -> Tensor:
-    *plans, count = rest
-    dots = _dots_fake(features, count)
-    _core.refine_dots(dots, features, upstream, tuple(plans), resources(features))
+    dots = _dots_fake(features, *rest)
+    _core.refine_dots(dots, features, upstream, rest[:-2], resources(features))
     return dots
 
 
 def _dots_fake(features: Tensor, *rest: Any) -> Tensor:
-    return features.new_empty(rest[-1], dtype=accumulator(features.dtype))
+    count, by_sample = rest[-2:]
+    shape = (2, count, features.shape[0]) if by_sample else (count,)
+    return features.new_empty(shape, dtype=accumulator(features.dtype))
 
 
 _forward = register(f"refine(Tensor features, {_PARTS}) -> Tensor", _forward_kernel, _forward_fake)
@@ -91,7 +92,7 @@ _backward = register(
     _backward_fake,
 )
 _dots = register(
-    f"refine_dots(Tensor features, Tensor upstream, {_PARTS}, int plans) -> Tensor",
+    f"refine_dots(Tensor features, Tensor upstream, {_PARTS}, int plans, bool by_sample) -> Tensor",
     _dots_kernel,
     _dots_fake,
 )
@@ -116,7 +117,7 @@ class Refine(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[_Part, ...]:
         wanted = list(ctx.needs_input_grad[:4])
         twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        # Reading the map behind a negative view (see `masked_mse`) saves a pass.
+        # The map behind a negative view (see `masked_mse`) is read without a pass that negates it.
         negated = is_eager(upstream) and not (wanted[0] or twice) and upstream.is_neg()
         if negated:
             upstream = torch_internals.negative_view(upstream)
@@ -200,18 +201,18 @@ def refine(
         hole: [G, 4] ints y0 x0 y1 x1, half open, set to zero (the noise is added on top).
         sigma: [G], standard deviation of the noise.
         perm: [G, C] ints: output channel c shows input channel perm[g, c].
-        keep: [G, C] bool: channels where it is False become zero.
+        keep: [G, C] bool: channels with False become zero.
         seed: of the noise: an int of 64 bits, or an int64 tensor [1] on the features' device.
-        straight: [G]; does not enter the value; its gradient is the sum of the upstream gradient.
-        Each G is 1 or B on its own. A part left out, or neutral by value, costs nothing.
+        straight: [G]; not part of the value; its gradient is the sum of the upstream gradient.
+        G is 1 or B, for each argument separately. An argument that is None or neutral is free.
 
     Returns:
         refined, with the shape and dtype of the features; channels_last if they are.
 
-    Gradients: features, theta, sigma, straight (second derivatives by plain PyTorch: right, not
-    fast). Under vmap all entries draw the noise of the one seed.
-    NaN features propagate. On the CPU, a theta or sigma that is not finite and a perm that is no
-    permutation are a ValueError. NumPy arrays give a NumPy array. Source: method 2.3, settled here.
+    Gradients: features, theta, sigma, straight (second derivatives by plain PyTorch: exact, but
+    slow). Under vmap all entries have the noise of the same seed.
+    NaN features propagate. On the CPU, a theta or sigma that is not finite and a perm that is not a
+    permutation raise ValueError. NumPy arrays give a NumPy array. Source: method 2.3, settled here.
     """
     number, seed_tensor = split_seed("refine", seed, features)
     _check_kinds(features, theta, hole, sigma, perm, keep, straight)
@@ -239,7 +240,41 @@ def _fits(straight: _Part, features: Tensor) -> bool:
     return wide and straight.shape in sizes and straight.device == features.device
 
 
-def _check_dots(features: Any, upstream: Any, plans: Any) -> None:
+def plan_gradients(
+    features: Tensor, upstream: Tensor, plan: Plan
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of <upstream, refine(features; plan)> for theta [G, 2, 3] and sigma [G].
+
+    Without autograd, so that they can be computed where a graph must not be recorded or would
+    break. None for a part that the plan has not.
+    """
+    number, seed_tensor = split_seed("refine", plan.seed, features)
+    raw = (plan.theta, plan.hole, plan.sigma, plan.perm, plan.keep, seed_tensor, number)
+    wanted = [False, plan.theta is not None, plan.sigma is not None, False]
+    if has_kernel(features):
+        found = _backward(upstream, features, *raw, None, wanted)
+        d_theta, d_sigma = found[1:3]
+    else:
+        d_theta, d_sigma = _plain_gradients(features, upstream, plan)
+    return d_theta if wanted[1] else None, d_sigma if wanted[2] else None
+
+
+def _plain_gradients(features: Tensor, upstream: Tensor, plan: Plan) -> tuple[_Part, _Part]:
+    leaves = [None if part is None else part.detach() for part in (plan.theta, plan.sigma)]
+    present = [leaf for leaf in leaves if leaf is not None]
+    with torch.enable_grad():
+        for leaf in present:
+            leaf.requires_grad_()
+        refined = reference.refine(
+            features, leaves[0], sigma=leaves[1], hole=plan.hole, perm=plan.perm, keep=plan.keep,
+            seed=plan.seed,
+        )  # fmt: skip
+        found = iter(torch.autograd.grad(refined, present, upstream) if present else ())
+    d_theta, d_sigma = (None if leaf is None else next(found) for leaf in leaves)
+    return d_theta, d_sigma
+
+
+def _check_dots(features: Any, upstream: Any, plans: Any, *, by_sample: bool = False) -> None:
     plan = Plans.of(plans)
     number, seed_tensor = split_seed("refine_dots", plan.seed, features)
     raw = (*plan[:5], seed_tensor, number)
@@ -250,21 +285,29 @@ def _check_dots(features: Any, upstream: Any, plans: Any) -> None:
 
 @checked_by(_check_dots)
 def refine_dots(
-    features: Tensor, upstream: Tensor, plans: Plans | Plan | Mapping[str, Any]
-) -> Tensor:
+    features: Tensor, upstream: Tensor, plans: Plans | Plan | Mapping[str, Any], *,
+    by_sample: bool = False,
+) -> Tensor:  # fmt: skip
     """<upstream, refine(features; plan_v)> for V plans, in one pass over memory.
+
+        plans = {"sigma": torch.tensor([[0.0], [0.1], [0.5]])}            # V = 3
+        products, squares = refine_dots(features, target, plans, by_sample=True)
+        distances = squares - 2 * products       # and + target's squares: |refined - target|^2
 
     Args:
         features, upstream: [B, C, H, W], one shape and dtype.
         plans: `Plans`, or a mapping of its names: theta [V, G, 2, 3], hole [V, G, 4], sigma [V,
             G], perm and keep [V, G, C], each optional but not all of them; seed one int or int64
             tensor [1] for all plans.
+        by_sample: keep the samples apart, and give the squares of the refined maps too.
 
     Returns:
-        [V] float32 (float64 for float64 features).
+        [V] float32 (float64 for float64 features). With `by_sample` [2, V, B]: <upstream_b,
+        refined_b>, then <refined_b, refined_b>, where the refined maps are not rounded to the
+        features' dtype.
 
-    These are gradients already (of the gates and the choice of a sub-policy), so no gradient flows
-    through: inputs that require grad are refused while grad mode is on. Source: method 2.4.
+    The products are gradients themselves (of the gates and the choice of a sub-policy), so no
+    gradient flows through; inputs that require grad raise in grad mode. Source: method 2.4.
     """
     plan = Plans.of(plans)
     parts = plan.parts()
@@ -272,7 +315,8 @@ def refine_dots(
     raw = (*plan[:5], seed_tensor, number)
     check_kind("refine_dots", "features", features, upstream=upstream, **parts)
     if isinstance(features, np.ndarray):
-        dots: Any = np.empty(_count(parts), accumulator(features.dtype))
+        shape = (2, _count(parts), len(features)) if by_sample else _count(parts)
+        dots: Any = np.empty(shape, accumulator(features.dtype))
         _core.refine_dots(dots, features, upstream, raw, resources(features))
         return dots
     refuse_gradients("refine_dots", features=features, upstream=upstream, **parts)
@@ -280,8 +324,8 @@ def refine_dots(
     if not served or is_meta(features, upstream, *plan):
         _check_dots(features, upstream, plan)
     if not served:
-        return reference.refine_dots(features, upstream, plan)
-    return _dots(features, upstream, *raw, _count(parts))  # type: ignore[no-any-return]
+        return reference.refine_dots(features, upstream, plan, by_sample=by_sample)
+    return _dots(features, upstream, *raw, _count(parts), by_sample)  # type: ignore[no-any-return]
 
 
 def _count(parts: Mapping[str, Tensor]) -> int:

@@ -21,9 +21,8 @@ _R = TypeVar("_R")
 
 LIBRARY = torch.library.Library("sokd", "DEF")  # type: ignore[no-untyped-call]
 
-# Devices whose kernels are in `_core`, and PyTorch's dispatch key for them. Another device plugs in
-# here: the registered functions allocate the outputs on the inputs' device, and `_core` chooses by
-# that device.
+# Devices with kernels in `_core`, and their dispatch keys. A further device is added here: the
+# registered functions allocate the outputs on the inputs' device, by which `_core` dispatches.
 KERNELS = {"cpu": "CPU"}
 if why_no_cuda() is None:
     KERNELS["cuda"] = "CUDA"
@@ -32,7 +31,7 @@ _warned: set[str] = set()
 
 
 def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Register a library op: schema, kernel, fake and, if it returns something, vmap rule."""
+    """Register a library op: schema, kernel, fake and, for ops with a result, a vmap rule."""
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
     name = schema.split("(")[0]
     for key in KERNELS.values():
@@ -45,7 +44,7 @@ def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) 
 
 
 def _looped(op: Any) -> Callable[..., Any]:
-    """vmap by one call for each entry: the noise depends on the index within a call."""
+    """A vmap rule with one call for each entry: noise depends on the index within a call."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         def entry(index: int) -> Any:
@@ -65,10 +64,10 @@ def _looped(op: Any) -> Callable[..., Any]:
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """`function.apply(*args)`, in the form that every compiler traces.
+    """`function.apply(*args)`, in a form that torch.compile traces.
 
-    A compiler finds plain numbers among the arguments; and where no gradient is wanted `forward`
-    itself, because that of torch 2.5 to 2.7 passes a context to it.
+    While compiling, symbolic numbers become plain ones, and without a gradient `forward` is called
+    directly, because the compiler of torch 2.5 to 2.7 passes a context to it.
     """
     if torch.compiler.is_compiling():
         args = tuple(torch_internals.without_symbols(args))
@@ -82,9 +81,9 @@ def _requires_grad(arg: object) -> bool:
 
 
 def is_eager(*subjects: object) -> bool:
-    """Whether there is memory to look at now: no compiler, transform or mode at work, no wrapper.
+    """Whether the subjects have memory to read: no compiler, transform or mode, no wrapper.
 
-    What is no tensor at all counts as eager, so that the checks can say so.
+    A value that is not a tensor counts as eager, so that the checks run and reject it.
     """
     if torch.compiler.is_compiling():
         return False
@@ -101,12 +100,12 @@ def _has_memory(subject: object) -> bool:
 
 
 def transformed() -> bool:
-    """Whether a functorch transform runs eagerly: nothing may be kept from inside it."""
+    """Whether a functorch transform runs eagerly; its tensors must not be stored."""
     return not torch.compiler.is_compiling() and torch_internals.is_transforming()
 
 
 def eager_only(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """`torch.compiler.disable`, without its import of the compiler (a second) when it decorates."""
+    """`torch.compiler.disable` that does not import the compiler (a second) when it decorates."""
 
     @wraps(function)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -145,7 +144,7 @@ def second_derivative(
 
 
 def has_kernel(tensor: Tensor) -> bool:
-    """Whether `_core` has kernels for this tensor's device; warns once a device type if not."""
+    """Whether `_core` has kernels for the tensor's device; warns once per device type if not."""
     device, compiling, too_old = tensor.device.type, torch.compiler.is_compiling(), None
     if device == "cuda" and device in KERNELS and not compiling:
         too_old = _why_too_old(tensor.device.index)
@@ -154,14 +153,13 @@ def has_kernel(tensor: Tensor) -> bool:
     if not compiling and device not in _warned:
         _warned.add(device)
         why = f" ({too_old or why_no_cuda()})" if device == "cuda" else ""
-        serves = "the plain PyTorch path (sokd.reference) serves"
-        text = f"sokd: no kernels for {device} in this build{why}, {serves}"
-        warn_user(text)
+        used = "the plain PyTorch path (sokd.reference) is used"
+        warn_user(f"sokd: no kernels for {device} in this build{why}; {used}")
     return False
 
 
 def warn_user(text: str) -> None:
-    """Give a warning at the line of the user's code that led here."""
+    """Warn at the line of the user's code that led here."""
     level, frame = 1, sys._getframe()
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("sokd", "torch"):
         level, frame = level + 1, frame.f_back
@@ -170,10 +168,10 @@ def warn_user(text: str) -> None:
 
 @cache
 def _why_too_old(index: int) -> str | None:
-    """Why this CUDA device is too old for the kernels or NVRTC; None: it is not, or is absent."""
+    """Why the kernels or NVRTC do not support this CUDA device; None: they do, or it is absent."""
     try:
         return _core.cuda_why_not(index)
-    except RuntimeError:  # a fake tensor's; and a real one's call will say what is wrong
+    except RuntimeError:  # a fake tensor's device; with a real one the call raises the reason
         return None
 
 
@@ -185,7 +183,7 @@ def stream_of(device: torch.device) -> int:
 def resources(tensor: Any) -> tuple[int, int, Callable[[int], Tensor] | None]:
     """The resources of a call on this tensor's device: threads, stream, scratch allocator.
 
-    Scratch is torch's own memory: freed on return, it is reused only by later work of the
+    Scratch comes from torch's allocator: freed on return, it is reused only by later work of the
     same stream.
     """
     if isinstance(tensor, np.ndarray) or tensor.device.type != "cuda":
@@ -221,7 +219,7 @@ def checked_by(check: Callable[..., None]) -> Callable[[Callable[_P, _R]], Calla
 
 
 def is_meta(*arguments: Any) -> bool:
-    """Whether one is on the meta device: the call then reaches no kernel that checks the others."""
+    """Whether an argument is on the meta device; no kernel then checks the arguments."""
     return any(isinstance(argument, Tensor) and argument.is_meta for argument in arguments)
 
 

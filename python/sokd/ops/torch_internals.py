@@ -1,10 +1,10 @@
-"""PyTorch's private names: the use of each, its first release, and what serves without it.
+"""PyTorch's private names: the use of each, its first release, and the fallback without it.
 
 All of them exist in torch 2.5 to 2.15 unless a later release is given. Nothing else in the package
 reads a private name of PyTorch, and every fallback gives the same numbers.
 
-Two private methods of `nn.Module` are overridden in the classes concerned, because no public method
-serves; without them nothing calls the overrides:
+Two private methods of `nn.Module` are overridden in the classes concerned, because there is no
+public hook for them. If PyTorch drops them, nothing calls the overrides:
 
 - `_apply` (since 0.1) runs for `.to()`, `.half()` and the like. `Policy` and `SoKD` keep float32
   there, `Distiller` moves its teacher. Without: a cast to half precision rounds the policy.

@@ -19,19 +19,21 @@ def warmup(
 ) -> None:  # fmt: skip
     """Compile every CUDA kernel, or fetch it from the cache on disk, and load it.
 
-    A kernel is otherwise compiled when it is first used, which costs up to a second, once for each
-    machine, and is forbidden while a CUDA graph is captured: call this before a capture.
+    Without this, a kernel is compiled on first use, which takes up to a second once per machine and
+    is forbidden while a CUDA graph is captured. Call this function before a capture.
 
     Args:
         device: a CUDA device; None: the current one.
         dtypes: of the feature maps: float64, float32, float16, bfloat16.
-        layouts: of the feature maps: "contiguous", "channels_last" (any other is served by these
-            two).
+        layouts: of the feature maps: "contiguous", "channels_last" (these two also run for any
+            other layout).
 
-    Where no CUDA kernels serve (see `sokd.show_config`), there is nothing to compile and nothing
-    happens.
-    ValueError: a dtype or layout not listed above. RuntimeError: a kernel does not compile or
-    load.
+    Without CUDA kernels (see `sokd.show_config`) this is a no-op.
+
+    Raises:
+        ValueError: a dtype or layout not listed above.
+        RuntimeError: a kernel does not compile or load.
+
     Source: settled here.
     """
     for name, given, known in (

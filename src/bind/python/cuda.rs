@@ -1,5 +1,4 @@
-//! The CUDA functions of `_core`: open, describe, warm up. Builds without the feature `cuda` raise
-//! NotImplementedError.
+//! `_core`'s functions for CUDA; without the feature `cuda` they raise NotImplementedError.
 
 use super::{read_all, released, Object, Resources};
 use crate::bind::read::raise;
@@ -80,11 +79,7 @@ pub(crate) fn cuda_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
 #[pyo3(signature = (device, dtypes, layouts, threads, stream=0))]
 #[allow(unused_variables)]
 pub(crate) fn cuda_warmup(
-    py: Python<'_>,
-    device: usize,
-    dtypes: Vec<String>,
-    layouts: Vec<String>,
-    threads: usize,
+    py: Python<'_>, device: usize, dtypes: Vec<String>, layouts: Vec<String>, threads: usize,
     stream: usize,
 ) -> PyResult<()> {
     #[cfg(feature = "cuda")]
@@ -105,10 +100,7 @@ pub(crate) fn cuda_warmup(
 /// gradient *= upstream, in place, on a CUDA device.
 #[pyfunction]
 pub(crate) fn masked_mse_scale(
-    py: Python,
-    gradient: Object,
-    upstream: Object,
-    resources: Resources,
+    py: Python, gradient: Object, upstream: Object, resources: Resources,
 ) -> PyResult<()> {
     let named = [("gradient", gradient), ("upstream", upstream)];
     let [gradient, upstream] = read_all("masked_mse", named)?;

@@ -107,7 +107,7 @@ pub(crate) fn read(object: &Bound<'_, PyAny>) -> Option<TensorView> {
     };
     let dtype = from_code(found.code, found.bits, found.lanes)?;
     let rank = usize::try_from(found.rank).ok()?;
-    // SAFETY: so many numbers each, which the tensor owns; null where there is none.
+    // SAFETY: the tensor owns `rank` numbers in each, or the pointer is null.
     let (sizes, strides) = unsafe { (numbers(found.sizes, rank), numbers(found.strides, rank)) };
     let sizes: Vec<_> = sizes.iter().map(|&size| size as usize).collect();
     let strides: Vec<_> = strides.iter().map(|&stride| stride as isize).collect();

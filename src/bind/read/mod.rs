@@ -48,9 +48,7 @@ pub(crate) fn use_tch(reader: &Bound<'_, PyAny>) -> PyResult<()> {
 
 /// Reads a tensor's metadata. The view is valid for as long as the caller holds the object.
 pub(crate) fn view(
-    op: &'static str,
-    argument: &str,
-    object: &Bound<'_, PyAny>,
+    op: &'static str, argument: &str, object: &Bound<'_, PyAny>,
 ) -> PyResult<TensorView> {
     let read = match SELECTED.load(Ordering::Relaxed) {
         TCH => tch::read(object),
@@ -106,13 +104,8 @@ pub(crate) fn from_name(name: &str) -> Option<DType> {
 
 /// Builds the view; `None` from [`TensorView::new`] means a rank above its limit.
 fn build(
-    op: &'static str,
-    argument: &str,
-    pointer: usize,
-    dtype: DType,
-    device: Device,
-    sizes: &[usize],
-    strides: &[isize],
+    op: &'static str, argument: &str, pointer: usize, dtype: DType, device: Device,
+    sizes: &[usize], strides: &[isize],
 ) -> PyResult<TensorView> {
     // SAFETY: by torch or NumPy, these sizes and strides lie within memory that the object keeps
     // alive, and the caller of `view` holds the object.

@@ -7,9 +7,7 @@ use pyo3::prelude::*;
 
 /// `None` when the object is no NumPy array.
 pub(crate) fn read(
-    op: &'static str,
-    argument: &str,
-    object: &Bound<'_, PyAny>,
+    op: &'static str, argument: &str, object: &Bound<'_, PyAny>,
 ) -> PyResult<Option<TensorView>> {
     let Ok(array) = object.cast::<PyUntypedArray>() else { return Ok(None) };
     let descr = array.dtype();

@@ -34,9 +34,7 @@ impl Torch {
 
 /// `None` when the object is no torch tensor.
 pub(crate) fn read(
-    op: &'static str,
-    argument: &str,
-    object: &Bound<'_, PyAny>,
+    op: &'static str, argument: &str, object: &Bound<'_, PyAny>,
 ) -> PyResult<Option<TensorView>> {
     let py = object.py();
     let Some(data_ptr) = object.getattr_opt(intern!(py, "data_ptr"))? else { return Ok(None) };

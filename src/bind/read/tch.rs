@@ -1,7 +1,6 @@
 //! Reads a tensor through libtorch, by one C function of sokd_tch.
 //!
-//! sokd_tch (in `tch/`) links libtorch and passes the function's address in a capsule. This crate
-//! links nothing of torch.
+//! sokd_tch (in `tch/`) links libtorch, and passes the function's address in a capsule.
 
 use super::{build, raise};
 use crate::tensor::{DType, Device, Error, TensorView, MAX_RANK};

@@ -40,8 +40,7 @@ pub(super) struct BoxWriter<T: Element> {
     width: usize,
 }
 
-// SAFETY: the maps are only read; the outputs of an image are written by the one thread that has
-// it.
+// SAFETY: the maps are only read; one thread writes the outputs of an image.
 unsafe impl<T: Element> Sync for BoxWriter<T> {}
 
 impl<T: Element> BoxWriter<T> {

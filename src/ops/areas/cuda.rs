@@ -45,10 +45,7 @@ mirror! {
 /// # Safety
 /// The arguments are checked, and all of them lie on the CUDA device `ordinal`.
 pub(crate) unsafe fn forward(
-    args: &Args,
-    outputs: &Outputs,
-    ordinal: usize,
-    run: &Run,
+    args: &Args, outputs: &Outputs, ordinal: usize, run: &Run,
 ) -> Result<()> {
     let order = Order::of(args.heat);
     let mut call = describe(args, outputs, order)?;
@@ -59,8 +56,7 @@ pub(crate) unsafe fn forward(
     call.candidate_scores = call.candidate_cells + candidates * 8;
     let variant = (args.heat.dtype, order);
     on_device(CHECK.0, ordinal, run, |queue| {
-        // SAFETY: `Areas` is what these kernels take, filled as kernel.cu defines it; the memory is
-        // the caller's promise.
+        // SAFETY: `Areas` is what these kernels take; the memory is the caller's promise.
         unsafe {
             queue.launch(&SCAN, variant, [call.batch * call.chunks, 1], &call)?;
             queue.launch(&PICK, variant, [call.batch, 1], &call)

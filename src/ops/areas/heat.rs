@@ -1,5 +1,4 @@
-//! The heat of an image in the order of memory, whatever the strides: rows of equal steps, split
-//! into tiles.
+//! The heat of an image in the order of memory: rows of equal steps, split into tiles.
 
 use super::larger;
 use crate::simd::tile::prefetch_line;
@@ -80,8 +79,7 @@ impl<T: Element> Heat<T> {
     }
 }
 
-/// Outermost in memory first; neighbours that follow one another in memory and in the flat index
-/// become one.
+/// Outermost in memory first; neighbours in memory and in the flat index become one.
 fn in_memory_order(mut axes: [Dim; 3]) -> [Dim; 3] {
     axes.sort_by_key(|dim| {
         Reverse(if dim.size > 1 { dim.steps[0].unsigned_abs() } else { usize::MAX })
@@ -129,8 +127,7 @@ impl<T: Element> Image<'_, T> {
         Tile { offsets: [step(0), step(1)], length: TILE.min(run.size - first), flat }
     }
 
-    /// The maximum over a tile without NaN. For products it is taken before the root, which keeps
-    /// the order.
+    /// The maximum over a tile without NaN; of products, before the root, which keeps the order.
     #[inline(always)]
     pub(crate) fn bound<S: Simd>(&self, simd: S, index: usize) -> T::Acc {
         let tile = self.tile(index);
@@ -251,9 +248,7 @@ impl<T: Element> Image<'_, T> {
 /// The greatest of all rows of `length` cells, lane by lane.
 #[inline(always)]
 fn most<A: Real, S: Simd>(
-    simd: S,
-    length: usize,
-    row: impl Fn(usize) -> A::Vector<S>,
+    simd: S, length: usize, row: impl Fn(usize) -> A::Vector<S>,
 ) -> A::Vector<S> {
     let mut most = simd.splat(A::of(f64::NEG_INFINITY));
     // A cell counted twice changes no maximum: the last row ends where the tile does.

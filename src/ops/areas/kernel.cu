@@ -1,6 +1,6 @@
 // heat = sqrt(heat * heat_t), size and offset = (student + teacher) / 2, where a teacher is given
-// peak: heat[b,a,y,x] >= every cell of the kernel x kernel window around it (outside the map:
-//   ignored), none of them NaN
+// peak: heat[b,a,y,x] > 0 and >= every cell of the kernel x kernel window around it (outside the
+//   map: ignored), none of them NaN
 // box = trunc(clamp(cell + offset -+ size / 2, 0, side - 1)), inclusive;
 //   coverage[b,y,x] = boxes over the cell
 // The k best peaks of a sample, by (heat descending, flat index (a*H + y)*W + x ascending).
@@ -98,7 +98,7 @@ SOKD_DEVICE bool is_peak(const Areas& args, long long n, const Cell& at, Acc<T> 
     const long long below = at.y + reach + 1, beyond = at.x + reach + 1;
     const int bottom = (int)(below < args.height ? below : args.height),
               right = (int)(beyond < args.width ? beyond : args.width);
-    bool peak = score == score;
+    bool peak = score > Acc<T>(0);
 #pragma unroll 1
     for (int y = top; y < bottom && peak; y++) {
 #pragma unroll 1
@@ -108,7 +108,7 @@ SOKD_DEVICE bool is_peak(const Areas& args, long long n, const Cell& at, Acc<T> 
     return peak;
 }
 
-// Puts on the list what may be a peak: no NaN, and no neighbour in the same vector is greater.
+// Puts on the list what may be a peak: above 0, and no neighbour in the same vector is greater.
 // `flat` is the number in the order of work.
 template <class T, int ORDER>
 SOKD_DEVICE void list_cells(Peak<Acc<T>> (&list)[CHUNK], int& listed, const Areas& args,
@@ -120,7 +120,7 @@ SOKD_DEVICE void list_cells(Peak<Acc<T>> (&list)[CHUNK], int& listed, const Area
         for (unsigned index = chunk + threadIdx.x; index < all && index < chunk + CHUNK;
             index += THREADS) {
             const Acc<T> score = score_at<T>(args, n, cell_of<ORDER>(args, index));
-            if (score == score) list[atomicAdd(&listed, 1)] = {score, (int)index};
+            if (score > Acc<T>(0)) list[atomicAdd(&listed, 1)] = {score, (int)index};
         }
         return;
     }
@@ -143,7 +143,7 @@ SOKD_DEVICE void list_cells(Peak<Acc<T>> (&list)[CHUNK], int& listed, const Area
         unsigned x = along ? first % (unsigned)args.width : 0;
 #pragma unroll
         for (int i = 0; i < V; i++) {
-            bool may = scores[i] == scores[i];
+            bool may = scores[i] > Acc<T>(0);
             if (along && i > 0 && x > 0) may = may && scores[i > 0 ? i - 1 : 0] <= scores[i];
             x = x + 1 < args.width ? x + 1 : 0;
             if (along && i + 1 < V && x > 0)

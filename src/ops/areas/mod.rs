@@ -4,8 +4,8 @@
 //! heat = sqrt(heat_s * heat_t), size and offset = (student + teacher) / 2, where a teacher is
 //! given
 //!
-//! peak: heat[b,a,y,x] >= every cell of the kernel x kernel window around it (outside the map:
-//! ignored), none of them NaN
+//! peak: heat[b,a,y,x] > 0 and >= every cell of the kernel x kernel window around it (outside the
+//! map: ignored), none of them NaN
 //!
 //! box = trunc(clamp(cell + offset -+ size / 2, 0, side - 1)), both corners inclusive
 //!
@@ -121,11 +121,7 @@ impl Outputs<'_> {
 }
 
 fn like_heat(
-    name: &str,
-    view: &TensorView,
-    heat: &TensorView,
-    layout: &str,
-    sizes: &[usize],
+    name: &str, view: &TensorView, heat: &TensorView, layout: &str, sizes: &[usize],
 ) -> Result<()> {
     CHECK.same_dtype(name, view, "heat", heat)?;
     CHECK.sizes(name, view, layout, sizes)?;

@@ -59,7 +59,8 @@ fn truth([b, a, h, w]: [usize; 4], dtype: DType, maps: &Maps, k: usize, kernel: 
             };
             near(y, h).all(|q| near(x, w).all(|p| heat[flat] >= heat[(map * h + q) * w + p]))
         };
-        let mut peaks: Vec<usize> = (0..a * h * w).filter(|flat| is_peak(*flat)).collect();
+        let mut peaks: Vec<usize> =
+            (0..a * h * w).filter(|flat| heat[*flat] > 0.0 && is_peak(*flat)).collect();
         peaks.sort_by(|p, q| heat[*q].partial_cmp(&heat[*p]).expect("no NaN").then(p.cmp(q)));
         for slot in 0..k {
             let Some(flat) = peaks.get(slot) else {

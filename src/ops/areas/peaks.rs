@@ -13,7 +13,7 @@ use std::collections::BinaryHeap;
 /// A local maximum; the better of two is the lesser one.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) struct Peak<A> {
-    /// Its heat; never NaN.
+    /// Its heat; above 0.
     pub score: A,
     /// (a * H + y) * W + x
     pub flat: usize,
@@ -40,13 +40,14 @@ impl<T: Element> Image<'_, T> {
     /// The k best peaks, best first, by the maxima of all tiles.
     #[inline(always)]
     pub(crate) fn best<S: Simd>(&self, simd: S, bounds: &[T::Acc], k: usize) -> Vec<Peak<T::Acc>> {
-        let (mut cutoff, mut rank) = (guess(bounds, k), 4 * k);
+        let nothing = T::Acc::default();
+        let (mut cutoff, mut rank) = (larger(guess(bounds, k), nothing), 4 * k);
         loop {
             let best = self.above(simd, cutoff, bounds, k);
-            if best.len() == k || cutoff == lowest() {
+            if best.len() == k || cutoff == nothing {
                 return best.into_sorted_vec();
             }
-            cutoff = ranked(bounds, rank);
+            cutoff = larger(ranked(bounds, rank), nothing);
             rank *= 2;
         }
     }
@@ -54,15 +55,11 @@ impl<T: Element> Image<'_, T> {
     /// The k best peaks among the cells that are not below a cutoff.
     #[inline(always)]
     fn above<S: Simd>(
-        &self,
-        simd: S,
-        cutoff: T::Acc,
-        bounds: &[T::Acc],
-        k: usize,
+        &self, simd: S, cutoff: T::Acc, bounds: &[T::Acc], k: usize,
     ) -> BinaryHeap<Peak<T::Acc>> {
         let mut best = BinaryHeap::with_capacity(k + 1);
         for (i, bound) in bounds.iter().enumerate() {
-            if *bound >= cutoff {
+            if *bound >= cutoff && *bound > T::Acc::default() {
                 self.gather(simd, &self.tile(i), *bound, cutoff, k, &mut best);
             }
         }
@@ -71,12 +68,7 @@ impl<T: Element> Image<'_, T> {
 
     #[inline(always)]
     fn gather<S: Simd>(
-        &self,
-        simd: S,
-        tile: &Tile,
-        bound: T::Acc,
-        cutoff: T::Acc,
-        k: usize,
+        &self, simd: S, tile: &Tile, bound: T::Acc, cutoff: T::Acc, k: usize,
         best: &mut BinaryHeap<Peak<T::Acc>>,
     ) {
         let hopeless = |peak: Peak<T::Acc>, best: &BinaryHeap<Peak<T::Acc>>| {
@@ -93,7 +85,8 @@ impl<T: Element> Image<'_, T> {
             }
             for (l, score) in scores.into_iter().enumerate() {
                 let peak = Peak { score, flat: self.flat(tile, i + l) };
-                if score >= least && !hopeless(peak, best) && self.is_peak(peak.flat, score) {
+                let high = score >= least && score > T::Acc::default();
+                if high && !hopeless(peak, best) && self.is_peak(peak.flat, score) {
                     best.push(peak);
                     if best.len() > k {
                         best.pop();

@@ -15,17 +15,13 @@ mirror! {
     Draw { uniforms: u64, noise_seed: u64, seed: u64, counter: u64, count: i64 }
 }
 
-/// Uniforms f32 `[n]` and the seed of the noise, int64 `[1]`, from a seed and a counter, int64
-/// `[1]` each.
+/// Uniforms f32 `[n]` and the noise's seed, int64 `[1]`, from a seed and a counter, int64 `[1]`.
 ///
 /// # Safety
 /// The arguments are checked, and all of them lie on the CUDA device `ordinal`.
 pub(crate) unsafe fn forward(
-    [seed, counter]: [&TensorView; 2],
-    uniforms: &TensorView,
-    noise_seed: &TensorView,
-    ordinal: usize,
-    run: &Run,
+    [seed, counter]: [&TensorView; 2], uniforms: &TensorView, noise_seed: &TensorView,
+    ordinal: usize, run: &Run,
 ) -> Result<()> {
     let count = uniforms.numel() as i64;
     let call = Draw {
@@ -37,8 +33,7 @@ pub(crate) unsafe fn forward(
     };
     let blocks = (count as usize).div_ceil(4) + 1;
     on_device(CHECK.0, ordinal, run, |queue| {
-        // SAFETY: `Draw` is what this kernel takes, filled as kernel.cu defines it; the memory is
-        // the caller's promise.
+        // SAFETY: `Draw` is what this kernel takes; the memory is the caller's promise.
         unsafe {
             queue.launch(
                 &DRAW,

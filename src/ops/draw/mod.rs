@@ -30,10 +30,7 @@ impl Args<'_> {
 
     /// The draws of one step: uniforms f32 `[n]`, noise_seed int64 `[1]`.
     pub(crate) fn forward(
-        &self,
-        uniforms: &TensorView,
-        noise_seed: &TensorView,
-        run: &Run,
+        &self, uniforms: &TensorView, noise_seed: &TensorView, run: &Run,
     ) -> Result<()> {
         self.check()?;
         CHECK.of_dtype("uniforms", uniforms, DType::F32)?;

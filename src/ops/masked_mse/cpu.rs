@@ -1,5 +1,4 @@
-//! The CPU kernel: regions of a sample in the order of memory; student, teacher and weight are read
-//! once, the gradient is written once.
+//! The CPU kernel: every map is read once, the gradient written once, in the order of memory.
 
 use super::grid::{Grid, Order, Region};
 use super::weights::Weights;
@@ -19,9 +18,7 @@ const POSITIONS: usize = TILE / LANES;
 /// # Safety
 /// The maps have the dtype `T`, the shapes agree, and all are in host memory.
 pub(crate) unsafe fn forward<T: Element>(
-    args: &Args,
-    d_student: Option<&TensorView>,
-    threads: usize,
+    args: &Args, d_student: Option<&TensorView>, threads: usize,
 ) -> Result<f64> {
     // SAFETY: the caller's promise.
     let (weights, total) = unsafe { Weights::<T::Acc>::read(args.weight, threads) }?;
@@ -30,8 +27,7 @@ pub(crate) unsafe fn forward<T: Element>(
     let divisor = if area { total * args.student.sizes()[1] as f64 } else { numel as f64 };
     if numel == 0 || divisor == 0.0 {
         if let Some(d_student) = d_student {
-            // SAFETY: the gradient is dense, so numel elements lie here; zero bits are 0.0 in every
-            // float dtype.
+            // SAFETY: the gradient is dense, so numel elements lie here; zero bits are 0.0.
             unsafe { d_student.ptr().write_bytes(0, numel * d_student.dtype.size()) };
         }
         return Ok(0.0);
@@ -63,10 +59,7 @@ struct Maps<'a, T: Element> {
 
 impl<'a, T: Element> Maps<'a, T> {
     fn new(
-        args: &Args,
-        d_student: Option<&TensorView>,
-        weights: Option<&'a [T::Acc]>,
-        factor: T::Acc,
+        args: &Args, d_student: Option<&TensorView>, weights: Option<&'a [T::Acc]>, factor: T::Acc,
     ) -> Self {
         let views = [args.student, args.teacher, d_student.unwrap_or(args.student)];
         let order = if views.iter().all(|view| view.is_contiguous()) {
@@ -222,8 +215,7 @@ fn clear_from<A: Real>(lane: usize, tile: &mut [[A; LANES]; POSITIONS]) {
     }
 }
 
-/// Each weight in all lanes. Not inlined: for AVX-512 the compiler would emit scatters, which are
-/// far slower.
+/// Each weight in all lanes. Not inlined: AVX-512 code would be scatters, far slower.
 #[inline(never)]
 fn spread<A: Real>(weights: &[A], tile: &mut [[A; LANES]; POSITIONS]) {
     tile.iter_mut().zip(weights).for_each(|(row, weight)| *row = [*weight; LANES]);
@@ -253,11 +245,7 @@ impl<T: Element> Maps<'_, T> {
     /// [`LANES`] elements from `at` on.
     #[inline(always)]
     unsafe fn row<S: Simd>(
-        &self,
-        simd: S,
-        at: usize,
-        weights: &[T::Acc; LANES],
-        factor: <T::Acc as Real>::Vector<S>,
+        &self, simd: S, at: usize, weights: &[T::Acc; LANES], factor: <T::Acc as Real>::Vector<S>,
         sums: &mut <T::Acc as Real>::Vector<S>,
     ) {
         let [mut student, mut teacher, mut gradient] = [[T::Acc::default(); LANES]; 3];
@@ -284,11 +272,7 @@ impl<T: Element> Maps<'_, T> {
     /// The same for fewer: the lanes past them are zeros.
     #[inline(always)]
     unsafe fn tail<S: Simd>(
-        &self,
-        simd: S,
-        at: usize,
-        weights: &[T::Acc],
-        factor: <T::Acc as Real>::Vector<S>,
+        &self, simd: S, at: usize, weights: &[T::Acc], factor: <T::Acc as Real>::Vector<S>,
         sums: &mut <T::Acc as Real>::Vector<S>,
     ) {
         let [mut student, mut teacher, mut all, mut gradient] = [[T::Acc::default(); LANES]; 4];
@@ -312,10 +296,7 @@ impl<T: Element> Maps<'_, T> {
 /// Adds the weighted squares of a row to the running sums; returns the weighted differences.
 #[inline(always)]
 fn add_squares<A: Real, S: Simd>(
-    simd: S,
-    student: &[A; LANES],
-    teacher: &[A; LANES],
-    weights: &[A; LANES],
+    simd: S, student: &[A; LANES], teacher: &[A; LANES], weights: &[A; LANES],
     sums: &mut A::Vector<S>,
 ) -> A::Vector<S> {
     let difference = simd.load(student).minus(simd.load(teacher));

@@ -48,11 +48,7 @@ mirror! {
 /// # Safety
 /// The arguments are checked, and all of them lie on the CUDA device `ordinal`.
 pub(crate) unsafe fn forward(
-    args: &Args,
-    loss: &TensorView,
-    d_student: Option<&TensorView>,
-    ordinal: usize,
-    run: &Run,
+    args: &Args, loss: &TensorView, d_student: Option<&TensorView>, ordinal: usize, run: &Run,
 ) -> Result<()> {
     let order = Order::of(d_student.unwrap_or(args.student));
     let mut call = describe(args, loss, d_student, order)?;
@@ -62,8 +58,7 @@ pub(crate) unsafe fn forward(
     call.norm = call.areas + 8 * call.area_blocks as u64;
     let variant = (args.student.dtype, order);
     on_device(CHECK.0, ordinal, run, |queue| {
-        // SAFETY: `MaskedMse` is what these kernels take, filled as kernel.cu defines it; the
-        // memory is the caller's promise.
+        // SAFETY: `MaskedMse` is what these kernels take; the memory is the caller's promise.
         unsafe {
             if call.area != 0 {
                 queue.launch(&AREA, variant, [call.area_blocks, 1], &call)?;
@@ -80,10 +75,7 @@ pub(crate) unsafe fn forward(
 /// # Safety
 /// The arguments are checked, and both lie on the CUDA device `ordinal`.
 pub(crate) unsafe fn scale(
-    gradient: &TensorView,
-    upstream: &TensorView,
-    ordinal: usize,
-    run: &Run,
+    gradient: &TensorView, upstream: &TensorView, ordinal: usize, run: &Run,
 ) -> Result<()> {
     let count = gradient.numel();
     let call = Scale {
@@ -95,17 +87,13 @@ pub(crate) unsafe fn scale(
         wide: i64::from((gradient.ptr() as usize).is_multiple_of(16)),
     };
     on_device(CHECK.0, ordinal, run, |queue| {
-        // SAFETY: `Scale` is what this kernel takes, filled as kernel.cu defines it; the memory is
-        // the caller's promise.
+        // SAFETY: `Scale` is what this kernel takes; the memory is the caller's promise.
         unsafe { queue.launch(&SCALE, (gradient.dtype, Order::Planes), [call.blocks, 1], &call) }
     })
 }
 
 fn describe(
-    args: &Args,
-    loss: &TensorView,
-    d_student: Option<&TensorView>,
-    order: Order,
+    args: &Args, loss: &TensorView, d_student: Option<&TensorView>, order: Order,
 ) -> Result<MaskedMse> {
     let student = args.student;
     let wide = match d_student {

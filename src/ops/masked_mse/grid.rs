@@ -1,5 +1,4 @@
-//! The split of the maps into regions, and of small regions into chunks, by the shapes and the
-//! order of memory.
+//! The split of the maps into regions, and of small regions into chunks, by shapes and order.
 
 use crate::simd::LANES;
 use std::ops::Range;
@@ -22,8 +21,7 @@ pub(crate) struct Region {
     pub positions: Range<usize>,
 }
 
-/// Regions of about [`CHUNK`] elements, and chunks of small regions; they depend on the shapes and
-/// the order alone.
+/// Regions of about [`CHUNK`] elements, and chunks of small ones, by shapes and order alone.
 pub(crate) struct Grid {
     sizes: [usize; 3],
     /// Channels and positions of a region.

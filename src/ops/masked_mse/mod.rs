@@ -1,5 +1,4 @@
-//! Masked distillation: the weighted mean squared difference of two feature maps, and its gradient,
-//! in one pass over memory.
+//! The weighted mean squared difference of two maps, and its gradient, in one pass over memory.
 //!
 //! loss = scale / N * sum over b, c, y, x of weight[b,y,x] * (student - teacher)[b,c,y,x]^2
 //!
@@ -63,10 +62,7 @@ impl Args<'_> {
     /// Computes the loss, one element: f32, or f64 for f64 features; and the gradient where there
     /// is room for it, like student (contiguous or channels_last).
     pub(crate) fn forward(
-        &self,
-        loss: &TensorView,
-        d_student: Option<&TensorView>,
-        run: &Run,
+        &self, loss: &TensorView, d_student: Option<&TensorView>, run: &Run,
     ) -> Result<()> {
         let student = self.student;
         self.check()?;

@@ -1,5 +1,4 @@
-//! The truth: the formula of the module as plain f64 loops, one element at a time, and tests of the
-//! kernel against it.
+//! The truth: the module's formula as plain f64 loops, and tests of the kernel against it.
 
 use super::*;
 use crate::tensor::testing::{any_float, any_lay, indices, wild, Lay, Owned, Uniform};
@@ -8,12 +7,7 @@ use proptest::prelude::*;
 
 /// loss and d_student, in f64, of row-major values.
 fn truth(
-    shape: [usize; 4],
-    s: &[f64],
-    t: &[f64],
-    w: Option<&[f64]>,
-    normalise: &str,
-    scale: f64,
+    shape: [usize; 4], s: &[f64], t: &[f64], w: Option<&[f64]>, normalise: &str, scale: f64,
 ) -> (f64, Vec<f64>) {
     let [b, c, h, w_] = shape;
     let weight = |n: usize, y: usize, x: usize| w.map_or(1.0, |w| w[(n * h + y) * w_ + x]);
@@ -44,11 +38,7 @@ struct Case {
 
 impl Case {
     fn new(
-        shape: [usize; 4],
-        dtype: DType,
-        lays: [Lay; 2],
-        weight: Option<Owned>,
-        seed: u64,
+        shape: [usize; 4], dtype: DType, lays: [Lay; 2], weight: Option<Owned>, seed: u64,
     ) -> Self {
         let numel = shape.iter().product();
         let [s, t] = [1, 2].map(|i| Uniform(seed ^ i).take(numel));
@@ -96,8 +86,7 @@ fn close(actual: f64, expected: f64, tolerance: f64) -> bool {
         || (actual - expected).abs() <= tolerance
 }
 
-/// Half a unit in the last place of a gradient in its dtype, and the rounding of the arithmetic
-/// before it.
+/// Half a unit in a gradient's last place, and the rounding of the arithmetic before it.
 fn rounding(dtype: DType, value: f64) -> f64 {
     match dtype {
         DType::F64 => 1e-15 * value.abs(),

@@ -1,5 +1,4 @@
-//! The weights `[B, H, W]` for the kernel: contiguous, in the accumulator dtype, summed and
-//! checked.
+//! The kernel's weights `[B, H, W]`: contiguous, in the accumulator dtype, summed and checked.
 
 use super::CHECK;
 use crate::parallel;
@@ -24,8 +23,7 @@ impl<'a, A: Real> Weights<'a, A> {
     /// # Safety
     /// A weight is `[B, H, W]` or `[B, 1, H, W]`, of a float dtype, in host memory.
     pub(crate) unsafe fn read(
-        weight: Option<&'a TensorView>,
-        threads: usize,
+        weight: Option<&'a TensorView>, threads: usize,
     ) -> Result<(Self, f64)> {
         let Some(view) = weight else { return Ok((Self::Ones, 0.0)) };
         let dtype = if size_of::<A>() == 8 { DType::F64 } else { DType::F32 };

@@ -1,5 +1,4 @@
-//! The backward pass on the CPU: theta, sigma and features from one reading of upstream; the
-//! straight-through sum from another.
+//! The backward pass on the CPU: upstream is read once, and once more for the straight-through sum.
 
 use super::forward::{clear_hole, clear_lanes, planes, sources, Cover, TILE};
 use super::lanes::{DotNoise, Places, Slopes, Spread, Sum};
@@ -10,15 +9,11 @@ use crate::simd::tile::{Channels, Map, Scratch};
 use crate::simd::{self, Element, LANES};
 use crate::tensor::TensorView;
 
-/// Sums over one chunk: d_theta (6) and d_sigma. In f64, and added in the order of the chunks: the
-/// same bits on every run.
+/// Sums over a chunk in f64, d_theta (6) and d_sigma, added in the chunks' order: the same bits.
 type Sums = [f64; 7];
 
 pub(super) fn backward<T: Element>(
-    gradients: &Gradients,
-    upstream: &TensorView,
-    features: &TensorView,
-    plan: &SamplePlans,
+    gradients: &Gradients, upstream: &TensorView, features: &TensorView, plan: &SamplePlans,
     threads: usize,
 ) {
     if let Some(straight) = gradients.d_straight {
@@ -56,13 +51,9 @@ pub(super) fn backward<T: Element>(
     }
 }
 
-/// Writes `[G, ..]` with `count` entries a group: the entry of each sample, or their sum in order
-/// when there is one group.
+/// Writes `[G, ..]` with `count` entries a group: each sample's, or their sum in order.
 fn write_groups(
-    view: &TensorView,
-    count: usize,
-    plan: &SamplePlans,
-    entry: impl Fn(usize, usize) -> f64,
+    view: &TensorView, count: usize, plan: &SamplePlans, entry: impl Fn(usize, usize) -> f64,
 ) {
     let groups = view.sizes()[0];
     for g in 0..groups {
@@ -79,9 +70,7 @@ fn write_groups(
 
 /// The sum of upstream over each sample.
 fn sums_of_upstream<T: Element>(
-    upstream: &TensorView,
-    plan: &SamplePlans,
-    threads: usize,
+    upstream: &TensorView, plan: &SamplePlans, threads: usize,
 ) -> Vec<f64> {
     let per_sample = plan.shape.channels.div_ceil(LANES);
     let source = Map::<T>::of(upstream);
@@ -142,8 +131,7 @@ impl<T: Element> Chunk<'_, T> {
         let zeros = [[T::Acc::default(); LANES]; TILE];
         for from in (0..positions).step_by(TILE) {
             let tile = &zeros[..TILE.min(positions - from)];
-            // SAFETY: perm is a permutation, so no other chunk has the source planes of these
-            // channels.
+            // SAFETY: perm is a permutation: no other chunk has these channels' source planes.
             unsafe { target.store(tile, self.n, channels, from) };
         }
     }
@@ -173,10 +161,7 @@ impl<T: Element> Chunk<'_, T> {
 
     /// Tile by tile of upstream: the noise first (holes have noise, too), then the sampling.
     fn walk(
-        &self,
-        live: &Channels,
-        source: &[[T::Acc; LANES]],
-        scatter: &mut [[T::Acc; LANES]],
+        &self, live: &Channels, source: &[[T::Acc; LANES]], scatter: &mut [[T::Acc; LANES]],
     ) -> Sums {
         let call = self.call;
         let (plan, group) = (call.plan, call.plan.at(self.n));

@@ -20,10 +20,11 @@ static BACKWARD: Kernel = Kernel::new(SOURCE, 2, "refine_backward", (true, true)
 static ADJOINT: Kernel = Kernel::new(SOURCE, 4, "refine_adjoint", (true, true));
 static FINISH: Kernel = Kernel::new(SOURCE, 8, "refine_finish", (false, false));
 static ALL_DOTS: Kernel = Kernel::new(SOURCE, 16, "refine_dots", (true, true));
+static SQUARES: Kernel = Kernel::new(SOURCE, 32, "refine_squares", (true, true));
 static DOTS_FINISH: Kernel = Kernel::new(SOURCE, 8, "refine_dots_finish", (false, false));
 /// All of them, for `sokd.warmup()`.
-pub(crate) static KERNELS: [&Kernel; 6] =
-    [&FORWARD, &BACKWARD, &ADJOINT, &FINISH, &ALL_DOTS, &DOTS_FINISH];
+pub(crate) static KERNELS: [&Kernel; 7] =
+    [&FORWARD, &BACKWARD, &ADJOINT, &FINISH, &ALL_DOTS, &SQUARES, &DOTS_FINISH];
 
 /// Numbers that a block writes for the second stage: six of d_theta, d_sigma, d_straight.
 const SUMS: i64 = 8;
@@ -66,7 +67,7 @@ mirror! {
 }
 
 mirror! {
-    /// The argument of the two kernels of the dots.
+    /// The argument of the three kernels of the dots.
     RefineDots {
         features: Map,
         upstream: Map,
@@ -76,7 +77,10 @@ mirror! {
         partials: u64,
         dots: u64,
         dots_dtype: i64,
-        dots_stride: i64,
+        dots_plan: i64,
+        dots_square: i64,
+        dots_sample: i64,
+        samples: i64,
         blocks: i64,
         wide: i64,
     }
@@ -111,10 +115,7 @@ impl Plan {
 /// The arguments are checked, and all of them lie on the CUDA device `ordinal`; so in the other
 /// functions.
 pub(crate) unsafe fn forward(
-    args: &Args,
-    refined: &TensorView,
-    ordinal: usize,
-    run: &Run,
+    args: &Args, refined: &TensorView, ordinal: usize, run: &Run,
 ) -> Result<()> {
     let features = args.features;
     let order = Order::of(refined);
@@ -139,11 +140,7 @@ pub(crate) unsafe fn forward(
 /// # Safety
 /// As for [`forward`].
 pub(crate) unsafe fn backward(
-    args: &Args,
-    gradients: &Gradients,
-    upstream: &TensorView,
-    ordinal: usize,
-    run: &Run,
+    args: &Args, gradients: &Gradients, upstream: &TensorView, ordinal: usize, run: &Run,
 ) -> Result<()> {
     let features = args.features;
     let order = Order::of(upstream);
@@ -195,27 +192,31 @@ impl RefineBackward {
 /// # Safety
 /// As for [`forward`].
 pub(crate) unsafe fn dots(
-    args: &Args,
-    dots: &TensorView,
-    upstream: &TensorView,
-    ordinal: usize,
-    run: &Run,
+    args: &Args, dots: &TensorView, upstream: &TensorView, ordinal: usize, run: &Run,
 ) -> Result<()> {
     let features = args.features;
     let order = Order::of(upstream);
     let wide = order.is_wide(&[upstream, features]);
     let grid = Grid::new(DOTS, upstream, order, false)?;
-    let (plans, blocks) = (dots.numel() as i64, grid.blocks());
+    let by_sample = dots.rank() > 1;
+    let strides = |i: usize| dots.strides()[i] as i64;
+    let (plan, square, sample) =
+        if by_sample { (strides(1), strides(0), strides(2)) } else { (strides(0), 0, 0) };
+    let (plans, blocks) = (dots.sizes()[usize::from(by_sample)] as i64, grid.blocks());
+    let (samples, numbers) = if by_sample { (grid.batch, 2) } else { (0, 1) };
     let call = RefineDots {
         features: Map::of(features),
         upstream: Map::of(upstream),
         grid,
         plan: Plan::of(args, true),
         plans,
-        partials: run.scratch(DOTS.0, (8 * plans * blocks) as usize)?,
+        partials: run.scratch(DOTS.0, (8 * numbers * plans * blocks) as usize)?,
         dots: address(dots),
         dots_dtype: code(dots.dtype),
-        dots_stride: dots.strides()[0] as i64,
+        dots_plan: plan,
+        dots_square: square,
+        dots_sample: sample,
+        samples,
         blocks,
         wide: i64::from(wide),
     };
@@ -225,9 +226,10 @@ pub(crate) unsafe fn dots(
         // memory is the caller's promise.
         unsafe {
             if plans > 0 {
-                queue.launch(&ALL_DOTS, variant, [blocks, 1], &call)?;
+                let kernel = if by_sample { &SQUARES } else { &ALL_DOTS };
+                queue.launch(kernel, variant, [blocks, 1], &call)?;
             }
-            queue.launch(&DOTS_FINISH, variant, [plans, 1], &call)
+            queue.launch(&DOTS_FINISH, variant, [dots.numel() as i64, 1], &call)
         }
     })
 }

@@ -1,18 +1,13 @@
-//! Sampling without tiles, where all channels of a position lie side by side: each corner is a run
-//! of memory, read in place.
+//! Sampling without tiles: where channels lie side by side, each corner is read in place.
 
 use super::plan::{Corners, Hole, SamplePlan, Shape};
 use crate::simd::tile::Layout;
 use crate::simd::{Element, Real, Simd, Vector, WithSimd, LANES};
 use std::ops::Range;
 
-/// Whether a sample allows it: memory has the accumulator dtype, and the plan mixes, changes or
-/// drops no single channel.
+/// Whether memory has the accumulator dtype, and the plan changes no single channel.
 pub(super) fn fits<T: Element>(
-    group: &SamplePlan,
-    source: &Layout,
-    target: &Layout,
-    shape: Shape,
+    group: &SamplePlan, source: &Layout, target: &Layout, shape: Shape,
 ) -> bool {
     let runs = |l: &Layout| l.interleaves() && l.run == shape.positions();
     let single = group.sigma.is_some() || group.perm.is_some() || group.keep.is_some();
@@ -67,8 +62,7 @@ impl<T: Element> Direct<'_, T> {
             return zeros;
         }
         let first = self.source.wrapping_offset(at as isize * self.steps[0]).cast();
-        // SAFETY: a position of the checked features, whose channels lie side by side in the
-        // accumulator dtype.
+        // SAFETY: a position of the checked features, channels side by side in this dtype.
         unsafe { std::slice::from_raw_parts(first, self.shape.channels) }
     }
 

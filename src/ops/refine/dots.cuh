@@ -6,8 +6,11 @@
 // arithmetic from a handful of plans on. upstream * eps, the same for all plans, is kept in shared
 // memory.
 
+#if SOKD_KERNELS & 48
+constexpr int BATCH = 32;  // plans whose sums are written together
+#endif
+
 #if SOKD_KERNELS & 16
-constexpr int BATCH = 32;          // plans whose sums are written together
 constexpr int CHANNELS_EACH = 16;  // of a thread, at most
 
 // This thread's part of plan v: sum of upstream * keep * (hole * bilinear + sigma * eps).
@@ -226,4 +229,115 @@ SOKD_DEVICE void refine_dots(const RefineDots& args) {
 }
 
 SOKD_ENTRIES(refine_dots, RefineDots, refine_dots)
+#endif
+
+// By sample, with the squares. They need the refined values, noise included, so the noise is drawn
+// again for each plan that has some: few do.
+#if SOKD_KERNELS & 32
+// sums += <upstream, values>, <values, values> of the four channels from `first`, at one position.
+template <class T>
+SOKD_DEVICE void add_squares(Acc<T> (&sums)[2], Acc<T> (&values)[4], const RefineDots& args,
+    const Tile& tile, const SamplePlan& plan, int first, unsigned position) {
+    using A = Acc<T>;
+    if (plan.sigma != 0) {  // all threads of the warp take part
+        Normals noise = noise_of(plan, args.grid, tile.n, first + (int)(threadIdx.x & 3), position);
+        transpose(noise);
+#pragma unroll
+        for (int i = 0; i < 4; i++) values[i] = fused((A)plan.sigma, (A)noise.of[i], values[i]);
+    }
+    if (position >= tile.positions) return;
+    const T* upstream = sample_of<T>(args.upstream, tile.n) +
+                        place(args.upstream, position, (unsigned)args.grid.width);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int source = first + i < tile.channels ? plan.source[first + i - tile.channel]
+                                                     : DROPPED;
+        if (source == INVALID) sums[0] = sums[1] = not_a_number<A>();
+        if (source < 0) continue;
+        sums[0] = fused(to_acc(upstream[(first + i) * args.upstream.c]), values[i], sums[0]);
+        sums[1] = fused(values[i], values[i], sums[1]);
+    }
+}
+
+// The four channels from `first` at one position, without noise; 0 for dropped ones and in the hole.
+template <class T>
+SOKD_DEVICE void sample_four(Acc<T> (&values)[4], const RefineDots& args, const Tile& tile,
+    const SamplePlan& plan, int first, unsigned position, bool moves, const Corners<Acc<T>>& at) {
+    const unsigned width = (unsigned)args.grid.width;
+    const bool visible = position < tile.positions && !in_hole(plan, position, width);
+    const Acc<T> weights[4] = {at.weight(0), at.weight(1), at.weight(2), at.weight(3)};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int source = first + i < tile.channels ? plan.source[first + i - tile.channel]
+                                                     : DROPPED;
+        values[i] = Acc<T>(0);
+        if (source < 0 || !visible) continue;
+        const T* plane = sample_of<T>(args.features, tile.n) + source * args.features.c;
+        values[i] = moves ? bilinear<T>(plane, args.features, at, weights)
+                          : to_acc(plane[place(args.features, position, width)]);
+    }
+}
+
+// This thread's sums for plan v.
+template <class T, int ORDER>
+SOKD_DEVICE void square_tile(Acc<T> (&sums)[2], const RefineDots& args, const Tile& tile,
+    const SamplePlan& plan, bool moves) {
+    using A = Acc<T>;
+    A values[4];
+    if constexpr (ORDER == PLANES) {
+        const int row = (int)args.grid.positions_per_block;
+        const unsigned position = tile.position + threadIdx.x % row;
+        Corners<A> at{};
+        if (moves && position < tile.positions) at = corners_of<A>(plan, args.grid, position);
+#pragma unroll 1
+        for (int first = tile.channel + threadIdx.x / row * 4; first < tile.channels;
+            first += THREADS / row * 4) {
+            sample_four<T>(values, args, tile, plan, first, position, moves, at);
+            add_squares<T>(sums, values, args, tile, plan, first, position);
+        }
+    } else {
+        SOKD_SHARED(Corners<A>, table, [THREADS]);
+        if (moves) fill_table(table, plan, args.grid, tile);
+        __syncthreads();
+        const Spot spot = spot_of<T>(args.grid, tile);
+#pragma unroll 1
+        for (int i = 0; i < 4 * RUN<T>; i += 4) {
+            const int first = spot.channel + i % RUN<T>;
+            const unsigned position = spot.position + i / RUN<T> * spot.step;
+            Corners<A> at{};
+            if (moves && position < tile.positions) at = table[position - tile.position];
+            sample_four<T>(values, args, tile, plan, first, position, moves, at);
+            add_squares<T>(sums, values, args, tile, plan, first, position);
+        }
+    }
+}
+
+template <class T, int ORDER>
+SOKD_DEVICE void refine_squares(const RefineDots& args) {
+    using A = Acc<T>;
+    SOKD_SHARED(SamplePlan, read, [2]);  // as in refine_dots
+    SOKD_SHARED(double, sums, [2 * BATCH][WARPS]);
+    const Tile tile = tile_of(args.grid);
+    for (long long v = 0; v < args.plans; v++) {
+        const SamplePlan& plan = read[v & 1];
+        const bool moves = read_plan(read[v & 1], args.plan, args.grid, tile, v);
+        A found[2] = {};
+        square_tile<T, ORDER>(found, args, tile, plan, moves);
+        const int slot = (int)(v % BATCH);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const double of_warp = warp_sum(found[i]);
+            if (threadIdx.x % 32 == 0) sums[2 * slot + i][threadIdx.x / 32] = of_warp;
+        }
+        if (slot + 1 < BATCH && v + 1 < args.plans) continue;
+        __syncthreads();
+        if ((int)threadIdx.x >= 2 * (slot + 1)) continue;
+        double total = 0;
+        for (int warp = 0; warp < WARPS; warp++) total += sums[threadIdx.x][warp];
+        const long long row = 2 * (v - slot) + threadIdx.x;
+        ((double*)args.partials)[row * args.blocks + blockIdx.x] = total;
+    }
+}
+
+SOKD_ENTRIES(refine_squares, RefineDots, refine_squares)
 #endif

@@ -18,10 +18,7 @@ pub(super) const TILE: usize = 64;
 
 /// refined = the formula of the module.
 pub(super) fn forward<T: Element>(
-    refined: &TensorView,
-    features: &TensorView,
-    plan: &SamplePlans,
-    threads: usize,
+    refined: &TensorView, features: &TensorView, plan: &SamplePlans, threads: usize,
 ) {
     let per_sample = plan.shape.channels.div_ceil(LANES);
     if refined.numel() == 0 {
@@ -88,10 +85,7 @@ pub(super) fn sources(channels: &Channels, group: &SamplePlan) -> Channels {
 }
 
 pub(super) fn planes<'a>(
-    keys: &'a Keys,
-    channels: &Channels,
-    n: usize,
-    total: usize,
+    keys: &'a Keys, channels: &Channels, n: usize, total: usize,
 ) -> Planes<'a> {
     Planes::new(keys, &channels.at.map(|c| n as u64 * total as u64 + c as u64))
 }
@@ -154,8 +148,7 @@ impl<T: Element> Chunk<'_, T> {
     fn clear(&self, channels: &Channels) {
         if self.gapless(&self.target.layout) {
             for c in &channels.at[..channels.used] {
-                // SAFETY: a whole plane of the target, which belongs to this chunk; zero bits are
-                // 0.0.
+                // SAFETY: a whole plane of the target, of this chunk; zero bits are 0.0.
                 unsafe {
                     self.target.plane(self.n, *c).write_bytes(0, self.plan.shape.positions())
                 };
@@ -176,8 +169,7 @@ impl<T: Element> Chunk<'_, T> {
         let (from, positions) = (sources(live, group), self.plan.shape.positions());
         for l in 0..live.used {
             let target = self.target.plane(self.n, live.at[l]);
-            // SAFETY: both planes are gapless (`copies_planes`), and the target's belongs to this
-            // chunk.
+            // SAFETY: both planes are gapless (`copies_planes`); the target's is this chunk's.
             unsafe {
                 std::ptr::copy_nonoverlapping(
                     self.source.plane(self.n, from.at[l]).cast_const(),

@@ -8,7 +8,8 @@
 //   d_sigma = sum v * eps
 //   d_straight = sum u
 //   d_features = the adjoint of the sampling, through the inverse of perm
-// dots[v] = <u, refine(features; plan v)>
+// dots[v] = <u, refine(features; plan v)>;  by sample: dots[0, v, n] = that of sample n,
+//                                                      dots[1, v, n] = <refined, refined> of it
 // See common.cuh for options, orders, wide, Grid.
 //
 // Launches of the forward, with the structure Refine:
@@ -24,11 +25,13 @@
 // Launches of refine_dots, with the structure RefineDots:
 //   bit 16 refine_dots_{dtype}_{order}      grid blocks (none if plans = 0)
 //          order and wide by upstream (wide: and features); its Grid has no 8192 for large maps
-//   bit 8  refine_dots_finish               grid plans; with blocks = 0 it writes zeros
-// The kernels of bit 2 are in backward.cuh, of bit 4 in adjoint.cuh, of bit 16 in dots.cuh.
+//   bit 32 refine_squares_{dtype}_{order}   in its place, by sample; launched alike
+//   bit 8  refine_dots_finish               grid plans, by sample plans * 2 * batch; with
+//          blocks = 0 it writes zeros
+// The kernels of bit 2 are in backward.cuh, of bit 4 in adjoint.cuh, of bits 16 and 32 in dots.cuh.
 // "Order by upstream": lanes if it is channels_last and not contiguous, else planes.
 // Scratch (no initial content, 8-byte aligned): RefineBackward.partials 8 * blocks * 8 bytes;
-// RefineDots.partials plans * blocks * 8 bytes.
+// RefineDots.partials plans * blocks * 8 bytes, by sample twice that.
 // The seed: read from seed_pointer (int64) if that is not 0, else the number in `seed`.
 // An entry of perm below 0 or above C-1 makes NaN of its output channel: no memory outside a map is
 // read. A channel that is not in perm has gradient zero.
@@ -62,9 +65,10 @@ struct RefineDots {
     Plan plan;
     long long plans;
     unsigned long long partials;
-    unsigned long long dots;  // [V]
+    unsigned long long dots;  // [V], or [2, V, B]
     long long dots_dtype;     // F32 or F64
-    long long dots_stride;
+    long long dots_plan, dots_square, dots_sample;  // strides
+    long long samples;                              // 0: [V]; else B
     long long blocks;
     long long wide;
 };
@@ -329,10 +333,17 @@ SOKD_DEVICE void finish_backward(const RefineBackward& args) {
 
 SOKD_DEVICE void finish_dots(const RefineDots& args) {
     SOKD_SHARED(double, room, [WARPS]);
-    const double sum = sum_of(
-        (const double*)args.partials + blockIdx.x * args.blocks, args.blocks, room);
-    if (threadIdx.x == 0)
-        store_real(args.dots, args.dots_dtype, blockIdx.x * args.dots_stride, sum);
+    // By sample: number (v * 2 + square) * B + n, from the blocks of sample n.
+    const bool by_sample = args.samples > 0;
+    const long long n = by_sample ? blockIdx.x % args.samples : 0,
+                    rest = by_sample ? blockIdx.x / args.samples : blockIdx.x,
+                    each = args.grid.tiles * args.grid.chunks;
+    const double sum = sum_of((const double*)args.partials + rest * args.blocks + n * each,
+        by_sample && args.blocks ? each : args.blocks, room);
+    const long long offset = by_sample ? rest / 2 * args.dots_plan + rest % 2 * args.dots_square +
+                                             n * args.dots_sample
+                                       : rest * args.dots_plan;
+    if (threadIdx.x == 0) store_real(args.dots, args.dots_dtype, offset, sum);
 }
 
 SOKD_ENTRY(refine_finish, RefineBackward, finish_backward)

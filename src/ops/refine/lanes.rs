@@ -140,8 +140,7 @@ impl<A: Real> WithSimd for ClearLanes<'_, A> {
         for l in 0..LANES {
             masks[l] = A::mask(self.keep[l]);
         }
-        // Hidden from the compiler, which would emit masked stores: many times slower on some
-        // processors.
+        // Hidden from the compiler, whose masked stores are many times slower on some processors.
         let mask = simd.load(&std::hint::black_box(masks));
         for row in self.tile {
             simd.load(row).and(mask).store(row);
@@ -149,8 +148,7 @@ impl<A: Real> WithSimd for ClearLanes<'_, A> {
     }
 }
 
-/// The corners of the positions from `from` on: from the table, or those of a map that is not
-/// resampled.
+/// The corners from position `from` on: from the table, or of a map not resampled.
 #[derive(Clone, Copy)]
 pub(super) struct Places<'a, A> {
     pub table: Option<&'a Table<A>>,
@@ -228,10 +226,7 @@ impl<A: Real> WithSimd for Slopes<'_, A> {
 /// v * d bilinear / d ix and v * d bilinear / d iy.
 #[inline(always)]
 fn slopes<A: Real, S: Simd>(
-    simd: S,
-    source: &Tile<A>,
-    v: A::Vector<S>,
-    corners: &Corners<A>,
+    simd: S, source: &Tile<A>, v: A::Vector<S>, corners: &Corners<A>,
 ) -> [A::Vector<S>; 2] {
     let row = |k: usize| simd.load(&source[corners.at[k] as usize]);
     let (a, b, c, d) = (row(0), row(1), row(2), row(3));

@@ -16,6 +16,9 @@
 //! d_sigma = sum v * eps;
 //! d_straight = sum u;
 //! d_features = the adjoint of the sampling, through the inverse of perm.
+//!
+//! For a stack of plans: dots\[v\] = <u, refined under plan v>; by sample, that of each sample, and
+//! <refined, refined>.
 
 mod backward;
 #[cfg(feature = "cuda")]
@@ -130,11 +133,7 @@ impl Args<'_> {
     }
 
     fn check_groups(
-        &self,
-        name: &str,
-        view: &TensorView,
-        layout: &str,
-        rest: &[usize],
+        &self, name: &str, view: &TensorView, layout: &str, rest: &[usize],
     ) -> Result<()> {
         REFINE.float(name, view)?;
         REFINE.groups(name, view, self.features.sizes()[0], layout, rest)?;
@@ -163,10 +162,7 @@ impl Args<'_> {
 
     /// The gradients, from one reading of upstream, which is like refined.
     pub(crate) fn backward(
-        &self,
-        gradients: &Gradients,
-        upstream: &TensorView,
-        run: &Run,
+        &self, gradients: &Gradients, upstream: &TensorView, run: &Run,
     ) -> Result<()> {
         let features = self.features;
         self.check()?;
@@ -223,12 +219,17 @@ impl Args<'_> {
     }
 
     /// dots[v] = <upstream, refine(features; plan v)> for a stack of plans, all of them in one pass
-    /// over memory.
+    /// over memory. Dots of the shape `[2, V, B]` are those of each sample, then the squares
+    /// <refine, refine>.
     pub(crate) fn dots(&self, dots: &TensorView, upstream: &TensorView, run: &Run) -> Result<()> {
         let features = self.features;
         let count = self.check_dots(upstream)?;
         self.check_seed(DOTS)?;
-        DOTS.sizes("dots", dots, "[V]", &[count])?;
+        if dots.sizes().len() == 1 {
+            DOTS.sizes("dots", dots, "[V]", &[count])?;
+        } else {
+            DOTS.sizes("dots", dots, "[2, V, B]", &[2, count, features.sizes()[0]])?;
+        }
         DOTS.float("dots", dots)?;
         DOTS.same_device("dots", dots, "features", features)?;
         match features.device {
@@ -240,14 +241,9 @@ impl Args<'_> {
                 let plans = (0..count)
                     .map(|v| SamplePlans::read(DOTS, &self.plan.select(v), features))
                     .collect::<Result<Vec<_>>>()?;
-                let values = by_dtype!(features.dtype, T => {
-                    dots::dots::<T>(features, upstream, &plans, run.threads)
+                by_dtype!(features.dtype, T => {
+                    dots::dots::<T>(dots, features, upstream, &plans, run.threads)
                 });
-                for (v, value) in values.into_iter().enumerate() {
-                    // SAFETY: `dots` was checked to have V elements, in host memory as features
-                    // are.
-                    unsafe { dots.write_f64(&[v], value) };
-                }
                 Ok(())
             }
         }

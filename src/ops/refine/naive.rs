@@ -27,11 +27,7 @@ fn group<T>(part: &Option<Vec<T>>, n: usize) -> Option<&T> {
 /// One sampled value and its derivatives by ix and iy; `touch` sees every corner inside the map
 /// with its weight.
 fn bilinear(
-    plane: &dyn Fn(usize, usize) -> f64,
-    h: usize,
-    w: usize,
-    ix: f64,
-    iy: f64,
+    plane: &dyn Fn(usize, usize) -> f64, h: usize, w: usize, ix: f64, iy: f64,
     mut touch: impl FnMut(usize, usize, f64),
 ) -> [f64; 3] {
     let (x0, y0) = (ix.floor(), iy.floor());
@@ -60,7 +56,8 @@ struct Truth {
     d_theta: Vec<[f64; 6]>,
     d_sigma: Vec<f64>,
     d_straight: Vec<f64>,
-    dot: f64,
+    /// Of each sample: <upstream, refined> and <refined, refined>.
+    dots: Vec<[f64; 2]>,
 }
 
 fn truth(case: &Case) -> Truth {
@@ -73,6 +70,7 @@ fn truth(case: &Case) -> Truth {
         let theta = group(&case.theta, n).copied().unwrap_or([1.0, 0.0, 0.0, 0.0, 1.0, 0.0]);
         let sigma = group(&case.sigma, n).copied().unwrap_or(0.0);
         let (mut d_theta, mut d_sigma, mut d_straight) = ([0.0; 6], 0.0, 0.0);
+        let mut dots = [0.0; 2];
         for ch in 0..c {
             let source = group(&case.perm, n).map_or(ch, |perm| perm[ch] as usize);
             let kept = group(&case.keep, n).is_none_or(|keep| keep[ch]);
@@ -105,7 +103,8 @@ fn truth(case: &Case) -> Truth {
                     let eps = f64::from(normal(case.seed, (n * c + ch) as u64, (y * w + x) as u64));
                     let value = v[0] + if sigma == 0.0 { 0.0 } else { sigma * eps };
                     t.refined.push(value);
-                    t.dot += u * value;
+                    dots[0] += u * value;
+                    dots[1] += value * value;
                     d_sigma += u * eps;
                     let by = [dx, dy * wf / hf, wf / 2.0];
                     let by_y = [dx * hf / wf, dy, hf / 2.0];
@@ -119,6 +118,7 @@ fn truth(case: &Case) -> Truth {
         t.d_theta.push(d_theta);
         t.d_sigma.push(d_sigma);
         t.d_straight.push(d_straight);
+        t.dots.push(dots);
     }
     t
 }
@@ -313,9 +313,17 @@ proptest! {
         let stacked = OwnedPlan::new([theta, hole, sigma, perm, keep].map(Some), first.seed);
         let out = Owned::new(&[v], DType::F64, Lay::Contiguous, |_| f64::NAN);
         stacked.args(&features).dots(&out.view, &upstream.view, &threads.into()).unwrap();
-        let expected: Vec<f64> = cases.iter().map(|case| truth(case).dot).collect();
+        let expected: Vec<Vec<[f64; 2]>> = cases.iter().map(|case| truth(case).dots).collect();
+        let sums: Vec<f64> =
+            expected.iter().map(|dots| dots.iter().map(|dot| dot[0]).sum()).collect();
         let scale = if dtype == DType::F64 { 1e-11 } else { 1e-6 } * first.features.len() as f64;
-        close(&out.values(), &expected, scale.max(1e-11), "dots");
+        close(&out.values(), &sums, scale.max(1e-11), "dots");
+        let out = Owned::new(&[2, v, b], DType::F64, Lay::Contiguous, |_| f64::NAN);
+        stacked.args(&features).dots(&out.view, &upstream.view, &threads.into()).unwrap();
+        let each: Vec<f64> = (0..2 * v * b)
+            .map(|i| expected[i / b % v][i % b][i / (v * b)])
+            .collect();
+        close(&out.values(), &each, scale.max(1e-11), "dots by sample");
     }
 }
 

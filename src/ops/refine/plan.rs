@@ -28,8 +28,7 @@ impl Shape {
     }
 }
 
-/// The plan of each sample. Parts that are no-ops (an identity theta, an empty hole, sigma 0, ..)
-/// are `None` from here on.
+/// Each sample's plan, in which no-ops (an identity theta, an empty hole, sigma 0) are `None`.
 pub(super) struct SamplePlans {
     theta: Vec<Option<[f64; 6]>>,
     hole: Vec<Option<Hole>>,
@@ -115,8 +114,7 @@ fn of_sample<T>(groups: &[T], n: usize) -> Option<&T> {
 }
 
 fn groups<T>(
-    part: &Option<TensorView>,
-    read: impl Fn(&TensorView, usize) -> Result<T>,
+    part: &Option<TensorView>, read: impl Fn(&TensorView, usize) -> Result<T>,
 ) -> Result<Vec<T>> {
     part.as_ref().map_or_else(
         || Ok(Vec::new()),
@@ -186,8 +184,7 @@ fn read_keep(view: &TensorView, g: usize) -> Option<Vec<bool>> {
     keep.contains(&false).then_some(keep)
 }
 
-/// Where one position samples: four corners (`positions` itself for a corner outside the map) and
-/// their weights.
+/// Where a position samples: four corners (`positions` for one outside the map), weights.
 #[derive(Clone, Copy)]
 pub(super) struct Corners<A> {
     pub at: [u32; 4],
@@ -213,8 +210,7 @@ impl<A: Real> Table<A> {
     }
 }
 
-/// Makes a table. Compiled for every level because `floor` is a function call without the newer
-/// instructions.
+/// Makes a table. Compiled for every level: `floor` is a function call on the lowest.
 struct MakeTable<'a, A> {
     theta: &'a [f64; 6],
     shape: Shape,

@@ -1,15 +1,13 @@
 """CUDA tensors in the mock driver's memory: PyTorch's dispatch, both readers, checks, outputs.
 
-PyTorch cannot record gradients of such tensors, because its engine asks for the device's streams:
+PyTorch cannot record gradients of such tensors, because its engine reads the device's streams:
 test_operators_on_fakes.py tests gradients. Anything else that PyTorch does with such a tensor (a
 copy to the host, say) fails for want of a device.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
-from support.cases import laid_out
+from support.cases import DType, laid_out
 from support.cuda import checks
 from support.cuda.memory import MockMemory
 from support.raises import raises
@@ -32,11 +30,12 @@ def test_a_copy_to_the_host_would_fail(memory: MockMemory) -> None:
 
 @layouts
 @dtypes
-def test_every_operator(layout: str, dtype: torch.dtype, memory: MockMemory) -> None:
+def test_every_operator(layout: str, dtype: DType, memory: MockMemory) -> None:
     """Values and gradients, with the checks of the kernels' tests."""
     checks.check_forward(memory, SHAPE, dtype, layout, 2, "thspk")
     checks.check_backward(memory, SHAPE, dtype, layout, 2, "thspk")
     checks.check_dots(memory, SHAPE, dtype, layout, 1, 3)
+    checks.check_dots(memory, SHAPE, dtype, layout, 2, 3, by_sample=True)
     for teacher, normalise in ((False, "elements"), (True, "area")):
         checks.check_areas(memory, SHAPE, dtype, layout, 8, 3, teacher, 0)
         checks.check_masked_mse(memory, SHAPE, dtype, layout, torch.float32, normalise)
@@ -44,7 +43,7 @@ def test_every_operator(layout: str, dtype: torch.dtype, memory: MockMemory) -> 
 
 @layouts
 @dtypes
-def test_a_seed_on_the_device(layout: str, dtype: torch.dtype, memory: MockMemory) -> None:
+def test_a_seed_on_the_device(layout: str, dtype: DType, memory: MockMemory) -> None:
     features, upstream = (laid_out(SHAPE, layout, dtype) for _ in range(2))
     given, found = {"sigma": torch.rand(2)}, []
     for seed in (2**40 - 3, torch.tensor([2**40 - 3])):
@@ -55,7 +54,7 @@ def test_a_seed_on_the_device(layout: str, dtype: torch.dtype, memory: MockMemor
 
 @layouts
 @dtypes
-def test_masked_mse_scale(layout: str, dtype: torch.dtype, memory: MockMemory) -> None:
+def test_masked_mse_scale(layout: str, dtype: DType, memory: MockMemory) -> None:
     gradient = laid_out(SHAPE, layout, dtype)
     for upstream in (torch.tensor(2.5), torch.tensor(1.0)):
         upstream = upstream.to(torch.promote_types(dtype, torch.float32))

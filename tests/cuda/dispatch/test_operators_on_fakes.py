@@ -3,13 +3,11 @@
 test_emulator.py tests those without gradients, and all kernels, in all dtypes and orders.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest
 import torch
-from support.cases import LAYOUTS, SHAPES
+from support.cases import LAYOUTS, SHAPES, Shape
 from support.cuda import device_cases
 from support.cuda.fake import FakeCuda, HostCuda
 from support.cuda.mock import Driver
@@ -56,12 +54,12 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
     assert len(driver.launches()) > before, "nothing was launched"
 
 
-def groups_of(shape: tuple[int, ...]) -> list[int]:
+def groups_of(shape: Shape) -> list[int]:
     return [1, shape[0]] if shape[0] > 1 else [1]
 
 
 @pytest.mark.parametrize("shape, layout, dtype", CASES)
-def test_refine(shape: tuple[int, ...], layout: str, dtype: torch.dtype, fake: Fake) -> None:
+def test_refine(shape: Shape, layout: str, dtype: torch.dtype, fake: Fake) -> None:
     for groups in groups_of(shape):
         device_cases.refine(fake, shape, layout, dtype, groups)
 
@@ -69,7 +67,7 @@ def test_refine(shape: tuple[int, ...], layout: str, dtype: torch.dtype, fake: F
 @pytest.mark.parametrize("normalise", ["elements", "area"])
 @pytest.mark.parametrize("shape, layout, dtype", CASES)
 def test_masked_mse(
-    shape: tuple[int, ...], layout: str, dtype: torch.dtype, normalise: str, fake: Fake
+    shape: Shape, layout: str, dtype: torch.dtype, normalise: str, fake: Fake
 ) -> None:
     batch, _, height, width = shape
     transposed = torch.rand(batch, 1, width, height).mT.to(dtype)

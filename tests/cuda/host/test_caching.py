@@ -4,8 +4,6 @@ Each test runs in a fork of the child process, which has loaded no kernel, and c
 fakes of CUDA tensors.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -85,7 +83,7 @@ def test_processes_at_once_leave_whole_files(own_cache: Path) -> None:
 
 @forked
 def test_an_image_that_the_driver_refuses_is_compiled_again(own_cache: Path) -> None:
-    """After a downgrade of the driver, say."""
+    """For example after a downgrade of the driver."""
     fresh(draw)
     driver = Driver()
     driver.fail_call("cuModuleLoadData", INVALID_IMAGE)

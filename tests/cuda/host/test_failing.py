@@ -4,8 +4,6 @@ Each test runs in a fork of the child process, which has loaded no kernel, and c
 fakes of CUDA tensors.
 """
 
-from __future__ import annotations
-
 import re
 
 import pytest
@@ -34,14 +32,11 @@ def _fails_at(position: int, code: int) -> tuple[str, int]:
     return text, depth
 
 
-@pytest.mark.parametrize(
-    "code, name",
-    [
-        (OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY (out of memory)"),
-        (INVALID_VALUE, "CUDA_ERROR_INVALID_VALUE (no explanation)"),
-        (99999, "error 99999 (no explanation)"),  # of a driver newer than anything here
-    ],
-)
+@pytest.mark.parametrize("code, name", [
+    (OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY (out of memory)"),
+    (INVALID_VALUE, "CUDA_ERROR_INVALID_VALUE (no explanation)"),
+    (99999, "error 99999 (no explanation)"),  # of a driver newer than anything here
+])  # fmt: skip
 def test_each_call_fails_in_turn(code: int, name: str) -> None:
     fresh(masked_mse)  # compiled, so that NVRTC makes no calls of its own
     for position, call in enumerate(fresh(_calls)):
@@ -51,17 +46,13 @@ def test_each_call_fails_in_turn(code: int, name: str) -> None:
             assert (text, depth) == ("", 0), "it is tried once more"
             continue
         assert text == f"masked_mse: the CUDA driver failed in {function}: {name}"
-        assert depth == (1 if function == "cuCtxPopCurrent" else 0), (
-            "the thread's context was left behind"
-        )
+        assert depth == int(function == "cuCtxPopCurrent"), "the thread's context was left behind"
     assert fresh(_fails_at, position + 1, code) == ("", 0), "there is no further call"
 
 
 @pytest.mark.parametrize("gains", [True, False])
 @forked
-def test_torchs_cached_memory_is_freed_for_a_kernel(
-    gains: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torchs_cached_memory_is_freed(gains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     driver, emptied = Driver(), []
 
     def empty_cache() -> None:
@@ -111,9 +102,7 @@ def fields(structure: str, text: str) -> int:
     ("masked_mse", "masked_mse_scale_f32", "Scale"),
     ("draw", "draw", "Draw"),
 ])  # fmt: skip
-def test_every_field_of_an_argument_structure_is_8_bytes(
-    operator: str, kernel: str, structure: str
-) -> None:
+def test_every_field_of_a_structure_is_8_bytes(operator: str, kernel: str, structure: str) -> None:
     """Names and types are compared by the tests in Rust."""
     paths = ROOT / "src/cuda/common.cuh", ROOT / "src/ops" / operator / "kernel.cu"
     text = "".join(path.read_text() for path in paths)

@@ -4,8 +4,6 @@ Each test runs in a fork of the child process, which has loaded no kernel, and c
 fakes of CUDA tensors.
 """
 
-from __future__ import annotations
-
 import re
 import threading
 import warnings
@@ -131,18 +129,16 @@ def _on_an_old_device(capability: tuple[int, int]) -> tuple[str, int]:
             loss = ops.masked_mse(*(HostCuda(each, 1) for each in maps))
     assert isinstance(loss, HostCuda) and torch.equal(loss.host, reference.masked_mse(*maps))
     (warning,) = [str(each.message) for each in caught]
-    serves = r"the plain PyTorch path \(sokd.reference\) serves"
-    said = re.fullmatch(rf"sokd: no kernels for cuda in this build \((.*)\), {serves}", warning)
+    used = r"the plain PyTorch path \(sokd.reference\) is used"
+    said = re.fullmatch(rf"sokd: no kernels for cuda in this build \((.*)\); {used}", warning)
     assert said is not None, warning
     return said[1], len(driver.launches())
 
 
 @forked
 def test_no_such_device() -> None:
-    assert (
-        error_of(lambda: draw(2))
-        == "draw: device cuda:2 must be one of the 2 that the CUDA driver has"
-    )
+    text = "draw: device cuda:2 must be one of the 2 that the CUDA driver has"
+    assert error_of(lambda: draw(2)) == text
 
 
 @forked
@@ -166,8 +162,6 @@ def test_threads_share_what_one_has_compiled() -> None:
 
 
 # --- the views
-
-
 @forked
 def test_tensors_of_another_device_never_reach_a_kernel() -> None:
     here, there = HostCuda(torch.zeros(SHAPE)), HostCuda(torch.zeros(SHAPE), 1)
@@ -176,9 +170,8 @@ def test_tensors_of_another_device_never_reach_a_kernel() -> None:
     rest = (None, "elements", 1.0, resources)
     plan = (*[None] * 5, HostCuda(torch.zeros(1, dtype=torch.int64), 1), 0)
     allocate = "allocate must be given for a kernel that needs scratch memory, got None"
-    with raises(
-        ValueError, "masked_mse: teacher must be on the device of student, cuda:0, got cuda:1"
-    ):
+    text = "masked_mse: teacher must be on the device of student, cuda:0, got cuda:1"
+    with raises(ValueError, text):
         _core.masked_mse(loss, None, here, there, *rest)
     with raises(ValueError, "masked_mse: loss must be on the device of student, cuda:0, got cpu"):
         _core.masked_mse(on_cpu, None, here, here, *rest)

@@ -4,8 +4,6 @@ Each test runs in a fork of the child process, which has loaded no kernel, and c
 fakes of CUDA tensors.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import threading
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pytest import MonkeyPatch
 from support.cuda.calls import draw, error_of, loaded, masked_mse
 from support.cuda.fake import HostCuda
 from support.cuda.mock import Driver, forked
@@ -136,14 +135,12 @@ def test_warmup_refuses_what_it_does_not_know() -> None:
     known = "torch.float64, torch.float32, torch.float16, torch.bfloat16"
     with pytest.raises(ValueError, match=rf"^warmup: dtypes must be of {known}, got torch.int64$"):
         sokd.warmup(dtypes=[torch.int64])
-    with pytest.raises(
-        ValueError, match=r"^warmup: layouts must be of contiguous, .*, got sliced$"
-    ):
+    with pytest.raises(ValueError, match=r"^warmup: layouts must be of contiguous, .* sliced$"):
         sokd.warmup("cpu", layouts=["sliced"])
 
 
 @forked
-def test_sokd_warmup(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sokd_warmup(monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda.device, "__enter__", lambda self: None)
@@ -158,17 +155,15 @@ def test_sokd_warmup(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # --- sokd.show_config()
-
-
-def test_show_config(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_config(monkeypatch: MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     sokd.show_config()
     line = capsys.readouterr().out.splitlines()[-1]
     folder, nvrtc = os.environ["SOKD_CACHE_DIR"], _core.cuda_info()["nvrtc"]
-    kept = f"compiled kernels kept in {folder}"
+    kept = f"kernel cache {folder}"
     assert line == f"cuda     driver for 13.0, NVRTC {nvrtc}, {kept}; 2 devices visible"
     monkeypatch.setenv("SOKD_CACHE_DIR", "")
-    assert "compiled kernels are not kept; 2 devices" in config.describe()
+    assert "no kernel cache; 2 devices" in config.describe()
 
 
 @pytest.mark.parametrize("variables, folder", [
@@ -179,7 +174,7 @@ def test_show_config(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     ({}, None),
 ])  # fmt: skip
 def test_where_compiled_kernels_are_kept(
-    variables: dict[str, str], folder: str | None, monkeypatch: pytest.MonkeyPatch
+    variables: dict[str, str], folder: str | None, monkeypatch: MonkeyPatch
 ) -> None:
     for name in ("SOKD_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)

@@ -1,7 +1,5 @@
 """What the tests of the emulated kernels start from."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

@@ -1,14 +1,12 @@
 """The CUDA kernels, run on the CPU thread by thread: every kernel, dtype, layout and odd sizes."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from support.cases import DTYPES, LAYOUTS, laid_out
+from support.cases import DTYPES, LAYOUTS, DType, laid_out
 from support.cuda.checks import (
     areas,
     check_areas,
@@ -41,15 +39,13 @@ SHAPES = [  # batch, channels, height, width: each with its purpose
     (2, 0, 4, 4),  # no channels
     (2, 3, 0, 4),  # an empty map
 ]
-dtypes = pytest.mark.parametrize(
-    "dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch.")
-)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 @layouts
 @dtypes
-def test_masked_mse(dtype: torch.dtype, layout: str, cuda: MockMemory) -> None:
+def test_masked_mse(dtype: DType, layout: str, cuda: MockMemory) -> None:
     for index, shape in enumerate(SHAPES):
         check_masked_mse(cuda, shape, dtype, layout, None, "elements")
         check_masked_mse(cuda, shape, dtype, layout, DTYPES[index % 4], "elements")
@@ -58,14 +54,14 @@ def test_masked_mse(dtype: torch.dtype, layout: str, cuda: MockMemory) -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 1031, 9001])
 @dtypes
-def test_masked_mse_scale(dtype: torch.dtype, count: int, cuda: MockMemory) -> None:
+def test_masked_mse_scale(dtype: DType, count: int, cuda: MockMemory) -> None:
     for odd in (False, True):
         check_scale(cuda, count, dtype, odd=odd)
 
 
 @layouts
 @dtypes
-def test_refine_forward(dtype: torch.dtype, layout: str, cuda: MockMemory) -> None:
+def test_refine_forward(dtype: DType, layout: str, cuda: MockMemory) -> None:
     for shape in SHAPES:
         check_forward(cuda, shape, dtype, layout, 1, "thspk")
         check_forward(cuda, shape, dtype, layout, shape[0], "thspk")
@@ -76,7 +72,7 @@ def test_refine_forward(dtype: torch.dtype, layout: str, cuda: MockMemory) -> No
 
 @layouts
 @dtypes
-def test_refine_backward(dtype: torch.dtype, layout: str, cuda: MockMemory) -> None:
+def test_refine_backward(dtype: DType, layout: str, cuda: MockMemory) -> None:
     for shape in SHAPES:
         for groups, parts in (
             (1, "thspk"),
@@ -107,11 +103,21 @@ def test_a_channel_that_no_entry_of_perm_names_has_gradient_zero(
 
 @layouts
 @dtypes
-def test_refine_dots(dtype: torch.dtype, layout: str, cuda: MockMemory) -> None:
+def test_refine_dots(dtype: DType, layout: str, cuda: MockMemory) -> None:
     for shape in SHAPES:
         check_dots(cuda, shape, dtype, layout, 1, 2)
     cuda.odd = False
     check_dots(cuda, (2, 5, 3, 4), dtype, layout, 2, 35)  # more plans than are written together
+
+
+@layouts
+@dtypes
+def test_refine_dots_by_sample(dtype: torch.dtype, layout: str, cuda: MockMemory) -> None:
+    for shape in SHAPES:
+        check_dots(cuda, shape, dtype, layout, 1, 2, by_sample=True)
+        check_dots(cuda, shape, dtype, layout, shape[0], 2, by_sample=True)
+    cuda.odd = False
+    check_dots(cuda, (2, 5, 3, 4), dtype, layout, 2, 35, by_sample=True)
 
 
 @layouts
@@ -125,6 +131,7 @@ def test_areas(dtype: torch.dtype, layout: str, cuda: MockMemory) -> None:
             (1, 1, False, 2),
             (70, 5, True, 0),
             (3, 2**31 - 1, False, 4),
+            (70, 1, False, 1),  # fewer cells above 0 than areas
         ):
             check_areas(cuda, shape, dtype, layout, min(k, cells), kernel, mutual, levels)
 
@@ -205,9 +212,7 @@ def test_a_perm_outside_the_channels_makes_nan_of_its_channel_alone(
     [[0, 0, 0], [0, 0, 0]], [[1, 1, 0], [1, 1, 0]], [[1e-7, 0, 0], [0, 1, 0]],
     [[3, 0, 0.2], [0, 0.1, 0]],
 ])  # fmt: skip
-def test_the_adjoint_of_a_theta_without_a_good_inverse(
-    theta: list[list[float]], cuda: MockMemory
-) -> None:
+def test_the_adjoint_of_a_theta_without_inverse(theta: list[list[float]], cuda: MockMemory) -> None:
     features = torch.randn(1, 4, 6, 8, dtype=torch.float64)
     matrix = torch.tensor([theta], dtype=torch.float64)
     upstream, leaf = torch.randn_like(features), features.clone().requires_grad_()
@@ -264,7 +269,6 @@ def test_the_address_sanitiser_finds_nothing() -> None:
         "SOKD_MOCK_EMULATORS": ":".join(paths),
     }
     script = "import support.cuda.in_child\n" + SANITISED
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
-    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and "clean" in done.stdout, done.stderr[-3000:]

@@ -1,7 +1,5 @@
 """Tests of the tests: the checks of the kernels must catch each fault of support/cuda/faults.py."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from support.cuda.emulator import build

@@ -3,8 +3,6 @@
 Every access of the emulated kernels to a map is counted; smaller tensors (weights, plans) are not.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -91,18 +89,15 @@ def traffic(cuda: MockMemory, work: Work, dtype: str) -> tuple[int, list[Traffic
     cuda.driver.use_library(traced(work.operator))
     work.call(cuda, *work.given, **work.options)
     size = work.given[0].nbytes
-    launch = [
-        each for each in cuda.driver.traffic() if each.kernel.startswith(f"{work.kernel}_{dtype}")
-    ]
+    name = f"{work.kernel}_{dtype}"
+    launch = [each for each in cuda.driver.traffic() if each.kernel.startswith(name)]
     return size, [each for each in launch if each.size == size]
 
 
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("order", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bytes_moved_are_those_of_the_page(
-    dtype: str, order: str, row: str, cuda: MockMemory
-) -> None:
+def test_bytes_moved_are_the_pages(dtype: str, order: str, row: str, cuda: MockMemory) -> None:
     work = next(work for work in works(DTYPES[dtype], order) if work.row == row)
     size, seen = traffic(cuda, work, dtype)
     read, written = floors()[row]

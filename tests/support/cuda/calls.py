@@ -1,7 +1,5 @@
 """One call of an operator on host memory that claims to be on CUDA, and what it left behind."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

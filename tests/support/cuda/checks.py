@@ -3,15 +3,13 @@
 The expected values are the CPU kernels', in float64 wherever the CUDA kernels round.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sokd import ops
-from support.cases import everything, laid_out
+from support.cases import DType, everything, laid_out
 from support.cuda.device_cases import moved
 from support.cuda.memory import MockMemory
 
@@ -32,21 +30,14 @@ def assert_near(name: str, actual: Tensor, expected: Tensor, tolerance: float) -
 
 
 # --- one call each, CPU tensors in and out
-
-
 def refine(cuda: MockMemory, features: Tensor, **plan: Any) -> Tensor:
     return cuda.back(ops.refine(cuda.on(features), **moved(cuda, plan)))
 
 
 def refine_backward(
-    cuda: MockMemory,
-    upstream: Tensor,
-    features: Tensor,
-    *,
-    straight: Tensor | None = None,
-    seed: int | Tensor = 0,
-    **plan: Tensor | None,
-) -> dict[str, Tensor]:
+    cuda: MockMemory, upstream: Tensor, features: Tensor, *, straight: Tensor | None = None,
+    seed: int | Tensor = 0, **plan: Tensor | None,
+) -> dict[str, Tensor]:  # fmt: skip
     """The gradients of the features, and of those of theta, sigma and straight that are given."""
     given = moved(cuda, {"features": features, "straight": straight, **plan})
     parts = [given.get(name) for name in ("theta", "hole", "sigma", "perm", "keep")]
@@ -60,20 +51,23 @@ def refine_backward(
     return {name: cuda.back(gradient) for name, gradient, want in every if want}
 
 
-def refine_dots(cuda: MockMemory, features: Tensor, upstream: Tensor, plans: ops.Plan) -> Tensor:
+def refine_dots(
+    cuda: MockMemory,
+    features: Tensor,
+    upstream: Tensor,
+    plans: ops.Plan,
+    *,
+    by_sample: bool = False,
+) -> Tensor:
     there = ops.Plan(**moved(cuda, plans._asdict()))
-    return cuda.back(ops.refine_dots(cuda.on(features), cuda.on(upstream), there))
+    maps = cuda.on(features), cuda.on(upstream)
+    return cuda.back(ops.refine_dots(*maps, there, by_sample=by_sample))
 
 
 def masked_mse(
-    cuda: MockMemory,
-    student: Tensor,
-    teacher: Tensor,
-    weight: Tensor | None = None,
-    normalise: str = "elements",
-    *,
-    gradient: bool = True,
-) -> tuple[Tensor, Tensor]:
+    cuda: MockMemory, student: Tensor, teacher: Tensor, weight: Tensor | None = None,
+    normalise: str = "elements", *, gradient: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Loss and gradient; the gradient is empty where it is not wanted."""
     maps = [None if map is None else cuda.on(map) for map in (student, teacher, weight)]
     loss, d_student = torch.ops.sokd.masked_mse(*maps, normalise, 1.0, gradient)
@@ -95,16 +89,10 @@ def areas(
 
 
 # --- what holds
-
-
 def check_masked_mse(
-    cuda: MockMemory,
-    shape: Shape,
-    dtype: torch.dtype,
-    layout: str,
-    weight: torch.dtype | None,
+    cuda: MockMemory, shape: Shape, dtype: DType, layout: str, weight: DType | None,
     normalise: str,
-) -> None:
+) -> None:  # fmt: skip
     """Loss and gradient, then the loss alone."""
     cuda.odd = layout == "offset"
     student, teacher = laid_out(shape, layout, dtype), laid_out(shape, layout, dtype)
@@ -112,9 +100,8 @@ def check_masked_mse(
     arguments = (student, teacher, weights, normalise)
     loss, d_student = masked_mse(cuda, *arguments)
     leaf = student.double().requires_grad_()
-    truth = ops.masked_mse(
-        leaf, teacher.double(), None if weights is None else weights.double(), normalise=normalise
-    )
+    wide = None if weights is None else weights.double()
+    truth = ops.masked_mse(leaf, teacher.double(), wide, normalise=normalise)
     assert_near("loss", loss, truth.detach(), SUMMING[dtype])
     share = float(student.numel() or 1)  # the gradient is of the order of 1 / elements
     expected = torch.autograd.grad(truth, leaf)[0] * share
@@ -123,7 +110,7 @@ def check_masked_mse(
     assert_near("loss without gradient", alone, loss, SUMMING[dtype])
 
 
-def check_scale(cuda: MockMemory, count: int, dtype: torch.dtype, *, odd: bool = False) -> None:
+def check_scale(cuda: MockMemory, count: int, dtype: DType, *, odd: bool = False) -> None:
     """PyTorch's bits for any number of blocks; a factor of one leaves the gradient alone."""
     cuda.odd = odd
     gradient = torch.randn(1, 1, 1, count).to(dtype)
@@ -150,7 +137,7 @@ def plan_of(shape: Shape, groups: int, parts: str) -> dict[str, Any]:
 
 
 def check_forward(
-    cuda: MockMemory, shape: Shape, dtype: torch.dtype, layout: str, groups: int, parts: str
+    cuda: MockMemory, shape: Shape, dtype: DType, layout: str, groups: int, parts: str
 ) -> None:
     """The CPU kernel's value, bit by bit where nothing is resampled."""
     cuda.odd = layout == "offset"
@@ -164,7 +151,7 @@ def check_forward(
 
 
 def check_backward(
-    cuda: MockMemory, shape: Shape, dtype: torch.dtype, layout: str, groups: int, parts: str
+    cuda: MockMemory, shape: Shape, dtype: DType, layout: str, groups: int, parts: str
 ) -> None:
     """d_theta, d_sigma, d_straight and d_features against the CPU's in float64."""
     cuda.odd = layout == "offset"
@@ -184,7 +171,14 @@ def check_backward(
 
 
 def check_dots(
-    cuda: MockMemory, shape: Shape, dtype: torch.dtype, layout: str, groups: int, plans: int
+    cuda: MockMemory,
+    shape: Shape,
+    dtype: torch.dtype,
+    layout: str,
+    groups: int,
+    plans: int,
+    *,
+    by_sample: bool = False,
 ) -> None:
     """All plans at once; one of them moves nothing, one has no noise."""
     cuda.odd = layout == "offset"
@@ -193,14 +187,13 @@ def check_dots(
     plan = ops.Plan(**{name: torch.stack([one[name] for one in each]) for name in each[0]}, seed=5)
     assert plan.theta is not None and plan.sigma is not None
     plan.theta[plans // 2], plan.sigma[plans - 1] = torch.eye(2, 3), 0
-    actual = refine_dots(cuda, features, upstream, plan)
-    expected = ops.refine_dots(features.double(), upstream.double(), plan)
+    actual = refine_dots(cuda, features, upstream, plan, by_sample=by_sample)
+    wide = features.double(), upstream.double()
+    expected = ops.refine_dots(*wide, plan, by_sample=by_sample)
     assert_near("dots", actual, expected, SUMMING[dtype])
 
 
-def heads(
-    shape: Shape, dtype: torch.dtype, layout: str, levels: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def heads(shape: Shape, dtype: DType, layout: str, levels: int) -> tuple[Tensor, Tensor, Tensor]:
     """Heat of at most 2 * levels + 1 values (0: any), so that there are ties; sizes, offsets."""
     pairs = (shape[0], 2, *shape[2:])
     heat = laid_out(shape, layout, dtype)
@@ -212,15 +205,9 @@ def heads(
 
 
 def check_areas(
-    cuda: MockMemory,
-    shape: Shape,
-    dtype: torch.dtype,
-    layout: str,
-    k: int,
-    kernel: int,
-    mutual: bool,
-    levels: int,
-) -> None:
+    cuda: MockMemory, shape: Shape, dtype: DType, layout: str, k: int, kernel: int,
+    mutual: bool, levels: int,
+) -> None:  # fmt: skip
     """Equal to the CPU kernel's."""
     cuda.odd = layout == "offset"
     own = heads(shape, dtype, layout, levels)
@@ -235,9 +222,8 @@ def check_draw(cuda: MockMemory, n: int) -> None:
     """The CPU's bits, from words that fill all 64 bits."""
     words = torch.tensor([-(2**62) - 5]), torch.tensor([2**40 + 3])
     actual = map(cuda.back, ops.draw(*map(cuda.on, words), n))
-    for name, one, other in zip(
-        ("uniforms", "noise_seed"), actual, ops.draw(*words, n), strict=True
-    ):
+    names, expected = ("uniforms", "noise_seed"), ops.draw(*words, n)
+    for name, one, other in zip(names, actual, expected, strict=True):
         assert torch.equal(one, other), f"{name} differ from the CPU's"
 
 

@@ -1,7 +1,5 @@
 """Compiles the CUDA kernels with NVRTC; reads registers, memory and instructions of the result."""
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import re
@@ -133,9 +131,8 @@ def resources(cubin: bytes) -> dict[str, Resources]:
         _text(strings, struct.unpack_from("<I", symbols, at)[0])
         for at in range(0, len(symbols), 24)
     ]
-    found = {
-        name.removeprefix(".text."): Resources() for name in sections if name.startswith(".text.")
-    }
+    texts = [name for name in sections if name.startswith(".text.")]
+    found = {name.removeprefix(".text."): Resources() for name in texts}
     info, at = sections[".nv.info"], 0
     while at + 4 <= len(info):
         kind, attribute, size = struct.unpack_from("<BBH", info, at)
@@ -189,8 +186,7 @@ def disassembled(cubin: bytes) -> dict[str, Resources]:
             current = found[function[1]]
         elif (access := _ACCESS.search(line)) and current is not None:
             parts = access[2].split(".")
-            width = next(
-                (part for part in parts if part in {"128", "64", "U8", "S8", "U16", "S16"}), "32"
-            )
+            widths = {"128", "64", "U8", "S8", "U16", "S16"}
+            width = next((part for part in parts if part in widths), "32")
             current.loads[f"{access[1]}.{width}"] += 1
     return found

@@ -4,8 +4,6 @@ A device is an object with two methods: `on(tensor)` copies a tensor there, with
 `back(tensor)` copies it to the CPU.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -17,7 +15,7 @@ from torch import Tensor
 import sokd
 from sokd import ops
 from support import kd_cases
-from support.cases import everything, laid_out
+from support.cases import DType, Shape, everything, laid_out
 
 # of a value near one, in units of the dtype's own rounding; sums of products are allowed more
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -37,12 +35,10 @@ class TorchDevice:
 
     def on(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
-        whole = tensor.as_strided(
-            (tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0
-        )
-        return whole.to(self.device).as_strided(
-            tensor.shape, tensor.stride(), tensor.storage_offset()
-        )
+        count = tensor.untyped_storage().nbytes() // tensor.element_size()
+        whole = tensor.as_strided((count,), (1,), 0)
+        place = tensor.shape, tensor.stride(), tensor.storage_offset()
+        return whole.to(self.device).as_strided(*place)
 
     def back(self, tensor: Tensor) -> Tensor:
         assert tensor.device == self.device, f"it is on {tensor.device}"
@@ -54,14 +50,13 @@ def chosen_device() -> TorchDevice:
     """The device of SOKD_TEST_DEVICE, else the first CUDA device; skips the file without one."""
     device = torch.device(os.environ.get("SOKD_TEST_DEVICE", "cuda"))
     if device.type == "cuda" and not torch.cuda.is_available():
-        pytest.skip(
-            "no CUDA device (SOKD_TEST_DEVICE=cpu runs what needs none)", allow_module_level=True
-        )
+        why = "no CUDA device (SOKD_TEST_DEVICE=cpu runs what needs none)"
+        pytest.skip(why, allow_module_level=True)
     return TorchDevice(torch.device("cuda", device.index or 0) if device.type == "cuda" else device)
 
 
 def close(
-    found: Tensor, expected: Tensor, *, times: float = 1.0, dtype: torch.dtype | None = None
+    found: Tensor, expected: Tensor, *, times: float = 1.0, dtype: DType | None = None
 ) -> None:
     """Within rounding, and in the same layout."""
     assert found.dtype == expected.dtype and found.stride() == expected.stride()
@@ -71,22 +66,16 @@ def close(
 
 
 def moved(device: Device, parts: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: device.on(part) if isinstance(part, Tensor) else part for name, part in parts.items()
-    }
+    return {k: device.on(part) if isinstance(part, Tensor) else part for k, part in parts.items()}
 
 
 def refine_and_gradients(
-    refine: Callable[..., Tensor],
-    features: Tensor,
-    plan: dict[str, Any],
-    straight: Tensor,
+    refine: Callable[..., Tensor], features: Tensor, plan: dict[str, Any], straight: Tensor,
     upstream: Tensor,
-) -> list[Tensor]:
+) -> list[Tensor]:  # fmt: skip
     """The value, then the gradients of features, theta, sigma and straight."""
-    leaves = [
-        t.detach().requires_grad_() for t in (features, plan["theta"], plan["sigma"], straight)
-    ]
+    tracked = features, plan["theta"], plan["sigma"], straight
+    leaves = [each.detach().requires_grad_() for each in tracked]
     parts = plan | {"theta": leaves[1], "sigma": leaves[2]}
     refined = refine(leaves[0], **parts, seed=2**63 + 5, straight=leaves[3])
     return [refined.detach(), *torch.autograd.grad(refined, leaves, upstream)]
@@ -100,28 +89,21 @@ def loss_and_gradient(
     return [loss.detach(), torch.autograd.grad(loss * upstream, student)[0]]
 
 
-def heads(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def heads(shape: Shape, layout: str, dtype: DType) -> tuple[Tensor, ...]:
     """Heat, size and offset."""
     pair = (shape[0], 2, *shape[2:])
     heat = laid_out(shape, layout, dtype).sigmoid()
     return heat, laid_out(pair, layout, dtype).abs() * 2, laid_out(pair, layout, dtype).sigmoid()
 
 
-def refine(
-    device: Device, shape: tuple[int, ...], layout: str, dtype: torch.dtype, groups: int
-) -> None:
+def refine(device: Device, shape: Shape, layout: str, dtype: DType, groups: int) -> None:
     """Value and all four gradients, with an upstream gradient of the same layout."""
     features, plan = laid_out(shape, layout, dtype), everything(shape, groups, torch.float32)
     straight = torch.zeros(groups)
     upstream = laid_out(shape, layout, dtype)
     expected = refine_and_gradients(ops.refine, features, plan, straight, upstream)
-    there = refine_and_gradients(
-        ops.refine,
-        device.on(features),
-        moved(device, plan),
-        device.on(straight),
-        device.on(upstream),
-    )
+    features, straight, upstream = map(device.on, (features, straight, upstream))
+    there = refine_and_gradients(ops.refine, features, moved(device, plan), straight, upstream)
     found = [device.back(each) for each in there]
     for one, other in zip(found[:2], expected[:2], strict=True):
         close(one, other)
@@ -130,13 +112,20 @@ def refine(
 
 
 def refine_dots(
-    device: Device, shape: tuple[int, ...], layout: str, dtype: torch.dtype, plans: int
+    device: Device,
+    shape: tuple[int, ...],
+    layout: str,
+    dtype: torch.dtype,
+    plans: int,
+    *,
+    by_sample: bool = False,
 ) -> None:
     features, upstream = laid_out(shape, layout, dtype), laid_out(shape, layout, dtype)
     each = [everything(shape, 1, torch.float32) for _ in range(plans)]
     stacked = {name: torch.stack([plan[name] for plan in each]) for name in each[0]}
-    expected = ops.refine_dots(features, upstream, stacked)
-    found = ops.refine_dots(device.on(features), device.on(upstream), moved(device, stacked))
+    expected = ops.refine_dots(features, upstream, stacked, by_sample=by_sample)
+    there = device.on(features), device.on(upstream), moved(device, stacked)
+    found = ops.refine_dots(*there, by_sample=by_sample)
     # sums of products of the size of 1, one for each element
     scale = max(features.numel(), 1) ** 0.5
     close(
@@ -147,14 +136,9 @@ def refine_dots(
 
 
 def areas(
-    device: Device,
-    shape: tuple[int, ...],
-    layout: str,
-    dtype: torch.dtype,
-    k: int,
-    *,
+    device: Device, shape: Shape, layout: str, dtype: DType, k: int, *,
     teacher: bool,
-) -> None:
+) -> None:  # fmt: skip
     """Scores, boxes and coverage: exactly."""
     own, other = heads(shape, layout, dtype), heads(shape, layout, dtype) if teacher else None
     expected = ops.areas(*own, k=k, teacher=other)
@@ -165,22 +149,17 @@ def areas(
 
 
 def masked_mse(
-    device: Device,
-    shape: tuple[int, ...],
-    layout: str,
-    dtype: torch.dtype,
-    weight: Tensor | None,
+    device: Device, shape: Shape, layout: str, dtype: DType, weight: Tensor | None,
     normalise: str,
-) -> None:
+) -> None:  # fmt: skip
     """Loss and gradient; an upstream gradient other than one."""
     student, teacher = laid_out(shape, layout, dtype), laid_out(shape, layout, dtype)
     maps = (student, teacher, weight)
     there = [None if part is None else device.on(part) for part in maps]
     expected = loss_and_gradient(ops.masked_mse, 3.0, *maps, normalise=normalise)
     found = loss_and_gradient(ops.masked_mse, 3.0, *there, normalise=normalise)
-    close(
-        device.back(found[0]), expected[0], dtype=None if dtype == torch.float64 else torch.float32
-    )
+    wide = None if dtype == torch.float64 else torch.float32
+    close(device.back(found[0]), expected[0], dtype=wide)
     scale = max(student.numel(), 1)
     close(device.back(found[1]) * scale, expected[1] * scale)
 
@@ -196,8 +175,8 @@ def draw(device: Device, n: int) -> None:
 
 def everything_on(
     device: Device,
-    shape: tuple[int, ...],
-    dtype: torch.dtype = torch.float32,
+    shape: Shape,
+    dtype: DType = torch.float32,
     layout: str = "contiguous",
 ) -> Callable[[], list[Tensor]]:
     """All operators and their gradients, run again at each call, on inputs that are made once."""
@@ -220,9 +199,7 @@ def everything_on(
     return run
 
 
-def loss_steps(
-    device: torch.device, dtype: torch.dtype = torch.float32
-) -> Callable[..., list[Tensor]]:
+def loss_steps(device: torch.device, dtype: DType = torch.float32) -> Callable[..., list[Tensor]]:
     """The loss and its gradients at each call: of the next draw, or of that at `counter`."""
     kd = kd_cases.make(lambda_agreement=1.0, lambda_areas=1.0).to(device, dtype).eval()
     with torch.no_grad():

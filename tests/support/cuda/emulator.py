@@ -1,7 +1,5 @@
 """Compiles the CUDA kernels for the CPU (see tests/support/emulator/emulator.h)."""
 
-from __future__ import annotations
-
 import atexit
 import ctypes
 import functools

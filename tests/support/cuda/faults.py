@@ -1,7 +1,5 @@
 """Faults to seed into the kernels' source, each with the check that must catch it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -79,6 +77,14 @@ def dots(cuda: MockMemory) -> None:
     check_dots(cuda, (2, 9, 9, 8), F32, "contiguous", 2, 35)
 
 
+def squares(cuda: MockMemory) -> None:
+    check_dots(cuda, (2, 9, 9, 8), F32, "contiguous", 2, 35, by_sample=True)
+
+
+def squares_lanes(cuda: MockMemory) -> None:
+    check_dots(cuda, (2, 8, 9, 8), F32, "channels_last", 2, 3, by_sample=True)
+
+
 def areas(cuda: MockMemory) -> None:
     check_areas(cuda, (2, 40, 9, 8), F32, "contiguous", 8, 3, True, 3)
     check_areas(cuda, (1, 40, 9, 8), F32, "contiguous", 60, 3, False, 0)
@@ -93,6 +99,7 @@ def draws(cuda: MockMemory) -> None:
 # fmt: off
 COMMON, SAMPLING, KERNEL = "common.cuh", "sampling.cuh", "kernel.cu"
 BACKWARD, ADJOINT, DOTS = "backward.cuh", "adjoint.cuh", "dots.cuh"
+TOTALS = "__syncthreads(); if ((int)threadIdx.x > slot)"  # of refine_dots, not of the squares
 FAULTS = [
     Fault("missing barrier: sums of the warps", "masked_mse", 3, COMMON, mse,
           "room[threadIdx.x / 32] = of_warp;\n    __syncthreads();",
@@ -154,14 +161,24 @@ FAULTS = [
           "c < (int)args.grid.channels; c += THREADS) {",
           "c < THREADS && c < (int)args.grid.channels; c += THREADS) {"),
     Fault("one plan's buffer for two plans", "refine", 24, DOTS, dots,
-          "const SamplePlan& plan = read[v & 1]; const bool moves = read_plan(read[v & 1],",
-          "const SamplePlan& plan = read[0]; const bool moves = read_plan(read[0],"),
+          "const SamplePlan& plan = read[v & 1]; const bool moves = read_plan(read[v & 1], "
+          "args.plan, args.grid, tile, v); A sum;",
+          "const SamplePlan& plan = read[0]; const bool moves = read_plan(read[0], "
+          "args.plan, args.grid, tile, v); A sum;"),
     Fault("skipped tail: the last plans", "refine", 24, DOTS, dots,
-          "if (slot + 1 < BATCH && v + 1 < args.plans) continue;",
-          "if (slot + 1 < BATCH) continue;"),
+          f"if (slot + 1 < BATCH && v + 1 < args.plans) continue; {TOTALS}",
+          f"if (slot + 1 < BATCH) continue; {TOTALS}"),
     Fault("missing barrier: plans written together", "refine", 24, DOTS, dots,
-          "v + 1 < args.plans) continue;\n        __syncthreads();",
-          "v + 1 < args.plans) continue;"),
+          f"v + 1 < args.plans) continue; {TOTALS}",
+          "v + 1 < args.plans) continue; if ((int)threadIdx.x > slot)"),
+    Fault("missing barrier: squares written together", "refine", 40, DOTS, squares,
+          "v + 1 < args.plans) continue; __syncthreads(); if ((int)threadIdx.x >= 2",
+          "v + 1 < args.plans) continue; if ((int)threadIdx.x >= 2"),
+    Fault("missing barrier: squares' table of corners", "refine", 40, DOTS, squares_lanes,
+          "fill_table(table, plan, args.grid, tile); __syncthreads();",
+          "fill_table(table, plan, args.grid, tile);"),
+    Fault("another sample's blocks", "refine", 40, KERNEL, squares,
+          "rest * args.blocks + n * each,", "rest * args.blocks,"),
     Fault("missing barrier: the list is read while it is rewritten", "areas", 3, KERNEL, areas,
           "own[i] = list[at];\n    }\n    __syncthreads();", "own[i] = list[at];\n    }"),
     Fault("ties to the greater index", "areas", 3, KERNEL, areas,

@@ -4,8 +4,6 @@ SOKD_CHILD names the tests to run, and the pipe that takes their reports; SOKD_M
 to use in place of PyTorch's.
 """
 
-from __future__ import annotations
-
 import json
 import os
 

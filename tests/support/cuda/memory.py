@@ -1,7 +1,5 @@
 """PyTorch's CUDA tensors in the mock driver's memory, where an access past a tensor is an error."""
 
-from __future__ import annotations
-
 import ctypes
 import warnings
 from collections.abc import Iterator, Sequence
@@ -30,26 +28,19 @@ class MockMemory:
         """A tensor of NaN; only maps are aligned to more than an element."""
         is_map, size = len(shape) == 4, span(shape, strides) * dtype.itemsize
         align = 8 if dtype == torch.uint8 else dtype.itemsize  # scratch memory is uint8
-        address = self.driver.api.mock_allocate(
-            size, align if self.odd or not is_map else 16, self.odd and is_map
-        )
+        align = align if self.odd or not is_map else 16
+        address = self.driver.api.mock_allocate(size, align, self.odd and is_map)
         return self.at(address, size, shape, strides, dtype, index)
 
     def at(
-        self,
-        address: int,
-        size: int,
-        shape: Any,
-        strides: Any,
-        dtype: torch.dtype,
+        self, address: int, size: int, shape: Any, strides: Any, dtype: torch.dtype,
         index: int | None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         device = torch.device("cuda", index or 0)
         storage = torch._C._construct_storage_from_data_pointer(address, device, size)
         about = {"size": shape, "stride": strides, "dtype": dtype, "storage_offset": 0}
-        return torch._C._construct_CUDA_Tensor_From_Storage_And_Metadata(
-            about | {"device": device}, storage
-        )
+        about |= {"device": device}
+        return torch._C._construct_CUDA_Tensor_From_Storage_And_Metadata(about, storage)
 
     def on(self, tensor: Tensor, index: int = 0) -> Tensor:
         made = self.make(tensor.shape, tensor.stride(), tensor.dtype, index)

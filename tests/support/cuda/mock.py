@@ -1,7 +1,5 @@
 """Builds the mock driver with the emulated kernels, and controls it."""
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import os

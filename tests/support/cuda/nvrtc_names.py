@@ -1,7 +1,5 @@
 """Imports sokd with another list of places where NVRTC can be."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from types import ModuleType

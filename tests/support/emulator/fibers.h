@@ -1,5 +1,4 @@
-// The fibers that run the threads of a block, and the orders in which they run. A part of
-// emulator.h.
+// A part of emulator.h: the fibers that run a block's threads, and their orders.
 #pragma once
 #include <algorithm>
 #include <csetjmp>
@@ -23,8 +22,7 @@ struct dim3 {
     unsigned x = 1, y = 1, z = 1;
 };
 
-// Everything is static: two libraries in one process (the kernels with and without a seeded fault)
-// share no state.
+// All static: two libraries in one process (with and without a seeded fault) share no state.
 namespace emulator {
 
 enum State { READY, BARRIER, EXCHANGE, DONE };

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sokd.ops import Plans, refine, refine_dots
-from sokd.reference import accumulator
+from sokd.ops import Plans, refine_dots
 
 __all__ = ["with_choices"]
 
@@ -57,36 +56,13 @@ class _Choices(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         features, chosen, fired, *flips = ctx.saved_tensors
-        dots = _dots_of_groups(features, upstream, Plans(*flips), chosen.shape[0]).T  # [G, K + 2]
+        plans = Plans(*flips)
+        if chosen.shape[0] == 1:
+            dots = refine_dots(features, upstream, plans)[None]  # [G, K + 2]
+        else:
+            dots = refine_dots(features, upstream, plans, by_sample=True)[0].T
         subpolicies = dots.shape[1] - 2
         d_choice, flipped = dots[:, :subpolicies], dots[:, subpolicies:]
         current = d_choice.gather(1, chosen.unsqueeze(1))
         d_gates = torch.where(fired, current - flipped, flipped - current)
         return upstream, d_choice, d_gates, *[None] * 9
-
-
-def _dots_of_groups(features: Tensor, upstream: Tensor, flips: Plans, groups: int) -> Tensor:
-    """<upstream, refine(features; plan_v)> of each group: [V, G]."""
-    if groups <= 1:
-        return refine_dots(features, upstream, flips).unsqueeze(1)[:, :groups]
-    # Each sample has its own relaxed choice, hence its own products. Noise is keyed by the index
-    # within a call: it is left out of the calls for one sample and added afterwards, as refine is
-    # linear in it.
-    columns = [_dots_of_sample(features, upstream, flips, index) for index in range(groups)]
-    dots = torch.stack(columns, dim=1)
-    return dots if flips.sigma is None else dots + _noise_dots(upstream, flips, flips.sigma)
-
-
-def _dots_of_sample(features: Tensor, upstream: Tensor, flips: Plans, index: int) -> Tensor:
-    one = slice(index, index + 1)
-    parts = {name: part[:, one] for name, part in flips.parts().items() if name != "sigma"}
-    return refine_dots(features[one], upstream[one], Plans(**parts))
-
-
-def _noise_dots(upstream: Tensor, flips: Plans, sigma: Tensor) -> Tensor:
-    """sigma * <upstream, keep * eps>: [V, G]."""
-    wide = upstream.to(accumulator(upstream.dtype))
-    eps = refine(torch.zeros_like(wide), sigma=wide.new_ones(1), seed=flips.seed)
-    along = (wide * eps).sum((2, 3))  # [B, C]
-    total = along.sum(1) if flips.keep is None else torch.where(flips.keep, along, 0).sum(2)
-    return sigma * total

@@ -124,6 +124,31 @@ def theta(value: Tensor, height: int, width: int) -> Tensor:
     return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
 
 
+def theta_gradient(value: Tensor, d_theta: Tensor, height: int, width: int) -> Tensor:
+    """The gradient of `theta` for the first five strengths, [..., 5], from d_theta [..., 2, 3]."""
+    a, b, x, y, degrees = value[..., :5].unbind(-1)
+    turn = degrees * (math.pi / 180)
+    cos, sin = turn.cos(), turn.sin()
+    aspect = height / max(width, 1)
+    inverse = width / max(height, 1)
+    upper, lower = (row.unbind(-1) for row in d_theta.unbind(-2))
+    sheared = 1 + a * b
+
+    def along(row: Sequence[Tensor], *by: Tensor) -> Tensor:
+        return row[0] * by[0] + row[1] * by[1] + row[2] * by[2]
+
+    across = sin * inverse
+    d_a = along(upper, b * cos - across, b * sin * aspect + cos, 2 * (b * x + y))
+    mixed = [a * d_upper + d_lower for d_upper, d_lower in zip(upper, lower, strict=True)]
+    d_b = along(mixed, cos, sin * aspect, 2 * x)
+    d_x = 2 * (sheared * upper[2] + b * lower[2])
+    d_y = 2 * mixed[2]
+    d_turn = upper[1] * sheared * cos * aspect + lower[1] * b * cos * aspect
+    d_turn = d_turn - sin * (sheared * upper[0] + b * lower[0] + mixed[1])
+    d_turn = d_turn - cos * inverse * mixed[0]
+    return torch.stack([d_a, d_b, d_x, d_y, d_turn * (math.pi / 180)], dim=-1)
+
+
 def _span(share: Tensor, centre: Tensor, side: int) -> tuple[Tensor, Tensor]:
     """Start and end of the hole on one side: max(1, round(v * side)) cells around the centre."""
     length = (share * side).round().clamp(min=1)
@@ -153,7 +178,7 @@ def kept(value: Tensor, uniforms: Tensor) -> Tensor:
 
 
 class Present(NamedTuple):
-    """Which arguments of `refine` any sub-policy can use; the others are never computed."""
+    """Which arguments of `refine` any of the sub-policies uses; the others are not computed."""
 
     theta: bool
     hole: bool
@@ -189,3 +214,26 @@ def arguments(
 def straight(strong: Strengths, carrying: Tensor) -> Tensor:
     """[...]: sum of the fired magnitudes that get the straight-through gradient."""
     return torch.where(strong.fired, strong.magnitude * carrying, 0).sum(-1)
+
+
+def strength_gradient(
+    strong: Strengths, d_theta: Tensor | None, d_sigma: Tensor | None, d_straight: Tensor,
+    height: int, width: int,
+) -> Tensor:  # fmt: skip
+    """The pathwise gradient of each operation's magnitude [..., 9], 0 where it does not act.
+
+    Args:
+        d_theta: [..., 2, 3] and d_sigma [...] of the plan; None: no sub-policy uses it.
+        d_straight: [...], the gradient of cutout's and channel_drop's magnitudes.
+    """
+    nothing = torch.zeros_like(strong.value[..., 0])
+    by_span = [nothing] * len(OPERATIONS)
+    if d_theta is not None:
+        by_span[:5] = theta_gradient(strong.value, d_theta, height, width).unbind(-1)
+    if d_sigma is not None:
+        by_span[_NOISE] = d_sigma
+    found = [
+        d_straight if index in (_CUTOUT, _DROP) else each * (operation.high - operation.low)
+        for index, (each, operation) in enumerate(zip(by_span, OPERATIONS, strict=True))
+    ]
+    return torch.where(strong.fired, torch.stack(found, dim=-1), 0)

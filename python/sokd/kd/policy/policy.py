@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,9 @@ from sokd.ops import draw as draw_uniforms
 from sokd.ops.runtime import transformed
 from sokd.reference import accumulator
 
-__all__ = ["Draw", "Policy", "Sample", "fresh_seed", "manual_seed"]
+__all__ = ["Draw", "Policy", "Sample", "WideModule", "fresh_seed", "manual_seed", "rows_of"]
+
+_M = TypeVar("_M", bound="WideModule")
 
 _OPTIONS = {
     "estimator": ("gumbel", "relax"),
@@ -60,7 +62,7 @@ _source: torch.Generator | None = None
 
 
 def manual_seed(seed: int) -> None:
-    """Seed the generator from which each `Policy` made afterwards takes its own seed.
+    """Seed the generator that gives each `Policy` made afterwards its seed.
 
         sokd.manual_seed(0)
         kd = sokd.SoKD(64, 256)                   # the same draws in every run, and on every rank
@@ -102,7 +104,21 @@ class Sample(NamedTuple):
     gates: Tensor  # [G, K, 2] bool: the gates of each sub-policy, chosen or not
 
 
-class Policy(nn.Module):
+class WideModule(nn.Module):
+    """A module whose state is never half precision: 0.5 + 3e-4 rounds to 0.5 in bfloat16."""
+
+    def _apply(self: _M, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _M:
+        """As `nn.Module._apply`, with a tensor that would become half precision moved alone."""
+
+        def kept(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            half = applied.dtype in (torch.float16, torch.bfloat16)
+            return tensor.to(applied.device) if half else applied
+
+        return cast(_M, super()._apply(kept, recurse))  # type: ignore[no-untyped-call]
+
+
+class Policy(WideModule):
     """A learned augmentation of the teacher's features.
 
         policy = sokd.Policy(policies=[("rotate", "cutout"), ("translate_x", "noise")])
@@ -123,10 +139,11 @@ class Policy(nn.Module):
     keeps it in [0.01, 0.99], where its logit is finite: settled here), `magnitude` [K, 2]
     (initially 0.5, kept in [0, 1]). They stay float32 (or float64) when the module is cast to half
     precision.
-    Buffers: `seed` and `counter`, int64 [1]; `operations` [K, 2] int64, the sub-policies: the state
-    of a policy with others is refused (RuntimeError). The other options are not part of the state:
-    the parameters have the same meaning under all of them, so a policy learned with one granularity
-    may be used with the other. A run resumes bit for bit only with the same options.
+    Buffers: `seed` and `counter`, int64 [1]; `operations` [K, 2] int64, the sub-policies. Loading
+    the state of a policy with other sub-policies raises RuntimeError. The other options are not
+    part of the state: the parameters have the same meaning under all of them, so a policy learned
+    with one granularity may be used with the other. A run resumes bit for bit only with the same
+    options.
     """
 
     seed: Tensor
@@ -195,16 +212,6 @@ class Policy(nn.Module):
         options = ", ".join(f"{name}={getattr(self, name)!r}" for name in _OPTIONS)
         return f"{len(self.policies)} sub-policies, {options}, temperature={self.temperature}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Policy:
-        """As `nn.Module._apply`, but never half precision: 0.5 + 3e-4 rounds to 0.5 in bfloat16."""
-
-        def kept(tensor: Tensor) -> Tensor:
-            applied = fn(tensor)
-            half = applied.dtype in (torch.float16, torch.bfloat16)
-            return tensor.to(applied.device) if half else applied
-
-        return cast(Policy, super()._apply(kept, recurse))  # type: ignore[no-untyped-call]
-
     # ---------------------------------------------------------------------------------------- draws
 
     def draw(self, batch: int) -> Draw:
@@ -262,7 +269,7 @@ class Policy(nn.Module):
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
             sample = self.sample(draw)
             channels, seed = self._channel_uniforms(draw, shape, layer)
-            strong = self._strengths(sample.chosen, _rows(sample.gates, sample.chosen))
+            strong = self.strengths(sample.chosen, rows_of(sample.gates, sample.chosen))
             made = arguments(strong, self.present, draw.uniforms[:, -2:], channels, *shape[2:])
             carried = straight(strong, self._ranges.carrying) if differentiable else None
             if self.magnitude_gradient == "straight_through":
@@ -283,21 +290,28 @@ class Policy(nn.Module):
         # sample-major, so that a smaller batch gets the first rows of a larger
         return uniforms.reshape(-1 if wanted else 0, 2, channels).transpose(0, 1), seed
 
-    def _strengths(self, rows: Tensor, gates: Tensor) -> Strengths:
-        """rows [...] int64, gates [..., 2] bool."""
+    def strengths(self, rows: Tensor, gates: Tensor) -> Strengths:
+        """Of sub-policies `rows` [...] int64 whose gates are [..., 2] bool."""
         magnitude = self.magnitude.to(accumulator(self.magnitude.dtype))
         return strengths(self.operations[rows], gates, magnitude[rows], self._ranges)
 
-    def _flips(self, sample: Sample, draw: Draw, shape: Sequence[int], layer: int) -> Plans:
-        """K + 2 plans: each sub-policy at its gates, then the chosen one with a gate flipped."""
+    def alternatives(
+        self, sample: Sample, draw: Draw, shape: Sequence[int], *, layer: int = 0
+    ) -> Plans:
+        """K + 2 plans: each sub-policy at its gates, then the chosen one with a gate flipped.
+
+        draw = policy.draw(8)
+        plans = policy.alternatives(policy.sample(draw), draw, (8, 256, 7, 7))
+        plans.theta.shape                              # [38, 1, 2, 3]
+        """
         with torch.no_grad():
             count, groups = len(self.policies), draw.uniforms.shape[0]
             every = torch.arange(count, device=sample.chosen.device).unsqueeze(1)
             rows = torch.cat([every.expand(count, groups), sample.chosen.expand(2, groups)])
-            gates = _rows(sample.gates, sample.chosen)
+            gates = rows_of(sample.gates, sample.chosen)
             flipped = [gates ^ torch.arange(2, device=gates.device).eq(index) for index in range(2)]
             gates = torch.cat([sample.gates.transpose(0, 1), torch.stack(flipped)])
-            strong = self._strengths(rows, gates)
+            strong = self.strengths(rows, gates)
             channels, seed = self._channel_uniforms(draw, shape, layer)
             made = arguments(strong, self.present, draw.uniforms[:, -2:], channels, *shape[2:])
             return Plans(**made, seed=seed)
@@ -327,9 +341,9 @@ class Policy(nn.Module):
             return refined
         sample = self.sample(draw)
         choice = (sample.z_choice / self.temperature).softmax(1)
-        gates = (_rows(sample.z_gates, sample.chosen) / self.temperature).sigmoid()
-        fired = _rows(sample.gates, sample.chosen)
-        flips = self._flips(sample, draw, features.shape, layer)
+        gates = (rows_of(sample.z_gates, sample.chosen) / self.temperature).sigmoid()
+        fired = rows_of(sample.gates, sample.chosen)
+        flips = self.alternatives(sample, draw, features.shape, layer=layer)
         return with_choices(refined, features, choice, gates, sample.chosen, fired, flips)
 
     # ----------------------------------------------------------------------------------- the search
@@ -367,7 +381,7 @@ class Policy(nn.Module):
         return table
 
 
-def _rows(gates: Tensor, chosen: Tensor) -> Tensor:
+def rows_of(gates: Tensor, chosen: Tensor) -> Tensor:
     """[G, K, 2] at the chosen sub-policies [G]: [G, 2]."""
     return gates.gather(1, chosen[:, None, None].expand(-1, 1, 2)).squeeze(1)
 

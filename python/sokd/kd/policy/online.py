@@ -1,0 +1,189 @@
+"""The search that comes with the loss: the policy moves by one step of Adam in each call.
+
+    L_v         = 1/2 |T_v F - Phi|^2 / N     for the K + 2 alternatives v of a draw: exact values
+    d alpha_j   = p_j (L_j - sum_i p_i L_i)   p = softmax(alpha); L_j: sub-policy j at its gates
+    d beta_i    = L(b_i = 1) - L(b_i = 0)     both gates of the drawn sub-policy
+    d magnitude = d L / d theta * d theta / d magnitude + d L / d sigma * d sigma / d magnitude
+
+F are the teacher's features, Phi the adapted student's, N the elements of a sample. The gradients
+are averaged over the samples and the ranks and summed over the layers. cutout and channel_drop,
+whose effect is a step function of the magnitude, get the straight-through gradient, the sum of
+(F_hat - Phi) / N. First order: Phi is a constant. Source: docs/method.md 2.6, settled here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sokd.kd.policy.plan import strength_gradient
+from sokd.kd.policy.policy import Draw, Policy, WideModule, rows_of
+from sokd.ops import Plan, refine_dots
+from sokd.ops.distributed import averaged
+from sokd.ops.refine import plan_gradients
+from sokd.ops.runtime import warn_user
+from sokd.reference import accumulator
+
+__all__ = ["Layer", "OnlineSearch"]
+
+# Samples of the batch that a step evaluates. After 620 steps on animal-mnist the held-out L_aug is
+# 0.21 of the uniform policy's with all samples of the batch, 0.35 with 8, 0.41 with 2; the cost of
+# a step is proportional to their number.
+SAMPLES = 8
+BETAS = (0.5, 0.999)  # Adam's, as those of PolicySearch
+_TINY = 1e-8
+
+_AFRESH = "SoKD: the state has no policy search, which starts afresh; the policy itself is loaded"
+_ANOTHER_POLICY = (
+    "SoKD: kd.policy must have as many sub-policies as the search was made for, {own}, got {got}"
+)
+
+
+class Layer(NamedTuple):
+    """The maps [B, C, H, W] of one layer; dtypes differ only under autocast."""
+
+    teacher: Tensor  # F
+    refined: Tensor  # F_hat, by the draw of the loss
+    student: Tensor  # Phi
+
+
+class OnlineSearch(WideModule):
+    """The state of `sokd.SoKD(..., search="online")`: Adam's moments for the policy.
+
+        kd = sokd.SoKD(student_channels=64, teacher_channels=256, search="online")
+        sokd.loss(f_s, f_t, kd).backward()             # has moved kd.policy, too
+        kd.search.lr = 0.005                           # at any time
+
+    Args:
+        policy: the policy that `step` will be called with, or one with as many sub-policies.
+        lr: of Adam(betas=(0.5, 0.999)), without weight decay.
+
+    Buffers, in the state_dict: `moments` [2, 5K] of alpha, beta and magnitude, `steps` [1] int64,
+    `frozen` [1] int64. A state without them starts the search afresh, with a warning.
+    """
+
+    moments: Tensor
+    steps: Tensor
+    frozen: Tensor
+
+    def __init__(self, policy: Policy, *, lr: float = 0.02) -> None:
+        super().__init__()
+        self.lr = lr
+        alpha = policy.alpha
+        self.register_buffer("moments", alpha.new_zeros(2, 5 * len(alpha)).detach())
+        self.register_buffer("steps", torch.zeros(1, dtype=torch.int64, device=alpha.device))
+        self.register_buffer("frozen", torch.zeros(1, dtype=torch.int64, device=alpha.device))
+        self.active = True  # the value of `frozen`, which lies on the device
+
+    def freeze(self) -> None:
+        """Make `step` a no-op from now on; saved with the state."""
+        self.frozen.fill_(1)
+        self.active = False
+
+    @torch.no_grad()
+    def step(self, policy: Policy, draw: Draw, layers: Sequence[Layer]) -> None:
+        """Move the policy along the gradient of L_aug on the first `SAMPLES` of a batch.
+
+        Under torch.distributed one all-reduce averages the gradients. A gradient that is not
+        finite, as that of an empty batch is, changes nothing: decided on the device.
+        """
+        chi = [policy.alpha, policy.beta, policy.magnitude]
+        if not self.active or not all(parameter.requires_grad for parameter in chi):
+            return
+        if self.moments.shape[1] != sum(parameter.numel() for parameter in chi):
+            own, got = self.moments.shape[1] // 5, len(policy.policies)
+            raise ValueError(_ANOTHER_POLICY.format(own=own, got=got))
+        with torch.autocast(self.steps.device.type, enabled=False):
+            gradients = [gradient(policy, draw, layer, index) for index, layer in enumerate(layers)]
+            change = self._adam(averaged(torch.stack(gradients).sum(0).to(self.moments.dtype)))
+        parts = torch.split(change, [parameter.numel() for parameter in chi])
+        for parameter, part in zip(chi, parts, strict=True):
+            parameter.add_(part.view_as(parameter))
+        policy.project()
+
+    def _adam(self, found: Tensor) -> Tensor:
+        """The change of chi [5K], and the new moments; zeros unless all of `found` is finite."""
+        squares = found.square()
+        finite = squares.isfinite().all()
+        # numbers, not a tensor of them: a copy to the device cannot be captured in a graph
+        pairs = zip(self.moments, (found, squares), BETAS, strict=True)
+        moved = torch.stack([moment.lerp(new, 1 - beta) for moment, new, beta in pairs])
+        self.moments.copy_(torch.where(finite, moved, self.moments))
+        self.steps.add_(finite)
+        steps = self.steps.to(found.dtype)
+        mean, square = (
+            moment / (1 - beta**steps) for moment, beta in zip(self.moments, BETAS, strict=True)
+        )
+        return torch.where(finite, -self.lr * mean / (square.sqrt() + _TINY), 0)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if not any(key.startswith(prefix) for key in state_dict):
+            warn_user(_AFRESH)
+            for buffer in self.buffers():
+                buffer.zero_()
+        else:
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.active = self.frozen.is_meta or not self.frozen.item()
+
+    def extra_repr(self) -> str:
+        return f"lr={self.lr:g}, {SAMPLES} samples a step" + ("" if self.active else ", frozen")
+
+
+def gradient(policy: Policy, draw: Draw, layer: Layer, index: int = 0) -> Tensor:
+    """d L_aug / d chi of one layer, [5K]: alpha, beta, magnitude.
+
+        layer = Layer(teacher, policy(teacher, draw), adapted)
+        gradient(policy, draw, layer).shape                      # [180] for 36 sub-policies
+
+    Args:
+        draw: that of `layer.refined`. The first `SAMPLES` of the batch are read.
+        index: the layer's, see `Policy.plan`.
+    """
+    dtype = torch.promote_types(layer.teacher.dtype, layer.student.dtype)
+    teacher, refined, student = (part.detach()[:SAMPLES].to(dtype) for part in layer)
+    if teacher.numel() == 0:
+        return torch.full_like(policy.alpha, torch.nan).repeat(5)
+    # a smaller batch has the first rows of a draw, so the first samples have their own plans
+    draw = Draw(draw.uniforms[:SAMPLES], draw.seed)
+    sample = policy.sample(draw)
+    fired = rows_of(sample.gates, sample.chosen)  # [G, 2]
+    plans = policy.alternatives(sample, draw, teacher.shape, layer=index)
+    products, squares = refine_dots(teacher, student, plans, by_sample=True)
+    losses = squares / 2 - products  # [K + 2, B]: N * L_v, but for |Phi|^2 / 2, the same in all
+    d_alpha, d_gates = _of_choices(policy, _of_groups(losses, fired), sample.chosen, fired)
+
+    difference = refined - student
+    rows = torch.arange(len(fired), device=fired.device)
+    drawn_parts = {name: part[sample.chosen, rows] for name, part in plans.parts().items()}
+    plan = Plan(**drawn_parts, seed=plans.seed)
+    d_straight = difference.sum((1, 2, 3), dtype=accumulator(difference.dtype))
+    d_strengths = strength_gradient(
+        policy.strengths(sample.chosen, fired), *plan_gradients(teacher, difference, plan),
+        _of_groups(d_straight[None], fired)[0], teacher.shape[2], teacher.shape[3],
+    )  # fmt: skip
+    d_magnitudes = d_strengths.gather(1, policy.operations[sample.chosen])
+    drawn = sample.chosen[:, None] == torch.arange(len(policy.policies), device=fired.device)
+    of_pairs = [
+        torch.where(drawn[:, :, None], of_group[:, None], 0).sum(0).flatten()
+        for of_group in (d_gates, d_magnitudes)
+    ]
+    return torch.cat([d_alpha, *of_pairs]) / teacher.numel()
+
+
+def _of_groups(values: Tensor, fired: Tensor) -> Tensor:
+    """[V, B] summed over the samples of each group: [V, G]."""
+    return values.reshape(len(values), len(fired), -1).sum(2)
+
+
+def _of_choices(
+    policy: Policy, losses: Tensor, chosen: Tensor, fired: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of alpha [K] and of the drawn gates [G, 2], from losses [K + 2, G]."""
+    probability = policy.alpha.softmax(0).to(losses.dtype)
+    each, flipped = losses[:-2], losses[-2:].T
+    d_alpha = probability * (each.sum(1) - (probability[:, None] * each).sum())
+    current = each.gather(0, chosen[None]).T
+    return d_alpha, torch.where(fired, current - flipped, flipped - current)
