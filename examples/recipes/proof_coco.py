@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = [*common, "--teacher-only", *schedule(args.teacher_epochs)]
     once(coco, teacher, "teacher (small32)", 0, options, ["AP50"])
     common += [*schedule(args.epochs), "--teacher-weights", str(teacher / "teacher.pt")]
-    common += ["--search-every", "8", "--search-epochs", str(args.epochs), *SOKD]
+    common += SOKD
     for seed in range(args.seeds):
         for method in METHODS:
             for sokd in (False, True)[: 1 if method == "none" else 2]:

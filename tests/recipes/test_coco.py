@@ -58,7 +58,17 @@ def run(data, teacher, tmp_path):
     return call
 
 
-DISTIL = ["--method", "fitnet=1", "fgd", "--search-epochs", "1", "--search-every", "2"]
+DISTIL = [
+    "--method",
+    "fitnet=1",
+    "fgd",
+    "--sokd-option",
+    "search=None",
+    "--search-epochs",
+    "1",
+    "--search-every",
+    "2",
+]
 
 
 def test_logs_result_and_a_student_without_sokd(run, tmp_path, capsys):
