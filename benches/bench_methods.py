@@ -6,6 +6,7 @@ teacher; ReviewKD with its three stages; CRD with 50,000 samples, 16,384 negativ
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ import torch.nn.functional as F
 from support import eager_methods as eager
 from torch import Tensor, nn
 
-from benches.harness import Case, Options, check_close
+from benches.harness import Case, Options, Side, check_close
 from sokd import methods
 
 MAP = (64, 256, 8, 8)
+LEVEL = (2, 256, 50, 76)  # P4 of two images of 800 x 1216
 STAGES = [(64, 64, 32, 32), (64, 128, 16, 16), MAP]
 CLASSES, SAMPLES, BATCH, WIDTH = 100, 50_000, 32, 256
 Loss = Callable[..., Tensor]
@@ -39,8 +41,8 @@ def case(
             check_close(one / scale, two / scale, rtol=rtol, atol=rtol)
 
     sides = {"sokd": side(actual), "eager": side(other)}
-    # mgd is two convolutions on both sides: a difference below 5 % is noise
-    targets = {"eager": 0.95 if name == "mgd" else 1.0}
+    # these are convolutions on both sides: a difference below 5 % is noise
+    targets = {"eager": 0.95 if name in ("mgd", "vid", "ofd") else 1.0}
     work, shape = f"{name}, forward + backward", students[-1].shape
     return Case(work, shape, sides, targets=targets, check=check)
 
@@ -51,13 +53,21 @@ def logit_cases(batch: int, classes: int) -> Iterator[Case]:
     for name in ("kd", "lskd", "dist"):
         yield case(name, getattr(methods, name), getattr(eager, name), (student, teacher))
     yield case("dkd", methods.dkd, eager.dkd, (student, teacher, target))
+    distances = torch.rand(classes, classes).fill_diagonal_(0)
+    inputs = (student, teacher, target, distances)
+    yield case("wkd_logits", methods.wkd_logits, eager.wkd_logits, inputs, rtol=1e-3)
 
 
 def feature_cases() -> Iterator[Case]:
     student, teacher = (torch.randn(MAP) for _ in range(2))
-    for name in ("fitnet", "at", "sp"):
+    for name in ("fitnet", "at", "sp", "nst", "wkd_features"):
         yield case(name, getattr(methods, name), getattr(eager, name), (student, teacher))
-    yield case("rkd", methods.rkd, eager.rkd, (student.detach().mean((2, 3)), teacher.mean((2, 3))))
+    pooled = student.detach().mean((2, 3)), teacher.mean((2, 3))
+    for name in ("rkd", "pkt", "cc"):
+        inputs = pooled[0].clone(), pooled[1]
+        yield case(name, getattr(methods, name), getattr(eager, name), inputs)
+    yield from _module_cases(student.detach(), teacher)
+    yield _fgd_case()
     yield _catkd_case(student.detach(), teacher)
     yield _mgd_case(student.detach(), teacher)
     yield _reviewkd_case()
@@ -78,6 +88,33 @@ def _catkd_case(student: Tensor, teacher: Tensor) -> Case:
         return eager.catkd(student, teacher, heads[0].weight, heads[1].weight)
 
     return case("catkd, from features", actual, other, (student, teacher))
+
+
+def _module_cases(student: Tensor, teacher: Tensor) -> Iterator[Case]:
+    norm = nn.BatchNorm2d(MAP[1])
+    losses: dict[str, nn.Module] = {
+        "vid": methods.vid(MAP[1], MAP[1]),
+        "ofd": methods.ofd(MAP[1], MAP[1], margin=methods.ofd_margin(norm)),
+    }
+    for name, loss in losses.items():
+        loss.requires_grad_(False)
+        usual = partial(getattr(eager, name), like=loss)
+        yield case(name, loss, usual, (student.clone(), teacher))
+
+
+def _fgd_case() -> Case:
+    """One level of two images with ten boxes each, cells of 16 x 16 pixels."""
+    batch, _, height, width = LEVEL
+    corners = torch.rand(batch, 10, 2, 2).sort(2).values * torch.tensor([width, height]) * 14
+    boxes = list((corners + torch.tensor([[0.0], [8.0]])).flatten(2))
+    loss = methods.fgd(LEVEL[1]).requires_grad_(False)
+    student, teacher = (torch.randn(LEVEL) for _ in range(2))
+
+    def ours(student: Tensor, teacher: Tensor) -> Tensor:
+        return loss(student, teacher, boxes, (16 * height, 16 * width))  # type: ignore[no-any-return]
+
+    usual = partial(eager.fgd, boxes=boxes, stride=16, like=loss)
+    return case("fgd", ours, usual, (student, teacher), rtol=1e-3)
 
 
 def _mgd_case(student: Tensor, teacher: Tensor) -> Case:
@@ -130,15 +167,11 @@ def crd_cases() -> Iterator[Case]:
     shape = (BATCH, WIDTH)
     yield Case("crd, a step", shape, trained, targets={"eager": 1}, check=check)
     rows = F.normalize(torch.randn(BATCH, 128))
-    yield Case(
-        "crd, update of both banks",
-        (SAMPLES, 128),
-        {
-            "sokd": lambda: loss._remember(index, rows, rows),
-            "eager": lambda: usual.remember(index, rows, rows),
-        },
-        targets={"eager": 1},
-    )
+    updates: dict[str, Side] = {
+        "sokd": lambda: loss._remember(index, rows, rows),
+        "eager": lambda: usual.remember(index, rows, rows),
+    }
+    yield Case("crd, update of both banks", (SAMPLES, 128), updates, targets={"eager": 1})
 
 
 def _trained(loss: Callable[[], Tensor], student: Tensor) -> Callable[[], object]:

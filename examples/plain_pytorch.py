@@ -25,16 +25,13 @@ def distil(
     distiller = sokd.Distiller(student, teacher, example=images, **options)
     # the student's parameters, and those of adapters and heads
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.05, momentum=0.9)
-    search = sokd.PolicySearch(distiller.kd, distiller.student, epochs=20)
     for epoch in range(epochs):
         distiller.train()  # the teacher stays in eval mode
         for x, y in loader:
-            search.step(distiller.step, (x, y))
             _, losses = distiller(x, y)
             optimizer.zero_grad()
             sum(losses.values()).backward()
             optimizer.step()
-        search.end_epoch()
         terms = ", ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
         print(f"epoch {epoch}: {terms}")
     return distiller.export()

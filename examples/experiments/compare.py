@@ -1,42 +1,55 @@
-"""`python -m examples.experiments.compare`: every method, plain and with SoKD, on two data sets.
+"""`python -m examples.experiments.compare`: what each part of SoKD brings, on three data sets.
 
-Equal effort: on the validation part of the first set, with another seed than the table's, the
-student alone tries three learning rates (the best is used for all methods), and every method tries
-three weights, plain and with SoKD. The unit of the weights is `methods.balance`, so that no method
-profits from a hand-picked range. The choices are used on the other set too, where nothing is tried.
-Each run is a line of runs.csv as soon as it is done and is not repeated: an interrupted comparison
-resumes where it stopped.
+Equal effort: on each set's validation part every row tries the same three weights with two seeds
+that the table does not use. The unit of the weights is `methods.balance`, so that no row profits
+from a hand-picked range. The table's seeds come in blocks of ten: a row stops when the 95 %
+interval of its difference, paired by seed, reaches no further than the set's margin to either side,
+or at 40 seeds. Each run is a line of runs.csv as soon as it is done and is not repeated: an
+interrupted comparison resumes where it stopped.
 """
 
 import argparse
 import csv
+import math
 import sys
-from collections.abc import Iterable, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 import torch
+from scipy.stats import t as student_t  # type: ignore[import-untyped]
 
 from examples.experiments import methods
-from examples.experiments.data import SOURCES, few
+from examples.experiments.data import FASHION, SOURCES, fashion_mnist
+from examples.experiments.methods import ARMS
 from sokd.demo.__main__ import CORES
 from sokd.demo.data import DataSet, MissingData
 from sokd.demo.networks import Net, accuracy, predict
 from sokd.demo.train import Run, Solver, Task, train_all, train_teacher
 
-DATASETS = ("animal-mnist", "mnist-small")
-IMAGES = 500  # to train with; the validation and test parts are whole
-SOLVER = Solver(epochs=12, batch=32)
-TEACHER = Solver(epochs=30, batch=32, lr=0.4)
-RATES = ("0.2", "0.4", "0.8")
+
+class Setting(NamedTuple):
+    """How a set is trained on, and the difference in points that counts as none."""
+
+    teacher: Solver
+    student: Solver
+    margin: float
+
+
+SETTINGS = {
+    "animal-mnist": Setting(Solver(8, lr=0.4), Solver(10), 0.3),
+    "fashion-mnist": Setting(Solver(5, lr=0.4), Solver(5), 0.3),
+    "scenes": Setting(Solver(12, lr=0.4), Solver(12, lr=0.4), 1.0),
+}
 SHARES = ("0.1", "0.5", "2")
-TRIAL_SEED = "100"
-SEEDS = ("0", "1", "2")
+TRIAL_SEEDS = ("100", "101")
+BLOCK, MOST = 10, 40  # seeds
 NOTES = ("weight", "heat_variance", "covered_share", "entropy")  # of a run, at the last epoch
 COLUMNS = (
-    "dataset", "part", "method", "share", "weight", "lr", "seed", "last_validation", "last_test",
-    "best_test", "best_epoch", "cpu_seconds", *NOTES[1:],
+    "dataset", "part", "arm", "share", "seed", "last_validation", "last_test", "best_test",
+    "best_epoch", "cpu_seconds", *NOTES,
 )  # fmt: skip
 Row = dict[str, str]
 
@@ -46,9 +59,8 @@ class Key(NamedTuple):
 
     dataset: str
     part: str  # "trial" or "table"
-    method: str
+    arm: str
     share: str
-    lr: str
     seed: str
 
 
@@ -74,71 +86,99 @@ def append(path: Path, row: Row) -> None:
         out.writerow(row)
 
 
-def rows_of(rows: Iterable[Row], dataset: str, part: str, method: str) -> list[Row]:
-    """A method's rows in one part of a data set."""
-    return [r for r in rows if (r["dataset"], r["part"], r["method"]) == (dataset, part, method)]
+def rows_of(rows: Iterable[Row], dataset: str, part: str, arm: str) -> list[Row]:
+    """An arm's rows in one part of a data set."""
+    return [r for r in rows if (r["dataset"], r["part"], r["arm"]) == (dataset, part, arm)]
 
 
-def chosen(rows: Iterable[Row], dataset: str, method: str) -> Row | None:
-    """The trial with the best validation accuracy; of equals, the smallest share and rate."""
+def chosen(rows: Iterable[Row], dataset: str, arm: str) -> str:
+    """The share with the best mean validation accuracy; of equals, the smallest."""
+    tried: dict[str, list[float]] = {}
+    for row in rows_of(rows, dataset, "trial", arm):
+        tried.setdefault(row["share"], []).append(float(row["last_validation"]))
+    return min(tried, key=lambda share: (-fmean(tried[share]), float(share)), default="")
 
-    def rank(row: Row) -> tuple[float, float, float]:
-        return -float(row["last_validation"]), float(row["share"] or 0), float(row["lr"])
 
-    return min(rows_of(rows, dataset, "trial", method), key=rank, default=None)
+def by_seed(rows: Iterable[Row], dataset: str, arm: str, column: str) -> dict[str, float]:
+    """An arm's figures in the table's runs."""
+    return {row["seed"]: float(row[column]) for row in rows_of(rows, dataset, "table", arm)
+            if row[column]}  # fmt: skip
+
+
+class Difference(NamedTuple):
+    """A paired difference in points of test accuracy at the last epoch."""
+
+    mean: float
+    half_width: float  # of the 95 % interval
+    p: float  # two-sided t-test of no difference
+    seeds: int
+
+
+def difference(rows: Sequence[Row], dataset: str, arm: str) -> Difference:
+    """An arm minus the arm it is compared with, over the seeds that both have."""
+    one, other = (by_seed(rows, dataset, name, "last_test") for name in (arm, ARMS[arm].against))
+    values = [100 * (one[seed] - other[seed]) for seed in one if seed in other]
+    if len(values) < 2:
+        return Difference(math.nan, math.inf, 1.0, len(values))
+    freedom, error = len(values) - 1, max(stdev(values), 1e-9) / math.sqrt(len(values))
+    p = 2 * float(student_t.sf(abs(fmean(values)) / error, freedom))
+    return Difference(fmean(values), float(student_t.ppf(0.975, freedom)) * error, p, len(values))
 
 
 class Comparison:
     """The runs of one data set, and the file they go to."""
 
     def __init__(
-        self, name: str, task: Task, path: Path, *, names: Sequence[str], workers: int
+        self, name: str, task: Task, path: Path, *, arms: Sequence[str], workers: int
     ) -> None:
         self.name, self.task, self.path, self.workers = name, task, path, workers
-        self.names = names
-        self._balance = cache(lambda method: methods.balance(method, task))
+        self.arms = [*dict.fromkeys(
+            each for arm in arms for each in (ARMS[arm].against, arm) if each
+        )]  # fmt: skip
+        self._unit = cache(lambda method: methods.balance(method, task))
 
     def tune(self) -> None:
-        """The trials: of the learning rate, then of the weights."""
-        for rate in RATES:
-            self._run([Key(self.name, "trial", "student", "", rate, TRIAL_SEED)])
-        rate = self._best("student", self.name)["lr"]
-        self._run(
-            [
-                Key(self.name, "trial", name, share, rate, TRIAL_SEED)
-                for name in self.names
-                for share in SHARES
-            ]
-        )
+        """The trials of every arm's weight."""
+        arms = [arm for arm in self.arms if ARMS[arm].method]
+        self._run(Key(self.name, "trial", arm, share, seed)
+                  for arm in arms for share in SHARES for seed in TRIAL_SEEDS)  # fmt: skip
 
-    def fill(self, tuned_on: str) -> None:
-        """The table's runs, with the settings chosen on a data set."""
-        best = {name: self._best(name, tuned_on)["share"] for name in ("student", *self.names)}
-        rate = self._best("student", tuned_on)["lr"]
-        self._run(
-            [Key(self.name, "table", *each, rate, seed) for seed in SEEDS for each in best.items()]
-        )
+    def fill(self, margin: float) -> None:
+        """The table's runs: ten seeds of every arm, then ten more of those that need them."""
+        share = {arm: chosen(read_rows(self.path), self.name, arm) for arm in self.arms}
+        for start in range(0, MOST, BLOCK):
+            rows = read_rows(self.path)
+            open_ = {arm for arm in self.arms if self._needs_more(rows, arm, margin, start)}
+            arms = open_ | {ARMS[arm].against for arm in open_} - {""}
+            self._run(Key(self.name, "table", arm, share[arm], str(seed))
+                      for arm in self.arms if arm in arms
+                      for seed in range(start, start + BLOCK))  # fmt: skip
 
-    def _best(self, method: str, tuned_on: str) -> Row:
-        best = chosen(read_rows(self.path), tuned_on, method)
-        assert best is not None, "its trials have been run"
-        return best
+    def _needs_more(self, rows: list[Row], arm: str, margin: float, done: int) -> bool:
+        """Judged on the first `done` seeds, so that a resumed comparison decides alike."""
+        if not done or not ARMS[arm].against:
+            return not done
+        rows = [row for row in rows if row["part"] == "trial" or int(row["seed"]) < done]
+        return difference(rows, self.name, arm).half_width > margin
 
-    def _run(self, keys: Sequence[Key]) -> None:
-        """The runs that are missing, all of one part and with one learning rate."""
+    def _run(self, keys: Iterable[Key]) -> None:
+        """The runs that are missing, all of one part."""
         done = {key_of(row) for row in read_rows(self.path)}
         left = [key for key in keys if key not in done]
         if not left:
             return
-        solver, test = self.task.solver._replace(lr=float(left[0].lr)), left[0].part == "table"
-        task, runs = self.task._replace(solver=solver), [self._planned(key) for key in left]
-        for key, run in zip(left, train_all(runs, task, self.workers, test=test), strict=True):
+        runs = train_all(
+            [self._planned(key) for key in left], self.task, self.workers,
+            test=left[0].part == "table",
+        )  # fmt: skip
+        for key, run in zip(left, runs, strict=True):
             append(self.path, key._asdict() | _figures(run))
 
     def _planned(self, key: Key) -> Run:
-        unit = self._balance(key.method.partition("+")[0]) if key.share else 0.0
-        images, weight = len(self.task.data.train[1]), float(key.share or 0) * unit
-        return Run(key.method, methods.arguments(key.method, weight, images), int(key.seed))
+        arm, images = ARMS[key.arm], len(self.task.data.train[1])
+        units = {name: self._unit(name) for name in {arm.method, "fitnet"}} if arm.method else {}
+        options = methods.arguments(arm, float(key.share or 0), units, images)
+        return Run(key.arm, options, int(key.seed), search=arm.search)
 
 
 def _figures(run: Run) -> Row:
@@ -150,16 +190,15 @@ def _figures(run: Run) -> Row:
     return figures | {name: f"{run.notes[name]:.4g}" for name in NOTES if name in run.notes}
 
 
-def _teacher(data: DataSet, folder: Path) -> Net:
+def _teacher(data: DataSet, solver: Solver, folder: Path) -> Net:
     """The teacher from the folder, or a new one and its line in runs.csv."""
     path = folder / f"teacher-{data.name}.pt"
     new = not path.exists()
-    teacher = train_teacher(data, "base", TEACHER, path)
+    teacher = train_teacher(data, "base", solver, path)
     if new:
-        key = Key(data.name, "table", "teacher", "", f"{TEACHER.lr:g}", "0")
         scores = {f"last_{name}": f"{accuracy(teacher, getattr(data, name)):.5f}"
                   for name in ("validation", "test")}  # fmt: skip
-        append(folder / "runs.csv", key._asdict() | scores)
+        append(folder / "runs.csv", Key(data.name, "table", "teacher", "", "0")._asdict() | scores)
     return teacher
 
 
@@ -167,9 +206,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m examples.experiments.compare", description=__doc__)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     add = parser.add_argument
-    known = methods.names()[: len(methods.LABELS)]
-    add("--dataset", nargs="+", choices=SOURCES, default=[*DATASETS], help="the first is tuned on")
-    add("--method", nargs="+", choices=known, default=known, help="each plain and with SoKD")
+    add("--dataset", nargs="+", choices=SOURCES, default=[*SOURCES])
+    add("--arm", nargs="+", choices=ARMS, default=[*ARMS], help="with those they are compared with")
+    add("--data", type=Path, default=FASHION, help="folder of Fashion-MNIST's idx files")
     add("--workers", type=int, default=CORES, help="runs at a time, one thread each")
     add("--save", type=Path, default=Path("out/compare"), help="folder of runs.csv")
     return parser
@@ -179,21 +218,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0 if all runs are there, 2 with one line on stderr if a data set is missing."""
     options = _parser().parse_args(arguments)
     options.save.mkdir(parents=True, exist_ok=True)
-    path, names = options.save / "runs.csv", methods.names(options.method)
     torch.set_num_threads(1)  # as the runs: the numbers do not depend on the machine's cores
+    sources: dict[str, Callable[[], DataSet]] = dict(SOURCES)
+    sources["fashion-mnist"] = partial(fashion_mnist, options.data)
     for name in options.dataset:
+        setting = SETTINGS[name]
         try:
-            data = few(SOURCES[name](), IMAGES)
+            data = sources[name]()
         except MissingData as error:
             print(f"compare: {error}", file=sys.stderr)
             return 2
-        teacher = _teacher(data, options.save)
-        task = Task(data, teacher, predict(teacher, data.train[0]), "small", SOLVER)
-        comparison = Comparison(name, task, path, names=names, workers=options.workers)
-        if name == options.dataset[0]:
-            comparison.tune()
-        comparison.fill(options.dataset[0])
-    print(f"written: {path}")
+        teacher = _teacher(data, setting.teacher, options.save)
+        task = Task(data, teacher, predict(teacher, data.train[0]), "small", setting.student)
+        comparison = Comparison(
+            name, task, options.save / "runs.csv", arms=options.arm, workers=options.workers
+        )
+        comparison.tune()
+        comparison.fill(setting.margin)
+    print(f"written: {options.save / 'runs.csv'}")
     return 0
 
 

@@ -10,8 +10,6 @@ are taken on the validation images, with student and adapter in eval mode:
     then             chance that each operation fires
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import itertools

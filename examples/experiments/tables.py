@@ -3,16 +3,31 @@
 `python -m benches.report` puts them into the pages.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
+from typing import TypeVar
 
-from examples.experiments.compare import DATASETS, SEEDS, Row, chosen, read_rows, rows_of
-from examples.experiments.methods import DEMO_LABELS, LABELS
+from examples.experiments.compare import (
+    SETTINGS,
+    Row,
+    by_seed,
+    chosen,
+    difference,
+    read_rows,
+    rows_of,
+)
+from examples.experiments.methods import ARMS
 from sokd.demo.__main__ import HEADER, spread, table
 
+T = TypeVar("T")
 DOCS = Path(__file__).parent.parent.parent / "docs"
-DONE = "all runs are there"
+DEMO_LABELS = {
+    "student": "student alone", "kd": "KD", "fitnet": "FitNet", "fitnet-dafa": "FitNet + DAFA",
+    "fitnet-dam": "FitNet + DAM", "sokd": "SoKD",
+}  # fmt: skip
+COMPARED = ("row", "last epoch", "best epoch", "against", "difference, 95 %", "seeds", "p (Holm)",
+            "", "CPU s")  # fmt: skip
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -41,89 +56,64 @@ def tried(path: Path = DOCS / "demo" / "tune.csv") -> str:
 def results(path: Path = DOCS / "results" / "runs.csv") -> dict[str, str]:
     """The tables of the comparison, by the names of their markers in the page."""
     rows = read_rows(path)
-    tables = {name: f"{compared(rows, name)}\n\n{summary(rows, name)}" for name in DATASETS}
-    return {**tables, "trials": trials(rows, DATASETS[0])}
+    adjusted = holm({
+        (dataset, arm): difference(rows, dataset, arm).p
+        for dataset in SETTINGS for arm in ARMS
+        if ARMS[arm].against and rows_of(rows, dataset, "table", arm)
+    })  # fmt: skip
+    return {name: compared(rows, name, adjusted) for name in SETTINGS} | {"trials": trials(rows)}
 
 
-def by_seed(rows: Sequence[Row], dataset: str, method: str, column: str) -> dict[str, float]:
-    """A method's figures in the table's runs."""
-    found = rows_of(rows, dataset, "table", method)
-    return {row["seed"]: float(row[column]) for row in found if row[column]}
+def holm(values: dict[T, float]) -> dict[T, float]:
+    """The p-values adjusted by Holm's method for as many tests."""
+    adjusted, largest = {}, 0.0
+    for rank, key in enumerate(sorted(values, key=values.__getitem__)):
+        largest = max(largest, min(1.0, values[key] * (len(values) - rank)))
+        adjusted[key] = largest
+    return adjusted
 
 
-def differences(rows: Sequence[Row], dataset: str, method: str) -> list[float]:
-    """With SoKD minus without, at the last epoch, for each seed that has both."""
-    plain, plugged = (
-        by_seed(rows, dataset, name, "last_test") for name in (method, f"{method}+sokd")
-    )
-    return [100 * plugged[seed] - 100 * plain[seed] for seed in sorted(plain) if seed in plugged]
+def verdict(mean: float, half_width: float, p: float, margin: float) -> str:
+    """What a difference in points says, given its adjusted p-value."""
+    if p < 0.05:
+        return "better" if mean > 0 else "worse"
+    return "no worse" if mean - half_width > -margin else "not told apart"
 
 
-def compared(rows: Sequence[Row], dataset: str) -> str:
-    """One line for each method; test accuracy in %, mean ± standard deviation over the seeds."""
+def compared(rows: Sequence[Row], dataset: str, adjusted: Mapping[tuple[str, str], float]) -> str:
+    """One line for each arm; test accuracy in %, mean ± standard deviation over the seeds."""
+    lines: list[tuple[str, ...]] = []
+    for arm, label in {"teacher": "teacher", **{k: v.label for k, v in ARMS.items()}}.items():
+        last, best, seconds = (
+            list(by_seed(rows, dataset, arm, column).values())
+            for column in ("last_test", "best_test", "cpu_seconds")
+        )
+        if not last:
+            continue
+        cells = ["", "", str(len(last)), "", ""]
+        if (dataset, arm) in adjusted:
+            found, p = difference(rows, dataset, arm), adjusted[dataset, arm]
+            word = verdict(found.mean, found.half_width, p, SETTINGS[dataset].margin)
+            text = f"{found.mean:+.2f} ± {found.half_width:.2f}"
+            cells = [ARMS[ARMS[arm].against].label, text, str(found.seeds), f"{p:.2g}", word]
+        more = [spread(best), *cells, f"{fmean(seconds):.1f}"] if seconds else [""] * 7
+        lines.append((label, spread(last), *more))
+    return markdown(COMPARED, lines)
 
-    def cells(*names: str) -> list[str]:
-        columns = ("last_test", "best_test", "cpu_seconds")
-        return [_cell(rows, dataset, name, column) for column in columns for name in names]
 
-    header = ["method", "last epoch", "+ SoKD", "difference", "of each seed"]
-    header += ["best epoch", "+ SoKD", "CPU s", "+ SoKD"]
+def trials(rows: Sequence[Row]) -> str:
+    """What the weights were chosen from: mean validation accuracy in % at the last epoch."""
     lines = []
-    for label, method in (("teacher", "teacher"), ("student alone", "student")):
-        last, best, seconds = cells(method)
-        lines.append([label, last, "", "", "", best, "", seconds, ""])
-    for method, label in LABELS.items():
-        last, plugged, *rest = cells(method, f"{method}+sokd")
-        less = differences(rows, dataset, method)
-        each = ", ".join(f"{value:+.2f}" for value in less)
-        lines.append([label, last, plugged, _signed(less), each, *rest])
-    return markdown(header, lines)
-
-
-def _cell(rows: Sequence[Row], dataset: str, method: str, column: str) -> str:
-    values = list(by_seed(rows, dataset, method, column).values())
-    if not values:
-        return ""
-    return f"{fmean(values):.1f}" if column == "cpu_seconds" else spread(values)
-
-
-def _signed(values: Sequence[float]) -> str:
-    deviation = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{fmean(values):+.2f}{deviation}" if values else ""
-
-
-def summary(rows: Sequence[Row], dataset: str) -> str:
-    """How often SoKD helped, and whether runs are missing, as a sentence."""
-    found = [less for method in LABELS if (less := differences(rows, dataset, method))]
-    whole = [less for less in found if len(less) == len(SEEDS)]
-    better, worse = sum(min(less) > 0 for less in whole), sum(max(less) < 0 for less in whole)
-    methods = ["student", *LABELS, *(f"{name}+sokd" for name in LABELS)]
-    done = sum(len(by_seed(rows, dataset, name, "last_test")) for name in methods)
-    wanted = len(SEEDS) * len(methods)
-    state = DONE if done == wanted else f"**only {done} of {wanted} runs are there**"
-    if not found:
-        return f"{state[0].upper()}{state[1:]}."
-    means = [fmean(less) for less in found]
-    return (
-        f"With SoKD the mean is higher for {sum(mean > 0 for mean in means)} of {len(means)} "
-        f"methods; it is higher with every seed for {better}, lower with every seed for {worse}; "
-        f"the mean of all differences is {fmean(means):+.2f} points ({state})."
-    )
-
-
-def trials(rows: Sequence[Row], dataset: str) -> str:
-    """What the settings were chosen from: validation accuracy in % at the last epoch."""
-    lines: list[tuple[str, ...]] = [("student alone", _tried(rows, dataset, "student", "lr"), "")]
-    for method, label in LABELS.items():
-        cells = [_tried(rows, dataset, name, "share") for name in (method, f"{method}+sokd")]
-        lines.append((label, *cells))
-    return markdown(("method", "share (or learning rate): validation %", "+ SoKD"), lines)
-
-
-def _tried(rows: Sequence[Row], dataset: str, method: str, column: str) -> str:
-    best = chosen(rows, dataset, method)
-    texts = []
-    for row in sorted(rows_of(rows, dataset, "trial", method), key=lambda row: float(row[column])):
-        text = f"{row[column]}: {100 * float(row['last_validation']):.2f}"
-        texts.append(f"**{text}**" if row is best else text)
-    return "; ".join(texts)
+    for arm in (arm for arm in ARMS if ARMS[arm].method):
+        cells = []
+        for dataset in SETTINGS:
+            tried: dict[str, list[float]] = {}
+            for row in rows_of(rows, dataset, "trial", arm):
+                tried.setdefault(row["share"], []).append(100 * float(row["last_validation"]))
+            best = chosen(rows, dataset, arm)
+            texts = (f"{share}: {fmean(tried[share]):.2f}" for share in sorted(tried, key=float))
+            cells.append("; ".join(
+                f"**{text}**" if text.startswith(f"{best}:") else text for text in texts
+            ))  # fmt: skip
+        lines.append((ARMS[arm].label, *cells))
+    return markdown(("row", *SETTINGS), lines)

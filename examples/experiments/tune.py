@@ -15,11 +15,9 @@ from typing import Any, NamedTuple
 from sokd.demo.__main__ import CORES
 from sokd.demo.data import animal_mnist
 from sokd.demo.networks import predict
-from sokd.demo.train import METHODS, Run, Solver, Task, train_all, train_teacher
+from sokd.demo.train import METHODS, WEIGHTS, Run, Solver, Task, train_all, train_teacher
 
 SEEDS = (100, 101)
-AGREEMENT_AREAS = ((0.01, 1.0), (0.01, 3.0), (0.1, 3.0), (1.0, 1.0), (1.0, 3.0))
-BOTH = tuple({"lambda_agreement": one, "lambda_areas": two} for one, two in AGREEMENT_AREAS)
 
 
 def _each(name: str, *values: float) -> tuple[dict[str, float], ...]:
@@ -30,9 +28,9 @@ TRIALS = {
     "student": _each("lr", 0.2, 0.4, 0.8, 1.2, 1.6),
     "kd": _each("weight", 0.1, 0.2, 0.3, 0.5, 1.0),
     "fitnet": _each("weight", 0.3, 0.5, 1.0, 2.0, 3.0),
-    "fitnet-dafa": _each("lambda_areas", 0.5, 1.0, 2.0, 3.0, 5.0),
-    "fitnet-dam": BOTH,
-    "sokd": BOTH,
+    "fitnet-dafa": _each("scale", 0.2, 0.5, 1.0, 1.5, 2.0),
+    "fitnet-dam": _each("scale", 0.2, 0.5, 1.0, 1.5, 2.0),
+    "sokd": _each("scale", 0.2, 0.5, 1.0, 1.5, 2.0),
 }
 
 
@@ -51,7 +49,8 @@ def arguments(method: str, setting: dict[str, float]) -> dict[str, Any]:
     if "weight" in setting:
         found["method"] = {method: setting["weight"]}
     if found["sokd"]:
-        found["sokd"] = {**found["sokd"], **setting}
+        weights = {name: setting["scale"] * weight for name, weight in WEIGHTS.items()}
+        found["sokd"] = {**found["sokd"], **weights}
     return found
 
 

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import sokd
-from sokd.kd.adapter import KINDS
 
 SCHEDULES = {"1x": (12, [8, 11]), "2x": (24, [16, 22])}  # epochs, and after which lr is / 10
 OWN: dict[str, dict[str, Any]] = {
@@ -31,7 +30,6 @@ OWN: dict[str, dict[str, Any]] = {
     "--lr-warmup-steps": {"type": int, "default": 500, "help": "linear rise of the learning rate"},
     "--min-size": {"type": int, "nargs": "+", "default": [800], "help": "shorter side; or several"},
     "--max-size": {"type": int, "default": 1333, "help": "longer side, at most"},
-    "--adapter": {"choices": KINDS, "default": "linear", "help": "of the methods and of SoKD"},
     "--backbone-weights": {"help": "of the student: a classifier's checkpoint, or none"},
     "--keep-empty": {"action": "store_true", "help": "train on images without boxes too"},
 }
@@ -47,10 +45,9 @@ def with_teacher(args: Any, student: nn.Module, classes: int) -> sokd.Distiller:
     pairs: list[Any] = detection.levels(student, teacher, (args.student, args.teacher))
     if args.layers:
         pairs = [tuple(pair.split("=", 1)) for pair in args.layers]
-    adapter = "default" if "adapter" in args.sokd_option else args.adapter
     return sokd.Distiller(
         student=student, teacher=BackboneAlone(teacher), layers=pairs, method=args.method,
-        adapter=adapter, task="model", sokd=args.sokd and args.sokd_option, check_finite=False,
+        task="model", sokd=args.sokd and args.sokd_option, check_finite=False,
         example=torch.zeros(2, 3, 128, 128), **args.method_option,
     )  # fmt: skip
 

@@ -41,8 +41,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     teacher = args.out / "teacher"
     once(cifar100, teacher, "teacher (resnet20)", 0, [*common, "--teacher-only"])
     student = ["--student", "resnet8w8", "--teacher-weights", str(teacher / "teacher.pt")]
-    # The search is a step in eight, and CRD has the negatives that a small set allows.
-    student += ["--search-every", "8", "--search-epochs", str(args.epochs)]
     for seed in range(args.seeds):
         for method in METHODS:
             for sokd in (False, True)[: 1 if method == "none" else 2]:

@@ -10,6 +10,7 @@ OUT/areas.png shows the boxes beside the areas of student and teacher, and the m
 from __future__ import annotations
 
 import argparse
+import shutil
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,8 +25,9 @@ from torchvision.utils import draw_bounding_boxes
 
 from sokd import inspect
 
-# FitNet and MGD: weights at which the term is of the size of the detector's own losses.
-METHODS = ("none", "fitnet=0.3", "fgd", "mgd=2e-4")
+# At these weights each term is of the size of the detector's own losses.
+METHODS = ("none", "fitnet=0.3", "fgd", "mgd")
+SOKD = ["--sokd-option", "lambda_areas=0.3", "lambda_agreement=0.15"]
 DRAWN = "fitnet+sokd"  # the run whose areas are drawn
 
 
@@ -35,9 +37,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--source", default="data", help="folder of Fashion-MNIST")
     parser.add_argument("--train", type=int, default=300, help="images")
     parser.add_argument("--val", type=int, default=100, help="images")
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--teacher-epochs", type=int, default=14)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--docs", type=Path, help="folder whose results.md gets the table")
     args = parser.parse_args(argv)
     data = args.out / "set"
     if not (data / "annotations" / "instances_val2017.json").exists():
@@ -52,20 +55,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = [*common, "--teacher-only", *schedule(args.teacher_epochs)]
     once(coco, teacher, "teacher (small32)", 0, options, ["AP50"])
     common += [*schedule(args.epochs), "--teacher-weights", str(teacher / "teacher.pt")]
-    common += ["--search-every", "8", "--search-epochs", str(args.epochs)]
+    common += SOKD
     for seed in range(args.seeds):
         for method in METHODS:
             for sokd in (False, True)[: 1 if method == "none" else 2]:
                 name = f"{method.split('=')[0]}{'+sokd' if sokd else ''}"
                 more = ["--method", method, "--sokd" if sokd else "--no-sokd", "--seed", str(seed)]
                 once(coco, args.out / f"{name}-{seed}", name, seed, [*common, *more], ["AP50"])
-    print(table(args.out, {"last_AP": "AP", "last_AP50": "AP50", "best_AP": "best epoch's AP"}))
+    shown = table(args.out, {"last_AP": "AP", "last_AP50": "AP50", "best_AP": "best epoch's AP"})
+    print(shown)
     if (args.out / f"{DRAWN}-0").exists():
         draw(args.out / f"{DRAWN}-0", data, args.out / "areas.png")
+    if args.docs is not None:
+        publish(shown, args.out, args.docs)
+
+
+def publish(shown: str, out: Path, docs: Path) -> None:
+    """The table between its markers in DOCS/results.md, and its runs and picture beside."""
+    page = docs / "results.md"
+    before, opening, rest = page.read_text().partition("<!-- articles:")
+    head, _, rest = rest.partition("\n")
+    _, closing, after = rest.partition("<!-- /articles -->")
+    if not closing:
+        raise SystemExit(f"--docs: {page} has no markers <!-- articles: --> and <!-- /articles -->")
+    picture = "![boxes and areas](results/detection.png)\n"
+    page.write_text(f"{before}{opening}{head}\n{shown}\n\n{picture}{closing}{after}")
+    shutil.copy(out / "runs.csv", docs / "results" / "detection.csv")
+    shutil.copy(out / "areas.png", docs / "results" / "detection.png")
 
 
 def schedule(epochs: int) -> list[str]:
-    return ["--epochs", str(epochs), "--milestones", str(max(1, epochs * 3 // 4))]
+    return ["--epochs", str(epochs), "--milestones", str(max(1, epochs * 4 // 5))]
 
 
 def draw(run: Path, data: Path, path: Path, count: int = 6) -> None:

@@ -87,17 +87,14 @@ def test_a_case_too_large_is_left_out(tmp_path: Path, monkeypatch: MonkeyPatch) 
     ] * len(bench_gpu.DTYPES) * len(bench_gpu.LAYOUTS)
 
 
-@pytest.mark.parametrize(
-    ("work", "channels", "dtype", "rate", "goal"),
-    [
-        ("refine forward, five parts", 256, "float32", "900.00", ">= 0.85 met"),
-        ("refine forward, five parts", 256, "float16", "849.00", ">= 0.85 MISSED"),
-        ("refine forward, five parts", 1, "float32", "900.00", None),  # a cache holds the map
-        ("refine_dots, 4 plans", 256, "float32", "900.00", None),
-        ("masked_mse, forward + backward", 256, "bfloat16", "900.00", ">= 0.85 met"),
-        ("masked_mse, forward + backward", 256, "float16", "900.00", None),
-    ],
-)
+@pytest.mark.parametrize(("work", "channels", "dtype", "rate", "goal"), [
+    ("refine forward, five parts", 256, "float32", "900.00", ">= 0.85 met"),
+    ("refine forward, five parts", 256, "float16", "849.00", ">= 0.85 MISSED"),
+    ("refine forward, five parts", 1, "float32", "900.00", None),  # a cache holds the map
+    ("refine_dots, 4 plans", 256, "float32", "900.00", None),
+    ("masked_mse, forward + backward", 256, "bfloat16", "900.00", ">= 0.85 met"),
+    ("masked_mse, forward + backward", 256, "float16", "900.00", None),
+])  # fmt: skip
 def test_the_goal_is_for_large_maps(
     work: str, channels: int, dtype: str, rate: str, goal: str | None
 ) -> None:

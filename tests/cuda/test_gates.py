@@ -1,7 +1,9 @@
 """Every kernel compiled by NVRTC for every architecture: no spills, occupancy, 128-bit access."""
 
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from support.cuda.cubins import (
@@ -57,6 +59,12 @@ def compiled() -> dict[int, Kernels]:
     return found
 
 
+def refused(compiled: dict[int, Kernels], by: Callable[[int, str, Resources], bool]) -> list[Any]:
+    """Architecture, name and resources of the kernels that `by` finds fault with."""
+    every = ((a, *each) for a, kernels in compiled.items() for each in kernels.items())
+    return [each for each in every if by(*each)]
+
+
 def test_every_needed_architecture_is_compiled_for(compiled: dict[int, Kernels]) -> None:
     assert set(NEEDED) <= set(compiled)
 
@@ -70,36 +78,23 @@ def test_every_kernel_is_there_that_the_emulator_runs(compiled: dict[int, Kernel
 
 
 def test_nothing_is_spilled(compiled: dict[int, Kernels]) -> None:
-    spilled = {
-        (a, name): kernel.stack
-        for a, kernels in compiled.items()
-        for name, kernel in kernels.items()
-        if kernel.stack
-    }
-    assert spilled == {}
+    assert refused(compiled, lambda _, name, kernel: kernel.stack > 0) == []
 
 
 def test_registers_leave_room_for_half_of_the_warps(compiled: dict[int, Kernels]) -> None:
     """A quarter for float64, which is for gradient checks."""
-    low = {
-        (architecture, name): kernel.registers
-        for architecture, kernels in compiled.items()
-        for name, kernel in kernels.items()
-        if kernel.registers == 0
-        or kernel.occupancy(architecture) < (0.25 if "f64" in name else 0.5)
-    }
-    assert low == {}
+
+    def low(architecture: int, name: str, kernel: Resources) -> bool:
+        least = 0.25 if "f64" in name else 0.5
+        return kernel.registers == 0 or kernel.occupancy(architecture) < least
+
+    assert refused(compiled, low) == []
 
 
 def test_shared_memory_leaves_room_for_two_blocks(compiled: dict[int, Kernels]) -> None:
     """Of the 64 KiB that the smallest multiprocessor here has (sm_75); one block for float64."""
-    low = {
-        (architecture, name): kernel.shared
-        for architecture, kernels in compiled.items()
-        for name, kernel in kernels.items()
-        if kernel.shared > (48 if "f64" in name else 32) * 1024
-    }
-    assert low == {}
+    room = {True: 48 * 1024, False: 32 * 1024}
+    assert refused(compiled, lambda _, name, kernel: kernel.shared > room["f64" in name]) == []
 
 
 @pytest.mark.parametrize("architecture", READ)

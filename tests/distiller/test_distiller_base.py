@@ -9,13 +9,14 @@ from support.distiller_cases import batch, gradients, make, objective, rewound
 
 import sokd
 from sokd.kd.adapter import KINDS
+from sokd.methods import METHODS
 from sokd.methods.common import Method, Step
 
-METHODS = {
-    "fitnet": {}, "at": {}, "sp": {}, "rkd": {}, "mgd": {}, "reviewkd": {}, "catkd": {}, "kd": {},
-    "dkd": {}, "lskd": {}, "dist": {}, "crd": {"num_samples": 16},
-}  # fmt: skip
-LOGITS = ("kd", "dkd", "lskd", "dist")
+OPTIONS = {"crd": {"num_samples": 16}}
+GIVEN = {
+    "crd": {"index": torch.arange(4)},
+    "fgd": {"boxes": [torch.tensor([[2.0, 2.0, 9.0, 12.0]])] * 4},
+}
 HEADS = ["attention", "bounded"]
 
 
@@ -64,17 +65,17 @@ def test_a_method_runs_once_with_what_the_base_says(base, adapts, heads):
 @pytest.mark.parametrize("name", METHODS)
 def test_with_a_kept_base_the_method_is_as_without_sokd(name, heads):
     """Its term has the same value, and SoKD's stand beside it."""
-    given = {"index": torch.arange(4)} if name == "crd" else {}
+    given = GIVEN.get(name, {})
     terms = []
     for plug in (False, options(heads, "keep")):
-        distiller = make(method=name, sokd=plug, adapter="regressor", **METHODS[name])
+        distiller = make(method=name, sokd=plug, adapter="regressor", **OPTIONS.get(name, {}))
         for part in (distiller.adapters, distiller.kd and distiller.kd.adapter, distiller.methods):
             torch.manual_seed(11)
             for parameter in [] if part is None else part.parameters():
                 torch.nn.init.normal_(parameter, std=0.1)
         terms.append(distiller(*batch(), **given)[1])
     plain, kept = terms
-    if name not in ("crd", "mgd"):  # whose draws depend on their seeds
+    if name not in ("crd", "mgd", "fgd"):  # whose draws depend on their seeds
         torch.testing.assert_close(kept[f"loss_{name}"], plain[f"loss_{name}"])
     assert kept.keys() == plain.keys() | {"loss_sokd", "loss_agreement"}
     assert all(term.isfinite() for term in kept.values())
@@ -84,12 +85,13 @@ def test_with_a_kept_base_the_method_is_as_without_sokd(name, heads):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("base", ["keep", "replace"])
 def test_every_parameter_is_trained(base, name, heads):
-    given = {"index": torch.arange(4)} if name == "crd" else {}
-    distiller = make(method=name, sokd=options(heads, base), **METHODS[name])
+    given = GIVEN.get(name, {})
+    distiller = make(method=name, sokd=options(heads, base), **OPTIONS.get(name, {}))
     objective(distiller, *batch(), **given).backward()
     trained = {name: p for name, p in distiller.named_parameters() if p.requires_grad}
     assert not [name for name, parameter in trained.items() if parameter.grad is None]
-    adapted = base == "keep" or name in ("fitnet", "mgd", *LOGITS) or heads == "bounded"
+    kind = METHODS[name]
+    adapted = base == "keep" or kind.adapts or "features" not in kind.needs or heads == "bounded"
     assert (distiller.kd.adapter is not None) == adapted
 
 

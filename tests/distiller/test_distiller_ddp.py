@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(
 def distiller() -> Distiller:
     torch.manual_seed(0)
     adapters = nn.ModuleList([nn.Conv2d(6, 12, 1), nn.Conv2d(12, 24, 1)])
-    return make(models=models(norm=False), sokd={"adapter": adapters, "policies": QUIET, **SMALL})
+    return make(models=models(norm=False), sokd={**SMALL, "adapter": adapters, "policies": QUIET})
 
 
 def searched(subject: Distiller, x: Tensor, y: Tensor) -> list[Tensor]:

@@ -59,8 +59,8 @@ REFUSED = {
         (ValueError, "method must have one entry for each name, got 'mseloss' twice",
          lambda: make(method={nn.MSELoss(): 1.0, nn.MSELoss(reduction="sum"): 1.0})),
     "a name like a method's":
-        (ValueError, f"method must be one of {', '.join(sokd.methods.METHODS)} (nearest: fitnet), "
-                     "got 'fitnets'", lambda: make(method="fitnets")),
+        (ValueError, f"method must be one of {', '.join(sokd.methods.METHODS)} (nearest: fitnet, "
+                     "nst), got 'fitnets'", lambda: make(method="fitnets")),
     "a task by name":
         (TypeError, "task must be 'auto', 'model', None or a callable (logits, y), got 'ce'",
          lambda: make(task="ce")),

@@ -158,18 +158,11 @@ def test_what_no_adapter_should_hide(form, error, text):
         shaped(form)
 
 
-@pytest.mark.parametrize(
-    ("student", "teacher", "fits"),
-    [
-        ((7, 7), (14, 14), True),
-        ((5, 7), (10, 13), True),  # strides round up
-        ((1, 1), (1, 1), True),
-        ((8, 4), (4, 8), False),
-        ((2, 8), (8, 8), False),
-        ((50, 38), (25, 19), True),
-        ((56, 1), (56, 56), False),
-    ],
-)
+@pytest.mark.parametrize(("student", "teacher", "fits"), [
+    ((7, 7), (14, 14), True), ((1, 1), (1, 1), True), ((50, 38), (25, 19), True),
+    ((5, 7), (10, 13), True),  # strides round up
+    ((8, 4), (4, 8), False), ((2, 8), (8, 8), False), ((56, 1), (56, 56), False),
+])  # fmt: skip
 def test_aspects(student, teacher, fits):
     maps = [torch.zeros(2, 3, *size) for size in (student, teacher)]
     if fits:
@@ -190,12 +183,8 @@ def test_options_of_the_layouts():
         make(teacher_tokens=[1])
     with pytest.raises(ValueError, match=r"^Distiller: student_grid must be \(H, W\), .* got 7$"):
         make(student_grid=7)
-    assert as_map(torch.zeros(2, 5, 5, 3), Layout(order="BHWC"), ("student", "x")).shape == (
-        2,
-        3,
-        5,
-        5,
-    )
+    maps = as_map(torch.zeros(2, 5, 5, 3), Layout(order="BHWC"), ("student", "x"))
+    assert maps.shape == (2, 3, 5, 5)
 
 
 # ---------------------------------------------------------------------------------------- the hooks

@@ -10,7 +10,7 @@ from torch import nn
 
 from sokd.distiller import Distiller
 
-SMALL = {"heat_channels": 4, "k": 2}
+SMALL = {"k": 2}
 SIDE = 64
 
 vision = pytest.importorskip("torchvision", reason="torchvision is not installed").models
@@ -114,7 +114,7 @@ def test_a_segmentation_model():
     options = {"method": method, "example": x, "sokd": SMALL}
     distiller = Distiller(net(), net(), layers="backbone:high", **options)
     losses = check_step(distiller, x, y)
-    assert list(losses) == ["loss_ce", "loss_fitnet", "loss_kd", "loss_agreement"]
+    assert list(losses) == ["loss_ce", "loss_fitnet", "loss_kd", "loss_sokd", "loss_agreement"]
 
 
 def faster_rcnn() -> nn.Module:
@@ -133,7 +133,7 @@ def test_a_detector_with_an_fpn():
     distiller = Distiller(faster_rcnn(), faster_rcnn(), layers=layers, example=images, sokd=SMALL)
     losses = check_step(distiller, images, targets)
     own = ["loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"]
-    assert list(losses) == [*own, "loss_fitnet", "loss_agreement"]
+    assert list(losses) == [*own, "loss_fitnet", "loss_sokd", "loss_agreement"]
     found = distiller.eval()(images)
     assert len(found) == 2 and {"boxes", "labels", "scores"} <= found[0].keys()
 

@@ -17,7 +17,7 @@ def test_one_step(teacher, student, layers):
     options.setdefault("vit_tiny_patch16_224", {}).update(img_size=64, depth=3)
     nets = [timm.create_model(net, pretrained=False, **options[net]) for net in (teacher, student)]
     x, y = torch.randn(2, 3, 64, 64), torch.tensor([1, 7])
-    small = {"heat_channels": 4, "k": 2}
+    small = {"k": 2}
     distiller = Distiller(*reversed(nets), layers=layers, example=x, sokd=small)
     _, losses = distiller(x, y)
     torch.stack(list(losses.values())).sum().backward()

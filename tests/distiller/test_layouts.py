@@ -126,7 +126,7 @@ def test_a_square_guess_for_images_that_are_not_square(size, prefix, guess):
     x, grid = torch.randn(2, 3, *size), (size[0] // 8, size[1] // 8)
     count = grid[0] * grid[1] + prefix
     pair = Tokens(16, prefix=prefix), Tokens(12, prefix=prefix)
-    rule = f"be tokens of images of {size[0]} x {size[1]} (name student_grid=(H, W), and student_"
+    rule = f"be tokens of images of {size[0]} x {size[1]} (pass student_grid=(H, W), and student_"
     refused(f"the student's layer 'blocks' must {rule}", *pair, x)
     with pytest.raises(ValueError, match=f"guessed to be a {guess} x {guess} grid"):
         made(*pair, x)
@@ -175,7 +175,7 @@ def test_tokens_of_what_is_not_an_image():
             return self.head(self.blocks(self.embed(x)).mean(1))
 
     x = torch.randint(0, 9, (2, 16))
-    rule = "have a grid, for x is not a batch of images (student_grid=(H, W), e.g. (1, N))"
+    rule = "have a grid, because x is not a batch of images (student_grid=(H, W), e.g. (1, N))"
     refused(f"the student's layer 'blocks' must {rule}, got [2, 16, 12]", Words(16), Words(12), x)
     named = made(Words(16), Words(12), x, student_grid=(1, 16), teacher_grid=(1, 16))
     assert objective(named, x, torch.tensor([0, 1])).isfinite()

@@ -145,8 +145,8 @@ class TwoHeads(Net):
 
 Named = namedtuple("Named", "logits aux_logits")
 TEXT = (
-    "sokd: the student returns several outputs of one width; {!r} is taken as the logits, and {!r} "
-    "gets no gradient from their losses (logits= selects another one, task= a loss of all)"
+    "sokd: the student returns several outputs of one width; {!r} is taken as the logits, and "
+    "losses of the logits do not train {!r} (logits= selects another one, task= a loss of all)"
 )
 
 

@@ -159,7 +159,7 @@ def test_auxiliary_classifiers_of_googlenet():
         return sum(F.cross_entropy(each, y) for each in output)
 
     options = {"models": (teacher, student), "method": "kd", "sokd": False}
-    with pytest.warns(UserWarning, match="trains 'aux_logits2', 'aux_logits1'"):
+    with pytest.warns(UserWarning, match="do not train 'aux_logits2', 'aux_logits1'"):
         make(**options)(x, y)
     output, losses = make(**options, task=all_three)(x, y)
     torch.testing.assert_close(losses["loss_task"], all_three(output, y))
@@ -181,7 +181,9 @@ def test_dense_outputs_of_one_width_are_reported():
 
     distiller = make(models=(Dense(6), Dense(3)))
     y = torch.randint(0, 3, (4, 4, 4))
-    with pytest.warns(UserWarning, match="the logits are 'out', and no loss of the logits trains"):
+    with pytest.warns(
+        UserWarning, match="'out' is taken as the logits, and losses of the logits do not"
+    ):
         output, losses = distiller(batch()[0], y)
     torch.testing.assert_close(losses["loss_ce"], F.cross_entropy(output["out"], y))
 

@@ -93,16 +93,13 @@ def test_magnitude_one_half_is_the_identity_to_the_bit(name: str) -> None:
     assert not torch.signbit(theta).any()
 
 
-@pytest.mark.parametrize(
-    ("magnitude", "centre", "hole"),
-    [
-        (1.0, (0.5, 0.5), [4, 8, 6, 12]),  # 0.2 of 10 and 20: 2 by 4 about the cells 5 and 10
-        (0.3, (0.5, 0.5), [5, 10, 6, 11]),  # 0.06: 0.6 and 1.2 round to 1 by 1
-        (0.01, (0.5, 0.5), [5, 10, 6, 11]),  # rounds to 0 by 0: at least one cell
-        (0.0, (0.5, 0.5), [0, 0, 0, 0]),  # v = 0: no hole
-        (1.0, (0.01, 0.99), [0, 17, 1, 20]),  # at a corner: clipped
-    ],
-)
+@pytest.mark.parametrize(("magnitude", "centre", "hole"), [
+    (1.0, (0.5, 0.5), [4, 8, 6, 12]),  # 0.2 of 10 and 20: 2 by 4 about the cells 5 and 10
+    (0.3, (0.5, 0.5), [5, 10, 6, 11]),  # 0.06: 0.6 and 1.2 round to 1 by 1
+    (0.01, (0.5, 0.5), [5, 10, 6, 11]),  # rounds to 0 by 0: at least one cell
+    (0.0, (0.5, 0.5), [0, 0, 0, 0]),  # v = 0: no hole
+    (1.0, (0.01, 0.99), [0, 17, 1, 20]),  # at a corner: clipped
+])  # fmt: skip
 def test_hole(magnitude: float, centre: tuple[float, float], hole: list[int]) -> None:
     plan = plan_of(policy_of("cutout", "noise", magnitude, 0.0), *centre)
     assert plan.hole.tolist() == [hole] and plan.hole.dtype == torch.int64
@@ -356,7 +353,7 @@ def test_projection() -> None:
     assert (policy.magnitude.min(), policy.magnitude.max()) == (0, 1)
 
 
-PAIRS = f"policies must be pairs of two distinct operations of {', '.join(NAMES)}"
+RULE = f"policies must be pairs of two distinct operations of {', '.join(NAMES)}"
 
 
 @pytest.mark.parametrize(
@@ -369,7 +366,7 @@ PAIRS = f"policies must be pairs of two distinct operations of {', '.join(NAMES)
         ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
         ({"temperature": math.inf}, "temperature must be positive and finite, got inf"),
         ({"policies": []}, "policies must hold at least one pair, got none"),
-        *(({"policies": [pair]}, f"{PAIRS}, got {pair!r}")
+        *(({"policies": [pair]}, f"{RULE}, got {pair!r}")
           for pair in [("shear_x", "blur"), ("noise", "noise"), ("noise",), (1, 9), (3, -1), 7]),
     ],
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from functools import partial
 from typing import Any
 
 import pytest
@@ -220,6 +221,14 @@ def test_inside_no_grad_and_with_wrapped_modules() -> None:
 
 
 # ------------------------------------------------------------------------------------------ planted
+def shifted(cells: int, model: nn.Module, _: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """A step whose student's map is the teacher's, moved left."""
+    kernel = torch.ones(4, 1, 3, 3) / 3
+    teacher = F.conv2d(torch.randn(8, 4, 8, 8), kernel, padding=1, groups=4)
+    seen = torch.cat([teacher[..., cells:], torch.zeros(8, 4, 8, cells)], 3)
+    return model.weight.sum() * 0, seen, teacher
+
+
 @pytest.mark.parametrize(
     ("estimator", "steps", "lr"), [("gumbel", 120, 0.05), ("relax", 250, 0.015)]
 )
@@ -242,16 +251,9 @@ def test_finds_the_planted_operation(estimator: str, steps: int, lr: float) -> N
         kd.policy.magnitude[2:] = 0.9
     student = nn.Conv2d(1, 1, 1)  # its weights play no part
     search = PolicySearch(kd, student, estimator=estimator, order=1, lr=lr)
-    kernel = torch.ones(4, 1, 3, 3) / 3
-
-    def shifted(model: nn.Module, _: Any) -> tuple[Tensor, Tensor, Tensor]:
-        teacher = F.conv2d(torch.randn(8, 4, 8, 8), kernel, padding=1, groups=4)
-        seen = torch.cat([teacher[..., 2:], torch.zeros(8, 4, 8, 2)], 3)
-        return model.weight.sum() * 0, seen, teacher
-
     for seed in range(steps):
         torch.manual_seed(seed)
-        search.step(shifted, None)
+        search.step(partial(shifted, 2), None)
     rows = kd.policy.table()
     chances = [row["probability"] for row in rows]
     assert chances[0] > 0.6, rows
@@ -265,16 +267,9 @@ def test_finds_the_planted_magnitude() -> None:
     policy = Policy(policies=[("translate_x", "translate_y")], magnitude_gradient="pathwise")
     kd = trained(4, 4, adapter=None, dam=None, policy=policy, lambda_areas=1.0)
     search = PolicySearch(kd, nn.Conv2d(1, 1, 1), order=1, lr=0.02)
-    kernel = torch.ones(4, 1, 3, 3) / 3
-
-    def shifted(model: nn.Module, _: Any) -> tuple[Tensor, Tensor, Tensor]:
-        teacher = F.conv2d(torch.randn(8, 4, 8, 8), kernel, padding=1, groups=4)
-        seen = torch.cat([teacher[..., 1:], torch.zeros(8, 4, 8, 1)], 3)
-        return model.weight.sum() * 0, seen, teacher
-
     for seed in range(120):
         torch.manual_seed(seed)
-        search.step(shifted, None)
+        search.step(partial(shifted, 1), None)
     (x, y), (beta_x, _) = policy.table()[0]["value"], policy.table()[0]["beta"]
     assert x == pytest.approx(1 / 8, abs=0.03) and y == pytest.approx(0, abs=0.06)
     assert beta_x > 0.8

@@ -28,13 +28,8 @@ def test_the_policy_is_in_the_state_but_not_among_the_parameters():
     of_parts = [*kd.adapter.parameters(), *kd.dam.parameters()]
     assert len(list(kd.parameters())) == len(of_parts)
     names = set(kd.state_dict())
-    assert {
-        "policy.alpha",
-        "policy.beta",
-        "policy.magnitude",
-        "policy.seed",
-        "policy.counter",
-    } <= names
+    of_policy = {f"policy.{name}" for name in ("alpha", "beta", "magnitude", "seed", "counter")}
+    assert of_policy <= names
     assert "statistics" not in names
     buffers = dict(holder.named_buffers())
     assert buffers["kd.policy.counter"] is kd.policy.counter

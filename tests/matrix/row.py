@@ -103,7 +103,7 @@ def network(width: int) -> nn.Sequential:
 IMAGES, LABELS = pattern((8, 3, 32, 32), torch.float32), torch.arange(8)
 PARTS: dict[str, Any] = {
     "adapter": "conv", "heads": "bounded", "base": "replace", "lambda_agreement": 10.0,
-    "lambda_areas": 10.0,
+    "lambda_areas": 10.0, "search": None,
 }  # fmt: skip
 
 
@@ -171,11 +171,5 @@ def write() -> str:
 
 
 if __name__ == "__main__":
-    print(
-        {
-            "bits": check_bits,
-            "training": check_training,
-            "compile": check_compile,
-            "--write": write,
-        }[sys.argv[1]]()
-    )
+    checks = {"bits": check_bits, "training": check_training, "compile": check_compile}
+    print({**checks, "--write": write}[sys.argv[1]]())

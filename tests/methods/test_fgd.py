@@ -291,7 +291,7 @@ ERRORS = [
     (called(sizes=[(48, 64), 48]), ValueError,
      "fgd: image_sizes[1] must be (height, width) of the images in x, at most (48, 64), got 48"),
     (called(student=M[:, :3]), ValueError,
-     "fgd: student must have the teacher's shape [2, 4, 6, 8] (an adapter brings it there), got "
+     "fgd: student must have the teacher's shape [2, 4, 6, 8] (see sokd.Adapter), got "
      "[2, 3, 6, 8]"),
     (by_name(), ValueError,
      "fgd: boxes must be given (a list of tensors [n, 4], one an image), got None"),

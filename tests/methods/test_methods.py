@@ -338,14 +338,9 @@ def test_extreme_logits(name, dtype):
     """No doubt, no difference, large offsets: finite values and gradients."""
     scale = 1e4 if dtype == torch.float16 else 1e15
     student = torch.eye(4) * scale
-    teachers = [
-        student.flip(0),
-        -student,
-        torch.zeros(4, 4),
-        student + scale / 2,
-        torch.full((4, 4), scale),
-    ]
-    for one in (student, torch.zeros(4, 4), torch.full((4, 4), -scale)):
+    zeros, full = torch.zeros(4, 4), torch.full((4, 4), scale)
+    teachers = [student.flip(0), -student, zeros, student + scale / 2, full]
+    for one in (student, zeros, -full):
         for teacher in teachers:
             leaf = one.to(dtype).requires_grad_()
             extra = {"dkd": (torch.arange(4),)}.get(name, ())
@@ -386,14 +381,9 @@ def test_samples_at_one_place():
 def test_autocast_changes_nothing(name):
     """Half-precision inputs are widened first; autocast is not let at the products."""
     loss, student = loss_of(name, dtype=torch.bfloat16)
-    wide_loss = functools.partial(
-        _flipped,
-        loss.args[0],
-        [
-            part.float() if part is not None and part.is_floating_point() else part
-            for part in loss.args[1]
-        ],
-    )
+    function, rest = loss.args
+    wide = [x.float() if x is not None and x.is_floating_point() else x for x in rest]
+    wide_loss = functools.partial(_flipped, function, wide)
     expected = wide_loss(student.float())
     with torch.autocast("cpu", torch.bfloat16):
         actual, of_float = loss(student), wide_loss(student.float())

@@ -30,6 +30,12 @@ def loss_and_gradient(function, student, *rest, **options):
     return loss.detach(), torch.autograd.grad(loss, student)[0]
 
 
+def in_double(*maps, **options):
+    """The same from the twin."""
+    wide = (None if each is None else each.double() for each in maps)
+    return loss_and_gradient(reference.masked_mse, *wide, **options)
+
+
 @pytest.mark.parametrize("normalise", ["elements", "area"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -39,13 +45,7 @@ def test_values(shape, dtype, layout, normalise):
     weight = torch.randint(0, 3, (shape[0], *shape[2:])).float()
     given = (student, teacher, weight)
     loss, d_student = loss_and_gradient(ops.masked_mse, *given, normalise=normalise)
-    exact = loss_and_gradient(
-        reference.masked_mse,
-        student.double(),
-        teacher.double(),
-        weight.double(),
-        normalise=normalise,
-    )
+    exact = in_double(*given, normalise=normalise)
     assert loss.dtype == torch.promote_types(dtype, torch.float32) and loss.shape == ()
     assert d_student.dtype == dtype and d_student.shape == shape
     torch.testing.assert_close(loss.double(), exact[0], rtol=1e-5, atol=1e-7)
@@ -72,19 +72,11 @@ def test_naive_loops(normalise, module):
 )
 def test_mixed_layouts(layouts, dtype):
     student, teacher = (laid_out((2, 18, 7, 8), layout, dtype) for layout in layouts)
-    weights = [
-        None,
-        torch.rand(2, 7, 8),
-        torch.rand(2, 1, 7, 8),
-        torch.rand(1, 7, 8).expand(2, 7, 8),
-        torch.rand(2, 8, 7).transpose(1, 2),
-        torch.rand(2, 7, 8).double(),
-        torch.rand(2, 7, 8).to(dtype),
-    ]
-    for weight in weights:
+    weights = [None, torch.rand(2, 1, 7, 8), torch.rand(1, 7, 8).expand(2, 7, 8)]
+    weights += [torch.rand(2, 7, 8).to(kind) for kind in (torch.float32, torch.float64, dtype)]
+    for weight in [*weights, torch.rand(2, 8, 7).transpose(1, 2)]:
         loss, d_student = loss_and_gradient(ops.masked_mse, student, teacher, weight)
-        wide = None if weight is None else weight.double()
-        exact = loss_and_gradient(reference.masked_mse, student.double(), teacher.double(), wide)
+        exact = in_double(student, teacher, weight)
         torch.testing.assert_close(loss.double(), exact[0], rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(d_student.double(), exact[1], **CLOSE[dtype])
 
@@ -140,17 +132,10 @@ def test_float16_gradients_of_a_small_area_do_not_overflow():
 def test_float16_gradients_of_large_weighted_differences_do_not_overflow():
     student, teacher = torch.zeros(1, 4, 64, 64).half(), torch.full((1, 4, 64, 64), 1e4).half()
     weight = torch.full((1, 64, 64), 64.0)
+    given = student, teacher, weight
     for normalise in ("elements", "area"):
-        gradient = loss_and_gradient(ops.masked_mse, student, teacher, weight, normalise=normalise)[
-            1
-        ]
-        exact = loss_and_gradient(
-            reference.masked_mse,
-            student.double(),
-            teacher.double(),
-            weight.double(),
-            normalise=normalise,
-        )[1]
+        _, gradient = loss_and_gradient(ops.masked_mse, *given, normalise=normalise)
+        _, exact = in_double(*given, normalise=normalise)
         torch.testing.assert_close(gradient.double(), exact, **CLOSE[torch.float16])
 
 

@@ -39,14 +39,8 @@ def run_everything(dtype=torch.float32, layout="contiguous"):
     gradients = torch.autograd.grad(total, (features, student, plan["theta"]))
     stacked = {name: part.detach()[None] for name, part in plan.items()}
     dots = ops.refine_dots(features.detach(), student.detach(), stacked)
-    return [
-        refined.detach(),
-        *found,
-        loss.detach(),
-        *gradients,
-        dots,
-        *ops.draw(torch.tensor([1]), torch.tensor([2]), 9),
-    ]
+    drawn = ops.draw(torch.tensor([1]), torch.tensor([2]), 9)
+    return [refined.detach(), *found, loss.detach(), *gradients, dots, *drawn]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

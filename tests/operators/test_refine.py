@@ -143,13 +143,8 @@ def test_integer_parts_of_any_width(dtype):
 
 def test_holes_are_clipped_to_the_map():
     features = torch.randn(1, 2, 4, 5)
-    for hole in (
-        [-3, -2, 2, 2],
-        [0, 0, 100, 100],
-        [2, 3, 2**40, 2**40],
-        [-9, -9, -1, -1],
-        [5, 5, 9, 9],
-    ):
+    far = 2**40
+    for hole in (-3, -2, 2, 2), (0, 0, 100, 100), (2, 3, far, far), (-9, -9, -1, -1), (5, 5, 9, 9):
         part = torch.tensor([hole])
         assert torch.equal(ops.refine(features, hole=part), reference.refine(features, hole=part))
 
@@ -424,13 +419,8 @@ def cases(draw):
     limits = (0, 3), (0, 9), (1, 12), (1, 12)
     shape = tuple(draw(st.integers(*limit)) for limit in limits)
     parts = draw(st.sets(st.sampled_from(["theta", "hole", "sigma", "perm", "keep"])))
-    return (
-        shape,
-        parts,
-        draw(st.sampled_from(LAYOUTS)),
-        draw(st.integers(0, 2**31)),
-        draw(st.booleans()),
-    )
+    layout, seed = draw(st.sampled_from(LAYOUTS)), draw(st.integers(0, 2**31))
+    return shape, parts, layout, seed, draw(st.booleans())
 
 
 @given(cases())

@@ -41,6 +41,7 @@ def test_readers() -> None:
 def method_cases(patch: MonkeyPatch) -> Iterator[Case]:
     patch.setattr(bench_methods, "MAP", (4, 16, 4, 4))
     patch.setattr(bench_methods, "STAGES", [(4, 8, 16, 16), (4, 12, 8, 8), (4, 16, 4, 4)])
+    patch.setattr(bench_methods, "LEVEL", (2, 16, 5, 7))
     patch.setattr(bench_methods, "SAMPLES", 200)
     yield from bench_methods.logit_cases(8, 10)
     yield from bench_methods.feature_cases()
@@ -50,7 +51,7 @@ def method_cases(patch: MonkeyPatch) -> Iterator[Case]:
 def test_methods(monkeypatch: MonkeyPatch) -> None:
     torch.manual_seed(0)
     cases = list(method_cases(monkeypatch))
-    assert len(cases) == 13
+    assert len(cases) == 21
     for case in cases:
         case.check()
 

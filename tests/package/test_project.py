@@ -41,13 +41,9 @@ TEXTS = [path for path in sources() if path.suffix in {*CODE, ".pyi", ".md", ".t
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_operator_has_its_place_in_every_layer(operator: str) -> None:
-    places = (
-        f"src/ops/{operator}/mod.rs",
-        f"src/ops/{operator}/naive.rs",
-        f"python/sokd/ops/{operator}.py",
-        f"tests/operators/test_{operator}.py",
-        f"benches/bench_{operator}.py",
-    )
+    places = [f"src/ops/{operator}/mod.rs", f"src/ops/{operator}/naive.rs"]
+    places += [f"python/sokd/ops/{operator}.py", f"tests/operators/test_{operator}.py"]
+    places += [f"benches/bench_{operator}.py"]
     assert [place for place in places if not (ROOT / place).is_file()] == []
 
 

@@ -93,18 +93,8 @@ def test_one_step_is_the_step_written_by_hand(run, data, teacher, tmp_path, monk
     seen = []
     original = cifar100.objective
     monkeypatch.setattr(cifar100, "objective", lambda *a: seen.append(a) or original(*a))
-    more = [
-        "--no-sokd",
-        "--method",
-        "kd=0.5",
-        "--max-steps",
-        "1",
-        "--accumulate",
-        "2",
-        "--warmup-epochs",
-        "10",
-    ]
-    run("out", *more, "--ce-weight", "0.3")
+    more = "--no-sokd --method kd=0.5 --max-steps 1 --accumulate 2 --warmup-epochs 10"
+    run("out", *more.split(), "--ce-weight", "0.3")
     assert [a[1:] for a in seen] == [(0.3, 0.1)] * 2
 
     torch.manual_seed(0)
@@ -130,16 +120,13 @@ def test_one_step_is_the_step_written_by_hand(run, data, teacher, tmp_path, monk
         torch.testing.assert_close(mine[name], value, msg=name)
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        "--method crd --method-option negatives=8 dim=16 --amp bf16",
-        "--method reviewkd at --channels-last",
-        "--method none --amp bf16",
-        "--method fitnet --sokd-option k=2 lambda_areas=1 --search-epochs 0 --train-samples 16",
-        "--method sp --no-sokd --layers layer1=layer2",
-    ],
-)
+@pytest.mark.parametrize("more", [
+    "--method crd --method-option negatives=8 dim=16 --amp bf16",
+    "--method reviewkd at --channels-last",
+    "--method none --amp bf16",
+    "--method fitnet --sokd-option k=2 lambda_areas=1 --search-epochs 0 --train-samples 16",
+    "--method sp --no-sokd --layers layer1=layer2",
+])  # fmt: skip
 def test_every_kind_of_run(run, more, tmp_path):
     run("out", *more.split(), "--max-steps", "1")
     assert checkpoint(tmp_path / "out")["step"] == 1

@@ -16,15 +16,8 @@ from support.recipes import DISTIL, RECIPES, checkpoint, differences, options, w
 import sokd
 
 FAULTY = Path(__file__).parents[1] / "support" / "recipes_faults.py"
-TORCHRUN = [
-    "-m",
-    "torch.distributed.run",
-    "--standalone",
-    "--nproc-per-node",
-    "2",
-    "--max-restarts",
-    "2",
-]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
+TORCHRUN += ["--nproc-per-node", "2", "--max-restarts", "2"]
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo"

@@ -8,6 +8,7 @@ import argparse
 import json
 import platform
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -134,6 +135,7 @@ def main() -> int:
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
     ).stdout.strip()
     chosen = {name: run for name, run in parts(options.scale).items() if options.only in name}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     wrong, progress = [], tqdm(chosen.items(), unit="part")
     for name, run in progress:
         progress.set_postfix_str(name)

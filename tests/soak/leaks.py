@@ -64,12 +64,9 @@ def _small(width: int) -> nn.Sequential:
 def distiller_step() -> Callable[[], None]:
     x, y = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2,))
     distiller = sokd.Distiller(
-        student=_small(4),
-        teacher=_small(6),
-        layers="1",
-        method={"fitnet": 1.0, "kd": 1.0},
+        student=_small(4), teacher=_small(6), layers="1", method={"fitnet": 1.0, "kd": 1.0},
         example=x,
-    )
+    )  # fmt: skip
     optimizer = torch.optim.SGD(distiller.parameters(), lr=1e-4)
 
     def step() -> None:

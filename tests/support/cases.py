@@ -112,9 +112,7 @@ def everything(shape: Shape, groups: int, dtype: DType = torch.float64) -> dict[
         "theta": theta.to(dtype),
         "hole": torch.stack((y0, x0, y0 + 2, x0 + 3), 1),
         "sigma": torch.rand(groups, dtype=torch.float64).to(dtype),
-        "perm": torch.stack([torch.randperm(channels) for _ in range(groups)])
-        if groups
-        else torch.zeros(0, channels).long(),
+        "perm": torch.rand(groups, channels).argsort(1),
         "keep": torch.rand(groups, channels) < 0.7,
     }
 

@@ -3,6 +3,7 @@
 Teachers have no graph, and no operation is there to be slow.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -95,6 +96,127 @@ def catkd(student: Tensor, teacher: Tensor, head_s: Tensor, head_t: Tensor) -> T
 def mgd(student: Tensor, teacher: Tensor, generation: nn.Module) -> Tensor:
     keep = (torch.rand(*student.shape[:2], 1, 1) >= 0.0).float()
     return F.mse_loss(generation(student * keep), teacher, reduction="sum") / len(student)
+
+
+def nst(student: Tensor, teacher: Tensor) -> Tensor:
+    def kernel(one: Tensor, two: Tensor) -> Tensor:
+        mean: Tensor = torch.bmm(one, two.transpose(1, 2)).pow(2).mean()
+        return mean
+
+    own, other = (F.normalize(each.flatten(2), dim=2) for each in (student, teacher))
+    return kernel(other, other) + kernel(own, own) - 2 * kernel(own, other)
+
+
+def pkt(student: Tensor, teacher: Tensor) -> Tensor:
+    def neighbours(points: Tensor) -> Tensor:
+        unit = points / (points.pow(2).sum(1, keepdim=True).sqrt() + 1e-7)
+        near = (unit @ unit.T + 1) / 2
+        return near / near.sum(1, keepdim=True)
+
+    p_s, p_t = neighbours(student), neighbours(teacher)
+    return (p_t * ((p_t + 1e-7) / (p_s + 1e-7)).log()).mean()
+
+
+def cc(student: Tensor, teacher: Tensor) -> Tensor:
+    def kernel(points: Tensor) -> Tensor:
+        cosines = F.normalize(points) @ F.normalize(points).T
+        powers = [math.exp(-0.8) * 0.8**p / math.factorial(p) * cosines.pow(p) for p in range(3)]
+        return torch.stack(powers).sum(0)
+
+    return F.mse_loss(kernel(student), kernel(teacher))
+
+
+def vid(student: Tensor, teacher: Tensor, like: Any) -> Tensor:
+    mean = like.regressor(student)
+    variance = (F.softplus(like.scale) + 1e-5).view(1, -1, 1, 1)
+    return (0.5 * ((mean - teacher) ** 2 / variance + variance.log())).mean()  # type: ignore[no-any-return]
+
+
+def ofd(student: Tensor, teacher: Tensor, like: Any) -> Tensor:
+    own, margin = like.connector(student), like.margin.view(1, -1, 1, 1)
+    target = torch.maximum(teacher, margin)
+    counts = ((own > target) | (target > 0)).float()
+    return (F.mse_loss(own, target, reduction="none") * counts).sum() / len(own)  # type: ignore[no-any-return]
+
+
+def wkd_logits(
+    student: Tensor, teacher: Tensor, target: Tensor, distances: Tensor, transport: float = 10.0
+) -> Tensor:
+    """The target's row and column are cut out of each sample's costs."""
+    batch, classes = student.shape
+    others = torch.arange(classes) != target.unsqueeze(1)
+    p_s, p_t = (
+        F.softmax(each[others].view(batch, -1) / 2.0, dim=1).unsqueeze(2)
+        for each in (student, teacher)
+    )
+    cost = (1 - torch.exp(-distances)).repeat(batch, 1, 1)
+    cost = cost[others.unsqueeze(1) & others.unsqueeze(2)].view(batch, classes - 1, classes - 1)
+    kernel = torch.exp(-cost / 0.05)
+    u = torch.full_like(p_s, 1 / (classes - 1))
+    for _ in range(10):
+        v = p_t / (torch.bmm(kernel.transpose(1, 2), u) + 1e-8)
+        u = p_s / (torch.bmm(kernel, v) + 1e-8)
+    moved = (u * kernel * v.transpose(1, 2) * cost).sum((1, 2)).mean()
+    log_q_s = F.log_softmax(student, dim=1).gather(1, target.unsqueeze(1))
+    q_t = F.softmax(teacher, dim=1).gather(1, target.unsqueeze(1))
+    return transport * moved - (q_t * log_q_s).mean()
+
+
+def wkd_features(student: Tensor, teacher: Tensor) -> Tensor:
+    """Region by region."""
+    loss, (height, width) = torch.zeros(()), (each // 4 for each in student.shape[2:])
+    for y in range(4):
+        for x in range(4):
+            place = slice(y * height, (y + 1) * height), slice(x * width, (x + 1) * width)
+            own, other = (each[:, :, place[0], place[1]] for each in (student, teacher))
+            means = (own.mean((2, 3)) - other.mean((2, 3))).pow(2).sum()
+            if height * width > 1:
+                deviations = [(each.var((2, 3)) + 1e-5).sqrt() for each in (own, other)]
+                loss = loss + (deviations[0] - deviations[1]).pow(2).sum()
+            loss = loss + 2 * means
+    return loss / (16 * len(student))
+
+
+def fgd(
+    student: Tensor, teacher: Tensor, boxes: Sequence[Tensor], stride: int, like: Any
+) -> Tensor:
+    """The boxes one by one, the weights as factors of both maps; no padding."""
+    batch, channels, height, width = student.shape
+    density = torch.zeros(batch, height, width)
+    behind = torch.ones(batch, height, width)
+    for image, of_image in enumerate(boxes):
+        for x1, y1, x2, y2 in of_image.tolist():
+            down = slice(math.floor(y1 / stride), math.ceil(y2 / stride))
+            across = slice(math.floor(x1 / stride), math.ceil(x2 / stride))
+            cells = (down.stop - down.start) * (across.stop - across.start)
+            part = density[image, down, across]
+            density[image, down, across] = part.clamp(min=1 / cells)
+        behind[image] = (density[image] == 0).float()
+        behind[image] /= behind[image].sum().clamp(min=1)
+
+    def attentions(features: Tensor) -> tuple[Tensor, Tensor]:
+        value = features.abs()
+        where = F.softmax((value.mean(1) / 0.5).view(batch, -1), dim=1) * height * width
+        return where.view(batch, height, width), F.softmax(value.mean((2, 3)) / 0.5, 1) * channels
+
+    (where_s, which_s), (where_t, which_t) = attentions(student), attentions(teacher)
+    factor = where_t.unsqueeze(1).sqrt(), which_t[:, :, None, None].sqrt()
+    sides = [each * factor[0] * factor[1] for each in (student, teacher)]
+    loss = torch.zeros(())
+    for scale, mask in ((1e-3, density), (5e-4, behind)):
+        own, other = (each * mask.unsqueeze(1).sqrt() for each in sides)
+        loss = loss + scale * F.mse_loss(own, other, reduction="sum") / batch
+    loss = loss + 1e-3 * ((where_s - where_t).abs().sum() + (which_s - which_t).abs().sum()) / batch
+
+    def related(features: Tensor, block: Any) -> Tensor:
+        rows = features.view(batch, channels, -1)
+        share = F.softmax((block.score.weight @ rows).squeeze(1), dim=1)
+        pooled = torch.bmm(rows, share.unsqueeze(2)).squeeze(2)
+        added: Tensor = features + block.transform(pooled)[:, :, None, None]
+        return added
+
+    blocks = related(student, like.student_context), related(teacher, like.teacher_context)
+    return loss + 5e-6 * F.mse_loss(*blocks, reduction="sum") / batch
 
 
 def reviewkd(students: Sequence[Tensor], teachers: Sequence[Tensor], *, fusions: Any) -> Tensor:

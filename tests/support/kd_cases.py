@@ -9,7 +9,7 @@ from sokd.kd.dam import Attention
 # A SoKD in which every part has parameters.
 TRAINED = {
     "adapter": "conv", "heads": "bounded", "base": "replace", "lambda_agreement": 10.0,
-    "lambda_areas": 10.0,
+    "lambda_areas": 10.0, "search": None,
 }  # fmt: skip
 
 

@@ -3,11 +3,11 @@
 import argparse
 import ast
 from collections.abc import Callable, Sequence
-from inspect import signature
 from typing import Any
 
 import sokd
 from parts.published import parse_row
+from sokd.kd.sokd import settled
 
 # What may differ between a run and its continuation; every other option makes another run.
 FREE = {"out", "data", "download", "resume", "workers", "max_steps", "eval_only", "tensorboard"}
@@ -48,15 +48,15 @@ def read_options(
     args.method = {m: weights.get(m) if w is None else w for m, w in args.method.items()}
     args.method_option = published.pop("method_option", {}) | dict(args.method_option)
     args.sokd_option = dict(args.sokd_option)
-    if "search" in signature(sokd.SoKD).parameters:  # else PolicySearch is the only one there is
-        args.sokd_option.setdefault("search", None)
+    if args.row is not None:
+        args.sokd_option.setdefault("preset", "paper")
     if args.eval_only and args.student_weights is None:
         args.student_weights = f"{args.out}/student.pt"
     for name, value in ({"ce_weight": 1.0, "warmup_epochs": 0} | published).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.sokd_option.get("search") is not None:  # SoKD searches by itself
-        args.search_epochs = 0
+    if settled(args.sokd_option.get("preset"), args.sokd_option)["search"] is not None:
+        args.search_epochs = 0  # the loss searches
     return args
 
 

@@ -31,14 +31,14 @@ SEARCH_EVERY = 4  # training steps; one second-order search step costs about fou
 
 # Arguments of `sokd.Distiller`. The weights were chosen on the validation part, from five trials of
 # each method (docs/results.md).
-_WEIGHTS = {"lambda_agreement": 1.0, "lambda_areas": 1.0}
+WEIGHTS = {"lambda_base": 1.5, "lambda_areas": 1.0, "lambda_agreement": 0.5}
 METHODS: dict[str, Mapping[str, Any]] = {
     "student": {"method": None, "sokd": False},
     "kd": {"method": {"kd": 0.2}, "sokd": False},
     "fitnet": {"method": {"fitnet": 2.0}, "sokd": False},
-    "fitnet-dafa": {"method": None, "sokd": {"dam": None, "lambda_areas": 2.0}},
-    "fitnet-dam": {"method": None, "sokd": {"policy": None, **_WEIGHTS}},
-    "sokd": {"method": None, "sokd": _WEIGHTS},
+    "fitnet-dafa": {"method": None, "sokd": {**WEIGHTS, "dam": None}},
+    "fitnet-dam": {"method": None, "sokd": {**WEIGHTS, "policy": None, "search": None}},
+    "sokd": {"method": None, "sokd": WEIGHTS},
 }
 
 
@@ -73,6 +73,7 @@ class Run:
     policy: list[sokd.inspect.Snapshot] = field(default_factory=list)
     state: dict[str, Tensor] = field(default_factory=dict)  # of the Distiller, at the end
     notes: dict[str, float] = field(default_factory=dict)  # weight and diagnostics, at the end
+    search: bool = False  # whether a second-order `sokd.PolicySearch` runs beside the training
 
     @property
     def best_epoch(self) -> int:
@@ -135,16 +136,18 @@ def train(run: Run, task: Task, *, test: bool = True) -> Run:
     """Train the run's student; evaluate it after every epoch, on the test part if `test`."""
     distiller, step, (images, labels) = build(run, task), itertools.count(), task.data.train
     kd, student = distiller.kd, distiller.student
-    search = None
+    trajectory = search = None
     if kd is not None and kd.policy is not None:
-        search = sokd.PolicySearch(kd, student, lr=POLICY_LR, epochs=task.solver.epochs)
         trajectory = sokd.inspect.Trajectory(kd)
         run.policy = trajectory.snapshots
+    if kd is not None and run.search:
+        search = sokd.PolicySearch(kd, student, lr=POLICY_LR, epochs=task.solver.epochs)
 
     def loss_of(rows: Tensor) -> Tensor:
         distiller.teacher.rows, batch, now = rows, (images[rows], labels[rows]), next(step)
-        if search is not None and now % SEARCH_EVERY == 0:
-            search.step(distiller.step, batch)
+        if trajectory is not None and now % SEARCH_EVERY == 0:
+            if search is not None:
+                search.step(distiller.step, batch)
             trajectory.record(now)
         return torch.stack([*distiller(*batch, index=rows)[1].values()]).sum()
 

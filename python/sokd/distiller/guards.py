@@ -57,7 +57,7 @@ LARGER = (
 )
 UNTRAINED = (
     "sokd: the student returns several outputs of one width; {taken!r} is taken as the logits, and "
-    "{rest} gets no gradient from their losses (logits= selects another one, task= a loss of all)"
+    "losses of the logits do not train {rest} (logits= selects another one, task= a loss of all)"
 )
 WRITES_INPUT = (
     "Distiller: the teacher changed its input in place in this pass, but not in the first one, so "

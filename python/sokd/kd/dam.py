@@ -28,7 +28,7 @@ from sokd.ops.masked_mse import scaled_mse
 from sokd.reference import accumulator
 
 __all__ = [
-    "DAM", "Attention", "Heads", "apply_dam", "checked_options", "masked", "reads_adapted",
+    "DAM", "Attention", "Heads", "checked_options", "masked", "reads_adapted",
     "resized", "root", "weight_of",
 ]  # fmt: skip
 
@@ -187,20 +187,6 @@ def weight_of(coverage: Tensor, overlap: str) -> Tensor:
 def reads_adapted(dam: nn.Module | None) -> bool:
     """Whether a DAM compares adapted maps; one with `adapts = False` reads the student's own."""
     return dam is not None and bool(getattr(unwrapped(dam), "adapts", True))
-
-
-def apply_dam(
-    dam: nn.Module | None, student: Tensor, refined: Tensor, scale: float
-) -> Attention | None:
-    """The output of `dam`, a `DAM` or a module called as one is; None without one.
-
-    Raises:
-        TypeError: the module returns something else than an `Attention`.
-    """
-    found = None if dam is None else dam(student, refined, scale=scale)
-    if found is None or isinstance(found, Attention):
-        return found
-    raise TypeError(f"loss: kd.dam must return an Attention, got {type(found).__name__}")
 
 
 # ------------------------------------------------------------------------------ omega as a mask

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sokd.kd import sanity
 from sokd.kd.adapter import KINDS, Adapter, apply_adapter, kind_of_state
 from sokd.kd.attention import AttentionDAM
-from sokd.kd.dam import DAM, Attention, apply_dam, reads_adapted
+from sokd.kd.dam import DAM, Attention, reads_adapted
 from sokd.kd.features import (
     Features,
     Size,
@@ -57,7 +57,7 @@ PRESETS: dict[str | None, dict[str, Any]] = {
     None: {
         "adapter": "linear", "heads": "attention", "base": "keep",
         "lambda_agreement": 0.5, "lambda_areas": 1.0, "lambda_base": 1.5,
-        "granularity": "batch", "magnitude_gradient": "straight_through", "search": None,
+        "granularity": "batch", "magnitude_gradient": "straight_through", "search": "online",
     },
     "paper": {
         "adapter": "conv", "heads": "paper", "base": "replace",
@@ -273,7 +273,8 @@ class SoKD(nn.Module):
         self.adapter = _part_or_none("adapter", adapter, count)
         self.policy = _policy_or_none(policy)
         self.dam = _part_or_none("dam", dam, count)
-        self.search = _search_or_none(chosen["search"], self.policy)
+        searched = None if search == "default" and self.policy is None else chosen["search"]
+        self.search = _search_or_none(searched, self.policy)
         # A buffer, so that compiled steps fill it too; not in the state_dict: each step overwrites
         # it.
         statistics = torch.zeros(count, len(STATISTICS), dtype=torch.float32)
@@ -347,7 +348,7 @@ class SoKD(nn.Module):
             if searches:
                 layers.append(Layer(clean, refined, adapted))
             seen = adapted if reads_adapted(dam) else student
-            attention = apply_dam(dam, seen, refined, self.lambda_agreement)
+            attention = _attend(dam, seen, refined, self.lambda_agreement)
             if attention is not None and cells is not None:
                 attention = attention._replace(weight=attention.weight * cells[:, 0])
             matches.append(Match(adapted if adapt else student, refined, attention, clean))
@@ -631,6 +632,20 @@ def settled(preset: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(chosen["adapter"], str):
         one_of("SoKD", "adapter", chosen["adapter"], KINDS)
     return chosen
+
+
+def _attend(
+    dam: nn.Module | None, student: Tensor, refined: Tensor, scale: float
+) -> Attention | None:
+    """The output of `dam`, a `DAM` or a module called as one is; None without one.
+
+    Raises:
+        TypeError: the module returns something else than an `Attention`.
+    """
+    found = None if dam is None else dam(student, refined, scale=scale)
+    if found is None or isinstance(found, Attention):
+        return found
+    raise TypeError(f"loss: kd.dam must return an Attention, got {type(found).__name__}")
 
 
 def _dam_maker(

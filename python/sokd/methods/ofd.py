@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sokd.kd.adapter import resize
 from sokd.methods.checks import layer_pairs, number
 from sokd.methods.common import Method, Shapes, Step, resized, total, wide
+from sokd.methods.fitnet import hint
 
 __all__ = ["OFD", "OFDLoss", "ofd", "ofd_margin"]
 
@@ -113,11 +114,10 @@ class OFDLoss(nn.Module):
         own = wide(self.connector(resize(student, (height, width))))
         target = resize(wide(teacher), (height, width))
         target = torch.maximum(target, self._margin(target)[:, None, None])
-        counts = (own > target) | (target > 0)
-        distance = torch.where(counts, own - target, 0.0).square()
-        if weight is not None:
-            distance = distance * resized(weight, own).unsqueeze(1)
-        return distance.sum() / student.shape[0]
+        # where a distance does not count, the target is the student's own value
+        target = torch.where((own > target) | (target > 0), target, own.detach())
+        weight = None if weight is None else resized(weight, own)
+        return hint(own, target, weight, scale=own.shape[1] * height * width)
 
     def _margin(self, teacher: Tensor) -> Tensor:
         if self.margin is not None:

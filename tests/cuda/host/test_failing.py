@@ -32,14 +32,11 @@ def _fails_at(position: int, code: int) -> tuple[str, int]:
     return text, depth
 
 
-@pytest.mark.parametrize(
-    "code, name",
-    [
-        (OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY (out of memory)"),
-        (INVALID_VALUE, "CUDA_ERROR_INVALID_VALUE (no explanation)"),
-        (99999, "error 99999 (no explanation)"),  # of a driver newer than anything here
-    ],
-)
+@pytest.mark.parametrize("code, name", [
+    (OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY (out of memory)"),
+    (INVALID_VALUE, "CUDA_ERROR_INVALID_VALUE (no explanation)"),
+    (99999, "error 99999 (no explanation)"),  # of a driver newer than anything here
+])  # fmt: skip
 def test_each_call_fails_in_turn(code: int, name: str) -> None:
     fresh(masked_mse)  # compiled, so that NVRTC makes no calls of its own
     for position, call in enumerate(fresh(_calls)):

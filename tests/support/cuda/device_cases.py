@@ -102,13 +102,8 @@ def refine(device: Device, shape: Shape, layout: str, dtype: DType, groups: int)
     straight = torch.zeros(groups)
     upstream = laid_out(shape, layout, dtype)
     expected = refine_and_gradients(ops.refine, features, plan, straight, upstream)
-    there = refine_and_gradients(
-        ops.refine,
-        device.on(features),
-        moved(device, plan),
-        device.on(straight),
-        device.on(upstream),
-    )
+    features, straight, upstream = map(device.on, (features, straight, upstream))
+    there = refine_and_gradients(ops.refine, features, moved(device, plan), straight, upstream)
     found = [device.back(each) for each in there]
     for one, other in zip(found[:2], expected[:2], strict=True):
         close(one, other)

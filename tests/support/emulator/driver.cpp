@@ -203,19 +203,12 @@ EXPORT int cuDriverGetVersion(int* version) {
 // Called by NVRTC and by the CUDA runtime inside torch: for them there is no device.
 EXPORT int cuGetExportTable(const void**, const void*) { return NO_DEVICE; }
 EXPORT int cuGetErrorName(int code, const char** name) {
+#define NAMED(code) {code, "CUDA_ERROR_" #code}
     static const std::map<int, const char*> names = {
-        {INVALID_VALUE, "CUDA_ERROR_INVALID_VALUE"},
-        {OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY"},
-        {NOT_INITIALIZED, "CUDA_ERROR_NOT_INITIALIZED"},
-        {NO_DEVICE, "CUDA_ERROR_NO_DEVICE"},
-        {INVALID_DEVICE, "CUDA_ERROR_INVALID_DEVICE"},
-        {INVALID_IMAGE, "CUDA_ERROR_INVALID_IMAGE"},
-        {INVALID_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT"},
-        {INVALID_HANDLE, "CUDA_ERROR_INVALID_HANDLE"},
-        {NOT_FOUND, "CUDA_ERROR_NOT_FOUND"},
-        {LAUNCH_FAILED, "CUDA_ERROR_LAUNCH_FAILED"},
-        {STREAM_CAPTURE_UNSUPPORTED, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"},
-        {STREAM_CAPTURE_IMPLICIT, "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT"}};
+        NAMED(INVALID_VALUE), NAMED(OUT_OF_MEMORY), NAMED(NOT_INITIALIZED), NAMED(NO_DEVICE),
+        NAMED(INVALID_DEVICE), NAMED(INVALID_IMAGE), NAMED(INVALID_CONTEXT), NAMED(INVALID_HANDLE),
+        NAMED(NOT_FOUND), NAMED(LAUNCH_FAILED), NAMED(STREAM_CAPTURE_UNSUPPORTED),
+        NAMED(STREAM_CAPTURE_IMPLICIT)};
     const auto found = names.find(code);
     *name = found == names.end() ? nullptr : found->second;
     return *name ? OK : INVALID_VALUE;
