@@ -12,14 +12,14 @@ import argparse
 import csv
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
 
 import torch
-from scipy.stats import t as student_t
+from scipy.stats import t as student_t  # type: ignore[import-untyped]
 
 from examples.experiments import methods
 from examples.experiments.data import FASHION, SOURCES, fashion_mnist
@@ -111,7 +111,7 @@ class Difference(NamedTuple):
     mean: float
     half_width: float  # of the 95 % interval
     p: float  # two-sided t-test of no difference
-    count: int
+    seeds: int
 
 
 def difference(rows: Sequence[Row], dataset: str, arm: str) -> Difference:
@@ -219,7 +219,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     options.save.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # as the runs: the numbers do not depend on the machine's cores
-    sources = {**SOURCES, "fashion-mnist": partial(fashion_mnist, options.data)}
+    sources: dict[str, Callable[[], DataSet]] = dict(SOURCES)
+    sources["fashion-mnist"] = partial(fashion_mnist, options.data)
     for name in options.dataset:
         setting = SETTINGS[name]
         try:

@@ -104,6 +104,7 @@ def trial(setting: Setting, task: Task) -> dict[str, float]:
     seconds = time.process_time() - started
     held_out = task.data.validation[0]
     student, teacher = (predict(net, held_out)[1] for net in (distiller.student, task.teacher))
+    print(sokd.inspect.table(kd, top=2), flush=True)
     count = next(steps) - 1
     return {"steps": count, "seconds": seconds, **figures(kd, student, teacher)}
 

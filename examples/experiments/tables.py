@@ -95,7 +95,7 @@ def compared(rows: Sequence[Row], dataset: str, adjusted: Mapping[tuple[str, str
             found, p = difference(rows, dataset, arm), adjusted[dataset, arm]
             word = verdict(found.mean, found.half_width, p, SETTINGS[dataset].margin)
             text = f"{found.mean:+.2f} ± {found.half_width:.2f}"
-            cells = [ARMS[ARMS[arm].against].label, text, str(found.count), f"{p:.2g}", word]
+            cells = [ARMS[ARMS[arm].against].label, text, str(found.seeds), f"{p:.2g}", word]
         more = [spread(best), *cells, f"{fmean(seconds):.1f}"] if seconds else [""] * 7
         lines.append((label, spread(last), *more))
     return markdown(COMPARED, lines)

@@ -10,6 +10,7 @@ OUT/areas.png shows the boxes beside the areas of student and teacher, and the m
 from __future__ import annotations
 
 import argparse
+import shutil
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--teacher-epochs", type=int, default=14)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--docs", type=Path, help="folder whose results.md gets the table")
     args = parser.parse_args(argv)
     data = args.out / "set"
     if not (data / "annotations" / "instances_val2017.json").exists():
@@ -60,9 +62,26 @@ def main(argv: Sequence[str] | None = None) -> None:
                 name = f"{method.split('=')[0]}{'+sokd' if sokd else ''}"
                 more = ["--method", method, "--sokd" if sokd else "--no-sokd", "--seed", str(seed)]
                 once(coco, args.out / f"{name}-{seed}", name, seed, [*common, *more], ["AP50"])
-    print(table(args.out, {"last_AP": "AP", "last_AP50": "AP50", "best_AP": "best epoch's AP"}))
+    shown = table(args.out, {"last_AP": "AP", "last_AP50": "AP50", "best_AP": "best epoch's AP"})
+    print(shown)
     if (args.out / f"{DRAWN}-0").exists():
         draw(args.out / f"{DRAWN}-0", data, args.out / "areas.png")
+    if args.docs is not None:
+        publish(shown, args.out, args.docs)
+
+
+def publish(shown: str, out: Path, docs: Path) -> None:
+    """The table between its markers in DOCS/results.md, and its runs and picture beside."""
+    page = docs / "results.md"
+    before, opening, rest = page.read_text().partition("<!-- articles:")
+    head, _, rest = rest.partition("\n")
+    _, closing, after = rest.partition("<!-- /articles -->")
+    if not closing:
+        raise SystemExit(f"--docs: {page} has no markers <!-- articles: --> and <!-- /articles -->")
+    picture = "![boxes and areas](results/detection.png)\n"
+    page.write_text(f"{before}{opening}{head}\n{shown}\n\n{picture}{closing}{after}")
+    shutil.copy(out / "runs.csv", docs / "results" / "detection.csv")
+    shutil.copy(out / "areas.png", docs / "results" / "detection.png")
 
 
 def schedule(epochs: int) -> list[str]:

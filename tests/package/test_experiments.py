@@ -270,7 +270,7 @@ def test_the_difference_is_a_paired_t_test() -> None:
     found = compare.difference(rows, "scenes", "kd")
     wanted = ttest_rel(100 * kd, 100 * student)
     low, high = wanted.confidence_interval()
-    assert found.count == 12 and found.p == pytest.approx(wanted.pvalue)
+    assert found.seeds == 12 and found.p == pytest.approx(wanted.pvalue)
     assert found.mean - found.half_width == pytest.approx(low)
     assert found.mean + found.half_width == pytest.approx(high)
     assert compare.difference(rows[:13], "scenes", "kd").half_width == math.inf

@@ -1,23 +1,28 @@
 """coco.py from the command line to the student's file, and what it refuses."""
 
 import csv
+import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import coco
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from parts import detection, published
 from support.detection import changed, options, write_set
-from support.recipes import checkpoint, differences
+from support.recipes import RECIPES, checkpoint, differences
 from torch import nn
 from torchvision import models
 
+import sokd
 from sokd.methods.regions import Images
 
 pytest.importorskip("pycocotools")
@@ -110,6 +115,27 @@ def test_sigterm_and_resume_are_an_uninterrupted_run(run, tmp_path, monkeypatch,
     assert differences(checkpoint(tmp_path / "out"), whole) == []
     with pytest.raises(SystemExit, match="was made with --min-size \\[64\\], got \\[48\\]"):
         run("out", *DISTIL, "--resume", "auto", "--min-size", "48")
+
+
+def test_two_ranks(run, data, teacher, tmp_path):
+    """They train together, and in the evaluation each image counts once."""
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    out = tmp_path / "out"
+    given = options(
+        data, out, "--teacher-weights", str(teacher), "--method", "fgd", "--epochs", "1"
+    )
+    paths = [str(Path(sokd.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(paths)}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*torchrun, "--nproc-per-node", "2", str(RECIPES / "coco.py"), *given],
+        env=os.environ | own, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert checkpoint(out)["step"] == 2 and len(checkpoint(out)["rng"]) == 2
+    result = json.loads((out / "result.json").read_text())
+    assert run("out", "--eval-only")["AP"] == pytest.approx(result["last_AP"], abs=1e-3)
 
 
 # ------------------------------------------------------------------------ one transform for both

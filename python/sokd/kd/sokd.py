@@ -273,7 +273,8 @@ class SoKD(nn.Module):
         self.adapter = _part_or_none("adapter", adapter, count)
         self.policy = _policy_or_none(policy)
         self.dam = _part_or_none("dam", dam, count)
-        self.search = _search_or_none(chosen["search"], self.policy)
+        searched = None if search == "default" and self.policy is None else chosen["search"]
+        self.search = _search_or_none(searched, self.policy)
         # A buffer, so that compiled steps fill it too; not in the state_dict: each step overwrites
         # it.
         statistics = torch.zeros(count, len(STATISTICS), dtype=torch.float32)
