@@ -543,6 +543,20 @@ def test_a_search_with_features_of_inference_mode():
     assert all(map(torch.equal, *found))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_search_by_relax_in_the_dtype_of_kd(dtype):
+    student, kd = nn.Conv2d(3, 4, 3).to(dtype), sokd.SoKD(4, 6, search=None).to(dtype)
+    search = sokd.PolicySearch(kd, student, estimator="relax")
+    before = kd.policy.alpha.detach().clone()
+
+    def step(model, x):
+        features = model(x)
+        return features.square().mean(), features, torch.ones(4, 6, 14, 14, dtype=dtype)
+
+    search.step(step, batch(dtype=dtype)[0])
+    assert kd.policy.alpha.isfinite().all() and not torch.equal(kd.policy.alpha, before)
+
+
 # ------------------------------------------------------------------------------------------ exports
 
 

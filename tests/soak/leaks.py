@@ -79,7 +79,7 @@ def distiller_step() -> Callable[[], None]:
 
 def search_step() -> Callable[[], None]:
     student = nn.Conv2d(3, 4, 3, padding=1)
-    kd = sokd.SoKD(4, 6)
+    kd = sokd.SoKD(4, 6, search=None)
     search = sokd.PolicySearch(kd, student)
     x, f_t = torch.randn(2, 3, 4, 4), torch.randn(2, 6, 4, 4)
 

@@ -134,6 +134,10 @@ class Program:
         total = sum(losses.values())
         assert all(torch.isfinite(loss) for loss in losses.values()), losses
         self.optimizer.zero_grad()
+        if not total.requires_grad:
+            frozen_student = not any(p.requires_grad for p in self.student.parameters())
+            assert frozen_student, "a student that is trained has no graph"
+            return
         total.backward()
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         before = [p.detach().clone() for p in trained]

@@ -133,7 +133,8 @@ class PolicySearch:
         self._control: ControlVariate | None = None
         if estimator == "relax":
             count, temperature = len(self.policy.policies), self.policy.temperature
-            self._control = ControlVariate(count, temperature=temperature, seed=self.seed)
+            control = ControlVariate(count, temperature=temperature, seed=self.seed)
+            self._control = control.to(self.policy.alpha.dtype)  # of a kd that was converted
             self._control_adam = _adam(self._control.parameters(), lr)
 
     @property
