@@ -30,8 +30,8 @@ What `make soak` ran and found, beside `make test`. The command writes this page
 and a run of hours is
 
 ```bash
-{hours}          # a hundred times as much
-{only}   # the parts with this text in their names; the others stay on the page
+{hours}    # a hundred times as much
+{only}   # the parts with this text in their names; the others stay
 ```
 
 Ctrl-C ends the random programs, or the steps of one loop, and the part reports what it did. The

@@ -56,7 +56,8 @@ def unwritable_home() -> dict[str, Any]:
             3, HOME=str(blocked), XDG_CACHE_HOME=str(blocked), SOKD_CACHE_DIR=str(blocked)
         )
         out, error = process.communicate(timeout=300)
-    return {"ok": process.returncode == 0 and out.endswith("done\n"), "error": error[-300:]}
+    ok = process.returncode == 0 and out.endswith("done\n")
+    return {"runs": 1, "ok": ok, "error": error[-300:]}
 
 
 def forked(rounds: int) -> dict[str, Any]:
