@@ -28,7 +28,10 @@ napoleon_google_docstring = True
 napoleon_use_rtype = False
 napoleon_use_param = False
 nitpicky = True
-nitpick_ignore = [("py:class", "torch.nn.modules.module.Module")]
+nitpick_ignore = [
+    ("py:class", "torch.nn.modules.module.Module"),
+    ("py:class", "sokd.kd.policy.policy.WideModule"),  # a base class without a page
+]
 
 html_theme = "furo"
 html_title = "sokd"
