@@ -154,11 +154,11 @@ def detection(steps: int) -> dict[str, list[float]]:
             layers=parts.levels(student, teacher, ("student", "teacher")), adapter="linear",
             task="model", example=x, check_finite=False, **OPTIONS.get(method, {}),
         )  # fmt: skip
-        optimizer = torch.optim.SGD(distiller.parameters(), 1e-4, 0.9)
+        optimizer = torch.optim.SGD(distiller.parameters(), 0.0, 0.9)  # the same step each time
         return lambda: update(distiller(x, y, **where)[1], optimizer)
 
     own = copy.deepcopy(student)
-    optimizer = torch.optim.SGD(own.parameters(), 1e-4, 0.9)
+    optimizer = torch.optim.SGD(own.parameters(), 0.0, 0.9)
 
     def alone() -> None:
         with torch.no_grad():
