@@ -657,6 +657,17 @@ def test_a_student_of_torchscript_where_no_layers_are_used():
     assert torch.equal(distiller.export()(batch()[0]), script.eval()(batch()[0]))
 
 
+@pytest.mark.parametrize("way", ["features", "search"])
+def test_a_layer_that_is_replaced_before_a_search(way):
+    distiller = make()
+    distiller.student.stage1 = copy.deepcopy(distiller.student.stage1)
+    with pytest.raises(RuntimeError, match="'stage1' must be the module that it was"):
+        if way == "features":
+            distiller.features(batch()[0])
+        else:
+            distiller.step(distiller.student, batch())
+
+
 def test_a_layer_that_is_compiled_later():
     distiller = make()
     distiller.student.stage1 = torch.compile(distiller.student.stage1, backend="eager")

@@ -128,7 +128,10 @@ def test_the_defaults_are_the_preset_none():
     kd, chosen = sokd.SoKD(3, 4), PRESETS[None]
     assert kd.adapter.kind == chosen["adapter"] and kd.base == chosen["base"]
     heads = kd.dam.heads if isinstance(kd.dam, DAM) else "attention"
-    assert heads == chosen["heads"] and kd.policy.granularity == chosen["granularity"]
+    assert heads == chosen["heads"]
+    granularity = chosen["granularity"] if chosen["search"] is None else "sample"
+    assert kd.policy.granularity == granularity
+    assert (kd.search is None) == (chosen["search"] is None)
     assert PRESETS[None].keys() == PRESETS["paper"].keys()
 
 

@@ -157,7 +157,8 @@ def test_a_state_of_another_policy_is_refused_whole(estimator: str, adam: str) -
 
 def test_a_state_of_another_policy_is_refused_before_its_first_step() -> None:
     """Before the first step, when Adam has no moments whose shapes could differ."""
-    kd = SoKD(3, 4, policy=Policy(policies=[(0, 1), (2, 3)], estimator="relax"))
+    policy = Policy(policies=[(0, 1), (2, 3)], estimator="relax")
+    kd = SoKD(3, 4, policy=policy, search=None)
     state = PolicySearch(kd, Student()).state_dict()
     search = made(estimator="relax")[2]
     before = copy.deepcopy(search.state_dict())

@@ -34,8 +34,11 @@ FORMS: list[Callable[[Tensor], Any]] = [
 PLUGS: list[Any] = [
     True, True, False, {"granularity": "sample"}, {"dam": None}, {"policy": None},
     {"areas": "student", "k": 2}, {"estimator": "relax"}, {"normalise": "area"},
-    {"base": "replace"}, {"heads": "bounded"}, {"preset": "paper"}, {"search": "online"},
+    {"base": "replace"}, {"heads": "bounded"}, {"preset": "paper"}, {"search": None},
+    {"heads": "attention", "attention_temperature": 2.0},
+    {"search": "online", "granularity": "batch"},
 ]  # fmt: skip
+ADAPTERS = ("default", "default", "linear", "separable", "regressor", "conv")
 
 
 class Net(nn.Module):
@@ -88,6 +91,7 @@ class Program:
             layers=self.rng.choice(["stage2", ["stage1", "stage2"], "auto"]),
             method={name: self.rng.choice([0.0, 0.1, 1.0]) for name in names},
             sokd=self.rng.choice(PLUGS),
+            adapter=self.rng.choice(ADAPTERS),
             example=torch.randn(2, 3, self.side, self.side, dtype=self.dtype),
             **options,
         )
@@ -102,14 +106,23 @@ class Program:
     def batch(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
         size = self.rng.choice([1, 2, 3, 8])
         x = torch.randn(size, 3, self.side, self.side, dtype=self.dtype)
-        extra = {"index": torch.randint(0, 64, (size,))} if "crd" in self.methods else {}
+        extra: dict[str, Any] = {}
+        if "crd" in self.methods:
+            extra["index"] = torch.randint(0, 64, (size,))
+        if "fgd" in self.methods:
+            extra["boxes"] = [self.boxes(self.rng.choice([0, 1, 2])) for _ in range(size)]
         y = torch.randint(0, CLASSES, (size,))
         kind = self.rng.random()
-        if kind < 0.1:
+        if kind < 0.1 and size > 1:  # a batch without any label has the loss NaN
             y[0] = -100
-        elif kind < 0.2 and not {"dkd", "crd"} & set(self.methods):
+        elif kind < 0.2 and not {"dkd", "crd", "wkd"} & set(self.methods):
             y = torch.rand(size, CLASSES, dtype=self.dtype).softmax(1)
         return x, y, extra
+
+    def boxes(self, count: int) -> Tensor:
+        """[count, 4] inside the image."""
+        corners = torch.rand(count, 2, 2).sort(1).values * self.side
+        return corners.flatten(1).to(self.dtype)
 
     def train(self) -> None:
         self.distiller.train()
@@ -135,7 +148,8 @@ class Program:
         for value, old in zip(self.teacher.state_dict().values(), frozen, strict=True):
             assert torch.equal(value, old), "the teacher changed"
         assert all(p.grad is None for p in self.teacher.parameters()), "the teacher has a gradient"
-        assert self.same_policy(policy), "the policy changed without a search"
+        searches = getattr(self.distiller.kd, "search", None) is not None
+        assert searches or self.same_policy(policy), "the policy changed without a search"
 
     def policy_state(self) -> list[Tensor]:
         kd = self.distiller.kd
@@ -178,6 +192,16 @@ class Program:
     def freeze(self) -> None:
         part = self.rng.choice([self.student.stage1, self.student.fc, self.student])
         part.requires_grad_(self.rng.random() < 0.5)
+
+    def end_search(self) -> None:
+        """The policy stays as it is from then on."""
+        kd = self.distiller.kd
+        if kd is None or kd.policy is None:
+            return
+        kd.freeze_policy()
+        policy = self.policy_state()
+        self.train()
+        assert self.same_policy(policy), "a frozen policy changed"
 
     def replace(self) -> None:
         """A part of SoKD, a layer of the student's, a new kd of the user's own."""
@@ -260,7 +284,7 @@ class Program:
         actions: dict[Callable[[], None], int] = {
             self.train: 8, self.evaluate: 2, self.save_and_load: 1, self.copy: 1, self.cast: 1,
             self.freeze: 1, self.replace: 1, self.look: 1, self.search_step: 2, self.export: 1,
-            self.compile: 1, self.bare_loss: 1, self.wrapped: 1, self.make: 1,
+            self.compile: 1, self.bare_loss: 1, self.wrapped: 1, self.make: 1, self.end_search: 1,
         }  # fmt: skip
         for _ in range(length):
             (action,) = self.rng.choices(list(actions), list(actions.values()))

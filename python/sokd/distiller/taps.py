@@ -140,6 +140,7 @@ class Taps:
             taken = {name: tap.take() for name, tap in self.taps.items()}
         for layer, label in zip(self.layers, self.labels, strict=True):
             if taken[_split(layer)[0]] is None:
+                self.check_in_place(model)
                 why = _why_never_ran(model, _split(layer)[0])
                 raise RuntimeError(NEVER_RAN.format(which=label, why=why))
         chosen = [self._chosen(*each, taken) for each in zip(self.layers, self.labels, strict=True)]

@@ -39,7 +39,7 @@ def ofd_margin(norm: nn.Module) -> Tensor:
         margin = sokd.methods.ofd_margin(torch.nn.BatchNorm2d(8))
         assert margin.shape == (8,)
 
-    -3 |weight| where the channel is negative in less than 0.1 % of the cases.
+    Three deviations below 0 where the channel is negative in less than 0.1 % of the cases.
     """
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     if not isinstance(weight, Tensor) or not isinstance(bias, Tensor):
