@@ -397,7 +397,8 @@ def average_precision(
         dist.all_gather_object(parts, found)
     figures = torch.zeros(len(FIGURES), dtype=torch.float64)
     if run.main:
-        figures += torch.tensor(score([each for part in parts for each in part], truth))
+        results = [each for part in parts for each in part]
+        figures += torch.tensor(score(results, truth), dtype=torch.float64)
     return dict(zip(FIGURES, run.total(figures).tolist(), strict=True))
 
 
