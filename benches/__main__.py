@@ -11,16 +11,8 @@ from benches.harness import Options, machine, run
 from benches.report import write_pages
 
 NAMES = (
-    "refine",
-    "masked_mse",
-    "areas",
-    "loss",
-    "methods",
-    "distiller",
-    "warmup",
-    "readers",
-    "recipes",
-)
+    "refine", "masked_mse", "areas", "loss", "methods", "distiller", "warmup", "readers", "recipes",
+)  # fmt: skip
 
 
 def main() -> int:

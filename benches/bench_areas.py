@@ -49,13 +49,9 @@ def case(batch: int, height: int, width: int, *, target: float) -> Case:
         sides[MEMORY] = lambda: student[0].sum() + teacher[0].sum()
     moved = sum(part.nbytes for part in (*student, *teacher)) + 4 * batch * height * width
     return Case(
-        "mutual areas, k = 8",
-        (batch, HEATS, height, width),
-        sides,
-        moved,
-        {"loops": target, "reference": 1},
-        check,
-    )
+        "mutual areas, k = 8", (batch, HEATS, height, width), sides, moved,
+        {"loops": target, "reference": 1}, check,
+    )  # fmt: skip
 
 
 def cases(options: Options) -> Iterator[Case]:

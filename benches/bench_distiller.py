@@ -34,13 +34,9 @@ def distiller(plugged: bool) -> Distiller:
     teacher, student = ResNet(32), ResNet(8)
     method = None if plugged else "fitnet"
     return Distiller(
-        student,
-        teacher,
-        layers="stage2",
-        method=method,
-        sokd=plugged,
+        student, teacher, layers="stage2", method=method, sokd=plugged,
         example=torch.randn(2, 3, 32, 32),
-    )
+    )  # fmt: skip
 
 
 def batch() -> tuple[Tensor, Tensor]:

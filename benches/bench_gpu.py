@@ -137,9 +137,8 @@ def measure(device: torch.device, options: Options, rows: list[dict[str, Any]]) 
         print(what, file=sys.stderr, flush=True)
         try:
             found = list(with_share(run_case(case, options), case, bandwidth))
-        except (
-            torch.OutOfMemoryError
-        ):  # of a small device; eager and the check take several times our memory
+        # of a small device; eager and the check take several times our memory
+        except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             found = [case_columns(case) | {"side": "sokd", "ratio": "left out: out of memory"}]
         except Exception as error:

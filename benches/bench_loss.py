@@ -110,14 +110,9 @@ def step_case() -> Case:
     limits = {"FitNet, same adapter": 1.1}
     note = "ratio: sokd less DAM's convolutions / side"
     return Case(
-        "training step, batch 64",
-        MAIN,
-        sides,
-        limits=limits,
-        check=_check_loss,
-        counted=counted,
+        "training step, batch 64", MAIN, sides, limits=limits, check=_check_loss, counted=counted,
         note=note,
-    )
+    )  # fmt: skip
 
 
 def _check_loss() -> None:

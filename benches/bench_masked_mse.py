@@ -38,9 +38,8 @@ def case(
         truth = reference.masked_mse(student, teacher, weight)
         check_close(ours, truth, rtol=loose, atol=loose)
         check_close(eager.masked_mse(student, teacher, weight), truth, rtol=10 * loose, atol=loose)
-        scale = (
-            student.numel()
-        )  # gradients are about 1 / numel: compare them where the tolerance means something
+        # gradients are about 1 / numel: compare them where the tolerance means something
+        scale = student.numel()
         ours, truth = (torch.autograd.grad(loss * scale, student)[0] for loss in (ours, truth))
         check_close(ours, truth, rtol=loose, atol=loose)
 
@@ -55,15 +54,9 @@ def case(
         sides[MEMORY] = lambda: torch.sub(student.detach(), teacher)
     moved = 3 * student.nbytes + weight.nbytes
     return Case(
-        "masked_mse, forward + backward",
-        shape,
-        sides,
-        moved,
-        targets,
-        check,
-        name_of(dtype),
+        "masked_mse, forward + backward", shape, sides, moved, targets, check, name_of(dtype),
         layout,
-    )
+    )  # fmt: skip
 
 
 def cases(options: Options) -> Iterator[Case]:

@@ -82,9 +82,8 @@ def _catkd_case(student: Tensor, teacher: Tensor) -> Case:
 
 
 def _mgd_case(student: Tensor, teacher: Tensor) -> Case:
-    loss = methods.mgd(MAP[1], ratio=0.0).requires_grad_(
-        False
-    )  # nothing masked: the same on both sides
+    # nothing masked: the same on both sides
+    loss = methods.mgd(MAP[1], ratio=0.0).requires_grad_(False)
     return case(
         "mgd",
         loss,

@@ -160,9 +160,8 @@ def _masked_mse(
     weight = torch.randint(0, 4, (shape[0], *shape[2:])).float()
     student.requires_grad_()
     given = student.detach(), teacher, weight
-    scale = (
-        student.numel()
-    )  # gradients are about 1 / numel: compared where the tolerance means something
+    # gradients are about 1 / numel: compared where the tolerance means something
+    scale = student.numel()
 
     def both(loss: Callable[..., Tensor]) -> Side:
         return lambda: gradients(loss, [student], student, teacher, weight)
@@ -182,9 +181,8 @@ def _masked_mse(
     def check_both() -> None:
         loss = sokd.ops.masked_mse(student, teacher, weight)
         bound = _loose(dtype)
-        if (
-            dtype == torch.float16
-        ):  # the gradient is below its normal numbers: to two steps of the others
+        # the gradient is below its normal numbers: to two steps of the others
+        if dtype == torch.float16:
             bound["atol"] += 2 * scale * 2.0**-24
         ours = loss.detach() * scale, torch.autograd.grad(loss, student)[0].float() * scale
         for one, other in zip(ours, truth(), strict=True):

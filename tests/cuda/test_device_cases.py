@@ -33,25 +33,12 @@ class Faulty(TorchDevice):
         return here
 
 
+F32 = ("contiguous", torch.float32)
 CASES: dict[str, tuple[int, Callable[[device_cases.Device], None]]] = {
-    "refine": (5, lambda place: device_cases.refine(place, SHAPE, "contiguous", torch.float32, 2)),
-    "refine_dots": (
-        1,
-        lambda place: device_cases.refine_dots(place, SHAPE, "contiguous", torch.float32, 3),
-    ),
-    "noise": (1, lambda place: device_cases.noise(place, SHAPE, torch.tensor([3]))),
-    "areas": (
-        3,
-        lambda place: device_cases.areas(
-            place, SHAPE, "contiguous", torch.float32, 8, teacher=True
-        ),
-    ),
-    "masked_mse": (
-        2,
-        lambda place: device_cases.masked_mse(
-            place, SHAPE, "contiguous", torch.float32, None, "elements"
-        ),
-    ),
+    "refine": (5, lambda place: device_cases.refine(place, SHAPE, *F32, 2)),
+    "refine_dots": (1, lambda place: device_cases.refine_dots(place, SHAPE, *F32, 3)),
+    "areas": (3, lambda place: device_cases.areas(place, SHAPE, *F32, 8, teacher=True)),
+    "masked_mse": (2, lambda place: device_cases.masked_mse(place, SHAPE, *F32, None, "elements")),
     "draw": (2, lambda place: device_cases.draw(place, 9)),
 }
 

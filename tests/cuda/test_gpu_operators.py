@@ -213,9 +213,8 @@ def test_masked_mse(
         exact = loss_and_gradient(reference.masked_mse, upstream, *wide, **options)
         assert loss.shape == () and loss.dtype == plan_dtype(dtype) and d_student.dtype == dtype
         near(loss, exact[0])
-        near(
-            d_student, exact[1], times=2
-        )  # the gradient is rounded before and after the upstream's factor
+        # the gradient is rounded before and after the upstream's factor
+        near(d_student, exact[1], times=2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -131,19 +131,16 @@ def test_every_number_of_the_driver_is_compared() -> None:
     assert numbers(text_of("driver.rs")).keys() == NUMBERS.keys()
 
 
-@pytest.mark.parametrize(
-    "text, other",
-    [
-        ('"cuInit"(flags: c_uint)', '"cuInit"(flags: *mut c_uint)'),
-        ('"cuInit"(flags: c_uint)', '"cuInit"()'),
-        ("(stream: Handle, status: *mut c_int)", "(status: *mut c_int, stream: Handle)"),
-        ("(stream: Handle, status: *mut c_int)", "(stream: Handle, status: c_int)"),
-        ("cuCtxPushCurrent_v2", "cuCtxPushCurrent"),
-        ("code: c_int, name: *mut *const c_char", "code: c_int, name: *mut *mut c_char"),
-        ("= 906;", "= 907;"),
-        ("[200, 209, 218, 222]", "[200, 209, 218, 221]"),
-    ],
-)
+@pytest.mark.parametrize("text, other", [
+    ('"cuInit"(flags: c_uint)', '"cuInit"(flags: *mut c_uint)'),
+    ('"cuInit"(flags: c_uint)', '"cuInit"()'),
+    ("(stream: Handle, status: *mut c_int)", "(status: *mut c_int, stream: Handle)"),
+    ("(stream: Handle, status: *mut c_int)", "(stream: Handle, status: c_int)"),
+    ("cuCtxPushCurrent_v2", "cuCtxPushCurrent"),
+    ("code: c_int, name: *mut *const c_char", "code: c_int, name: *mut *mut c_char"),
+    ("= 906;", "= 907;"),
+    ("[200, 209, 218, 222]", "[200, 209, 218, 221]"),
+])  # fmt: skip
 def test_a_difference_is_found(text: str, other: str, tmp_path: Path) -> None:
     source = text_of("driver.rs")
     assert source.count(text) == 1

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.distiller_cases import SMALL, Net, batch, models, one_thread  # noqa: F401
+from support.distiller_cases import SMALL, Net, batch, models
 from torch import nn
 
 from sokd.compat import MDistiller

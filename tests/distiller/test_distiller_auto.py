@@ -8,16 +8,8 @@ from collections import OrderedDict
 import pytest
 import torch
 import torch.nn.functional as F
-from support.distiller_cases import (
-    CLASSES,
-    Answering,
-    Net,
-    Shaped,
-    batch,
-    make,
-    models,
-    one_thread,  # noqa: F401
-)
+from support.distiller_cases import CLASSES, Answering, Net, Shaped, batch, make, models
+from support.raises import raises
 from torch import nn
 
 from sokd.distiller import Distiller
@@ -121,25 +113,15 @@ class Summed(nn.Module):
         return self.head(self.body(x))
 
 
-@pytest.mark.parametrize(
-    ("net", "layers"),
-    [
-        (Segmenting, ["mid", "dec"]),
-        (lambda width: Segmenting(width, nn.Sigmoid()), ["mid", "dec"]),
-        (
-            lambda width: nn.Sequential(OrderedDict(net=Segmenting(width, nn.Softmax(1)))),
-            ["net.mid", "net.dec"],
-        ),
-        (
-            lambda width: Answering(
-                Segmenting(width), lambda z: {"aux": z.mean((1, 2, 3)), "out": z}
-            ),
-            ["net.mid", "net.dec"],
-        ),
-        (Summed, ["body"]),
-    ],
-    ids=["unet", "sigmoid", "inside", "dict", "sum"],
-)
+@pytest.mark.parametrize(("net", "layers"), [
+    (Segmenting, ["mid", "dec"]),
+    (lambda width: Segmenting(width, nn.Sigmoid()), ["mid", "dec"]),
+    (lambda width: nn.Sequential(OrderedDict(net=Segmenting(width, nn.Softmax(1)))),
+     ["net.mid", "net.dec"]),
+    (lambda width: Answering(Segmenting(width), lambda z: {"aux": z.mean((1, 2, 3)), "out": z}),
+     ["net.mid", "net.dec"]),
+    (Summed, ["body"]),
+], ids=["unet", "sigmoid", "inside", "dict", "sum"])  # fmt: skip
 def test_auto_does_not_take_the_logits(net, layers):
     assert make(models=(net(6), net(3)), layers="auto", method="at").pairs == [
         (name, name) for name in layers
@@ -234,10 +216,9 @@ def test_auto_on_tokens():
 
 def test_auto_without_a_map():
     net = nn.Sequential(nn.Flatten(), nn.Linear(768, 5))
-    with pytest.raises(ValueError) as caught:
-        Distiller(nn.Sequential(nn.Flatten(), nn.Linear(768, 5)), net, example=batch()[0])
     rule = "be named, for no layer of the student with a gradient gives a map or a square of tokens"
-    assert str(caught.value) == f"Distiller: layers must {rule}, got 'auto'"
+    with raises(ValueError, f"Distiller: layers must {rule}, got 'auto'"):
+        Distiller(nn.Sequential(nn.Flatten(), nn.Linear(768, 5)), net, example=batch()[0])
 
 
 # ------------------------------------------------------------------------ layers without a gradient
@@ -299,9 +280,8 @@ def test_auto_where_only_the_head_is_trained():
     student = models()[1].requires_grad_(False)
     student.head.requires_grad_(True)
     rule = "be named, for no layer of the student with a gradient gives a map or a square of tokens"
-    with pytest.raises(ValueError) as caught:
+    with raises(ValueError, f"Distiller: layers must {rule}, got 'auto'"):
         make(models=(Net(6), student), layers="auto")
-    assert str(caught.value) == f"Distiller: layers must {rule}, got 'auto'"
 
 
 def test_auto_on_a_frozen_student_takes_what_it_would_otherwise():

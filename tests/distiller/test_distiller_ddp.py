@@ -17,16 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from support.distiller_cases import (  # noqa: F401
-    SMALL,
-    batch,
-    gradients,
-    make,
-    models,
-    objective,
-    one_thread,
-    rewound,
-)
+from support.distiller_cases import SMALL, batch, gradients, make, models, objective, rewound
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -87,9 +78,8 @@ def rank_of_two(rank: int, folder: str) -> None:
         torch.save(_work(rank), f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
-    os._exit(
-        0
-    )  # DDP's destructor holds the GIL and may wait for ever for gloo's thread, which wants it
+    # DDP's destructor holds the GIL and may deadlock with gloo's thread, which needs it
+    os._exit(0)
 
 
 def _work(rank: int) -> dict[str, Any]:
@@ -192,13 +182,9 @@ def contrasted(rank: int, ranks: int) -> dict[str, Any]:
 def _crd_by_name(rank: int) -> dict[str, torch.Tensor]:
     """A Distiller with CRD whose ranks have two samples each, then one and two."""
     subject = make(
-        models=models(norm=False),
-        layers="stage2",
-        method="crd",
-        sokd=False,
-        num_samples=11,
+        models=models(norm=False), layers="stage2", method="crd", sokd=False, num_samples=11,
         negatives=4,
-    )
+    )  # fmt: skip
     wrapped = DistributedDataParallel(subject)
     x, y = (part.chunk(RANKS)[rank] for part in batch(SAMPLES))
     index = torch.arange(SAMPLES).chunk(RANKS)[rank]
@@ -283,9 +269,8 @@ def test_the_search_moves_one_policy(ranks):
     assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
     start = chi(distiller())
     assert all(not torch.equal(*pair) for pair in zip(one, start, strict=True))
-    for found, expected in zip(
-        one, one_process()["chi"], strict=True
-    ):  # rank 1's own seed is not heard
+    # rank 1's own seed is not heard
+    for found, expected in zip(one, one_process()["chi"], strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
 
 

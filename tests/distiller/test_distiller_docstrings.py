@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.distiller_cases import SMALL, batch, make, models, one_thread  # noqa: F401
+from support.distiller_cases import SMALL, batch, make, models
 from support.docstrings import run_example
 
 import sokd

@@ -8,16 +8,8 @@ import warnings
 
 import pytest
 import torch
-from support.distiller_cases import (  # noqa: F401
-    SMALL,
-    Answering,
-    Net,
-    batch,
-    make,
-    models,
-    objective,
-    one_thread,
-)
+from support.distiller_cases import SMALL, Answering, Net, batch, make, models, objective
+from support.raises import raises, warns
 from torch import nn
 
 import sokd
@@ -34,33 +26,11 @@ TEACHER_TRAINS = (
 
 
 def refused(error: type[Exception], text: str, make_or_call) -> None:
-    with pytest.raises(error) as caught:
+    with raises(error, f"Distiller: {text}"):
         make_or_call()
-    assert str(caught.value) == f"Distiller: {text}"
 
 
 # ------------------------------------------------------------------------------------- construction
-
-
-def test_invalid_models():
-    teacher, student = models()
-    refused(
-        TypeError,
-        "teacher must be an nn.Module, got function",
-        lambda: Distiller(student, lambda x: x),
-    )
-    refused(
-        TypeError, "student must be an nn.Module, got str", lambda: Distiller("resnet18", teacher)
-    )
-
-
-def test_a_model_in_data_parallel():
-    teacher, student = models()
-    text = (
-        "the model must run in one thread a process, got torch.nn.DataParallel; "
-        "use DistributedDataParallel(distiller)"
-    )
-    refused(TypeError, text, lambda: Distiller(nn.DataParallel(student), teacher))
 
 
 def test_a_teacher_that_is_the_student():
@@ -71,39 +41,50 @@ def test_a_teacher_that_is_the_student():
     assert all(p.requires_grad for p in net.parameters()), "a refused model is left alone"
 
 
+METHOD = "method must be a name, a dict of name -> weight, or a callable (f_s, f_t) -> scalar, got"
 WEIGHT = "method['at'] must be a finite number, 0 or more, got"
-METHODS = {
-    "a number": (
-        3,
-        TypeError,
-        "method must be a name, a dict of name -> weight, or a callable (f_s, f_t) -> scalar, got "
-        "int",
-    ),
-    "a weight that is none": ({"at": "much"}, ValueError, f"{WEIGHT} 'much'"),
-    "a negative weight": ({"at": -1}, ValueError, f"{WEIGHT} -1"),
-    "a list": (
-        ["at", "kd"],
-        TypeError,
-        "method must be a name, a dict of name -> weight, or a callable (f_s, f_t) -> scalar, got "
-        "list",
-    ),
-    "two of one name": (
-        {nn.MSELoss(): 1.0, nn.MSELoss(reduction="sum"): 1.0},
-        ValueError,
-        "method must have one entry for each name, got 'mseloss' twice",
-    ),
-}
+SOKD = "sokd must be True, False, a dict of SoKD's options or a SoKD, got"
+REFUSED = {
+    "a function": (TypeError, "teacher must be an nn.Module, got function",
+                   lambda: Distiller(Net(3), lambda x: x)),
+    "a name": (TypeError, "student must be an nn.Module, got str",
+               lambda: Distiller("resnet18", Net(6))),
+    "a model in DataParallel":
+        (TypeError, "the model must run in one thread a process, got torch.nn.DataParallel; use "
+                    "DistributedDataParallel(distiller)",
+         lambda: Distiller(nn.DataParallel(Net(3)), Net(6))),
+    "a number as method": (TypeError, f"{METHOD} int", lambda: make(method=3)),
+    "a list of methods": (TypeError, f"{METHOD} list", lambda: make(method=["at", "kd"])),
+    "a weight that is no number":
+        (ValueError, f"{WEIGHT} 'much'", lambda: make(method={"at": "much"})),
+    "a negative weight": (ValueError, f"{WEIGHT} -1", lambda: make(method={"at": -1})),
+    "two methods of one name":
+        (ValueError, "method must have one entry for each name, got 'mseloss' twice",
+         lambda: make(method={nn.MSELoss(): 1.0, nn.MSELoss(reduction="sum"): 1.0})),
+    "a name like a method's":
+        (ValueError, f"method must be one of {', '.join(sokd.methods.METHODS)} (nearest: fitnet), "
+                     "got 'fitnets'", lambda: make(method="fitnets")),
+    "a task by name":
+        (TypeError, "task must be 'auto', 'model', None or a callable (logits, y), got 'ce'",
+         lambda: make(task="ce")),
+    "sokd=None": (TypeError, f"{SOKD} None", lambda: make(sokd=None)),
+    "sokd=1.0": (TypeError, f"{SOKD} 1.0", lambda: make(sokd=1.0)),
+    "an unknown option of SoKD":
+        (TypeError, "sokd must hold options of SoKD (nearest: areas, adapter, teacher_size), got "
+                    "'layers'", lambda: make(sokd={"layers": 3})),
+    "a SoKD for other channels":
+        (ValueError, "sokd must have the layers' channels, [6, 12] -> [12, 24], got [6, 12] -> "
+                     "[12, 12]", lambda: make(sokd=sokd.SoKD([6, 12], [12, 12], **SMALL))),
+    "an empty batch": (ValueError, "x must hold at least one sample, got none",
+                       lambda: objective(make(), *batch(0))),
+    "an empty example": (ValueError, "x must hold at least one sample, got none",
+                         lambda: make(example=batch(0)[0])),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("method", "error", "text"), METHODS.values(), ids=METHODS)
-def test_methods_that_are_none(method, error, text):
-    refused(error, text, lambda: make(method=method))
-
-
-def test_a_name_like_a_method():
-    names = ", ".join(sokd.methods.METHODS)
-    text = f"method must be one of {names} (nearest: fitnet), got 'fitnets'"
-    refused(ValueError, text, lambda: make(method="fitnets"))
+@pytest.mark.parametrize(("error", "text", "call"), REFUSED.values(), ids=REFUSED)
+def test_what_is_refused(error, text, call):
+    refused(error, text, call)
 
 
 def test_an_option_that_nothing_has():
@@ -115,38 +96,7 @@ def test_an_option_that_nothing_has():
     assert make(method="kd", temperature=2.0).methods["kd"] is not None
 
 
-def test_a_task_that_is_none():
-    text = "task must be 'auto', 'model', None or a callable (logits, y), got 'ce'"
-    refused(TypeError, text, lambda: make(task="ce"))
-
-
-@pytest.mark.parametrize(("plug", "text"), [
-    (None, "be True, False, a dict of SoKD's options or a SoKD, got None"),
-    (1.0, "be True, False, a dict of SoKD's options or a SoKD, got 1.0"),
-    ({"layers": 3}, "hold options of SoKD (nearest: areas, adapter, teacher_size), got 'layers'"),
-])  # fmt: skip
-def test_an_invalid_sokd(plug, text):
-    refused(TypeError, f"sokd must {text}", lambda: make(sokd=plug))
-
-
-def test_a_sokd_for_other_channels():
-    kd = sokd.SoKD([6, 12], [12, 12], **SMALL)
-    text = "sokd must have the layers' channels, [6, 12] -> [12, 24], got [6, 12] -> [12, 12]"
-    refused(ValueError, text, lambda: make(sokd=kd))
-
-
 # ----------------------------------------------------------------------------------------- the step
-
-
-def test_an_empty_batch():
-    refused(
-        ValueError,
-        "x must hold at least one sample, got none",
-        lambda: objective(make(), *batch(0)),
-    )
-    refused(
-        ValueError, "x must hold at least one sample, got none", lambda: make(example=batch(0)[0])
-    )
 
 
 def test_a_batch_of_one_with_batch_norm():
@@ -160,9 +110,8 @@ def test_a_batch_of_one_with_batch_norm():
     refused(ValueError, text, lambda: objective(distiller, *batch(1)))
     assert objective(distiller, *batch(2)).isfinite()
     nets = [nn.Sequential(nn.Conv2d(3, 5, 16), nn.Flatten()) for _ in range(2)]  # maps of one cell
-    refused(
-        ValueError, text, lambda: objective(make(models=nets, layers={"0": "0"}), *batch(1))
-    )  # adapter's
+    # adapter's
+    refused(ValueError, text, lambda: objective(make(models=nets, layers={"0": "0"}), *batch(1)))
 
 
 def test_a_teacher_on_another_device():
@@ -400,15 +349,11 @@ def test_a_right_script_is_left_alone():
     assert trained(distiller, distiller.parameters()) == []
 
 
-@pytest.mark.parametrize(
-    ("options", "parts"),
-    [
-        ({"sokd": False}, "distiller.adapters"),
-        ({}, "distiller.kd.adapter and distiller.kd.dam"),
-        ({"sokd": False, "method": "reviewkd"}, "distiller.methods.reviewkd"),
-    ],
-    ids=["adapters", "sokd", "method"],
-)
+@pytest.mark.parametrize(("options", "parts"), [
+    ({"sokd": False}, "distiller.adapters"),
+    ({}, "distiller.kd.adapter and distiller.kd.dam"),
+    ({"sokd": False, "method": "reviewkd"}, "distiller.methods.reviewkd"),
+], ids=["adapters", "sokd", "method"])  # fmt: skip
 def test_parameters_that_no_optimiser_holds(options, parts):
     distiller = make(**options)
     assert trained(distiller, distiller.student.parameters()) == [UNHELD.format(parts)]
@@ -422,11 +367,10 @@ def test_a_teacher_in_train_mode():
     distiller = make()
     distiller.teacher.stage1.train()
     before = distiller.teacher.stage1[1].running_mean.clone()
-    with pytest.warns(UserWarning) as caught:
+    with warns(TEACHER_TRAINS) as caught:
         objective(distiller)
         distiller.teacher.train()
         objective(distiller)
-    assert [str(warning.message) for warning in caught] == [TEACHER_TRAINS]
     assert caught[0].filename == __file__.replace(
         "distiller/test_distiller_guards", "support/distiller_cases"
     )

@@ -8,16 +8,8 @@ import warnings
 
 import pytest
 import torch
-from support.distiller_cases import (
-    SMALL,
-    Net,
-    Shaped,
-    batch,
-    make,
-    models,
-    objective,
-    one_thread,  # noqa: F401
-)
+from support.distiller_cases import SMALL, Net, Shaped, batch, make, models, objective
+from support.raises import raises, warns
 from torch import nn
 
 from sokd.distiller import Distiller
@@ -29,16 +21,13 @@ from sokd.kd.features import Layout
 MUST = "Distiller: layers must "
 
 
-@pytest.mark.parametrize(
-    ("layers", "pairs"),
-    [
-        ("a", [("a", "a")]),
-        (["a", "b"], [("a", "a"), ("b", "b")]),
-        ([("a", "b")], [("a", "b")]),
-        ({"a": "b", "c": "d"}, [("a", "b"), ("c", "d")]),
-        ((("a", "b"), "c"), [("a", "b"), ("c", "c")]),
-    ],
-)
+@pytest.mark.parametrize(("layers", "pairs"), [
+    ("a", [("a", "a")]),
+    (["a", "b"], [("a", "a"), ("b", "b")]),
+    ([("a", "b")], [("a", "b")]),
+    ({"a": "b", "c": "d"}, [("a", "b"), ("c", "d")]),
+    ((("a", "b"), "c"), [("a", "b"), ("c", "c")]),
+])  # fmt: skip
 def test_layers_in_every_form(layers, pairs):
     assert layer_pairs(layers) == pairs
 
@@ -53,17 +42,17 @@ def test_layers_in_no_form(layers):
         make(layers=layers)
 
 
-def test_pairs_are_student_then_teacher():
+@pytest.mark.parametrize("swapped", [{"stem": "third"}, [("stem", "third")]], ids=str)
+def test_pairs_are_student_then_teacher(swapped):
     teacher, student = models()
     student.third = nn.Identity()
     assert make(models=(teacher, student), layers={"third": "stem"}, example=None).pairs == [
         ("third", "stem")
     ]
     order = "pairs and dicts go student layer -> teacher layer"
-    with pytest.raises(ValueError) as caught:
-        make(models=(teacher, student), layers={"stem": "third"}, example=None)
     rule = "be layers of the teacher (named_modules; nearest: 'head')"
-    assert str(caught.value) == f"{MUST}{rule}, got 'third', a layer of the student: {order}"
+    with raises(ValueError, f"{MUST}{rule}, got 'third', a layer of the student: {order}"):
+        make(models=(teacher, student), layers=swapped, example=None)
 
 
 @pytest.mark.parametrize(
@@ -71,22 +60,18 @@ def test_pairs_are_student_then_teacher():
     [("stage3", "'stage2', 'stage1', 'stage2.2'"), ("satge1", "'stage1', 'stage2.1', 'stage1.2'")],
 )
 def test_the_nearest_names(name, nearest):
-    with pytest.raises(ValueError) as caught:
+    rule = f"be layers of the student (named_modules; nearest: {nearest})"
+    with raises(ValueError, f"{MUST}{rule}, got {name!r}"):
         make(layers=name)
-    assert (
-        str(caught.value)
-        == f"{MUST}be layers of the student (named_modules; nearest: {nearest}), got {name!r}"
-    )
 
 
 def test_a_name_like_none_of_them():
-    with pytest.raises(ValueError) as caught:
-        make(layers="xyzzyx")
     text = (
         "(named_modules; nearest: 'stem', 'stem.0', 'stem.1', 'stem.2', 'stage1', ...), got "
         "'xyzzyx'"
     )
-    assert str(caught.value) == f"{MUST}be layers of the student {text}"
+    with raises(ValueError, f"{MUST}be layers of the student {text}"):
+        make(layers="xyzzyx")
 
 
 # ------------------------------------------------------------------------------------------- shapes
@@ -140,61 +125,43 @@ def test_an_entry_of_a_dict_or_tuple():
 
 
 WRONG = {
-    "a dict": (
-        lambda maps: {"fine": maps, "coarse": maps},
-        TypeError,
-        "the student's layer 'here' must give a tensor, got dict with 'fine', 'coarse': name one, "
-        "as in 'here:fine'",
-    ),
-    "no tensor": (
-        lambda maps: 3,
-        TypeError,
-        "the student's layer 'here' must give a tensor, got int",
-    ),
-    "integers": (
-        lambda maps: maps.long(),
-        TypeError,
-        "the student's layer 'here' must be floating point, got torch.int64",
-    ),
-    "five dimensions": (
-        lambda maps: maps[None],
-        ValueError,
-        "the student's layer 'here' must be a map [B, C, H, W], tokens [B, N, C] or a vector [B, "
-        "C], got [1, 4, 4, 8, 8]",
-    ),
-    "a batch of its own": (
-        lambda maps: torch.cat([maps, maps]),
-        ValueError,
-        "the student's layer 'here' must have the batch size of x, 4, in its first dimension, got "
-        "[8, 4, 8, 8]",
-    ),
-    "a vector": (
-        lambda maps: maps.mean((2, 3)),
-        ValueError,
-        "the student's layer 'here' must be a map where the teacher's layer 'here' is one, [4, 4, "
-        "8, 8], got [4, 4, 1, 1]",
-    ),
-    "another aspect": (
-        lambda maps: maps[:, :, :2],
-        ValueError,
-        "the student's layer 'here' must have the aspect of the teacher's layer 'here', [4, 4, 8, "
-        "8] (name student_order='BHWC', student_grid or the teacher's where another layout is "
-        "meant), got [4, 4, 2, 8]",
-    ),
-    "tokens without a grid": (
-        tokens(3),
-        ValueError,
-        "the student's layer 'here' must hold 0, 1, 2, 4 or 5 prefix tokens and a square grid (or "
-        "name tokens and grid), got 67 tokens",
-    ),
-}
+    "a dict":
+        (lambda maps: {"fine": maps, "coarse": maps}, TypeError,
+         "the student's layer 'here' must give a tensor, got dict with 'fine', 'coarse': name "
+         "one, as in 'here:fine'"),
+    "no tensor":
+        (lambda maps: 3, TypeError, "the student's layer 'here' must give a tensor, got int"),
+    "integers":
+        (lambda maps: maps.long(), TypeError,
+         "the student's layer 'here' must be floating point, got torch.int64"),
+    "five dimensions":
+        (lambda maps: maps[None], ValueError,
+         "the student's layer 'here' must be a map [B, C, H, W], tokens [B, N, C] or a vector "
+         "[B, C], got [1, 4, 4, 8, 8]"),
+    "a batch of its own":
+        (lambda maps: torch.cat([maps, maps]), ValueError,
+         "the student's layer 'here' must have the batch size of x, 4, in its first dimension, "
+         "got [8, 4, 8, 8]"),
+    "a vector":
+        (lambda maps: maps.mean((2, 3)), ValueError,
+         "the student's layer 'here' must be a map where the teacher's layer 'here' is one, [4, "
+         "4, 8, 8], got [4, 4, 1, 1]"),
+    "another aspect":
+        (lambda maps: maps[:, :, :2], ValueError,
+         "the student's layer 'here' must have the aspect of the teacher's layer 'here', [4, 4, "
+         "8, 8] (name student_order='BHWC', student_grid or the teacher's where another layout "
+         "is meant), got [4, 4, 2, 8]"),
+    "tokens without a grid":
+        (tokens(3), ValueError,
+         "the student's layer 'here' must hold 0, 1, 2, 4 or 5 prefix tokens and a square grid "
+         "(or name tokens and grid), got 67 tokens"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("form", "error", "text"), WRONG.values(), ids=WRONG)
 def test_what_no_adapter_should_hide(form, error, text):
-    with pytest.raises(error) as caught:
+    with raises(error, f"Distiller: {text}"):
         shaped(form)
-    assert str(caught.value) == f"Distiller: {text}"
 
 
 @pytest.mark.parametrize(
@@ -272,45 +239,23 @@ def test_an_error_in_a_model_disarms_the_hooks():
     assert objective(distiller).isfinite()
 
 
-class Skipping(Net):
-    def forward(self, x):
-        return (
-            self.head(self.features(x).mean((2, 3)))
-            if not self.training
-            else self.head(x.new_ones(len(x), 12))
-        )
-
-
-def test_a_layer_that_never_ran():
-    distiller = make(models=(Net(6), Skipping(3)))
-    text = (
-        "Distiller: the student's layer 'stage1' must run in every forward pass, got no call; the "
-        "model skipped it in this pass (LayerDrop, a branch): name a layer that always runs"
-    )
-    with pytest.raises(RuntimeError) as caught:
-        objective(distiller)
-    assert str(caught.value) == text
-
-
 def test_a_layer_that_runs_twice_is_pointed_out():
     teacher, student = models()
     student.stage1[2] = student.stem[2]  # one ReLU for both
-    with pytest.warns(UserWarning) as caught:
-        make(models=(teacher, student), layers={"stem.2": "stem.2"})
     what = "runs several times in a forward pass; its first output is distilled"
     text = f"sokd: the student's layer 'stem.2' {what}"
-    assert [str(warning.message) for warning in caught] == [text]
+    with warns(text):
+        make(models=(teacher, student), layers={"stem.2": "stem.2"})
 
 
 def test_a_layer_that_is_overwritten_is_pointed_out():
     teacher, _ = models()
-    with pytest.warns(UserWarning) as caught:
-        make(models=(teacher, Net(3, inplace=True)), layers={"stage1.1": "stage1.1"})
     text = (
         "sokd: the student's layer 'stage1.1' is overwritten in place by the layer after it, and "
         "the overwritten map is distilled; name that layer instead"
     )
-    assert [str(warning.message) for warning in caught] == [text]
+    with warns(text):
+        make(models=(teacher, Net(3, inplace=True)), layers={"stage1.1": "stage1.1"})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make(models=(teacher, Net(3, inplace=True)))

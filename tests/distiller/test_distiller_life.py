@@ -9,17 +9,7 @@ import pickle
 import pytest
 import torch
 from support.cases import compiles
-from support.distiller_cases import (
-    SMALL,
-    Net,
-    batch,
-    gradients,
-    make,
-    models,
-    objective,
-    one_thread,  # noqa: F401
-    rewound,
-)
+from support.distiller_cases import SMALL, Net, batch, gradients, make, models, objective, rewound
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -35,9 +25,9 @@ def check_same(found: dict, expected: dict, **close) -> None:
         )
 
 
-def stepped(distiller: Distiller) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def stepped(distiller: Distiller, *args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Objective and gradients of one step."""
-    value = objective(distiller)
+    value = objective(distiller, *args)
     value.backward()
     return value.detach(), gradients(distiller)
 
@@ -282,14 +272,8 @@ def test_models_in_another_dtype(dtype):
     teacher, student = (net.to(dtype) for net in models())
     distiller = make(models=(teacher, student), example=batch(dtype=dtype)[0])
     assert {p.dtype for p in distiller.parameters()} == {dtype}
-    value, found = stepped_with(distiller, dtype)
+    value, found = stepped(distiller, *batch(dtype=dtype))
     assert value.isfinite() and found
-
-
-def stepped_with(distiller: Distiller, dtype: torch.dtype):
-    value = objective(distiller, *batch(dtype=dtype))
-    value.backward()
-    return value, gradients(distiller)
 
 
 def test_channels_last_is_kept():
@@ -299,11 +283,10 @@ def test_channels_last_is_kept():
     seen = []
     distiller.teacher.stage1.register_forward_hook(lambda module, args, output: seen.append(output))
     distiller.student.stage1.register_forward_hook(lambda module, args, output: seen.append(output))
-    value = objective(distiller, x.to(memory_format=torch.channels_last), y)
-    value.backward()
+    value, found = stepped(distiller, x.to(memory_format=torch.channels_last), y)
     assert all(maps.is_contiguous(memory_format=torch.channels_last) for maps in seen)
     torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
-    check_same(gradients(distiller), wanted, rtol=1e-3, atol=1e-3)
+    check_same(found, wanted, rtol=1e-3, atol=1e-3)
 
 
 class Checkpointed(Net):

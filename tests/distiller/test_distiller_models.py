@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.distiller_cases import one_thread  # noqa: F401
+from support.raises import raises
 from torch import nn
 
 from sokd.distiller import Distiller
@@ -24,56 +24,35 @@ def resnet18(**options: Any) -> nn.Module:
 
 def vit(layers: int) -> nn.Module:
     return vision.VisionTransformer(
-        image_size=SIDE,
-        patch_size=16,
-        num_layers=layers,
-        num_heads=2,
-        hidden_dim=32,
-        mlp_dim=64,
+        image_size=SIDE, patch_size=16, num_layers=layers, num_heads=2, hidden_dim=32, mlp_dim=64,
         num_classes=10,
-    )
+    )  # fmt: skip
 
 
 def swin() -> nn.Module:
     return vision.SwinTransformer(
-        patch_size=[4, 4],
-        embed_dim=16,
-        depths=[1, 1],
-        num_heads=[1, 2],
-        window_size=[4, 4],
+        patch_size=[4, 4], embed_dim=16, depths=[1, 1], num_heads=[1, 2], window_size=[4, 4],
         num_classes=10,
-    )
+    )  # fmt: skip
 
 
 DEEP = {"layers": ["layer3", "layer4"]}
 PAIRS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], dict[str, Any]]] = {
-    "resnet34 to resnet18": (
-        lambda: vision.resnet34(num_classes=10),
-        resnet18,
-        {**DEEP, "method": "fitnet"},
-    ),
-    "resnet18 to mobilenet_v2": (
-        resnet18,
-        lambda: vision.mobilenet_v2(num_classes=10),
-        {"layers": {"features.13": "layer3", "features": "layer4"}, "method": "at"},
-    ),
-    "resnet18 to shufflenet_v2": (
-        resnet18,
-        lambda: vision.shufflenet_v2_x0_5(num_classes=10),
-        {"layers": {"stage3": "layer3", "stage4": "layer4"}, "method": "reviewkd"},
-    ),
+    "resnet34 to resnet18":
+        (lambda: vision.resnet34(num_classes=10), resnet18, {**DEEP, "method": "fitnet"}),
+    "resnet18 to mobilenet_v2":
+        (resnet18, lambda: vision.mobilenet_v2(num_classes=10),
+         {"layers": {"features.13": "layer3", "features": "layer4"}, "method": "at"}),
+    "resnet18 to shufflenet_v2":
+        (resnet18, lambda: vision.shufflenet_v2_x0_5(num_classes=10),
+         {"layers": {"stage3": "layer3", "stage4": "layer4"}, "method": "reviewkd"}),
     "vit to vit": (lambda: vit(2), lambda: vit(1), {"layers": "auto", "method": "fitnet"}),
-    "resnet18 to vit": (
-        resnet18,
-        lambda: vit(1),
-        {"layers": {"encoder": "layer3"}, "method": {"kd": None}},
-    ),
-    "swin to resnet18": (
-        swin,
-        resnet18,
-        {"layers": {"layer2": "features.3"}, "teacher_order": "BHWC", "method": "mgd"},
-    ),
-}
+    "resnet18 to vit":
+        (resnet18, lambda: vit(1), {"layers": {"encoder": "layer3"}, "method": {"kd": None}}),
+    "swin to resnet18":
+        (swin, resnet18,
+         {"layers": {"layer2": "features.3"}, "teacher_order": "BHWC", "method": "mgd"}),
+}  # fmt: skip
 
 
 def check_step(distiller: Distiller, *given: Any) -> dict[str, torch.Tensor]:
@@ -107,21 +86,12 @@ def test_auto_on_a_resnet_takes_its_stages():
     check_step(distiller, x, torch.tensor([1, 7]))
 
 
-@pytest.mark.parametrize(
-    ("make_net", "layers"),
-    [
-        (
-            vision.mobilenet_v2,
-            ["features.1", "features.3", "features.6", "features.13", "features"],
-        ),
-        (
-            vision.regnet_y_400mf,
-            ["stem", *(f"trunk_output.block{n}" for n in (1, 2, 3)), "trunk_output"],
-        ),
-        (swin, ["features.1", "norm"]),
-    ],
-    ids=["mobilenet_v2", "regnet", "swin"],
-)
+@pytest.mark.parametrize(("make_net", "layers"), [
+    (vision.mobilenet_v2, ["features.1", "features.3", "features.6", "features.13", "features"]),
+    (vision.regnet_y_400mf,
+     ["stem", *(f"trunk_output.block{n}" for n in (1, 2, 3)), "trunk_output"]),
+    (swin, ["features.1", "norm"]),
+], ids=["mobilenet_v2", "regnet", "swin"])  # fmt: skip
 def test_auto_takes_stages_not_what_blocks_widen(make_net, layers):
     order = {"student_order": "BHWC", "teacher_order": "BHWC"} if make_net is swin else {}
     x = torch.randn(2, 3, SIDE, SIDE)
@@ -176,9 +146,9 @@ def test_a_detector_with_an_fpn():
 
 def test_a_detectors_dict_of_maps_is_pointed_out():
     images = [torch.rand(3, 96, 96)]
-    with pytest.raises(TypeError) as caught:
-        Distiller(faster_rcnn(), faster_rcnn(), layers="backbone.fpn", example=images)
-    assert str(caught.value) == (
+    with raises(
+        TypeError,
         "Distiller: the student's layer 'backbone.fpn' must give a tensor, got OrderedDict with "
-        "'0', '1', 'pool': name one, as in 'backbone.fpn:0'"
-    )
+        "'0', '1', 'pool': name one, as in 'backbone.fpn:0'",
+    ):
+        Distiller(faster_rcnn(), faster_rcnn(), layers="backbone.fpn", example=images)

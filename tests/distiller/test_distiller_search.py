@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from support.distiller_cases import batch, make, models, objective, one_thread  # noqa: F401
+from support.distiller_cases import batch, make, models, objective
 from torch.func import functional_call
 
 import sokd

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.distiller_cases import one_thread  # noqa: F401
 
 from sokd.distiller import Distiller
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
 
 
-@pytest.mark.parametrize(
-    ("teacher", "student", "layers"),
-    [
-        ("resnet18", "mobilenetv3_small_050", {"blocks.3": "layer3"}),
-        ("vit_tiny_patch16_224", "resnet18", {"layer3": "blocks.2"}),
-    ],
-)
+@pytest.mark.parametrize(("teacher", "student", "layers"), [
+    ("resnet18", "mobilenetv3_small_050", {"blocks.3": "layer3"}),
+    ("vit_tiny_patch16_224", "resnet18", {"layer3": "blocks.2"}),
+])  # fmt: skip
 def test_one_step(teacher, student, layers):
     options = {teacher: {"num_classes": 10}, student: {"num_classes": 10}}
     options.setdefault("vit_tiny_patch16_224", {}).update(img_size=64, depth=3)

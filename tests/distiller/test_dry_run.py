@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.distiller_cases import Net, batch, make, objective, one_thread  # noqa: F401
+from support.distiller_cases import Net, batch, make, objective
 from torch import Tensor, nn
 
 from sokd.distiller.copies import untouched

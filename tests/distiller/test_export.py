@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from support.distiller_cases import Net, batch, make, objective, one_thread  # noqa: F401
+from support.distiller_cases import Net, batch, make, objective
 from torch import Tensor, nn
 
 from sokd.distiller import Distiller

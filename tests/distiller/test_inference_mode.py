@@ -6,15 +6,7 @@ import copy
 
 import pytest
 import torch
-from support.distiller_cases import (
-    SMALL,
-    batch,
-    gradients,
-    make,
-    models,
-    objective,
-    one_thread,  # noqa: F401
-)
+from support.distiller_cases import SMALL, batch, gradients, make, models, objective
 from torch import Tensor, nn
 
 import sokd

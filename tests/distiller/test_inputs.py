@@ -6,7 +6,7 @@ from collections import namedtuple
 
 import pytest
 import torch
-from support.distiller_cases import Answering, Net, batch, make, objective, one_thread  # noqa: F401
+from support.distiller_cases import Answering, Net, batch, make, objective
 from torch import Tensor, nn
 
 from sokd.distiller.inputs import changed, copied

@@ -6,14 +6,7 @@ import re
 
 import pytest
 import torch
-from support.distiller_cases import (
-    CLASSES,
-    SMALL,
-    Shaped,
-    batch,
-    objective,
-    one_thread,  # noqa: F401
-)
+from support.distiller_cases import CLASSES, SMALL, Shaped, batch, objective
 from torch import Tensor, nn
 
 from sokd.distiller import Distiller

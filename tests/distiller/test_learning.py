@@ -7,15 +7,7 @@ import warnings
 
 import pytest
 import torch
-from support.distiller_cases import (
-    Answering,
-    Net,
-    batch,
-    make,
-    models,
-    objective,
-    one_thread,  # noqa: F401
-)
+from support.distiller_cases import Answering, Net, batch, make, models, objective
 from torch import nn
 
 from sokd.distiller import Distiller

@@ -9,15 +9,8 @@ import sys
 
 import pytest
 import torch
-from support.distiller_cases import (
-    SMALL,
-    Net,
-    batch,
-    make,
-    models,
-    objective,
-    one_thread,  # noqa: F401
-)
+from support.distiller_cases import SMALL, Net, batch, make, objective
+from support.raises import raises, warns
 from torch import nn
 
 import sokd
@@ -31,9 +24,8 @@ REPLACED = (
 
 
 def refused(error: type[Exception], text: str, call) -> None:
-    with pytest.raises(error) as caught:
+    with raises(error, text):
         call()
-    assert str(caught.value) == text
 
 
 # ------------------------------------------------------------------------ layers that are elsewhere
@@ -113,32 +105,6 @@ def test_a_layer_that_is_skipped_in_a_pass():
         "model skipped it in this pass (LayerDrop, a branch): name a layer that always runs"
     )
     refused(RuntimeError, text, lambda: objective(distiller))
-
-
-# ----------------------------------------------------------------------------------- a swapped pair
-
-
-class Renamed(nn.Module):
-    def __init__(self, net: Net) -> None:
-        super().__init__()
-        self.early, self.late, self.head = nn.Sequential(net.stem, net.stage1), net.stage2, net.head
-
-    def forward(self, x):
-        return self.head(self.late(self.early(x)).mean((2, 3)))
-
-
-@pytest.mark.parametrize("layers", [{"late": "stage2"}, [("late", "stage2")]], ids=str)
-def test_a_pair_written_teacher_first(layers):
-    teacher, student = models()
-    with pytest.raises(ValueError) as caught:
-        make(models=(Renamed(teacher), student), layers=layers)
-    order = "a layer of the teacher: pairs and dicts go student layer -> teacher layer"
-    assert str(caught.value).endswith(f", got 'late', {order}")
-
-
-def test_a_name_of_neither_model_says_nothing_of_the_order():
-    with pytest.raises(ValueError, match=r"got 'lat'$"):
-        make(layers="lat")
 
 
 # ------------------------------------------------------------------------------------------- labels
@@ -228,8 +194,7 @@ def test_a_student_larger_than_its_teacher():
         f"the order "
         "is Distiller(student, teacher)"
     )
-    with pytest.warns(UserWarning) as caught:
+    with warns(text):
         distiller = make(models=(Net(3), Net(6)))
         objective(distiller)
-    assert [str(warning.message) for warning in caught] == [text]
     assert objective(make(models=(Net(3), Net(3)))).isfinite()

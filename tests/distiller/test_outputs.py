@@ -7,20 +7,11 @@ from collections import namedtuple
 import pytest
 import torch
 import torch.nn.functional as F
-from support.distiller_cases import (
-    SMALL,
-    Answering,
-    Net,
-    batch,
-    make,
-    models,
-    objective,
-    one_thread,  # noqa: F401
-)
+from support.distiller_cases import Answering, Net, batch, make, models, objective
+from support.raises import raises, warns
 from torch import Tensor, nn
 
 import sokd
-from sokd.compat import MDistiller
 
 
 class Detector(nn.Module):
@@ -134,19 +125,10 @@ def test_a_task_that_returns_no_scalar(reduction, got):
         loss = F.cross_entropy(output, y, reduction=reduction or "mean")
         return loss if reduction else (loss, {"items": 1})
 
-    with pytest.raises(TypeError) as caught:
+    with raises(TypeError, f"Distiller: task must return a scalar tensor, got {got}"):
         objective(make(task=task))
-    assert str(caught.value) == f"Distiller: task must return a scalar tensor, got {got}"
     one = make(task=lambda output, y: F.cross_entropy(output, y)[None])
     assert one(*batch())[1]["loss_task"].dim() == 0
-
-
-def test_mdistiller_returns_logits_as_before():
-    teacher, student = (Answering(net, lambda z: (z, {"feats": []})) for net in models())
-    distiller = MDistiller(student, teacher, layers="net.stage1", example=batch()[0], sokd=SMALL)
-    logits, _ = distiller(image=batch()[0], target=batch()[1])
-    assert logits.shape == (4, 5)
-    assert distiller.eval()(image=batch()[0]).shape == (4, 5)
 
 
 # ---------------------------------------------------------------- one of several tensors of a width
@@ -182,10 +164,9 @@ TEXT = (
 def test_the_choice_of_logits_is_reported_once(form, taken, rest, method):
     student = TwoHeads(3, form)
     distiller = make(models=(Net(6), student), layers={"stage1": "stage1"}, method=method)
-    with pytest.warns(UserWarning) as caught:
+    with warns(TEXT.format(taken, rest)):
         for _ in range(2):
             objective(distiller).backward()
-    assert [str(warning.message) for warning in caught] == [TEXT.format(taken, rest)]
     assert student.head.weight.grad is not None and student.second.weight.grad is None
 
 

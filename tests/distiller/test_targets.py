@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from support.distiller_cases import Net, batch, make, one_thread  # noqa: F401
+from support.distiller_cases import Net, batch, make
 from torch import nn
 
 import sokd

@@ -10,7 +10,8 @@ import sys
 
 import pytest
 import torch
-from support.distiller_cases import SMALL, batch, make, objective, one_thread  # noqa: F401
+from support.distiller_cases import SMALL, batch, make, objective
+from support.raises import raises
 from torch import nn
 
 import sokd
@@ -54,9 +55,8 @@ def test_what_has_no_policy(subject):
         f"table: subject must be a Policy, or a SoKD or Distiller that has one, got "
         f"{type(subject).__name__}"
     )
-    with pytest.raises(TypeError) as caught:
+    with raises(TypeError, text):
         inspect.table(subject)
-    assert str(caught.value) == text
 
 
 def test_a_trajectory_is_the_way_of_the_policy(tmp_path):
@@ -120,9 +120,8 @@ def test_areas_of_what_wrap_returns():
     ids=["distiller", "kd"],
 )
 def test_areas_of_too_much(subject, rule):
-    with pytest.raises(TypeError) as caught:
+    with raises(TypeError, f"areas: inputs must {rule}, got 3 of them"):
         inspect.areas(subject, *[torch.zeros(1, 3, 16, 16)] * 3)
-    assert str(caught.value) == f"areas: inputs must {rule}, got 3 of them"
 
 
 LOOKS = {
@@ -165,12 +164,10 @@ def test_shares_are_of_the_cells():
     "subject", [make(sokd=False, method="at"), make(sokd={"dam": None})], ids=["none", "dam"]
 )
 def test_areas_without_a_dam(subject):
-    with pytest.raises(TypeError) as caught:
+    with raises(
+        TypeError, "areas: subject must be a SoKD or a Distiller with a DAM, got Distiller"
+    ):
         inspect.areas(subject, batch()[0])
-    assert (
-        str(caught.value)
-        == "areas: subject must be a SoKD or a Distiller with a DAM, got Distiller"
-    )
 
 
 def test_pictures(tmp_path):
@@ -198,37 +195,26 @@ def test_pictures(tmp_path):
 
 
 WRONG_PICTURES = {
-    "channels": (
-        (torch.zeros(2, 2, 16, 16),),
-        {},
-        "images must be [B, 3, H, W] or [B, 1, H, W], got [2, 2, 16, 16]",
-    ),
-    "a list": (
-        ([torch.zeros(3, 16, 16)],),
-        {},
-        "images must be [B, 3, H, W] or [B, 1, H, W], got list",
-    ),
+    "channels":
+        ((torch.zeros(2, 2, 16, 16),), {},
+         "images must be [B, 3, H, W] or [B, 1, H, W], got [2, 2, 16, 16]"),
+    "a list":
+        (([torch.zeros(3, 16, 16)],), {}, "images must be [B, 3, H, W] or [B, 1, H, W], got list"),
     "too many": ((torch.zeros(5, 3, 16, 16),), {}, "images must be 1 to 4, as found is of, got 5"),
-    "no such layer": (
-        (torch.zeros(4, 3, 16, 16),),
-        {"layer": 2},
-        "layer must be one of the 2 in found, got 2",
-    ),
-    "titles": (
-        (torch.zeros(4, 3, 16, 16),),
-        {"titles": ["a"]},
-        "titles must be 4, one for each image, got 1",
-    ),
-}
+    "no such layer":
+        ((torch.zeros(4, 3, 16, 16),), {"layer": 2}, "layer must be one of the 2 in found, got 2"),
+    "titles":
+        ((torch.zeros(4, 3, 16, 16),), {"titles": ["a"]},
+         "titles must be 4, one for each image, got 1"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("images", "options", "text"), WRONG_PICTURES.values(), ids=WRONG_PICTURES)
 def test_pictures_that_cannot_be(images, options, text, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     found = inspect.areas(make(), batch()[0])
-    with pytest.raises(ValueError) as caught:
+    with raises(ValueError, f"draw_areas: {text}"):
         inspect.draw_areas(*images, found, tmp_path / "areas.png", **options)
-    assert str(caught.value) == f"draw_areas: {text}"
 
 
 def test_matplotlib_is_not_imported_before_a_picture():
@@ -284,9 +270,8 @@ def test_what_can_be_logged():
     assert writer.seen.keys() == {"sokd/entropy", "sokd/beta", "sokd/magnitude"}
     inspect.log(writer, make(sokd=False, method="at"), 4, losses={"loss_at": 2.0})
     assert writer.seen["sokd/loss_at"] == (2.0, 4)
-    with pytest.raises(TypeError) as caught:
+    with raises(TypeError, "log: subject must be a Policy, a SoKD or a Distiller, got Identity"):
         inspect.log(writer, nn.Identity(), 0)
-    assert str(caught.value) == "log: subject must be a Policy, a SoKD or a Distiller, got Identity"
 
 
 def test_the_users_own_writer():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from support.raises import raises
 from torch import nn
 
 from sokd.kd.adapter import Adapter, resize
@@ -34,9 +35,8 @@ def test_the_convolution_matches_the_sizes_it_was_made_for(student, teacher, kin
     assert (adapter.match.kernel_size, adapter.match.stride) == (kernel, stride)
     features = torch.randn(2, 3, *student)
     assert adapter(features, teacher).shape == (2, 5, *teacher)
-    if (
-        kernel != (1, 1) or student == teacher
-    ):  # the convolution alone gives the size, nothing is resized
+    # the convolution alone gives the size, nothing is resized
+    if kernel != (1, 1) or student == teacher:
         assert adapter.match(features).shape == (2, 5, *teacher)
 
 
@@ -118,20 +118,17 @@ def test_tokens_become_rows_of_cells():
     assert torch.equal(tokens_to_map(tokens)[0], want)
 
 
-@pytest.mark.parametrize(
-    ("count", "options", "size", "first"),
-    [
-        pytest.param(49, {}, (7, 7), 0, id="Swin"),
-        pytest.param(197, {}, (14, 14), 1, id="ViT, class token"),
-        pytest.param(198, {}, (14, 14), 2, id="DeiT, class and distillation tokens"),
-        pytest.param(200, {}, (14, 14), 4, id="registers alone"),
-        pytest.param(201, {}, (14, 14), 5, id="DINOv2, class token and registers"),
-        pytest.param(1, {}, (1, 1), 0, id="one token"),
-        pytest.param(52, {"tokens": 3}, (7, 7), 3, id="prefix named"),
-        pytest.param(57, {"grid": (7, 8)}, (7, 8), 1, id="grid named"),
-        pytest.param(59, {"tokens": 3, "grid": (8, 7)}, (8, 7), 3, id="both named"),
-    ],
-)
+@pytest.mark.parametrize(("count", "options", "size", "first"), [
+    pytest.param(49, {}, (7, 7), 0, id="Swin"),
+    pytest.param(197, {}, (14, 14), 1, id="ViT, class token"),
+    pytest.param(198, {}, (14, 14), 2, id="DeiT, class and distillation tokens"),
+    pytest.param(200, {}, (14, 14), 4, id="registers alone"),
+    pytest.param(201, {}, (14, 14), 5, id="DINOv2, class token and registers"),
+    pytest.param(1, {}, (1, 1), 0, id="one token"),
+    pytest.param(52, {"tokens": 3}, (7, 7), 3, id="prefix named"),
+    pytest.param(57, {"grid": (7, 8)}, (7, 8), 1, id="grid named"),
+    pytest.param(59, {"tokens": 3, "grid": (8, 7)}, (8, 7), 3, id="both named"),
+])  # fmt: skip
 def test_prefix_tokens_are_dropped(count, options, size, first):
     tokens = torch.arange(float(count))[None, :, None].expand(2, -1, 3)
     maps = tokens_to_map(tokens, **options)
@@ -152,69 +149,37 @@ def test_a_map_of_tokens_is_a_view_in_channels_last():
     assert maps.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize(
-    ("count", "options", "text"),
-    [
-        (
-            56,
-            {},
-            "tokens_to_map: features must hold 0, 1, 2, 4 or 5 prefix tokens and a square grid "
-            "(or name tokens and grid), got 56 tokens",
-        ),
-        (
-            197,
-            {"tokens": 2},
-            "tokens_to_map: features must hold 2 prefix tokens and a square grid "
-            "(or name tokens and grid), got 197 tokens",
-        ),
-        (
-            10,
-            {"grid": (4, 3)},
-            "tokens_to_map: features must hold any prefix tokens and a 4 x 3 grid, got 10 tokens",
-        ),
-        (
-            14,
-            {"grid": (4, 3), "tokens": 1},
-            "tokens_to_map: features must hold 1 prefix tokens and a 4 x 3 grid, got 14 tokens",
-        ),
-        (
-            0,
-            {},
-            "tokens_to_map: features must hold 0, 1, 2, 4 or 5 prefix tokens and a square grid "
-            "(or name tokens and grid), got 0 tokens",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("count", "options", "text"), [
+    (56, {},
+     "tokens_to_map: features must hold 0, 1, 2, 4 or 5 prefix tokens and a square grid (or "
+     "name tokens and grid), got 56 tokens"),
+    (197, {"tokens": 2},
+     "tokens_to_map: features must hold 2 prefix tokens and a square grid (or name tokens and "
+     "grid), got 197 tokens"),
+    (10, {"grid": (4, 3)},
+     "tokens_to_map: features must hold any prefix tokens and a 4 x 3 grid, got 10 tokens"),
+    (14, {"grid": (4, 3), "tokens": 1},
+     "tokens_to_map: features must hold 1 prefix tokens and a 4 x 3 grid, got 14 tokens"),
+    (0, {},
+     "tokens_to_map: features must hold 0, 1, 2, 4 or 5 prefix tokens and a square grid (or "
+     "name tokens and grid), got 0 tokens"),
+])  # fmt: skip
 def test_tokens_that_do_not_fit_are_refused(count, options, text):
-    with pytest.raises(ValueError) as caught:
+    with raises(ValueError, text):
         tokens_to_map(torch.zeros(2, count, 3), **options)
-    assert str(caught.value) == text
 
 
-@pytest.mark.parametrize(
-    ("arguments", "options", "text"),
-    [
-        ((0, 5), {}, "Adapter: student_channels must be positive, got 0"),
-        ((3, -1), {}, "Adapter: teacher_channels must be positive, got -1"),
-        (
-            (3, 5),
-            {"student_size": 8},
-            "Adapter: student_size and teacher_size must be given together, got 8 and None",
-        ),
-        (
-            (3, 5),
-            {"student_size": 8, "teacher_size": (4, 0)},
-            "Adapter: teacher_size must be positive, got 0",
-        ),
-        (
-            (3, 5),
-            {"student_size": (1, 2, 3), "teacher_size": 4},
-            "Adapter: student_size must be one number or (H, W), got (1, 2, 3)",
-        ),
-        (("3", 5), {}, "Adapter: student_channels must be a whole number, got '3'"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "options", "text"), [
+    ((0, 5), {}, "Adapter: student_channels must be positive, got 0"),
+    ((3, -1), {}, "Adapter: teacher_channels must be positive, got -1"),
+    ((3, 5), {"student_size": 8},
+     "Adapter: student_size and teacher_size must be given together, got 8 and None"),
+    ((3, 5), {"student_size": 8, "teacher_size": (4, 0)},
+     "Adapter: teacher_size must be positive, got 0"),
+    ((3, 5), {"student_size": (1, 2, 3), "teacher_size": 4},
+     "Adapter: student_size must be one number or (H, W), got (1, 2, 3)"),
+    (("3", 5), {}, "Adapter: student_channels must be a whole number, got '3'"),
+])  # fmt: skip
 def test_bad_options_are_refused(arguments, options, text):
-    with pytest.raises(ValueError) as caught:
+    with raises(ValueError, text):
         Adapter(*arguments, **options)
-    assert str(caught.value) == text

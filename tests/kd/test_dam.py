@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from support.raises import raises
 
 from sokd import reference
 from sokd.kd.dam import DAM
@@ -171,21 +172,17 @@ def test_channels_last_gives_the_same():
     torch.testing.assert_close(got.heat, want.heat)
 
 
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        ({"channels": 0}, "DAM: channels must be positive, got 0"),
-        ({"heat_channels": 0}, "DAM: heat_channels must be positive, got 0"),
-        ({"heads": "free"}, "DAM: heads must be 'bounded' or 'paper', got 'free'"),
-        ({"areas": "both"}, "DAM: areas must be 'mutual' or 'student' or 'teacher', got 'both'"),
-        ({"overlap": "max"}, "DAM: overlap must be 'sum' or 'square' or 'union', got 'max'"),
-        ({"k": 0}, "DAM: k must be positive, got 0"),
-        ({"k": 2.5}, "DAM: k must be a whole number, got 2.5"),
-        ({"kernel": 2}, "DAM: kernel must be odd, got 2"),
-        ({"kernel": 0}, "DAM: kernel must be positive, got 0"),
-    ],
-)
+@pytest.mark.parametrize(("options", "text"), [
+    ({"channels": 0}, "DAM: channels must be positive, got 0"),
+    ({"heat_channels": 0}, "DAM: heat_channels must be positive, got 0"),
+    ({"heads": "free"}, "DAM: heads must be 'bounded' or 'paper', got 'free'"),
+    ({"areas": "both"}, "DAM: areas must be 'mutual' or 'student' or 'teacher', got 'both'"),
+    ({"overlap": "max"}, "DAM: overlap must be 'sum' or 'square' or 'union', got 'max'"),
+    ({"k": 0}, "DAM: k must be positive, got 0"),
+    ({"k": 2.5}, "DAM: k must be a whole number, got 2.5"),
+    ({"kernel": 2}, "DAM: kernel must be odd, got 2"),
+    ({"kernel": 0}, "DAM: kernel must be positive, got 0"),
+])  # fmt: skip
 def test_bad_options_are_refused(options, text):
-    with pytest.raises(ValueError) as caught:
+    with raises(ValueError, text):
         DAM(**{"channels": 3, **options})
-    assert str(caught.value) == text

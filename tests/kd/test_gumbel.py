@@ -47,14 +47,9 @@ def plain(
     )
     plan = alone.plan(own, features.shape)
     return sokd.reference.refine(
-        features,
-        plan.theta,
-        hole=plan.hole,
-        sigma=plan.sigma,
-        perm=plan.perm,
-        keep=plan.keep,
+        features, plan.theta, hole=plan.hole, sigma=plan.sigma, perm=plan.perm, keep=plan.keep,
         seed=plan.seed,
-    )
+    )  # fmt: skip
 
 
 def dense(features: Tensor, policy: Policy, draw: Draw) -> Tensor:

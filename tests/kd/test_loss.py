@@ -61,14 +61,9 @@ def written_out(
     """docs/method.md 2 to 4, one line each, in plain PyTorch."""
     plan = kd.policy.plan(draw, teacher.shape)
     refined = reference.refine(
-        teacher,
-        plan.theta,
-        hole=plan.hole,
-        sigma=plan.sigma,
-        perm=plan.perm,
-        keep=plan.keep,
+        teacher, plan.theta, hole=plan.hole, sigma=plan.sigma, perm=plan.perm, keep=plan.keep,
         seed=plan.seed,
-    )
+    )  # fmt: skip
     adapted = kd.adapter(student, teacher.shape[2:])
     heads_s, heads_t = kd.dam.maps(adapted), kd.dam.maps(refined)
     entries = sum(part.numel() for part in heads_s)
@@ -153,18 +148,14 @@ def test_parts_can_be_replaced_and_removed_later():
     assert loss(student, teacher, kd).isfinite()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"areas": "student"},
-        {"areas": "teacher"},
-        {"overlap": "square"},
-        {"overlap": "union"},
-        {"heads": "paper"},
-        {"k": 5, "kernel": 5, "heat_channels": 9},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", [
+    {"areas": "student"},
+    {"areas": "teacher"},
+    {"overlap": "square"},
+    {"overlap": "union"},
+    {"heads": "paper"},
+    {"k": 5, "kernel": 5, "heat_channels": 9},
+], ids=str)  # fmt: skip
 def test_options_reach_their_part(options):
     kd = make(**options)
     for name, value in options.items():
@@ -201,19 +192,16 @@ def test_options_of_the_policy_reach_it():
 # -------------------------------------------------------------------------------- shapes and layers
 
 
-@pytest.mark.parametrize(
-    ("student", "teacher"),
-    [
-        pytest.param((2, 3, 6, 6), (2, 4, 3, 3), id="teacher smaller"),
-        pytest.param((2, 3, 4, 4), (2, 4, 8, 8), id="teacher larger"),
-        pytest.param((2, 3, 5, 7), (2, 4, 6, 4), id="no ratio"),
-        pytest.param((2, 3, 1, 1), (2, 4, 2, 2), id="one cell"),
-        pytest.param((2, 3, 1, 9), (2, 4, 2, 3), id="strip"),
-        pytest.param((2, 17, 3), (2, 4, 4, 4), id="student tokens"),
-        pytest.param((2, 3, 4, 4), (2, 9, 4), id="teacher tokens"),
-        pytest.param((2, 16, 3), (2, 18, 4), id="both tokens"),
-    ],
-)
+@pytest.mark.parametrize(("student", "teacher"), [
+    pytest.param((2, 3, 6, 6), (2, 4, 3, 3), id="teacher smaller"),
+    pytest.param((2, 3, 4, 4), (2, 4, 8, 8), id="teacher larger"),
+    pytest.param((2, 3, 5, 7), (2, 4, 6, 4), id="no ratio"),
+    pytest.param((2, 3, 1, 1), (2, 4, 2, 2), id="one cell"),
+    pytest.param((2, 3, 1, 9), (2, 4, 2, 3), id="strip"),
+    pytest.param((2, 17, 3), (2, 4, 4, 4), id="student tokens"),
+    pytest.param((2, 3, 4, 4), (2, 9, 4), id="teacher tokens"),
+    pytest.param((2, 16, 3), (2, 18, 4), id="both tokens"),
+])  # fmt: skip
 def test_any_sizes_and_tokens(student, teacher):
     kd = make()
     student, teacher = pair(student, teacher)

@@ -137,9 +137,8 @@ def test_no_value_is_read_on_the_host(device):
     if device == "cuda":
         skip_without_fake_cuda()
     with FakeTensorMode(), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "sokd: no kernels for cuda"
-        )  # the plain path; its kernels, if any, likewise
+        # the plain path; its kernels, if any, likewise
+        warnings.filterwarnings("ignore", "sokd: no kernels for cuda")
         kd = make([3, 3], [4, 4])
         remake_on(device, kd)
         students = [torch.randn(2, 3, 6, 6, device=device, requires_grad=True) for _ in range(2)]
@@ -213,9 +212,8 @@ def _rank(rank: int, folder: str) -> None:
         steps.append({name: parameter.grad.clone() for name, parameter in kd.named_parameters()})
     torch.save({"state": kd.state_dict(), "gradients": steps}, f"{folder}/{rank}")
     dist.destroy_process_group()
-    os._exit(
-        0
-    )  # DDP's destructor holds the GIL and may deadlock with gloo's thread, which needs it
+    # DDP's destructor holds the GIL and may deadlock with gloo's thread, which needs it
+    os._exit(0)
 
 
 def test_two_ranks_draw_alike_and_give_the_gradients_of_the_whole_batch(tmp_path: Path):

@@ -11,6 +11,7 @@ import re
 import pytest
 import torch
 from support.cases import compiles, skip_without_fake_cuda
+from support.raises import raises
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -55,17 +56,14 @@ ROTATION = [
 ]  # 30 degrees, H/W = 1/2
 
 
-@pytest.mark.parametrize(
-    ("name", "magnitude", "theta"),
-    [
-        ("shear_x", 1.0, [[1, 0.3, 0], [0, 1, 0]]),
-        ("shear_x", 0.25, [[1, -0.15, 0], [0, 1, 0]]),
-        ("shear_y", 0.0, [[1, 0, 0], [-0.3, 1, 0]]),
-        ("translate_x", 1.0, [[1, 0, 0.9], [0, 1, 0]]),
-        ("translate_y", 0.0, [[1, 0, 0], [0, 1, -0.9]]),
-        ("rotate", 1.0, ROTATION),
-    ],
-)
+@pytest.mark.parametrize(("name", "magnitude", "theta"), [
+    ("shear_x", 1.0, [[1, 0.3, 0], [0, 1, 0]]),
+    ("shear_x", 0.25, [[1, -0.15, 0], [0, 1, 0]]),
+    ("shear_y", 0.0, [[1, 0, 0], [-0.3, 1, 0]]),
+    ("translate_x", 1.0, [[1, 0, 0.9], [0, 1, 0]]),
+    ("translate_y", 0.0, [[1, 0, 0], [0, 1, -0.9]]),
+    ("rotate", 1.0, ROTATION),
+])  # fmt: skip
 def test_theta_of_each_operation(name: str, magnitude: float, theta: list[list[float]]) -> None:
     plan = plan_of(policy_of(name, "noise", magnitude, 0.0))
     torch.testing.assert_close(plan.theta, torch.tensor([theta], dtype=torch.float32))
@@ -245,14 +243,9 @@ def test_a_pass_is_refine_of_the_plan_in_both_modes(granularity: str, dtype: tor
         plan = policy.plan(draw, features.shape)
         assert plan.straight is None and not any(p is not None and p.requires_grad for p in plan)
         expected = sokd.reference.refine(
-            features,
-            plan.theta,
-            hole=plan.hole,
-            sigma=plan.sigma,
-            perm=plan.perm,
-            keep=plan.keep,
+            features, plan.theta, hole=plan.hole, sigma=plan.sigma, perm=plan.perm, keep=plan.keep,
             seed=plan.seed,
-        )
+        )  # fmt: skip
         torch.testing.assert_close(refined, expected)
         assert refined.dtype == dtype and refined.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(refined, policy(features, draw, differentiable=True))
@@ -411,6 +404,5 @@ def test_projection() -> None:
     ],
 )
 def test_options_are_checked(options: dict, message: str) -> None:
-    with pytest.raises(ValueError) as caught:
+    with raises(ValueError, message):
         Policy(**options)
-    assert str(caught.value) == message

@@ -78,9 +78,8 @@ def test_the_estimate_is_unbiased(policy: Policy) -> None:
         error = (found.mean(0) - wanted) / (found.std(0) / math.sqrt(count))
         # nine scores: the largest of nine normals exceeds 3.9 once in a thousand runs
         assert error.abs().max() < 3.9, error
-        assert (
-            wanted.abs() > 2 * found.std(0) / math.sqrt(count)
-        ).any()  # the test could have failed
+        # the test could have failed
+        assert (wanted.abs() > 2 * found.std(0) / math.sqrt(count)).any()
 
 
 def test_training_the_control_variate_lowers_the_spread(policy: Policy) -> None:

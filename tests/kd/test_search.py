@@ -198,9 +198,8 @@ def test_relax_learns_by_its_estimate(order: int) -> None:
     logs = policy.alpha.log_softmax(0)[sample.chosen].sum() + beta
     wanted = [value * grad for grad in torch.autograd.grad(logs, [policy.alpha, policy.beta])]
     torch.testing.assert_close(hypergradient(search)[:2], wanted, rtol=1e-5, atol=1e-8)
-    assert any(
-        parameter.abs().max() > 0 for parameter in search._control.parameters()
-    )  # Q has learned
+    # Q has learned
+    assert any(parameter.abs().max() > 0 for parameter in search._control.parameters())
 
 
 # ----------------------------------------------------------------------------------------- no trace

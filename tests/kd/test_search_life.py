@@ -305,9 +305,8 @@ def one_rank(rank: int, folder: str) -> None:
     state["alike"] = hypergradient(alike)
     torch.save(state, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
-    os._exit(
-        0
-    )  # DDP's destructor holds the GIL and may deadlock with gloo's thread, which needs it
+    # DDP's destructor holds the GIL and may deadlock with gloo's thread, which needs it
+    os._exit(0)
 
 
 @pytest.mark.skipif(

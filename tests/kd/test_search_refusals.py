@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.cases import compiles
+from support.raises import raises
 from test_search import Student, batch_of, made, same, step
 
 from sokd.kd.policy import Policy
@@ -15,41 +16,28 @@ from sokd.kd.search import PolicySearch
 from sokd.kd.sokd import SoKD
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"objective": "loss"},
-            "PolicySearch: objective must be 'consistency' or 'task' or 'total', got 'loss'",
-        ),
-        ({"estimator": "none"}, "PolicySearch: estimator must be 'gumbel' or 'relax', got 'none'"),
-        ({"order": 3}, "PolicySearch: order must be 1 or 2, got 3"),
-        (
-            {"order": 1, "objective": "task"},
-            "PolicySearch: order must be 2 for objective 'task', got 1",
-        ),
-        ({"unroll": -1}, "PolicySearch: unroll must be a finite number, 0 or more, got -1"),
-        (
-            {"unroll": float("nan")},
-            "PolicySearch: unroll must be a finite number, 0 or more, got nan",
-        ),
-        ({"epochs": -1}, "PolicySearch: epochs must be a whole number, 0 or more, got -1"),
-        ({"epochs": "a"}, "PolicySearch: epochs must be a whole number, 0 or more, got 'a'"),
-    ],
-)
+@pytest.mark.parametrize(("options", "message"), [
+    ({"objective": "loss"},
+     "PolicySearch: objective must be 'consistency' or 'task' or 'total', got 'loss'"),
+    ({"estimator": "none"}, "PolicySearch: estimator must be 'gumbel' or 'relax', got 'none'"),
+    ({"order": 3}, "PolicySearch: order must be 1 or 2, got 3"),
+    ({"order": 1, "objective": "task"},
+     "PolicySearch: order must be 2 for objective 'task', got 1"),
+    ({"unroll": -1}, "PolicySearch: unroll must be a finite number, 0 or more, got -1"),
+    ({"unroll": float("nan")}, "PolicySearch: unroll must be a finite number, 0 or more, got nan"),
+    ({"epochs": -1}, "PolicySearch: epochs must be a whole number, 0 or more, got -1"),
+    ({"epochs": "a"}, "PolicySearch: epochs must be a whole number, 0 or more, got 'a'"),
+])  # fmt: skip
 def test_options_are_checked(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError) as caught:
+    with raises(ValueError, message):
         made(**options)
-    assert str(caught.value) == message
 
 
 def test_a_policy_is_needed() -> None:
-    with pytest.raises(ValueError) as caught:
+    with raises(
+        ValueError, "PolicySearch: kd must have a Policy as kd.policy, got SoKD with NoneType"
+    ):
         PolicySearch(SoKD(3, 4, policy=None), Student())
-    assert (
-        str(caught.value)
-        == "PolicySearch: kd must have a Policy as kd.policy, got SoKD with NoneType"
-    )
 
 
 @compiles
@@ -66,44 +54,24 @@ def test_a_compiled_policy_is_searched_as_it_is() -> None:
 STEP = "PolicySearch: step must return (loss, student features, teacher features), got "
 
 
-@pytest.mark.parametrize(
-    ("result", "kind", "message"),
-    [
-        (lambda task, f_s, f_t: task, TypeError, STEP + "Tensor"),
-        (lambda task, f_s, f_t: (task, f_s), TypeError, STEP + "2 values"),
-        (
-            lambda task, f_s, f_t: (f_s, f_s, f_t),
-            TypeError,
-            "PolicySearch: loss must be a scalar tensor, got shape [3, 3, 6, 5]",
-        ),
-        (
-            lambda task, f_s, f_t: (1.0, f_s, f_t),
-            TypeError,
-            "PolicySearch: loss must be a scalar tensor, got float",
-        ),
-        (
-            lambda task, f_s, f_t: (task, f_s, None),
-            TypeError,
-            "PolicySearch: teacher features must be a tensor or a list of tensors, got NoneType",
-        ),
-        (
-            lambda task, f_s, f_t: (task, [f_s, 1], f_t),
-            TypeError,
-            "PolicySearch: student features must be a tensor or a list of tensors, "
-            "got a list with int",
-        ),
-        (
-            lambda task, f_s, f_t: (task, f_s, f_t.requires_grad_()),
-            ValueError,
-            "PolicySearch: teacher features must not require grad, got a tensor that requires grad",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("result", "kind", "message"), [
+    (lambda task, f_s, f_t: task, TypeError, STEP + "Tensor"),
+    (lambda task, f_s, f_t: (task, f_s), TypeError, STEP + "2 values"),
+    (lambda task, f_s, f_t: (f_s, f_s, f_t), TypeError,
+     "PolicySearch: loss must be a scalar tensor, got shape [3, 3, 6, 5]"),
+    (lambda task, f_s, f_t: (1.0, f_s, f_t), TypeError,
+     "PolicySearch: loss must be a scalar tensor, got float"),
+    (lambda task, f_s, f_t: (task, f_s, None), TypeError,
+     "PolicySearch: teacher features must be a tensor or a list of tensors, got NoneType"),
+    (lambda task, f_s, f_t: (task, [f_s, 1], f_t), TypeError,
+     "PolicySearch: student features must be a tensor or a list of tensors, got a list with int"),
+    (lambda task, f_s, f_t: (task, f_s, f_t.requires_grad_()), ValueError,
+     "PolicySearch: teacher features must not require grad, got a tensor that requires grad"),
+])  # fmt: skip
 def test_what_a_step_returns_is_checked(result: Any, kind: type[Exception], message: str) -> None:
     _, _, search = made()
-    with pytest.raises(kind) as caught:
+    with raises(kind, message):
         search.step(lambda model, batch: result(*step(model, batch)), batch_of())
-    assert str(caught.value) == message
 
 
 def test_a_loss_cut_off_from_the_weights_is_refused() -> None:
@@ -113,36 +81,31 @@ def test_a_loss_cut_off_from_the_weights_is_refused() -> None:
         task, f_s, f_t = step(model, batch)
         return task.detach(), f_s, f_t
 
-    with pytest.raises(ValueError) as caught:
+    with raises(
+        ValueError, "PolicySearch: loss must depend on the weights, got one without a gradient"
+    ):
         search.step(cut, batch_of())
-    assert (
-        str(caught.value)
-        == "PolicySearch: loss must depend on the weights, got one without a gradient"
-    )
 
 
 @pytest.mark.parametrize("name", ["alpha", "magnitude"])
 def test_a_frozen_policy_is_not_searched(name: str) -> None:
     _, kd, search = made()
     getattr(kd.policy, name).requires_grad_(False)
-    with pytest.raises(ValueError) as caught:
+    with raises(
+        ValueError, f"PolicySearch: kd.policy.{name} must require grad, got one that is frozen"
+    ):
         search.step(step, batch_of())
-    assert (
-        str(caught.value)
-        == f"PolicySearch: kd.policy.{name} must require grad, got one that is frozen"
-    )
 
 
 def test_a_step_that_runs_another_student_is_refused() -> None:
     _, _, search = made()
     other = Student()
-    with pytest.raises(ValueError) as caught:
-        search.step(lambda _, batch: step(other, batch), batch_of())
     text = (
         "PolicySearch: step must run the model it is called with, with gradients, got a loss that "
         "none of the student's parameters enters"
     )
-    assert str(caught.value) == text
+    with raises(ValueError, text):
+        search.step(lambda _, batch: step(other, batch), batch_of())
 
 
 def test_a_student_without_anything_to_train() -> None:
@@ -151,24 +114,20 @@ def test_a_student_without_anything_to_train() -> None:
     student.requires_grad_(False)
     assert search.step(step, batch_of()).isfinite()
     kd.requires_grad_(False)
-    with pytest.raises(ValueError) as caught:
-        search.step(step, batch_of())
     text = (
         "PolicySearch: student must have parameters that require grad (or kd.adapter or kd.dam "
         "some), for its virtual step, got none; order=1 does without"
     )
-    assert str(caught.value) == text
+    with raises(ValueError, text):
+        search.step(step, batch_of())
     assert PolicySearch(kd, student, order=1).step(step, batch_of()).isfinite()
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "text"),
-    [
-        ("estimator", "relax", "estimator must be the state's, 'gumbel', got 'relax'"),
-        ("objective", "total", "objective must be the state's, 'consistency', got 'total'"),
-        ("order", 1, "order must be the state's, 2, got 1"),
-    ],
-)
+@pytest.mark.parametrize(("option", "value", "text"), [
+    ("estimator", "relax", "estimator must be the state's, 'gumbel', got 'relax'"),
+    ("objective", "total", "objective must be the state's, 'consistency', got 'total'"),
+    ("order", 1, "order must be the state's, 2, got 1"),
+])  # fmt: skip
 def test_a_state_of_another_search_is_refused(option: str, value: Any, text: str) -> None:
     state, search = made()[2].state_dict(), made(**{option: value})[2]
     before = copy.deepcopy(search.state_dict())
@@ -182,9 +141,8 @@ def test_a_state_that_lacks_something_is_refused() -> None:
     state = search.state_dict()
     names = ", ".join(state)
     del state["order"]
-    with pytest.raises(ValueError) as caught:
+    with raises(ValueError, f"PolicySearch: state must have {names}, got {', '.join(state)}"):
         search.load_state_dict(state)
-    assert str(caught.value) == f"PolicySearch: state must have {names}, got {', '.join(state)}"
 
 
 @pytest.mark.parametrize(("estimator", "adam"), [("gumbel", "adam"), ("relax", "control_adam")])

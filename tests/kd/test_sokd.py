@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from support.cases import compiles
 from support.kd_cases import features, make, pair, rewound
+from support.raises import raises
 from torch import nn
 
 from sokd.kd.policy import Policy
@@ -60,14 +61,11 @@ def saved_and_loaded(kd: SoKD) -> SoKD:
     return other
 
 
-@pytest.mark.parametrize(
-    "copied",
-    [
-        pytest.param(copy.deepcopy, id="deepcopy"),
-        pytest.param(lambda kd: pickle.loads(pickle.dumps(kd)), id="pickle"),
-        pytest.param(saved_and_loaded, id="state_dict"),
-    ],
-)
+@pytest.mark.parametrize("copied", [
+    pytest.param(copy.deepcopy, id="deepcopy"),
+    pytest.param(lambda kd: pickle.loads(pickle.dumps(kd)), id="pickle"),
+    pytest.param(saved_and_loaded, id="state_dict"),
+])  # fmt: skip
 def test_a_copy_goes_on_with_the_same_bits(copied):
     kd = make()
     student, teacher = pair()
@@ -235,74 +233,44 @@ def test_the_search_leaves_the_diagnostics_alone():
 STUDENT, TEACHER = torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4, 4)
 
 
-@pytest.mark.parametrize(
-    ("error", "student", "teacher", "text"),
-    [
-        (
-            TypeError, None, TEACHER,
-            "student_features must be a tensor or a list of tensors, got NoneType",
-        ),
-        (TypeError, [None], TEACHER, "student_features must be a tensor, got NoneType"),
-        (
-            TypeError, STUDENT, {"a": 1},
-            "teacher_features must be a tensor or a list of tensors, got dict",
-        ),
-        (
-            ValueError, [STUDENT] * 2, [TEACHER] * 2,
-            "student_features must have one tensor for each of kd's layers (1), got 2",
-        ),
-        (
-            ValueError, STUDENT, [],
-            "teacher_features must have one tensor for each of kd's layers (1), got 0",
-        ),
-        (
-            TypeError, STUDENT.long(), TEACHER,
-            "student_features must be floating point, got torch.int64",
-        ),
-        (
-            ValueError, STUDENT[0, 0], TEACHER,
-            "student_features must be [B, 3, H, W] or [B, N, 3], got [4, 4]",
-        ),
-        (
-            ValueError, STUDENT, STUDENT,
-            "teacher_features must be [B, 4, H, W] or [B, N, 4], got [2, 3, 4, 4]",
-        ),
-        (
-            ValueError, STUDENT.flatten(2), TEACHER,
-            "student_features must be [B, 3, H, W] or [B, N, 3], got [2, 3, 16]",
-        ),
-        (
-            ValueError, STUDENT, TEACHER[:1],
-            "teacher_features must have the student's batch size 2, got 1",
-        ),
-        (
-            TypeError, STUDENT, TEACHER.half(),
-            "teacher_features must have the student's dtype torch.float32, got torch.float16",
-        ),
-        (
-            ValueError, STUDENT, TEACHER.to("meta"),
-            "teacher_features must be on the student's device cpu, got meta",
-        ),
-        (
-            ValueError, torch.zeros(2, 7, 3), TEACHER,
-            "student_features must hold 0, 1, 2, 4 or 5 prefix tokens and a square grid "
-            "(or name tokens and grid), got 7 tokens",
-        ),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("error", "student", "teacher", "text"), [
+    (TypeError, None, TEACHER,
+     "student_features must be a tensor or a list of tensors, got NoneType"),
+    (TypeError, [None], TEACHER, "student_features must be a tensor, got NoneType"),
+    (TypeError, STUDENT, {"a": 1},
+     "teacher_features must be a tensor or a list of tensors, got dict"),
+    (ValueError, [STUDENT] * 2, [TEACHER] * 2,
+     "student_features must have one tensor for each of kd's layers (1), got 2"),
+    (ValueError, STUDENT, [],
+     "teacher_features must have one tensor for each of kd's layers (1), got 0"),
+    (TypeError, STUDENT.long(), TEACHER,
+     "student_features must be floating point, got torch.int64"),
+    (ValueError, STUDENT[0, 0], TEACHER,
+     "student_features must be [B, 3, H, W] or [B, N, 3], got [4, 4]"),
+    (ValueError, STUDENT, STUDENT,
+     "teacher_features must be [B, 4, H, W] or [B, N, 4], got [2, 3, 4, 4]"),
+    (ValueError, STUDENT.flatten(2), TEACHER,
+     "student_features must be [B, 3, H, W] or [B, N, 3], got [2, 3, 16]"),
+    (ValueError, STUDENT, TEACHER[:1],
+     "teacher_features must have the student's batch size 2, got 1"),
+    (TypeError, STUDENT, TEACHER.half(),
+     "teacher_features must have the student's dtype torch.float32, got torch.float16"),
+    (ValueError, STUDENT, TEACHER.to("meta"),
+     "teacher_features must be on the student's device cpu, got meta"),
+    (ValueError, torch.zeros(2, 7, 3), TEACHER,
+     "student_features must hold 0, 1, 2, 4 or 5 prefix tokens and a square grid (or name "
+     "tokens and grid), got 7 tokens"),
+])  # fmt: skip
 def test_features_that_do_not_fit_are_refused(error, student, teacher, text):
-    with pytest.raises(error) as caught:
+    with raises(error, f"loss: {text}"):
         loss(student, teacher, make())
-    assert str(caught.value) == f"loss: {text}"
 
 
 def test_the_layer_is_named():
-    with pytest.raises(ValueError) as caught:
+    with raises(
+        ValueError, "loss: teacher_features[1] must be [B, 4, H, W] or [B, N, 4], got [2, 3, 4, 4]"
+    ):
         loss([STUDENT] * 2, [TEACHER, STUDENT], make([3, 3], [4, 4]))
-    assert (
-        str(caught.value)
-        == "loss: teacher_features[1] must be [B, 4, H, W] or [B, N, 4], got [2, 3, 4, 4]"
-    )
 
 
 def test_shapes_that_no_adapter_makes_equal_are_refused():
@@ -312,75 +280,59 @@ def test_shapes_that_no_adapter_makes_equal_are_refused():
     shape = "loss: student_features must have the teacher's shape [2, 4, 4, 4]"
     assert str(caught.value) == f"{shape} (kd.adapter is None), got [2, 3, 4, 4]"
     kd.adapter = nn.Conv2d(3, 4, 3)
-    with pytest.raises(ValueError) as caught:
-        loss(STUDENT, TEACHER, kd)
     rule = "have the teacher's shape [2, 4, 4, 4] after kd.adapter"
-    assert str(caught.value) == f"loss: student_features must {rule}, got [2, 4, 2, 2]"
+    with raises(ValueError, f"loss: student_features must {rule}, got [2, 4, 2, 2]"):
+        loss(STUDENT, TEACHER, kd)
 
 
 @pytest.mark.parametrize(
     ("kd", "got"), [({}, "dict"), (nn.Linear(1, 1), "Linear")], ids=["dict", "Linear"]
 )
 def test_kd_must_be_a_sokd(kd, got):
-    with pytest.raises(TypeError) as caught:
+    with raises(TypeError, f"loss: kd must be a sokd.SoKD, got {got}"):
         loss(STUDENT, TEACHER, kd)
-    assert str(caught.value) == f"loss: kd must be a sokd.SoKD, got {got}"
 
 
 def test_one_value_a_channel_is_refused_in_training():
     kd, student, teacher = make(), torch.randn(1, 3, 1, 1), torch.randn(1, 4, 1, 1)
-    with pytest.raises(ValueError) as caught:
-        loss(student, teacher, kd)
     want = (
         "loss: student_features must give the BatchNorm of kd.adapter more than 1 value per "
         "channel in train mode, got 1 sample of 1 cell (drop_last=True in the DataLoader, or "
         "larger batches)"
     )
-    assert str(caught.value) == want
+    with raises(ValueError, want):
+        loss(student, teacher, kd)
     kd.adapter.eval()
     assert loss(student, teacher, kd).isfinite()
 
 
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        (
-            {"policy": nn.Linear(1, 1)},
-            "policy must be 'default', None or a sokd.Policy, got Linear",
-        ),
-        ({"policy": "none"}, "policy must be 'default', None or a sokd.Policy, got 'none'"),
-        ({"dam": nn.Conv2d(4, 4, 1)}, "dam must take (student, refined, scale=...), got Conv2d"),
-        (
-            {"dam": nn.ModuleList([nn.Identity()])},
-            "dam must take (student, refined, scale=...), got Identity",
-        ),
-        ({"adapter": nn.Bilinear(3, 3, 3)}, "adapter must take (student), got Bilinear"),
-        ({"adapter": nn.ModuleDict()}, "adapter must take (student), got ModuleDict"),
-        (
-            {"adapter": torch.relu},
-            "adapter must be 'default', None or an nn.Module, got builtin_function_or_method",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("options", "text"), [
+    ({"policy": nn.Linear(1, 1)}, "policy must be 'default', None or a sokd.Policy, got Linear"),
+    ({"policy": "none"}, "policy must be 'default', None or a sokd.Policy, got 'none'"),
+    ({"dam": nn.Conv2d(4, 4, 1)}, "dam must take (student, refined, scale=...), got Conv2d"),
+    ({"dam": nn.ModuleList([nn.Identity()])},
+     "dam must take (student, refined, scale=...), got Identity"),
+    ({"adapter": nn.Bilinear(3, 3, 3)}, "adapter must take (student), got Bilinear"),
+    ({"adapter": nn.ModuleDict()}, "adapter must take (student), got ModuleDict"),
+    ({"adapter": torch.relu},
+     "adapter must be 'default', None or an nn.Module, got builtin_function_or_method"),
+])  # fmt: skip
 def test_a_part_that_the_loss_could_not_call_is_refused(options, text):
-    with pytest.raises(TypeError) as caught:
+    with raises(TypeError, f"SoKD: {text}"):
         SoKD(3, 4, **options)
-    assert str(caught.value) == f"SoKD: {text}"
 
 
 def test_an_invalid_generator():
-    with pytest.raises(TypeError) as caught:
+    with raises(TypeError, "Policy: generator must be a torch.Generator or None, got int"):
         make(generator=3)
-    assert str(caught.value) == "Policy: generator must be a torch.Generator or None, got int"
 
 
 def test_a_part_put_in_later_must_give_what_the_loss_needs():
     kd = make()
     kd.dam = nn.Bilinear(4, 4, 4)
     kd.dam.forward = lambda student, refined, scale: student
-    with pytest.raises(TypeError) as caught:
+    with raises(TypeError, "loss: kd.dam must return an Attention, got Tensor"):
         loss(*pair(), kd)
-    assert str(caught.value) == "loss: kd.dam must return an Attention, got Tensor"
 
 
 @compiles
@@ -393,45 +345,26 @@ def test_parts_of_ones_own_are_taken():
 
 
 def test_features_of_another_dtype_than_the_parameters_are_refused():
-    with pytest.raises(TypeError) as caught:
-        loss(STUDENT.double(), TEACHER.double(), make())
     rule = "have the dtype torch.float32 of kd's parameters (see kd.to and torch.autocast)"
-    assert str(caught.value) == f"loss: student_features must {rule}, got torch.float64"
+    with raises(TypeError, f"loss: student_features must {rule}, got torch.float64"):
+        loss(STUDENT.double(), TEACHER.double(), make())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "options", "text"),
-    [
-        (
-            ([], []), {},
-            "SoKD: student_channels must be a positive number or a list of them, got []",
-        ),
-        ((3, 0), {}, "SoKD: teacher_channels must be a positive number or a list of them, got 0"),
-        (([3, 4], 5), {}, "SoKD: teacher_channels must be as many as student_channels (2), got 1"),
-        (
-            (3, 4), {"normalise": "cells"},
-            "SoKD: normalise must be 'elements' or 'area', got 'cells'",
-        ),
-        (
-            ([3, 3], [4, 4]), {"student_tokens": [1]},
-            "SoKD: student_tokens must have one entry for each of the 2 layers, got 1",
-        ),
-        (
-            ([3, 3], [4, 4]), {"student_grid": [4, 4]},
-            "SoKD: student_grid must be (H, W), both positive, for each layer, got 4",
-        ),
-        (
-            (3, 4), {"teacher_grid": (0, 4)},
-            "SoKD: teacher_grid must be (H, W), both positive, for each layer, got (0, 4)",
-        ),
-        (
-            ([3, 3], [4, 4]), {"adapter": nn.ModuleList([nn.Identity()])},
-            "SoKD: adapter must have one entry for each of the 2 layers, got 1",
-        ),
-        ((3, 4), {"policies": 5}, "Policy: policies must be a list of pairs of operations, got 5"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("arguments", "options", "text"), [
+    (([], []), {}, "SoKD: student_channels must be a positive number or a list of them, got []"),
+    ((3, 0), {}, "SoKD: teacher_channels must be a positive number or a list of them, got 0"),
+    (([3, 4], 5), {}, "SoKD: teacher_channels must be as many as student_channels (2), got 1"),
+    ((3, 4), {"normalise": "cells"}, "SoKD: normalise must be 'elements' or 'area', got 'cells'"),
+    (([3, 3], [4, 4]), {"student_tokens": [1]},
+     "SoKD: student_tokens must have one entry for each of the 2 layers, got 1"),
+    (([3, 3], [4, 4]), {"student_grid": [4, 4]},
+     "SoKD: student_grid must be (H, W), both positive, for each layer, got 4"),
+    ((3, 4), {"teacher_grid": (0, 4)},
+     "SoKD: teacher_grid must be (H, W), both positive, for each layer, got (0, 4)"),
+    (([3, 3], [4, 4]), {"adapter": nn.ModuleList([nn.Identity()])},
+     "SoKD: adapter must have one entry for each of the 2 layers, got 1"),
+    ((3, 4), {"policies": 5}, "Policy: policies must be a list of pairs of operations, got 5"),
+])  # fmt: skip
 def test_bad_options_are_refused(arguments, options, text):
-    with pytest.raises(ValueError) as caught:
+    with raises(ValueError, text):
         SoKD(*arguments, **options)
-    assert str(caught.value) == text

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from support.cases import compiles
 from support.kd_cases import features, make, pair, rewound
+from support.raises import raises
 from torch import nn
 
 import sokd
@@ -247,64 +248,52 @@ def test_teacher_gradients_are_warned_of():
 
 WRONG = {
     "no loss": (lambda: wrap(3, make()), "wrap: any_loss must be callable, got int"),
-    "no kd": (
-        lambda: wrap(F.mse_loss, nn.Identity()),
-        "wrap: kd must be a sokd.SoKD, got Identity",
-    ),
-    "no such argument": (
-        lambda: wrap(scaled, make(), student="f_s", teacher="teacher")(*pair()),
-        "wrap: student must be among the arguments of any_loss as 'f_s', got [0, 1]",
-    ),
-    "a place that is none": (
-        lambda: wrap(scaled, make(), student=-1),
-        "wrap: student must be a place (0 or more) or a name, got -1",
-    ),
-    "no place": (
-        lambda: wrap(scaled, make(), teacher=True),
-        "wrap: teacher must be a place (0 or more) or a name, got True",
-    ),
-    "no tensor": (
-        lambda: wrap(lambda f_s, f_t: {"loss": f_s.sum()}, make())(*pair()),
-        "wrap: any_loss must return a scalar tensor to add the agreement to (agreement=False "
-        "leaves it in .agreement), got dict",
-    ),
-    "no scalar": (
-        lambda: wrap(lambda f_s, f_t: f_s.sum((1, 2, 3)), make())(*pair()),
-        "wrap: any_loss must return a scalar tensor to add the agreement to (agreement=False "
-        f"leaves it in .agreement), got shape [{len(pair()[0])}]",
-    ),
-}
+    "no kd":
+        (lambda: wrap(F.mse_loss, nn.Identity()), "wrap: kd must be a sokd.SoKD, got Identity"),
+    "no such argument":
+        (lambda: wrap(scaled, make(), student="f_s", teacher="teacher")(*pair()),
+         "wrap: student must be among the arguments of any_loss as 'f_s', got [0, 1]"),
+    "a place that is none":
+        (lambda: wrap(scaled, make(), student=-1),
+         "wrap: student must be a place (0 or more) or a name, got -1"),
+    "no place":
+        (lambda: wrap(scaled, make(), teacher=True),
+         "wrap: teacher must be a place (0 or more) or a name, got True"),
+    "no tensor":
+        (lambda: wrap(lambda f_s, f_t: {"loss": f_s.sum()}, make())(*pair()),
+         "wrap: any_loss must return a scalar tensor to add the agreement to (agreement=False "
+         "leaves it in .agreement), got dict"),
+    "no scalar":
+        (lambda: wrap(lambda f_s, f_t: f_s.sum((1, 2, 3)), make())(*pair()),
+         "wrap: any_loss must return a scalar tensor to add the agreement to (agreement=False "
+         f"leaves it in .agreement), got shape [{len(pair()[0])}]"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("call", "text"), WRONG.values(), ids=WRONG)
 def test_what_is_refused(call, text):
-    with pytest.raises(TypeError) as caught:
+    with raises(TypeError, text):
         call()
-    assert str(caught.value) == text
 
 
 LEAD = "lead to features [B, C, H, W] or [B, N, C], or a list of them, among any_loss's arguments"
 ELSEWHERE = {
-    "logits first": (
-        lambda: wrap(of_a_task, make())(torch.randn(2, 5), torch.arange(2), *pair()),
-        f"wrap: student must {LEAD}, got float32 [2, 5] at 0",
-    ),
-    "a dict": (
-        lambda: wrap(F.mse_loss, make())(pair()[0], {"map": pair()[1]}),
-        f"wrap: teacher must {LEAD}, got dict at 1",
-    ),
-    "one for both": (
-        lambda: wrap(F.mse_loss, make(), student=1, teacher="target")(*pair()),
-        "wrap: teacher must be another argument of any_loss than student, got 1 for both",
-    ),
-}
+    "logits first":
+        (lambda: wrap(of_a_task, make())(torch.randn(2, 5), torch.arange(2), *pair()),
+         f"wrap: student must {LEAD}, got float32 [2, 5] at 0"),
+    "a dict":
+        (lambda: wrap(F.mse_loss, make())(pair()[0], {"map": pair()[1]}),
+         f"wrap: teacher must {LEAD}, got dict at 1"),
+    "one for both":
+        (lambda: wrap(F.mse_loss, make(), student=1, teacher="target")(*pair()),
+         "wrap: teacher must be another argument of any_loss than student, got 1 for both"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("call", "text"), ELSEWHERE.values(), ids=ELSEWHERE)
 def test_arguments_that_are_no_features(call, text):
-    with pytest.raises(ValueError) as caught:
+    with raises(ValueError, text):
         call()
-    assert str(caught.value) == text
 
 
 def test_places_that_are_swapped():
@@ -314,9 +303,8 @@ def test_places_that_are_swapped():
     kd = sokd.SoKD(3, 4, heat_channels=3)
     rule = "be the argument of the student's features"
     text = f"wrap: student must {rule}, got 0, which is 'teacher_maps'"
-    with pytest.raises(ValueError) as caught:
+    with raises(ValueError, text):
         wrap(loss_of, kd)
-    assert str(caught.value) == text
     with pytest.raises(ValueError, match="got 'teacher_maps', which is 'teacher_maps'"):
         wrap(loss_of, kd, student="teacher_maps", teacher=0)
     assert wrap(loss_of, kd, student=1, teacher=0) is not None

@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from support.distiller_cases import make, one_thread  # noqa: F401
+from support.distiller_cases import make
+from support.raises import raises
 
 from sokd import methods
 from sokd.methods import METHODS, build, options_of
@@ -56,9 +57,8 @@ WAYS = {"by name": by_name, "function": called}
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize(("name", "option", "rule", "value"), CASES)
 def test_numbers_out_of_range(way, name, option, rule, value):
-    with pytest.raises(ValueError) as caught:
+    with raises(ValueError, f"{name}: {option} must {rule}, got {value!r}"):
         way(name, **{option: value})
-    assert str(caught.value) == f"{name}: {option} must {rule}, got {value!r}"
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
@@ -66,9 +66,8 @@ def test_numbers_out_of_range(way, name, option, rule, value):
 @pytest.mark.parametrize("value", ["4", [2], 1 + 2j], ids=str)
 def test_invalid_numbers(way, name, option, value):
     kind = "a whole number" if RULES[name, option] in (COUNT, "be 2 or more") else "a number"
-    with pytest.raises(TypeError) as caught:
+    with raises(TypeError, f"{name}: {option} must be {kind}, got {value!r}"):
         way(name, **{option: value})
-    assert str(caught.value) == f"{name}: {option} must be {kind}, got {value!r}"
 
 
 @pytest.mark.parametrize(("name", "option"), [key for key, rule in RULES.items() if rule == COUNT])
@@ -107,6 +106,5 @@ def test_a_learned_temperature_is_taken():
      "got [2, 5, 4, 4]"),
 ], ids=["crd", "reviewkd"])  # fmt: skip
 def test_sides_that_are_swapped(wrong, text):
-    with pytest.raises(ValueError) as caught:
+    with raises(ValueError, text):
         wrong()
-    assert str(caught.value) == text

@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from support.cases import compiles
+from support.raises import raises
 from torch import nn
 
 from sokd import methods
@@ -17,19 +18,8 @@ from sokd.methods import METHODS, Method, Step, build
 STUDENT, TEACHER = [(3, 8, 6), (4, 4, 3)], [(5, 8, 6), (6, 2, 2)]
 CLASSES, BATCH, SAMPLES = 7, 4, 20
 NAMES = [
-    "fitnet",
-    "at",
-    "crd",
-    "reviewkd",
-    "kd",
-    "dkd",
-    "lskd",
-    "dist",
-    "sp",
-    "rkd",
-    "catkd",
-    "mgd",
-]
+    "fitnet", "at", "crd", "reviewkd", "kd", "dkd", "lskd", "dist", "sp", "rkd", "catkd", "mgd",
+]  # fmt: skip
 
 
 def made(name: str) -> Method:
@@ -200,8 +190,7 @@ ERRORS = [
      "kd: teacher_logits must be given (this method compares logits [B, K]), got None"),
     (lambda: build("catkd", **SHAPES)(step()), ValueError,
      "catkd: student_head must be given (student's last linear layer), or its last map have 7 "
-     "channels, "
-     "got 4"),
+     "channels, got 4"),
     # logits
     (lambda: methods.kd([1.0], LOGITS), TypeError, "kd: student_logits must be a tensor, got list"),
     (lambda: methods.kd(LOGITS, LOGITS.long()), TypeError,
@@ -246,11 +235,6 @@ ERRORS = [
     (lambda: methods.sp(LOGITS, LOGITS, torch.ones(2, 4, 5)), ValueError,
      "sp: weight must be None for features [B, D], got a weight"),
     # modules
-    (lambda: crd(temperature=0), ValueError, "crd: temperature must be positive and finite, got 0"),
-    (lambda: crd(momentum=1), ValueError, "crd: momentum must be in [0, 1), got 1"),
-    (lambda: methods.crd(3, 4, 1), ValueError, "crd: num_samples must be 2 or more, got 1"),
-    (lambda: methods.crd(3, 4, 5, negatives=0), ValueError,
-     "crd: negatives must be 1 or more, got 0"),
     (lambda: crd(labels=torch.zeros(5).long()), ValueError,
      "crd: labels must be of at least 2 classes, got 1"),
     (lambda: crd(labels=torch.zeros(4).long()), ValueError,
@@ -266,20 +250,17 @@ ERRORS = [
      "crd: student must be [B, D] (sokd.methods.pooled makes it of a map), got [2, 3, 4, 5]"),
     (lambda: methods.mgd(3, over="rows"), ValueError,
      "mgd: over must be one of channels, cells, got 'rows'"),
-    (lambda: methods.mgd(3, ratio=1.0), ValueError, "mgd: ratio must be in [0, 1), got 1.0"),
     (lambda: methods.reviewkd([3], []), ValueError,
      "reviewkd: teacher_channels must be as many as student_channels (1), at least one, got 0"),
     (lambda: methods.reviewkd([3], [3])([M, M], [M, M]), ValueError,
      "reviewkd: student must have one map for each of the 1 stages, got 2"),
     (lambda: methods.reviewkd([3], [3])([M[:1, :, :1, :1]], [M[:1]]), ValueError,
      "reviewkd: student must have more than one value a channel in training, for BatchNorm "
-     "(drop_last=True "
-     "in the DataLoader), got [1, 3, 1, 1]"),
+     "(drop_last=True in the DataLoader), got [1, 3, 1, 1]"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("mistake, kind, text", ERRORS, ids=[text for _, _, text in ERRORS])
 def test_mistakes(mistake, kind, text):
-    with pytest.raises(kind) as error:
+    with raises(kind, text):
         mistake()
-    assert type(error.value) is kind and str(error.value) == text

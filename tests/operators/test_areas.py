@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from support import naive
-from support.cases import DTYPES, LAYOUTS, laid_out
+from support.cases import DTYPES, LAYOUTS, both, laid_out
 
 from sokd import ops, reference
 
@@ -35,12 +35,13 @@ def assert_same(actual, expected):
 
 @pytest.mark.parametrize("kernel", [1, 3, 5, 99])
 @pytest.mark.parametrize("k", [1, 8, 60])
-def test_naive_loops(k, kernel):
+@both
+def test_naive_loops(module, k, kernel):
     heat, size, offset = maps((3, 3, 4, 5), torch.float64)
     heat[1] = 0.5  # one plateau: every cell is a peak
     heat[2, 1, 2, 2] = math.nan
     coverage, boxes, scores = naive.areas(heat.numpy(), size.numpy(), offset.numpy(), k, kernel)
-    actual = ops.areas(heat, size, offset, k=k, kernel=kernel)
+    actual = module.areas(heat, size, offset, k=k, kernel=kernel)
     assert actual.boxes.tolist() == boxes.tolist()
     assert (
         actual.coverage.tolist() == coverage.tolist() and actual.scores.tolist() == scores.tolist()

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from support.cases import DTYPES, LAYOUTS, everything, laid_out
+from support.raises import raises
 
 import sokd
 from sokd import _core, ops, reference
@@ -89,15 +90,12 @@ def choose(monkeypatch):
     _core.select_reader(before)
 
 
-@pytest.mark.parametrize(
-    "release, chosen",
-    [
-        ("2.13.0", "tch"),
-        ("2.15.1+cu130", "tch"),
-        ("2.12.1", f"{FALLBACK} (sokd_tch is proven on torch 2.13, 2.14, 2.15)"),
-        ("2.16.0", f"{FALLBACK} (sokd_tch is proven on torch 2.13, 2.14, 2.15)"),
-    ],
-)
+@pytest.mark.parametrize("release, chosen", [
+    ("2.13.0", "tch"),
+    ("2.15.1+cu130", "tch"),
+    ("2.12.1", f"{FALLBACK} (sokd_tch is proven on torch 2.13, 2.14, 2.15)"),
+    ("2.16.0", f"{FALLBACK} (sokd_tch is proven on torch 2.13, 2.14, 2.15)"),
+])  # fmt: skip
 def test_the_guard_chooses_by_the_running_torch(release, chosen, choose):
     assert choose(pytest.importorskip("sokd_tch"), release) == chosen
 
@@ -141,16 +139,11 @@ def capsule_of(function):
     return new(ctypes.cast(function, ctypes.c_void_p), NAME, None)
 
 
-@pytest.mark.parametrize(
-    "reader, why",
-    [
-        (
-            capsule_of(read_version_2),
-            "must fill version 1 of the view, got version 2; install the sokd-tch of this sokd",
-        ),
-        (None, "must be the capsule sokd_tch.reader, got None"),
-    ],
-)
+@pytest.mark.parametrize("reader, why", [
+    (capsule_of(read_version_2),
+     "must fill version 1 of the view, got version 2; install the sokd-tch of this sokd"),
+    (None, "must be the capsule sokd_tch.reader, got None"),
+])  # fmt: skip
 def test_another_view_is_refused(reader, why, choose):
     expected = f"{FALLBACK} (sokd_tch does not load: use_tch_reader: reader {why})"
     assert choose(SimpleNamespace(reader=reader)) == expected
@@ -206,15 +199,12 @@ def test_numpy_arrays_give_the_same_as_tensors(dtype):
     assert isinstance(dots, np.ndarray) and np.array_equal(dots, twin.numpy())
 
 
-@pytest.mark.parametrize(
-    "view",
-    [
-        lambda a: a[:, ::-1],
-        lambda a: a[..., ::2],
-        lambda a: a.transpose(0, 2, 1, 3),
-        lambda a: a[:, :, 1:],
-    ],
-)
+@pytest.mark.parametrize("view", [
+    lambda a: a[:, ::-1],
+    lambda a: a[..., ::2],
+    lambda a: a.transpose(0, 2, 1, 3),
+    lambda a: a[:, :, 1:],
+])  # fmt: skip
 def test_numpy_views_of_any_stride(view):
     features = view(np.random.randn(*SHAPE))
     sigma = np.ones(1)
@@ -230,10 +220,9 @@ def test_numpy_arrays_that_are_not_aligned_are_refused():
     memory = np.zeros(4 * 5 * 6 * 7 * 4 + 4, np.uint8)
     offset = (1 - memory.ctypes.data) % 4
     features = memory[offset:][: 4 * 5 * 6 * 7 * 4].view(np.float32).reshape(4, 5, 6, 7)
-    with pytest.raises(ValueError) as caught:
-        ops.masked_mse(features, features)
     message = "masked_mse: student must be aligned to its elements, got an address 1 bytes off"
-    assert str(caught.value) == message
+    with raises(ValueError, message):
+        ops.masked_mse(features, features)
 
 
 def test_numpy_arrays_that_may_not_be_written_are_only_read():

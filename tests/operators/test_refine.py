@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import naive
-from support.cases import DTYPES, LAYOUTS, SHAPES, everything, laid_out, pair, same_bits
+from support.cases import DTYPES, LAYOUTS, SHAPES, both, everything, laid_out, pair, same_bits
+from support.raises import raises
 
 from sokd import ops, reference
 
@@ -74,12 +75,24 @@ def test_values_of_larger_maps(shape, layout):
     )
 
 
+@both
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if math.prod(shape)])
-def test_theta_is_affine_grid_and_grid_sample(shape):
+def test_theta_is_affine_grid_and_grid_sample(shape, module):
     features, theta = torch.randn(shape), torch.eye(2, 3) + 0.4 * torch.randn(shape[0], 2, 3)
-    grid = F.affine_grid(theta.double(), list(shape), align_corners=False)
-    expected = F.grid_sample(features.double(), grid, align_corners=False)
-    torch.testing.assert_close(ops.refine(features, theta).double(), expected, rtol=1e-5, atol=1e-5)
+    wide, upstream = (
+        [each.double().requires_grad_() for each in (features, theta)],
+        torch.randn(shape),
+    )
+    grid = F.affine_grid(wide[1], list(shape), align_corners=False)
+    expected = F.grid_sample(wide[0], grid, align_corners=False)
+    single = module.refine(features, theta).double()
+    torch.testing.assert_close(single, expected, rtol=1e-5, atol=1e-5)
+    actual = module.refine(*wide)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    found, wanted = (
+        torch.autograd.grad(out, wide, upstream.double()) for out in (actual, expected)
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -100,7 +113,8 @@ def test_half_precision_is_no_worse_than_eager(dtype):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_neutral_values_copy_bit_for_bit(dtype, layout):
+@both
+def test_neutral_values_copy_bit_for_bit(module, dtype, layout):
     features = laid_out((2, 3, 6, 5), layout, dtype)
     if layout != "expanded":
         features[0, 0, 0, :3] = torch.tensor([math.nan, -0.0, math.inf])
@@ -110,9 +124,10 @@ def test_neutral_values_copy_bit_for_bit(dtype, layout):
         "sigma": torch.zeros(1),
         "perm": torch.arange(3).unsqueeze(0),
         "keep": torch.ones(2, 3, dtype=torch.bool),
+        "straight": torch.ones(2),
     }
     for plan in [{}, neutral, *({name: part} for name, part in neutral.items())]:
-        assert same_bits(ops.refine(features, **plan, seed=1), features.contiguous())
+        assert same_bits(module.refine(features, **plan, seed=1), features.contiguous())
 
 
 @pytest.mark.parametrize("groups", list(itertools.product([1, 3], repeat=5)))
@@ -160,9 +175,8 @@ def test_corners_outside_are_zero_even_next_to_nan():
     address."""
     features = torch.full((1, 1, 3, 3), math.nan)
     features[0, 0, 1, 1] = 1.0
-    theta = torch.tensor(
-        [[[1.0, 0, 2 / 3 * 3], [0, 1, 0]]]
-    )  # three columns to the side: all outside
+    # three columns to the side: all outside
+    theta = torch.tensor([[[1.0, 0, 2 / 3 * 3], [0, 1, 0]]])
     assert torch.equal(ops.refine(features, theta), torch.zeros(1, 1, 3, 3))
 
 
@@ -274,13 +288,15 @@ def test_a_gradient_penalty_is_the_twins():
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)  # the noise is float32
 
 
-def test_straight_gets_the_sum_of_the_upstream_gradient():
+@both
+def test_straight_gets_the_sum_of_the_upstream_gradient(module):
     features, upstream = torch.randn(2, 2, 3, 4, 5)
     keep = torch.tensor([[True, False, True]])
     for groups, expected in ((1, upstream.sum().reshape(1)), (2, upstream.sum((1, 2, 3)))):
-        straight = torch.full((groups,), math.nan, requires_grad=True)
-        refined = ops.refine(features, keep=keep, straight=straight)
-        assert torch.equal(refined, ops.refine(features, keep=keep))
+        value = math.nan if module is ops else 3.0  # the kernels do not read it
+        straight = torch.full((groups,), value, requires_grad=True)
+        refined = module.refine(features, keep=keep, straight=straight)
+        assert torch.equal(refined, module.refine(features, keep=keep))
         torch.testing.assert_close(torch.autograd.grad(refined, straight, upstream)[0], expected)
 
 
@@ -333,12 +349,10 @@ def test_refine_dots_refuse_gradients(name):
     }
     inputs[name] = inputs[name].clone().requires_grad_()
     plans = {"theta": inputs.pop("theta")}
-    with pytest.raises(ValueError) as error:
+    with raises(
+        ValueError, f"refine_dots: {name} must not require grad, got a tensor that requires grad"
+    ):
         ops.refine_dots(**inputs, plans=plans)
-    assert (
-        str(error.value)
-        == f"refine_dots: {name} must not require grad, got a tensor that requires grad"
-    )
     with torch.no_grad():
         assert ops.refine_dots(**inputs, plans=plans).tolist() == [4.0]
 

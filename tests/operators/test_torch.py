@@ -270,9 +270,8 @@ def test_second_derivatives_by_functorch():
 
         return torch.func.jacrev(torch.func.jacrev(of))(inputs[1])
 
-    torch.testing.assert_close(
-        hessian(ops), hessian(reference), rtol=1e-5, atol=1e-6
-    )  # the noise is float32
+    # the noise is float32
+    torch.testing.assert_close(hessian(ops), hessian(reference), rtol=1e-5, atol=1e-6)
     assert hessian(ops).any()
 
 

@@ -16,9 +16,8 @@ PAGES = sorted(DOCS.rglob("*.md"))
 WITH_CODE = [page for page in PAGES if "```python" in page.read_text()]
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*should not be instantiated:DeprecationWarning"
-)  # dynamo's own
+# dynamo's own
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
 def test_page_runs(page: Path, tmp_path: Path) -> None:
     assert run_blocks(page, {**prelude(), "out": tmp_path}) > 0

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from support.distiller_cases import SMALL, Net, batch, models, one_thread  # noqa: F401
+from support.distiller_cases import SMALL, Net, batch, models
 
 import sokd
 

@@ -16,15 +16,9 @@ import sokd
 PACKAGE = Path(sokd.__file__).parent
 
 SLOW = (
-    "torch._dynamo",
-    "torch._inductor",
-    "torch.distributed.tensor",
-    "torch.fx.experimental.symbolic_shapes",
-    "sympy",
-    "scipy",
-    "matplotlib",
-    "torchvision",
-)
+    "torch._dynamo", "torch._inductor", "torch.distributed.tensor",
+    "torch.fx.experimental.symbolic_shapes", "sympy", "scipy", "matplotlib", "torchvision",
+)  # fmt: skip
 
 
 def test_import_loads_no_compiler_and_no_optional_package() -> None:
@@ -82,9 +76,8 @@ def test_a_compiled_module_that_does_not_load_is_refused(copy: Path, damage: str
     content = bytearray(library.read_bytes())
     library.unlink()
     if damage == "of another machine":
-        content[18:20] = (
-            b"\xb7\x00" if content[18:20] != b"\xb7\x00" else b"\x3e\x00"
-        )  # ELF's e_machine
+        # ELF's e_machine
+        content[18:20] = b"\xb7\x00" if content[18:20] != b"\xb7\x00" else b"\x3e\x00"
         library.write_bytes(content)
     elif damage == "not a library":
         library.write_text("version https://git-lfs.github.com/spec/v1")

@@ -122,13 +122,9 @@ def test_sokd_tch_is_built_with_the_torch_of_the_python_that_builds() -> None:
     )
     other = {"PATH": os.defpath, "VIRTUAL_ENV": "elsewhere"}
     done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT / "tch",
-        env=other,
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", script], cwd=ROOT / "tch", env=other, capture_output=True, text=True,
         check=True,
-    )
+    )  # fmt: skip
     assert done.stdout.split() == [str(Path(sys.executable).parent / "python"), "False"]
 
 
@@ -251,9 +247,8 @@ def test_imports_make_no_circle() -> None:
     """Each module can be read, and imported, after those that it imports; for types alone it may
     refer back.
     """
-    tuple(
-        TopologicalSorter(import_graph(types=False)).static_order()
-    )  # CycleError names the circle
+    # CycleError names the circle
+    tuple(TopologicalSorter(import_graph(types=False)).static_order())
 
 
 def storey(module: str) -> int:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sokd import ops, reference
+
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = ["contiguous", "channels_last", "sliced", "expanded", "transposed", "offset"]
 
@@ -17,6 +19,9 @@ LAYOUTS = ["contiguous", "channels_last", "sliced", "expanded", "transposed", "o
 compiles = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
+
+# the kernels and their twin in plain PyTorch
+both = pytest.mark.parametrize("module", [ops, reference], ids=["kernel", "reference"])
 
 SHAPES = [  # batch, channels, height, width: and what each is for
     (2, 3, 5, 7),  # odd sides, no vector fits

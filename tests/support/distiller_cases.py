@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -13,12 +12,6 @@ from sokd.distiller import Distiller
 
 CLASSES = 5
 SMALL = {"heat_channels": 3, "k": 2}  # DAM's options: quick
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """Many small steps gain nothing from a second thread; conftest restores the count."""
-    torch.set_num_threads(1)
 
 
 class Net(nn.Module):
@@ -61,11 +54,8 @@ class Shaped(nn.Module):
 
     def __init__(self, form) -> None:
         super().__init__()
-        self.conv, self.here, self.head = (
-            nn.Conv2d(3, 4, 3, 2, 1),
-            Form(form),
-            nn.Linear(4, CLASSES),
-        )
+        self.conv, self.here = nn.Conv2d(3, 4, 3, 2, 1), Form(form)
+        self.head = nn.Linear(4, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         maps = self.conv(x)

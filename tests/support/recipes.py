@@ -40,17 +40,9 @@ def options(data: Path, out: Path, *more: str) -> list[str]:
 
 
 DISTIL = [
-    "--teacher",
-    "resnet8",
-    "--student",
-    "resnet8w8",
-    "--search-epochs",
-    "1",
-    "--search-every",
-    "2",
-    "--ema",
-    "0.9",
-]
+    "--teacher", "resnet8", "--student", "resnet8w8", "--search-epochs", "1", "--search-every", "2",
+    "--ema", "0.9",
+]  # fmt: skip
 
 
 def checkpoint(out: Path) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""What cifar100.py and imagenet.py share: data, networks, published figures, and the run itself."""
+"""What the recipes share: data, networks, published figures, and the run itself."""

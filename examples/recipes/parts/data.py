@@ -6,7 +6,8 @@ import gzip
 import os
 import signal
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,12 +50,19 @@ class Seeded(Dataset):
         return len(self.samples) if self.subset is None else len(self.subset)
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int, int]:
-        epoch, index = key
-        image, label = self.samples[index if self.subset is None else self.subset[index]]
+        image, label = self.sample(key[1])
+        with self.own_random_numbers(key):
+            return self.transform(image), label, key[1]
+
+    def sample(self, index: int) -> Any:
+        return self.samples[index if self.subset is None else self.subset[index]]
+
+    @contextmanager
+    def own_random_numbers(self, key: Key) -> Iterator[None]:
         with torch.random.fork_rng(devices=[]):
-            own = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0]
+            own = np.random.SeedSequence((self.seed, *key)).generate_state(1)[0]
             torch.default_generator.manual_seed(int(own))
-            return self.transform(image), label, index
+            yield
 
 
 class TrainOrder:
@@ -92,19 +100,21 @@ def test_order(samples: int, batch: int, rank: int, ranks: int) -> list[list[Key
 
 
 def loaders(
-    data: Data, args: Namespace, rank: int, ranks: int, device: torch.device
-) -> tuple[DataLoader, DataLoader]:
-    """Batches (images, labels, indices) to train and to test, prepared by workers ahead of time and
-    pinned for a GPU."""
+    data: Any, args: Namespace, rank: int, ranks: int, device: torch.device, *,
+    test_batch: int = 250, collate: Callable[[list[Any]], Any] | None = None,
+) -> tuple[DataLoader, DataLoader]:  # fmt: skip
+    """Batches (images, labels, indices) of `data.train` and `data.test`, prepared by workers ahead
+    of time and pinned for a GPU."""
     workers = args.workers
     if workers is None:
         workers = min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     train = TrainOrder(len(data.train), args.batch_size, args.accumulate, args.seed, rank, ranks)
-    test = test_order(len(data.test), 250, rank, ranks)
+    test = test_order(len(data.test), test_batch, rank, ranks)
     return tuple(
         DataLoader(
             part,
             batch_sampler=order,
+            collate_fn=collate,
             num_workers=workers,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,

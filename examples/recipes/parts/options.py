@@ -1,4 +1,4 @@
-"""The command line of both recipes."""
+"""The command line of the recipes."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     add("--lr", type=float)
     add("--momentum", type=float, default=0.9)
     add("--weight-decay", type=float)
-    add("--ce-weight", type=float, help="of the cross entropy")
+    add("--ce-weight", type=float, help="of the task's loss: the cross entropy, the detector's own")
     add("--warmup-epochs", type=int, help="linear rise of the distillation terms")
     add("--seed", type=int, default=0)
     add("--amp", choices=("no", "bf16", "fp16"), default="no")

@@ -23,8 +23,9 @@ import time
 import warnings
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -35,18 +36,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from parts.options import FREE
 
+COUNTER = "num_batches_tracked"  # of a BatchNorm
 STOPPED = 143  # exit code: 128 + SIGTERM, which torchrun and Slurm take for an interruption
 
 
 class Run:
     """Under torchrun one rank of several, else the only one."""
 
-    def __init__(self, args: Namespace, writer: Any = None) -> None:
+    def __init__(self, args: Namespace, writer: Any = None, *, figure: str = "top1") -> None:
         self.args, self.writer, self.out = args, writer, Path(args.out)
+        self.figure = figure  # the one by which an epoch is the best
         self.rank, self.ranks = _from_torchrun("RANK", 0), _from_torchrun("WORLD_SIZE", 1)
         self.main = self.rank == 0
         self.device = torch.device("cpu")
@@ -135,7 +139,7 @@ class Run:
         while self.epoch < self.args.epochs and not self.over:
             yield self.epoch
 
-    def steps(self, train: DataLoader) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
+    def steps(self, train: DataLoader) -> Iterator[list[tuple[Any, Any, Tensor]]]:
         """The steps of the epoch that are left: batches (x, y, index) whose gradients add up.
 
         After the last one a checkpoint is written. After any, SIGTERM ends the run with one.
@@ -149,7 +153,7 @@ class Run:
         self._read_losses()
         self.save()
 
-    def _steps(self, train: DataLoader) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
+    def _steps(self, train: DataLoader) -> Iterator[list[tuple[Any, Any, Tensor]]]:
         order = train.batch_sampler
         order.epoch, order.first = self.epoch, self.step * self.args.accumulate
         batches = iter(train)
@@ -175,10 +179,12 @@ class Run:
                     self.say(f"stopped by SIGTERM after {where}; --resume auto goes on there")
                     raise SystemExit(STOPPED)
 
-    def _moved(self, x: Tensor, y: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self.args.channels_last:
+    def _moved(self, x: Any, y: Any, index: Tensor) -> tuple[Any, Any, Tensor]:
+        """The batch on the run's device; images and targets may be lists, targets dicts."""
+        if self.args.channels_last and isinstance(x, Tensor):
             x = x.contiguous(memory_format=torch.channels_last)
-        return tuple(t.to(self.device, non_blocking=True) for t in (x, y, index))
+        move = partial(Tensor.to, device=self.device, non_blocking=True)
+        return tree_map_only(Tensor, move, (x, y, index))
 
     def _terminate(self, *_: Any) -> None:
         self.stop = True
@@ -215,10 +221,12 @@ class Run:
         """Add the epoch's row to log.csv and log.jsonl: means of the losses, `figures`, seconds."""
         batches = max(1, self.step * self.args.accumulate) * self.ranks
         sums = self.total(torch.tensor(list(self.sums.values()), dtype=torch.float64))
-        best = max([*self.rows, figures | {"epoch": self.epoch + 1}], key=lambda row: row["top1"])
+        of_epochs = [*self.rows, figures | {"epoch": self.epoch + 1}]
+        best = max(of_epochs, key=lambda row: row[self.figure])
         row = {"epoch": self.epoch + 1, "lr": self.parts["optimizer"].param_groups[0]["lr"]}
         row |= {name: value / batches for name, value in zip(self.sums, sums.tolist(), strict=True)}
-        row |= figures | {"best_top1": best["top1"], "best_epoch": best["epoch"]}
+        row |= figures
+        row |= {f"best_{self.figure}": best[self.figure], "best_epoch": best["epoch"]}
         row |= {f"seconds_{name}": round(spent, 3) for name, spent in self.clock.read().items()}
         self.rows.append(row)
         if self.main:
@@ -244,9 +252,9 @@ class Run:
         except OSError as error:
             self.say(f"the log was not written: {error}; the next epoch writes all of it")
 
-    @torch.no_grad()
-    def evaluate(self, network: nn.Module, test: DataLoader) -> dict[str, float]:
-        """Top-1, top-5 (%) and the cross entropy on the test set, each image in one rank's part.
+    @contextmanager
+    def evaluating(self, network: nn.Module) -> Iterator[None]:
+        """The network in eval mode, without gradients, under the run's autocast and clock.
 
         On several ranks BatchNorm uses rank 0's statistics, as its checkpoint does.
         """
@@ -254,8 +262,13 @@ class Run:
             for buffer in network.buffers():
                 dist.broadcast(buffer, 0)
         network.eval()
+        with self.clock("evaluation"), self.autocast(), torch.no_grad():
+            yield
+
+    def evaluate(self, network: nn.Module, test: DataLoader) -> dict[str, float]:
+        """Top-1, top-5 (%) and the cross entropy on the test set, each image in one rank's part."""
         counts = torch.zeros(4, dtype=torch.float64, device=self.device)
-        with self.clock("evaluation"), self.autocast():
+        with self.evaluating(network):
             for batch in test:
                 x, y, _ = self._moved(*batch)
                 logits = network(x).float()
@@ -344,25 +357,27 @@ class Run:
 
     def finish(self, **networks: nn.Module | None) -> dict[str, Any]:
         """Write OUT/result.json and, for each network, OUT/NAME.pt: {"model": state_dict, ...}."""
-        last = self.rows[-1] if self.rows else {"epoch": 0, "top1": math.nan}
-        best = max(self.rows, key=lambda row: row["top1"], default=last)
+        name = self.figure
+        last = self.rows[-1] if self.rows else {"epoch": 0, name: math.nan}
+        best = max(self.rows, key=lambda row: row[name], default=last)
         result = {
-            "last_epoch": last["epoch"], "last_top1": last["top1"],
-            "best_epoch": best["epoch"], "best_top1": best["top1"],
+            "last_epoch": last["epoch"], f"last_{name}": last[name],
+            "best_epoch": best["epoch"], f"best_{name}": best[name],
         }  # fmt: skip
         if self.main:
             try:
-                for name, network in networks.items():
+                for file, network in networks.items():
                     if network is not None:
                         weights = {k: v.cpu() for k, v in network.state_dict().items()}
                         state = {"model": weights, "epoch": self.epoch}
-                        replace(self.out / f"{name}.pt", state)
+                        replace(self.out / f"{file}.pt", state)
                 replace(self.out / "result.json", json.dumps(result, indent=1).encode())
             except (OSError, RuntimeError) as error:
                 raise SystemExit(f"the result was not written: {error}; {self._last()}") from None
+        label = "top-1" if name == "top1" else name
         self.say(
-            f"last epoch ({last['epoch']}) top-1 {last['top1']:.2f}, best epoch ({best['epoch']}, "
-            f"chosen on the test set) top-1 {best['top1']:.2f}"
+            f"last epoch ({last['epoch']}) {label} {last[name]:.2f}, best epoch ({best['epoch']}, "
+            f"chosen on the test set) {label} {best[name]:.2f}"
         )
         return result
 
@@ -402,9 +417,11 @@ class Alone(nn.Module):
         return logits, {"loss_ce": F.cross_entropy(logits, y)}
 
 
-def objective(losses: dict[str, Tensor], ce_weight: float, rise: float) -> Tensor:
-    """The sum of the terms: the cross entropy by its weight, the others by their rise (0 to 1)."""
-    return sum((ce_weight if name == "loss_ce" else rise) * term for name, term in losses.items())
+def objective(
+    losses: dict[str, Tensor], ce_weight: float, rise: float, task: Container[str] = ("loss_ce",)
+) -> Tensor:
+    """The sum of the terms: the task's by their weight, the others by their rise (0 to 1)."""
+    return sum((ce_weight if name in task else rise) * term for name, term in losses.items())
 
 
 def replace(path: Path, content: Any) -> None:
@@ -431,11 +448,11 @@ def _set_rng(state: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def load_weights(network: nn.Module, path: str, what: str) -> None:
-    """Load a checkpoint: a state_dict, or a dict with one as "model" or "state_dict".
+def weights_of(path: str, what: str) -> dict[str, Tensor]:
+    """The state_dict in a checkpoint, alone or as "model" or "state_dict" of a dict.
 
     Raises:
-        SystemExit: no such file or dict, or keys or shapes of another network, with their names.
+        SystemExit: no such file or dict.
     """
     try:
         with torch.serialization.safe_globals([Namespace]):  # RepDistiller keeps its options beside
@@ -449,10 +466,22 @@ def load_weights(network: nn.Module, path: str, what: str) -> None:
             saved = saved[key]
     if not isinstance(saved, dict) or not all(isinstance(v, Tensor) for v in saved.values()):
         raise SystemExit(f"{what}: {path} holds no state_dict, alone or as 'model' or 'state_dict'")
-    given = {
-        name.removeprefix("module.").removeprefix("_orig_mod."): v for name, v in saved.items()
-    }
+    return {name.removeprefix("module.").removeprefix("_orig_mod."): v for name, v in saved.items()}
+
+
+def load_weights(network: nn.Module, given: str | dict[str, Tensor], what: str) -> None:
+    """Load a checkpoint: a file as `weights_of` reads it, or a state_dict.
+
+    Raises:
+        SystemExit: keys or shapes of another network, with their names.
+    """
+    path = given if isinstance(given, str) else "its state_dict"
+    given = weights_of(given, what) if isinstance(given, str) else given
     own = network.state_dict()
+    if all(name in given for name in own if not name.endswith(COUNTER)):
+        # a frozen BatchNorm counts no batches
+        kept = {name: value for name, value in given.items() if not name.endswith(COUNTER)}
+        given = kept | {n: given.get(n, v) for n, v in own.items() if n.endswith(COUNTER)}
     wrong = [f"{name} is missing" for name in own if name not in given]
     wrong += [f"{name} is not in the network" for name in given if name not in own]
     wrong += [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -14,6 +14,7 @@ from sokd.distiller import guards
 from sokd.distiller.assemble import Needs, Plug, checked_plug, find_heads, make_adapters, make_kd
 from sokd.distiller.auto import auto_layers
 from sokd.distiller.copies import bare_copy, untouched
+from sokd.distiller.images import Images, inside, only
 from sokd.distiller.inputs import Given, changed, copied
 from sokd.distiller.maps import as_map, check_pair
 from sokd.distiller.outputs import (
@@ -161,7 +162,10 @@ class Distiller(nn.Module):
 
     # ---------------------------------------------------------------------------------------- calls
 
-    def forward(self, x: Any, target: Any = None, *, index: Tensor | None = None) -> Any:
+    def forward(
+        self, x: Any, target: Any = None, *, index: Tensor | None = None,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> Any:  # fmt: skip
         """`(output, losses)` in train mode and with a target; in eval mode without one the output.
 
         Args:
@@ -169,15 +173,18 @@ class Distiller(nn.Module):
             target: [B] class indices, or what `task` takes. None: no task loss.
             index: [B] int64, the samples' places in the training set, for methods that keep a
                 memory (crd).
+            image_sizes: (height, width) of each image in a padded batch x [B, C, H, W]: no cell of
+                padding is distilled.
         """
         if torch.compiler.is_compiling():
-            return self._forward(x, target, index)
+            return self._forward(x, target, index, image_sizes)
         with guards.explained(self, x):
-            return self._forward(x, target, index)
+            return self._forward(x, target, index, image_sizes)
 
-    def _forward(self, x: Any, target: Any, index: Tensor | None) -> Any:
+    def _forward(self, x: Any, target: Any, index: Tensor | None, sizes: Any) -> Any:
         if not self.training:
             return self._evaluate(x, target)
+        images = Images.of(x, sizes)
         eager = not torch.compiler.is_compiling()
         if not self.ready:
             self.setup(x)
@@ -188,7 +195,7 @@ class Distiller(nn.Module):
         losses = self._task(student.output, student.logits, target)
         if eager:
             guards.check_maps(self, student.maps, teacher.maps, self._labels)
-        losses.update(self._distil(student, teacher, target, index))
+        losses.update(self._distil(student, teacher, target, index, images))
         if eager:
             self._look(losses, student, teacher)
         return student.output, losses
@@ -215,7 +222,10 @@ class Distiller(nn.Module):
             self._read_target = False
         return losses
 
-    def step(self, model: nn.Module, batch: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def step(
+        self, model: nn.Module, batch: Any, *,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
         """The task's loss, the student's maps and the teacher's, for `sokd.PolicySearch.step`.
 
             search = sokd.PolicySearch(distiller.kd, distiller.student)
@@ -223,11 +233,15 @@ class Distiller(nn.Module):
 
         The hooks are in the student's own modules, so the maps are those at the search's virtual
         weights. The inner level of the search is the task's loss plus SoKD's own, whichever method
-        is trained.
+        is trained. `image_sizes` as in a call: the maps are 0 in the padding.
         """
         x, target = batch[:2] if isinstance(batch, (tuple, list)) else (batch, None)
+        images = Images.of(x, image_sizes)
         self.setup(x)
-        teacher, student = self._teach(x), self._study(model, x, target)
+        teacher, student = (
+            each._replace(maps=inside(each.maps, images)[0])
+            for each in (self._teach(x), self._study(model, x, target))
+        )
         losses = list(self._task(student.output, student.logits, target).values())
         task = torch.stack(losses).sum() if losses else student.maps[0].sum() * 0
         return task, student.maps, teacher.maps
@@ -371,14 +385,18 @@ class Distiller(nn.Module):
         """The pairs' layers, as messages name them."""
         return list(zip(self._taps["student"].labels, self._taps["teacher"].labels, strict=True))
 
-    def _distil(self, student: Pass, teacher: Pass, target: Any, index: Tensor | None) -> Losses:
+    def _distil(
+        self, student: Pass, teacher: Pass, target: Any, index: Tensor | None,
+        images: Images | None,
+    ) -> Losses:  # fmt: skip
         """The methods' terms and SoKD's."""
-        matches = self._matched(student.maps, teacher.maps)
+        students, _ = inside(student.maps, images)
+        teachers, cells = inside(teacher.maps, images)
+        matches = self._matched(students, teachers, cells)
         step = Step(
-            student.logits, teacher.logits, labels_of(target), student.maps,
+            student.logits, teacher.logits, labels_of(target), students,
             [match.refined for match in matches], [match.student for match in matches],
-            [None if match.attention is None else match.attention.weight for match in matches],
-            index,
+            list(map(_omega, matches, cells)), index,
         )  # fmt: skip
         losses = {}
         for name, method in self.methods.items():
@@ -388,15 +406,18 @@ class Distiller(nn.Module):
             losses if self.kd is None else {**losses, **self._own_terms(self.kd, matches, losses)}
         )
 
-    def _matched(self, students: list[Tensor], teachers: list[Tensor]) -> list[Match]:
+    def _matched(
+        self, students: list[Tensor], teachers: list[Tensor], cells: list[Tensor | None]
+    ) -> list[Match]:
         """The layers' maps as SoKD matches them; without SoKD adapted, if there are adapters."""
         if self.kd is not None:
-            return self.kd.match(students, teachers, adapt=self._needs.adapted)
+            return self.kd.match(students, teachers, adapt=self._needs.adapted, valid=cells)
         if self.adapters is not None:
             students = [
                 adapter(student, (teacher.shape[2], teacher.shape[3]))
                 for adapter, student, teacher in zip(self.adapters, students, teachers, strict=True)
             ]
+            students = list(map(only, students, cells))
         return [Match(*pair, None) for pair in zip(students, teachers, strict=True)]
 
     def _own_terms(self, kd: SoKD, matches: list[Match], losses: Losses) -> Losses:
@@ -484,3 +505,11 @@ class Distiller(nn.Module):
             f"teacher={type(self.teacher).__name__}, layers: {pairs or 'none'}, weights: "
             f"{weights or 'none'}"
         )
+
+
+def _omega(match: Match, cells: Tensor | None) -> Tensor | None:
+    """omega [B, H, W] of a layer: SoKD's, else 1 in the images and 0 in the padding."""
+    own = None if match.attention is None else match.attention.weight
+    if cells is None or own is None:
+        return own if cells is None else cells[:, 0]
+    return own * cells[:, 0]

@@ -223,6 +223,7 @@ class SoKD(nn.Module):
     def match(
         self, student_features: Features, teacher_features: Features, *, draw: Draw | None = None,
         adapt: bool = True, refine: bool = True, attend: bool = True, differentiable: bool = False,
+        valid: Sequence[Tensor | None] | None = None,
     ) -> list[Match]:  # fmt: skip
         """Adapt the student's maps, refine the teacher's, find the areas: a `Match` each layer.
 
@@ -242,6 +243,8 @@ class SoKD(nn.Module):
             refine: False: no draw is taken and `refined` is the clean teacher.
             attend: False: the DAM does not run and `attention` is None.
             differentiable: whether `refined` carries the policy's gradient.
+            valid: for each layer [B, 1, H, W] at the teacher's size, 0 for cells of padding: there
+                the adapted and the refined map are 0, and so are their agreement's terms.
 
         Raises:
             TypeError, ValueError: as `sokd.loss`.
@@ -270,6 +273,10 @@ class SoKD(nn.Module):
                     refined = policy(refined, draw, layer=index, differentiable=differentiable)
             if compared:
                 adapted, refined = of_one_dtype(adapted, refined)
+            cells = None if valid is None else valid[index]
+            if cells is not None:
+                refined = refined * cells.to(refined.dtype)
+                adapted = adapted * cells.to(adapted.dtype) if compared else adapted
             attention = apply_dam(dams[index], adapted, refined, self.lambda_agreement)
             matches.append(Match(adapted if adapt else student, refined, attention))
         return matches

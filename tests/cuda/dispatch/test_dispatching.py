@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.cases import everything, laid_out
-from support.cuda import device_cases
+from support.cases import laid_out
+from support.cuda import checks
 from support.cuda.memory import MockMemory
+from support.raises import raises
 
 from sokd import ops
 
@@ -31,53 +32,25 @@ def test_a_copy_to_the_host_would_fail(memory: MockMemory) -> None:
 
 @layouts
 @dtypes
-def test_refine(layout: str, dtype: torch.dtype, memory: MockMemory) -> None:
-    features, plan = laid_out(SHAPE, layout, dtype), everything(SHAPE, 2, torch.float32)
-    there = device_cases.moved(memory, plan)
-    seed = torch.tensor([2**40 - 3])
-    found = ops.refine(memory.on(features), **there, seed=memory.on(seed))
-    device_cases.close(memory.back(found), ops.refine(features, **plan, seed=seed))
+def test_every_operator(layout: str, dtype: torch.dtype, memory: MockMemory) -> None:
+    """Values and gradients, with the checks of the kernels' tests."""
+    checks.check_forward(memory, SHAPE, dtype, layout, 2, "thspk")
+    checks.check_backward(memory, SHAPE, dtype, layout, 2, "thspk")
+    checks.check_dots(memory, SHAPE, dtype, layout, 1, 3)
+    for teacher, normalise in ((False, "elements"), (True, "area")):
+        checks.check_areas(memory, SHAPE, dtype, layout, 8, 3, teacher, 0)
+        checks.check_masked_mse(memory, SHAPE, dtype, layout, torch.float32, normalise)
 
 
 @layouts
 @dtypes
-def test_gradients_of_refine(layout: str, dtype: torch.dtype, memory: MockMemory) -> None:
-    upstream, features = laid_out(SHAPE, layout, dtype), laid_out(SHAPE, layout, dtype)
-    plan, straight = everything(SHAPE, 2, torch.float32), torch.zeros(2)
-    seed, wanted = torch.tensor([7]), [True] * 4
-    backward = torch.ops.sokd.refine_backward
-    expected = backward(upstream, features, *plan.values(), seed, 0, straight, wanted)
-    parts = device_cases.moved(memory, plan).values()
-    maps = map(memory.on, (upstream, features))
-    found = backward(*maps, *parts, memory.on(seed), 0, memory.on(straight), wanted)
-    for one, other in zip(found, expected, strict=True):
-        device_cases.close(memory.back(one), other, times=20.0)
-
-
-@layouts
-def test_refine_dots(layout: str, memory: MockMemory) -> None:
-    device_cases.refine_dots(memory, SHAPE, layout, torch.float32, 3)
-
-
-@pytest.mark.parametrize("teacher", [False, True])
-@layouts
-def test_areas(layout: str, teacher: bool, memory: MockMemory) -> None:
-    device_cases.areas(memory, SHAPE, layout, torch.float32, 8, teacher=teacher)
-
-
-@layouts
-@dtypes
-def test_masked_mse(layout: str, dtype: torch.dtype, memory: MockMemory) -> None:
-    student, teacher = laid_out(SHAPE, layout, dtype), laid_out(SHAPE, layout, dtype)
-    maps, weight = (student, teacher), torch.rand(2, 8, 8)
-    loss = ops.masked_mse(*map(memory.on, maps), memory.on(weight))
-    device_cases.close(memory.back(loss), ops.masked_mse(*maps, weight))
-    both = torch.ops.sokd.masked_mse
-    scale = float(student.numel())
-    expected = both(*maps, weight, "area", scale, True)
-    found = both(*map(memory.on, maps), memory.on(weight), "area", scale, True)
-    for one, other in zip(found, expected, strict=True):
-        device_cases.close(memory.back(one), other)
+def test_a_seed_on_the_device(layout: str, dtype: torch.dtype, memory: MockMemory) -> None:
+    features, upstream = (laid_out(SHAPE, layout, dtype) for _ in range(2))
+    given, found = {"sigma": torch.rand(2)}, []
+    for seed in (2**40 - 3, torch.tensor([2**40 - 3])):
+        gradients = checks.refine_backward(memory, upstream, features, seed=seed, **given)
+        found.append([checks.refine(memory, features, seed=seed, **given), *gradients.values()])
+    assert all(map(torch.equal, *found)) and found[0][2].any()
 
 
 @layouts
@@ -92,7 +65,7 @@ def test_masked_mse_scale(layout: str, dtype: torch.dtype, memory: MockMemory) -
 
 
 def test_draw(memory: MockMemory) -> None:
-    device_cases.draw(memory, 9)
+    checks.check_draw(memory, 9)
 
 
 def test_the_tensors_device_and_torchs_stream_are_used(
@@ -110,15 +83,12 @@ def test_the_tensors_device_and_torchs_stream_are_used(
 
 def test_arguments_are_checked_before_any_call_of_the_driver(memory: MockMemory) -> None:
     features, before = memory.on(torch.zeros(SHAPE)), len(memory.driver.calls())
-    for theta, other in (
-        (torch.zeros(1, 2, 3), "cpu"),
-        (memory.on(torch.zeros(1, 2, 3), 1), "cuda:1"),
+    theta, rule = torch.zeros(1, 2, 3), "must be on the device of features, cuda:0, got"
+    for plan, text in (
+        ({"theta": theta}, f"theta {rule} cpu"),
+        ({"theta": memory.on(theta, 1)}, f"theta {rule} cuda:1"),
+        ({"seed": torch.tensor([1])}, f"seed {rule} cpu"),
     ):
-        sentence = f"refine: theta must be on the device of features, cuda:0, got {other}"
-        with pytest.raises(ValueError, match=f"^{sentence}$"):
-            ops.refine(features, theta)
-    with pytest.raises(
-        ValueError, match=r"^refine: seed must be on the device of features, cuda:0, got cpu$"
-    ):
-        ops.refine(features, seed=torch.tensor([1]))
+        with raises(ValueError, f"refine: {text}"):
+            ops.refine(features, **plan)
     assert len(memory.driver.calls()) == before

@@ -1,4 +1,7 @@
-"""Every operator and its gradients, from public function to kernel, on fakes of CUDA tensors."""
+"""The operators with gradients, from public function to kernel, on fakes of CUDA tensors.
+
+test_emulator.py tests those without gradients, and all kernels, in all dtypes and orders.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ SOME = [
 ]
 SOME += [(ODD, layout) for layout in LAYOUTS[1:]]
 SOME += [(shape, "contiguous") for shape in SHAPES if (shape, "contiguous") not in SOME]
-# what differs on the way to a kernel; test_emulator.py has the kernels in all dtypes and orders
+# what differs on the way to a kernel
 CASES = [(shape, layout, torch.float32) for shape, layout in SOME]
 CASES += [(ODD, "contiguous", torch.float64), (ALIGNED, "contiguous", torch.float16)]
 CASES += [(ALIGNED, "channels_last", torch.bfloat16)]
@@ -63,41 +66,14 @@ def test_refine(shape: tuple[int, ...], layout: str, dtype: torch.dtype, fake: F
         device_cases.refine(fake, shape, layout, dtype, groups)
 
 
-@pytest.mark.parametrize("shape", [ODD, ALIGNED])
-def test_noise(shape: tuple[int, ...], fake: Fake) -> None:
-    device_cases.noise(fake, shape, torch.tensor([-7]))
-
-
-@pytest.mark.parametrize("shape, layout, dtype", CASES)
-def test_refine_dots(shape: tuple[int, ...], layout: str, dtype: torch.dtype, fake: Fake) -> None:
-    device_cases.refine_dots(fake, shape, layout, dtype, 3)
-
-
-@pytest.mark.parametrize("teacher", [False, True])
-@pytest.mark.parametrize("shape, layout, dtype", [case for case in CASES if 0 not in case[0][1:]])
-def test_areas(
-    shape: tuple[int, ...], layout: str, dtype: torch.dtype, teacher: bool, fake: Fake
-) -> None:
-    if shape[0] == 0:
-        # no sample, no launch: the fixture wants one
-        device_cases.areas(fake, ODD, layout, dtype, 1, teacher=teacher)
-    device_cases.areas(
-        fake, shape, layout, dtype, min(8, shape[1] * shape[2] * shape[3]), teacher=teacher
-    )
-
-
 @pytest.mark.parametrize("normalise", ["elements", "area"])
 @pytest.mark.parametrize("shape, layout, dtype", CASES)
 def test_masked_mse(
     shape: tuple[int, ...], layout: str, dtype: torch.dtype, normalise: str, fake: Fake
 ) -> None:
     batch, _, height, width = shape
-    weights = [
-        None,
-        torch.rand(batch, height, width),
-        torch.rand(batch, 1, width, height).mT.to(dtype),
-    ]
-    for weight in weights:
+    transposed = torch.rand(batch, 1, width, height).mT.to(dtype)
+    for weight in (None, torch.rand(batch, height, width), transposed):
         device_cases.masked_mse(fake, shape, layout, dtype, weight, normalise)
 
 
@@ -125,11 +101,6 @@ def test_a_backward_that_failed_is_not_repeated_on_a_gradient_already_scaled(fak
     handle.remove()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (loss * 3).backward()
-
-
-@pytest.mark.parametrize("n", [0, 1, 9, 2000])
-def test_draw(n: int, fake: Fake) -> None:
-    device_cases.draw(fake, n)
 
 
 def test_values_are_not_read_by_the_host(fake: Fake) -> None:

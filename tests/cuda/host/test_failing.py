@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.cuda.calls import draw, error_of, masked_mse
 from support.cuda.emulator import ROOT
-from support.cuda.mock import INVALID_VALUE, OUT_OF_MEMORY, Driver, fresh
+from support.cuda.mock import INVALID_VALUE, OUT_OF_MEMORY, Driver, forked, fresh
 
 # Out of memory in one of these leads to a second try, after torch has freed its cached memory.
 LOADING = ("cuThreadExchangeStreamCaptureMode", "cuModuleLoadData", "cuModuleGetFunction")
@@ -57,7 +57,11 @@ def test_each_call_fails_in_turn(code: int, name: str) -> None:
     assert fresh(_fails_at, position + 1, code) == ("", 0), "there is no further call"
 
 
-def _short_of_memory(monkeypatch: pytest.MonkeyPatch, gains: bool) -> tuple[str, int, int]:
+@pytest.mark.parametrize("gains", [True, False])
+@forked
+def test_torchs_cached_memory_is_freed_for_a_kernel(
+    gains: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     driver, emptied = Driver(), []
 
     def empty_cache() -> None:
@@ -67,43 +71,29 @@ def _short_of_memory(monkeypatch: pytest.MonkeyPatch, gains: bool) -> tuple[str,
 
     monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
     driver.fail_call("cuModuleLoadData", OUT_OF_MEMORY)
-    text = ""
-    try:
+    if gains:
         draw()
-    except RuntimeError as error:
-        text = str(error)
-    return text, len(emptied), len(driver.calls("cuModuleLoadData"))
-
-
-def test_torchs_cached_memory_is_freed_for_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fresh(_short_of_memory, monkeypatch, True) == ("", 1, 2)
-    failure = (
-        "draw: the CUDA driver failed in cuModuleLoadData: CUDA_ERROR_OUT_OF_MEMORY (out of memory)"
-    )
-    assert fresh(_short_of_memory, monkeypatch, False) == (failure, 1, 2)
+    else:
+        failure = "cuModuleLoadData: CUDA_ERROR_OUT_OF_MEMORY (out of memory)"
+        assert error_of(draw) == f"draw: the CUDA driver failed in {failure}"
+    assert len(emptied) == 1 and len(driver.calls("cuModuleLoadData")) == 2
 
 
 def _calls() -> list[str]:
     before = len(Driver().calls())  # pytest's header has called cuDriverGetVersion
     masked_mse()
-    return [call.split()[0] for call in Driver().calls()[before:]]
+    return Driver().functions(before)
 
 
-def _wrong_stream() -> str:
-    return error_of(lambda: draw(0, Driver().stream(1)))
-
-
+@forked
 def test_a_stream_of_another_device() -> None:
-    assert "CUDA_ERROR_INVALID_HANDLE" in fresh(_wrong_stream)
+    assert "CUDA_ERROR_INVALID_HANDLE" in error_of(lambda: draw(0, Driver().stream(1)))
 
 
-def _no_devices() -> str:
-    Driver().api.mock_device_count(0)
-    return error_of(draw)
-
-
+@forked
 def test_no_devices() -> None:
-    assert fresh(_no_devices) == "draw: device cuda:0 must be one of the 0 that the CUDA driver has"
+    Driver().api.mock_device_count(0)
+    assert error_of(draw) == "draw: device cuda:0 must be one of the 0 that the CUDA driver has"
 
 
 def fields(structure: str, text: str) -> int:
@@ -116,14 +106,11 @@ def fields(structure: str, text: str) -> int:
     )
 
 
-@pytest.mark.parametrize(
-    "operator, kernel, structure",
-    [
-        ("masked_mse", "masked_mse_finish", "MaskedMse"),
-        ("masked_mse", "masked_mse_scale_f32", "Scale"),
-        ("draw", "draw", "Draw"),
-    ],
-)
+@pytest.mark.parametrize("operator, kernel, structure", [
+    ("masked_mse", "masked_mse_finish", "MaskedMse"),
+    ("masked_mse", "masked_mse_scale_f32", "Scale"),
+    ("draw", "draw", "Draw"),
+])  # fmt: skip
 def test_every_field_of_an_argument_structure_is_8_bytes(
     operator: str, kernel: str, structure: str
 ) -> None:
@@ -135,4 +122,4 @@ def test_every_field_of_an_argument_structure_is_8_bytes(
 
 def test_this_process_has_loaded_nothing() -> None:
     """So each test began with a process that had loaded nothing."""
-    assert "cuInit" not in [call.split()[0] for call in Driver().calls()]
+    assert "cuInit" not in Driver().functions()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import threading
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,74 +16,52 @@ import pytest
 import torch
 from support.cuda.calls import SHAPE, draw, error_of, loaded, masked_mse
 from support.cuda.fake import FakeCuda, HostCuda
-from support.cuda.mock import Driver, fresh
+from support.cuda.mock import Driver, forked, fresh
+from support.raises import raises
 
 from sokd import _core, ops, reference
 
 
-def _launches() -> list[str]:
-    masked_mse()
-    return Driver().calls()
-
-
+@forked
 def test_a_call_initialises_loads_and_launches_in_order() -> None:
-    calls = [call.split()[0] for call in fresh(_launches)]
-    calls = calls[:1] + [
-        call for call in calls[1:] if call not in {"cuInit", "cuDriverGetVersion"}
-    ]  # NVRTC's own
+    masked_mse()
+    first, *rest = Driver().functions()
+    of_nvrtc = {"cuInit", "cuDriverGetVersion"}
     mode = "cuThreadExchangeStreamCaptureMode"
     load = [mode, "cuModuleLoadData", "cuModuleGetFunction", mode, "cuLaunchKernel"]
-    device = [
-        "cuInit",
-        "cuDeviceGetCount",
-        "cuDeviceGet",
-        "cuDeviceGetAttribute",
-        "cuDeviceGetAttribute",
-    ]
-    assert calls == [
-        *device, "cuDevicePrimaryCtxRetain", "cuCtxGetCurrent", "cuCtxPushCurrent_v2",
+    assert [first, *(call for call in rest if call not in of_nvrtc)] == [
+        "cuInit", "cuDeviceGetCount", "cuDeviceGet", "cuDeviceGetAttribute", "cuDeviceGetAttribute",
+        "cuDevicePrimaryCtxRetain", "cuCtxGetCurrent", "cuCtxPushCurrent_v2",
         "cuStreamIsCapturing", *load, "cuStreamIsCapturing", *load, "cuCtxPopCurrent_v2",
     ]  # fmt: skip
 
 
-def _second_call() -> list[str]:
+@forked
+def test_the_second_call_only_launches() -> None:
     masked_mse()
     before = len(Driver().calls())
     masked_mse()
-    return Driver().calls()[before:]
-
-
-def test_the_second_call_only_launches() -> None:
-    kinds = [call.split()[0] for call in fresh(_second_call)]
     around = ["cuCtxGetCurrent", "cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2"]
-    assert kinds == [*around[:2], "cuLaunchKernel", "cuLaunchKernel", around[2]]
+    launches = ["cuLaunchKernel"] * 2
+    assert Driver().functions(before) == [*around[:2], *launches, around[2]]
 
 
-def _in_torchs_context() -> list[str]:
+@forked
+def test_torchs_own_context_is_used_as_it_is() -> None:
+    """The usual case: torch has made the device's context current."""
     masked_mse()
     driver = Driver()
     driver.api.mock_enter(0)
     before = len(driver.calls())
     masked_mse()
     assert driver.api.mock_depth() == 1
-    return driver.calls()[before:]
+    assert driver.functions(before) == ["cuCtxGetCurrent", *["cuLaunchKernel"] * 2]
 
 
-def test_torchs_own_context_is_used_as_it_is() -> None:
-    """The usual case: torch has made the device's context current."""
-    assert [call.split()[0] for call in fresh(_in_torchs_context)] == [
-        "cuCtxGetCurrent",
-        *["cuLaunchKernel"] * 2,
-    ]
-
-
-def _shapes() -> list[str]:
-    masked_mse(shape=(3, 20, 40, 40))
-    return Driver().calls("cuLaunchKernel")
-
-
+@forked
 def test_grids_and_blocks() -> None:
-    kernel, finish = fresh(_shapes)
+    masked_mse(shape=(3, 20, 40, 40))
+    kernel, finish = Driver().calls("cuLaunchKernel")
     # 3 samples x 2 chunks of 16 channels x 7 tiles of 256 positions
     assert kernel.startswith(
         "cuLaunchKernel masked_mse_f32_planes grid=42,1,1 block=256,1,1 device=0 stream="
@@ -92,23 +69,16 @@ def test_grids_and_blocks() -> None:
     assert finish.startswith("cuLaunchKernel masked_mse_finish grid=1,1,1 block=256,1,1")
 
 
-def _streams() -> tuple[list[int], list[str]]:
-    driver = Driver()
-    streams = [driver.stream(), driver.stream(), driver.stream(1)]
-    masked_mse(0, streams[0])
-    masked_mse(0, streams[1])
-    masked_mse(1, streams[2])
-    return streams, driver.calls("cuLaunchKernel")
-
-
+@forked
 def test_streams_and_devices() -> None:
     """Each device has its own context and its own architecture, hence its own modules."""
-    streams, launches = fresh(_streams)
-    found = [call.split("device=")[1] for call in launches]
-    expected = [
-        f"{device} stream={hex(stream)}" for stream, device in zip(streams, (0, 0, 1), strict=True)
-    ]
-    assert found == [each for each in expected for _ in range(2)]
+    driver = Driver()
+    for device in (0, 0, 1):
+        stream, before = driver.stream(device), len(driver.launches())
+        masked_mse(device, stream)
+        launches = driver.calls("cuLaunchKernel")[before:]
+        found = [call.split("device=")[1] for call in launches]
+        assert found == [f"{device} stream={hex(stream)}"] * 2
 
 
 def _architectures(capability: tuple[int, int]) -> str | None:
@@ -167,12 +137,16 @@ def _on_an_old_device(capability: tuple[int, int]) -> tuple[str, int]:
     return said[1], len(driver.launches())
 
 
+@forked
 def test_no_such_device() -> None:
-    text = fresh(error_of, lambda: draw(2))
-    assert text == "draw: device cuda:2 must be one of the 2 that the CUDA driver has"
+    assert (
+        error_of(lambda: draw(2))
+        == "draw: device cuda:2 must be one of the 2 that the CUDA driver has"
+    )
 
 
-def _threads() -> int:
+@forked
+def test_threads_share_what_one_has_compiled() -> None:
     errors: list[BaseException] = []
 
     def work() -> None:
@@ -188,66 +162,44 @@ def _threads() -> int:
     for thread in threads:
         thread.join()
     assert not errors, errors
-    return loaded()
-
-
-def test_threads_share_what_one_has_compiled() -> None:
-    assert fresh(_threads) == 2  # one for each device
+    assert loaded() == 2  # one for each device
 
 
 # --- the views
 
 
-def _refused(call: Callable[[], Any]) -> tuple[str, str]:
-    try:
-        call()
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return "nothing", ""
-
-
-def _mixed() -> Any:
+@forked
+def test_tensors_of_another_device_never_reach_a_kernel() -> None:
     here, there = HostCuda(torch.zeros(SHAPE)), HostCuda(torch.zeros(SHAPE), 1)
     loss, on_cpu = HostCuda(torch.zeros(())), torch.zeros(())
     resources = (1, 0, None)
     rest = (None, "elements", 1.0, resources)
     plan = (*[None] * 5, HostCuda(torch.zeros(1, dtype=torch.int64), 1), 0)
-    calls = (
-        lambda: _core.masked_mse(loss, None, here, there, *rest),
-        lambda: _core.masked_mse(on_cpu, None, here, here, *rest),
-        lambda: _core.masked_mse(loss, None, here, here, *rest),
-        lambda: _core.refine_forward(here, here, plan, resources),
-    )
-    return [_refused(call) for call in calls], Driver().calls("cuLaunchKernel")
-
-
-def test_tensors_of_another_device_never_reach_a_kernel() -> None:
-    answers, launches = fresh(_mixed)
-    assert answers == [
-        ("ValueError", "masked_mse: teacher must be on the device of student, cuda:0, got cuda:1"),
-        ("ValueError", "masked_mse: loss must be on the device of student, cuda:0, got cpu"),
-        (
-            "ValueError",
-            "masked_mse: allocate must be given for a kernel that needs scratch memory, got None",
-        ),
-        ("ValueError", "refine: seed must be on the device of features, cuda:0, got cuda:1"),
-    ]
-    assert launches == []
+    allocate = "allocate must be given for a kernel that needs scratch memory, got None"
+    with raises(
+        ValueError, "masked_mse: teacher must be on the device of student, cuda:0, got cuda:1"
+    ):
+        _core.masked_mse(loss, None, here, there, *rest)
+    with raises(ValueError, "masked_mse: loss must be on the device of student, cuda:0, got cpu"):
+        _core.masked_mse(on_cpu, None, here, here, *rest)
+    with raises(ValueError, f"masked_mse: {allocate}"):
+        _core.masked_mse(loss, None, here, here, *rest)
+    with raises(ValueError, "refine: seed must be on the device of features, cuda:0, got cuda:1"):
+        _core.refine_forward(here, here, plan, resources)
+    assert Driver().launches() == []
 
 
 class _NoRoom(Exception):
     pass
 
 
-def _no_room() -> tuple[bool, int]:
+@forked
+def test_the_allocators_own_exception_comes_back() -> None:
+    """That is torch.OutOfMemoryError."""
+
     def allocate(size: int) -> Any:
         raise _NoRoom(size)
 
     with pytest.raises(_NoRoom, match=r"^40$"):  # a sum for each of 2 blocks, and three numbers
         masked_mse(allocate=allocate)
-    return True, len(Driver().calls("cuLaunchKernel"))
-
-
-def test_the_allocators_own_exception_comes_back() -> None:
-    """That is torch.OutOfMemoryError."""
-    assert fresh(_no_room) == (True, 0)
+    assert Driver().launches() == []

@@ -16,83 +16,68 @@ import pytest
 import torch
 from support.cuda.calls import draw, error_of, loaded, masked_mse
 from support.cuda.fake import HostCuda
-from support.cuda.mock import Driver, fresh
+from support.cuda.mock import Driver, forked
 
 import sokd
 from sokd import _core
 from sokd.ops import config
 
+CAPTURED = "and a CUDA graph is being captured; "
 
-def _capture() -> tuple[str, int, list[str]]:
+
+@forked
+def test_a_kernel_that_is_not_loaded_cannot_be_captured() -> None:
     driver = Driver()
     stream = driver.stream()
     driver.capture(stream, True)
-    text = error_of(lambda: draw(0, stream))
-    loads = len(driver.calls("cuModuleLoadData"))
+    advice = 'call sokd.warmup("cuda:0") before the capture'
+    text = f"draw: kernel draw is not loaded on cuda:0, {CAPTURED}{advice}"
+    assert error_of(lambda: draw(0, stream)) == text
+    assert driver.calls("cuModuleLoadData") == []
     driver.capture(stream, False)
     _core.cuda_warmup(0, ["float32"], ["contiguous"], 1, stream)
     driver.capture(stream, True)
     before = len(driver.calls())
     draw(0, stream)
-    return text, loads, [call.split()[0] for call in driver.calls()[before:]]
-
-
-def test_a_kernel_that_is_not_loaded_cannot_be_captured() -> None:
-    text, loads, calls = fresh(_capture)
-    assert text == (
-        "draw: kernel draw is not loaded on cuda:0, and a CUDA graph is being captured; "
-        'call sokd.warmup("cuda:0") before the capture'
-    )
-    assert loads == 0
     # after the warm-up: what a capture allows, and nothing else
-    assert calls == [
-        "cuCtxGetCurrent",
-        "cuCtxPushCurrent_v2",
-        "cuLaunchKernel",
-        "cuCtxPopCurrent_v2",
-    ]
+    allowed = ["cuCtxGetCurrent", "cuCtxPushCurrent_v2", "cuLaunchKernel", "cuCtxPopCurrent_v2"]
+    assert driver.functions(before) == allowed
 
 
-def _capture_beside_a_loaded_kernel() -> str:
+@forked
+def test_a_kernel_beside_a_loaded_one_cannot_be_captured_either() -> None:
+    """The driver loads the kernels of a module one by one."""
     driver = Driver()
     stream = driver.stream()
     masked_mse(0, stream)  # loads the module of all second stages, and one of its kernels
     driver.capture(stream, True)
     here = HostCuda(torch.zeros(1, 1, 2, 2))
     loss, weight = HostCuda(torch.zeros(())), HostCuda(torch.ones(1, 2, 2))
-    room = partial(torch.empty, dtype=torch.uint8)
-    return error_of(
-        lambda: _core.masked_mse(loss, None, here, here, weight, "area", 1.0, (1, stream, room))
-    )
+    rest = ("area", 1.0, (1, stream, partial(torch.empty, dtype=torch.uint8)))
+    text = error_of(lambda: _core.masked_mse(loss, None, here, here, weight, *rest))
+    start = "masked_mse: kernel masked_mse_area is not loaded on cuda:0, and a CUDA graph"
+    assert text.startswith(start)
 
 
-def test_a_kernel_beside_a_loaded_one_cannot_be_captured_either() -> None:
-    """The driver loads the kernels of a module one by one."""
-    text = fresh(_capture_beside_a_loaded_kernel)
-    assert text.startswith(
-        "masked_mse: kernel masked_mse_area is not loaded on cuda:0, and a CUDA graph"
-    )
-
-
-def _capture_of_doubles() -> str:
+@forked
+def test_the_advice_names_the_device_and_float64() -> None:
+    """Which `sokd.warmup` leaves out by default."""
     driver = Driver()
     stream = driver.stream(1)
     driver.capture(stream, True)
     maps = [HostCuda(torch.zeros(1, 1, 2, 2, dtype=torch.float64), 1) for _ in range(2)]
     loss = HostCuda(torch.zeros((), dtype=torch.float64), 1)
-    room = partial(torch.empty, dtype=torch.uint8)
-    return error_of(
-        lambda: _core.masked_mse(loss, None, *maps, None, "elements", 1.0, (1, stream, room))
-    )
-
-
-def test_the_advice_names_the_device_and_float64() -> None:
-    """Which `sokd.warmup` leaves out by default."""
+    rest = ("elements", 1.0, (1, stream, partial(torch.empty, dtype=torch.uint8)))
+    text = error_of(lambda: _core.masked_mse(loss, None, *maps, None, *rest))
     advice = 'call sokd.warmup("cuda:1", dtypes=[torch.float64]) before the capture'
-    assert fresh(_capture_of_doubles).endswith(advice)
+    assert text.endswith(advice)
 
 
-def _beside(mode: int, thread: bool) -> tuple[int, bool]:
+@pytest.mark.parametrize("thread", [True, False], ids=["another thread", "this thread"])
+@pytest.mark.parametrize("mode", [0, 1])
+@forked
+def test_a_kernel_is_loaded_beside_a_capture_of_another_stream(mode: int, thread: bool) -> None:
+    """The capture stays valid, and the thread's own mode is as before."""
     driver = Driver()
     captured = driver.stream()
 
@@ -108,61 +93,42 @@ def _beside(mode: int, thread: bool) -> tuple[int, bool]:
     draw(0, driver.stream())
     own = ctypes.c_int(1)
     driver.api.cuThreadExchangeStreamCaptureMode(ctypes.byref(own))
-    return own.value, driver.is_invalidated(captured)
+    assert own.value == 0 and not driver.is_invalidated(captured)
 
 
-@pytest.mark.parametrize("thread", [True, False], ids=["another thread", "this thread"])
-@pytest.mark.parametrize("mode", [0, 1])
-def test_a_kernel_is_loaded_beside_a_capture_of_another_stream(mode: int, thread: bool) -> None:
-    """The capture stays valid, and the thread's own mode is as before."""
-    assert fresh(_beside, mode, thread) == (0, False)
-
-
-def _forbidden() -> tuple[int, bool]:
+@forked
+def test_the_mock_forbids_what_a_capture_forbids() -> None:
+    """What the test above relies on."""
     driver, module = Driver(), ctypes.c_void_p()
     stream = driver.stream()
     driver.api.cuInit(0)
     driver.api.mock_enter(0)
     driver.capture(stream, True)
-    return driver.api.cuModuleLoadData(ctypes.byref(module), b"none"), driver.is_invalidated(stream)
+    assert driver.api.cuModuleLoadData(ctypes.byref(module), b"none") == 900
+    assert driver.is_invalidated(stream)
 
 
-def test_the_mock_forbids_what_a_capture_forbids() -> None:
-    """What the test above relies on."""
-    assert fresh(_forbidden) == (900, True)
-
-
-def _default_stream() -> str:
+@forked
+def test_the_default_stream_beside_a_capture_that_it_would_wait_for() -> None:
     driver = Driver()
     driver.capture(driver.stream(), True, blocking=True)
-    return error_of(draw)
+    start = f"draw: kernel draw is not loaded on cuda:0, {CAPTURED}"
+    assert error_of(draw).startswith(start)
 
 
-def test_the_default_stream_beside_a_capture_that_it_would_wait_for() -> None:
-    text = fresh(_default_stream)
-    assert text.startswith(
-        "draw: kernel draw is not loaded on cuda:0, and a CUDA graph is being captured;"
-    )
-
-
-def _warm() -> tuple[int, int, int, int]:
+@forked
+def test_warmup_compiles_every_kernel_once() -> None:
     _core.cuda_warmup(0, ["float32"], ["contiguous"], 2)
-    first, functions = loaded(), len(Driver().calls("cuModuleGetFunction"))
+    # refine: 4 kernels with a dtype and an order, second stages; areas: 2; masked_mse: 1, scale,
+    # second stages; draw
+    assert loaded() == 11
+    assert len(Driver().calls("cuModuleGetFunction")) == 14
     _core.cuda_warmup(0, ["float32"], ["contiguous"], 2)
     masked_mse()
     draw()
-    again = loaded()
+    assert loaded() == 11
     _core.cuda_warmup(0, ["float32"], ["contiguous", "channels_last"], 1)
-    return first, functions, again, loaded()
-
-
-def test_warmup_compiles_every_kernel_once() -> None:
-    first, functions, again, both = fresh(_warm)
-    # refine: 4 kernels with a dtype and an order, second stages; areas: 2; masked_mse: 1, scale,
-    # second stages; draw
-    assert first == again == 11
-    assert functions == 14
-    assert both == 11 + 6  # those with an order
+    assert loaded() == 11 + 6  # those with an order
 
 
 def test_warmup_refuses_what_it_does_not_know() -> None:
@@ -176,7 +142,8 @@ def test_warmup_refuses_what_it_does_not_know() -> None:
         sokd.warmup("cpu", layouts=["sliced"])
 
 
-def _public_warmup(monkeypatch: pytest.MonkeyPatch) -> int:
+@forked
+def test_sokd_warmup(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda.device, "__enter__", lambda self: None)
@@ -185,14 +152,9 @@ def _public_warmup(monkeypatch: pytest.MonkeyPatch) -> int:
     sokd.warmup("cpu")
     assert loaded() == 0
     sokd.warmup(dtypes=[torch.float32], layouts=["contiguous"])
-    found = loaded()
+    assert loaded() == 11
     draw(1)
-    assert loaded() == found
-    return found
-
-
-def test_sokd_warmup(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fresh(_public_warmup, monkeypatch) == 11
+    assert loaded() == 11
 
 
 # --- sokd.show_config()
@@ -209,16 +171,13 @@ def test_show_config(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert "compiled kernels are not kept; 2 devices" in config.describe()
 
 
-@pytest.mark.parametrize(
-    "variables, folder",
-    [
-        ({"SOKD_CACHE_DIR": "/a", "XDG_CACHE_HOME": "/b", "HOME": "/c"}, "/a"),
-        ({"XDG_CACHE_HOME": "/b", "HOME": "/c"}, "/b/sokd"),
-        ({"XDG_CACHE_HOME": "relative", "HOME": "/c"}, "/c/.cache/sokd"),
-        ({"HOME": "/c"}, "/c/.cache/sokd"),
-        ({}, None),
-    ],
-)
+@pytest.mark.parametrize("variables, folder", [
+    ({"SOKD_CACHE_DIR": "/a", "XDG_CACHE_HOME": "/b", "HOME": "/c"}, "/a"),
+    ({"XDG_CACHE_HOME": "/b", "HOME": "/c"}, "/b/sokd"),
+    ({"XDG_CACHE_HOME": "relative", "HOME": "/c"}, "/c/.cache/sokd"),
+    ({"HOME": "/c"}, "/c/.cache/sokd"),
+    ({}, None),
+])  # fmt: skip
 def test_where_compiled_kernels_are_kept(
     variables: dict[str, str], folder: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,10 +33,12 @@ SHAPES = [  # batch, channels, height, width: each with its purpose
     (2, 3, 5, 7),  # odd sides: no vector fits
     (1, 1, 1, 1),  # a single cell
     (3, 2, 1, 9),  # a single row
+    (2, 5, 9, 1),  # a single column
     (2, 16, 8, 8),  # vectors in both orders
     (1, 260, 4, 5),  # more channels than a block has, in both orders
     (1, 7, 17, 20),  # a tile and a rest in planes, an odd channel in lanes
     (0, 3, 4, 4),  # an empty batch
+    (2, 0, 4, 4),  # no channels
     (2, 3, 0, 4),  # an empty map
 ]
 dtypes = pytest.mark.parametrize(
@@ -199,15 +201,10 @@ def test_a_perm_outside_the_channels_makes_nan_of_its_channel_alone(
     assert gradients["theta"].isnan().any()
 
 
-@pytest.mark.parametrize(
-    "theta",
-    [
-        [[0, 0, 0], [0, 0, 0]],
-        [[1, 1, 0], [1, 1, 0]],
-        [[1e-7, 0, 0], [0, 1, 0]],
-        [[3, 0, 0.2], [0, 0.1, 0]],
-    ],
-)
+@pytest.mark.parametrize("theta", [
+    [[0, 0, 0], [0, 0, 0]], [[1, 1, 0], [1, 1, 0]], [[1e-7, 0, 0], [0, 1, 0]],
+    [[3, 0, 0.2], [0, 0.1, 0]],
+])  # fmt: skip
 def test_the_adjoint_of_a_theta_without_a_good_inverse(
     theta: list[list[float]], cuda: MockMemory
 ) -> None:

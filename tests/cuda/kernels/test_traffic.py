@@ -127,17 +127,14 @@ def test_every_floor_is_counted() -> None:
     assert set(ROWS) == set(floors())
 
 
-@pytest.mark.parametrize(
-    "path, row",
-    [
-        ("refine/kernel.cu", "refine forward, with noise"),
-        ("refine/backward.cuh", "refine backward: theta, sigma, straight"),
-        ("refine/adjoint.cuh", "refine backward: features"),
-        ("refine/dots.cuh", "refine_dots, V plans"),
-        ("masked_mse/kernel.cu", "masked_mse, loss and gradient"),
-        ("areas/kernel.cu", "areas, heads 64 x 100 x 56 x 56 (80.3 MB)"),
-    ],
-)
+@pytest.mark.parametrize("path, row", [
+    ("refine/kernel.cu", "refine forward, with noise"),
+    ("refine/backward.cuh", "refine backward: theta, sigma, straight"),
+    ("refine/adjoint.cuh", "refine backward: features"),
+    ("refine/dots.cuh", "refine_dots, V plans"),
+    ("masked_mse/kernel.cu", "masked_mse, loss and gradient"),
+    ("areas/kernel.cu", "areas, heads 64 x 100 x 56 x 56 (80.3 MB)"),
+])  # fmt: skip
 def test_the_kernels_comments_state_the_same(path: str, row: str) -> None:
     comment = (ROOT / "src/ops" / path).read_text().split("// Bytes an element:")[1]
     (stated,) = re.findall(r"\((\d) maps?\b", comment)[:1]

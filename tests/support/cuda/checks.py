@@ -44,7 +44,7 @@ def refine_backward(
     features: Tensor,
     *,
     straight: Tensor | None = None,
-    seed: int = 0,
+    seed: int | Tensor = 0,
     **plan: Tensor | None,
 ) -> dict[str, Tensor]:
     """The gradients of the features, and of those of theta, sigma and straight that are given."""
@@ -52,8 +52,9 @@ def refine_backward(
     parts = [given.get(name) for name in ("theta", "hole", "sigma", "perm", "keep")]
     names = ("features", "theta", "sigma", "straight")
     wanted = [given.get(name) is not None for name in names]
+    seeds = (cuda.on(seed), 0) if isinstance(seed, Tensor) else (None, seed)
     found = torch.ops.sokd.refine_backward(
-        cuda.on(upstream), given["features"], *parts, None, seed, given["straight"], wanted
+        cuda.on(upstream), given["features"], *parts, *seeds, given["straight"], wanted
     )
     every = zip(names, found, wanted, strict=True)
     return {name: cuda.back(gradient) for name, gradient, want in every if want}

@@ -129,14 +129,6 @@ def refine(
         close(one, other, times=20.0)
 
 
-def noise(device: Device, shape: tuple[int, ...], seed: Tensor) -> None:
-    """The same normals, bit for bit, from a seed that lies on the device."""
-    features, sigma = torch.zeros(shape), torch.ones(1)
-    expected = ops.refine(features, sigma=sigma, seed=seed)
-    found = ops.refine(device.on(features), sigma=device.on(sigma), seed=device.on(seed))
-    assert torch.equal(device.back(found), expected)
-
-
 def refine_dots(
     device: Device, shape: tuple[int, ...], layout: str, dtype: torch.dtype, plans: int
 ) -> None:

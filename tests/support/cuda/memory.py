@@ -93,9 +93,8 @@ def cuda_memory() -> Iterator[MockMemory]:
         torch.library._scoped_library("aten", "IMPL") as library,
     ):
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # these kernels have been registered before
+            # these kernels have been registered before
+            warnings.simplefilter("ignore", UserWarning)
             library.impl("empty.memory_format", memory.empty, "CUDA")
             library.impl("empty_strided", memory.empty_strided, "CUDA")
         yield memory

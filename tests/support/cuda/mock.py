@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import pickle
 import traceback
@@ -61,6 +62,10 @@ class Driver:
     def calls(self, function: str = "") -> list[str]:
         every = [self.api.mock_call(i).decode() for i in range(self.api.mock_calls())]
         return [call for call in every if call.startswith(function)]
+
+    def functions(self, since: int = 0) -> list[str]:
+        """The names of the functions called after `since` others."""
+        return [call.split()[0] for call in self.calls()[since:]]
 
     def launches(self) -> list[str]:
         """The names of the launched kernels."""
@@ -140,3 +145,13 @@ def start(work: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
 
 def fresh(work: Callable[..., Any], *arguments: Any) -> Any:
     return start(work, *arguments)()
+
+
+def forked(test: Callable[..., None]) -> Callable[..., None]:
+    """Runs the whole test in a fork."""
+
+    @functools.wraps(test)
+    def run(**fixtures: Any) -> None:
+        fresh(functools.partial(test, **fixtures))
+
+    return run

@@ -1,0 +1,175 @@
+"""COCO distillation: Faster R-CNN with FPN, on the levels P2 to P6 of its pyramid.
+
+    torchrun --nproc-per-node 8 coco.py --amp bf16 --data /data/coco --out out/fgd \
+        --row fasterrcnn_resnet50_fpn_v2:fasterrcnn_resnet50_fpn:fgd+sokd --schedule 2x
+    python coco.py --row ... --teacher-weights v2.pth --backbone-weights resnet50.pth  # no network
+
+--data holds train2017/, val2017/ and annotations/. The batch size is that of all ranks together.
+Networks: torchvision's detectors, its ResNets (under Faster R-CNN with FPN), and small<WIDTH>. One
+transform serves both networks, once a batch, and of the teacher the backbone alone runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from parts import detection, published
+from parts.data import loaders
+from parts.detection import BackboneAlone, Once
+from parts.options import read_options
+from parts.run import Run, load_weights, objective
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import sokd
+
+SCHEDULES = {"1x": (12, [8, 11]), "2x": (24, [16, 22])}  # epochs, and after which lr is / 10
+OWN: dict[str, dict[str, Any]] = {
+    "--schedule": {"choices": tuple(SCHEDULES), "default": "1x", "help": "epochs and milestones"},
+    "--lr-warmup-steps": {"type": int, "default": 500, "help": "linear rise of the learning rate"},
+    "--min-size": {"type": int, "nargs": "+", "default": [800], "help": "shorter side; or several"},
+    "--max-size": {"type": int, "default": 1333, "help": "longer side, at most"},
+    "--backbone-weights": {"help": "of the student: a classifier's checkpoint, or none"},
+    "--keep-empty": {"action": "store_true", "help": "train on images without boxes too"},
+}
+
+
+def with_teacher(args: Any, student: nn.Module, classes: int) -> sokd.Distiller:
+    """The student, the teacher's backbone and the methods that --method names."""
+    teacher = detection.build(args.teacher, classes, args.min_size, args.max_size)
+    if args.teacher_weights is None:
+        detection.pretrained(teacher, args.teacher)
+    else:
+        load_weights(teacher, args.teacher_weights, "--teacher-weights")
+    pairs: list[Any] = detection.levels(student, teacher, (args.student, args.teacher))
+    if args.layers:
+        pairs = [tuple(pair.split("=", 1)) for pair in args.layers]
+    return sokd.Distiller(
+        student=student, teacher=BackboneAlone(teacher), layers=pairs, method=args.method,
+        task="model", sokd=args.sokd and args.sokd_option, check_finite=False,
+        example=torch.zeros(2, 3, 128, 128), **args.method_option,
+    )  # fmt: skip
+
+
+def prepare(transform: nn.Module, images: list[Tensor], targets: list[Any]) -> tuple[Any, ...]:
+    """A batch for both networks: x [B, 3, H, W], padded; targets in its pixels, with the size of
+    each image in x; and those sizes."""
+    batch, targets = transform(images, targets)
+    targets = [{**t, "size": size} for t, size in zip(targets, batch.image_sizes, strict=True)]
+    return batch.tensors, targets, batch.image_sizes
+
+
+def main(argv: Sequence[str] | None = None, writer: Any = None) -> dict[str, Any]:
+    args = read_options(
+        __doc__, argv, published.coco_settings, OWN,
+        teacher="fasterrcnn_resnet50_fpn_v2", student="fasterrcnn_resnet50_fpn", batch_size=16,
+        lr=0.02, weight_decay=1e-4,
+    )  # fmt: skip
+    epochs, milestones = SCHEDULES[args.schedule]
+    args.epochs = epochs if args.epochs is None else args.epochs
+    args.milestones = milestones if args.milestones is None else args.milestones
+    detection.pycocotools()
+    refuse(args)
+    with Run(args, writer, figure="AP") as run:
+        return distil(args, run)
+
+
+def refuse(args: Any) -> None:
+    """What the other recipes have and a detector has not."""
+    if args.download:
+        raise SystemExit("--download: coco.py fetches nothing; COCO is at cocodataset.org")
+    if args.compile:
+        raise SystemExit("--compile: torchvision's detectors have no fixed shapes to compile for")
+    for name in args.method:
+        if needs := sokd.methods.METHODS[name].needs - {"features"}:
+            what = ", ".join(sorted(needs))
+            raise SystemExit(f"--method must compare features alone, got {name!r} (reads {what})")
+
+
+def distil(args: Any, run: Run) -> dict[str, Any]:
+    data = detection.coco(args.data, args.train_samples, args.seed, args.keep_empty, run.say)
+    train, test = loaders(
+        data, args, run.rank, run.ranks, run.device, test_batch=8, collate=detection.as_lists
+    )
+    student = detection.build(args.student, data.classes, args.min_size, args.max_size)
+    transform = student.transform
+    if args.student_weights is not None:
+        load_weights(student, args.student_weights, "--student-weights")
+    elif args.backbone_weights != "none" and not args.student.startswith("small"):
+        detection.with_trained_backbone(student, args.student, args.backbone_weights)
+    evaluate = partial(detection.average_precision, run, test=test, truth=data.truth)
+    if args.eval_only:
+        return run.report(evaluate(student.to(run.device)))
+    student.transform = Once(transform)
+
+    alone = not args.method
+    learner = detection.Alone(student) if alone else with_teacher(args, student, data.classes)
+    model = run.parallel(learner)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, args.lr, args.momentum, weight_decay=args.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, partial(learning_rate, args, train.batch_sampler.steps)
+    )
+    scaler = torch.amp.GradScaler(run.device.type, enabled=args.amp == "fp16")
+    parts = {"model": learner, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    ema = search = None
+    if args.ema:
+        ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
+        parts["ema"] = ema
+    if args.sokd and args.search_epochs:
+        search = sokd.PolicySearch(learner.kd, student, epochs=args.search_epochs)
+        parts["search"] = search
+    run.clock.watch(student, *(() if alone else (learner.teacher,)))
+    run.track(**parts)
+
+    for epoch in run.epochs():
+        rise = min(1.0, (epoch + 1) / args.warmup_epochs) if args.warmup_epochs else 1.0
+        model.train()
+        for batches in run.steps(train):
+            batches = [prepare(transform, x, y) for x, y, _ in batches]
+            if search is not None and run.step % args.search_every == 0:
+                with run.clock("search"), run.autocast():
+                    x, y, sizes = batches[0]
+                    search.step(partial(learner.step, image_sizes=sizes), (x, y))
+            for part, (x, y, sizes) in enumerate(batches, 1):
+                with run.accumulating(model, last=part == len(batches)):
+                    with run.clock("loss"), run.autocast():
+                        own, losses = model(x, y, image_sizes=sizes)
+                        loss = objective(losses, args.ce_weight, rise, own) / len(batches)
+                    with run.clock("backward"):
+                        scaler.scale(loss).backward()
+                run.log(losses)
+            with run.clock("backward"):
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+            if ema is not None:
+                ema.update_parameters(student)
+            schedule.step()
+        figures = evaluate(student)
+        if ema is not None:
+            figures |= {f"ema_{name}": value for name, value in evaluate(ema.module).items()}
+        run.end_epoch(figures)
+        if search is not None:
+            search.end_epoch()
+
+    name = "teacher" if args.teacher_only else "student"
+    result = run.finish(**{name: student, "ema": None if ema is None else ema.module})
+    if args.row is not None:
+        row = published.parse_row(args.row)
+        figures = published.COCO_PAIRS, published.COCO, published.COCO_SOURCE
+        run.say(f"accepted: {published.accepted(row, *figures)}")
+    return result
+
+
+def learning_rate(args: Any, steps: int, step: int) -> float:
+    """The factor of --lr at a step of the run: a linear rise from 0.001, then / 10 by milestone."""
+    rise = min(1.0, 0.001 + 0.999 * step / max(1, args.lr_warmup_steps))
+    return rise * 0.1 ** sum(step // steps >= milestone for milestone in args.milestones)
+
+
+if __name__ == "__main__":
+    main()
