@@ -120,7 +120,7 @@ def test_warmup_compiles_every_kernel_once() -> None:
     _core.cuda_warmup(0, ["float32"], ["contiguous"], 2)
     # refine: 4 kernels with a dtype and an order, second stages; areas: 2; masked_mse: 1, scale,
     # second stages; draw
-    assert loaded() == 11
+    assert loaded() == 12
     assert len(Driver().calls("cuModuleGetFunction")) == 14
     _core.cuda_warmup(0, ["float32"], ["contiguous"], 2)
     masked_mse()
@@ -149,7 +149,7 @@ def test_sokd_warmup(monkeypatch: MonkeyPatch) -> None:
     sokd.warmup("cpu")
     assert loaded() == 0
     sokd.warmup(dtypes=[torch.float32], layouts=["contiguous"])
-    assert loaded() == 11
+    assert loaded() == 12
     draw(1)
     assert loaded() == 11
 
