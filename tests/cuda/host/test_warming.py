@@ -118,16 +118,16 @@ def test_the_default_stream_beside_a_capture_that_it_would_wait_for() -> None:
 @forked
 def test_warmup_compiles_every_kernel_once() -> None:
     _core.cuda_warmup(0, ["float32"], ["contiguous"], 2)
-    # refine: 4 kernels with a dtype and an order, second stages; areas: 2; masked_mse: 1, scale,
+    # refine: 5 kernels with a dtype and an order, second stages; areas: 2; masked_mse: 1, scale,
     # second stages; draw
     assert loaded() == 12
-    assert len(Driver().calls("cuModuleGetFunction")) == 14
+    assert len(Driver().calls("cuModuleGetFunction")) == 15
     _core.cuda_warmup(0, ["float32"], ["contiguous"], 2)
     masked_mse()
     draw()
-    assert loaded() == 11
+    assert loaded() == 12
     _core.cuda_warmup(0, ["float32"], ["contiguous", "channels_last"], 1)
-    assert loaded() == 11 + 6  # those with an order
+    assert loaded() == 12 + 7  # those with an order
 
 
 def test_warmup_refuses_what_it_does_not_know() -> None:
@@ -151,7 +151,7 @@ def test_sokd_warmup(monkeypatch: MonkeyPatch) -> None:
     sokd.warmup(dtypes=[torch.float32], layouts=["contiguous"])
     assert loaded() == 12
     draw(1)
-    assert loaded() == 11
+    assert loaded() == 12
 
 
 # --- sokd.show_config()
