@@ -163,7 +163,8 @@ impl Owned {
         let behind = steps().filter(|step| *step > 0).sum::<isize>() as usize;
         let bytes = (before + behind + 1) * dtype.size();
         let store = Store::new(bytes + 64);
-        let at = if bytes / 8 % 2 == 0 { 0 } else { store.size - bytes } + before * dtype.size();
+        let at = if (bytes / 8).is_multiple_of(2) { 0 } else { store.size - bytes }
+            + before * dtype.size();
         // SAFETY: the store holds `before` elements before that place and `behind` after it.
         let view =
             unsafe { TensorView::new(store.first().add(at), dtype, Device::Cpu, shape, &strides) };
