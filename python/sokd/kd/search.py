@@ -133,8 +133,9 @@ class PolicySearch:
         self._control: ControlVariate | None = None
         if estimator == "relax":
             count, temperature = len(self.policy.policies), self.policy.temperature
-            control = ControlVariate(count, temperature=temperature, seed=self.seed)
-            self._control = control.to(self.policy.alpha.dtype)  # of a kd that was converted
+            self._control = ControlVariate(
+                count, temperature=temperature, seed=self.seed, dtype=self.policy.alpha.dtype
+            )
             self._control_adam = _adam(self._control.parameters(), lr)
 
     @property

@@ -26,13 +26,16 @@ _STREAM = 2**61  # counters that no step of the search reaches
 class ControlVariate(nn.Module):
     """Q(z): 100 tanh units, fed sigmoid(z / T) of the gates and softmax(z / T) of the choice."""
 
-    def __init__(self, subpolicies: int, *, temperature: float, seed: Tensor) -> None:
+    def __init__(
+        self, subpolicies: int, *, temperature: float, seed: Tensor,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.temperature = temperature
         inputs = 3 * subpolicies
         count = _HIDDEN * (inputs + 2) + 1
         # nn.Linear's own distribution, uniform in -+1/sqrt(inputs), but from the search's seed
-        signed = 2 * draw_uniforms(seed, torch.full_like(seed, _STREAM), count)[0] - 1
+        signed = 2 * draw_uniforms(seed, torch.full_like(seed, _STREAM), count)[0].to(dtype) - 1
         hidden, out = signed[: _HIDDEN * (inputs + 1)], signed[_HIDDEN * (inputs + 1) :]
         # weight | bias
         self.hidden = nn.Parameter(hidden.reshape(_HIDDEN, inputs + 1) * inputs**-0.5)
