@@ -15,7 +15,7 @@ from torch import nn
 import sokd
 from sokd.kd.adapter import KINDS, Adapter
 from sokd.kd.dam import DAM
-from sokd.kd.sokd import PRESETS
+from sokd.kd.options import PRESETS
 
 # heads, and the smallest of their kind
 HEADS = {

@@ -17,7 +17,7 @@ from support.demo_cases import in_process, small_task, synthetic
 from examples.experiments import compare, methods, tables, tune
 from examples.experiments import data as sources
 from sokd.demo.train import METHODS, Run, Solver, Task, build, train
-from sokd.kd.sokd import settled
+from sokd.kd.options import settled
 
 # The tests' teachers are tiny.
 pytestmark = [

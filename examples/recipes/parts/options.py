@@ -7,7 +7,7 @@ from typing import Any
 
 import sokd
 from parts.published import parse_row
-from sokd.kd.sokd import settled
+from sokd.kd.options import settled
 
 # What may differ between a run and its continuation; every other option makes another run.
 FREE = {"out", "data", "download", "resume", "workers", "max_steps", "eval_only", "tensorboard"}

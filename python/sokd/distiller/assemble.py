@@ -12,7 +12,8 @@ from sokd.distiller.recipe import Recipe
 from sokd.kd.adapter import KINDS, Adapter
 from sokd.kd.dam import reads_adapted
 from sokd.kd.features import one_of
-from sokd.kd.sokd import SoKD, named_kd, settled
+from sokd.kd.options import settled
+from sokd.kd.sokd import SoKD, named_kd
 from sokd.methods.common import Shape
 from sokd.methods.registry import nearest, options_of
 

@@ -10,17 +10,14 @@ total     = agreement + areas + base, summed over the layers    [docs/method.md 
 
 from __future__ import annotations
 
-import functools
-import inspect
-import numbers
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast, overload
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
 from sokd.kd import sanity
-from sokd.kd.adapter import KINDS, Adapter, apply_adapter, kind_of_state
+from sokd.kd.adapter import Adapter, apply_adapter, kind_of_state
 from sokd.kd.attention import AttentionDAM
 from sokd.kd.dam import DAM, Attention, reads_adapted
 from sokd.kd.features import (
@@ -35,14 +32,23 @@ from sokd.kd.features import (
     per_layer,
     total,
 )  # fmt: skip
+from sokd.kd.options import (
+    channel_lists,
+    dam_maker,
+    one_or_list,
+    part_or_none,
+    policy_or_none,
+    search_or_none,
+    settled,
+)  # fmt: skip
 from sokd.kd.policy import Draw, Policy
-from sokd.kd.policy.online import Layer, OnlineSearch
+from sokd.kd.policy.online import Layer
 from sokd.kd.virtual import unwrapped
 from sokd.ops.masked_mse import scaled_mse
 from sokd.ops.runtime import savable, transformed
-from sokd.ops.torch_internals import has_forward, share_buffers
+from sokd.ops.torch_internals import share_buffers
 
-__all__ = ["PRESETS", "Match", "SoKD", "Terms", "loss", "part_of", "settled"]
+__all__ = ["Match", "SoKD", "Terms", "loss", "part_of"]
 
 T = TypeVar("T")
 PerLayer: TypeAlias = T | list[T] | None
@@ -51,25 +57,6 @@ Terms = dict[str, Tensor]
 
 # Columns of the buffer `statistics`, which has one row for each layer.
 STATISTICS = ("agreement", "areas", "heat_variance", "covered_share")
-
-# What an option is where it is "default", by `preset`.
-PRESETS: dict[str | None, dict[str, Any]] = {
-    None: {
-        "adapter": "linear", "heads": "attention", "base": "keep",
-        "lambda_agreement": 0.5, "lambda_areas": 1.0, "lambda_base": 1.5,
-        "granularity": "batch", "magnitude_gradient": "straight_through", "search": "online",
-    },
-    "paper": {
-        "adapter": "conv", "heads": "paper", "base": "replace",
-        "lambda_agreement": 10.0, "lambda_areas": 10.0, "lambda_base": 0.0,
-        "granularity": "batch", "magnitude_gradient": "straight_through", "search": None,
-    },
-}  # fmt: skip
-_HEADS = ("attention", "bounded", "paper")
-_BASES = ("keep", "replace")
-
-# How the loss calls a part: positional arguments, keywords.
-_CALLS = {"adapter": (["student"], []), "dam": (["student", "refined"], ["scale"])}
 
 
 @overload
@@ -171,7 +158,7 @@ class SoKD(nn.Module):
             `sokd.kd.features.tokens_to_map`.
         student_grid, teacher_grid: (H, W) of token features; None: square.
         preset: "paper": what the paper or its prototype does, in every option left at "default";
-            None: what the trials support (docs/results.md). `sokd.kd.sokd.PRESETS` lists both.
+            None: what the trials support (docs/results.md). `sokd.kd.options.PRESETS` lists both.
         adapter: "conv" [A], "separable", "regressor" or "linear" (see `Adapter`), None, or a
             module, which is called with the student's map alone if it is no `Adapter`.
         heads: "attention" [S], without parameters (`AttentionDAM`), or the trained "bounded" [S]
@@ -232,7 +219,9 @@ class SoKD(nn.Module):
         }  # fmt: skip
         chosen = settled(preset, given)
         one_of("SoKD", "normalise", normalise, ("elements", "area"))
-        self.student_channels, self.teacher_channels = _channels(student_channels, teacher_channels)
+        self.student_channels, self.teacher_channels = channel_lists(
+            student_channels, teacher_channels
+        )
         count = len(self.student_channels)
         self._layouts = list(zip(
             layouts("student", count, student_tokens, student_grid),
@@ -254,7 +243,7 @@ class SoKD(nn.Module):
                 per_layer("student_size", student_size, count),
                 per_layer("teacher_size", teacher_size, count), strict=True,
             )  # fmt: skip
-            adapter = _one_or_list(
+            adapter = one_or_list(
                 Adapter(
                     of_student, of_teacher, student_size=from_size, teacher_size=to_size, kind=kind
                 )
@@ -263,18 +252,18 @@ class SoKD(nn.Module):
         if dam == "default":
             options = {"areas": areas, "overlap": overlap, "k": k, "kernel": kernel}
             own = {"heat_channels": heat_channels, "temperature": attention_temperature}
-            make = _dam_maker(chosen["heads"], options, own)
-            dam = _one_or_list(map(make, self.teacher_channels))
+            make = dam_maker(chosen["heads"], options, own)
+            dam = one_or_list(map(make, self.teacher_channels))
         if policy == "default":
             policy = Policy(
                 policies=policies, estimator=estimator, generator=generator,
                 magnitude_gradient=chosen["magnitude_gradient"], granularity=chosen["granularity"],
             )  # fmt: skip
-        self.adapter = _part_or_none("adapter", adapter, count)
-        self.policy = _policy_or_none(policy)
-        self.dam = _part_or_none("dam", dam, count)
+        self.adapter = part_or_none("adapter", adapter, count)
+        self.policy = policy_or_none(policy)
+        self.dam = part_or_none("dam", dam, count)
         searched = None if search == "default" and self.policy is None else chosen["search"]
-        self.search = _search_or_none(searched, self.policy)
+        self.search = search_or_none(searched, self.policy)
         # A buffer, so that compiled steps fill it too; not in the state_dict: each step overwrites
         # it.
         statistics = torch.zeros(count, len(STATISTICS), dtype=torch.float32)
@@ -575,6 +564,20 @@ def part_of(part: nn.Module | None, index: int) -> nn.Module | None:
     return part[index] if isinstance(part, nn.ModuleList) else part
 
 
+def _attend(
+    dam: nn.Module | None, student: Tensor, refined: Tensor, scale: float
+) -> Attention | None:
+    """The output of `dam`, a `DAM` or a module called as one is; None without one.
+
+    Raises:
+        TypeError: the module returns something else than an `Attention`.
+    """
+    found = None if dam is None else dam(student, refined, scale=scale)
+    if found is None or isinstance(found, Attention):
+        return found
+    raise TypeError(f"loss: kd.dam must return an Attention, got {type(found).__name__}")
+
+
 def _variance_and_share(attention: Attention | None, nothing: Tensor) -> list[Tensor]:
     """The last two of `STATISTICS`; 0 without a DAM or a batch."""
     if attention is None or attention.heat.numel() == 0:
@@ -607,136 +610,3 @@ def _names_in(state: Mapping[str, Any], prefix: str) -> dict[str, tuple[str, ...
     elif kind is not None and not any(key.startswith(f"{prefix}dam.") for key in state):
         names["heads"] = ("attention",)
     return names
-
-
-# ------------------------------------------------------------------------------- SoKD's own options
-
-
-def settled(preset: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Every option of `PRESETS`: as given, or the preset's where it is "default" or left out.
-
-    settled("paper", {"base": "keep"})["heads"]           # 'paper'
-    """
-    if preset is not None:
-        one_of("SoKD", "preset", preset, tuple(filter(None, PRESETS)))
-    chosen = {
-        name: value if given.get(name, "default") == "default" else given[name]
-        for name, value in PRESETS[preset].items()
-    }
-    one_of("SoKD", "heads", chosen["heads"], _HEADS)
-    one_of("SoKD", "base", chosen["base"], _BASES)
-    if chosen["search"] is not None:
-        one_of("SoKD", "search", chosen["search"], ("online",))
-        if given.get("granularity", "default") == "default":
-            chosen["granularity"] = "sample"  # the search learns most from many draws
-    if isinstance(chosen["adapter"], str):
-        one_of("SoKD", "adapter", chosen["adapter"], KINDS)
-    return chosen
-
-
-def _attend(
-    dam: nn.Module | None, student: Tensor, refined: Tensor, scale: float
-) -> Attention | None:
-    """The output of `dam`, a `DAM` or a module called as one is; None without one.
-
-    Raises:
-        TypeError: the module returns something else than an `Attention`.
-    """
-    found = None if dam is None else dam(student, refined, scale=scale)
-    if found is None or isinstance(found, Attention):
-        return found
-    raise TypeError(f"loss: kd.dam must return an Attention, got {type(found).__name__}")
-
-
-def _dam_maker(
-    heads: str, options: Mapping[str, Any], own: Mapping[str, Any]
-) -> Callable[[int], nn.Module]:
-    """Makes the DAM of a layer from its channels.
-
-    Args:
-        options: of every DAM.
-        own: `heat_channels` of trained heads, `temperature` of attention; None: not given. The
-            other kind's is refused.
-    """
-    other = "heat_channels" if heads == "attention" else "temperature"
-    if own[other] is not None:
-        name = other if heads == "attention" else "attention_temperature"
-        rule = f"be left out with heads={heads!r}, which has no such option"
-        raise ValueError(f"SoKD: {name} must {rule}, got {own[other]!r}")
-    given = {name: value for name, value in own.items() if value is not None}
-    if heads == "attention":
-        return lambda channels: AttentionDAM(**options, **given)
-    return functools.partial(DAM, heads=heads, **options, **given)
-
-
-def _channels(
-    student: int | Sequence[int], teacher: int | Sequence[int]
-) -> tuple[list[int], list[int]]:
-    students = _channel_list("student_channels", student)
-    teachers = _channel_list("teacher_channels", teacher)
-    if len(students) != len(teachers):
-        rule = f"be as many as student_channels ({len(students)})"
-        raise ValueError(f"SoKD: teacher_channels must {rule}, got {len(teachers)}")
-    return students, teachers
-
-
-def _channel_list(name: str, channels: int | Sequence[int]) -> list[int]:
-    given = list(channels) if isinstance(channels, Sequence) else [channels]
-    if not given or not all(isinstance(count, numbers.Integral) and count > 0 for count in given):
-        rule = "be a positive number or a list of them"
-        raise ValueError(f"SoKD: {name} must {rule}, got {channels!r}")
-    return [int(count) for count in given]
-
-
-def _one_or_list(parts: Iterable[nn.Module]) -> nn.Module:
-    modules = list(parts)
-    return modules[0] if len(modules) == 1 else nn.ModuleList(modules)
-
-
-def _policy_or_none(given: Any) -> Policy | None:
-    """A policy, compiled or not."""
-    if given is None or isinstance(unwrapped(given), Policy):
-        return cast("Policy | None", given)
-    raise TypeError(f"SoKD: policy must be 'default', None or a sokd.Policy, got {_named(given)}")
-
-
-def _search_or_none(search: str | None, policy: Policy | None) -> OnlineSearch | None:
-    if search is None:
-        return None
-    if policy is None:
-        rule = "be None for a SoKD without a policy"
-        raise ValueError(f"SoKD: search must {rule}, got {search!r}")
-    return OnlineSearch(unwrapped(policy))
-
-
-def _part_or_none(name: str, given: Any, layers: int) -> nn.Module | None:
-    """An adapter or a DAM, or a list of them, that can be called as the loss calls it."""
-    modules = [given]
-    if isinstance(given, nn.ModuleList):
-        modules = per_layer(name, list(given), layers)
-    for module in [] if given is None else modules:
-        if not isinstance(module, nn.Module):
-            rule = "be 'default', None or an nn.Module"
-            raise TypeError(f"SoKD: {name} must {rule}, got {_named(module)}")
-        places, keywords = _CALLS[name]
-        if not _takes(module, places, keywords):
-            call = ", ".join([*places, *(f"{keyword}=..." for keyword in keywords)])
-            raise TypeError(f"SoKD: {name} must take ({call}), got {_named(module)}")
-    return cast("nn.Module | None", given)
-
-
-def _named(given: Any) -> str:
-    return repr(given) if isinstance(given, str) else type(given).__name__
-
-
-def _takes(module: nn.Module, places: Sequence[str], keywords: Sequence[str]) -> bool:
-    """Whether the module's signature allows such a call, or cannot be read."""
-    if not has_forward(module):
-        return False
-    try:
-        inspect.signature(module.forward).bind(*places, **dict.fromkeys(keywords))
-    except TypeError:
-        return False
-    except ValueError:
-        return True
-    return True

@@ -1,0 +1,160 @@
+"""The options of SoKD: what each is by default, checked, and the parts that are made of them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+from torch import nn
+
+from sokd.kd.adapter import KINDS
+from sokd.kd.attention import AttentionDAM
+from sokd.kd.dam import DAM
+from sokd.kd.features import one_of, per_layer
+from sokd.kd.policy import Policy
+from sokd.kd.policy.online import OnlineSearch
+from sokd.kd.virtual import unwrapped
+from sokd.ops.torch_internals import has_forward
+
+__all__ = [
+    "PRESETS", "channel_lists", "dam_maker", "one_or_list", "part_or_none", "policy_or_none",
+    "search_or_none", "settled",
+]  # fmt: skip
+
+# What an option is where it is "default", by `preset`.
+PRESETS: dict[str | None, dict[str, Any]] = {
+    None: {
+        "adapter": "linear", "heads": "attention", "base": "keep",
+        "lambda_agreement": 0.5, "lambda_areas": 1.0, "lambda_base": 1.5,
+        "granularity": "batch", "magnitude_gradient": "straight_through", "search": "online",
+    },
+    "paper": {
+        "adapter": "conv", "heads": "paper", "base": "replace",
+        "lambda_agreement": 10.0, "lambda_areas": 10.0, "lambda_base": 0.0,
+        "granularity": "batch", "magnitude_gradient": "straight_through", "search": None,
+    },
+}  # fmt: skip
+_HEADS = ("attention", "bounded", "paper")
+_BASES = ("keep", "replace")
+
+# How the loss calls a part: positional arguments, keywords.
+_CALLS = {"adapter": (["student"], []), "dam": (["student", "refined"], ["scale"])}
+
+
+def settled(preset: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Every option of `PRESETS`: as given, or the preset's where it is "default" or left out.
+
+    settled("paper", {"base": "keep"})["heads"]           # 'paper'
+    """
+    if preset is not None:
+        one_of("SoKD", "preset", preset, tuple(filter(None, PRESETS)))
+    chosen = {
+        name: value if given.get(name, "default") == "default" else given[name]
+        for name, value in PRESETS[preset].items()
+    }
+    one_of("SoKD", "heads", chosen["heads"], _HEADS)
+    one_of("SoKD", "base", chosen["base"], _BASES)
+    if chosen["search"] is not None:
+        one_of("SoKD", "search", chosen["search"], ("online",))
+        if given.get("granularity", "default") == "default":
+            chosen["granularity"] = "sample"  # the search learns most from many draws
+    if isinstance(chosen["adapter"], str):
+        one_of("SoKD", "adapter", chosen["adapter"], KINDS)
+    return chosen
+
+
+def dam_maker(
+    heads: str, options: Mapping[str, Any], own: Mapping[str, Any]
+) -> Callable[[int], nn.Module]:
+    """Makes the DAM of a layer from its channels.
+
+    Args:
+        options: of every DAM.
+        own: `heat_channels` of trained heads, `temperature` of attention; None: not given. The
+            other kind's is refused.
+    """
+    other = "heat_channels" if heads == "attention" else "temperature"
+    if own[other] is not None:
+        name = other if heads == "attention" else "attention_temperature"
+        rule = f"be left out with heads={heads!r}, which has no such option"
+        raise ValueError(f"SoKD: {name} must {rule}, got {own[other]!r}")
+    given = {name: value for name, value in own.items() if value is not None}
+    if heads == "attention":
+        return lambda channels: AttentionDAM(**options, **given)
+    return functools.partial(DAM, heads=heads, **options, **given)
+
+
+def channel_lists(
+    student: int | Sequence[int], teacher: int | Sequence[int]
+) -> tuple[list[int], list[int]]:
+    students = _channel_list("student_channels", student)
+    teachers = _channel_list("teacher_channels", teacher)
+    if len(students) != len(teachers):
+        rule = f"be as many as student_channels ({len(students)})"
+        raise ValueError(f"SoKD: teacher_channels must {rule}, got {len(teachers)}")
+    return students, teachers
+
+
+def _channel_list(name: str, channels: int | Sequence[int]) -> list[int]:
+    given = list(channels) if isinstance(channels, Sequence) else [channels]
+    if not given or not all(isinstance(count, numbers.Integral) and count > 0 for count in given):
+        rule = "be a positive number or a list of them"
+        raise ValueError(f"SoKD: {name} must {rule}, got {channels!r}")
+    return [int(count) for count in given]
+
+
+def one_or_list(parts: Iterable[nn.Module]) -> nn.Module:
+    modules = list(parts)
+    return modules[0] if len(modules) == 1 else nn.ModuleList(modules)
+
+
+def policy_or_none(given: Any) -> Policy | None:
+    """A policy, compiled or not."""
+    if given is None or isinstance(unwrapped(given), Policy):
+        return cast("Policy | None", given)
+    raise TypeError(f"SoKD: policy must be 'default', None or a sokd.Policy, got {_named(given)}")
+
+
+def search_or_none(search: str | None, policy: Policy | None) -> OnlineSearch | None:
+    if search is None:
+        return None
+    if policy is None:
+        rule = "be None for a SoKD without a policy"
+        raise ValueError(f"SoKD: search must {rule}, got {search!r}")
+    return OnlineSearch(unwrapped(policy))
+
+
+def part_or_none(name: str, given: Any, layers: int) -> nn.Module | None:
+    """An adapter or a DAM, or a list of them, that can be called as the loss calls it."""
+    modules = [given]
+    if isinstance(given, nn.ModuleList):
+        modules = per_layer(name, list(given), layers)
+    for module in [] if given is None else modules:
+        if not isinstance(module, nn.Module):
+            rule = "be 'default', None or an nn.Module"
+            raise TypeError(f"SoKD: {name} must {rule}, got {_named(module)}")
+        places, keywords = _CALLS[name]
+        if not _takes(module, places, keywords):
+            call = ", ".join([*places, *(f"{keyword}=..." for keyword in keywords)])
+            raise TypeError(f"SoKD: {name} must take ({call}), got {_named(module)}")
+    return cast("nn.Module | None", given)
+
+
+def _named(given: Any) -> str:
+    return repr(given) if isinstance(given, str) else type(given).__name__
+
+
+def _takes(module: nn.Module, places: Sequence[str], keywords: Sequence[str]) -> bool:
+    """Whether the module's signature allows such a call, or cannot be read."""
+    if not has_forward(module):
+        return False
+    try:
+        inspect.signature(module.forward).bind(*places, **dict.fromkeys(keywords))
+    except TypeError:
+        return False
+    except ValueError:
+        return True
+    return True
