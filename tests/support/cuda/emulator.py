@@ -14,16 +14,7 @@ ROOT = Path(__file__).parents[3]
 SOURCES = ROOT / "tests/support/emulator"
 OPERATORS = ("refine", "areas", "masked_mse", "draw")
 COMPILER = os.environ.get("CXX", "g++")
-LIBRARY = (
-    "-std=c++17",
-    "-O1",
-    "-Wall",
-    "-Wextra",
-    "-Werror",
-    "-Wno-misleading-indentation",
-    "-fPIC",
-    "-shared",
-)
+LIBRARY = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared")
 _QUIET = "unknown-pragmas unused-function unused-variable maybe-uninitialized uninitialized"
 FLAGS = (
     *("-x", "c++", *LIBRARY, *(f"-Wno-{warning}" for warning in _QUIET.split())),
