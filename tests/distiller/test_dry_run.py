@@ -2,23 +2,10 @@
 
 import pytest
 import torch
-from support.distiller_cases import Net, batch, make, objective
+from support.distiller_cases import Buffered, Net, batch, make, objective
 from torch import Tensor, nn
 
 from sokd.distiller.copies import untouched
-
-
-class Buffered(nn.Module):
-    """A net with a buffer that its forward treats in some way."""
-
-    def __init__(self, width: int, buffer: Tensor, use) -> None:
-        super().__init__()
-        self.net, self.use = Net(width), use
-        self.register_buffer("memory", buffer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.use(self, x)
-        return self.net(x)
 
 
 def reassign(net: Buffered, x: Tensor) -> None:

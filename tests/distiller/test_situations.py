@@ -17,6 +17,7 @@ from support.distiller_cases import (
     CLASSES,
     SMALL,
     Answering,
+    Buffered,
     Net,
     Shaped,
     batch,
@@ -418,29 +419,16 @@ def test_inputs_of_any_form_stay_as_they_are(form, read, change, example):
 # ------------------------------------------------------------------------------------- the dry run
 
 
-class Remembering(nn.Module):
-    """Does something to its buffers in the forward pass."""
-
-    def __init__(self, width: int, use: Any, buffer: Tensor | None) -> None:
-        super().__init__()
-        self.net, self.use = Net(width), use
-        self.register_buffer("memory", buffer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.use(self, x)
-        return self.net(x)
-
-
-def fill(net: Remembering, x: Tensor) -> None:
+def fill(net: Buffered, x: Tensor) -> None:
     net.memory = torch.zeros(3) if net.memory is None else net.memory + 1
 
 
-def drop(net: Remembering, x: Tensor) -> None:
+def drop(net: Buffered, x: Tensor) -> None:
     del net.memory
     net.register_buffer("memory", torch.full((2,), 5.0))
 
 
-def multiply(net: Remembering, x: Tensor) -> None:
+def multiply(net: Buffered, x: Tensor) -> None:
     assert net.memory.layout == torch.sparse_coo
     net.memory = net.memory * 2
 
@@ -449,7 +437,7 @@ def multiply(net: Remembering, x: Tensor) -> None:
     (fill, None), (drop, torch.zeros(4)), (multiply, torch.eye(3).to_sparse()),
 ], ids=["none yet", "registered again", "sparse"])  # fmt: skip
 def test_buffers_that_come_and_go(use, buffer):
-    pair = [Remembering(width, use, buffer) for width in (6, 3)]
+    pair = [Buffered(width, buffer, use) for width in (6, 3)]
     distiller = make(models=pair, layers="net.stage1")
     assert all(net.memory is buffer for net in pair)
     objective(distiller).backward()

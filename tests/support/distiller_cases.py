@@ -37,6 +37,19 @@ class Net(nn.Module):
         return self.head(self.features(x).mean((2, 3)))
 
 
+class Buffered(nn.Module):
+    """A net with a buffer that its forward treats in some way."""
+
+    def __init__(self, width: int, buffer: Tensor | None, use) -> None:
+        super().__init__()
+        self.net, self.use = Net(width), use
+        self.register_buffer("memory", buffer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.use(self, x)
+        return self.net(x)
+
+
 class Answering(nn.Module):
     """A net that answers in another form."""
 
