@@ -91,12 +91,18 @@ def rows_of(rows: Iterable[Row], dataset: str, part: str, arm: str) -> list[Row]
     return [r for r in rows if (r["dataset"], r["part"], r["arm"]) == (dataset, part, arm)]
 
 
+def accuracies(rows: Iterable[Row], dataset: str, arm: str) -> dict[str, float]:
+    """The mean validation accuracy of each share of an arm's trials."""
+    found: dict[str, list[float]] = {}
+    for row in rows_of(rows, dataset, "trial", arm):
+        found.setdefault(row["share"], []).append(float(row["last_validation"]))
+    return {share: fmean(values) for share, values in found.items()}
+
+
 def chosen(rows: Iterable[Row], dataset: str, arm: str) -> str:
     """The share with the best mean validation accuracy; of equals, the smallest."""
-    tried: dict[str, list[float]] = {}
-    for row in rows_of(rows, dataset, "trial", arm):
-        tried.setdefault(row["share"], []).append(float(row["last_validation"]))
-    return min(tried, key=lambda share: (-fmean(tried[share]), float(share)), default="")
+    found = accuracies(rows, dataset, arm)
+    return min(found, key=lambda share: (-found[share], float(share)), default="")
 
 
 def by_seed(rows: Iterable[Row], dataset: str, arm: str, column: str) -> dict[str, float]:

@@ -11,6 +11,7 @@ from typing import TypeVar
 from examples.experiments.compare import (
     SETTINGS,
     Row,
+    accuracies,
     by_seed,
     chosen,
     difference,
@@ -107,11 +108,8 @@ def trials(rows: Sequence[Row]) -> str:
     for arm in (arm for arm in ARMS if ARMS[arm].method):
         cells = []
         for dataset in SETTINGS:
-            tried: dict[str, list[float]] = {}
-            for row in rows_of(rows, dataset, "trial", arm):
-                tried.setdefault(row["share"], []).append(100 * float(row["last_validation"]))
-            best = chosen(rows, dataset, arm)
-            texts = (f"{share}: {fmean(tried[share]):.2f}" for share in sorted(tried, key=float))
+            found, best = accuracies(rows, dataset, arm), chosen(rows, dataset, arm)
+            texts = (f"{share}: {100 * found[share]:.2f}" for share in sorted(found, key=float))
             cells.append("; ".join(
                 f"**{text}**" if text.startswith(f"{best}:") else text for text in texts
             ))  # fmt: skip

@@ -124,7 +124,9 @@ def read(root: Path, part: str) -> Truth:
                 f"list: {some(lost)}".replace("an category", "a category")
             )
     if not known or min(known) < 1:
-        raise SystemExit(f"--data: the categories of {path.name} must be 1 or more: 0 is none")
+        raise SystemExit(
+            f"--data: the categories of {path.name} must be 1 or more (0 is the background)"
+        )
     boxes: dict[int, list[Any]] = {image["id"]: [] for image in images}
     return Truth(path, content, images, boxes)
 
