@@ -171,6 +171,19 @@ def test_wkd_is_the_sum_of_its_parts():
     torch.testing.assert_close(value, parts)
 
 
+def test_wkd_features_do_not_cancel_in_float32():
+    """A region's mean far from the channel's, its deviation small: float32 is near float64."""
+    steps = 100.0 * torch.arange(4.0).repeat_interleave(2)
+    maps = [steps + steps[:, None] + 0.1 * torch.randn(2, 3, 8, 8) for _ in range(2)]
+    gradients = []
+    for dtype in (torch.float32, F64):
+        student = maps[0].to(dtype).requires_grad_()
+        loss = methods.wkd_features(student, maps[1].to(dtype))
+        gradients += torch.autograd.grad(loss, student)
+    error = (gradients[0] - gradients[1]).abs().max() / gradients[1].abs().max()
+    assert error < 1e-3
+
+
 def test_the_parts_of_dkd_make_kd():
     """KD = TCKD + (1 - p_t) NCKD (the paper's decomposition), here with one p_t for all samples."""
     teacher = torch.randn(1, 6, dtype=F64).expand(4, 6)

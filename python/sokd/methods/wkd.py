@@ -179,13 +179,24 @@ def _gaussians(
 
 
 def _moments(features: Tensor, grid: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation in each region of the grid, [B, C, g, g].
+    """Mean and standard deviation in each region of the grid, [B, C, g, g]."""
+    size = min(grid, features.shape[2]), min(grid, features.shape[3])
+    if features.shape[2] % size[0] == 0 and features.shape[3] % size[1] == 0:
+        regions = features.unflatten(3, (size[1], -1)).unflatten(2, (size[0], -1))
+        count = regions.shape[3] * regions.shape[5]
+        mean = regions.mean((3, 5), keepdim=True)
+        spread = (regions - mean).square().sum((3, 5)) / max(count - 1, 1)
+        return mean.flatten(2).unflatten(2, size), (spread + _VARIANCE).sqrt()
+    return _overlapping_moments(features, size)
+
+
+def _overlapping_moments(features: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """In the regions of `adaptive_avg_pool2d`.
 
     The channel's mean is subtracted first: a mean of squares less a square of the mean cancels.
     """
     base = features.detach().mean((2, 3), keepdim=True)
     features = features - base
-    size = min(grid, features.shape[2]), min(grid, features.shape[3])
     mean = F.adaptive_avg_pool2d(features, size)
     spread = F.adaptive_avg_pool2d(features.square(), size) - mean.square()
     rows, columns = (
