@@ -30,12 +30,10 @@ def with_teacher(args: Any, student: nn.Module, classes: int, labels: Tensor) ->
         )
     teacher = build(args.teacher, classes)
     load_weights(teacher, args.teacher_weights, "--teacher-weights")
-    pairs = layers(args.method, layers_of(args.student), layers_of(args.teacher))
-    if args.layers:
-        pairs = [tuple(pair.split("=", 1)) for pair in args.layers]
+    tables = layers(args.method, layers_of(args.student), layers_of(args.teacher))
     bank = {"num_samples": len(labels), "labels": labels} if "crd" in args.method else {}
     return sokd.Distiller(
-        student=student, teacher=teacher, layers=pairs, method=args.method,
+        student=student, teacher=teacher, layers=args.layers or tables, method=args.method,
         sokd=args.sokd and args.sokd_option, example=torch.zeros(2, 3, 32, 32), check_finite=False,
         **bank | args.method_option,
     )  # fmt: skip

@@ -17,7 +17,7 @@ import torch
 from parts import detection, published
 from parts.data import loaders
 from parts.detection import BackboneAlone, Once
-from parts.options import read_options
+from parts.options import NATURAL, POSITIVE, read_options
 from parts.run import Run, load_weights, objective
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -27,9 +27,9 @@ import sokd
 SCHEDULES = {"1x": (12, [8, 11]), "2x": (24, [16, 22])}  # epochs, and after which lr is / 10
 OWN: dict[str, dict[str, Any]] = {
     "--schedule": {"choices": tuple(SCHEDULES), "default": "1x", "help": "epochs and milestones"},
-    "--lr-warmup-steps": {"type": int, "default": 500, "help": "linear rise of the learning rate"},
-    "--min-size": {"type": int, "nargs": "+", "default": [800], "help": "shorter side; or several"},
-    "--max-size": {"type": int, "default": 1333, "help": "longer side, at most"},
+    "--lr-warmup-steps": {"type": NATURAL, "default": 500, "help": "rise of the learning rate"},
+    "--min-size": {"type": POSITIVE, "nargs": "+", "default": [800], "help": "of the shorter side"},
+    "--max-size": {"type": POSITIVE, "default": 1333, "help": "longer side, at most"},
     "--backbone-weights": {"help": "of the student: a classifier's checkpoint, or none"},
     "--keep-empty": {"action": "store_true", "help": "train on images without boxes too"},
 }
@@ -42,9 +42,8 @@ def with_teacher(args: Any, student: nn.Module, classes: int) -> sokd.Distiller:
         detection.pretrained(teacher, args.teacher)
     else:
         load_weights(teacher, args.teacher_weights, "--teacher-weights")
-    pairs: list[Any] = detection.levels(student, teacher, (args.student, args.teacher))
-    if args.layers:
-        pairs = [tuple(pair.split("=", 1)) for pair in args.layers]
+    names = args.student, args.teacher
+    pairs = args.layers or detection.levels(student, teacher, names)
     return sokd.Distiller(
         student=student, teacher=BackboneAlone(teacher), layers=pairs, method=args.method,
         task="model", sokd=args.sokd and args.sokd_option, check_finite=False,
@@ -94,6 +93,7 @@ def distil(args: Any, run: Run) -> dict[str, Any]:
         data, args, run.rank, run.ranks, run.device, test_batch=8, collate=detection.as_lists
     )
     student = detection.build(args.student, data.classes, args.min_size, args.max_size)
+    detection.check_student(student, args.student)
     transform = student.transform
     if args.student_weights is not None:
         load_weights(student, args.student_weights, "--student-weights")

@@ -16,7 +16,7 @@ import torch
 from parts import published
 from parts.data import imagenet, loaders
 from parts.networks import layers
-from parts.options import read_options
+from parts.options import POSITIVE, read_options
 from parts.run import Alone, Run, load_weights, objective
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -54,12 +54,10 @@ def with_teacher(args: Any, student: nn.Module, classes: int, labels: Tensor) ->
         load_weights(teacher, args.teacher_weights, "--teacher-weights")
     stages = ["layer1", "layer2", "layer3", "layer4"], "layer4"
     resnets = args.teacher.startswith("res") and args.student.startswith("res")
-    pairs = layers(args.method, stages, stages) if resnets else "auto"
-    if args.layers:
-        pairs = [tuple(pair.split("=", 1)) for pair in args.layers]
+    tables = layers(args.method, stages, stages) if resnets else "auto"
     bank = {"num_samples": len(labels), "labels": labels} if "crd" in args.method else {}
     return sokd.Distiller(
-        student=student, teacher=teacher, layers=pairs, method=args.method,
+        student=student, teacher=teacher, layers=args.layers or tables, method=args.method,
         sokd=args.sokd and args.sokd_option, check_finite=False,
         example=torch.zeros(2, 3, args.size, args.size), **bank | args.method_option,
     )  # fmt: skip
@@ -68,7 +66,7 @@ def with_teacher(args: Any, student: nn.Module, classes: int, labels: Tensor) ->
 def main(argv: Sequence[str] | None = None, writer: Any = None) -> dict[str, Any]:
     args = read_options(
         __doc__, argv, published.imagenet_settings,
-        {"--size": {"type": int, "default": 224, "help": "of the images, in pixels"}},
+        {"--size": {"type": POSITIVE, "default": 224, "help": "of the images, in pixels"}},
         teacher="resnet34", student="resnet18", epochs=100, milestones=[30, 60, 90],
         batch_size=256, weight_decay=1e-4,
     )  # fmt: skip

@@ -7,9 +7,11 @@ import copy
 import pytest
 import support.naive_methods as naive
 import torch
+import torch.distributed as dist
 from support.cases import compiles
-from support.distiller_cases import SMALL, batch, make, models
+from support.distiller_cases import SMALL, batch, gradients, make, models, objective
 from support.raises import raises
+from support.ranks import of_ranks
 from torch import Tensor
 
 from sokd import methods
@@ -399,3 +401,43 @@ def test_the_size_of_an_input_that_is_not_one_batch_is_given():
         distiller(list(x), y, boxes=SMALL_BOXES, image_sizes=SMALL_SIZES)
     _, losses = distiller(list(x), y, boxes=SMALL_BOXES, input_size=(16, 16))
     assert losses["loss_fgd"].isfinite()
+
+
+# --- two ranks
+
+HALVES = [SMALL_BOXES[0], SMALL_BOXES[2], torch.zeros(0, 4), torch.zeros(0, 4)]  # rank 1: none
+
+
+def _gradients(rank: int | None, plugged: bool) -> dict[str, Tensor]:
+    """Of the whole batch, or of a rank's half of it in DistributedDataParallel."""
+    torch.manual_seed(0)
+    options = {"heat_channels": 3, "k": 2, "policies": [("rotate", "cutout")]}  # no noise
+    distiller = make(
+        models=models(norm=False), method={"fgd": None, "fitnet": 1.0}, adapter="linear",
+        sokd=options if plugged else False,
+    )  # fmt: skip
+    for parameter in distiller.own_parameters():  # a context block that does not add 0
+        torch.nn.init.normal_(parameter, std=0.3)
+    own = slice(None) if rank is None else slice(2 * rank, 2 * rank + 2)
+    model = distiller if rank is None else torch.nn.parallel.DistributedDataParallel(distiller)
+    x, y = batch()
+    objective(model, x[own], y[own], boxes=HALVES[own], image_sizes=SMALL_SIZES[own]).backward()
+    return gradients(distiller)
+
+
+def _of_rank(rank: int) -> list[dict[str, Tensor]]:
+    return [_gradients(rank, plugged) for plugged in (False, True)]
+
+
+@pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo"
+)
+def test_two_ranks_have_the_gradients_of_the_whole_batch(tmp_path):
+    """Boxes, padding and unequal images on each; one of them has no box at all."""
+    for found in of_ranks(_of_rank, tmp_path):
+        for plugged, own in zip((False, True), found, strict=True):
+            expected = _gradients(None, plugged)
+            assert own.keys() == expected.keys()
+            assert any("methods.fgd" in n and g.any() for n, g in expected.items())
+            for name, gradient in expected.items():
+                torch.testing.assert_close(own[name], gradient, rtol=1e-4, atol=1e-6, msg=name)

@@ -51,10 +51,14 @@ def run(data, teacher, tmp_path):
     return call
 
 
-def test_teacher_only_writes_a_public_checkpoint(teacher):
+def test_teacher_only_writes_a_public_checkpoint(teacher, data):
     saved = torch.load(teacher, weights_only=True)
     build("resnet8", 10).load_state_dict(saved["model"])
     assert saved["model"]["bn1.num_batches_tracked"] == 2
+    more = ["--teacher-only", "--teacher", "resnet8", "--eval-only"]
+    figures = cifar100.main(options(data, teacher.parent, *more))
+    result = json.loads((teacher.parent / "result.json").read_text())
+    assert figures["top1"] == result["last_top1"]
 
 
 def test_logs_result_and_a_student_without_sokd(run, tmp_path, capsys):
@@ -298,14 +302,40 @@ def test_public_teachers_load(run, tmp_path, teacher):
     run("out", "--teacher-weights", str(tmp_path / "public.pt"), "--max-steps", "1")
 
 
-def test_options_that_are_none(run, monkeypatch):
+def test_options_that_are_none(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert "--tensorboard needs the package" in refused(run, "out", "--tensorboard")
     assert "--method must be among none, fitnet, at" in refused(run, "out", "--method", "fitnot")
     assert "must be NAME or NAME=WEIGHT" in refused(run, "out", "--method", "kd=much")
     assert "no network 'resnet9'" in refused(run, "out", "--student", "resnet9")
     assert "--row must be TEACHER:STUDENT" in refused(run, "out", "--row", "resnet20")
+    said = refused(run, "out", "--row", "resnet56:resnet20:sokd")
+    assert said == "--row must name a method beside sokd, got 'resnet56:resnet20:sokd'"
+    said = refused(run, "out", "--row", "resnet8:resnet8w8:kd", "--method", "at")
+    assert said == "--row resnet8:resnet8w8:kd and --method must not both be given"
+    said = refused(run, "out", "--row", "resnet8:resnet8w8:kd", "--sokd")
+    assert said == "--row resnet8:resnet8w8:kd and --sokd must not both be given"
+    for more in (["kd"], ["--sokd"]):
+        said = refused(run, "out", "--method", "none", *more)
+        assert said == "--method none must stand alone, without other methods and SoKD"
+    (tmp_path / "file").touch()
+    assert refused(run, "file").startswith(f"--out: {tmp_path / 'file'} cannot be written to: ")
     assert "--sync-bn needs GPUs" in refused(run, "out", "--sync-bn")
+
+
+@pytest.mark.parametrize("given, rule", [
+    ("--epochs 0", "must be 1 or more, got 0"), ("--batch-size 0", "must be 1 or more, got 0"),
+    ("--seed -1", "must be 0 or more, got -1"), ("--lr nan", "must be 0.0 or more, got nan"),
+    ("--lr inf", "must be 0.0 or more, got inf"), ("--ema 1.5", "must be from 0 to 1, got 1.5"),
+    ("--workers 1.5", "invalid int value: '1.5'"), ("--method", "expected at least one argument"),
+    ("--layers layer1", "must be STUDENT=TEACHER, got 'layer1'"),
+    ("--method-option k", "must be NAME=VALUE, got 'k'"),
+])  # fmt: skip
+def test_values_out_of_range(given, rule, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cifar100.main(given.split())
+    option = given.split()[0]
+    assert capsys.readouterr().err.endswith(f"error: argument {option}: {rule}\n")
 
 
 # ------------------------------------------------------------------------------------------- tables

@@ -355,6 +355,8 @@ def test_files_that_do_not_fit_are_refused_by_name(spoiled, data, tmp_path):
         (lambda c: c["annotations"][0].update(category_id=9), "1 annotations of a category that"),
         (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), "is no file of COCO's form: Value"),
         (lambda c: c["annotations"][0].update(bbox=[1, 2, 3, float("inf")]), "annotation 1 has th"),
+        (lambda c: c["annotations"][3].pop("area"), "ValueError('annotations[3] has no area')"),
+        (lambda c: c["images"][1].update(id=10), "ValueError('images has the id 10 twice')"),
         (lambda c: c.pop("categories"), "is no file of COCO's form: KeyError('categories')"),
         (lambda c: c["categories"].append({"id": 7}), "train and val differ in the categories 7"),
         (lambda c: c["categories"].append({"id": 0}), "must be 1 or more"),
@@ -369,6 +371,15 @@ def test_an_image_of_another_size_than_its_entry(spoiled):
     data, _ = spoiled(change=lambda content: content["images"][0].update(height=32))
     with pytest.raises(ValueError, match=r"0\.png must have the 32 x 96 of its entry, got 64 x 96"):
         data.train[0, 0]
+
+
+def test_a_file_that_is_no_image(data, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(data, folder)
+    (folder / "train2017" / "0.png").write_bytes(b"damaged")
+    found = detection.coco(str(folder), None, 0, False, print)
+    with pytest.raises(ValueError, match=r"train2017/0\.png must be an image, got "):
+        found.train[0, 0]
 
 
 def test_levels_that_do_not_fit_are_refused(monkeypatch):
@@ -394,6 +405,8 @@ def test_options_that_are_none(run, monkeypatch):
     assert "--download: coco.py fetches nothing" in refused(run, "out", "--download")
     assert "--compile: torchvision's detectors" in refused(run, "out", "--compile")
     assert "no detector 'yolo'" in refused(run, "out", "--student", "yolo")
+    said = refused(run, "out", "--student", "maskrcnn_resnet50_fpn")
+    assert said == "--student must be trained by boxes alone, got maskrcnn_resnet50_fpn"
     assert "torchvision has no weights of a detector 'small8'" in refused(
         detection.pretrained, nn.Module(), "small8"
     )

@@ -9,7 +9,7 @@ import torch
 from parts import data
 from PIL import Image
 from support.recipes import TEST, TRAIN, write_idx
-from torchvision.datasets import CIFAR100
+from torchvision.datasets import CIFAR100, FashionMNIST
 from torchvision.transforms import v2
 
 CPU = torch.device("cpu")
@@ -118,8 +118,10 @@ def test_cifar100_missing_half_there_and_read(tmp_path, monkeypatch):
         read()
     fetched = []
     monkeypatch.setattr(CIFAR100, "download", lambda self: fetched.append(self.root))
-    with pytest.raises(RuntimeError, match="not found or corrupted"):  # nothing came
-        data.of_32x32("cifar100", str(tmp_path), True, None, 0)
+    monkeypatch.setattr(FashionMNIST, "download", lambda self: None)
+    for name, root in (("cifar100", tmp_path), ("fashion-mnist", tmp_path / "none")):
+        with pytest.raises(SystemExit, match=r"--download: .* was not fetched: .*not found"):
+            data.of_32x32(name, str(root), True, None, 0)
     assert fetched == [str(tmp_path)]
     for name in ("train", "test"):
         pixels = np.arange(4 * 3072, dtype=np.uint8).reshape(4, 3072)

@@ -7,7 +7,6 @@ import os
 import signal
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,20 +48,25 @@ class Seeded(Dataset):
     def __len__(self) -> int:
         return len(self.samples) if self.subset is None else len(self.subset)
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int, int]:
-        image, label = self.sample(key[1])
-        with self.own_random_numbers(key):
-            return self.transform(image), label, key[1]
+    def __getitem__(self, key: Key) -> tuple[Any, Any, int]:
+        return self.__getitems__([key])[0]
 
-    def sample(self, index: int) -> Any:
-        return self.samples[index if self.subset is None else self.subset[index]]
+    def __getitems__(self, keys: Sequence[Key]) -> list[tuple[Any, Any, int]]:
+        """A batch, for a DataLoader: PyTorch's own random state is kept once for all of it."""
+        before = torch.get_rng_state()
+        try:
+            return [self._seeded(*key) for key in keys]
+        finally:
+            torch.set_rng_state(before)
 
-    @contextmanager
-    def own_random_numbers(self, key: Key) -> Iterator[None]:
-        with torch.random.fork_rng(devices=[]):
-            own = np.random.SeedSequence((self.seed, *key)).generate_state(1)[0]
-            torch.default_generator.manual_seed(int(own))
-            yield
+    def _seeded(self, epoch: int, index: int) -> tuple[Any, Any, int]:
+        own = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0]
+        torch.default_generator.manual_seed(int(own))
+        sample = self.samples[index if self.subset is None else self.subset[index]]
+        return *self.transformed(*sample), index
+
+    def transformed(self, image: Any, label: Any) -> tuple[Any, Any]:
+        return self.transform(image), label
 
 
 class TrainOrder:
@@ -161,22 +165,32 @@ def cifar100(root: str, download: bool) -> tuple[Images, Images]:
     kind = datasets.CIFAR100
     folder = Path(root) / kind.base_folder
     files = [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
-    for name, md5 in () if download else files:
+    if download:
+        fetch(kind, root)
+    for name, md5 in files:
         if not check_integrity(str(folder / name), md5):
             state = "is damaged" if (folder / name).exists() else "is not there"
             raise SystemExit(
                 f"--data: {folder / name} {state}; --download fetches it, or unpack "
                 f"{kind.url} in {root}"
             )
-    parts = [kind(root, train=train, download=download) for train in (True, False)]
+    parts = [kind(root, train=train) for train in (True, False)]
     return tuple(Images(torch.from_numpy(p.data).permute(0, 3, 1, 2), p.targets) for p in parts)
+
+
+def fetch(kind: Any, root: str) -> None:
+    """Download a data set of torchvision unless it is there."""
+    try:
+        kind(root, download=True)
+    except (OSError, RuntimeError) as error:
+        raise SystemExit(f"--download: {kind.__name__} was not fetched: {error}") from None
 
 
 def fashion_mnist(root: str, download: bool) -> tuple[Images, Images]:
     """Fashion-MNIST from idx files (.gz or not) in `root`, in torchvision's folder below it, or as
     Debian installs them; 28x28 grey is padded to 32x32 and repeated to three channels."""
     if download:
-        datasets.FashionMNIST(root, download=True)
+        fetch(datasets.FashionMNIST, root)
     folders = [Path(root), Path(root) / "FashionMNIST" / "raw", FASHION]
     names = [
         f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")

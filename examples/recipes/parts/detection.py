@@ -34,6 +34,11 @@ from parts.run import Run, load_weights, weights_of
 
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 Target = dict[str, Any]
+ENTRIES = {  # what the recipe and pycocotools read
+    "images": {"id", "file_name", "height", "width"},
+    "annotations": {"id", "image_id", "category_id", "bbox", "area", "iscrowd"},
+    "categories": {"id"},
+}
 
 # ------------------------------------------------------------------------------------ COCO's files
 
@@ -102,6 +107,8 @@ def read(root: Path, part: str) -> Truth:
             )
     try:
         content = json.loads(path.read_bytes())
+        for kind, keys in ENTRIES.items():
+            check_entries(kind, content[kind], keys)
         images, annotations = content["images"], content["annotations"]
         known = {category["id"] for category in content["categories"]}
         ids = {image["id"] for image in images}
@@ -129,6 +136,17 @@ def read(root: Path, part: str) -> Truth:
         )
     boxes: dict[int, list[Any]] = {image["id"]: [] for image in images}
     return Truth(path, content, images, boxes)
+
+
+def check_entries(kind: str, entries: list[dict[str, Any]], keys: set[str]) -> None:
+    """Raise ValueError for an entry without one of the keys, and for an id that is there twice."""
+    known = set()
+    for place, each in enumerate(entries):
+        if lacking := keys - each.keys():
+            raise ValueError(f"{kind}[{place}] has no {', '.join(sorted(lacking))}")
+        if each["id"] in known:
+            raise ValueError(f"{kind} has the id {each['id']} twice")
+        known.add(each["id"])
 
 
 def tidy(truth: Truth, say: Any) -> None:
@@ -181,7 +199,10 @@ class Boxes(Dataset):
     def __getitem__(self, index: int) -> tuple[Image, Target]:
         entry = self.images[index]
         path = self.folder / entry["file_name"]
-        image = decode_image(str(path), ImageReadMode.RGB)
+        try:
+            image = decode_image(str(path), ImageReadMode.RGB)
+        except RuntimeError as error:
+            raise ValueError(f"{path} must be an image, got {error}") from None
         size = entry["height"], entry["width"]
         if tuple(image.shape[1:]) != size:
             got = f"{image.shape[1]} x {image.shape[2]}"
@@ -195,11 +216,10 @@ class Boxes(Dataset):
 class SeededBoxes(Seeded):
     """`data[epoch, index]` is (image, target, index), seeded as `Seeded`: a flip moves both."""
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Target, int]:
-        with self.own_random_numbers(key):
-            image, target = self.transform(*self.sample(key[1]))
+    def transformed(self, image: Image, target: Target) -> tuple[Tensor, Target]:
+        image, target = self.transform(image, target)
         boxes = target["boxes"].as_subclass(Tensor)
-        return image.as_subclass(Tensor), {**target, "boxes": boxes}, key[1]
+        return image.as_subclass(Tensor), {**target, "boxes": boxes}
 
 
 def as_lists(samples: Sequence[tuple[Tensor, Target, int]]) -> tuple[Any, Any, Tensor]:
@@ -256,6 +276,13 @@ def small(width: int, classes: int, **sizes: Any) -> FasterRCNN:
         rpn_post_nms_top_n_test=100, rpn_batch_size_per_image=64, box_batch_size_per_image=64,
         box_detections_per_img=20, **sizes,
     )  # fmt: skip
+
+
+def check_student(network: nn.Module, name: str) -> None:
+    """Refuse a detector whose own losses need more than boxes."""
+    heads = getattr(network, "roi_heads", None)
+    if heads is not None and (heads.has_mask() or heads.has_keypoint()):
+        raise SystemExit(f"--student must be trained by boxes alone, got {name}")
 
 
 def pretrained(network: nn.Module, name: str) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,15 +31,16 @@ def read_options(
         parser.add_argument(name, **kind)
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
-    args.method = dict(map(_weighted, args.method or ["fitnet"]))
     if args.row is not None:
-        row = parse_row(args.row)
-        args.teacher, args.student, args.sokd = row.teacher, row.student, row.sokd
-        args.method = dict.fromkeys(row.methods)
+        _take_row(args, parser)
     if args.teacher_only:
-        args.student, args.method = args.teacher, {"none": None}
+        args.student, args.method, args.sokd = args.teacher, ["none"], False
+    args.method = dict(map(_weighted, args.method or ["fitnet"]))
     if "none" in args.method:
+        if len(args.method) > 1 or args.sokd:
+            raise SystemExit("--method none must stand alone, without other methods and SoKD")
         args.method, args.sokd = {}, False
+    args.sokd = args.sokd is not False
     for name in args.method:
         if name not in sokd.methods.METHODS:
             known = ", ".join(sokd.methods.METHODS)
@@ -51,13 +53,41 @@ def read_options(
     if args.row is not None:
         args.sokd_option.setdefault("preset", "paper")
     if args.eval_only and args.student_weights is None:
-        args.student_weights = f"{args.out}/student.pt"
+        name = "teacher" if args.teacher_only else "student"
+        args.student_weights = f"{args.out}/{name}.pt"
     for name, value in ({"ce_weight": 1.0, "warmup_epochs": 0} | published).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if settled(args.sokd_option.get("preset"), args.sokd_option)["search"] is not None:
         args.search_epochs = 0  # the loss searches
     return args
+
+
+def _take_row(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """The pair, the methods and SoKD of --row; other options must not name others."""
+    row = parse_row(args.row)
+    named = {"teacher": row.teacher, "student": row.student, "method": row.methods}
+    for name, value in (named | {"sokd": row.sokd}).items():
+        if getattr(args, name) not in (parser.get_default(name), value):
+            raise SystemExit(f"--row {args.row} and --{name} must not both be given")
+        setattr(args, name, value)
+
+
+def number(least: float, most: float = math.inf) -> Callable[[str], Any]:
+    """The type of an option of at least `least` and at most `most`: whole where `least` is."""
+
+    def read(text: str) -> Any:
+        value = type(least)(text)
+        if not least <= value <= most or value == math.inf:
+            bound = f"{least} or more" if most == math.inf else f"from {least:g} to {most:g}"
+            raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
+        return value
+
+    read.__name__ = type(least).__name__  # argparse: "invalid int value"
+    return read
+
+
+POSITIVE, NATURAL, AMOUNT = number(1), number(0), number(0.0)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -73,35 +103,37 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     add("--teacher-weights", help="checkpoint of the teacher")
     add("--student-weights", help="checkpoint that the student starts from, or for --eval-only")
     add("--teacher-only", action="store_true", help="train the teacher, by cross entropy")
-    add("--method", nargs="*", metavar="NAME[=WEIGHT]", help="none: the student alone")
+    add("--method", nargs="+", metavar="NAME[=WEIGHT]", help="none: the student alone")
     add("--method-option", nargs="*", default=[], type=_option, metavar="NAME=VALUE")
-    add("--sokd", action=yes_or_no, default=True, help="refined teacher features and mutual areas")
+    add("--sokd", action=yes_or_no, help="refined teacher features and mutual areas; left out: on")
     add("--sokd-option", nargs="*", default=[], type=_option, metavar="NAME=VALUE")
-    add("--layers", nargs="*", metavar="STUDENT=TEACHER", help="other layers than the tables'")
-    add("--search-epochs", type=int, help="how long SoKD's policy is searched; 0: not at all")
-    add("--search-every", type=int, default=1, help="steps between two steps of the search")
+    add("--layers", nargs="+", type=_pair, metavar="STUDENT=TEACHER",
+        help="other layers than the tables'")  # fmt: skip
+    add("--search-epochs", type=NATURAL, help="how long SoKD's policy is searched; 0: not at all")
+    add("--search-every", type=POSITIVE, default=1, help="steps between two steps of the search")
     add("--data", default="data", help="folder of the data set")
     add("--download", action="store_true", help="fetch the data set into --data")
     add("--train-samples", type=int, help="a fixed random subset of this size")
-    add("--epochs", type=int)
-    add("--milestones", type=int, nargs="*", help="epochs after which lr is divided by 10")
-    add("--batch-size", type=int, help="of one step, over all ranks")
-    add("--accumulate", type=int, default=1, help="parts in which each rank computes a step")
-    add("--lr", type=float)
-    add("--momentum", type=float, default=0.9)
-    add("--weight-decay", type=float)
-    add("--ce-weight", type=float, help="of the task's loss: the cross entropy, the detector's own")
-    add("--warmup-epochs", type=int, help="linear rise of the distillation terms")
-    add("--seed", type=int, default=0)
+    add("--epochs", type=POSITIVE)
+    add("--milestones", type=NATURAL, nargs="*", help="epochs after which lr is divided by 10")
+    add("--batch-size", type=POSITIVE, help="of one step, over all ranks")
+    add("--accumulate", type=POSITIVE, default=1, help="parts in which each rank computes a step")
+    add("--lr", type=AMOUNT)
+    add("--momentum", type=AMOUNT, default=0.9)
+    add("--weight-decay", type=AMOUNT)
+    add("--ce-weight", type=AMOUNT, help="of the task's loss: cross entropy, the detector's own")
+    add("--warmup-epochs", type=NATURAL, help="linear rise of the distillation terms")
+    add("--seed", type=NATURAL, default=0)
     add("--amp", choices=("no", "bf16", "fp16"), default="no")
     add("--compile", action="store_true")
     add("--channels-last", action="store_true")
     add("--sync-bn", action="store_true", help="BatchNorm over all ranks (GPUs; never run yet)")
-    add("--ema", type=float, metavar="DECAY", help="average the student's weights, e.g. 0.9999")
-    add("--workers", type=int, help="of the loader, for each rank")
+    add("--ema", type=number(0.0, 1.0), metavar="DECAY",
+        help="average the student's weights, e.g. 0.9999")  # fmt: skip
+    add("--workers", type=NATURAL, help="of the loader, for each rank")
     add("--out", default="out/recipe", help="folder for the checkpoint, the logs and the student")
     add("--resume", default="no", help="auto: go on where OUT's checkpoint is; no; or a file")
-    add("--max-steps", type=int, help="end the run after so many steps")
+    add("--max-steps", type=POSITIVE, help="end the run after so many steps")
     add("--eval-only", action="store_true")
     add("--tensorboard", action="store_true", help="write OUT/tensorboard too")
     return made
@@ -113,6 +145,13 @@ def _weighted(text: str) -> tuple[str, float | None]:
         return name, float(weight) if equals else None
     except ValueError:
         raise SystemExit(f"--method must be NAME or NAME=WEIGHT, got {text!r}") from None
+
+
+def _pair(text: str) -> tuple[str, str]:
+    pair = text.split("=")
+    if len(pair) != 2 or not all(pair):
+        raise argparse.ArgumentTypeError(f"must be STUDENT=TEACHER, got {text!r}")
+    return pair[0], pair[1]
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -70,8 +70,10 @@ def parse_row(text: str) -> Row:
     parts = text.split(":")
     if len(parts) != 3 or not all(parts):
         raise SystemExit(f"--row must be TEACHER:STUDENT:METHOD[+sokd], got {text!r}")
-    methods = parts[2].split("+")
-    return Row(parts[0], parts[1], [m for m in methods if m != "sokd"], "sokd" in methods)
+    methods = [method for method in parts[2].split("+") if method != "sokd"]
+    if not methods:
+        raise SystemExit(f"--row must name a method beside sokd, got {text!r}")
+    return Row(parts[0], parts[1], methods, "sokd" in parts[2].split("+"))
 
 
 def accepted(row: Row, pairs: tuple[str, ...], table: dict[str, str], source: str) -> str:

@@ -72,7 +72,10 @@ class Run:
         if self.ranks > 1:
             _meet("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
         if self.main:
-            self.out.mkdir(parents=True, exist_ok=True)
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise SystemExit(f"--out: {self.out} cannot be written to: {error}") from None
         if self.main and self.args.tensorboard and self.writer is None:
             self.writer = _tensorboard(self.out / "tensorboard")
         return self

@@ -15,6 +15,7 @@ Source: docs/method.md section 7 [S: settled here].
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from typing import Any, ClassVar
@@ -27,6 +28,7 @@ from sokd.kd.adapter import resize
 from sokd.kd.dam import Attention, Heads, checked_options, weight_of
 from sokd.ops import Areas
 from sokd.ops import areas as find_areas
+from sokd.ops.runtime import is_eager
 from sokd.reference import accumulator
 
 __all__ = ["AttentionDAM", "attention_map", "disagreement"]
@@ -76,22 +78,23 @@ class AttentionDAM(nn.Module):
 
         The teacher's features are constants. `scale` multiplies L_D.
         """
-        of_student = attention_map(_at_size_of(teacher, student), self.temperature)
+        energies = _energy(_at_size_of(teacher, student)), _energy(teacher.detach())
+        both = _attention(torch.cat(energies), self.temperature)
+        count = student.shape[0]
+        of_student, of_teacher = both[:count], both[count:].detach()
+        agreement = disagreement(of_student, of_teacher, scale)
         with torch.no_grad():
-            of_teacher = attention_map(teacher, self.temperature)
-        agreement = scale * disagreement(of_student, of_teacher)
-        with torch.no_grad():
-            heads = self._heads(of_student), self._heads(of_teacher)
+            heads = _sides(_heads(both), count)
             found = self._find(*heads, self.areas)
             weight = weight_of(found.coverage, self.overlap)
-            none = (found.scores[:, :1] <= 0).unsqueeze(2)  # the best one is missing
-            weight = torch.where(none, torch.ones_like(weight), weight)
+            none = found.scores[:, 0] <= 0  # the best one is missing
+            weight = weight.masked_fill(none.view(-1, 1, 1), 1)
         return Attention(agreement, weight, found.coverage, found.boxes, heads[0].heat)
 
     def maps(self, features: Tensor) -> Heads:
         """Heat, size and offset of features [B, C, H, W], as `sokd.ops.areas` takes them."""
         with torch.no_grad():
-            return self._heads(attention_map(features, self.temperature))
+            return _heads(attention_map(features, self.temperature))
 
     def find(self, student: Tensor, teacher: Tensor, areas: str | None = None) -> Areas:
         """The areas of student and teacher, as `forward` takes them; `areas` None: the module's.
@@ -105,22 +108,16 @@ class AttentionDAM(nn.Module):
         names = ("temperature", "areas", "overlap", "k", "kernel")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
-    def _heads(self, attention: Tensor) -> Heads:
-        """A [B, H, W] -> heat [B, 1, H, W], size less one and offset [B, 2, H, W], in cells."""
-        heat = attention / attention.amax((1, 2), keepdim=True)
-        width, offset = _moments(attention)
-        # `areas` fills from the cell of one corner to that of the other, inclusively
-        return Heads(heat.unsqueeze(1), width - 1, offset + 0.5)
-
     def _find(self, student: Heads, teacher: Heads, areas: str) -> Areas:
         heat, size, offset = teacher if areas == "teacher" else student
         if areas == "mutual":
             heat = (heat * teacher.heat).sqrt()
-            size, offset = (size + teacher.size) / 2, (offset + teacher.offset) / 2
-        above = heat > heat.mean((2, 3), keepdim=True) * (1 + _MARGIN)
-        cells = heat.shape[2] * heat.shape[3]
-        heat = torch.where(above, heat, torch.zeros_like(heat))
-        return find_areas(heat, size, offset, k=min(self.k, cells), kernel=self.kernel)
+        mean = heat.mean((2, 3), keepdim=True)
+        heat = heat.masked_fill(heat <= mean * (1 + _MARGIN), 0)
+        # `areas` takes the means of both sides' sizes and offsets
+        other = teacher._replace(heat=heat) if areas == "mutual" else None
+        k = min(self.k, heat.shape[2] * heat.shape[3])
+        return find_areas(heat, size, offset, k=k, kernel=self.kernel, teacher=other)
 
 
 def attention_map(features: Tensor, temperature: float = 1.0) -> Tensor:
@@ -130,15 +127,22 @@ def attention_map(features: Tensor, temperature: float = 1.0) -> Tensor:
 
     A map of equal energies, of zeros too, is uniform; a NaN makes all cells of its sample NaN.
     """
-    energy = features.abs().mean(1, dtype=accumulator(features.dtype))
+    return _attention(_energy(features), temperature)
+
+
+def _energy(features: Tensor) -> Tensor:
+    return features.abs().mean(1, dtype=accumulator(features.dtype))
+
+
+def _attention(energy: Tensor, temperature: float) -> Tensor:
+    """z as a layer norm: scaled by s = 1 / sqrt(mean^2 + 1e-7), eps = 1e-5 is 1e-5 / s^2 for a."""
     mean = energy.mean((1, 2), keepdim=True)
-    centred = energy - mean
-    variance = centred.square().mean((1, 2), keepdim=True)
-    scored = centred * torch.rsqrt(variance + 1e-5 * mean.square() + 1e-12)
-    return (scored / temperature).flatten(1).softmax(1).view_as(energy)
+    scaled = energy * torch.rsqrt(mean.square() + 1e-7)
+    scores = F.layer_norm(scaled, scaled.shape[1:], eps=1e-5).flatten(1)
+    return (scores if temperature == 1 else scores / temperature).softmax(1).view_as(energy)
 
 
-def disagreement(student: Tensor, teacher: Tensor) -> Tensor:
+def disagreement(student: Tensor, teacher: Tensor, scale: float = 1.0) -> Tensor:
     """Mean over samples of 1 - cos(A_s, A_t), maps [B, H, W]: in [0, 1], 0 for an empty batch.
 
     As half the squared distance of the unit vectors, which is exactly 0 for equal maps.
@@ -147,38 +151,59 @@ def disagreement(student: Tensor, teacher: Tensor) -> Tensor:
         side / torch.linalg.vector_norm(side, dim=(1, 2), keepdim=True)
         for side in (student, teacher)
     )
-    apart: Tensor = (one - other).square().sum()
-    return 0.5 * apart / max(student.shape[0], 1)
+    factor = 0.5 * scale / max(student.shape[0], 1)
+    return F.mse_loss(one, other, reduction="sum") * factor
 
 
 def _at_size_of(teacher: Tensor, student: Tensor) -> Tensor:
     return resize(student, (teacher.shape[2], teacher.shape[3]))
 
 
-def _moments(attention: Tensor) -> tuple[Tensor, Tensor]:
-    """A [B, H, W] -> width and height, and the mean's place (x, y) from the cell, [B, 2, H, W].
+def _sides(heads: Heads, count: int) -> tuple[Heads, Heads]:
+    """The first `count` samples and the others."""
+    return Heads(*(part[:count] for part in heads)), Heads(*(part[count:] for part in heads))
 
-    The window's sums are averages along one axis and the other; cells outside the map are zeros.
-    """
-    height, width = attention.shape[1:]
-    reach = max(1, min(height, width) // 4)
-    side = 2 * reach + 1
-    place = _places(attention)
-    sums = attention.unsqueeze(1) * torch.cat((torch.ones_like(place[:1]), place, place.square()))
-    sums = F.avg_pool2d(sums, (1, side), 1, (0, reach))
-    sums = F.avg_pool2d(sums, (side, 1), 1, (reach, 0))
-    weight, first, second = torch.split(sums, [1, 2, 2], dim=1)
+
+def _heads(attention: Tensor) -> Heads:
+    """A [B, H, W] -> heat [B, 1, H, W], size less one and offset [B, 2, H, W], in cells."""
+    heat = attention / attention.amax((1, 2), keepdim=True)
+    weight, first, second = _window_sums(attention)
     weight = weight.clamp_min(torch.finfo(weight.dtype).tiny)
     mean = first / weight
     span = (12 * (second / weight - mean.square()).clamp_min(0) + 1).sqrt()
-    spans = span[:, :1].clamp(max=width), span[:, 1:].clamp(max=height)
-    return torch.cat(spans, dim=1), mean - place
+    width = span[:, :1].clamp(max=span.shape[3]), span[:, 1:].clamp(max=span.shape[2])
+    # `areas` fills from the cell of one corner to that of the other, inclusively
+    return Heads(heat.unsqueeze(1), torch.cat(width, dim=1) - 1, mean + 0.5)
 
 
-def _places(attention: Tensor) -> Tensor:
-    """x and y of each cell, [2, H, W], from the middle of the map: their squares stay small."""
-    y, x = (
-        torch.arange(count, dtype=attention.dtype, device=attention.device) - (count - 1) / 2
-        for count in attention.shape[1:]
-    )
-    return torch.stack((x.expand(len(y), -1), y.unsqueeze(1).expand(-1, len(x))))
+def _window_sums(attention: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums of A, A d and A d^2 over the window of each cell: [B, 1 or 2 (x, y), H, W]."""
+    batch, height, width = attention.shape
+    reach = max(1, min(height, width) // 4)
+    with torch.autocast(attention.device.type, enabled=False):
+        sums = attention @ _powers(width, reach, attention)
+        sums = sums.transpose(1, 2) @ _powers(height, reach, attention)
+    sums = sums.view(batch, 3, width, 3, height).transpose(2, 4)  # [B, of x, H, of y, W]
+    first = torch.stack((sums[:, 1, :, 0], sums[:, 0, :, 1]), dim=1)
+    second = torch.stack((sums[:, 2, :, 0], sums[:, 0, :, 2]), dim=1)
+    return sums[:, :1, :, 0], first, second
+
+
+def _powers(cells: int, reach: int, like: Tensor) -> Tensor:
+    """d^0, d^1 and d^2 of the distances d from each cell, 0 beyond the reach: [cells, 3 * cells]."""
+    if like.device.type == "cpu" and is_eager(like):
+        return _cached_powers(cells, reach, like.dtype)
+    return _new_powers(cells, reach, like.dtype, like.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _cached_powers(cells: int, reach: int, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return _new_powers(cells, reach, dtype, torch.device("cpu"))
+
+
+def _new_powers(cells: int, reach: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    place = torch.arange(cells, dtype=dtype, device=device)
+    distance = place.unsqueeze(1) - place
+    near = (distance.abs() <= reach).to(dtype)
+    return torch.cat((near, near * distance, near * distance.square()), dim=1)

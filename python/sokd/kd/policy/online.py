@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sokd.kd.policy.plan import strength_gradient
-from sokd.kd.policy.policy import Draw, Policy, WideModule, rows_of
+from sokd.kd.policy.policy import Draw, Policy, WideModule, acting
 from sokd.ops import Plan, refine_dots
 from sokd.ops.distributed import averaged
 from sokd.ops.refine import plan_gradients
@@ -148,24 +148,25 @@ def gradient(policy: Policy, draw: Draw, layer: Layer, index: int = 0) -> Tensor
         return torch.full_like(policy.alpha, torch.nan).repeat(5)
     # a smaller batch has the first rows of a draw, so the first samples have their own plans
     draw = Draw(draw.uniforms[:SAMPLES], draw.seed)
-    sample = policy.sample(draw)
-    fired = rows_of(sample.gates, sample.chosen)  # [G, 2]
-    plans = policy.alternatives(sample, draw, teacher.shape, layer=index)
+    choices = policy.choices(draw)
+    fired = choices.fired  # [G, 2]
+    plans = policy.alternatives(choices, draw, teacher.shape, layer=index)
     products, squares = refine_dots(teacher, student, plans, by_sample=True)
     losses = squares / 2 - products  # [K + 2, B]: N * L_v, but for |Phi|^2 / 2, the same in all
-    d_alpha, d_gates = _of_choices(policy, _of_groups(losses, fired), sample.chosen, fired)
+    d_alpha, d_gates = _of_choices(policy, _of_groups(losses, fired), choices.chosen, fired)
 
     difference = refined - student
     rows = torch.arange(len(fired), device=fired.device)
-    drawn_parts = {name: part[sample.chosen, rows] for name, part in plans.parts().items()}
+    drawn_parts = {name: part[choices.chosen, rows] for name, part in plans.parts().items()}
     plan = Plan(**drawn_parts, seed=plans.seed)
     d_straight = difference.sum((1, 2, 3), dtype=accumulator(difference.dtype))
     d_strengths = strength_gradient(
-        policy.strengths(sample.chosen, fired), *plan_gradients(teacher, difference, plan),
-        _of_groups(d_straight[None], fired)[0], teacher.shape[2], teacher.shape[3],
+        acting(policy.strengths()[choices.chosen], fired),
+        *plan_gradients(teacher, difference, plan), _of_groups(d_straight[None], fired)[0],
+        policy._span, *teacher.shape[2:],
     )  # fmt: skip
-    d_magnitudes = d_strengths.gather(1, policy.operations[sample.chosen])
-    drawn = sample.chosen[:, None] == torch.arange(len(policy.policies), device=fired.device)
+    d_magnitudes = d_strengths.gather(1, policy.operations[choices.chosen]) * fired
+    drawn = choices.chosen[:, None] == torch.arange(len(policy.policies), device=fired.device)
     of_pairs = [
         torch.where(drawn[:, :, None], of_group[:, None], 0).sum(0).flatten()
         for of_group in (d_gates, d_magnitudes)

@@ -56,7 +56,7 @@ class Ranges(NamedTuple):
 
 
 def ranges(*, pathwise: bool) -> Ranges:
-    """`OPERATIONS` as tensors of whole hundredths.
+    """`OPERATIONS` as tensors of whole hundredths; the shuffle's strength is 1 where it fires.
 
     So a magnitude of 0.5 is exactly v = 0 where low = -high. Straight-through: all operations carry
     it but the shuffle, which has no magnitude. Pathwise: only cutout and channel_drop, whose effect
@@ -64,6 +64,7 @@ def ranges(*, pathwise: bool) -> Ranges:
     """
     low = torch.tensor([round(100 * op.low) for op in OPERATIONS])
     span = torch.tensor([round(100 * op.high) for op in OPERATIONS]) - low
+    low[_SHUFFLE] = 100
     carrying = [
         op in (_CUTOUT, _DROP) if pathwise else op != _SHUFFLE for op in range(len(OPERATIONS))
     ]
@@ -86,90 +87,78 @@ def pair_of(entry: Sequence[int | str]) -> tuple[int, int]:
     return min(indices), max(indices)
 
 
-class Strengths(NamedTuple):
-    """The strength of each of the nine operations; 0 and False for one that does not act."""
+def strengths(operations: Tensor, magnitude: Tensor, ranges: Ranges) -> Tensor:
+    """The strength of each operation of the pairs [K, 2] at its magnitude, [K, 2, 9]: 0 elsewhere.
 
-    value: Tensor  # [..., 9]: v
-    fired: Tensor  # [..., 9] bool
-    magnitude: Tensor  # [..., 9]
+    Multiplied by the gates and summed over the pair, [..., 9], it is what `arguments` takes.
+    """
+    index = torch.arange(len(OPERATIONS), device=operations.device)
+    value = (ranges.low + magnitude.unsqueeze(-1) * ranges.span) / 100
+    return torch.where(operations.unsqueeze(-1) == index, value, 0)
 
 
-def strengths(pairs: Tensor, gates: Tensor, magnitude: Tensor, ranges: Ranges) -> Strengths:
-    """pairs [..., 2] int64, gates [..., 2] bool, magnitude [..., 2] of the chosen sub-policies."""
-    index = torch.arange(len(OPERATIONS), device=pairs.device)
-    hit = pairs.unsqueeze(-1) == index
-    fired = (hit & gates.unsqueeze(-1)).any(-2)
-    chosen = torch.where(hit, magnitude.unsqueeze(-1), 0).sum(-2)
-    value = (ranges.low + chosen * ranges.span) / 100
-    return Strengths(torch.where(fired, value, 0), fired, chosen)
+def _factors(value: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """theta = U V: U [..., 2, 2, 1] of the two shears, V [..., 1, 2, 3] of shift and turn."""
+    a, b, x, y, degrees = value[..., :5].unbind(-1)
+    turn = degrees * (math.pi / 180)
+    cos, sin = turn.cos(), turn.sin()
+    down, across = sin * (height / max(width, 1)), sin * (-width / max(height, 1))
+    shears = torch.stack((1 + a * b, a, b, torch.ones_like(a)), dim=-1)
+    rest = torch.stack((cos, down, 2 * x, across, cos, 2 * y), dim=-1)
+    return shears.unflatten(-1, (2, 2, 1)), rest.unflatten(-1, (1, 2, 3))
 
 
 def theta(value: Tensor, height: int, width: int) -> Tensor:
-    """[..., 2, 3]: shear_x @ shear_y @ translate_x @ translate_y @ rotate, written out.
+    """[..., 2, 3]: shear_x @ shear_y @ translate_x @ translate_y @ rotate.
 
     At most two of the five differ from the identity, so this is theta_1 @ theta_2 in canonical
     order. An operation that does not act contributes exactly 0 and 1, so two identities give an
     exact identity.
     """
-    a, b, x, y, degrees = value[..., :5].unbind(-1)
-    turn = degrees * (math.pi / 180)
-    cos, sin = turn.cos(), turn.sin()
-    down = sin * (height / max(width, 1))
-    across = sin * (width / max(height, 1))
-    sheared, x, y = 1 + a * b, 2 * x, 2 * y
-    rows = [
-        [sheared * cos - a * across, sheared * down + a * cos, sheared * x + a * y],
-        [b * cos - across, b * down + cos, b * x + y],
-    ]
-    return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
+    shears, rest = _factors(value, height, width)
+    return (shears * rest).sum(-2)
 
 
 def theta_gradient(value: Tensor, d_theta: Tensor, height: int, width: int) -> Tensor:
     """The gradient of `theta` for the first five strengths, [..., 5], from d_theta [..., 2, 3]."""
-    a, b, x, y, degrees = value[..., :5].unbind(-1)
-    turn = degrees * (math.pi / 180)
-    cos, sin = turn.cos(), turn.sin()
-    aspect = height / max(width, 1)
-    inverse = width / max(height, 1)
-    upper, lower = (row.unbind(-1) for row in d_theta.unbind(-2))
-    sheared = 1 + a * b
-
-    def along(row: Sequence[Tensor], *by: Tensor) -> Tensor:
-        return row[0] * by[0] + row[1] * by[1] + row[2] * by[2]
-
-    across = sin * inverse
-    d_a = along(upper, b * cos - across, b * sin * aspect + cos, 2 * (b * x + y))
-    mixed = [a * d_upper + d_lower for d_upper, d_lower in zip(upper, lower, strict=True)]
-    d_b = along(mixed, cos, sin * aspect, 2 * x)
-    d_x = 2 * (sheared * upper[2] + b * lower[2])
-    d_y = 2 * mixed[2]
-    d_turn = upper[1] * sheared * cos * aspect + lower[1] * b * cos * aspect
-    d_turn = d_turn - sin * (sheared * upper[0] + b * lower[0] + mixed[1])
-    d_turn = d_turn - cos * inverse * mixed[0]
-    return torch.stack([d_a, d_b, d_x, d_y, d_turn * (math.pi / 180)], dim=-1)
-
-
-def _span(share: Tensor, centre: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Start and end of the hole on one side: max(1, round(v * side)) cells around the centre."""
-    length = (share * side).round().clamp(min=1)
-    start = (centre * side).floor() - (length / 2).floor()
-    return start.clamp(0, side), (start + length).clamp(0, side)
+    shears, rest = _factors(value, height, width)
+    d_theta = d_theta.unsqueeze(-2)  # [..., 2, 1, 3]
+    d_shears = (d_theta * rest).sum(-1).flatten(-2).unbind(-1)
+    d_rest = (d_theta * shears).sum(-3).flatten(-2).unbind(-1)
+    a, b = value[..., 0], value[..., 1]
+    cos, down, _, across, _, _ = rest.flatten(-3).unbind(-1)
+    turned = cos * (d_rest[1] * (height / max(width, 1)) - d_rest[3] * (width / max(height, 1)))
+    sin = down * (width / max(height, 1))
+    turned = turned - sin * (d_rest[0] + d_rest[4])
+    parts = (
+        d_shears[1] + b * d_shears[0], d_shears[2] + a * d_shears[0],
+        2 * d_rest[2], 2 * d_rest[5], turned * (math.pi / 180),
+    )  # fmt: skip
+    return torch.stack(parts, dim=-1)
 
 
 def hole(value: Tensor, centre: Tensor, height: int, width: int) -> Tensor:
-    """[..., 4] int64; zeros where cutout does not act. centre [..., 2]: uniforms for y and x."""
+    """[..., 4] int64: max(1, round(v * side)) cells around the centre on each side of the map.
+
+    Zeros where cutout does not act. centre [..., 2]: uniforms for y and x.
+    """
     share = value[..., _CUTOUT].detach()
-    y0, y1 = _span(share, centre[..., 0], height)
-    x0, x1 = _span(share, centre[..., 1], width)
-    return torch.where((share > 0).unsqueeze(-1), torch.stack([y0, x0, y1, x1], dim=-1), 0).long()
+    spans = []
+    for side, at in zip((height, width), centre.unbind(-1), strict=True):
+        length = (share * side).round().clamp(min=1)
+        start = (at * side).floor() - (length / 2).floor()
+        spans.append((start.clamp(0, side), (start + length).clamp(0, side)))
+    (y0, y1), (x0, x1) = spans
+    corners = torch.stack([y0, x0, y1, x1], dim=-1)
+    return (corners * (share > 0).unsqueeze(-1)).long()
 
 
-def shuffled(fired: Tensor, uniforms: Tensor) -> Tensor:
+def shuffled(value: Tensor, uniforms: Tensor) -> Tensor:
     """[..., C]: sort order of the uniforms [..., C] where the shuffle fired, else the identity."""
     channels = uniforms.shape[-1]
     drawn = uniforms.argsort(dim=-1, stable=True)
     same = torch.arange(channels, device=uniforms.device)
-    return torch.where(fired[..., _SHUFFLE, None], drawn, same)
+    return torch.where(value[..., _SHUFFLE, None] > 0, drawn, same)
 
 
 def kept(value: Tensor, uniforms: Tensor) -> Tensor:
@@ -194,46 +183,39 @@ class Present(NamedTuple):
 
 
 def arguments(
-    strong: Strengths, present: Present, centre: Tensor, channel_uniforms: Tensor, height: int,
+    value: Tensor, present: Present, centre: Tensor, channel_uniforms: Tensor, height: int,
     width: int,
 ) -> dict[str, Tensor | None]:  # fmt: skip
     """The arguments of `refine` that a `Plan` and `Plans` share, by name; `seed` is missing.
 
-    centre [..., 2]; channel_uniforms [2, ..., C], for perm and keep.
+    value [..., 9]; centre [..., 2]; channel_uniforms [2, ..., C], for perm and keep.
     """
-    value, fired = strong.value, strong.fired
     return {
         "theta": theta(value, height, width) if present.theta else None,
         "hole": hole(value, centre, height, width) if present.hole else None,
         "sigma": value[..., _NOISE] if present.sigma else None,
-        "perm": shuffled(fired, channel_uniforms[0]) if present.perm else None,
+        "perm": shuffled(value, channel_uniforms[0]) if present.perm else None,
         "keep": kept(value, channel_uniforms[1]) if present.keep else None,
     }
 
 
-def straight(strong: Strengths, carrying: Tensor) -> Tensor:
-    """[...]: sum of the fired magnitudes that get the straight-through gradient."""
-    return torch.where(strong.fired, strong.magnitude * carrying, 0).sum(-1)
-
-
 def strength_gradient(
-    strong: Strengths, d_theta: Tensor | None, d_sigma: Tensor | None, d_straight: Tensor,
+    value: Tensor, d_theta: Tensor | None, d_sigma: Tensor | None, d_straight: Tensor, span: Tensor,
     height: int, width: int,
 ) -> Tensor:  # fmt: skip
-    """The pathwise gradient of each operation's magnitude [..., 9], 0 where it does not act.
+    """The pathwise gradient of each operation's magnitude [..., 9]; the shuffle's is 0.
 
     Args:
+        value: [..., 9].
         d_theta: [..., 2, 3] and d_sigma [...] of the plan; None: no sub-policy uses it.
         d_straight: [...], the gradient of cutout's and channel_drop's magnitudes.
+        span: of `Ranges`.
     """
-    nothing = torch.zeros_like(strong.value[..., 0])
-    by_span = [nothing] * len(OPERATIONS)
+    nothing = torch.zeros_like(d_straight).unsqueeze(-1)
+    geometric = nothing.expand(*nothing.shape[:-1], _CUTOUT)
     if d_theta is not None:
-        by_span[:5] = theta_gradient(strong.value, d_theta, height, width).unbind(-1)
-    if d_sigma is not None:
-        by_span[_NOISE] = d_sigma
-    found = [
-        d_straight if index in (_CUTOUT, _DROP) else each * (operation.high - operation.low)
-        for index, (each, operation) in enumerate(zip(by_span, OPERATIONS, strict=True))
-    ]
-    return torch.where(strong.fired, torch.stack(found, dim=-1), 0)
+        geometric = theta_gradient(value, d_theta, height, width) * (span[:_CUTOUT] / 100)
+    noise = OPERATIONS[_NOISE]
+    d_noise = nothing if d_sigma is None else (d_sigma * (noise.high - noise.low)).unsqueeze(-1)
+    d_straight = d_straight.unsqueeze(-1)
+    return torch.cat([geometric, d_straight, d_noise, nothing, d_straight], dim=-1)

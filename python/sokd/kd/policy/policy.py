@@ -26,11 +26,9 @@ from sokd.kd.policy.plan import (
     PAIRS,
     Present,
     Ranges,
-    Strengths,
     arguments,
     pair_of,
     ranges,
-    straight,
     strengths,
 )
 from sokd.ops import Plan, Plans, refine, torch_internals
@@ -38,7 +36,7 @@ from sokd.ops import draw as draw_uniforms
 from sokd.ops.runtime import transformed
 from sokd.reference import accumulator
 
-__all__ = ["Draw", "Policy", "Sample", "WideModule", "fresh_seed", "manual_seed", "rows_of"]
+__all__ = ["Choices", "Draw", "Policy", "Sample", "WideModule", "acting", "fresh_seed", "manual_seed"]
 
 _M = TypeVar("_M", bound="WideModule")
 
@@ -88,6 +86,19 @@ def fresh_seed(generator: torch.Generator | None = None) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, device=device).cpu()
 
 
+class Choices(NamedTuple):
+    """What a draw decides."""
+
+    chosen: Tensor  # [G] int64
+    gates: Tensor  # [G, K, 2] bool: the gates of each sub-policy, chosen or not
+
+    @property
+    def fired(self) -> Tensor:
+        """The gates of the chosen sub-policies, [G, 2]."""
+        rows = torch.arange(len(self.chosen), device=self.chosen.device)
+        return self.gates[rows, self.chosen]
+
+
 class Draw(NamedTuple):
     """One draw of a policy, which fixes the plan. G is 1, or B with granularity="sample"."""
 
@@ -96,12 +107,12 @@ class Draw(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """The choices of a draw, and the perturbed logits that they are read from."""
+    """The choices of a draw as perturbed logits; `chosen` is the argmax, gates are where z > 0."""
 
-    z_choice: Tensor  # [G, K]: log softmax(alpha) + Gumbel noise; chosen is the argmax
-    z_gates: Tensor  # [G, K, 2]: logit(beta) + logistic noise; gates are where it is positive
+    z_choice: Tensor  # [G, K]: log softmax(alpha) + Gumbel noise
+    z_gates: Tensor  # [G, K, 2]: logit(beta) + logistic noise
     chosen: Tensor  # [G] int64
-    gates: Tensor  # [G, K, 2] bool: the gates of each sub-policy, chosen or not
+    gates: Tensor  # [G, K, 2] bool
 
 
 class WideModule(nn.Module):
@@ -240,15 +251,29 @@ class Policy(WideModule):
         uniforms, noise_seed = draw_uniforms(seed, counter, groups * width)
         return Draw(uniforms.reshape(groups, width), noise_seed)
 
+    def choices(self, draw: Draw) -> Choices:
+        """The choices of a draw: those of `sample`, without its logits.
+
+        k = argmax log(u_k) / p_k, which is that of log p_k - log(-log u_k); b_i = [u_i > 1 - beta].
+        """
+        with torch.no_grad():
+            choice, gates = self._uniforms(draw)
+            chosen = (choice.log() / self.alpha.to(choice.dtype).softmax(0)).argmax(1)
+            return Choices(chosen, gates > 1 - self.beta.to(gates.dtype))
+
     def sample(self, draw: Draw) -> Sample:
         """The choices of a draw, differentiable in alpha and beta through the perturbed logits."""
-        count = len(self.policies)
-        uniforms = draw.uniforms.to(accumulator(self.alpha.dtype))
-        choice, gates = uniforms[:, :count], uniforms[:, count : 3 * count].reshape(-1, count, 2)
-        alpha, beta = self.alpha.to(uniforms.dtype), self.beta.to(uniforms.dtype)
+        choice, gates = self._uniforms(draw)
+        alpha, beta = self.alpha.to(choice.dtype), self.beta.to(choice.dtype)
         z_choice = alpha.log_softmax(0) - (-choice.log()).log()
         z_gates = beta.logit() + gates.logit()
-        return Sample(z_choice, z_gates, z_choice.detach().argmax(1), z_gates.detach() > 0)
+        return Sample(z_choice, z_gates, *self.choices(draw))
+
+    def _uniforms(self, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Those of the choice [G, K] and of the gates [G, K, 2]."""
+        count = len(self.policies)
+        uniforms = draw.uniforms.to(accumulator(self.alpha.dtype))
+        return uniforms[:, :count], uniforms[:, count : 3 * count].unflatten(1, (count, 2))
 
     # ---------------------------------------------------------------------------------------- plans
 
@@ -267,18 +292,20 @@ class Policy(WideModule):
                 sigma, otherwise in `straight`.
         """
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-            sample = self.sample(draw)
+            choices = self.choices(draw)
             channels, seed = self._channel_uniforms(draw, shape, layer)
-            strong = self.strengths(sample.chosen, rows_of(sample.gates, sample.chosen))
-            made = arguments(strong, self.present, draw.uniforms[:, -2:], channels, *shape[2:])
-            carried = straight(strong, self._ranges.carrying) if differentiable else None
+            value = acting(self.strengths()[choices.chosen], choices.fired)
+            made = arguments(value, self.present, draw.uniforms[:, -2:], channels, *shape[2:])
+            carried = self._straight(choices) if differentiable else None
             if self.magnitude_gradient == "straight_through":
                 made = {name: None if x is None else x.detach() for name, x in made.items()}
         return Plan(**made, seed=seed, straight=carried)
 
-    @property
-    def _ranges(self) -> Ranges:
-        return Ranges(self._low, self._span, self._carrying)
+    def _straight(self, choices: Choices) -> Tensor:
+        """The sum of the fired magnitudes that get the straight-through gradient, [G]."""
+        carried = self.magnitude * self._carrying[self.operations]
+        straight = (carried[choices.chosen] * choices.fired).sum(-1)
+        return straight.to(accumulator(straight.dtype))
 
     def _channel_uniforms(
         self, draw: Draw, shape: Sequence[int], layer: int
@@ -290,30 +317,31 @@ class Policy(WideModule):
         # sample-major, so that a smaller batch gets the first rows of a larger
         return uniforms.reshape(-1 if wanted else 0, 2, channels).transpose(0, 1), seed
 
-    def strengths(self, rows: Tensor, gates: Tensor) -> Strengths:
-        """Of sub-policies `rows` [...] int64 whose gates are [..., 2] bool."""
+    def strengths(self) -> Tensor:
+        """Of the operations of all sub-policies, [K, 2, 9], see `sokd.kd.policy.plan.strengths`."""
         magnitude = self.magnitude.to(accumulator(self.magnitude.dtype))
-        return strengths(self.operations[rows], gates, magnitude[rows], self._ranges)
+        return strengths(
+            self.operations, magnitude, Ranges(self._low, self._span, self._carrying)
+        )
 
     def alternatives(
-        self, sample: Sample, draw: Draw, shape: Sequence[int], *, layer: int = 0
+        self, choices: Choices, draw: Draw, shape: Sequence[int], *, layer: int = 0
     ) -> Plans:
         """K + 2 plans: each sub-policy at its gates, then the chosen one with a gate flipped.
 
         draw = policy.draw(8)
-        plans = policy.alternatives(policy.sample(draw), draw, (8, 256, 7, 7))
+        plans = policy.alternatives(policy.choices(draw), draw, (8, 256, 7, 7))
         plans.theta.shape                              # [38, 1, 2, 3]
         """
         with torch.no_grad():
-            count, groups = len(self.policies), draw.uniforms.shape[0]
-            every = torch.arange(count, device=sample.chosen.device).unsqueeze(1)
-            rows = torch.cat([every.expand(count, groups), sample.chosen.expand(2, groups)])
-            gates = rows_of(sample.gates, sample.chosen)
-            flipped = [gates ^ torch.arange(2, device=gates.device).eq(index) for index in range(2)]
-            gates = torch.cat([sample.gates.transpose(0, 1), torch.stack(flipped)])
-            strong = self.strengths(rows, gates)
+            every = self.strengths()
+            own = every[choices.chosen]
+            flipped = choices.fired ^ torch.eye(2, dtype=torch.bool, device=own.device)[:, None]
+            value = torch.cat([
+                acting(every.unsqueeze(1), choices.gates.transpose(0, 1)), acting(own, flipped)
+            ])  # [K + 2, G, 9]
             channels, seed = self._channel_uniforms(draw, shape, layer)
-            made = arguments(strong, self.present, draw.uniforms[:, -2:], channels, *shape[2:])
+            made = arguments(value, self.present, draw.uniforms[:, -2:], channels, *shape[2:])
             return Plans(**made, seed=seed)
 
     # --------------------------------------------------------------------------------------- passes
@@ -341,10 +369,11 @@ class Policy(WideModule):
             return refined
         sample = self.sample(draw)
         choice = (sample.z_choice / self.temperature).softmax(1)
-        gates = (rows_of(sample.z_gates, sample.chosen) / self.temperature).sigmoid()
-        fired = rows_of(sample.gates, sample.chosen)
-        flips = self.alternatives(sample, draw, features.shape, layer=layer)
-        return with_choices(refined, features, choice, gates, sample.chosen, fired, flips)
+        rows = torch.arange(len(sample.chosen), device=sample.chosen.device)
+        gates = (sample.z_gates[rows, sample.chosen] / self.temperature).sigmoid()
+        made = Choices(sample.chosen, sample.gates)
+        flips = self.alternatives(made, draw, features.shape, layer=layer)
+        return with_choices(refined, features, choice, gates, made.chosen, made.fired, flips)
 
     # ----------------------------------------------------------------------------------- the search
 
@@ -381,9 +410,9 @@ class Policy(WideModule):
         return table
 
 
-def rows_of(gates: Tensor, chosen: Tensor) -> Tensor:
-    """[G, K, 2] at the chosen sub-policies [G]: [G, 2]."""
-    return gates.gather(1, chosen[:, None, None].expand(-1, 1, 2)).squeeze(1)
+def acting(strengths: Tensor, gates: Tensor) -> Tensor:
+    """[..., 2, 9] and the pair's gates [..., 2]: what acts, [..., 9]."""
+    return (strengths * gates.unsqueeze(-1)).sum(-2)
 
 
 def _named(pairs: Sequence[Sequence[int]]) -> str:
