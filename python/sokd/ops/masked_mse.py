@@ -23,6 +23,7 @@ from sokd.ops.runtime import (
     has_kernel,
     is_eager,
     is_meta,
+    positional,
     register,
     resources,
     savable,
@@ -93,6 +94,7 @@ class _MaskedMse(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @positional
     def forward(
         student: Tensor,
         teacher: Tensor,
@@ -134,6 +136,7 @@ class _MaskedMseBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @positional
     def forward(
         upstream: Tensor, d_student: Tensor, student: Tensor, teacher: Tensor,
         weight: Tensor | None, normalise: str, scale: float,
