@@ -79,7 +79,7 @@ SOKD_DEVICE void noise_planes(
     }
 }
 
-// Lanes, every channel in its own place.
+// Lanes, no permutation.
 template <class T>
 SOKD_DEVICE Acc<T> dot_runs(const RefineDots& args, const Tile& tile, const SamplePlan& plan,
     const Corners<Acc<T>>* table) {
@@ -115,7 +115,7 @@ SOKD_DEVICE Acc<T> dot_runs(const RefineDots& args, const Tile& tile, const Samp
     return sum;
 }
 
-// Lanes, channels from wherever they are, and any strides.
+// Lanes, any permutation and any strides.
 template <class T>
 SOKD_DEVICE Acc<T> dot_each(const RefineDots& args, const Tile& tile, const SamplePlan& plan,
     const Corners<Acc<T>>* table) {

@@ -14,7 +14,11 @@ use crate::simd::{self, Element, Real, LANES};
 use crate::tensor::TensorView;
 
 /// Writes `[V]` products, or `[2, V, B]` products and squares.
-pub(super) fn dots<T: Element>(
+///
+/// # Safety
+/// The maps have the dtype `T` and the shape of the plans, of which there are V, and all are in
+/// host memory; no other thread uses the dots.
+pub(super) unsafe fn dots<T: Element>(
     dots: &TensorView, features: &TensorView, upstream: &TensorView, plans: &[SamplePlans],
     threads: usize,
 ) {
