@@ -1,4 +1,5 @@
-// Inner products with many plans at once: a part of kernel.cu, where the structures are.
+// refine_dots, inner products with many plans at once: a part of kernel.cu, where the structures
+// are.
 //
 // Bytes an element: upstream and features once from memory (2 maps), whatever the number of plans:
 // a block applies one plan after the other to the same tile, which stays in the cache (a plan that

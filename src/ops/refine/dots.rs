@@ -1,4 +1,5 @@
-//! <upstream, refine(features; plan)> for many plans at once: the gradient of a discrete choice.
+//! `refine_dots`: <upstream, refine(features; plan)> for many plans at once, the gradient of a
+//! discrete choice. It has no backward.
 //!
 //! A chunk is up to 16 channels of one sample, or all of them. Features and upstream are loaded
 //! once and every plan is applied to them in the cache; the noise is the same for all plans and
