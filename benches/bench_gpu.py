@@ -34,7 +34,7 @@ from benches.harness import (
 
 SHAPES = ((64, 256, 56, 56), (64, 128, 16, 16), (32, 256, 28, 28), (2, 256, 100, 100))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-TINY = (2, 16, 8, 8)  # on the CPU, where the bench itself is tried
+TINY = (2, 16, 8, 8)  # on the CPU, where the tests run the bench
 COPIED = 512 << 20
 FLUSHED = 256 << 20  # more than any device's cache
 # cycles, about a millisecond; so many for each that Python takes to launch a call
@@ -109,7 +109,7 @@ def where(device: torch.device, bandwidth: float) -> dict[str, Any]:
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why there is nothing to be measured on this device; None: there is."""
+    """Why nothing can be measured on this device; None: it can."""
     if device.type == "cpu":
         return None
     if device.type != "cuda":
@@ -132,7 +132,7 @@ def measure(device: torch.device, options: Options, rows: list[dict[str, Any]]) 
         print(what, file=sys.stderr, flush=True)
         try:
             found = list(with_share(run_case(case, options), case, bandwidth))
-        # of a small device; eager and the check take several times our memory
+        # on a small device; eager and the check take several times sokd's memory
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             found = [case_columns(case) | {"side": "sokd", "ratio": "left out: out of memory"}]
@@ -160,9 +160,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = Options(given.quick or not on_cuda, cuda_clock(device) if on_cuda else timed)
     rows: list[dict[str, Any]] = []
     try:
-        with device:  # what the cases make, they make there
+        with device:  # the cases allocate there
             measure(device, options, rows)
-    finally:  # what was measured is kept
+    finally:  # keep what was measured
         show(rows, "share_of_copy", "goal")
         name = torch.cuda.get_device_name(device) if on_cuda else device.type
         slug = re.sub(r"\W+", "-", name).strip("-").lower()

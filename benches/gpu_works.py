@@ -22,7 +22,7 @@ NO_GOAL = ("refine backward, features", "refine_dots")
 
 
 def has_goal(case: Case) -> bool:
-    """Nor for a gradient in float16, which has a range of its own until another pass scales it."""
+    """Whether the floor applies; not for a gradient in float16, which a second pass scales."""
     scaled = case.work == "masked_mse, forward + backward" and case.dtype == "float16"
     return not (scaled or case.work.startswith(NO_GOAL))
 
@@ -83,7 +83,7 @@ def _call(function: Callable[..., Any], arguments: dict[str, Any]) -> Side:
 
 
 def _refine_backward(plan: dict[str, Tensor], layout: str) -> Iterator[Case]:
-    """Of an existing graph. Bytes: two maps read for the plan; one read, one written for maps."""
+    """The backward alone. Bytes: two maps read for the plan; one read, one written for maps."""
     upstream = torch.randn_like(plan["features"])
     for kind, names in {"theta and sigma": ("theta", "sigma"), "features": ("features",)}.items():
         leaves = {name: plan[name].detach().clone().requires_grad_() for name in names}

@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/*.md from CSV files; no number without its row.
+"""The tables of README.md and docs/*.md, written from CSV files.
 
 `make bench` writes them after a full run, `python -m benches.report` at any time; the tests fail if
 a page has other numbers.

@@ -1,4 +1,4 @@
-"""What all tests share: seeds, threads, the readers of tensors, a count of skips with reasons."""
+"""Fixtures of all tests: seeds, threads, readers of tensors; a count of skips with reasons."""
 
 import random
 from collections import Counter

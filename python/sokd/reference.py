@@ -354,7 +354,7 @@ def _root(product: Tensor) -> Tensor:
 
 def _best_peaks(heat: Tensor, k: int, kernel: int) -> tuple[Tensor, Tensor, Tensor]:
     """Flat index, score, existence of the k best local maxima, [B, k]; ties to the lower index."""
-    # a NaN is not equal to itself and max_pool2d hands it to all its neighbours: neither is a peak
+    # a NaN is not equal to itself and max_pool2d spreads it to its neighbours: none is a peak
     most = torch.nn.functional.max_pool2d(heat, kernel, stride=1, padding=kernel // 2)
     peak = ((heat == most) & (heat > 0)).flatten(1)
     score, flat = torch.where(peak, heat.flatten(1), -math.inf).sort(
@@ -417,6 +417,6 @@ def mutual_mse(
         return (weight * difference.square()).sum() * share
     total = weight.sum() * channels
     empty = total == 0
-    # an area of nothing has no difference, were it NaN
+    # an empty area has no difference, not even a NaN
     squares = torch.where(empty, 0, difference).square()
     return (weight * squares).sum() * torch.where(empty, 0, scale / total)

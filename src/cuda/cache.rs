@@ -1,9 +1,9 @@
 //! Compiled kernels on disk, so that a later process does not compile them again.
 //!
 //! One file for each image: a line that says what it is, then the image. Files appear whole
-//! (written beside their place, then renamed), so two processes at once do no harm. A file that is
+//! (written to a temporary file, then renamed), so several processes may write. A file that is
 //! cut off, altered or of another key counts as absent and is written anew; a folder that cannot be
-//! read or written costs the time of compiling, and nothing else.
+//! read or written only costs the time of compiling.
 
 use std::env;
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -97,7 +97,7 @@ pub(crate) fn store(folder: &Path, key: &Key, image: &[u8]) -> io::Result<()> {
     let written =
         write(&beside, key, image).and_then(|()| fs::rename(&beside, folder.join(key.file())));
     if written.is_err() {
-        let _ = fs::remove_file(&beside); // what is left of it; that it may not be there is no news
+        let _ = fs::remove_file(&beside); // it may not exist
     }
     written
 }

@@ -124,7 +124,7 @@ impl Driver {
         Ok(u32::try_from(value).unwrap_or(0))
     }
 
-    /// Does `work` in this context, and leaves the thread in the one it was in.
+    /// Runs `work` in this context, and restores the thread's own.
     pub(crate) fn within<T>(&self, context: Handle, work: impl FnOnce() -> Result<T>) -> Result<T> {
         let mut before = Handle::NULL;
         // SAFETY: a place for one context.
@@ -141,16 +141,16 @@ impl Driver {
         done.and_then(|value| self.check("cuCtxPopCurrent", code).map(|()| value))
     }
 
-    /// Does `work`, which adds nothing to a stream, as if no stream were being captured.
+    /// Runs `work`, which adds nothing to a stream, in the relaxed capture mode.
     ///
-    /// By default, loading a module during any thread's capture fails and spoils the capture.
+    /// By default, loading a module during any thread's capture fails and invalidates the capture.
     pub(crate) fn beside_captures<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
         const CALL: &str = "cuThreadExchangeStreamCaptureMode";
         let mut mode = CAPTURE_MODE_RELAXED;
         // SAFETY: a place for one mode, which is exchanged for the thread's own.
         self.check(CALL, unsafe { (self.api.capture_mode)(&mut mode) })?;
         let done = work();
-        // SAFETY: the thread's own mode, back again.
+        // SAFETY: a place for one mode; restores the thread's own.
         let code = unsafe { (self.api.capture_mode)(&mut mode) };
         done.and_then(|value| self.check(CALL, code).map(|()| value))
     }
@@ -182,7 +182,7 @@ impl Driver {
         self.check("cuStreamIsCapturing", code).map(|()| status != 0)
     }
 
-    /// Puts one kernel on a stream.
+    /// Launches one kernel on a stream.
     ///
     /// # Safety
     /// `parameters` points to the kernel's one argument, of the type that the kernel takes; the

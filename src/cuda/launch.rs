@@ -144,7 +144,7 @@ impl Unit {
 /// The module of one unit.
 type Slot = Arc<Mutex<Option<Handle>>>;
 
-/// All that is loaded, for the process's life: a graph capture forbids unloading.
+/// Everything that is loaded, until the process ends: a graph capture forbids unloading.
 #[derive(Default)]
 pub(super) struct Modules {
     devices: Mutex<HashMap<usize, Device>>,
@@ -170,7 +170,7 @@ pub(super) struct Device {
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // What is in there is whole after every single operation.
+    // The contents are valid after every single operation.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -183,7 +183,7 @@ pub(crate) struct Queue {
     stream: Handle,
 }
 
-/// Does `work` with torch's current stream of this device, in the device's primary context.
+/// Runs `work` with torch's current stream of this device, in the device's primary context.
 pub(crate) fn on_device<T>(
     op: &'static str, ordinal: usize, run: &Run, work: impl FnOnce(&Queue) -> Checked<T>,
 ) -> Checked<T> {
@@ -196,7 +196,7 @@ pub(crate) fn on_device<T>(
 }
 
 impl Queue {
-    /// Puts one kernel on the stream; a grid of no blocks is no launch.
+    /// Launches one kernel on the stream; a no-op for a grid without blocks.
     ///
     /// # Safety
     /// `args` is the argument structure of this kernel, filled as kernel.cu defines it, with memory
@@ -249,7 +249,7 @@ impl Queue {
             });
         }
         let function = match self.fetch(variant) {
-            // torch keeps freed memory for itself; the driver may need some of it.
+            // torch caches freed memory; the driver may need some of it.
             Err(failure) if is_out_of_memory(&failure) => {
                 (self.cuda.release)();
                 self.fetch(variant)?
@@ -301,7 +301,7 @@ impl Cuda {
         Ok(device)
     }
 
-    /// A unit's module, in the current context: from the disk, else compiled and kept there.
+    /// A unit's module, in the current context: from the cache, else compiled and stored there.
     fn load(&self, source: &Source, unit: Unit, target: Target) -> Result<Handle> {
         let choice = unit.options();
         let options: Vec<&str> =
@@ -325,7 +325,7 @@ impl Cuda {
         let image = self.nvrtc.compile(program, target)?;
         self.modules.compiled.fetch_add(1, Ordering::Relaxed);
         if let Some(folder) = folder {
-            // Without it the next process compiles again; this one has what it needs.
+            // Without the file the next process compiles again; this process has the image.
             let _ = cache::store(&folder, &key, &image);
         }
         self.driver.load(&image)

@@ -51,7 +51,7 @@ macro_rules! bindings {
 }
 use bindings;
 
-/// The first of these that opens; for the process's life, because pointers into it stay in use.
+/// The first of these that opens. It stays open, because pointers into it stay in use.
 fn first_library(
     library: &'static str, names: impl Iterator<Item = String>,
 ) -> Result<&'static Library, Failure> {
@@ -116,7 +116,7 @@ pub(crate) fn warmup(
     let kernels = kernels.iter().copied().flatten();
     let mut variants: Vec<Variant> =
         kernels.flat_map(|kernel| kernel.variants(dtypes, orders)).collect();
-    // Variants of one translation unit wait for one another: the few that share one come last.
+    // Variants of one translation unit share a lock, so the few that share one come last.
     variants.sort_by_key(Variant::shares_unit);
     let (stream, failed) = (Run { allocate: None, ..run }, Mutex::new(None));
     parallel::for_each(run.threads, variants.len(), |i| {

@@ -139,7 +139,7 @@ SOKD_DEVICE Corners<A> corners_at(const Affine& affine, const Grid& grid, int ro
     Corners<A> corners;
     corners.right = (A)(point.x - left);
     corners.lower = (A)(point.y - top);
-    // Compared as numbers: what is far outside, or NaN, fits no integer.
+    // Compared as floats: a coordinate far outside, or NaN, does not fit an integer.
     const bool near = left >= -1.0 && left < (double)grid.width && top >= -1.0 &&
                       top < (double)grid.height;
     corners.x = near ? (int)left : 0;

@@ -31,7 +31,7 @@ extern "C" fn region(work: *mut c_void) {
     work();
 }
 
-/// Records this process: threads do not survive a fork, and OpenMP would wait for them for ever.
+/// Records this process: threads do not survive a fork, and OpenMP would wait for them forever.
 #[cfg(feature = "python")]
 pub(crate) fn remember_process() {
     OWNER.get_or_init(process::id);

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, TryLockError};
 
 /// The pool of `helpers` threads of this process; `None` while another thread is making one.
 ///
-/// A forked child inherits the pools without their threads and would wait for ever, so pools are
+/// A forked child inherits the pools without their threads and would wait forever, so pools are
 /// keyed by the process; the child never joins its copies of the parent's. It does not wait for the
 /// lock either: if a thread of the parent held it during the fork, the child's copy is never
 /// unlocked.

@@ -1,5 +1,5 @@
-//! Tensors for tests: any shape, dtype and strides, in memory of their own between pages that fault
-//! and with a watch on the bytes around them.
+//! Tensors for tests: any shape, dtype and strides, in separate memory between pages that fault
+//! and with a check of the bytes around them.
 
 use crate::tensor::{DType, Device, TensorView};
 use proptest::prelude::*;
@@ -154,8 +154,8 @@ pub(crate) struct Owned {
 }
 
 impl Owned {
-    /// An output: every byte is a canary. The tensor begins with the store or ends with it, by turns
-    /// of the number of its bytes.
+    /// An output: every byte is a canary. The tensor begins with the store or ends with it; the
+    /// number of its bytes decides.
     pub(crate) fn empty(shape: &[usize], dtype: DType, lay: Lay) -> Self {
         let strides = strides(shape, lay);
         let steps = || shape.iter().zip(&strides).map(|(&d, &s)| (d.max(1) as isize - 1) * s);
@@ -192,7 +192,7 @@ impl Owned {
             .collect()
     }
 
-    /// Every byte that belongs to no element is as it was.
+    /// Whether every byte outside the elements is unchanged.
     pub(crate) fn is_intact_around(&self) -> bool {
         let mut mine = vec![false; self.store.size];
         let (first, size) =

@@ -1,7 +1,7 @@
 //! Reads a tensor's metadata through libtorch, for sokd's `_core`, which links nothing of torch.
 //!
 //! The module holds one capsule, `reader`: the address of [`read`]. Import it only on a torch
-//! release that it is proven on (`sokd.config.PROVEN`); elsewhere the layout of a tensor can
+//! release that it is proven on (`sokd.ops.config.PROVEN`); elsewhere the layout of a tensor can
 //! differ.
 
 use pyo3::ffi::{PyCapsule_New, PyObject as RawObject};
@@ -15,7 +15,7 @@ const VERSION: u32 = 1;
 const NAME: &CStr = c"sokd_tch.reader";
 const MAX_RANK: usize = 8;
 
-/// What [`read`] fills. Mirrored in sokd's src/read/tch.rs.
+/// What [`read`] fills. Mirrored in sokd's src/bind/read/tch.rs.
 #[repr(C)]
 pub struct View {
     version: u32,

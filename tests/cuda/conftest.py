@@ -58,7 +58,7 @@ class Child:
         self.reports, self.finished = os.fdopen(read), dict[str, list[dict[str, str]]]()
 
     def reports_of(self, test: str) -> list[dict[str, str]]:
-        """What failed or was skipped of a test, and its teardown, as soon as it has ended."""
+        """Reports of a test and its teardown that failed or were skipped, once it has ended."""
         while True:
             known = self.finished.get(test, [])
             if known and known[-1]["when"] == "teardown":

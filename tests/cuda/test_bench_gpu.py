@@ -110,7 +110,7 @@ def test_the_goal_is_for_large_maps(
 
 
 def test_the_device_is_busy_for_as_long_as_python_launches(monkeypatch: MonkeyPatch) -> None:
-    """Else the clock would show Python's time, which the first call measures."""
+    """Otherwise the events would measure Python's time; the first call measures it."""
     slept: list[int] = []
     event = SimpleNamespace(
         record=lambda: None, synchronize=lambda: None, elapsed_time=lambda other: 1.5

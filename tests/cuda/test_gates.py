@@ -92,7 +92,7 @@ def test_registers_leave_room_for_half_of_the_warps(compiled: dict[int, Kernels]
 
 
 def test_shared_memory_leaves_room_for_two_blocks(compiled: dict[int, Kernels]) -> None:
-    """Of the 64 KiB that the smallest multiprocessor here has (sm_75); one block for float64."""
+    """The smallest multiprocessor here has 64 KiB (sm_75); for float64 one block must fit."""
     room = {True: 48 * 1024, False: 32 * 1024}
     assert refused(compiled, lambda _, name, kernel: kernel.shared > room["f64" in name]) == []
 

@@ -1,4 +1,4 @@
-"""What needs a GPU: streams, graphs, several devices, no synchronisation, the cache, the sanitiser.
+"""Streams, graphs, several devices, no synchronisation, the cache, the sanitiser; needs a GPU.
 
 Run by `pytest -m gpu tests/cuda/test_gpu_*.py`.
 """
@@ -62,7 +62,7 @@ def test_the_kernels_are_used(device: torch.device) -> None:
 
 @prototypes
 def test_nothing_waits(device: torch.device) -> None:
-    """Neither an operator nor the loss, forward and backward."""
+    """Neither an operator nor the loss synchronises, forward and backward."""
     run, step = everything_on(DEVICE, SHAPE), loss_steps(device)
     run(), step()  # what is done once
     torch.cuda.set_sync_debug_mode("error")
@@ -145,7 +145,7 @@ def test_more_than_2_31_elements(device: torch.device) -> None:
 
 # --- CUDA graphs
 def captured(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    """After a run on a side stream, as PyTorch requires."""
+    """Captures a graph after a run on a side stream, as PyTorch requires."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -2,7 +2,7 @@
 
 Values and gradients are compared with the CPU's kernels (device_cases.py) and with sokd.reference
 in float64 on the same device; noise, draws and areas must be equal. SOKD_TEST_DEVICE=cpu runs these
-tests on the CPU, which tests the tests where there is no GPU.
+tests on the CPU, where there is no GPU.
 """
 
 import math
@@ -67,7 +67,7 @@ def device() -> TorchDevice:
 
 
 def near(found: Tensor, exact: Tensor, *, scale: float = 1.0, times: float = 1.0) -> None:
-    """Within the rounding of the found dtype; `scale` is the size of a long sum's terms."""
+    """Compares within the rounding of the dtype; `scale` is the size of a long sum's terms."""
     rtol, atol = CLOSE[found.dtype]
     found, exact = found.double() / scale, exact.double() / scale
     torch.testing.assert_close(found, exact, rtol=times * rtol, atol=times * atol)

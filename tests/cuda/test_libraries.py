@@ -27,7 +27,7 @@ def mock(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def _fresh(code: str, **variables: str) -> str:
-    """What the code prints in a new process."""
+    """The output of the code in a new process."""
     paths = [str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     own = os.environ | {"PYTHONPATH": ":".join(paths)} | variables
     done = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True)
@@ -46,7 +46,7 @@ print(sorted(sokd.ops.runtime.KERNELS), sokd.ops.config.why_no_cuda())
 
 
 def test_without_a_driver_the_reference_serves(tmp_path: Path) -> None:
-    """A file that is no library hides the machine's own driver."""
+    """A file that is not a library hides the machine's driver."""
     for name in ("libcuda.so.1", "libcuda.so"):
         (tmp_path / name).write_text("no library")
     code = "import sokd; sokd.warmup(); print(sorted(sokd.ops.runtime.KERNELS)); sokd.show_config()"
@@ -60,7 +60,7 @@ def test_without_a_driver_the_reference_serves(tmp_path: Path) -> None:
 
 
 def test_a_driver_that_lacks_a_function_is_no_driver(tmp_path: Path) -> None:
-    """Too old, or something else by that name."""
+    """The library is too old, or another one of that name."""
     source = tmp_path / "driver.cpp"
     source.write_text('extern "C" int cuInit(unsigned flags) { return (int)flags; }\n')
     library(source, tmp_path / "libcuda.so.1")

@@ -99,7 +99,7 @@ def test_areas_are_dams_own():
 
 @pytest.mark.parametrize("base", ["keep", "replace"])
 def test_areas_of_attention_are_those_of_the_students_own_map(base):
-    """Without an adapter too: AT reads no adapted map, nor does attention."""
+    """AT and attention read no adapted map, so no adapter is needed."""
     parts = {"heads": "attention", "base": base, "k": 3}
     distiller, (x, _) = make(method="at", sokd=parts), batch()
     students, teachers = distiller.features(x)
@@ -243,7 +243,7 @@ def test_json_holds_all_there_is(tmp_path):
 
 
 def test_json_is_strict(tmp_path):
-    """A run that went wrong is the one that is looked at: NaN would be no JSON."""
+    """NaN is not valid JSON, and runs that diverged are exported too."""
     distiller = make()
     distiller.kd.statistics.fill_(math.nan)
     found = inspect.export_json(distiller, tmp_path / "run.json")

@@ -91,7 +91,7 @@ def test_ties_go_to_the_lower_flat_index():
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "expanded"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_cell_of_heat_zero_is_no_peak(dtype, layout, mutual, module):
-    """Neither on a plateau of zeros nor below 0; the two cells above 0 are."""
+    """Cells of a plateau of zeros and cells below 0 are none; the two cells above 0 are."""
     heat = torch.zeros(3, 20, 6, 7)
     heat[0, 3, 2, 2], heat[0, 17, 5, 6] = 0.25, 0.5
     heat[1] = -0.0

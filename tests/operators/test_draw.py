@@ -1,4 +1,4 @@
-"""ops.draw: the same bits as the twin and as Python's own integers, and nothing else touched."""
+"""ops.draw: the same bits as the twin and as Python's integers; no other state changes."""
 
 import random
 

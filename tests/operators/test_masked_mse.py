@@ -119,7 +119,7 @@ def test_float16_gradients_do_not_underflow():
 
 
 def test_float16_gradients_of_a_small_area_do_not_overflow():
-    """The area may be one cell of ten thousand: what the backward keeps must not grow by that."""
+    """The area may be one cell of ten thousand; the saved gradient must not grow by that factor."""
     student = torch.zeros(2, 256, 100, 100).half()
     teacher = torch.full_like(student, 40)
     weight = torch.zeros(2, 100, 100)
@@ -171,7 +171,7 @@ def test_gradcheck(normalise):
 @pytest.mark.parametrize("upstream", [1.0, 2.5, 0.0, -1.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_upstream_twice(dtype, upstream):
-    """A backward that keeps the graph changes nothing in it: a second one gives the same."""
+    """A backward with a retained graph does not change it: a second one gives the same."""
     student, teacher = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64).to(dtype)
     student.requires_grad_()
     loss = ops.masked_mse(student, teacher)
@@ -212,7 +212,7 @@ def test_the_product_with_upstream_is_rounded_once(dtype, memory_format):
 )
 @pytest.mark.parametrize("upstream", [1.0, 3.0])
 def test_the_saved_gradient_is_handed_on_where_the_graph_ends(upstream):
-    """And not before: changing a gradient does not change a graph that runs backward again."""
+    """With a retained graph, changing a gradient does not change the next backward."""
     student, teacher = torch.randn(2, 2, 3, 4, 5)
     student.requires_grad_()
     loss = ops.masked_mse(student, teacher)
@@ -226,7 +226,7 @@ def test_the_saved_gradient_is_handed_on_where_the_graph_ends(upstream):
 
 
 def test_what_a_hook_for_saved_tensors_holds_stays_as_it_is():
-    """One that keeps equal tensors once, for two graphs."""
+    """A hook that stores equal tensors once serves two graphs."""
     student, teacher = torch.randn(2, 2, 3, 4, 5)
     student.requires_grad_()
     kept = {}

@@ -96,7 +96,7 @@ def test_without_sokd_tch_the_next_reader_serves(choose):
 
 @pytest.mark.parametrize("value", ["7", "torch.utils.dlpack.to_dlpack(torch.ones(1))"])
 def test_without_the_exchange_of_dlpack_the_portable_reader_serves(value):
-    """In a fresh process, for what torch has is looked up once."""
+    """In a new process, because the lookup in torch is cached."""
     code = f"""
         import sys, torch
         sys.modules["sokd_tch"] = None
@@ -140,7 +140,7 @@ def test_another_view_is_refused(reader, why, choose):
 
 
 def test_a_sokd_tch_that_does_not_load_is_left_aside(tmp_path):
-    """As one that was built against another libtorch, or for another Python."""
+    """A build for another libtorch or another Python raises ImportError."""
     (tmp_path / "sokd_tch.py").write_text("raise ImportError('libtorch.so: undefined symbol')")
     code = "import sokd, torch; sokd.ops.refine(torch.ones(1, 2, 3, 3)); sokd.show_config()"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
@@ -203,14 +203,28 @@ def test_numpy_views_of_any_stride(view):
     assert ops.masked_mse(features, copy) == 0
 
 
-def test_numpy_arrays_that_are_not_aligned_are_refused():
-    """As `np.frombuffer` makes them from a file with a header of any length."""
+@pytest.mark.parametrize("is_tensor", [True, False])
+def test_maps_that_are_not_aligned_are_refused(is_tensor, reader):
+    """`frombuffer` makes such maps from a file with a header of any length."""
     memory = np.zeros(4 * 5 * 6 * 7 * 4 + 4, np.uint8)
     offset = (1 - memory.ctypes.data) % 4
-    features = memory[offset:][: 4 * 5 * 6 * 7 * 4].view(np.float32).reshape(4, 5, 6, 7)
+    if is_tensor:
+        features = torch.frombuffer(memory, dtype=torch.float32, count=4 * 5 * 6 * 7, offset=offset)
+    else:
+        features = memory[offset:][: 4 * 5 * 6 * 7 * 4].view(np.float32)
+    features = features.reshape(4, 5, 6, 7)
     message = "masked_mse: student must be aligned to its elements, got an address 1 bytes off"
     with raises(ValueError, message):
         ops.masked_mse(features, features)
+
+
+def test_a_tensor_without_memory_is_refused(reader):
+    """FSDP frees the storage of parameters between steps; PyTorch's own operators crash on them."""
+    features = torch.ones(SHAPE)
+    features.untyped_storage().resize_(0)
+    with raises(ValueError, "refine: features must have memory, got a tensor of no storage"):
+        ops.refine(features)
+    assert ops.refine(torch.ones(2, 0, 6, 7)).shape == (2, 0, 6, 7)
 
 
 def test_numpy_arrays_that_may_not_be_written_are_only_read():
@@ -225,7 +239,7 @@ def test_numpy_arrays_that_may_not_be_written_are_only_read():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # CPython's, about threads and fork
 def test_a_forked_child_computes_the_same():
-    """After a parallel call in the parent, as a DataLoader's workers would."""
+    """A DataLoader's workers fork after parallel calls in the parent."""
     features, plan = torch.randn(4, 16, 32, 32), everything((4, 16, 32, 32), 4, torch.float32)
 
     def work():  # nothing of PyTorch's own thread pool, which does not survive a fork
@@ -265,7 +279,7 @@ def test_operators_release_the_gil_and_run_in_threads():
 
 
 def test_nothing_is_written_outside_the_output():
-    """Canaries around outputs that Rust is handed directly."""
+    """The memory around outputs that Rust writes to stays as it was."""
     room = torch.full((3, 2, 5, 6, 7), 42.0)
     for layout in LAYOUTS:
         features = laid_out(SHAPE, layout, torch.float32)

@@ -157,7 +157,7 @@ def test_a_far_theta_empties_the_map():
 
 
 def test_corners_outside_are_zero_even_next_to_nan():
-    """A NaN's own share is NaN; a corner outside the map adds nothing, whatever it holds."""
+    """A NaN corner gives NaN; a corner outside the map adds nothing."""
     features = torch.full((1, 1, 3, 3), math.nan)
     features[0, 0, 1, 1] = 1.0
     # three columns to the side: all outside

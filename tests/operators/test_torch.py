@@ -197,7 +197,7 @@ def test_batched_gradients(dtype):
         upstreams = torch.randn(3, *output.shape).to(output.dtype)
         single = [torch.autograd.grad(output, inputs, one, retain_graph=True) for one in upstreams]
         expected = [torch.stack(each) for each in zip(*single, strict=True)]
-        for kept in (True, output is refined):  # the loss's graph ends with it
+        for kept in (True, output is refined):  # the graph of the loss ends here
             options = {"is_grads_batched": True, "retain_graph": kept}
             found = torch.autograd.grad(output, inputs, upstreams, **options)
             torch.testing.assert_close(list(found), expected)
@@ -278,7 +278,7 @@ def test_a_view_with_its_sign_set():
 
 
 def test_a_tensor_that_outlives_its_transform():
-    """What leaks out of func.grad is a dead wrapper; PyTorch's own operators see through it."""
+    """A tensor that leaks out of func.grad is a dead wrapper, which PyTorch's operators unwrap."""
     leaked = []
 
     def leaking(theta):
@@ -364,7 +364,7 @@ def test_bare_ops_are_out_of_sight():
 # ------------------------------------------------------------------------------------ the checks
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_metadata_of_a_valid_call_crosses_once(monkeypatch, dtype):
-    """The kernels check their arguments: the checks by themselves are for calls that failed."""
+    """The kernels check their arguments; the separate checks run only after a failed call."""
 
     def unexpected(*_):
         raise AssertionError("the metadata was read twice")

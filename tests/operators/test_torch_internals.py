@@ -18,7 +18,7 @@ SHAPE = (2, 3, 5, 6)
 
 @pytest.fixture
 def without_private_names(monkeypatch):
-    """Every name that `_find` looks up, as on a torch that has none of them."""
+    """Replaces every name that `_find` looks up by its fallback."""
     bare = types.ModuleType("torch")
     bare.__version__, bare.Tensor = "2.5.0", Tensor
     with monkeypatch.context() as patch:
@@ -48,7 +48,7 @@ def numbers() -> list[Tensor]:
 def test_the_same_numbers_without_them(request):
     expected = numbers()
     request.getfixturevalue("without_private_names")
-    assert torch_internals.is_transforming()  # as is assumed without the name
+    assert torch_internals.is_transforming()  # the fallback assumes this
     assert all(map(torch.equal, numbers(), expected))
 
 

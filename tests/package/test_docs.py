@@ -1,4 +1,4 @@
-"""The documentation's Python runs, its links lead somewhere, the site needs no other host."""
+"""The documentation's Python runs, its links resolve, the site needs no other host."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What `import sokd` loads and writes, and what it refuses: one sentence each, never an abort."""
+"""The modules that `import sokd` loads, the files it writes, and the errors it raises."""
 
 import os
 import shutil
@@ -85,7 +85,7 @@ def test_a_compiled_module_that_does_not_load_is_refused(copy: Path, damage: str
 
 
 def test_no_file_is_written_beside_the_package() -> None:
-    """A read-only site-packages serves: `import sokd`, a call and its backward write no file."""
+    """A read-only site-packages is enough: `import sokd`, a call and its backward write no file."""
     code = """
 import os, sys, torch
 written = []

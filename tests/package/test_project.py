@@ -1,4 +1,4 @@
-"""What holds for the whole source tree: one operator, one name; one version; imports go down."""
+"""Rules of the source tree: one name for an operator, one version, imports go down."""
 
 import ast
 import inspect
@@ -75,7 +75,7 @@ def test_the_compiled_module_keeps_to_the_stable_abi() -> None:
 
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="this system has no readelf")
 def test_the_compiled_module_needs_the_c_library_alone() -> None:
-    """Above all nothing of torch: a torch that lacks one symbol would refuse to load it."""
+    """It links nothing of torch: a torch that lacks one symbol would refuse to load it."""
     command = ["readelf", "-d", _core.__file__]
     printed = subprocess.run(command, capture_output=True, text=True, check=True)
     needed = set(re.findall(r"NEEDED.*\[(.+?)\.so", printed.stdout))
@@ -103,7 +103,7 @@ def test_the_source_distribution_is_whole(tmp_path: Path) -> None:
 
 
 def test_sokd_tch_is_built_with_the_torch_of_the_python_that_builds() -> None:
-    """Without an active venv, or in another one, as `path/to/venv/bin/pip install ./tch` is."""
+    """The Python that builds counts, not the active venv (`path/to/venv/bin/pip install ./tch`)."""
     pytest.importorskip("maturin", reason="maturin is not installed")
     script = (
         "import backend, os, shutil; print(shutil.which('python'), 'VIRTUAL_ENV' in os.environ)"
@@ -128,7 +128,7 @@ def test_no_text_names_a_folder_of_one_machine() -> None:
     assert {name: folders for name, folders in found.items() if folders} == {}
 
 
-# Names with an underscore that are no secret: of named tuples, of `sys`, the compiled module.
+# Names with an underscore that are public: of named tuples, of `sys`, the compiled module.
 DOCUMENTED = {"_asdict", "_core", "_fields", "_getframe", "_replace"}
 PRIVATE = re.compile(r"(?:^|\.)_(?!_)")
 # Private methods of nn.Module that classes override; `torch_internals` lists them.

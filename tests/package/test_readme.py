@@ -1,4 +1,4 @@
-"""The code in README.md runs, and the numbers on the pages are those of the measured files."""
+"""The code in README.md runs; the numbers on the pages are those of the measured files."""
 
 from pathlib import Path
 

@@ -32,7 +32,7 @@ def small_task(data: DataSet, solver: Solver, folder: Path) -> Task:
 def in_process(
     runs: Sequence[Run], task: Task, workers: int, *, test: bool = True
 ) -> Iterator[Run]:
-    """In place of `train_all`: no processes to be started."""
+    """Replaces `train_all` and starts no processes."""
     return (train(run, task, test=test) for run in runs)
 
 

@@ -97,7 +97,7 @@ def batch(samples: int = 4, *, dtype: torch.dtype = torch.float32) -> tuple[Tens
 
 
 def extra(samples: int = 4) -> dict[str, Any]:
-    """What methods take beside `batch`: places in the training set, boxes."""
+    """The further arguments of some methods: indices in the training set, boxes."""
     boxes = [torch.tensor([[2.0, 3.0, 9.0, 8.0]]), torch.zeros(0, 4)] * samples
     return {"index": torch.arange(samples), "boxes": boxes[:samples]}
 

@@ -37,7 +37,7 @@ def affine(features: Tensor, theta: Tensor) -> Tensor:
 
 
 def masked_mse(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
-    """The usual line."""
+    """The loss as users write it in one line."""
     return (F.mse_loss(student, teacher, reduction="none") * weight.unsqueeze(1)).mean()
 
 

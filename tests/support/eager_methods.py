@@ -1,6 +1,6 @@
 """The losses of `sokd.methods` in plain PyTorch, written directly from the formulas: baselines.
 
-Teachers have no graph, and no operation is there to be slow.
+Teachers have no graph; no operation is superfluous.
 """
 
 import math

@@ -40,7 +40,7 @@ def rewound(kd: SoKD, counter: int = 0) -> SoKD:
 
 
 class FixedMask(nn.Module):
-    """In DAM's place, at no cost: a given weight and no agreement."""
+    """A DAM with a given weight, no agreement and no cost."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()

@@ -313,7 +313,7 @@ def convolution(features, kernel, bias=None):
 
 
 def batch_norm(features, gain, shift, mean, variance):
-    """With the running statistics."""
+    """BatchNorm with the running statistics."""
     out = np.zeros(features.shape)
     for b, c, y, x in np.ndindex(features.shape):
         scaled = gain[c] * (features[b, c, y, x] - mean[c]) / math.sqrt(variance[c] + 1e-5)

@@ -11,7 +11,7 @@ import sokd
 
 
 class Network(nn.Module):
-    """What the pages' `student` and `teacher` are: logits and a feature map [B, channels, 4, 4]."""
+    """The pages' `student` and `teacher`: logits and a feature map [B, channels, 4, 4]."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

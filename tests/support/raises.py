@@ -17,7 +17,7 @@ def raises(error: type[Exception], text: str) -> Iterator[None]:
 
 @contextmanager
 def warns(*texts: str) -> Iterator[list[warnings.WarningMessage]]:
-    """These warnings, in this order, and no other."""
+    """Expects these warnings, in this order, and no other."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield caught

@@ -14,7 +14,7 @@ RANKS = 2
 
 
 def of_ranks(work: Callable[[int], Any], folder: Path) -> list[Any]:
-    """What `work(rank)` returns in each process: tensors, numbers, text, in dicts and lists."""
+    """The results of `work(rank)` of each process: tensors, numbers, text, in dicts and lists."""
     mp.spawn(_one, (work, str(folder)), nprocs=RANKS)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 

@@ -49,7 +49,7 @@ def checkpoint(out: Path) -> dict[str, Any]:
 
 
 def differences(one: Any, other: Any, name: str = "") -> list[str]:
-    """Where two checkpoints differ in any bit; seconds are left out."""
+    """The entries in which two checkpoints differ in any bit, without the seconds."""
     if isinstance(one, dict) and isinstance(other, dict):
         keys = sorted({k for k in {*one, *other} if "seconds" not in str(k)}, key=str)
         return [d for k in keys for d in differences(one.get(k), other.get(k), f"{name}.{k}")]

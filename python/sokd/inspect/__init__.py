@@ -1,7 +1,7 @@
 """Inspection of a run: the policy as a table and over time, areas on images, exported figures.
 
     trajectory = sokd.inspect.Trajectory(kd)
-    trajectory.record(step)                                    # every so often in training
+    trajectory.record(step)                                    # now and then in training
     trajectory.save("policy.json"); trajectory.draw("policy.png")
     print(sokd.inspect.table(kd))
     sokd.inspect.draw_areas(images, sokd.inspect.areas(distiller, images), "areas.png")
@@ -132,7 +132,7 @@ class Snapshot:
 
     @property
     def entropy(self) -> float:
-        """Of the choice, in nats."""
+        """The entropy of the choice of a sub-policy, in nats."""
         return -sum(p * math.log(p) for p in self.probabilities if p > 0)
 
 

@@ -13,7 +13,7 @@ __all__ = ["agreed", "all_gathered", "averaged", "is_sharded", "place"]
 
 
 def place() -> tuple[int, int]:
-    """This rank and the number of ranks."""
+    """The index of this rank and the number of ranks."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1

@@ -23,6 +23,7 @@ from sokd.ops.runtime import (
     has_kernel,
     is_eager,
     is_meta,
+    positional,
     register,
     resources,
     savable,
@@ -34,13 +35,9 @@ _NORMALISE = ("elements", "area")
 
 
 def _kernel(
-    student: Tensor,
-    teacher: Tensor,
-    weight: Tensor | None,
-    normalise: str,
-    scale: float,
+    student: Tensor, teacher: Tensor, weight: Tensor | None, normalise: str, scale: float,
     gradient: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     loss, d_student = _fake(student, teacher, weight, normalise, scale, gradient)
     wanted = d_student if gradient else None
     _core.masked_mse(loss, wanted, student, teacher, weight, normalise, scale, resources(student))
@@ -48,13 +45,9 @@ def _kernel(
 
 
 def _fake(
-    student: Tensor,
-    teacher: Tensor,
-    weight: Tensor | None,
-    normalise: str,
-    scale: float,
+    student: Tensor, teacher: Tensor, weight: Tensor | None, normalise: str, scale: float,
     gradient: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     loss = student.new_empty((), dtype=accumulator(student.dtype))
     if not gradient:
         return loss, student.new_empty(0)
@@ -93,14 +86,11 @@ class _MaskedMse(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @positional
     def forward(
-        student: Tensor,
-        teacher: Tensor,
-        weight: Tensor | None,
-        normalise: str,
-        scale: float,
+        student: Tensor, teacher: Tensor, weight: Tensor | None, normalise: str, scale: float,
         gradient: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         loss, d_student = _forward(student, teacher, weight, normalise, scale, gradient)
         return loss, d_student
 
@@ -134,6 +124,7 @@ class _MaskedMseBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @positional
     def forward(
         upstream: Tensor, d_student: Tensor, student: Tensor, teacher: Tensor,
         weight: Tensor | None, normalise: str, scale: float,

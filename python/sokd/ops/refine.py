@@ -24,6 +24,7 @@ from sokd.ops.runtime import (
     has_kernel,
     is_eager,
     is_meta,
+    positional,
     register,
     resources,
     second_derivative,
@@ -102,6 +103,7 @@ class Refine(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @positional
     def forward(
         features: Tensor, theta: _Part, sigma: _Part, straight: _Part, hole: _Part, perm: _Part,
         keep: _Part, seed_tensor: _Part, seed: int,
@@ -137,6 +139,7 @@ class RefineBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @positional
     def forward(
         upstream: Tensor, features: Tensor, theta: _Part, sigma: _Part, straight: _Part,
         hole: _Part, perm: _Part, keep: _Part, seed_tensor: _Part, seed: int, wanted: list[bool],

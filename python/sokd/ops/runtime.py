@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, partial, wraps
+from inspect import Parameter, Signature
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -74,6 +75,17 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
         if not (torch.is_grad_enabled() and any(map(_requires_grad, args))):
             return function.forward(*args)
     return function.apply(*args)  # type: ignore[no-untyped-call]
+
+
+def positional(forward: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Give the `forward` of an autograd function the signature (*args).
+
+    `Function.apply` binds its arguments to the signature in each call. For named parameters that
+    takes longer than the rest of a small call.
+    """
+    args = Parameter("args", Parameter.VAR_POSITIONAL)
+    forward.__signature__ = Signature([args])  # type: ignore[attr-defined]
+    return forward
 
 
 def _requires_grad(arg: object) -> bool:

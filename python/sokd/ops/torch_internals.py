@@ -73,7 +73,7 @@ negative_view: Callable[[Tensor], Tensor] = _find("_neg_view", lambda tensor: -t
 
 
 def without_symbols(args: Sequence[Any]) -> list[Any]:
-    """For use while compiling: the numbers that `dynamic=True` made symbols, as plain numbers.
+    """The arguments with the symbols of `dynamic=True` as plain numbers; for use while compiling.
 
     A symbol that two autograd functions share breaks the graph. A compiler traces `guard_scalar`
     since 2.8. Without: the arguments as they are.

@@ -107,22 +107,25 @@ pub(crate) fn read(object: &Bound<'_, PyAny>) -> Option<TensorView> {
     };
     let dtype = from_code(found.code, found.bits, found.lanes)?;
     let rank = usize::try_from(found.rank).ok()?;
-    // SAFETY: the tensor owns `rank` numbers in each, or the pointer is null.
-    let (sizes, strides) = unsafe { (numbers(found.sizes, rank), numbers(found.strides, rank)) };
+    // SAFETY: the tensor owns `rank` numbers in each.
+    let (sizes, strides) = unsafe { (numbers(found.sizes, rank)?, numbers(found.strides, rank)?) };
     let sizes: Vec<_> = sizes.iter().map(|&size| size as usize).collect();
     let strides: Vec<_> = strides.iter().map(|&stride| stride as isize).collect();
     let address = found.data as usize + found.byte_offset as usize;
     build("read", "object", address, dtype, device, &sizes, &strides).ok()
 }
 
+/// `None` for a null pointer, unless there are no numbers.
+///
 /// # Safety
-/// `pointer` is valid for `rank` numbers, or `rank` is 0.
-unsafe fn numbers<'a>(pointer: *const i64, rank: usize) -> &'a [i64] {
-    if rank == 0 {
-        return &[];
+/// `pointer` is null or valid for `rank` numbers.
+unsafe fn numbers<'a>(pointer: *const i64, rank: usize) -> Option<&'a [i64]> {
+    match (rank, pointer.is_null()) {
+        (0, _) => Some(&[]),
+        (_, true) => None,
+        // SAFETY: the caller's promise.
+        (_, false) => Some(unsafe { from_raw_parts(pointer, rank) }),
     }
-    // SAFETY: the caller's promise.
-    unsafe { from_raw_parts(pointer, rank) }
 }
 
 fn from_code(code: u8, bits: u8, lanes: u16) -> Option<DType> {

@@ -102,16 +102,27 @@ pub(crate) fn from_name(name: &str) -> Option<DType> {
     })
 }
 
-/// Builds the view; `None` from [`TensorView::new`] means a rank above its limit.
+/// Builds the view of an object's memory, which must exist and be aligned.
 fn build(
-    op: &'static str, argument: &str, pointer: usize, dtype: DType, device: Device,
+    op: &'static str, argument: &str, address: usize, dtype: DType, device: Device,
     sizes: &[usize], strides: &[isize],
 ) -> PyResult<TensorView> {
+    let refuse = |rule: &str, got: String| Err(raise(Error::of_value(op, argument, rule, got)));
+    if !matches!(device, Device::Other(_)) && !sizes.contains(&0) {
+        if address == 0 {
+            return refuse("have memory", "a tensor of no storage".to_owned());
+        }
+        if !address.is_multiple_of(dtype.size()) {
+            let got = format!("an address {} bytes off", address % dtype.size());
+            return refuse("be aligned to its elements", got);
+        }
+    }
     // SAFETY: by torch or NumPy, these sizes and strides lie within memory that the object keeps
     // alive, and the caller of `view` holds the object.
-    let view = unsafe { TensorView::new(pointer as *mut u8, dtype, device, sizes, strides) };
-    view.ok_or_else(|| {
+    let view = unsafe { TensorView::new(address as *mut u8, dtype, device, sizes, strides) };
+    let Some(view) = view else {
         let rule = format!("have at most {} dimensions", crate::tensor::MAX_RANK);
-        raise(Error::of_value(op, argument, rule, sizes.len()))
-    })
+        return refuse(&rule, sizes.len().to_string());
+    };
+    Ok(view)
 }

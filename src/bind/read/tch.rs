@@ -33,7 +33,7 @@ type Read = unsafe extern "C" fn(*mut RawObject, *mut View) -> c_int;
 
 static READ: OnceLock<Read> = OnceLock::new();
 
-/// Whether sokd_tch has handed its function over.
+/// Whether the function of sokd_tch is known.
 pub(crate) fn is_available() -> bool {
     READ.get().is_some()
 }

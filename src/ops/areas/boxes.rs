@@ -60,7 +60,7 @@ impl<T: Element> BoxWriter<T> {
     /// Writes the results of image `n` from its peaks, best first.
     ///
     /// # Safety
-    /// The call was checked for the dtype `T`, `n` is within the batch, and no other thread has it.
+    /// The call was checked for the dtype `T`, `n` is in the batch, and no other thread writes it.
     pub(crate) unsafe fn write(&self, n: usize, peaks: &[Peak<T::Acc>]) {
         let cells = self.height * self.width;
         // SAFETY: [B, H, W] f32, contiguous.
@@ -104,7 +104,7 @@ impl<T: Element> BoxWriter<T> {
         [low(1), low(0), high(1), high(0)]
     }
 
-    /// Adds one to every cell of a box; a box that ends before it begins has none.
+    /// Adds one to every cell of a box; a box that ends before it begins is empty.
     fn cover(&self, coverage: &mut [f32], [y0, x0, y1, x1]: [i64; 4]) {
         for y in y0..=y1 {
             let row = y as usize * self.width;

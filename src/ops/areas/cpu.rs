@@ -16,14 +16,15 @@ const CHUNK: usize = 1 << 16;
 /// The maps have the dtype `T`, the shapes agree, the outputs are contiguous and of their dtypes,
 /// and all are in host memory.
 pub(crate) unsafe fn forward<T: Element>(args: &Args, outputs: &Outputs, threads: usize) {
-    let heat =
-        Heat::<T>::new(args.heat, args.teacher.map(|teacher| teacher[0]), args.kernel as usize);
+    let teacher = args.teacher.map(|teacher| teacher[0]);
+    // SAFETY: the caller's promise.
+    let heat = unsafe { Heat::<T>::new(args.heat, teacher, args.kernel as usize) };
     let writer = BoxWriter::<T>::new(args, outputs);
     let (batch, tiles, k) = (args.heat.sizes()[0], heat.tiles(), args.k as usize);
     let bounds = |n, tiles| simd::run(Bounds { image: &heat.image(n), tiles });
     let finish = |n, bounds: &[T::Acc]| {
         let peaks = simd::run(Best { image: &heat.image(n), bounds, k });
-        // SAFETY: the caller's promise; no other thread has this image's outputs.
+        // SAFETY: the caller's promise; no other thread writes this image's outputs.
         unsafe { writer.write(n, &peaks) }
     };
     let chunks = heat.cells().div_ceil(CHUNK).min(tiles);

@@ -6,13 +6,13 @@ use crate::simd::{Element, Real, Simd, Vector, LANES};
 use crate::tensor::TensorView;
 use std::cmp::Reverse;
 
-/// How many cells ahead the prefetch is.
+/// Distance of the prefetch, in cells.
 const AHEAD: isize = 512;
 
-/// Most cells of a tile; a tile has one maximum.
+/// Maximum number of cells in a tile. One maximum is kept for each tile.
 const TILE: usize = 128;
 
-/// One of the dimensions A, H, W: its length and what a step means.
+/// One of the dimensions A, H, W: its length and its steps.
 #[derive(Clone, Copy, Debug)]
 struct Dim {
     size: usize,
@@ -45,7 +45,11 @@ pub(crate) struct Heat<T> {
 unsafe impl<T: Element> Sync for Heat<T> {}
 
 impl<T: Element> Heat<T> {
-    pub(crate) fn new(heat: &TensorView, teacher: Option<&TensorView>, kernel: usize) -> Self {
+    /// # Safety
+    /// The maps have the dtype `T` and one shape, and are in host memory that lives as long.
+    pub(crate) unsafe fn new(
+        heat: &TensorView, teacher: Option<&TensorView>, kernel: usize,
+    ) -> Self {
         let other = teacher.unwrap_or(heat);
         let (sizes, strides) = (heat.sizes(), [heat.strides(), other.strides()]);
         let flats = [sizes[2] * sizes[3], sizes[3], 1];
@@ -217,7 +221,7 @@ impl<T: Element> Image<'_, T> {
         self.heat.dims[2].steps == [1, 1]
     }
 
-    /// Where a cell of a tile lies in map `t`.
+    /// The address of a cell of a tile in map `t`.
     #[inline(always)]
     fn at(&self, tile: &Tile, t: usize, i: usize) -> *const T {
         self.bases[t].wrapping_offset(tile.offsets[t] + i as isize * self.heat.dims[2].steps[t])
@@ -251,7 +255,7 @@ fn most<A: Real, S: Simd>(
     simd: S, length: usize, row: impl Fn(usize) -> A::Vector<S>,
 ) -> A::Vector<S> {
     let mut most = simd.splat(A::of(f64::NEG_INFINITY));
-    // A cell counted twice changes no maximum: the last row ends where the tile does.
+    // The last row ends with the tile; cells that are read twice do not change a maximum.
     let last = length.saturating_sub(LANES);
     for i in (0..length).step_by(LANES) {
         most = row(i.min(last)).larger(most);

@@ -12,7 +12,7 @@
 //! coverage[b,y,x] = boxes over the cell
 //!
 //! Peaks are ordered by (heat descending, flat index (a*H + y)*W + x ascending). Missing ones: box
-//! (0, 0, -1, -1), score 0. A NaN in size or offset makes 0 of the corners it reaches. All is
+//! (0, 0, -1, -1), score 0. A NaN in size or offset sets the corners that depend on it to 0. All is
 //! computed in f32 (f64 for f64). No gradient flows through areas.
 
 mod boxes;

@@ -1,4 +1,4 @@
-//! The k best peaks of an image, with hardly more than one reading of its heat.
+//! The k best peaks of an image, in little more than one pass over its heat.
 //!
 //! Every tile of cells has its maximum. The k best peaks lie in tiles whose maximum is not below
 //! the k-th best peak, so with a good guess of that score few tiles are read again; after a bad

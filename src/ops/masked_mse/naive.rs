@@ -1,4 +1,4 @@
-//! The truth: the module's formula as plain f64 loops, and tests of the kernel against it.
+//! The reference: the module's formula as plain f64 loops, and tests of the kernel against it.
 
 use super::*;
 use crate::tensor::testing::{any_float, any_lay, indices, wild, Lay, Owned, Uniform};
@@ -100,7 +100,7 @@ fn agrees(case: &Case, gradient: Lay, threads: usize) {
     let dtype = case.student.view.dtype;
     let (loss, d_student) = case.run(gradient, threads).expect("a valid call");
     let (expected, d_expected) = case.truth();
-    // In f64 the truth's own sum, one term after another, is the less exact of the two.
+    // In f64 the sum of the loops, one term after another, is the less exact of the two.
     let summed = d_expected.len().max(64) as f64 * f64::EPSILON;
     let tolerance = if dtype == DType::F64 { summed } else { 2e-6 };
     assert!(close(loss, expected, tolerance * expected.abs()), "loss {loss} is not {expected}");

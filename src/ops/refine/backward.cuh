@@ -33,7 +33,7 @@ struct Sums {
     }
 };
 
-// One channel, wherever it is.
+// One channel, at any place.
 template <class T>
 SOKD_DEVICE void add_one(
     Slopes<Acc<T>>& slopes, Acc<T> u, const T* plane, const Map& map, const Corners<Acc<T>>& at) {
@@ -107,7 +107,7 @@ SOKD_DEVICE void add_run(Slopes<Acc<T>>& slopes, const Run<T>& u, const T* featu
     }
 }
 
-// Lanes, every channel in its own place.
+// Lanes, no permutation.
 template <class T>
 SOKD_DEVICE void sum_runs(Sums<Acc<T>>& sums, const RefineBackward& args, const Tile& tile,
     const SamplePlan& plan, const Corners<Acc<T>>* table) {

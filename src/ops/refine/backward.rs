@@ -12,7 +12,12 @@ use crate::tensor::TensorView;
 /// Sums over a chunk in f64, d_theta (6) and d_sigma, added in the chunks' order: the same bits.
 type Sums = [f64; 7];
 
-pub(super) fn backward<T: Element>(
+/// Writes the gradients.
+///
+/// # Safety
+/// The maps have the dtype `T` and the shape of the plan, the other gradients `[G, ..]` with G 1 or
+/// B, and all are in host memory; no other thread uses the gradients.
+pub(super) unsafe fn backward<T: Element>(
     gradients: &Gradients, upstream: &TensorView, features: &TensorView, plan: &SamplePlans,
     threads: usize,
 ) {

@@ -1,4 +1,5 @@
-// Inner products with many plans at once: a part of kernel.cu, where the structures are.
+// refine_dots, inner products with many plans at once: a part of kernel.cu, where the structures
+// are.
 //
 // Bytes an element: upstream and features once from memory (2 maps), whatever the number of plans:
 // a block applies one plan after the other to the same tile, which stays in the cache (a plan that
@@ -79,7 +80,7 @@ SOKD_DEVICE void noise_planes(
     }
 }
 
-// Lanes, every channel in its own place.
+// Lanes, no permutation.
 template <class T>
 SOKD_DEVICE Acc<T> dot_runs(const RefineDots& args, const Tile& tile, const SamplePlan& plan,
     const Corners<Acc<T>>* table) {
@@ -115,7 +116,7 @@ SOKD_DEVICE Acc<T> dot_runs(const RefineDots& args, const Tile& tile, const Samp
     return sum;
 }
 
-// Lanes, channels from wherever they are, and any strides.
+// Lanes, any permutation and any strides.
 template <class T>
 SOKD_DEVICE Acc<T> dot_each(const RefineDots& args, const Tile& tile, const SamplePlan& plan,
     const Corners<Acc<T>>* table) {

@@ -1,4 +1,5 @@
-//! <upstream, refine(features; plan)> for many plans at once: the gradient of a discrete choice.
+//! `refine_dots`: <upstream, refine(features; plan)> for many plans at once, the gradient of a
+//! discrete choice. It has no backward.
 //!
 //! A chunk is up to 16 channels of one sample, or all of them. Features and upstream are loaded
 //! once and every plan is applied to them in the cache; the noise is the same for all plans and
@@ -14,7 +15,11 @@ use crate::simd::{self, Element, Real, LANES};
 use crate::tensor::TensorView;
 
 /// Writes `[V]` products, or `[2, V, B]` products and squares.
-pub(super) fn dots<T: Element>(
+///
+/// # Safety
+/// The maps have the dtype `T` and the shape of the plans, of which there are V, and all are in
+/// host memory; no other thread uses the dots.
+pub(super) unsafe fn dots<T: Element>(
     dots: &TensorView, features: &TensorView, upstream: &TensorView, plans: &[SamplePlans],
     threads: usize,
 ) {

@@ -17,7 +17,11 @@ use crate::tensor::TensorView;
 pub(super) const TILE: usize = 64;
 
 /// refined = the formula of the module.
-pub(super) fn forward<T: Element>(
+///
+/// # Safety
+/// The maps have the dtype `T` and the shape of the plan, and are in host memory; no other thread
+/// uses refined.
+pub(super) unsafe fn forward<T: Element>(
     refined: &TensorView, features: &TensorView, plan: &SamplePlans, threads: usize,
 ) {
     let per_sample = plan.shape.channels.div_ceil(LANES);

@@ -33,7 +33,7 @@
 // Scratch (no initial content, 8-byte aligned): RefineBackward.partials 8 * blocks * 8 bytes;
 // RefineDots.partials plans * blocks * 8 bytes, by sample twice that.
 // The seed: read from seed_pointer (int64) if that is not 0, else the number in `seed`.
-// An entry of perm below 0 or above C-1 makes NaN of its output channel: no memory outside a map is
+// An entry of perm below 0 or above C-1 gives a NaN output channel: no memory outside a map is
 // read. A channel that is not in perm has gradient zero.
 #include "common.cuh"
 #include "sampling.cuh"  // struct Plan is there
@@ -183,7 +183,7 @@ SOKD_DEVICE void sample_planes(
     }
 }
 
-// Lanes, every channel in its own place: a position and a run of channels at a time, four times.
+// Lanes, no permutation: a position and a run of channels at a time, four times.
 template <class T>
 SOKD_DEVICE void sample_runs(
     const Refine& args, const Tile& tile, const SamplePlan& plan, const Corners<Acc<T>>* table) {

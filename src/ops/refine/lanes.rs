@@ -237,7 +237,7 @@ fn slopes<A: Real, S: Simd>(
     [v.times(fy.fma(twist, upper)), v.times(fx.fma(twist, left))]
 }
 
-/// The adjoint of the sampling: every value goes back to its four corners.
+/// The adjoint of the sampling: every value is added to its four corners.
 pub(super) struct Spread<'a, A> {
     pub tile: &'a Tile<A>,
     pub scatter: &'a mut Tile<A>,

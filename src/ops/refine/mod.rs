@@ -39,7 +39,7 @@ use plan::SamplePlans;
 const REFINE: Check = Check("refine");
 const DOTS: Check = Check("refine_dots");
 
-/// A plan as it comes from the caller; each part has its own number of groups G, 1 or B. In a stack
+/// The caller's plan; each part has its own number of groups G, 1 or B. In a stack
 /// of plans every part has a leading V.
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {
@@ -152,7 +152,9 @@ impl Args<'_> {
             Device::Cuda(ordinal) => unsafe { cuda::forward(self, refined, ordinal, run) },
             _ => {
                 let plans = SamplePlans::read(REFINE, self.plan, features)?;
-                by_dtype!(features.dtype, T => {
+                // SAFETY: checked above: T is the maps' dtype, the shapes agree, everything is in
+                // host memory.
+                by_dtype!(features.dtype, T => unsafe {
                     forward::forward::<T>(refined, features, &plans, run.threads)
                 });
                 Ok(())
@@ -186,7 +188,8 @@ impl Args<'_> {
             },
             _ => {
                 let plans = SamplePlans::read(REFINE, self.plan, features)?;
-                by_dtype!(features.dtype, T => {
+                // SAFETY: as for `forward`.
+                by_dtype!(features.dtype, T => unsafe {
                     backward::backward::<T>(gradients, upstream, features, &plans, run.threads)
                 });
                 Ok(())
@@ -241,7 +244,8 @@ impl Args<'_> {
                 let plans = (0..count)
                     .map(|v| SamplePlans::read(DOTS, &self.plan.select(v), features))
                     .collect::<Result<Vec<_>>>()?;
-                by_dtype!(features.dtype, T => {
+                // SAFETY: as for `forward`.
+                by_dtype!(features.dtype, T => unsafe {
                     dots::dots::<T>(dots, features, upstream, &plans, run.threads)
                 });
                 Ok(())

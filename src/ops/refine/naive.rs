@@ -1,4 +1,4 @@
-//! The truth: the formula of the module as plain f64 loops, one element at a time, and tests of the
+//! The reference: the module's formula as plain f64 loops, one element at a time, and tests of the
 //! kernels against it.
 
 use super::*;
@@ -24,8 +24,8 @@ fn group<T>(part: &Option<Vec<T>>, n: usize) -> Option<&T> {
     part.as_ref().map(|groups| &groups[if groups.len() == 1 { 0 } else { n }])
 }
 
-/// One sampled value and its derivatives by ix and iy; `touch` sees every corner inside the map
-/// with its weight.
+/// One sampled value and its derivatives by ix and iy; `touch` is called with every inner corner
+/// and its weight.
 fn bilinear(
     plane: &dyn Fn(usize, usize) -> f64, h: usize, w: usize, ix: f64, iy: f64,
     mut touch: impl FnMut(usize, usize, f64),

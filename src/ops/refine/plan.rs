@@ -97,7 +97,7 @@ impl SamplePlans {
         Tables(crate::parallel::map(threads, self.theta.len(), table))
     }
 
-    /// Whether all samples share one theta, so that its table is worth keeping.
+    /// Whether all samples share one theta, so that one table is enough.
     pub(super) fn shares_theta(&self) -> bool {
         self.theta.len() <= 1
     }

@@ -23,7 +23,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 
 
 def test_a_copy_to_the_host_would_fail(memory: MockMemory) -> None:
-    """What the tests below rely on."""
+    """The tests below rely on this error."""
     with pytest.raises(RuntimeError):
         memory.on(torch.zeros(1)).cpu()
 

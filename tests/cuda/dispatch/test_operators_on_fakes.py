@@ -77,7 +77,7 @@ def test_masked_mse(
 
 @pytest.mark.parametrize("kept", [False, True])
 def test_the_gradient_is_scaled_in_place(kept: bool, fake: Fake) -> None:
-    """In place if the graph is freed; the kernel, not the host, reads that upstream is one."""
+    """The product is in place if the graph is freed; the kernel reads upstream, not the host."""
     student, teacher = torch.randn(2, *ODD)
     leaf = fake.on(student).requires_grad_()
     loss = ops.masked_mse(leaf, fake.on(teacher))

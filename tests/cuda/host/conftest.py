@@ -1,4 +1,4 @@
-"""What the tests of the Rust host start from."""
+"""Fixtures for the tests of the Rust host."""
 
 from pathlib import Path
 

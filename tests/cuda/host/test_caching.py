@@ -83,7 +83,7 @@ def test_processes_at_once_leave_whole_files(own_cache: Path) -> None:
 
 @forked
 def test_an_image_that_the_driver_refuses_is_compiled_again(own_cache: Path) -> None:
-    """For example after a downgrade of the driver."""
+    """A downgrade of the driver leaves such images in the cache."""
     fresh(draw)
     driver = Driver()
     driver.fail_call("cuModuleLoadData", INVALID_IMAGE)

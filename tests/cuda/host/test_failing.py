@@ -110,5 +110,5 @@ def test_every_field_of_a_structure_is_8_bytes(operator: str, kernel: str, struc
 
 
 def test_this_process_has_loaded_nothing() -> None:
-    """So each test began with a process that had loaded nothing."""
+    """Each test runs in a fork of this process."""
     assert "cuInit" not in Driver().functions()

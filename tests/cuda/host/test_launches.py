@@ -101,7 +101,7 @@ def test_each_device_gets_code_for_its_architecture(
 
 
 def test_a_generation_that_nvrtc_does_not_know_gets_ptx(own_cache: Path) -> None:
-    """Which the driver translates; the mock driver accepts machine code alone."""
+    """The driver translates PTX; the mock driver accepts machine code only."""
     error = fresh(_architectures, (13, 0))
     assert error is not None and "cuModuleLoadData: CUDA_ERROR_INVALID_IMAGE" in error
     ptx = next(own_cache.glob("draw-1-compute_*")).read_bytes()
@@ -188,7 +188,7 @@ class _NoRoom(Exception):
 
 @forked
 def test_the_allocators_own_exception_comes_back() -> None:
-    """That is torch.OutOfMemoryError."""
+    """PyTorch's allocator raises torch.OutOfMemoryError."""
 
     def allocate(size: int) -> Any:
         raise _NoRoom(size)

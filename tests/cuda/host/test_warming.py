@@ -60,7 +60,7 @@ def test_a_kernel_beside_a_loaded_one_cannot_be_captured_either() -> None:
 
 @forked
 def test_the_advice_names_the_device_and_float64() -> None:
-    """Which `sokd.warmup` leaves out by default."""
+    """`sokd.warmup` leaves out float64 by default."""
     driver = Driver()
     stream = driver.stream(1)
     driver.capture(stream, True)
@@ -97,7 +97,7 @@ def test_a_kernel_is_loaded_beside_a_capture_of_another_stream(mode: int, thread
 
 @forked
 def test_the_mock_forbids_what_a_capture_forbids() -> None:
-    """What the test above relies on."""
+    """The test above relies on this error."""
     driver, module = Driver(), ctypes.c_void_p()
     stream = driver.stream()
     driver.api.cuInit(0)
@@ -131,7 +131,7 @@ def test_warmup_compiles_every_kernel_once() -> None:
 
 
 def test_warmup_refuses_what_it_does_not_know() -> None:
-    """On every machine, CUDA or not."""
+    """The error is the same with and without CUDA."""
     known = "torch.float64, torch.float32, torch.float16, torch.bfloat16"
     with pytest.raises(ValueError, match=rf"^warmup: dtypes must be of {known}, got torch.int64$"):
         sokd.warmup(dtypes=[torch.int64])

@@ -1,4 +1,4 @@
-"""What the tests of the emulated kernels start from."""
+"""Fixtures for the tests of the emulated kernels."""
 
 from collections.abc import Iterator
 

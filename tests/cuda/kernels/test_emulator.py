@@ -229,7 +229,7 @@ def test_an_empty_area_has_no_difference_even_of_nan(cuda: MockMemory) -> None:
 
 
 def test_an_access_past_a_tensor_is_an_error(cuda: MockMemory) -> None:
-    """What the other tests rely on."""
+    """The other tests rely on this error."""
     short = cuda.on(torch.randn(1, 4, 4, 4))
     shape, strides = (1, 5, 4, 4), (80, 16, 4, 1)
     longer = cuda.at(short.data_ptr(), 4 * 80, shape, strides, torch.float32, 0)

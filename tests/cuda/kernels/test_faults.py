@@ -1,4 +1,4 @@
-"""Tests of the tests: the checks of the kernels must catch each fault of support/cuda/faults.py."""
+"""The checks of the kernels must catch each seeded fault of support/cuda/faults.py."""
 
 import pytest
 import torch

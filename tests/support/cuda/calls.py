@@ -1,4 +1,4 @@
-"""One call of an operator on host memory that claims to be on CUDA, and what it left behind."""
+"""One call of an operator on fakes of CUDA tensors, and the state after it."""
 
 from collections.abc import Callable
 from typing import Any

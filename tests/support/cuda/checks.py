@@ -1,4 +1,4 @@
-"""What must hold of every kernel: of the source's, and of none with a seeded fault.
+"""The checks of the kernels: the source must pass them, a source with a seeded fault must not.
 
 The expected values are the CPU kernels', in float64 wherever the CUDA kernels round.
 """

@@ -26,7 +26,7 @@ def _packages() -> list[Path]:
 
 @functools.cache
 def nvrtc() -> Any:
-    """PyTorch's NVRTC, or None; its second half, which it looks up by name, is opened first."""
+    """PyTorch's NVRTC, or None; its builtins, which it looks up by name, are opened first."""
     for folder in _packages():
         for path in sorted(folder.glob("lib/libnvrtc.so.*")):
             for half in folder.glob("lib/libnvrtc-builtins.so.*"):
@@ -105,7 +105,7 @@ MOST_THREADS = {75: 1024, 86: 1536, 87: 1536, 88: 1536, 89: 1536, 110: 1536, 120
 
 @dataclass
 class Resources:
-    """What one kernel needs. `stack` is local memory: spilled registers, other arrays."""
+    """The resources of one kernel. `stack` is local memory: spilled registers, other arrays."""
 
     registers: int = 0
     stack: int = 0
@@ -138,7 +138,7 @@ def resources(cubin: bytes) -> dict[str, Resources]:
         kind, attribute, size = struct.unpack_from("<BBH", info, at)
         if kind == 4 and attribute in _INFO:
             symbol, value = struct.unpack_from("<II", info, at + 4)
-            if names[symbol] in found:  # else a subroutine of the compiler's own
+            if names[symbol] in found:  # else a subroutine of the compiler
                 setattr(found[names[symbol]], _INFO[attribute], value)
         at += 4 + (size if kind == 4 else 0)
     for name, kernel in found.items():

@@ -58,7 +58,7 @@ def chosen_device() -> TorchDevice:
 def close(
     found: Tensor, expected: Tensor, *, times: float = 1.0, dtype: DType | None = None
 ) -> None:
-    """Within rounding, and in the same layout."""
+    """Compares within rounding; the layout must be the same."""
     assert found.dtype == expected.dtype and found.stride() == expected.stride()
     tolerance = times * ROUNDING[dtype or expected.dtype]
     largest = float(expected.abs().max()) if expected.numel() else 0.0

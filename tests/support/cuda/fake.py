@@ -72,7 +72,7 @@ def on_host(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 class FakeCuda(TorchDispatchMode):
-    """While it is on, CUDA tensors are made in host memory, and sokd's operators run as on CUDA."""
+    """A mode in which CUDA tensors are in host memory and sokd's operators run as on CUDA."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with self:

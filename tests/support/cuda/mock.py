@@ -82,7 +82,7 @@ class Driver:
         self.api.mock_blocks(count or 0)
 
     def traffic(self) -> list[Traffic]:
-        """What the launches of a library with counters did, for each allocation."""
+        """The accesses of the launches to each allocation, by a library with counters."""
         lines = [self.api.mock_traffic_line(i).decode() for i in range(self.api.mock_traffic())]
         return [Traffic(name, *map(int, rest)) for name, *rest in map(str.split, lines)]
 
