@@ -293,7 +293,7 @@ def pretrained(network: nn.Module, name: str) -> None:
         raise SystemExit(
             f"--teacher-weights is needed: torchvision has no weights of a detector {name!r}"
         ) from None
-    _load(network, fetched(weights, name, "--teacher-weights"), name)
+    load_weights(network, fetched(weights, name, "--teacher-weights"), f"torchvision's {name}")
 
 
 def with_trained_backbone(network: nn.Module, name: str, path: str | None) -> None:
@@ -310,11 +310,12 @@ def with_trained_backbone(network: nn.Module, name: str, path: str | None) -> No
         if kind is None:
             raise SystemExit(f"--backbone-weights is needed: torchvision has none for {name!r}")
         weights = models.get_model_weights(kind).IMAGENET1K_V1
-        given = fetched(weights, kind, "--backbone-weights")
+        given, source = fetched(weights, kind, "--backbone-weights"), f"torchvision's {kind}"
     else:
-        given = weights_of(path, "--backbone-weights")
+        given, source = weights_of(path, "--backbone-weights"), f"--backbone-weights: {path}"
     given = {key.removeprefix("features."): value for key, value in given.items()}
-    _load(body, {key: value for key, value in given.items() if key.split(".")[0] in body}, name)
+    given = {key: value for key, value in given.items() if key.split(".")[0] in body}
+    load_weights(body, given, source)
     freeze(body)
 
 
@@ -339,10 +340,6 @@ def fetched(weights: Any, name: str, option: str) -> dict[str, Tensor]:
             f"torchvision's {name} was not downloaded ({error}); fetch {weights.url} elsewhere and "
             f"name the file by {option}"
         ) from None
-
-
-def _load(network: nn.Module, given: dict[str, Tensor], name: str) -> None:
-    load_weights(network, given, f"torchvision's {name}")
 
 
 def levels(student: nn.Module, teacher: nn.Module, names: Sequence[str]) -> list[str]:

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from sokd.methods.checks import layer_pairs
-from sokd.methods.common import Maps, Method, Step, Weights, total, unit, unmixed
+from sokd.methods.common import Maps, Method, Step, Weights, total, unmixed
 from sokd.methods.rkd import embedding
-from sokd.methods.sp import products
 
 __all__ = ["PKT", "pkt"]
 
@@ -49,13 +49,19 @@ def pkt(student: Maps, teacher: Maps, weight: Weights = None) -> Tensor:
 def _divergence(student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
     with unmixed(student):
         p_s, p_t = (_neighbours(embedding(each, weight)) for each in (student, teacher))
-        divergence = p_t * ((p_t + _EPS).log() - (p_s + _EPS).log())
-        return divergence.sum() / max(divergence.numel(), 1)
+        share = p_t / max(p_t.numel(), 1)
+        return (share * ((p_t + _EPS) / (p_s + _EPS)).log()).sum()
 
 
 def _neighbours(points: Tensor) -> Tensor:
-    """points [B, D] -> each one's probabilities [B, B]."""
-    near = (1 + products(unit(points, 1))) / 2
+    """points [B, D] -> each one's probabilities [B, B].
+
+    Row i is k times 2 |x_i|, which the division by its sum cancels: the points are not scaled.
+    """
+    products = points @ points.mT
+    square = products.diagonal()
+    length = torch.where(square > 0, square, 1.0).sqrt()  # the root has no finite gradient at 0
+    near = products / length + length.unsqueeze(1)
     return near / near.sum(1, keepdim=True)
 
 
