@@ -45,10 +45,12 @@ def with_teacher(args: Any, student: nn.Module, classes: int) -> sokd.Distiller:
     pairs: list[Any] = detection.levels(student, teacher, (args.student, args.teacher))
     if args.layers:
         pairs = [tuple(pair.split("=", 1)) for pair in args.layers]
+    given = {"adapter", "preset"} & {*args.method_option, *args.sokd_option}
+    own = {} if given else {"adapter": "linear"}  # FPN's maps have negative values
     return sokd.Distiller(
         student=student, teacher=BackboneAlone(teacher), layers=pairs, method=args.method,
         task="model", sokd=args.sokd and args.sokd_option, check_finite=False,
-        example=torch.zeros(2, 3, 128, 128), **args.method_option,
+        example=torch.zeros(2, 3, 128, 128), **own, **args.method_option,
     )  # fmt: skip
 
 

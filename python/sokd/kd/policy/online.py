@@ -1,4 +1,4 @@
-"""The search that comes with the loss: the policy moves by one step of Adam in each call.
+"""The search that comes with the loss: in one of every few calls the policy takes a step of Adam.
 
     L_v         = 1/2 |T_v F - Phi|^2 / N     for the K + 2 alternatives v of a draw: exact values
     d alpha_j   = p_j (L_j - sum_i p_i L_i)   p = softmax(alpha); L_j: sub-policy j at its gates
@@ -33,6 +33,8 @@ __all__ = ["Layer", "OnlineSearch"]
 # 0.21 of the uniform policy's with all samples of the batch, 0.35 with 8, 0.41 with 2 (with the
 # linear adapter and the base kept 0.65 with 64, 0.62 with 8); their number determines the cost.
 SAMPLES = 8
+# Calls from step to step. On small networks a step costs as much as the rest of the loss, and with
+# a step in each call the policy ends where it does with one in four (docs/method.md 2.6).
 EVERY = 4
 BETAS = (0.5, 0.999)  # Adam's, as those of PolicySearch
 _TINY = 1e-8

@@ -282,7 +282,7 @@ class Policy(WideModule):
         """Those of the choice [G, K] and of the gates [G, K, 2]."""
         count = len(self.policies)
         uniforms = draw.uniforms.to(accumulator(self.alpha.dtype))
-        return uniforms[:, :count], uniforms[:, count : 3 * count].unflatten(1, (count, 2))
+        return uniforms[:, :count], uniforms[:, count : 3 * count].reshape(-1, count, 2)
 
     # ---------------------------------------------------------------------------------------- plans
 
