@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 EXPERIMENTS = ROOT / "docs" / "results.md"
+METHOD = ROOT / "docs" / "method.md"
 FILES = ("refine", "masked_mse", "areas", "loss", "methods", "distiller")
 Row = dict[str, str]
 
@@ -91,6 +92,7 @@ def rendered() -> dict[Path, dict[str, str]]:
     return {
         README: {"demo": tables.demo()},
         BENCHMARKS: {"bench": report(read_rows())},
+        METHOD: {"policy": tables.policy()},
         EXPERIMENTS: {"tried": tables.tried(), **tables.results()},
     }
 

@@ -2,7 +2,8 @@
 
     python examples/pretrained_pair.py docs/pretrained_pair.jpg   # pip install 'sokd[demo,test]'
 
-The adapter and DAM's heads are trained on random crops of the photographs; the networks are frozen.
+The areas are those of the maps' attention, which nothing trains; the adapter is trained on random
+crops of the photographs, and the networks are frozen.
 The photographs come with scikit-image and are in the public domain.
 """
 
@@ -74,12 +75,12 @@ def crops(pixels: Tensor, generator: torch.Generator) -> Tensor:
 def fitted(
     student: nn.Module, teacher: nn.Module, pixels: Tensor, steps: int
 ) -> tuple[sokd.Distiller, list[dict[str, float]]]:
-    """A Distiller whose adapter and heads were trained for some steps, and the losses of each."""
+    """A Distiller whose adapter was trained for some steps, and the losses of each."""
     distiller = sokd.Distiller(
         student.requires_grad_(False), teacher, layers=LAYERS, method={"fitnet": 1.0},
-        sokd={"lambda_agreement": 1.0}, task=None, example=normalised(pixels),
+        adapter="linear", task=None, example=normalised(pixels),
     )  # fmt: skip
-    # on purpose: the adapter and the heads are trained alone
+    # on purpose: the adapter is trained alone
     warnings.filterwarnings("ignore", "sokd: no parameter of the student requires grad")
     optimizer = torch.optim.Adam(distiller.own_parameters(), lr=1e-3)
     generator, history = torch.Generator().manual_seed(0), []
@@ -120,8 +121,8 @@ def main(path: str = "areas.jpg", *, steps: int = 20) -> None:
     titles = [f"teacher: {of_t}\nstudent: {of_s}" for of_t, of_s in zip(*said, strict=True)]
     caption = (
         "EfficientNet-Lite2 (teacher) and Lite0 (student), ImageNet weights, photographs of "
-        "scikit-image: the areas\non the 14 x 14 maps by DAM's heads after "
-        f"{steps} steps; deeper colour where areas overlap"
+        "scikit-image: the areas\non the 14 x 14 maps, found in the attention of each; "
+        "deeper colour where areas overlap"
     )
     sokd.inspect.draw_areas(pixels, found, Path(path), titles=titles, caption=caption)
 

@@ -12,7 +12,7 @@ ADAPTERS = {
     "linear": "1x1", "regressor": "1x1 + BN + ReLU", "separable": "separable",
     "conv": "three convolutions",
 }  # fmt: skip
-DEFAULT = "linear"  # the adapter of `sokd.SoKD()`
+DEFAULT = "separable"  # the adapter of `sokd.SoKD()`
 BASES = {"at": "AT", "crd": "CRD", "reviewkd": "ReviewKD", "kd": "KD"}
 NEGATIVES = 256  # of crd: the paper's 16,384 are more than the training images
 # SoKD's own weights are parts of FitNet's: one number, the share, scales every term of a row.

@@ -26,13 +26,14 @@ import sokd
 from sokd.demo.data import animal_mnist
 from sokd.demo.networks import predict
 from sokd.demo.train import Run, Solver, Task, build, fit, train_teacher
+from sokd.kd.adapter import KINDS
 from sokd.kd.policy import online
 from sokd.kd.policy.plan import OPERATIONS
 
 OLD = {"adapter": "conv", "base": "replace"}
 PARTS: dict[str, dict[str, Any]] = {
     "defaults": {},
-    "conv": {"adapter": "conv"},
+    **{kind: {"adapter": kind} for kind in KINDS},
     "dafa": {**OLD, "dam": None, "lambda_areas": 2.0},
     "bounded": {**OLD, "heads": "bounded", "lambda_agreement": 1.0, "lambda_areas": 1.0},
 }
@@ -46,6 +47,7 @@ class Setting(NamedTuple):
     granularity: str
     samples: int
     lr: float
+    every: int
     seed: int
 
 
@@ -90,7 +92,7 @@ def trial(setting: Setting, task: Task) -> dict[str, float]:
     distiller, steps = build(run, task), itertools.count(1)
     kd, (images, labels) = distiller.kd, task.data.train
     assert kd is not None and kd.search is not None
-    kd.search.lr = setting.lr
+    kd.search.lr, kd.search.every = setting.lr, setting.every
 
     def loss_of(rows: Tensor) -> Tensor:
         distiller.teacher.rows = rows
@@ -117,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--granularity", choices=("sample", "batch"), nargs="+", default=["sample"])
     add("--samples", type=int, nargs="+", default=[online.SAMPLES], help="of a batch, a step reads")
     add("--lr", type=float, nargs="+", default=[0.02], help="of the search")
+    add("--every", type=int, nargs="+", default=[online.EVERY], help="losses from step to step")
     add("--seed", type=int, nargs="+", default=[0])
     add("--epochs", type=int, default=10)
     add("--save", type=Path, default=Path("out/policy"), help="folder of policy.csv")
@@ -132,7 +135,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     teacher = train_teacher(data, "base", Solver(8, lr=0.4), path)
     outputs = predict(teacher, data.train[0])
     task = Task(data, teacher, outputs, "small", Solver(options.epochs))
-    each = (options.parts, options.granularity, options.samples, options.lr, options.seed)
+    each = (
+        options.parts,
+        options.granularity,
+        options.samples,
+        options.lr,
+        options.every,
+        options.seed,
+    )
     with (options.save / "policy.csv").open("a", newline="") as file:
         out = csv.writer(file, lineterminator="\n")
         for setting in map(Setting._make, itertools.product(*each)):

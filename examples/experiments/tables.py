@@ -54,6 +54,28 @@ def tried(path: Path = DOCS / "demo" / "tune.csv") -> str:
     return markdown(("method", "setting: validation %"), lines)
 
 
+def policy(path: Path = DOCS / "results" / "policy.csv") -> str:
+    """Where the online search took the policy: L_aug relative to that of the uniform policy."""
+    header = (
+        "parts", "lr", "every", "samples", "learned", "clean teacher", r"\|F'\|^2 / \|F\|^2",
+        "an operation acts", "channel_shuffle", "CPU s",
+    )  # fmt: skip
+    columns = ("learned", "clean", "energy", "acts", "channel_shuffle")
+    lines = [
+        (row["parts"], row["lr"], row["every"], row["samples"],
+         *(f"{float(row[name]):.2f}" for name in columns), f"{float(row['seconds']):.0f}")
+        for row in read_rows(path)
+    ]  # fmt: skip
+    return markdown(header, lines)
+
+
+def areas(path: Path = DOCS / "results" / "areas.csv") -> str:
+    """Where the areas of each kind of heads lie after a run on the scenes."""
+    header = ("heads", "lr", "weight in the box", "cells of the box covered", "box / map")
+    lines = [tuple(row.values()) for row in read_rows(path)]
+    return markdown(header, lines)
+
+
 def results(path: Path = DOCS / "results" / "runs.csv") -> dict[str, str]:
     """The tables of the comparison, by the names of their markers in the page."""
     rows = read_rows(path)

@@ -44,10 +44,12 @@ def with_teacher(args: Any, student: nn.Module, classes: int) -> sokd.Distiller:
         load_weights(teacher, args.teacher_weights, "--teacher-weights")
     names = args.student, args.teacher
     pairs = args.layers or detection.levels(student, teacher, names)
+    given = {"adapter", "preset"} & {*args.method_option, *args.sokd_option}
+    own = {} if given else {"adapter": "linear"}  # FPN's maps have negative values
     return sokd.Distiller(
         student=student, teacher=BackboneAlone(teacher), layers=pairs, method=args.method,
         task="model", sokd=args.sokd and args.sokd_option, check_finite=False,
-        example=torch.zeros(2, 3, 128, 128), **args.method_option,
+        example=torch.zeros(2, 3, 128, 128), **own, **args.method_option,
     )  # fmt: skip
 
 

@@ -28,7 +28,15 @@ from sokd.kd.policy.plan import theta, theta_gradient
 from sokd.kd.search import PolicySearch
 
 CHI = ("alpha", "beta", "magnitude")
-online = partial(make, search="online")
+
+
+def online(*channels: Any, every: int = 1, **options: Any) -> sokd.SoKD:
+    """A SoKD whose policy moves in each loss."""
+    kd = make(*channels, search="online", **options)
+    kd.search.every = every
+    return kd
+
+
 distributed = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this torch has no torch.distributed"
 )
@@ -153,7 +161,7 @@ def test_devices_without_a_kernel_get_the_same(monkeypatch: pytest.MonkeyPatch) 
 
 def test_adam_is_that_of_torch() -> None:
     policy = made("batch")
-    search, twin = OnlineSearch(policy, lr=0.03), copy.deepcopy(policy)
+    search, twin = OnlineSearch(policy, lr=0.03, every=1), copy.deepcopy(policy)
     adam = torch.optim.Adam(twin.parameters(), lr=0.03, betas=(0.5, 0.999))
     teacher, student = (features(3, 4, 5, 6, seed=seed).double() for seed in (1, 2))
     for _ in range(6):
@@ -210,6 +218,29 @@ def test_it_steps_with_each_loss_that_is_trained() -> None:
     assert moved(kd.train(), lambda: sokd.loss(student, teacher, kd))
     kd.policy.requires_grad_(False)
     assert not moved(kd, lambda: sokd.loss(student, teacher, kd))
+
+
+def test_it_steps_in_the_first_of_every_few_losses() -> None:
+    kd, (student, teacher) = make(search="online"), pair()
+    assert kd.search.every == 4
+    kd.search.every = 3
+    steps = [moved(kd, lambda: sokd.loss(student, teacher, kd)) for _ in range(5)]
+    kd.policy.draw(2)  # a draw is no call of the search
+    with torch.no_grad():
+        sokd.loss(student, teacher, kd)
+    steps += [moved(kd, lambda: sokd.loss(student, teacher, kd)) for _ in range(2)]
+    assert steps == [True, False, False, True, False, False, True]
+    kd.search.every = 1
+    assert moved(kd, lambda: sokd.loss(student, teacher, kd))
+
+
+def test_between_two_steps_nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    kd, (student, teacher) = online(every=2), pair()
+    sokd.loss(student, teacher, kd)
+    monkeypatch.setattr("sokd.kd.policy.online.gradient", None)
+    sokd.loss(student, teacher, kd)
+    with pytest.raises(TypeError, match="not callable"):
+        sokd.loss(student, teacher, kd)
 
 
 def test_it_does_not_step_inside_transforms() -> None:
@@ -306,6 +337,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(value: float) -> None:
     bad[0, 0, 0, 0] = value
     before = copy.deepcopy(kd.search.state_dict())
     assert not moved(kd, lambda: sokd.loss(student, bad, kd))
+    before["calls"] += 1
     assert all(torch.equal(before[name], each) for name, each in kd.search.state_dict().items())
     assert moved(kd, lambda: sokd.loss(student, teacher, kd))
 
@@ -351,6 +383,12 @@ def test_compiled_whole_it_is_the_same(backend: str) -> None:
         torch.testing.assert_close(compiled(*pair(), twin), sokd.loss(*pair(), kd))
     torch.testing.assert_close(twin.state_dict(), kd.state_dict(), rtol=1e-4, atol=1e-5)
     assert int(twin.search.steps) == 3
+    for each in (kd, twin):  # compiled code computes each step and discards those between
+        each.search.every = 2
+    for _ in range(2):
+        torch.testing.assert_close(compiled(*pair(), twin), sokd.loss(*pair(), kd))
+    torch.testing.assert_close(twin.state_dict(), kd.state_dict(), rtol=1e-4, atol=1e-5)
+    assert int(twin.search.steps) == 4
     twin.freeze_policy()
     assert not moved(twin, lambda: compiled(*pair(), twin))
 
@@ -395,15 +433,17 @@ def test_copies_go_on_bit_for_bit(copied: Callable[[sokd.SoKD], sokd.SoKD]) -> N
     same_future(kd, copied(kd))
 
 
-def test_a_state_resumes_bit_for_bit(tmp_path: Any) -> None:
-    kd = trained()
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_state_resumes_bit_for_bit(every: int, tmp_path: Any) -> None:
+    kd = trained(every=every)
     torch.save(kd.state_dict(), tmp_path / "kd.pt")
     assert {key for key in kd.state_dict() if key.startswith("search.")} == {
         "search.moments",
+        "search.calls",
         "search.steps",
         "search.frozen",
     }
-    other = online(seed=1)
+    other = online(seed=1, every=every)
     other.load_state_dict(torch.load(tmp_path / "kd.pt"))
     same_future(kd, other)
 
@@ -430,7 +470,7 @@ def test_a_frozen_policy_stays_so_in_copies_and_states() -> None:
     other.load_state_dict(kd.state_dict())
     for each in (kd, other, copy.deepcopy(kd), pickle.loads(pickle.dumps(kd))):
         assert not moved(each, lambda each=each: sokd.loss(*pair(), each))
-        assert repr(each.search) == "OnlineSearch(lr=0.02, 8 samples a step, frozen)"
+        assert repr(each.search) == "OnlineSearch(lr=0.02, every=1, 8 samples a step, frozen)"
     assert torch.equal(kd.search.moments, other.search.moments)
     other.load_state_dict(trained().state_dict())
     assert moved(other, lambda: sokd.loss(*pair(), other))

@@ -62,6 +62,9 @@ class Adapter(nn.Module):
             convolution + BN + ReLU of the published FitNet tables; "linear" [S], that convolution
             with a bias and nothing else.
 
+    All kinds but "linear" end in a ReLU, as most backbones' maps do. "linear" is the one for maps
+    with negative values: those of an FPN, tokens of a transformer, a map before its activation.
+
     The state_dict of another kind is refused (RuntimeError).
     """
 

@@ -190,7 +190,7 @@ def _window_sums(attention: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _powers(cells: int, reach: int, like: Tensor) -> Tensor:
-    """d^0, d^1 and d^2 of the distances d from each cell, 0 beyond the reach: [cells, 3 * cells]."""
+    """d^0, d^1, d^2 of the distances d from each cell, 0 beyond the reach: [cells, 3 * cells]."""
     if like.device.type == "cpu" and is_eager(like):
         return _cached_powers(cells, reach, like.dtype)
     return _new_powers(cells, reach, like.dtype, like.device)

@@ -27,7 +27,7 @@ __all__ = [
 # What an option is where it is "default", by `preset`.
 PRESETS: dict[str | None, dict[str, Any]] = {
     None: {
-        "adapter": "linear", "heads": "attention", "base": "keep",
+        "adapter": "separable", "heads": "attention", "base": "keep",
         "lambda_agreement": 0.5, "lambda_areas": 1.0, "lambda_base": 1.5,
         "granularity": "batch", "magnitude_gradient": "straight_through", "search": "online",
     },

@@ -159,8 +159,9 @@ class SoKD(nn.Module):
         student_grid, teacher_grid: (H, W) of token features; None: square.
         preset: "paper": what the paper or its prototype does, in every option left at "default";
             None: what the trials support (docs/results.md). `sokd.kd.options.PRESETS` lists both.
-        adapter: "conv" [A], "separable", "regressor" or "linear" (see `Adapter`), None, or a
-            module, which is called with the student's map alone if it is no `Adapter`.
+        adapter: "conv" [A], "separable" (the default), "regressor" or "linear", which alone reaches
+            negative values (see `Adapter`); None, or a module, which is called with the student's
+            map alone if it is no `Adapter`.
         heads: "attention" [S], without parameters (`AttentionDAM`), or the trained "bounded" [S]
             and "paper" [A] (`DAM`).
         base: "keep" [S]: the base method's own loss of the clean teacher stays, beside the masked

@@ -1,4 +1,4 @@
-"""The search that comes with the loss: the policy moves by one step of Adam in each call.
+"""The search that comes with the loss: in one of every few calls the policy takes a step of Adam.
 
     L_v         = 1/2 |T_v F - Phi|^2 / N     for the K + 2 alternatives v of a draw: exact values
     d alpha_j   = p_j (L_j - sum_i p_i L_i)   p = softmax(alpha); L_j: sub-policy j at its gates
@@ -24,7 +24,7 @@ from sokd.kd.policy.policy import Draw, Policy, WideModule, acting
 from sokd.ops import Plan, refine_dots
 from sokd.ops.distributed import averaged
 from sokd.ops.refine import plan_gradients
-from sokd.ops.runtime import warn_user
+from sokd.ops.runtime import is_eager, warn_user
 from sokd.reference import accumulator
 
 __all__ = ["Layer", "OnlineSearch"]
@@ -33,6 +33,9 @@ __all__ = ["Layer", "OnlineSearch"]
 # 0.21 of the uniform policy's with all samples of the batch, 0.35 with 8, 0.41 with 2 (with the
 # linear adapter and the base kept 0.65 with 64, 0.62 with 8); their number determines the cost.
 SAMPLES = 8
+# Calls from step to step. On small networks a step costs as much as the rest of the loss, and with
+# a step in each call the policy ends where it does with one in four (docs/method.md 2.6).
+EVERY = 4
 BETAS = (0.5, 0.999)  # Adam's, as those of PolicySearch
 _TINY = 1e-8
 
@@ -55,27 +58,30 @@ class OnlineSearch(WideModule):
 
         kd = sokd.SoKD(student_channels=64, teacher_channels=256, search="online")
         sokd.loss(f_s, f_t, kd).backward()             # has moved kd.policy, too
-        kd.search.lr = 0.005                           # at any time
+        kd.search.lr = 0.005                           # at any time, as kd.search.every
 
     Args:
         policy: the policy that `step` will be called with, or one with as many sub-policies.
         lr: of Adam(betas=(0.5, 0.999)), without weight decay.
+        every: the policy moves in the first of as many calls of `step`.
 
-    Buffers, in the state_dict: `moments` [2, 5K] of alpha, beta and magnitude, `steps` [1] int64,
-    `frozen` [1] int64. A state without them starts the search afresh, with a warning.
+    Buffers, in the state_dict: `moments` [2, 5K] of alpha, beta and magnitude; int64 [1]: `calls`,
+    `steps` (the calls that moved the policy), `frozen`. A state without them starts the search
+    afresh, with a warning.
     """
 
     moments: Tensor
+    calls: Tensor
     steps: Tensor
     frozen: Tensor
 
-    def __init__(self, policy: Policy, *, lr: float = 0.02) -> None:
+    def __init__(self, policy: Policy, *, lr: float = 0.02, every: int = EVERY) -> None:
         super().__init__()
-        self.lr = lr
+        self.lr, self.every = lr, every
         alpha = policy.alpha
         self.register_buffer("moments", alpha.new_zeros(2, 5 * len(alpha)).detach())
-        self.register_buffer("steps", torch.zeros(1, dtype=torch.int64, device=alpha.device))
-        self.register_buffer("frozen", torch.zeros(1, dtype=torch.int64, device=alpha.device))
+        for name in ("calls", "steps", "frozen"):
+            self.register_buffer(name, torch.zeros(1, dtype=torch.int64, device=alpha.device))
         self.active = True  # the value of `frozen`, which lies on the device
 
     def freeze(self) -> None:
@@ -87,7 +93,9 @@ class OnlineSearch(WideModule):
     def step(self, policy: Policy, draw: Draw, layers: Sequence[Layer]) -> None:
         """Move the policy along the gradient of L_aug on the first `SAMPLES` of a batch.
 
-        Under torch.distributed one all-reduce averages the gradients. A gradient that is not
+        A call between two steps is a no-op: on the CPU nothing is computed; elsewhere, where the
+        host does not know the number of calls, and in compiled code, the result is discarded. Under
+        torch.distributed one all-reduce averages the gradients. A gradient that is not
         finite, as that of an empty batch is, changes nothing: decided on the device.
         """
         chi = [policy.alpha, policy.beta, policy.magnitude]
@@ -96,18 +104,22 @@ class OnlineSearch(WideModule):
         if self.moments.shape[1] != sum(parameter.numel() for parameter in chi):
             own, got = self.moments.shape[1] // 5, len(policy.policies)
             raise ValueError(_ANOTHER_POLICY.format(own=own, got=got))
+        due = self.calls % self.every == 0
+        self.calls.add_(1)
+        if self.calls.device.type == "cpu" and is_eager(self.calls) and not due.item():
+            return
         with torch.autocast(self.steps.device.type, enabled=False):
             gradients = [gradient(policy, draw, layer, index) for index, layer in enumerate(layers)]
-            change = self._adam(averaged(torch.stack(gradients).sum(0).to(self.moments.dtype)))
+            change = self._adam(averaged(torch.stack(gradients).sum(0).to(self.moments.dtype)), due)
         parts = torch.split(change, [parameter.numel() for parameter in chi])
         for parameter, part in zip(chi, parts, strict=True):
             parameter.add_(part.view_as(parameter))
         policy.project()
 
-    def _adam(self, found: Tensor) -> Tensor:
+    def _adam(self, found: Tensor, due: Tensor) -> Tensor:
         """The change of chi [5K], and the new moments; zeros unless all of `found` is finite."""
         squares = found.square()
-        finite = squares.isfinite().all()
+        finite = squares.isfinite().all() & due
         # numbers, not a tensor of them: a copy to the device cannot be captured in a graph
         pairs = zip(self.moments, (found, squares), BETAS, strict=True)
         moved = torch.stack([moment.lerp(new, 1 - beta) for moment, new, beta in pairs])
@@ -129,7 +141,9 @@ class OnlineSearch(WideModule):
         self.active = self.frozen.is_meta or not self.frozen.item()
 
     def extra_repr(self) -> str:
-        return f"lr={self.lr:g}, {SAMPLES} samples a step" + ("" if self.active else ", frozen")
+        return f"lr={self.lr:g}, every={self.every}, {SAMPLES} samples a step" + (
+            "" if self.active else ", frozen"
+        )
 
 
 def gradient(policy: Policy, draw: Draw, layer: Layer, index: int = 0) -> Tensor:

@@ -105,7 +105,8 @@ def _factors(value: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     down, across = sin * (height / max(width, 1)), sin * (-width / max(height, 1))
     shears = torch.stack((1 + a * b, a, b, torch.ones_like(a)), dim=-1)
     rest = torch.stack((cos, down, 2 * x, across, cos, 2 * y), dim=-1)
-    return shears.unflatten(-1, (2, 2, 1)), rest.unflatten(-1, (1, 2, 3))
+    batch = a.shape
+    return shears.view(*batch, 2, 2, 1), rest.view(*batch, 1, 2, 3)
 
 
 def theta(value: Tensor, height: int, width: int) -> Tensor:
@@ -126,7 +127,7 @@ def theta_gradient(value: Tensor, d_theta: Tensor, height: int, width: int) -> T
     d_shears = (d_theta * rest).sum(-1).flatten(-2).unbind(-1)
     d_rest = (d_theta * shears).sum(-3).flatten(-2).unbind(-1)
     a, b = value[..., 0], value[..., 1]
-    cos, down, _, across, _, _ = rest.flatten(-3).unbind(-1)
+    cos, down = rest.flatten(-3).unbind(-1)[:2]
     turned = cos * (d_rest[1] * (height / max(width, 1)) - d_rest[3] * (width / max(height, 1)))
     sin = down * (width / max(height, 1))
     turned = turned - sin * (d_rest[0] + d_rest[4])

@@ -36,7 +36,16 @@ from sokd.ops import draw as draw_uniforms
 from sokd.ops.runtime import transformed
 from sokd.reference import accumulator
 
-__all__ = ["Choices", "Draw", "Policy", "Sample", "WideModule", "acting", "fresh_seed", "manual_seed"]
+__all__ = [
+    "Choices",
+    "Draw",
+    "Policy",
+    "Sample",
+    "WideModule",
+    "acting",
+    "fresh_seed",
+    "manual_seed",
+]
 
 _M = TypeVar("_M", bound="WideModule")
 
@@ -273,7 +282,7 @@ class Policy(WideModule):
         """Those of the choice [G, K] and of the gates [G, K, 2]."""
         count = len(self.policies)
         uniforms = draw.uniforms.to(accumulator(self.alpha.dtype))
-        return uniforms[:, :count], uniforms[:, count : 3 * count].unflatten(1, (count, 2))
+        return uniforms[:, :count], uniforms[:, count : 3 * count].reshape(-1, count, 2)
 
     # ---------------------------------------------------------------------------------------- plans
 
@@ -320,9 +329,7 @@ class Policy(WideModule):
     def strengths(self) -> Tensor:
         """Of the operations of all sub-policies, [K, 2, 9], see `sokd.kd.policy.plan.strengths`."""
         magnitude = self.magnitude.to(accumulator(self.magnitude.dtype))
-        return strengths(
-            self.operations, magnitude, Ranges(self._low, self._span, self._carrying)
-        )
+        return strengths(self.operations, magnitude, Ranges(self._low, self._span, self._carrying))
 
     def alternatives(
         self, choices: Choices, draw: Draw, shape: Sequence[int], *, layer: int = 0
@@ -337,9 +344,9 @@ class Policy(WideModule):
             every = self.strengths()
             own = every[choices.chosen]
             flipped = choices.fired ^ torch.eye(2, dtype=torch.bool, device=own.device)[:, None]
-            value = torch.cat([
-                acting(every.unsqueeze(1), choices.gates.transpose(0, 1)), acting(own, flipped)
-            ])  # [K + 2, G, 9]
+            value = torch.cat(
+                [acting(every.unsqueeze(1), choices.gates.transpose(0, 1)), acting(own, flipped)]
+            )  # [K + 2, G, 9]
             channels, seed = self._channel_uniforms(draw, shape, layer)
             made = arguments(value, self.present, draw.uniforms[:, -2:], channels, *shape[2:])
             return Plans(**made, seed=seed)

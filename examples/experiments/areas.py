@@ -1,0 +1,120 @@
+"""`python -m examples.experiments.areas`: where the areas lie after training; areas.csv, a picture.
+
+One student run on the cluttered scenes for each kind of heads and learning rate. The figures are
+taken on the test scenes, with the clean teacher and everything in eval mode:
+
+    share    of the mask's weight inside the animal's box, mean over the scenes
+    covered  share of the box's cells that have any weight
+    chance   share of the map that the box is
+"""
+
+import argparse
+import csv
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import sokd
+from examples.experiments.compare import SETTINGS
+from examples.experiments.data import scenes_with_boxes
+from sokd.demo.data import DataSet
+from sokd.demo.networks import predict
+from sokd.demo.train import WEIGHTS, Run, Solver, Task, build, fit, train_teacher
+
+TRAINED = {"adapter": "conv", "base": "replace", "lambda_agreement": 1.0, "lambda_areas": 1.0}
+HEADS = {
+    "attention": WEIGHTS,
+    "bounded": {**TRAINED, "heads": "bounded", "search": None},
+    "paper": {**TRAINED, "heads": "paper", "search": None},
+}
+SHOWN = 6  # scenes of the picture
+
+
+def inside(boxes: Tensor, cells: int, side: int) -> Tensor:
+    """Cells that overlap the boxes [N, 4] of images of `side` pixels: [N, cells, cells]."""
+    edges = torch.arange(cells + 1) * side / cells
+    y0, x0, y1, x1 = (edge[:, None] for edge in boxes.unbind(1))
+    rows, columns = ((edges[1:] > low) & (edges[:-1] < high) for low, high in ((y0, y1), (x0, x1)))
+    return (rows[:, :, None] & columns[:, None]).float()
+
+
+def figures(distiller: sokd.Distiller, images: Tensor, boxes: Tensor) -> dict[str, float]:
+    """Share of the weight in the boxes, share of the boxes' cells that have any, and chance."""
+    coverage = sokd.inspect.areas(distiller, images)[0]["mutual"].coverage
+    none = coverage.amax((1, 2), keepdim=True) == 0
+    weight = coverage.masked_fill(none, 1)  # as in the loss: all of a scene without an area
+    box = inside(boxes, coverage.shape[-1], images.shape[-1])
+    within = (weight * box).sum((1, 2))
+    return {
+        "share": float((within / weight.sum((1, 2))).mean()),
+        "covered": float((((weight > 0) * box).sum((1, 2)) / box.sum((1, 2))).mean()),
+        "chance": float(box.mean()),
+    }
+
+
+def trained(heads: str, lr: float, task: Task, seed: int = 0) -> sokd.Distiller:
+    """The Distiller after a student run with these heads."""
+    run = Run(heads, {"method": None, "sokd": HEADS[heads]}, seed)
+    distiller, (images, labels) = build(run, task), task.data.train
+
+    def loss_of(rows: Tensor) -> Tensor:
+        distiller.teacher.rows = rows
+        return torch.stack([*distiller(images[rows], labels[rows])[1].values()]).sum()
+
+    solver, order = task.solver._replace(lr=lr), torch.Generator().manual_seed(seed)
+    for _ in fit(distiller.train().parameters(), loss_of, len(labels), solver, order):
+        pass
+    distiller.eval().teacher.rows = None  # type: ignore[assignment]
+    return distiller
+
+
+def draw(runs: dict[str, sokd.Distiller], data: DataSet, lr: float, path: Path) -> None:
+    """Test scenes with the areas of both sides at the end of each run."""
+    images, labels = (part[:SHOWN] for part in data.test)
+    found = {
+        f"{heads} heads'": sokd.inspect.areas(distiller, images)[0]["mutual"]
+        for heads, distiller in runs.items()
+    }
+    titles = [data.class_names[label] for label in labels]
+    ink = 1 - (images * data.std + data.mean).clamp(0, 1)
+    caption = (
+        "Cluttered scenes with one whole animal each: the areas that teacher and student share, "
+        f"last epoch, lr {lr:g}"
+    )
+    sokd.inspect.draw_areas(ink, found, path, titles=titles, caption=caption)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m examples.experiments.areas", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("--heads", choices=HEADS, nargs="+", default=[*HEADS])
+    add("--lr", type=float, nargs="+", default=[0.1, 0.4])
+    add("--epochs", type=int, default=SETTINGS["scenes"].student.epochs)
+    add("--save", type=Path, default=Path("out/areas"), help="folder of areas.csv and areas.png")
+    options = parser.parse_args(arguments)
+    options.save.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    data, boxes = scenes_with_boxes()
+    solver = SETTINGS["scenes"].teacher
+    teacher = train_teacher(data, "base", solver, options.save / f"teacher-{data.name}.pt")
+    task = Task(data, teacher, predict(teacher, data.train[0]), "small", Solver(options.epochs))
+    runs: dict[str, sokd.Distiller] = {}
+    with (options.save / "areas.csv").open("w", newline="") as file:
+        out = csv.writer(file, lineterminator="\n")
+        for heads, lr in itertools.product(options.heads, options.lr):
+            runs[heads] = trained(heads, lr, task)
+            found = figures(runs[heads], data.test[0], boxes)
+            if file.tell() == 0:
+                out.writerow(("heads", "lr", *found))
+            out.writerow((heads, lr, *(f"{value:.3f}" for value in found.values())))
+            file.flush()
+            print(heads, lr, {name: round(value, 3) for name, value in found.items()}, flush=True)
+    draw(runs, data, options.lr[-1], options.save / "areas.png")
+
+
+if __name__ == "__main__":
+    main()
