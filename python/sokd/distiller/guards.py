@@ -30,6 +30,7 @@ __all__ = [
     "check_finite",
     "check_maps",
     "check_models",
+    "check_searched",
     "check_size",
     "check_start",
     "check_teacher",
@@ -147,6 +148,15 @@ def check_start(distiller: Distiller) -> None:
     if policy is not None:  # the same draws on every rank, whatever each rank's seed was
         for tensor in (*policy.parameters(), policy.seed, policy.counter):
             agreed(tensor.data)
+
+
+def check_searched(distiller: Distiller, model: Any) -> None:
+    """Raise ValueError for a search of another model than the Distiller's student."""
+    if unwrapped(model) is not unwrapped(distiller.student):
+        rule = "be the Distiller's student, as in PolicySearch(distiller.kd, distiller.student)"
+        is_teacher = unwrapped(model) is unwrapped(distiller.teacher)
+        got = "its teacher" if is_teacher else f"another {type(model).__name__}"
+        raise ValueError(f"Distiller: model must {rule}, got {got}")
 
 
 def check_devices(distiller: Distiller) -> None:
