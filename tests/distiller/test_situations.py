@@ -844,3 +844,29 @@ def test_boxes_that_are_shares_of_the_sides():
     assert torch.isfinite(distiller(x, y, boxes=pixels)[1]["loss_fgd"])
     corner = [torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.zeros(0, 4)] * 2
     distiller(x, y, boxes=corner)  # a pixel is a box
+
+
+def test_a_teacher_that_is_set_later():
+    """It would be trained with the student, and not run."""
+    distiller, other = make(), Net(6)
+    with pytest.raises(AttributeError, match="make another Distiller, or load the weights into it"):
+        distiller.teacher = other
+    assert not {*other.parameters()} & {*distiller.parameters()}
+    distiller.teacher.load_state_dict(other.state_dict())
+    x = batch()[0]
+    torch.testing.assert_close(distiller.teacher(x), other.eval()(x))
+
+
+@pytest.mark.parametrize("options", [{}, {"policy": None}, {"policy": None, "dam": None}], ids=str)
+def test_a_wrapped_loss_with_features_of_inference_mode(options):
+    """The base is kept: the loss gets the teacher's own map, which autograd must save."""
+    f_s, found = torch.randn(2, 4, 5, 5, requires_grad=True), []
+    for mode in (torch.no_grad, torch.inference_mode):
+        torch.manual_seed(0)
+        sokd.manual_seed(0)
+        kd = sokd.SoKD(4, 6, **options)
+        with mode():
+            f_t = torch.ones(2, 6, 5, 5) + 0
+        loss = sokd.wrap(F.mse_loss, kd)(f_s, f_t)
+        found.append([loss.detach(), *torch.autograd.grad(loss, [f_s, *kd.parameters()])])
+    assert all(map(torch.equal, *found))

@@ -486,6 +486,11 @@ class Distiller(nn.Module):
 
     # ---------------------------------------------------------------------------------- as a module
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "teacher":  # a submodule of that name would be trained, and never run
+            raise AttributeError(guards.ANOTHER_TEACHER)
+        super().__setattr__(name, value)
+
     @property
     def teacher(self) -> nn.Module:
         """The teacher, which is not a submodule."""

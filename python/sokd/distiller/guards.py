@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sokd.distiller import Distiller
 
 __all__ = [
+    "ANOTHER_TEACHER",
     "WRITES_INPUT",
     "check_devices",
     "check_eager",
@@ -59,6 +60,10 @@ LARGER = (
 UNTRAINED = (
     "sokd: the student returns several outputs of one width; {taken!r} is taken as the logits, and "
     "losses of the logits do not train {rest} (logits= selects another one, task= a loss of all)"
+)
+ANOTHER_TEACHER = (
+    "Distiller: the teacher is the one that it was made with; make another Distiller, or load the "
+    "weights into it (distiller.teacher.load_state_dict)"
 )
 WRITES_INPUT = (
     "Distiller: the teacher changed its input in place in this pass, but not in the first one, so "
