@@ -176,20 +176,21 @@ impl Owned {
         shape: &[usize], dtype: DType, lay: Lay, values: impl Fn(usize) -> f64,
     ) -> Self {
         let owned = Self::empty(shape, dtype, lay);
-        for (i, index) in indices(shape).into_iter().enumerate() {
+        let mut i = 0;
+        each_index(shape, |index| {
             // SAFETY: the index is within the sizes.
-            unsafe { owned.view.write_f64(&index, values(i)) };
-        }
+            unsafe { owned.view.write_f64(index, values(i)) };
+            i += 1;
+        });
         owned
     }
 
     /// All values in row-major order, as they were rounded.
     pub(crate) fn values(&self) -> Vec<f64> {
+        let mut values = Vec::with_capacity(self.view.sizes().iter().product());
         // SAFETY: the index is within the sizes.
-        indices(self.view.sizes())
-            .iter()
-            .map(|index| unsafe { self.view.read_f64(index) })
-            .collect()
+        each_index(self.view.sizes(), |index| values.push(unsafe { self.view.read_f64(index) }));
+        values
     }
 
     /// Whether every byte outside the elements is unchanged.
@@ -197,25 +198,27 @@ impl Owned {
         let mut mine = vec![false; self.store.size];
         let (first, size) =
             (self.view.ptr() as usize - self.store.first() as usize, self.view.dtype.size());
-        for index in indices(self.view.sizes()) {
+        each_index(self.view.sizes(), |index| {
             let at: isize =
                 index.iter().zip(self.view.strides()).map(|(&i, &s)| i as isize * s).sum();
             mine[first.wrapping_add_signed(at * size as isize)..][..size].fill(true);
-        }
+        });
         self.store.bytes().iter().zip(mine).all(|(byte, mine)| mine || *byte == CANARY)
     }
 }
 
-/// All indices of a shape in row-major order.
-pub(crate) fn indices(shape: &[usize]) -> Vec<Vec<usize>> {
-    let index = |mut i: usize| {
-        let mut index = vec![0; shape.len()];
+/// Calls `visit` with all indices of a shape in row-major order.
+pub(crate) fn each_index(shape: &[usize], mut visit: impl FnMut(&[usize])) {
+    let mut index = vec![0; shape.len()];
+    for _ in 0..shape.iter().product() {
+        visit(&index);
         for d in (0..shape.len()).rev() {
-            (index[d], i) = (i % shape[d], i / shape[d]);
+            index[d] = (index[d] + 1) % shape[d];
+            if index[d] > 0 {
+                break;
+            }
         }
-        index
-    };
-    (0..shape.iter().product()).map(index).collect()
+    }
 }
 
 /// Uniform numbers in [0, 1), the same for the same seed.

@@ -7,7 +7,7 @@ import torch
 from support.distiller_cases import Answering, Net, batch, make, objective
 from torch import Tensor, nn
 
-from sokd.distiller.inputs import changed, copied
+from sokd.kd.batches import changed, copied
 
 
 class Normalising(nn.Module):

@@ -710,3 +710,163 @@ def test_a_step_whose_features_are_swapped():
         "PolicySearch: teacher features must not require grad, got a tensor that requires grad",
         lambda: sokd.PolicySearch(kd, student).step(step, batch()[0]),
     )
+
+
+# ---------------------------------------------------------------------- numbers that are options
+
+NUMBERS = {
+    "lr of the search": (
+        lambda value: setattr(sokd.SoKD(4, 6).search, "lr", value),
+        "OnlineSearch: lr must be a finite number, 0 or more",
+    ),
+    "temperature of a policy": (
+        lambda value: sokd.Policy(temperature=value),
+        "Policy: temperature must be positive and finite",
+    ),
+    "temperature of the attention": (
+        lambda value: sokd.SoKD(4, 6, attention_temperature=value),
+        "AttentionDAM: temperature must be positive and finite",
+    ),
+    "weight of a term": (
+        lambda value: sokd.SoKD(4, 6, lambda_areas=value),
+        "SoKD: lambda_areas must be a finite number, 0 or more",
+    ),
+}
+
+
+@pytest.mark.parametrize(("give", "rule"), NUMBERS.values(), ids=NUMBERS)
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), True, "1", [1.0]], ids=str)
+def test_numbers_of_sokd(give, rule, value):
+    refused(ValueError, f"{rule}, got {value!r}", lambda: give(value))
+
+
+# ---------------------------------------------------------- a search, and what it is called with
+
+
+class Normalising(Net):
+    """Normalises its input in place, and keeps the mean of the pixels that it saw."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = [*getattr(self, "seen", []), x.mean().item()]
+        return super().forward(x.sub_(0.5).div_(0.25))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_search_of_a_student_that_normalises_in_place(order):
+    distiller = make(models=(Net(6), Normalising(3)), sokd={"search": None, **SMALL})
+    search = sokd.PolicySearch(distiller.kd, distiller.student, order=order)
+    x, y = ones(), batch()[1]
+    distiller.student.seen = []
+    search.step(distiller.step, (x, y))
+    assert distiller.student.seen == [1.0] * (4 if order == 2 else 1)
+    assert torch.equal(x, ones()), "the batch changed"
+
+
+@pytest.mark.parametrize("form", [lambda x: x, lambda x: {"x": x}, lambda x: [x]])
+def test_a_step_that_changes_its_batch(form):
+    student, kd = nn.Conv2d(3, 4, 3), sokd.SoKD(4, 6, search=None)
+    search = sokd.PolicySearch(kd, student)
+
+    def step(model, given):
+        x = given["x"] if isinstance(given, dict) else given[0] if len(given) == 1 else given
+        features = model(x.sub_(0.5))
+        return features.square().mean(), features, torch.ones(4, 6, 14, 14)
+
+    with pytest.raises(ValueError, match=r"leave the batch as it is, .* \(x.clone\(\)\)"):
+        search.step(step, form(ones()))
+
+
+def test_a_search_of_another_model():
+    distiller = make(sokd={"search": None, **SMALL})
+    rule = "Distiller: model must be the Distiller's student, as in PolicySearch(distiller.kd, "
+    for model, got in ((distiller.teacher, "its teacher"), (Net(3), "another Net")):
+        search = sokd.PolicySearch(distiller.kd, model)
+        refused(
+            ValueError, f"{rule}distiller.student), got {got}",
+            lambda search=search: search.step(distiller.step, batch()),
+        )  # fmt: skip
+
+
+# --------------------------------------------------------------- sizes and orders that are swapped
+
+
+@pytest.mark.parametrize("adapter", ["conv", "linear"])
+def test_sizes_that_are_swapped(adapter):
+    f_s, f_t = torch.randn(2, 4, 8, 8), torch.randn(2, 6, 4, 4)
+    refused(
+        ValueError,
+        "loss: student_features must have the size (4, 4) that the adapter was made for, got "
+        "(8, 8), the teacher's size (student_size and teacher_size are swapped)",
+        lambda: sokd.loss(
+            f_s, f_t, sokd.SoKD(4, 6, student_size=4, teacher_size=8, adapter=adapter)
+        ),
+    )
+    right = sokd.SoKD(4, 6, student_size=8, teacher_size=4, adapter=adapter)
+    assert torch.isfinite(sokd.loss(f_s, f_t, right))
+    larger = torch.randn(2, 4, 16, 16), torch.randn(2, 6, 8, 8)
+    assert torch.isfinite(sokd.loss(*larger, right)), "larger images are legal"
+
+
+def pyramid(channels: int) -> list[Tensor]:
+    return [torch.randn(2, channels, side, side, requires_grad=channels == 4) for side in (8, 4)]
+
+
+@pytest.mark.parametrize("way", ["loss", "wrap", "Distiller"])
+def test_layers_in_another_order(way):
+    kd = sokd.SoKD([4, 4], [6, 6], **SMALL)
+    loss = kd if way == "loss" else sokd.wrap(
+        lambda students, teachers: sum(map(F.mse_loss, students, teachers)), kd
+    )  # fmt: skip
+
+    def call(crossed: bool) -> None:
+        if way == "Distiller":
+            layers = {"stage1": "stage2", "stage2": "stage1"} if crossed else ["stage1", "stage2"]
+            make(layers=layers, sokd=SMALL)
+        else:
+            loss(pyramid(4), pyramid(6)[:: -1 if crossed else 1])
+
+    call(crossed=False)
+    with pytest.warns(UserWarning, match="8x8, 4x4 and the teacher's 4x4, 8x8: the same sizes in"):
+        call(crossed=True)
+
+
+def test_boxes_that_are_shares_of_the_sides():
+    shares = [torch.tensor([[0.2, 0.2, 0.8, 0.9]]), torch.zeros(0, 4)] * 2
+    distiller = make(method="fgd", sokd=False)
+    x, y = batch()
+    refused(
+        ValueError,
+        "fgd: boxes must be in pixels of the network's input, 16 x 16 (height x width), got none "
+        "above 1, as shares of the sides are",
+        lambda: distiller(x, y, boxes=shares),
+    )
+    pixels = [16 * each for each in shares]
+    assert torch.isfinite(distiller(x, y, boxes=pixels)[1]["loss_fgd"])
+    corner = [torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.zeros(0, 4)] * 2
+    distiller(x, y, boxes=corner)  # a pixel is a box
+
+
+def test_a_teacher_that_is_set_later():
+    """It would be trained with the student, and not run."""
+    distiller, other = make(), Net(6)
+    with pytest.raises(AttributeError, match="make another Distiller, or load the weights into it"):
+        distiller.teacher = other
+    assert not {*other.parameters()} & {*distiller.parameters()}
+    distiller.teacher.load_state_dict(other.state_dict())
+    x = batch()[0]
+    torch.testing.assert_close(distiller.teacher(x), other.eval()(x))
+
+
+@pytest.mark.parametrize("options", [{}, {"policy": None}, {"policy": None, "dam": None}], ids=str)
+def test_a_wrapped_loss_with_features_of_inference_mode(options):
+    """The base is kept: the loss gets the teacher's own map, which autograd must save."""
+    f_s, found = torch.randn(2, 4, 5, 5, requires_grad=True), []
+    for mode in (torch.no_grad, torch.inference_mode):
+        torch.manual_seed(0)
+        sokd.manual_seed(0)
+        kd = sokd.SoKD(4, 6, **options)
+        with mode():
+            f_t = torch.ones(2, 6, 5, 5) + 0
+        loss = sokd.wrap(F.mse_loss, kd)(f_s, f_t)
+        found.append([loss.detach(), *torch.autograd.grad(loss, [f_s, *kd.parameters()])])
+    assert all(map(torch.equal, *found))

@@ -70,7 +70,7 @@ def test_numbers_out_of_range(way, name, option, rule, value):
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize(("name", "option"), RULES)
-@pytest.mark.parametrize("value", ["4", [2], 1 + 2j], ids=str)
+@pytest.mark.parametrize("value", ["4", [2], 1 + 2j, True], ids=str)
 def test_invalid_numbers(way, name, option, value):
     kind = "a whole number" if RULES[name, option] in (COUNT, "be 2 or more") else "a number"
     with raises(TypeError, f"{name}: {option} must be {kind}, got {value!r}"):
@@ -115,3 +115,11 @@ def test_a_learned_temperature_is_taken():
 def test_sides_that_are_swapped(wrong, text):
     with raises(ValueError, text):
         wrong()
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("name", ["dkd", "wkd"])
+@pytest.mark.parametrize("value", [math.nan, 2.0, None, False], ids=str)
+def test_a_label_that_is_ignored_is_a_whole_number(way, name, value):
+    with raises(TypeError, f"{name}: ignore_index must be a whole number, got {value!r}"):
+        way(name, ignore_index=value)

@@ -1,17 +1,21 @@
 """A long soak: `make soak` takes minutes, `make soak SOAK="--scale 100"` hours.
 
-Writes docs/reliability.md from what it ran. A run of some parts (`--only`) replaces theirs on the
-page and leaves the others. The exit status is 1 where anything was found.
+Writes docs/reliability.md from what it ran. The counts of all runs add up on the page until one
+finds something; of the memory over steps the longest run is kept. The exit status is 1 where
+anything was found.
 """
 
 import argparse
+import contextlib
+import fcntl
 import json
+import os
 import platform
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +38,13 @@ and a run of hours is
 {only}   # the parts with this text in their names; the others stay
 ```
 
-Ctrl-C ends the random programs, or the steps of one loop, and the part reports what it did. The
-exit status is 1 where a part found anything.
+The counts of all runs add up here, of random cases that differ from run to run, until a run finds
+something; of the memory the longest run is shown. Ctrl-C ends the random programs, or the steps of
+one loop, and the part reports what it did. The exit status is 1 where a part found anything.
 
 """
+PROGRAMS = "random programs of the public API"
+MEMORY = "memory over steps"
 PARTS = """
 What each part does:
 
@@ -45,8 +52,8 @@ What each part does:
   train, evaluate, save and load, copy, cast, freeze, replace a part, search, export, compile in
   one program of 200). Each call works, with finite losses and the right parameters moving, or
   raises an error of sokd (`refused`).
-- **memory**: the slope of the resident memory over the steps after a tenth of them, by least
-  squares; 10 bytes a step or more, if they make a megabyte, count as found.
+- **memory**: the slope of the resident memory over the steps of one process after a tenth of
+  them, by least squares; 10 bytes a step or more, if they make a megabyte, count as found.
 - **property tests**: every operator against its loops in float64, on random shapes, dtypes,
   strides (0, negative and overlapping too), offsets and special values. Every tensor lies between
   pages that fault, and no byte around an output may change.
@@ -56,9 +63,10 @@ What each part does:
   names what it cannot see.
 - **bits**: one operator's result while the number of OpenMP threads changes from call to call,
   beside PyTorch's own use of them.
-- **faults**: SIGINT in a step; a home and caches that cannot be written; forked workers of a
-  DataLoader; for the cache of compiled CUDA kernels (with a mock driver) SIGKILL at any time and
-  in the middle of a write, a full disk, three processes at once.
+- **faults**: SIGINT in a step; a home and caches that cannot be written, and on a read-only disk;
+  forked workers of a DataLoader; for the cache of compiled CUDA kernels (with a mock driver)
+  SIGKILL at any time and in the middle of a write, a limit of file sizes, three processes at once,
+  and where the user may mount them (root) a full and a read-only disk.
 
 Not covered: GPUs, whose kernels the tests emulate on the CPU and `tests/cuda` runs where there is
 one; other systems than Linux; several machines; models of full size; runs longer than the steps
@@ -66,20 +74,24 @@ above.
 """
 
 
-def parts(scale: float) -> dict[str, Callable[[], Any]]:
+def parts(scale: float, record: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+    """The parts by name. `record`: of earlier runs, whose random programs are not run again."""
+
     def times(base: int) -> int:
         return max(1, round(base * scale))
 
+    done = counted(record, PROGRAMS).get("programs", 0)
     work: dict[str, Callable[[], Any]] = {
-        "random programs of the public API": lambda: programs.run(times(100)),
-        "memory over steps": lambda: leaks.run(times(1000)),
-        "property tests against naive loops": lambda: native.property_tests(times(1000)),
+        PROGRAMS: lambda: programs.run(times(300), first_seed=done),
+        **{f"{MEMORY}: {each}": lambda each=each: leaks.run(each, times(2000))
+           for each in leaks.STEPS},
+        "property tests against naive loops": lambda: native.property_tests(times(30_000)),
         "bits under changing threads": lambda: native.thread_bits(times(2000)),
         "faults: SIGINT in a step": lambda: faults.interrupted(times(3)),
         "faults: unwritable home and cache": faults.unwritable_home,
         "faults: forked DataLoader workers": lambda: faults.forked(times(2)),
         "faults: the cache of compiled kernels": lambda: faults.kernel_cache(times(3)),
-    }
+    }  # fmt: skip
     if shutil.which("valgrind"):
         for level in ("scalar", "avx2"):
             work[f"memcheck, {level}"] = lambda level=level: native.memcheck(level)
@@ -134,7 +146,8 @@ def main() -> int:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
     ).stdout.strip()
-    chosen = {name: run for name, run in parts(options.scale).items() if options.only in name}
+    names = parts(options.scale, read())
+    chosen = {name: run for name, run in names.items() if options.only in name}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     wrong, progress = [], tqdm(chosen.items(), unit="part")
     for name, run in progress:
@@ -150,17 +163,66 @@ def main() -> int:
     return int(bool(wrong))
 
 
+def read() -> dict[str, Any]:
+    """The record of the parts that ran."""
+    record: dict[str, Any] = json.loads(RECORD.read_text()) if RECORD.exists() else {"parts": {}}
+    return record
+
+
+def counted(record: dict[str, Any], name: str) -> dict[str, Any]:
+    """The report of a part that has found nothing so far; empty for others."""
+    part = record["parts"].get(name, {"found": ["no run"]})
+    return {} if part["found"] else part["report"]
+
+
+def joined(name: str, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Two runs of a part as one: their counts added, or the longer one of the memory."""
+    if old["found"] or new["found"]:
+        return new
+    if name.startswith(MEMORY):
+        return max(old, new, key=lambda part: int(part["report"]["steps"]))
+    commit = new["commit"] if new["commit"] in old["commit"] else f"{old['commit']} {new['commit']}"
+    seconds = round(old["seconds"] + new["seconds"], 1)
+    return new | {
+        "report": added(old["report"], new["report"]), "seconds": seconds, "commit": commit
+    }  # fmt: skip
+
+
+def added(old: Any, new: Any) -> Any:
+    """Two reports as one, number by number; the newer of other values."""
+    if isinstance(new, dict) and isinstance(old, dict):
+        return {key: added(old.get(key), new[key]) if key in new else old[key]
+                for key in {**old, **new}}  # fmt: skip
+    numbers = isinstance(new, (int, float)) and isinstance(old, (int, float))
+    if not numbers or isinstance(new, bool):
+        return new
+    return round(old + new, 1) if isinstance(new, float) else old + new
+
+
+@contextlib.contextmanager
+def locked() -> Iterator[None]:
+    """One run at a time writes the record: parts may run side by side."""
+    RECORD.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(RECORD.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
 def write(name: str, part: dict[str, Any]) -> None:
     """Adds a part to the record and writes the page: a run that is stopped has what it did."""
-    record = json.loads(RECORD.read_text()) if RECORD.exists() else {"parts": {}}
-    record |= {
-        "sokd": sokd.__version__, "torch": torch.__version__,
-        "python": platform.python_version(), "simd": sokd._core.build_info()["simd"],
-    }  # fmt: skip
-    record["parts"][name] = part
-    RECORD.parent.mkdir(parents=True, exist_ok=True)
-    RECORD.write_text(json.dumps(record, indent=1) + "\n")
-    PAGE.write_text(page(record))
+    with locked():
+        record = read()
+        record |= {
+            "sokd": sokd.__version__, "torch": torch.__version__,
+            "python": platform.python_version(), "simd": sokd._core.build_info()["simd"],
+        }  # fmt: skip
+        old = record["parts"].get(name)
+        record["parts"][name] = part if old is None else joined(name, old, part)
+        RECORD.write_text(json.dumps(record, indent=1) + "\n")
+        PAGE.write_text(page(record))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import torch
 from support.cuda.calls import counts, draw
 from support.cuda.mock import fresh, start
 
+from soak.mounts import FULL, READ_ONLY, mounted
 from sokd import _core
 
 SMALL = 512  # bytes: less than any compiled kernel
@@ -33,7 +34,7 @@ def compiled_and_cached() -> tuple[int, int]:
 
 
 def limited() -> tuple[int, int]:
-    """The same where no file may become larger than a few bytes: a full disk (EFBIG for ENOSPC)."""
+    """The same where no file may become larger than a few bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL, SMALL))
     return compiled_and_cached()
 
@@ -83,7 +84,7 @@ def run(rounds: int, folder: Path) -> dict[str, Any]:
     cache, rng = Cache(folder), random.Random(0)
     began = time.perf_counter()
     fresh(compiled_and_cached)
-    usual, ended = time.perf_counter() - began, 0
+    usual, ended, mounts = time.perf_counter() - began, 0, 0
     for _ in range(rounds):
         cache.empty()
         ended += killed(compiled_and_cached, rng.uniform(0.1, 1.1) * usual, signal.SIGKILL)
@@ -92,13 +93,22 @@ def run(rounds: int, folder: Path) -> dict[str, Any]:
         cache.check("the kill in a write", killed(killed_in_a_write, 0, 0) and bool(cache.files()))
         cache.serves("the kill in a write")
         cache.empty()
-        cache.check("a full disk", fresh(limited) == (1, 0) and not cache.files())
-        cache.serves("a full disk")
+        cache.check("a limit of file sizes", fresh(limited) == (1, 0) and not cache.files())
+        cache.serves("a limit of file sizes")
+        for kind, options in (("a full disk", FULL), ("a read-only disk", READ_ONLY)):
+            cache.empty()
+            with mounted(folder, options) as done:
+                mounts += done
+                kept = fresh(compiled_and_cached) == (1, 0) and not cache.files()
+                cache.check(kind, kept or not done)
+            cache.serves(kind)
         cache.empty()
         at_once = [start(compiled_and_cached) for _ in range(3)]
         cache.check("three at once", all(sum(each()) == 1 for each in at_once))
         cache.check("after three at once", len(cache.files()) == 1)
-    return {"rounds": rounds, "ended by SIGKILL": ended, "wrong": cache.wrong}
+    return {
+        "rounds": rounds, "ended by SIGKILL": ended, "mounted disks": mounts, "wrong": cache.wrong,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from soak.mounts import READ_ONLY, mounted
+
 STEPS = """
 import torch, sokd
 kd = sokd.SoKD(4, 6)
@@ -44,20 +46,31 @@ def interrupted(rounds: int) -> dict[str, Any]:
         _, error = process.communicate(timeout=60)
         if process.returncode != -signal.SIGINT and "KeyboardInterrupt" not in error:
             wrong.append(f"{process.returncode}: {error[-200:]}")
-    return {"rounds": rounds, "wrong": wrong, "next run": _start(3).communicate()[0].split()[-1]}
+    if not _start(3).communicate()[0].endswith("done\n"):
+        wrong.append("the next run failed")
+    return {"rounds": rounds, "wrong": wrong}
 
 
 def unwritable_home() -> dict[str, Any]:
     """Home and caches that cannot be written to: the run works."""
-    with tempfile.TemporaryDirectory() as folder:
-        blocked = Path(folder) / "file"
+    outputs = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        blocked = folder / "file"
         blocked.write_text("not a folder")
-        process = _start(
-            3, HOME=str(blocked), XDG_CACHE_HOME=str(blocked), SOKD_CACHE_DIR=str(blocked)
-        )
-        out, error = process.communicate(timeout=300)
-    ok = process.returncode == 0 and out.endswith("done\n")
-    return {"runs": 1, "ok": ok, "error": error[-300:]}
+        outputs.append(_at_home(blocked))
+        with mounted(folder / "home", READ_ONLY) as done:
+            if done:
+                outputs.append(_at_home(folder / "home"))
+    wrong = [error[-300:] for out, error in outputs if not out.endswith("done\n")]
+    return {"runs": len(outputs), "wrong": wrong}
+
+
+def _at_home(home: Path) -> tuple[str, str]:
+    """A few steps with this home; what they print, and their errors."""
+    names = ("HOME", "XDG_CACHE_HOME", "SOKD_CACHE_DIR")
+    out, error = _start(3, **dict.fromkeys(names, str(home))).communicate(timeout=300)
+    return out, error
 
 
 def forked(rounds: int) -> dict[str, Any]:
@@ -80,7 +93,8 @@ print(sum(len(b) for b in DataLoader(Refined(), 4, num_workers=2)))
 
 
 def kernel_cache(rounds: int) -> dict[str, Any]:
-    """The cache of compiled CUDA kernels: kill -9, a full disk, three processes at once.
+    """The cache of compiled CUDA kernels: kill -9, a full and a read-only disk, three processes
+    at once.
 
     With the mock driver of the tests; needs a PyTorch built for CUDA, whose NVRTC compiles.
     """

@@ -90,18 +90,20 @@ def search_step() -> Callable[[], None]:
     return lambda: search.step(run, x)
 
 
-def run(steps: int) -> dict[str, Any]:
-    """Slopes in bytes a step; a search step does the work of several, so it runs a tenth of the
-    steps."""
+STEPS: dict[str, Callable[[], Callable[[], None]]] = {
+    "loss": loss_step, "distiller": distiller_step, "search": search_step,
+}  # fmt: skip
+
+
+def run(name: str, steps: int) -> dict[str, Any]:
+    """The slope of one kind of step, in bytes a step."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    work = {"loss": (loss_step, steps), "distiller": (distiller_step, steps),
-            "search": (search_step, max(steps // 10, 100))}  # fmt: skip
-    report: dict[str, Any] = {name: slope(make(), count) for name, (make, count) in work.items()}
-    return {**report, "wrong": [name for name, each in report.items() if leaks(each)]}
+    report = slope(STEPS[name](), steps)
+    return {**report, "wrong": [name] if leaks(report) else []}
 
 
-def leaks(each: dict[str, Any]) -> bool:
+def leaks(report: dict[str, Any]) -> bool:
     """10 bytes a step or more, and a megabyte in all: an allocator's own growth is less."""
-    by_step = each["bytes a step"]
-    return isinstance(by_step, float) and by_step >= 10 and by_step * each["steps"] >= 2**20
+    by_step = report["bytes a step"]
+    return isinstance(by_step, float) and by_step >= 10 and by_step * report["steps"] >= 2**20

@@ -23,7 +23,7 @@ from sokd.distiller.assemble import (
 from sokd.distiller.auto import auto_layers
 from sokd.distiller.copies import as_eval, bare_copy, untouched
 from sokd.distiller.images import Images, images_of, inside
-from sokd.distiller.inputs import Given, apart, changed, copied
+from sokd.distiller.inputs import Given
 from sokd.distiller.maps import as_map, check_pair
 from sokd.distiller.outputs import (
     Logits,
@@ -40,6 +40,7 @@ from sokd.distiller.outputs import (
 from sokd.distiller.recipe import Chosen, chosen
 from sokd.distiller.taps import Layers, Pair, Tap, Taps, layer_pairs
 from sokd.kd import sanity
+from sokd.kd.batches import apart, changed, copied
 from sokd.kd.dam import Attention
 from sokd.kd.features import kept, layouts, total
 from sokd.kd.sokd import Match, SoKD
@@ -261,10 +262,10 @@ class Distiller(nn.Module):
         x, target = batch[:2] if isinstance(batch, (tuple, list)) else (batch, None)
         images = images_of(x, image_sizes, None)
         self.setup(x)
-        teacher, student = (
-            each._replace(maps=inside(each.maps, images)[0])
-            for each in (self._teach(x), self._study(model, x, target))
-        )
+        guards.check_searched(self, model)
+        # a search evaluates the batch several times, and the student may write to its input
+        passes = self._teach(x), self._study(model, copied(x), target)
+        teacher, student = (each._replace(maps=inside(each.maps, images)[0]) for each in passes)
         losses = list(self._task(student.output, student.logits, target).values())
         task = torch.stack(losses).sum() if losses else student.maps[0].sum() * 0
         return task, student.maps, teacher.maps
@@ -318,6 +319,8 @@ class Distiller(nn.Module):
                 self._copies = written()
         for of_student, of_teacher, names in zip(*maps, self._labels, strict=True):
             check_pair(of_student, of_teacher, names)
+        if named:
+            sanity.Watch.of(self).order(*maps)
         self._build(*([tuple(features.shape[1:]) for features in side] for side in maps))
         return self
 
@@ -482,6 +485,11 @@ class Distiller(nn.Module):
                 sanity.look_at_mask(self.kd)
 
     # ---------------------------------------------------------------------------------- as a module
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "teacher":  # a submodule of that name would be trained, and never run
+            raise AttributeError(guards.ANOTHER_TEACHER)
+        super().__setattr__(name, value)
 
     @property
     def teacher(self) -> nn.Module:

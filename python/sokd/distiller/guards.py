@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from sokd.distiller import Distiller
 
 __all__ = [
+    "ANOTHER_TEACHER",
     "WRITES_INPUT",
     "check_devices",
     "check_eager",
     "check_finite",
     "check_maps",
     "check_models",
+    "check_searched",
     "check_size",
     "check_start",
     "check_teacher",
@@ -58,6 +60,10 @@ LARGER = (
 UNTRAINED = (
     "sokd: the student returns several outputs of one width; {taken!r} is taken as the logits, and "
     "losses of the logits do not train {rest} (logits= selects another one, task= a loss of all)"
+)
+ANOTHER_TEACHER = (
+    "Distiller: the teacher is the one that it was made with; make another Distiller, or load the "
+    "weights into it (distiller.teacher.load_state_dict)"
 )
 WRITES_INPUT = (
     "Distiller: the teacher changed its input in place in this pass, but not in the first one, so "
@@ -147,6 +153,15 @@ def check_start(distiller: Distiller) -> None:
     if policy is not None:  # the same draws on every rank, whatever each rank's seed was
         for tensor in (*policy.parameters(), policy.seed, policy.counter):
             agreed(tensor.data)
+
+
+def check_searched(distiller: Distiller, model: Any) -> None:
+    """Raise ValueError for a search of another model than the Distiller's student."""
+    if unwrapped(model) is not unwrapped(distiller.student):
+        rule = "be the Distiller's student, as in PolicySearch(distiller.kd, distiller.student)"
+        is_teacher = unwrapped(model) is unwrapped(distiller.teacher)
+        got = "its teacher" if is_teacher else f"another {type(model).__name__}"
+        raise ValueError(f"Distiller: model must {rule}, got {got}")
 
 
 def check_devices(distiller: Distiller) -> None:

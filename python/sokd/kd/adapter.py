@@ -85,6 +85,7 @@ class Adapter(nn.Module):
         self.student_channels = positive("Adapter", "student_channels", student_channels)
         self.teacher_channels = positive("Adapter", "teacher_channels", teacher_channels)
         sizes = _as_size("student_size", student_size), _as_size("teacher_size", teacher_size)
+        self._sizes = sizes
         linear = kind == "linear"
         self.match = _size_matching((student_channels, teacher_channels), *sizes, bias=linear)
         self.norm = None if linear else nn.BatchNorm2d(teacher_channels)
@@ -159,6 +160,7 @@ def apply_adapter(adapter: nn.Module | None, student: Tensor, teacher: Tensor) -
     """
     if isinstance(own := unwrapped(adapter), Adapter):
         _check_values(own, teacher)
+        _check_sizes(own, student, teacher)
         student = cast(nn.Module, adapter)(student, (teacher.shape[2], teacher.shape[3]))
     elif adapter is not None:
         student = adapter(student)
@@ -176,6 +178,17 @@ def _check_values(adapter: Adapter, teacher: Tensor) -> None:
         rule = "give the BatchNorm of kd.adapter more than 1 value per channel in train mode"
         got = "got 1 sample of 1 cell (drop_last=True in the DataLoader, or larger batches)"
         raise ValueError(f"loss: student_features must {rule}, {got}")
+
+
+def _check_sizes(adapter: Adapter, student: Tensor, teacher: Tensor) -> None:
+    """Raise for maps whose sizes are those the adapter was made for, the other way round."""
+    if torch.compiler.is_compiling():
+        return
+    sizes = (*student.shape[2:],), (*teacher.shape[2:],)
+    if sizes[0] != sizes[1] and sizes[::-1] == adapter._sizes:
+        rule = f"have the size {sizes[1]} that the adapter was made for"
+        got = f"{sizes[0]}, the teacher's size (student_size and teacher_size are swapped)"
+        raise ValueError(f"loss: student_features must {rule}, got {got}")
 
 
 def _as_size(name: str, size: int | Size | None) -> Size | None:

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
-import numbers
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from sokd.kd.adapter import resize
 from sokd.kd.dam import Attention, Heads, checked_options, weight_of
+from sokd.kd.features import above_zero
 from sokd.ops import Areas
 from sokd.ops import areas as find_areas
 from sokd.ops.runtime import is_eager
@@ -64,11 +64,7 @@ class AttentionDAM(nn.Module):
         kernel: int = 3,
     ) -> None:  # fmt: skip
         super().__init__()
-        number: Any = temperature
-        if not isinstance(number, numbers.Real) or not 0 < float(number) < math.inf:
-            rule = "be positive and finite"
-            raise ValueError(f"AttentionDAM: temperature must {rule}, got {number!r}")
-        self.temperature = float(number)
+        self.temperature = above_zero("AttentionDAM", "temperature", temperature)
         self.areas, self.overlap, self.k, self.kernel = checked_options(
             "AttentionDAM", areas, overlap, k, kernel
         )

@@ -97,7 +97,7 @@ def one_of(op: str, name: str, value: Any, choices: Sequence[Any]) -> None:
 
 def positive(op: str, name: str, value: int) -> int:
     """A whole number of 1 or more, NumPy integers included; ValueError for any other value."""
-    if not isinstance(value, numbers.Integral):
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise ValueError(f"{op}: {name} must be a whole number, got {value!r}")
     if value < 1:
         raise ValueError(f"{op}: {name} must be positive, got {value}")
@@ -106,9 +106,20 @@ def positive(op: str, name: str, value: int) -> int:
 
 def not_negative(op: str, name: str, value: Any) -> float:
     """A finite number of 0 or more; ValueError for any other value."""
-    if not isinstance(value, numbers.Real) or not 0 <= float(value) < math.inf:
+    if not _is_real(value) or not 0 <= float(value) < math.inf:
         raise ValueError(f"{op}: {name} must be a finite number, 0 or more, got {value!r}")
     return float(value)
+
+
+def above_zero(op: str, name: str, value: Any) -> float:
+    """A finite number above 0; ValueError for any other value."""
+    if not _is_real(value) or not 0 < float(value) < math.inf:
+        raise ValueError(f"{op}: {name} must be positive and finite, got {value!r}")
+    return float(value)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def described(value: Any) -> str:

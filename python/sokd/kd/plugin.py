@@ -22,6 +22,7 @@ from sokd.kd.dam import masked
 from sokd.kd.features import Features, described
 from sokd.kd.sokd import Match, SoKD, named_kd
 from sokd.kd.virtual import unwrapped
+from sokd.ops.runtime import savable
 
 __all__ = ["Wrapped", "wrap"]
 
@@ -102,7 +103,7 @@ class Wrapped(nn.Module):
         f_s, f_t = (_features(side, key, arguments[key]) for side, key in at.items())
         matches = self.kd.match(f_s, f_t)
         kept = self.kd.base == "keep"
-        pairs = [(each.student, each.clean) if kept else _masked(each) for each in matches]
+        pairs = [(each.student, savable(each.clean)) if kept else _masked(each) for each in matches]
         students, teachers = map(list, zip(*pairs, strict=True))
         for side, given, maps in (("student", f_s, students), ("teacher", f_t, teachers)):
             arguments[at[side]] = maps[0] if isinstance(given, Tensor) else maps

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +39,10 @@ DETACHED = (
     "sokd: student_features have no gradient, so an optimiser trains kd alone and not the student; "
     "pass them as the student returned them, without .detach() or torch.no_grad(), and check that "
     "the student's parameters require grad"
+)
+CROSSED = (
+    "sokd: the student's maps are {student} and the teacher's {teacher}: the same sizes in another "
+    "order; pair the layers by their size, or the larger maps are resized to the smaller"
 )
 TEACHER_GRAPH = (
     "sokd: teacher_features require grad, but no gradient flows to the teacher; call the teacher "
@@ -92,6 +96,16 @@ class Watch:
             return
         self._given.add(text)
         warn_user(text.format(**values))
+
+    def order(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> None:
+        """Warn about layers of two sides whose maps have the same sizes in another order."""
+        sizes = [
+            [f"{each.shape[2]}x{each.shape[3]}" for each in side if each.dim() == 4]
+            for side in (students, teachers)
+        ]
+        if sizes[0] != sizes[1] and sorted(sizes[0]) == sorted(sizes[1]):
+            student, teacher = (", ".join(side) for side in sizes)
+            self.warn(CROSSED, student=student, teacher=teacher)
 
     def teacher(self, features: Iterable[Tensor]) -> None:
         """Warn about a teacher with gradients, and about train mode in its graph."""
@@ -229,10 +243,11 @@ def look(kd: SoKD, student_features: Features, teacher_features: Features) -> No
     if not is_eager(kd.statistics) or not torch.is_grad_enabled():
         return
     watch = Watch.of(kd)
-    watch.teacher(tensors_of(teacher_features))
+    students, teachers = tensors_of(student_features), tensors_of(teacher_features)
+    watch.teacher(teachers)
+    watch.order(students, teachers)
     # at a weight of 0 the heads have no gradient to train on
     parts = {"kd.adapter": kd.adapter, "kd.dam": kd.dam if kd.lambda_agreement else None}
-    students = tensors_of(student_features)
     idle = kd.training and not all(each.requires_grad for each in students)
     watch.optimiser(leaves(students), parts, idle=idle)
     look_at_mask(kd)

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sokd.kd.batches import changed
 from sokd.kd.features import Features, not_negative, one_of, tensors_of
 from sokd.kd.policy import Draw, Policy, fresh_seed
 from sokd.kd.policy.relax import ControlVariate, estimate, score
@@ -50,6 +51,10 @@ _SEARCHED = (
 _LEFT_OUT = (
     "PolicySearch: a step's hypergradient was not finite, and the policy stayed as it was; "
     "look for inf or NaN in the batch, the features and the losses"
+)
+_WRITTEN = (
+    "PolicySearch: step must leave the batch as it is, which is evaluated several times, got one "
+    "that was changed in place; call the student with a copy of its input (x.clone())"
 )
 _ANOTHER_MODEL = (
     "PolicySearch: step must run the model it is called with, with gradients, got a loss that does "
@@ -170,9 +175,9 @@ class PolicySearch:
             L_up, a scalar without gradient; None once the search is over.
 
         Raises:
-            TypeError, ValueError: `step` returned other values or ran another model, the teacher's
-                features require grad, `kd.policy` was replaced or frozen, or there are no trained
-                weights for order 2 to unroll.
+            TypeError, ValueError: `step` returned other values, ran another model or changed the
+                batch, the teacher's features require grad, `kd.policy` was replaced or frozen, or
+                there are no trained weights for order 2 to unroll.
             NotImplementedError: the student is sharded over the ranks.
         """
         if not self.active:
@@ -229,7 +234,10 @@ class PolicySearch:
         return self.together.at(weights, lambda: self._run(step, batch, objective))
 
     def _run(self, step: Step, batch: Any, objective: str) -> Run:
+        written = changed(batch)
         task, f_s, f_t = _checked(step(self.student, batch))
+        if written():
+            raise ValueError(_WRITTEN)
         draw = self.policy.draw_at(self.seed, self.counter, tensors_of(f_t)[0].shape[0])
         loss = task
         # differentiable also where chi's gradient is not needed: such a call records nothing in kd

@@ -84,7 +84,7 @@ def number(
     if isinstance(value, Tensor) or torch.compiler.is_compiling():
         return value
     kinds: Any = numbers.Integral if whole else numbers.Real
-    if not isinstance(value, kinds):
+    if not isinstance(value, kinds) or isinstance(value, bool):
         kind = "a whole number" if whole else "a number"
         raise TypeError(f"{op}: {name} must be {kind}, got {value!r}")
     is_above = value > above if above is not None else least is None or value >= least
@@ -101,6 +101,7 @@ def number(
 
 def check_target(op: str, target: Any, logits: Tensor, ignored: int) -> None:
     """Raise for a target that is not the class indices of logits [B, K]; read on the CPU only."""
+    number(op, "ignore_index", ignored, least=-math.inf, whole=True)
     if not isinstance(target, Tensor) or target.dtype != torch.int64:
         got = str(target.dtype) if isinstance(target, Tensor) else type(target).__name__
         raise TypeError(f"{op}: target must be an int64 tensor [B], got {got}")

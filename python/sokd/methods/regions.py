@@ -23,6 +23,7 @@ __all__ = ["Images", "checked_boxes"]
 
 Size = tuple[int, int]  # (height, width)
 
+_NONE = torch.empty(0, dtype=torch.float64)
 _SLACK = 1.0  # pixels by which a box may leave its image: a resize rounds
 
 
@@ -132,6 +133,7 @@ def checked_boxes(op: str, boxes: Any, images: Images, batch: int) -> list[Tenso
     if len(boxes) != batch:
         rule = f"have one tensor for each of the {batch} images"
         raise ValueError(f"{op}: boxes must {rule}, got {len(boxes)}")
+    _check_pixels(op, boxes, images.padded)
     for index, (of_image, size) in enumerate(zip(boxes, images.of(batch), strict=True)):
         if of_image.dim() != 2 or of_image.shape[1] != 4:
             rule = "be [n, 4], x1 y1 x2 y2 ([0, 4] for an image without boxes)"
@@ -139,6 +141,16 @@ def checked_boxes(op: str, boxes: Any, images: Images, batch: int) -> list[Tenso
         if of_image.device.type == "cpu" and of_image.numel() and is_eager(of_image):
             _check_values(op, of_image, size, index)
     return list(boxes)
+
+
+def _check_pixels(op: str, boxes: Sequence[Tensor], padded: Size) -> None:
+    """Raise for boxes that all lie in one pixel: shares of the sides, as DETR's and YOLO's are."""
+    read = [each for each in boxes if each.device.type == "cpu" and is_eager(each)]
+    values = torch.cat([each.detach().flatten().to(torch.float64) for each in read] or [_NONE])
+    shares = len(read) == len(boxes) and bool((values.frac() != 0).any())
+    if min(padded) > 2 and shares and values.amax() <= 1 and values.amin() >= 0:
+        rule = f"be in pixels of the network's input, {padded[0]} x {padded[1]} (height x width)"
+        raise ValueError(f"{op}: boxes must {rule}, got none above 1, as shares of the sides are")
 
 
 def _check_values(op: str, boxes: Tensor, size: Size, index: int) -> None:

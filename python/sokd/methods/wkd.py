@@ -16,6 +16,7 @@ without a mask: both maps are multiplied by its root first, settled here.
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -311,6 +312,7 @@ class WKD(Method):
         _check_logits_options(transport, temperature, sharpness, regularisation, iterations)
         _check_feature_options(means, grid)
         _check_features_option(features)
+        number("wkd", "ignore_index", ignore_index, least=-math.inf, whole=True)
         self.options: dict[str, Any] = {
             "transport": transport, "features": features, "means": means,
             "temperature": temperature, "sharpness": sharpness, "regularisation": regularisation,

@@ -1,7 +1,7 @@
 //! The truth: the definition as plain f64 loops over all cells, and tests of the kernel against it.
 
 use super::*;
-use crate::tensor::testing::{any_float, any_lay, indices, Lay, Owned, Uniform};
+use crate::tensor::testing::{any_float, any_lay, each_index, Lay, Owned, Uniform};
 use proptest::prelude::*;
 
 /// What is computed in is f32 but for f64 maps; each step is rounded to it.
@@ -161,18 +161,20 @@ impl Heat {
             0.5 + 0.25 * ((at[2] as f64 * 0.7 + t).sin() + (at[3] as f64 * 0.6 + t * t).sin())
         };
         let wild = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -1.0, -0.0, 0.0];
-        let value = |at: Vec<usize>| match self {
+        let mut value = |at: &[usize]| match self {
             Self::Random => uniform.next(),
             Self::Levels(levels) => {
                 (uniform.next() * f64::from(levels)).floor() / f64::from(levels)
             }
-            Self::Smooth => wave(&at),
+            Self::Smooth => wave(at),
             Self::Wild => wild
                 .get((uniform.next() * 20.0) as usize)
                 .copied()
                 .unwrap_or_else(|| uniform.next()),
         };
-        indices(&[b, a, h, w]).into_iter().map(value).collect()
+        let mut values = Vec::with_capacity(b * a * h * w);
+        each_index(&[b, a, h, w], |at| values.push(value(at)));
+        values
     }
 }
 
@@ -203,8 +205,9 @@ fn maps(shape: [usize; 4], dtype: DType, lays: [Lay; 3], heat: Heat, seed: u64) 
 /// Odd sides, one tile and several, one image larger than a chunk.
 fn any_shape() -> impl Strategy<Value = [usize; 4]> {
     prop_oneof![
-        8 => [0..4usize, 1..30usize, 1..12usize, 1..12usize],
-        4 => [1..3usize, 60..140usize, 4..9usize, 4..9usize],
+        70 => [0..4usize, 1..10usize, 1..8usize, 1..8usize],
+        20 => [0..4usize, 1..30usize, 1..12usize, 1..12usize],
+        8 => [1..3usize, 60..140usize, 4..9usize, 4..9usize],
         1 => [1..2usize, 1..4usize, 150..200usize, 150..200usize],
     ]
 }

@@ -1,7 +1,7 @@
 //! The reference: the module's formula as plain f64 loops, and tests of the kernel against it.
 
 use super::*;
-use crate::tensor::testing::{any_float, any_lay, indices, wild, Lay, Owned, Uniform};
+use crate::tensor::testing::{any_float, any_lay, each_index, wild, Lay, Owned, Uniform};
 use crate::tensor::DType;
 use proptest::prelude::*;
 
@@ -18,12 +18,13 @@ fn truth(
     if divisor == 0.0 {
         return (0.0, vec![0.0; s.len()]);
     }
-    let (mut loss, mut d_student) = (0.0, Vec::new());
-    for (i, index) in indices(&shape).iter().enumerate() {
+    let (mut loss, mut d_student) = (0.0, Vec::with_capacity(s.len()));
+    each_index(&shape, |index| {
+        let i = d_student.len();
         let (weight, difference) = (weight(index[0], index[2], index[3]), s[i] - t[i]);
         loss += scale / divisor * weight * difference * difference;
         d_student.push(2.0 * scale / divisor * weight * difference);
-    }
+    });
     (loss, d_student)
 }
 
@@ -122,11 +123,12 @@ fn weights(shape: [usize; 4], rank: usize, dtype: DType, lay: Lay, seed: u64) ->
 /// Planes of a few cells, planes above a tile, more channels than a tile has lanes, empty ones.
 fn any_shape() -> impl Strategy<Value = [usize; 4]> {
     prop_oneof![
-        6 => [0..4usize, 0..40usize, 0..12usize, 0..12usize],
-        1 => [1..3usize, 1..4usize, 40..70usize, 40..70usize],
-        1 => [1..3usize, 100..300usize, 1..6usize, 1..6usize],
-        1 => [1..3usize, 2000..4200usize, 1..3usize, 1..3usize],
-        1 => [100..300usize, 1..4usize, 1..3usize, 1..3usize],
+        70 => [0..4usize, 0..10usize, 0..7usize, 0..7usize],
+        20 => [0..4usize, 0..40usize, 0..12usize, 0..12usize],
+        2 => [1..3usize, 1..4usize, 40..70usize, 40..70usize],
+        3 => [1..3usize, 100..300usize, 1..6usize, 1..6usize],
+        2 => [1..3usize, 2000..4200usize, 1..3usize, 1..3usize],
+        2 => [100..300usize, 1..4usize, 1..3usize, 1..3usize],
         1 => [1..2usize, 1..3usize, 150..200usize, 180..220usize],
     ]
 }

@@ -172,9 +172,17 @@ fn shuffled(count: usize, mut state: u64) -> Vec<i64> {
     order
 }
 
+/// Planes below a vector's length, and several vectors.
+fn any_shape() -> impl Strategy<Value = [usize; 4]> {
+    prop_oneof![
+        5 => [1..4usize, 1..10usize, 1..8usize, 1..8usize],
+        1 => [1..4usize, 1..35usize, 1..20usize, 1..20usize],
+    ]
+}
+
 prop_compose! {
     fn case()(
-        shape in [1..4usize, 1..35usize, 1..20usize, 1..20usize],
+        shape in any_shape(),
         random in any::<u64>(),
         present in [0..3u8, 0..3u8, 0..3u8, 0..3u8, 0..3u8],
     ) -> Case {
@@ -240,6 +248,7 @@ proptest! {
         let refined = Owned::new(&case.shape, dtype, out, |_| f64::NAN);
         OwnedPlan::of(&case).args(&features).forward(&refined.view, &threads.into()).unwrap();
         close(&refined.values(), &truth(&case).refined, tolerance(dtype), "refined");
+        prop_assert!(refined.is_intact_around());
     }
 
     #[test]
@@ -270,6 +279,9 @@ proptest! {
         close(&d_theta.values(), truth.d_theta.as_flattened(), scale, "d_theta");
         close(&d_sigma.values(), &[truth.d_sigma.iter().sum()], scale, "d_sigma");
         close(&d_straight.values(), &truth.d_straight, scale, "d_straight");
+        for output in [&d_features, &d_theta, &d_sigma, &d_straight] {
+            prop_assert!(output.is_intact_around());
+        }
     }
 
     #[test]
@@ -318,12 +330,14 @@ proptest! {
             expected.iter().map(|dots| dots.iter().map(|dot| dot[0]).sum()).collect();
         let scale = if dtype == DType::F64 { 1e-11 } else { 1e-6 } * first.features.len() as f64;
         close(&out.values(), &sums, scale.max(1e-11), "dots");
+        prop_assert!(out.is_intact_around());
         let out = Owned::new(&[2, v, b], DType::F64, Lay::Contiguous, |_| f64::NAN);
         stacked.args(&features).dots(&out.view, &upstream.view, &threads.into()).unwrap();
         let each: Vec<f64> = (0..2 * v * b)
             .map(|i| expected[i / b % v][i % b][i / (v * b)])
             .collect();
         close(&out.values(), &each, scale.max(1e-11), "dots by sample");
+        prop_assert!(out.is_intact_around());
     }
 }
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sokd.kd.features import not_negative
 from sokd.kd.policy.plan import strength_gradient
 from sokd.kd.policy.policy import Draw, Policy, WideModule, acting
 from sokd.ops import Plan, refine_dots
@@ -88,6 +89,15 @@ class OnlineSearch(WideModule):
         """Make `step` a no-op from now on; saved with the state."""
         self.frozen.fill_(1)
         self.active = False
+
+    @property
+    def lr(self) -> float:
+        """Adam's step size, 0 or more."""
+        return self._lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self._lr = not_negative("OnlineSearch", "lr", value)
 
     @torch.no_grad()
     def step(self, policy: Policy, draw: Draw, layers: Sequence[Layer]) -> None:

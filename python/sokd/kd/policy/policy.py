@@ -11,7 +11,6 @@ generators are not advanced.
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from sokd.kd.features import one_of
+from sokd.kd.features import above_zero, one_of
 from sokd.kd.policy.gumbel import with_choices
 from sokd.kd.policy.plan import (
     OPERATIONS,
@@ -182,11 +181,10 @@ class Policy(WideModule):
     ) -> None:  # fmt: skip
         super().__init__()
         self.estimator, self.granularity = estimator, granularity
-        self.magnitude_gradient, self.temperature = magnitude_gradient, temperature
+        self.magnitude_gradient = magnitude_gradient
         for name, choices in _OPTIONS.items():
             one_of("Policy", name, getattr(self, name), choices)
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"Policy: temperature must be positive and finite, got {temperature}")
+        self.temperature = above_zero("Policy", "temperature", temperature)
         if not (generator is None or isinstance(generator, torch.Generator)):
             got = type(generator).__name__
             raise TypeError(f"Policy: generator must be a torch.Generator or None, got {got}")
