@@ -179,6 +179,9 @@ class _Exactly(torch.autograd.Function):
 
 
 def _exactly(computed: Tensor, exact: Tensor, when: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and computed.requires_grad):
+        # the compiler of torch 2.5 to 2.7 passes a context to `forward` where there is no gradient
+        return torch.where(when, exact.detach(), computed)
     return _Exactly.apply(computed, exact.detach(), when)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -26,6 +26,7 @@ from sokd.kd.policy import Draw, Policy
 from sokd.kd.policy.online import SAMPLES, Layer, OnlineSearch, gradient
 from sokd.kd.policy.plan import theta, theta_gradient
 from sokd.kd.search import PolicySearch
+from sokd.ops.torch_internals import RELEASE
 
 CHI = ("alpha", "beta", "magnitude")
 
@@ -40,6 +41,7 @@ def online(*channels: Any, every: int = 1, **options: Any) -> sokd.SoKD:
 distributed = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this torch has no torch.distributed"
 )
+shards = pytest.mark.skipif(RELEASE < (2, 6), reason="fully_shard is public since torch 2.6")
 granularities = pytest.mark.parametrize("granularity", ["batch", "sample"])
 
 
@@ -504,7 +506,7 @@ def one_rank(wrapper: str, rank: int) -> dict[str, Tensor]:
         call = nn.parallel.DistributedDataParallel(kd)
     elif wrapper == "fsdp":
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard  # not before torch 2.6
+        from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh("cpu", (RANKS,))
         fully_shard(kd, mesh=mesh, ignored_params=set(kd.policy.parameters()))
@@ -529,7 +531,7 @@ def halves(seed: int) -> tuple[Tensor, Tensor]:
 
 
 @distributed
-@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+@pytest.mark.parametrize("wrapper", ["ddp", pytest.param("fsdp", marks=shards)])
 def test_wrapped_ranks_keep_one_policy(wrapper: str, tmp_path: Path) -> None:
     states = of_ranks(partial(one_rank, wrapper), tmp_path)
     for name, value in states[0].items():

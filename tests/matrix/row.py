@@ -115,7 +115,7 @@ def distiller() -> sokd.Distiller:
 
 
 def losses() -> list[float]:
-    """Three steps of training with a search, and `sokd.loss` alone."""
+    """Three steps with `PolicySearch`, `sokd.loss` alone, and three steps with the defaults."""
     trained = distiller()
     search = sokd.PolicySearch(trained.kd, trained.student, epochs=3)
     optimizer = torch.optim.SGD(trained.parameters(), lr=0.01)
@@ -133,7 +133,26 @@ def losses() -> list[float]:
     loss = sokd.loss(student, pattern((4, 16, 6, 6), torch.float32), kd)
     loss.backward()
     assert student.grad is not None and student.grad.any()
-    return [*found, loss.item()]
+    return [*found, loss.item(), *default_losses()]
+
+
+def default_losses() -> list[float]:
+    """Three steps with `sokd.SoKD` as it is by default; the policy moves in the loss."""
+    torch.manual_seed(0)
+    sokd.manual_seed(0)
+    kd, backbone = sokd.SoKD(8, 16), network(4)[:3]
+    teacher = pattern((8, 16, 8, 8), torch.float32)
+    before = [parameter.clone() for parameter in kd.policy.parameters()]
+    optimizer = torch.optim.SGD([*backbone.parameters(), *kd.parameters()], lr=0.01)
+    found = []
+    for _ in range(3):
+        loss = sokd.loss(backbone(IMAGES), teacher, kd)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    assert not all(map(torch.equal, before, kd.policy.parameters()))
+    return found
 
 
 def check_bits() -> str:
