@@ -16,7 +16,6 @@ Source: docs/method.md section 7 [S: settled here].
 from __future__ import annotations
 
 import functools
-import math
 from typing import ClassVar
 
 import torch

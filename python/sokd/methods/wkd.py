@@ -183,11 +183,11 @@ def _moments(features: Tensor, grid: int) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation in each region of the grid, [B, C, g, g]."""
     size = min(grid, features.shape[2]), min(grid, features.shape[3])
     if features.shape[2] % size[0] == 0 and features.shape[3] % size[1] == 0:
-        regions = features.unflatten(3, (size[1], -1)).unflatten(2, (size[0], -1))
-        count = regions.shape[3] * regions.shape[5]
+        rows, columns = features.shape[2] // size[0], features.shape[3] // size[1]
+        regions = features.reshape(*features.shape[:2], size[0], rows, size[1], columns)
         mean = regions.mean((3, 5), keepdim=True)
-        spread = (regions - mean).square().sum((3, 5)) / max(count - 1, 1)
-        return mean.flatten(2).unflatten(2, size), (spread + _VARIANCE).sqrt()
+        spread = (regions - mean).square().sum((3, 5)) / max(rows * columns - 1, 1)
+        return mean.reshape(spread.shape), (spread + _VARIANCE).sqrt()
     return _overlapping_moments(features, size)
 
 
