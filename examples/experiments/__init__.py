@@ -1,1 +1,1 @@
-"""What docs/results.md is made from: `tune`, `compare` and `tables`, on the demo's networks."""
+"""The experiments behind docs/results.md: `tune`, `compare`, `tables`, on the demo's networks."""

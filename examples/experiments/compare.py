@@ -55,7 +55,7 @@ Row = dict[str, str]
 
 
 class Key(NamedTuple):
-    """What identifies a run. `share` is empty for the student alone."""
+    """The key of a run. `share` is empty for the student alone."""
 
     dataset: str
     part: str  # "trial" or "table"

@@ -27,7 +27,7 @@ class Arm(NamedTuple):
     against: str  # the arm that it is compared with; "" for none
     plug: dict[str, Any] | None = None  # `Distiller(sokd=...)`; None: not plugged in
     adapter: str = DEFAULT
-    search: bool = False  # whether a `sokd.PolicySearch` runs beside, as in the paper
+    search: bool = False  # whether a `sokd.PolicySearch` runs too, as in the paper
 
 
 def _arms() -> dict[str, Arm]:
@@ -74,7 +74,7 @@ def balance(method: str, task: Task, *, seed: int = 100, count: int = 256) -> fl
 
     For a new student without SoKD, on the first `count` training images, with respect to the
     student's parameters. The values of the methods differ by orders of magnitude; in units of this
-    weight one grid of trials serves all of them.
+    weight one grid of trials is enough for all of them.
     """
     images = len(task.data.train[1])
     arm = Arm(method, method, "")

@@ -45,7 +45,7 @@ def demo(path: Path = DOCS / "demo" / "runs.csv") -> str:
 
 
 def tried(path: Path = DOCS / "demo" / "tune.csv") -> str:
-    """What the demo's settings were chosen from: validation accuracy in %, the chosen one bold."""
+    """The trials of the demo's settings: validation accuracy in %, the chosen one bold."""
     found: dict[str, list[str]] = {}
     for row in read_rows(path):
         text = f"{row['setting'].replace('lambda_', '')}: {float(row['validation_mean']):.2f}"
@@ -97,7 +97,7 @@ def holm(values: dict[T, float]) -> dict[T, float]:
 
 
 def verdict(mean: float, half_width: float, p: float, margin: float) -> str:
-    """What a difference in points says, given its adjusted p-value."""
+    """The verdict on a difference in points, given its adjusted p-value."""
     if p < 0.05:
         return "better" if mean > 0 else "worse"
     return "no worse" if mean - half_width > -margin else "not told apart"
@@ -125,7 +125,7 @@ def compared(rows: Sequence[Row], dataset: str, adjusted: Mapping[tuple[str, str
 
 
 def trials(rows: Sequence[Row]) -> str:
-    """What the weights were chosen from: mean validation accuracy in % at the last epoch."""
+    """The trials of the weights: mean validation accuracy in % at the last epoch."""
     lines = []
     for arm in (arm for arm in ARMS if ARMS[arm].method):
         cells = []

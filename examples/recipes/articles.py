@@ -25,7 +25,7 @@ NAMES = (
     *("t-shirt", "trouser", "pullover", "dress", "coat"),
     *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
 )
-VISIBLE = 24  # an article's pixel, of 255; below it the cloth cannot be told from its background
+VISIBLE = 24  # an article's pixel, of 255; below it cloth and background are indistinguishable
 
 
 def main(argv: Sequence[str] | None = None) -> None:

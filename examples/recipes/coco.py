@@ -6,7 +6,7 @@
 
 --data holds train2017/, val2017/ and annotations/. The batch size is that of all ranks together.
 Networks: torchvision's detectors, its ResNets (under Faster R-CNN with FPN), and small<WIDTH>. One
-transform serves both networks, once a batch, and of the teacher the backbone alone runs.
+transform runs once a batch for both networks; only the teacher's backbone runs.
 """
 
 from collections.abc import Sequence
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None, writer: Any = None) -> dict[str, Any
 
 
 def refuse(args: Any) -> None:
-    """What the other recipes have and a detector has not."""
+    """Refuse the options of the other recipes that a detector does not support."""
     if args.download:
         raise SystemExit("--download: coco.py fetches nothing; COCO is at cocodataset.org")
     if args.compile:

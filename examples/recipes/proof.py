@@ -72,7 +72,7 @@ def once(
 ) -> None:
     """Run a recipe unless its row is there; a run that was cut off goes on.
 
-    `more`: figures of the log's last row, beside those of the result.
+    `more`: figures of the log's last row, in addition to those of the result.
     """
     if (out / "row.json").exists():
         return

@@ -1,4 +1,4 @@
-"""What the tests of the Distiller start from."""
+"""Fixtures for the tests of the Distiller."""
 
 import pytest
 

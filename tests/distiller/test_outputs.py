@@ -1,4 +1,4 @@
-"""What a model returns reaches the task as it is; logits are picked, and the pick is reported."""
+"""The task receives the model's output unchanged; logits are selected, and errors name them."""
 
 from collections import namedtuple
 

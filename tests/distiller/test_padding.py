@@ -52,7 +52,7 @@ def distilled(x: Tensor, sizes: list | None, method: str, plugged: bool) -> tupl
 @pytest.mark.parametrize("plugged", [False, True])
 @pytest.mark.parametrize("method", ["fitnet", "mgd", "at", "fgd", "sp"])
 def test_padding_is_not_distilled(method, plugged):
-    """What stands in the padding changes no loss, and gets no gradient."""
+    """The content of the padding changes no loss and gets no gradient."""
     x, outside = torch.randn(3, 3, 16, 24), padding()
     other = torch.where(outside, 7 * torch.randn_like(x), x)
     (losses, gradient), (again, _) = (

@@ -1,4 +1,4 @@
-"""What a row of the matrix checks, run by the environment's own Python.
+"""The checks of a row of the matrix, run by the environment's own Python.
 
     python tests/matrix/row.py bits       the operators' results against golden.json, bit by bit
     python tests/matrix/row.py training   losses of SoKD, the search and the Distiller

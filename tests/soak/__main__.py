@@ -102,7 +102,7 @@ def parts(scale: float, record: dict[str, Any]) -> dict[str, Callable[[], Any]]:
 
 
 def found(report: Any) -> list[str]:
-    """What a part's report says went wrong."""
+    """The failures in a part's report."""
     named = [f"{key}: {report[key]}" for key in ("wrong", "different") if report.get(key)]
     not_ok = [json.dumps(report)] if report.get("ok") in (False, 0) else []
     return [*report.get("failures", []), *named, *not_ok]

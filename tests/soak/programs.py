@@ -305,7 +305,7 @@ class Program:
 
 
 def run(sequences: int, *, first_seed: int = 0, length: int = 12) -> dict[str, Any]:
-    """So many programs, or fewer after Ctrl-C; what they did, and those that failed."""
+    """Run `count` programs, or fewer after Ctrl-C; their calls, and the programs that failed."""
     torch.set_num_threads(1)
     done, failures, count = Counter[str](), list[str](), 0
     try:

@@ -1,1 +1,1 @@
-"""What the recipes share: data, networks, published figures, and the run itself."""
+"""Shared parts of the recipes: data, networks, published figures, and the run itself."""

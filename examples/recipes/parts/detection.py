@@ -64,7 +64,7 @@ class Data(NamedTuple):
 def coco(root: str, size: int | None, seed: int, keep_empty: bool, say: Any) -> Data:
     """DIR/train2017/*, DIR/val2017/* and DIR/annotations/instances_{train,val}2017.json.
 
-    `say` gets a sentence about whatever is not used as it is.
+    `say` is called with a sentence about everything that is not used unchanged.
     """
     train, test = (read(Path(root), part) for part in ("train2017", "val2017"))
     one_sided = categories(train) ^ categories(test)

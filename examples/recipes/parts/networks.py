@@ -274,7 +274,7 @@ class MobileNetV2(nn.Module):
 
 
 class ShuffleUnitV1(nn.Module):
-    """With stride 2 the pooled input is concatenated, else it is added."""
+    """ShuffleNet's unit: the pooled input is concatenated with stride 2, else added."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()

@@ -77,7 +77,7 @@ def parse_row(text: str) -> Row:
 
 
 def accepted(row: Row, pairs: tuple[str, ...], table: dict[str, str], source: str) -> str:
-    """The accepted figure of a row in words, or that there is none."""
+    """The accepted figure of a row as text, or a remark that none is published."""
     base = "+".join(row.methods)
     names = [f"{base}+sokd", base] if row.sokd else [base]
     columns = [plain(pair) for pair in pairs]
@@ -93,7 +93,7 @@ def accepted(row: Row, pairs: tuple[str, ...], table: dict[str, str], source: st
 
 
 def cifar100_settings(teacher: str, student: str, methods: list[str]) -> dict[str, Any]:
-    """What the published runs of a pair were trained with, by option, beside the defaults."""
+    """The options of a pair's published runs that differ from the defaults."""
     teacher, student = plain(teacher), plain(student)
     found: dict[str, Any] = {"lr": 0.01 if student in _MOBILE else 0.05, "weights": {}}
     found["search_epochs"] = 50 if (teacher, student) == ("resnet32x4", "resnet8x4") else 20
@@ -110,7 +110,7 @@ def cifar100_settings(teacher: str, student: str, methods: list[str]) -> dict[st
 
 
 def imagenet_settings(teacher: str, student: str, methods: list[str]) -> dict[str, Any]:
-    """As `cifar100_settings`."""
+    """The same as `cifar100_settings`, for ImageNet."""
     found: dict[str, Any] = {"lr": 0.1, "weights": {"kd": 0.5}, "search_epochs": 5}
     if methods == ["kd"]:
         found |= {"ce_weight": 0.5, "method_option": {"temperature": 1.0}}

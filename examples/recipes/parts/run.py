@@ -46,7 +46,7 @@ STOPPED = 143  # exit code: 128 + SIGTERM, which torchrun and Slurm take for an 
 
 
 class Run:
-    """Under torchrun one rank of several, else the only one."""
+    """A training run: one rank of several under torchrun, else the only one."""
 
     def __init__(self, args: Namespace, writer: Any = None, *, figure: str = "top1") -> None:
         self.args, self.writer, self.out = args, writer, Path(args.out)
@@ -97,7 +97,7 @@ class Run:
     # --------------------------------------------------------------------------------------- models
 
     def parallel(self, learner: nn.Module) -> nn.Module:
-        """The learner on its device, compiled and in DistributedDataParallel as the options ask."""
+        """The learner on its device, compiled and in DistributedDataParallel by the options."""
         memory = torch.channels_last if self.args.channels_last else torch.preserve_format
         learner.to(self.device, memory_format=memory)
         if self.args.sync_bn:
@@ -123,7 +123,7 @@ class Run:
         return torch.autocast(self.device.type, dtype, enabled=self.args.amp != "no")
 
     def in_turn(self, make: Callable[[], Any]) -> Any:
-        """What `make` returns, rank 0 first: it may have to download."""
+        """The result of `make`, called on rank 0 first, which may download."""
         made = make() if self.main else None
         self.total(torch.zeros(1))
         return made if self.main else make()
@@ -288,7 +288,7 @@ class Run:
     # ---------------------------------------------------------------------------------- checkpoints
 
     def track(self, **parts: Any) -> None:
-        """What a checkpoint holds beside the run's place; goes on from one as --resume says."""
+        """Register the contents of checkpoints; continue from one according to --resume."""
         self.parts = parts
         torch.manual_seed(self.args.seed + self.rank)  # from here on ranks draw differently
         path = self.out / "checkpoint.pt"
@@ -458,7 +458,7 @@ def weights_of(path: str, what: str) -> dict[str, Tensor]:
         SystemExit: no such file or dict.
     """
     try:
-        with torch.serialization.safe_globals([Namespace]):  # RepDistiller keeps its options beside
+        with torch.serialization.safe_globals([Namespace]):  # RepDistiller stores its options too
             saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise SystemExit(f"{what}: {path} is not there") from None

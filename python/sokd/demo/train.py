@@ -1,6 +1,6 @@
 """Training: the teacher once, then the student runs, in processes of one thread each.
 
-Runs with one seed start from the same student weights and see the same batches. The numbers do not
+Runs with one seed start from the same student weights and use the same batches. The numbers do not
 depend on how many run at a time.
 """
 
@@ -51,7 +51,7 @@ class Solver(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What all student runs share."""
+    """The inputs of all student runs."""
 
     data: DataSet
     teacher: Net  # frozen, in eval mode
@@ -73,7 +73,7 @@ class Run:
     policy: list[sokd.inspect.Snapshot] = field(default_factory=list)
     state: dict[str, Tensor] = field(default_factory=dict)  # of the Distiller, at the end
     notes: dict[str, float] = field(default_factory=dict)  # weight and diagnostics, at the end
-    search: bool = False  # whether a second-order `sokd.PolicySearch` runs beside the training
+    search: bool = False  # whether a second-order `sokd.PolicySearch` runs during the training
 
     @property
     def best_epoch(self) -> int:

@@ -61,13 +61,13 @@ def with_adapter(plug: Plug, adapter: str) -> tuple[Plug, str]:
 
 
 class Needs:
-    """What the methods of a Distiller require."""
+    """The requirements of a Distiller's methods."""
 
     def __init__(self, recipes: Sequence[Recipe], plug: Plug) -> None:
         plain = not any("features" in recipe.kind.needs for recipe in recipes)
         # the base method's own loss stays, of the clean teacher
         self.keeps = _base_of(plug) == "keep"
-        # without a method that reads features SoKD's masked term is all there is of it
+        # without a method that reads features only SoKD's masked term is left
         self.own = plug is not False and (plain or self.keeps)
         # without a method the objective is that of `sokd.loss`
         self.base = self.keeps and not recipes

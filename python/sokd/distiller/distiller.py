@@ -105,7 +105,7 @@ class Distiller(nn.Module):
             callable (f_s, f_t) -> scalar for maps of one shape, or None. A method's own options are
             further keywords.
         sokd: whether SoKD is plugged in. With base="keep" every method runs as it is, on the clean
-            teacher, and SoKD's terms stand beside it: `loss_sokd`, the masked loss of adapted
+            teacher, and SoKD's terms are added to it: `loss_sokd`, the masked loss of adapted
             student and refined teacher, and `loss_agreement`. With base="replace" the methods get
             the refined teacher and the mask, and `loss_sokd` is there only where no method uses
             features. `method=None` is `sokd.loss`: with base="keep" `loss_base` too. A dict:
@@ -309,7 +309,7 @@ class Distiller(nn.Module):
         with guards.explained(self, example), untouched(student, teacher), self._replayed():
             if self._layers == "auto":
                 self._tap(self._auto(student, teacher, example))
-            named = self._layers != "auto"  # the warnings are about names that the user chose
+            named = self._layers != "auto"  # only layers that the user named give warnings
             maps = []
             for side, model in (("student", student), ("teacher", teacher)):
                 x = copied(example)
@@ -497,7 +497,7 @@ class Distiller(nn.Module):
         return self._constant[0]
 
     def own_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """The modules trained beside the student, by name."""
+        """The modules trained in addition to the student, by name."""
         for name, method in self.methods.items():
             yield f"methods.{name}", method
         if self.adapters is not None:
@@ -544,7 +544,7 @@ class Distiller(nn.Module):
         )
 
     def _idle_search(self) -> str:
-        """What `repr` says of a search that never steps."""
+        """The part of `repr` about a search that never steps."""
         if self.kd is None or self.kd.search is None or self._needs.adapted:
             return ""
         return ", search: no method reads an adapted map, so the policy stays uniform"

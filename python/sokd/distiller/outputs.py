@@ -148,7 +148,7 @@ def picked(output: Any, where: Logits) -> Any:
 def untrained_entries(output: Any, logits: Tensor | None) -> tuple[str, list[str]] | None:
     """The entry taken as the logits, and others of its width that get no gradient from it.
 
-    Beside one of the usual names, an entry counts if it has parameters that the logits do not; if
+    Next to one of the usual names, an entry counts if it has parameters that the logits do not; if
     the first tensor was guessed, all entries of its width count.
     """
     of_width = {
@@ -197,7 +197,7 @@ def task_losses(
     Raises:
         TypeError: no logits to compute them from, or no losses where the model should have
             returned them.
-        ValueError: logits or a target that cross entropy has no meaning for.
+        ValueError: logits or a target for which cross entropy is undefined.
     """
     own = own_losses(output) if task in ("auto", "model") else {}
     if own or target is None or task is None:

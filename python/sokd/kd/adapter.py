@@ -220,7 +220,7 @@ def _size_matching(
 
 
 def _body(kind: str, channels: int) -> list[nn.Module]:
-    """What follows the first ReLU: two more convolutions, or nothing."""
+    """The layers after the first ReLU: two more convolutions, or none."""
     if kind not in ("conv", "separable"):
         return []
     depthwise = kind == "separable"

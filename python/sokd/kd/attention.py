@@ -43,7 +43,7 @@ class AttentionDAM(nn.Module):
         attention = dam(torch.randn(8, 64, 14, 14), torch.randn(8, 256, 7, 7))
         attention.weight                                  # omega [8, 7, 7]
 
-    Each side's attention is that of its own map, whatever its channels: no adapter is needed. The
+    The attention of a side depends on its own map only, so no adapter is needed. The
     student's map is resized to the teacher's size, as for `sokd.methods.at`. Only the student
     learns from the agreement, which is 0 for equal and 1 for disjoint attention.
 

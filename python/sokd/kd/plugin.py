@@ -1,4 +1,4 @@
-"""Any feature loss with SoKD plugged in: the same signature, kd's terms beside or inside it.
+"""Any feature loss combined with SoKD: the same signature; kd's terms added or inside.
 
 base="replace":  any_loss(sqrt(omega) * adapter(f_s), sqrt(omega) * policy(f_t), ...) + agreement
 base="keep":     any_loss(adapter(f_s), f_t, ...) + areas + agreement

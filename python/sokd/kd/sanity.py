@@ -124,7 +124,7 @@ class Watch:
 
         Args:
             student: the student's trained parameters.
-            parts: the modules trained beside the student, by name.
+            parts: the modules trained in addition to the student, by name.
             fix: the end of the warning about parts that no optimiser holds.
             idle: whether the student got no gradient in this step.
         """

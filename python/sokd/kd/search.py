@@ -293,7 +293,7 @@ class PolicySearch:
         self, found: list[Tensor], upper: Run, train: Run | None = None,
         correction: Tensor | None = None,
     ) -> list[Tensor]:  # fmt: skip
-        """With RELAX: alpha's and beta's gradients by its estimate, then the control variate's.
+        """Replace the gradients of alpha and beta by RELAX's estimate; add the control variate's.
 
         Of the second-order term only the score remains: Q is the same in both evaluations and
         cancels.

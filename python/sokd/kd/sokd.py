@@ -164,7 +164,7 @@ class SoKD(nn.Module):
             map alone if it is no `Adapter`.
         heads: "attention" [S], without parameters (`AttentionDAM`), or the trained "bounded" [S]
             and "paper" [A] (`DAM`).
-        base: "keep" [S]: the base method's own loss of the clean teacher stays, beside the masked
+        base: "keep" [S]: the base method's own loss of the clean teacher is added to the masked
             loss of the refined one; "replace" [P]: the masked loss takes its place. For
             `sokd.loss` the base method is the mean square of adapted student and teacher.
         lambda_agreement, lambda_areas, lambda_base: the terms' weights, to be tuned; they may be
@@ -354,7 +354,7 @@ class SoKD(nn.Module):
     def freeze_policy(self) -> None:
         """End the search: the policy stays as it is from now on, draws continue.
 
-            kd.freeze_policy()                     # after some epochs, say
+            kd.freeze_policy()                     # for example after some epochs
 
         The state_dict keeps the end of an online search. A `PolicySearch` refuses a frozen policy.
         """
@@ -593,7 +593,7 @@ def _variance_and_share(attention: Attention | None, nothing: Tensor) -> list[Te
 
 
 def _names_of(adapter: nn.Module | None, dam: nn.Module | None) -> dict[str, str]:
-    """The options that name the parts of a SoKD; modules of the user's have none."""
+    """The options that name the parts of a SoKD; the user's own modules have no name."""
     adapter, dam = unwrapped(adapter), unwrapped(dam)
     names = {"adapter": adapter.kind} if isinstance(adapter, Adapter) else {}
     if isinstance(dam, (DAM, AttentionDAM)):

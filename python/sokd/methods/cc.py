@@ -71,7 +71,7 @@ def _difference(
 
 
 def _kernel(cosines: Tensor, gamma: float, order: int) -> Tensor:
-    """By Horner's rule, from the highest power down."""
+    """The kernel matrix, by Horner's rule from the highest power down."""
     powers = range(order + 1)
     factors = [math.exp(-2 * gamma) * (2 * gamma) ** p / math.factorial(p) for p in powers]
     kernel = torch.full_like(cosines, factors[-1])

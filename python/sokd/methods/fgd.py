@@ -111,7 +111,7 @@ class FGDLoss(nn.Module):
         self, student: Tensor, teacher: Tensor, boxes: Sequence[Tensor], images: Images,
         weight: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """As `forward`, with the boxes and sizes already checked."""
+        """The same as `forward`, with the boxes and sizes already checked."""
         ((student, teacher, weight),) = layer_pairs("fgd", student, teacher, weight, same="shape")
         batch = student.shape[0]
         if batch == 0:
@@ -155,14 +155,14 @@ def _weighted(difference: Tensor, weight: Tensor) -> Tensor:
 
 
 def _softmax(scores: Tensor, inside: Tensor) -> Tensor:
-    """Over the cells that are not padding."""
+    """Softmax over the cells that are not padding."""
     return scores.masked_fill(inside == 0, -torch.inf).softmax(1)
 
 
 class Context(nn.Module):
     """features [B, C, N] -> what a global context block adds to every cell [B, C].
 
-    It starts as 0, as the authors' does: its last layer is initialised with zeros.
+    Its output is 0 at first, as in the authors' code: the last layer is initialised with zeros.
     """
 
     def __init__(self, channels: int) -> None:

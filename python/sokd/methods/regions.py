@@ -36,7 +36,7 @@ class Images:
 
     @classmethod
     def checked(cls, op: str, sizes: Any, padded: Any, batch: int) -> Images:
-        """From a user's `image_sizes` and `input_size`.
+        """Make it from a user's `image_sizes` and `input_size`.
 
         Raises:
             ValueError: another number of images, or a size that is not (height, width) within the

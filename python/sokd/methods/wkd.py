@@ -10,7 +10,7 @@
 
 Source: Lv, Yang, Li, "Wasserstein Distance Rivals Kullback-Leibler Divergence for Knowledge
 Distillation" (NeurIPS 2024, arXiv 2412.08139, section 3; the target's term without temperature,
-the 1e-8, the variance divided by n - 1 and 1e-5 beside it as in the authors' code). omega, 1
+the 1e-8, the variance divided by n - 1 and the added 1e-5 as in the authors' code). omega, 1
 without a mask: both maps are multiplied by its root first, settled here.
 """
 
@@ -41,7 +41,7 @@ from sokd.methods.common import (
 
 __all__ = ["WKD", "class_distances", "wkd", "wkd_features", "wkd_logits"]
 
-_EPS = 1e-8  # beside the sums that the marginals are divided by
+_EPS = 1e-8  # added to the sums that the marginals are divided by
 _VARIANCE = 1e-5
 _ROWS = 64  # of each class's Gram matrix at a time
 
@@ -96,7 +96,7 @@ def wkd_logits(
         student_logits, teacher_logits: [B, K], K >= 2, any floating-point dtypes.
         target: [B] int64, the true classes, or `ignore_index`.
         distances: [K, K] between classes, 0 to themselves, not negative: see `class_distances`.
-        transport: the weight of the transport; the authors': 30 on ImageNet (10 beside features),
+        transport: the weight of the transport; the authors': 30 on ImageNet (10 with features),
             60 to 600 on CIFAR-100.
         temperature: T of the transport; 2 on ImageNet, 4 to 8 on CIFAR-100.
         sharpness, regularisation, iterations: kappa, eta and steps of Sinkhorn's algorithm; the
@@ -154,8 +154,8 @@ def wkd_features(
             one a layer; the paper: the last stage.
         teacher: [B, C, H, W], constant, or an equally long list.
         weight: omega [B, H, W], or one (or None) for each layer.
-        means: the weight of the means beside the deviations; the authors': 2 on ImageNet, 3 to 8 on
-            CIFAR-100.
+        means: the weight of the means relative to the deviations; the authors': 2 on ImageNet, 3 to
+            8 on CIFAR-100.
         grid: g, regions on a side, at most the cells of the map; the authors': 4 on ImageNet, 1 or
             4 on CIFAR-100.
 

@@ -6,7 +6,7 @@
 
 Source: docs/method.md 2.1 - 2.4 [P: paper, A: authors' prototype, S: settled here]. All randomness
 comes from two int64 buffers, `seed` and `counter`: a checkpoint resumes bit for bit, and PyTorch's
-generators are not advanced.
+generators do not advance.
 """
 
 from __future__ import annotations
