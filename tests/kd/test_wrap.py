@@ -19,7 +19,7 @@ from sokd.kd.sokd import loss
 from sokd.ops.torch_internals import RELEASE
 
 traces_methods = pytest.mark.skipif(
-    RELEASE < (2, 6), reason="the compiler traces methods of other objects since torch 2.6"
+    RELEASE < (2, 6), reason="the compiler of torch 2.5 does not trace methods of others"
 )
 
 

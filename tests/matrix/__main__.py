@@ -199,10 +199,30 @@ the wheel into a fresh environment, deleted it afterwards, and ran:
 
 {table}
 
-An older torch is refused at import. Where torch lacks a private name that sokd reads, a fallback
-gives the same numbers (`python/sokd/ops/torch_internals.py`): on torch 2.5 to 2.7 the backward of
-`masked_mse` allocates one more map, and `torch.compile(dynamic=True)` may break the graph where two
-calls share a number.
+## What needs a newer torch
+
+An older torch is refused at import: 2.4 has no `torch.library.register_vmap`, and its compiler does
+not trace sokd. On torch 2.5 everything works but for these:
+
+- `torch.export` of `SoKD` needs 2.6: before, it loses the names of a policy's tables.
+- The compiler of torch 2.5 does not trace `wrap(other.method, kd)`; a function or a module compiles.
+- `fully_shard` is public since 2.6.
+- `torch.compile(dynamic=True)` may break the graph before 2.8 where two calls share a number.
+- Before 2.8 the backward of `masked_mse` allocates one more map.
+- The compiler of torch 2.5 runs on CPython 3.10 to 3.12.
+
+Where torch lacks a private name that sokd reads, a fallback gives the same numbers
+(`python/sokd/ops/torch_internals.py`).
+
+Free-threaded CPython (3.14t) takes no wheel of the stable ABI. There is no other wheel, and sokd is
+not tested there.
+
+Two defects of inductor in torch 2.5 concern sokd's users; `backend="aot_eager"` has neither:
+
+- After the first compilation the process flushes denormals to zero, compiled or not, and small
+  gradients in float16 change by up to a half. Call `torch.set_flush_denormal(False)` afterwards.
+- The noise of `sokd.reference.refine` (`sigma`) can be wrong when it is compiled. `sokd.ops`
+  is not affected: inductor calls its kernels and does not rewrite them.
 """
 
 
