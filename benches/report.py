@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/*.md, written from CSV files.
+"""The tables of README.md and docs/*.md from CSV files; no number without its row.
 
 `make bench` writes them after a full run, `python -m benches.report` at any time; the tests fail if
 a page has other numbers.
@@ -93,7 +93,7 @@ def rendered() -> dict[Path, dict[str, str]]:
         README: {"demo": tables.demo()},
         BENCHMARKS: {"bench": report(read_rows())},
         METHOD: {"policy": tables.policy()},
-        EXPERIMENTS: {"tried": tables.tried(), **tables.results()},
+        EXPERIMENTS: {"tried": tables.tried(), "areas": tables.areas(), **tables.results()},
     }
 
 
