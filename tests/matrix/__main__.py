@@ -205,7 +205,7 @@ An older torch is refused at import: 2.4 has no `torch.library.register_vmap`, a
 not trace sokd. On torch 2.5 everything works but for these:
 
 - `torch.export` of `SoKD` needs 2.6: before, it loses the names of a policy's tables.
-- The compiler of torch 2.5 does not trace `wrap(other.method, kd)`; a function or a module compiles.
+- The compiler of torch 2.5 does not trace `wrap(other.method, kd)`; functions and modules compile.
 - `fully_shard` is public since 2.6.
 - `torch.compile(dynamic=True)` may break the graph before 2.8 where two calls share a number.
 - Before 2.8 the backward of `masked_mse` allocates one more map.
