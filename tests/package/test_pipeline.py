@@ -58,6 +58,7 @@ def file_of(frame: FrameType) -> str | None:
 
 def one_loss() -> list[list[str]]:
     kd = sokd.SoKD(8, 16)
+    kd.search.every = 1  # a search step in each loss
     student, teacher = torch.randn(2, 8, 7, 7, requires_grad=True), torch.randn(2, 16, 7, 7)
     sokd.loss(student, teacher, kd).backward()  # without the work of a first call
     return paths_of(lambda: sokd.loss(student, teacher, kd))
