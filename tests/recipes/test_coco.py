@@ -248,9 +248,7 @@ def test_a_trained_backbone_is_frozen_as_torchvisions(tmp_path):
     torch.save(models.resnet34(num_classes=7).state_dict(), tmp_path / "r34.pth")
     given = network, "resnet18", str(tmp_path / "r34.pth")
     said = refused(detection.with_trained_backbone, *given)
-    assert said.startswith(
-        f"--backbone-weights: {given[2]}: its state_dict does not fit: layer1.2."
-    )
+    assert said.startswith(f"--backbone-weights: {given[2]}: its state_dict does not fit: ")
 
 
 def test_torchvisions_checkpoints_load(tmp_path):
