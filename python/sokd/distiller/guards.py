@@ -156,8 +156,13 @@ def check_start(distiller: Distiller) -> None:
 
 
 def check_searched(distiller: Distiller, model: Any) -> None:
-    """Raise ValueError for a search of another model than the Distiller's student."""
-    if unwrapped(model) is not unwrapped(distiller.student):
+    """Raise ValueError for a search of a model without a parameter of the Distiller's student.
+
+    A module without parameters may call the student with weights of its own (`functional_call`).
+    """
+    own = {id(each) for each in distiller.student.parameters()}
+    given = [id(each) for each in model.parameters()] if isinstance(model, nn.Module) else []
+    if given and own.isdisjoint(given):
         rule = "be the Distiller's student, as in PolicySearch(distiller.kd, distiller.student)"
         is_teacher = unwrapped(model) is unwrapped(distiller.teacher)
         got = "its teacher" if is_teacher else f"another {type(model).__name__}"

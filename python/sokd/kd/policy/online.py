@@ -187,7 +187,7 @@ def gradient(policy: Policy, draw: Draw, layer: Layer, index: int = 0) -> Tensor
     d_strengths = strength_gradient(
         acting(policy.strengths()[choices.chosen], fired),
         *plan_gradients(teacher, difference, plan), _of_groups(d_straight[None], fired)[0],
-        policy._span, *teacher.shape[2:],
+        policy.spans, *teacher.shape[2:],
     )  # fmt: skip
     d_magnitudes = d_strengths.gather(1, policy.operations[choices.chosen]) * fired
     drawn = choices.chosen[:, None] == torch.arange(len(policy.policies), device=fired.device)

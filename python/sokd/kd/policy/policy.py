@@ -324,6 +324,11 @@ class Policy(WideModule):
         # sample-major, so that a smaller batch gets the first rows of a larger
         return uniforms.reshape(-1 if wanted else 0, 2, channels).transpose(0, 1), seed
 
+    @property
+    def spans(self) -> Tensor:
+        """The range of each operation's strength: highest minus lowest."""
+        return self._span
+
     def strengths(self) -> Tensor:
         """Of the operations of all sub-policies, [K, 2, 9], see `sokd.kd.policy.plan.strengths`."""
         magnitude = self.magnitude.to(accumulator(self.magnitude.dtype))
