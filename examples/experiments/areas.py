@@ -1,7 +1,8 @@
 """`python -m examples.experiments.areas`: where the areas lie after training; areas.csv, a picture.
 
 One student run on the cluttered scenes for each kind of heads and learning rate. The figures are
-taken on the test scenes, with the clean teacher and everything in eval mode:
+taken on the training scenes, whose masks the loss has, and on the test scenes, with the clean
+teacher and everything in eval mode:
 
     share    of the mask's weight inside the animal's box, mean over the scenes
     covered  share of the box's cells that have any weight
@@ -23,6 +24,7 @@ from examples.experiments.data import scenes_with_boxes
 from sokd.demo.data import DataSet
 from sokd.demo.networks import predict
 from sokd.demo.train import WEIGHTS, Run, Solver, Task, build, fit, train_teacher
+from sokd.inspect.pictures import areas_on_images
 
 TRAINED = {"adapter": "conv", "base": "replace", "lambda_agreement": 1.0, "lambda_areas": 1.0}
 HEADS = {
@@ -75,7 +77,7 @@ def draw(runs: dict[str, sokd.Distiller], data: DataSet, lr: float, path: Path) 
     """Test scenes with the areas of both sides at the end of each run."""
     images, labels = (part[:SHOWN] for part in data.test)
     found = {
-        f"{heads} heads'": sokd.inspect.areas(distiller, images)[0]["mutual"]
+        f"{heads} heads:": sokd.inspect.areas(distiller, images)[0]["mutual"]
         for heads, distiller in runs.items()
     }
     titles = [data.class_names[label] for label in labels]
@@ -84,7 +86,8 @@ def draw(runs: dict[str, sokd.Distiller], data: DataSet, lr: float, path: Path) 
         "Cluttered scenes with one whole animal each: the areas that teacher and student share, "
         f"last epoch, lr {lr:g}"
     )
-    sokd.inspect.draw_areas(ink, found, path, titles=titles, caption=caption)
+    shares = sokd.inspect.shares(found)
+    areas_on_images(ink, found, shares, path, titles=titles, caption=caption)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -107,12 +110,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         out = csv.writer(file, lineterminator="\n")
         for heads, lr in itertools.product(options.heads, options.lr):
             runs[heads] = trained(heads, lr, task)
-            found = figures(runs[heads], data.test[0], boxes)
-            if file.tell() == 0:
-                out.writerow(("heads", "lr", *found))
-            out.writerow((heads, lr, *(f"{value:.3f}" for value in found.values())))
-            file.flush()
-            print(heads, lr, {name: round(value, 3) for name, value in found.items()}, flush=True)
+            for part, where in (("train", boxes[0]), ("test", boxes[2])):
+                found = figures(runs[heads], getattr(data, part)[0], where)
+                if file.tell() == 0:
+                    out.writerow(("heads", "lr", "scenes", *found))
+                out.writerow((heads, lr, part, *(f"{value:.3f}" for value in found.values())))
+                file.flush()
+                print(heads, lr, part, found, flush=True)
     draw(runs, data, options.lr[-1], options.save / "areas.png")
 
 

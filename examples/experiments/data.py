@@ -76,15 +76,16 @@ def scenes() -> DataSet:
     return scenes_with_boxes()[0]
 
 
-def scenes_with_boxes() -> tuple[DataSet, Tensor]:
-    """The scenes, and the animals' boxes [2000, 4] of the test part."""
+def scenes_with_boxes() -> tuple[DataSet, list[Tensor]]:
+    """The scenes, and the animals' boxes [N, 4] of each part."""
     data, generator = animal_mnist(), torch.Generator().manual_seed(7)
-    parts = []
+    parts, boxes = [], []
     for (images, labels), count in zip(data[1:4], (2000, 1000, 2000), strict=True):
         pixels = images * data.std + data.mean
         ink = 1 - pixels if pixels.mean() > 0.5 else pixels
-        made, boxes = scene((ink, labels), count, generator)
+        made, found = scene((ink, labels), count, generator)
         parts.append(made)
+        boxes.append(found)
     return standardised("scenes", parts, data.class_names), boxes
 
 
