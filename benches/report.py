@@ -93,7 +93,7 @@ def rendered() -> dict[Path, dict[str, str]]:
         README: {"demo": tables.demo()},
         BENCHMARKS: {"bench": report(read_rows())},
         METHOD: {"policy": tables.policy()},
-        EXPERIMENTS: {"tried": tables.tried(), **tables.results()},
+        EXPERIMENTS: {"tried": tables.tried(), "areas": tables.areas(), **tables.results()},
     }
 
 
