@@ -326,7 +326,7 @@ class Policy(WideModule):
 
     @property
     def spans(self) -> Tensor:
-        """The range of each operation's strength: highest minus lowest."""
+        """The highest strength of each operation minus its lowest."""
         return self._span
 
     def strengths(self) -> Tensor:
