@@ -191,8 +191,8 @@ def joined(name: str, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any
 def added(old: Any, new: Any) -> Any:
     """Two reports as one, number by number; the newer of other values."""
     if isinstance(new, dict) and isinstance(old, dict):
-        return {key: added(old.get(key), new[key]) if key in new else old[key]
-                for key in {**old, **new}}  # fmt: skip
+        counts = {key for key in new if key in old and key != "properties"}
+        return old | new | {key: added(old[key], new[key]) for key in counts}
     numbers = isinstance(new, (int, float)) and isinstance(old, (int, float))
     if not numbers or isinstance(new, bool):
         return new
