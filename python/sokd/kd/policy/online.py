@@ -116,6 +116,7 @@ class OnlineSearch(WideModule):
             raise ValueError(_ANOTHER_POLICY.format(own=own, got=got))
         due = self.calls % self.every == 0
         self.calls.add_(1)
+        # only where reading a value neither waits for a device nor breaks a graph
         if self.calls.device.type == "cpu" and is_eager(self.calls) and not due.item():
             return
         with torch.autocast(self.steps.device.type, enabled=False):

@@ -326,7 +326,7 @@ class Policy(WideModule):
 
     @property
     def spans(self) -> Tensor:
-        """The highest strength of each operation minus its lowest."""
+        """The highest strength of each operation minus its lowest, [9], in hundredths."""
         return self._span
 
     def strengths(self) -> Tensor:
