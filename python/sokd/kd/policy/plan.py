@@ -98,7 +98,7 @@ def strengths(operations: Tensor, magnitude: Tensor, ranges: Ranges) -> Tensor:
 
 
 def _factors(value: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Factors of theta: of the shears, [..., 2, 2, 1], of translation and rotation, [..., 1, 2, 3]."""
+    """Factors of theta: shears [..., 2, 2, 1]; translation with rotation [..., 1, 2, 3]."""
     a, b, x, y, degrees = value[..., :5].unbind(-1)
     turn = degrees * (math.pi / 180)
     cos, sin = turn.cos(), turn.sin()
