@@ -26,7 +26,10 @@ from sokd.demo.networks import predict
 from sokd.demo.train import WEIGHTS, Run, Solver, Task, build, fit, train_teacher
 from sokd.inspect.pictures import areas_on_images
 
-TRAINED = {"adapter": "conv", "base": "replace", "lambda_agreement": 1.0, "lambda_areas": 1.0}
+TRAINED = {
+    "adapter": "conv", "areas": "mutual", "base": "replace",
+    "lambda_agreement": 1.0, "lambda_areas": 1.0,
+}  # fmt: skip
 HEADS = {
     "attention": WEIGHTS,
     "bounded": {**TRAINED, "heads": "bounded", "search": None},

@@ -70,11 +70,11 @@ class Recorded(nn.Module):
         self.body = nn.Identity()  # the layer whose output is distilled
         self.head = teacher.head  # read by some methods
         self.rows: Tensor | None = None  # None: the teacher itself is called
-        self._recorded = (teacher, outputs)  # a tuple: the teacher is not a submodule
+        self.network, self._outputs = teacher, outputs
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        teacher, outputs = self._recorded
-        logits, maps = teacher(x) if self.rows is None else (each[self.rows] for each in outputs)
+        rows = self.rows
+        logits, maps = self.network(x) if rows is None else (each[rows] for each in self._outputs)
         return logits, self.body(maps)
 
 

@@ -31,7 +31,7 @@ SEARCH_EVERY = 4  # training steps; one second-order search step costs about fou
 
 # Arguments of `sokd.Distiller`. The weights were chosen on the validation part, from five trials of
 # each method (docs/results.md).
-WEIGHTS = {"lambda_base": 1.5, "lambda_areas": 1.0, "lambda_agreement": 0.5}
+WEIGHTS = {"lambda_base": 2.0, "lambda_areas": 0.4, "lambda_agreement": 0.2}
 METHODS: dict[str, Mapping[str, Any]] = {
     "student": {"method": None, "sokd": False},
     "kd": {"method": {"kd": 0.2}, "sokd": False},

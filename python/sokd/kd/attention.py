@@ -49,8 +49,8 @@ class AttentionDAM(nn.Module):
 
     Args:
         temperature: tau of the softmax over the cells, positive. Low: few small areas.
-        areas: the maps that the areas come from. "mutual" [P]: heat sqrt(heat_s * heat_t), the mean
-            size and offset; "student" [A]; "teacher".
+        areas: the maps that the areas come from: "teacher" [S]; "mutual" [P], heat
+            sqrt(heat_s * heat_t) and the mean size and offset; "student" [A].
         overlap: the weight of a cell under n areas: "sum" [P] n, "square" [A] n * n, "union" 1.
         k: the most areas of a sample; at most H*W are found.
         kernel: side of the neighbourhood in which a peak is the largest; odd.
@@ -59,7 +59,7 @@ class AttentionDAM(nn.Module):
     adapts: ClassVar[bool] = False  # it reads the student's own map
 
     def __init__(
-        self, *, temperature: float = 1.0, areas: str = "mutual", overlap: str = "sum", k: int = 8,
+        self, *, temperature: float = 1.0, areas: str = "teacher", overlap: str = "sum", k: int = 8,
         kernel: int = 3,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -79,12 +79,12 @@ class AttentionDAM(nn.Module):
         of_student, of_teacher = both[:count], both[count:].detach()
         agreement = disagreement(of_student, of_teacher, scale)
         with torch.no_grad():
-            heads = _sides(_heads(both), count)
-            found = self._find(*heads, self.areas)
+            found = self._find(of_student, of_teacher, self.areas)
             weight = weight_of(found.coverage, self.overlap)
             none = found.scores[:, 0] <= 0  # the best one is missing
             weight = weight.masked_fill(none.view(-1, 1, 1), 1)
-        return Attention(agreement, weight, found.coverage, found.boxes, heads[0].heat)
+            heat = _heat(of_student)
+        return Attention(agreement, weight, found.coverage, found.boxes, heat)
 
     def maps(self, features: Tensor) -> Heads:
         """Heat, size and offset of features [B, C, H, W], as `sokd.ops.areas` takes them."""
@@ -96,21 +96,25 @@ class AttentionDAM(nn.Module):
 
         dam.find(f_s, f_t, "teacher").coverage                # [B, H, W]
         """
-        sides = self.maps(_at_size_of(teacher, student)), self.maps(teacher)
-        return self._find(*sides, areas or self.areas)
+        with torch.no_grad():
+            sides = (_at_size_of(teacher, student), teacher)
+            attention = (attention_map(side, self.temperature) for side in sides)
+            return self._find(*attention, areas or self.areas)
 
     def extra_repr(self) -> str:
         names = ("temperature", "areas", "overlap", "k", "kernel")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
-    def _find(self, student: Heads, teacher: Heads, areas: str) -> Areas:
-        heat, size, offset = teacher if areas == "teacher" else student
-        if areas == "mutual":
-            heat = (heat * teacher.heat).sqrt()
+    def _find(self, student: Tensor, teacher: Tensor, areas: str) -> Areas:
+        """The areas of the attention [B, H, W] of one side, or of both."""
+        heat, size, offset = _heads(student if areas == "student" else teacher)
+        other = _heads(student) if areas == "mutual" else None
+        if other is not None:
+            heat = (heat * other.heat).sqrt()
         mean = heat.mean((2, 3), keepdim=True)
         heat = heat.masked_fill(heat <= mean * (1 + _MARGIN), 0)
         # `areas` takes the means of both sides' sizes and offsets
-        other = teacher._replace(heat=heat) if areas == "mutual" else None
+        other = None if other is None else other._replace(heat=heat)
         k = min(self.k, heat.shape[2] * heat.shape[3])
         return find_areas(heat, size, offset, k=k, kernel=self.kernel, teacher=other)
 
@@ -154,21 +158,20 @@ def _at_size_of(teacher: Tensor, student: Tensor) -> Tensor:
     return resize(student, (teacher.shape[2], teacher.shape[3]))
 
 
-def _sides(heads: Heads, count: int) -> tuple[Heads, Heads]:
-    """The first `count` samples and the others."""
-    return Heads(*(part[:count] for part in heads)), Heads(*(part[count:] for part in heads))
+def _heat(attention: Tensor) -> Tensor:
+    """A [B, H, W] -> A / max A [B, 1, H, W]."""
+    return (attention / attention.amax((1, 2), keepdim=True)).unsqueeze(1)
 
 
 def _heads(attention: Tensor) -> Heads:
     """A [B, H, W] -> heat [B, 1, H, W], size less one and offset [B, 2, H, W], in cells."""
-    heat = attention / attention.amax((1, 2), keepdim=True)
     weight, first, second = _window_sums(attention)
     weight = weight.clamp_min(torch.finfo(weight.dtype).tiny)
     mean = first / weight
     span = (12 * (second / weight - mean.square()).clamp_min(0) + 1).sqrt()
     width = span[:, :1].clamp(max=span.shape[3]), span[:, 1:].clamp(max=span.shape[2])
     # `areas` fills from the cell of one corner to that of the other, inclusively
-    return Heads(heat.unsqueeze(1), torch.cat(width, dim=1) - 1, mean + 0.5)
+    return Heads(_heat(attention), torch.cat(width, dim=1) - 1, mean + 0.5)
 
 
 def _window_sums(attention: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,12 +27,12 @@ __all__ = [
 # What an option is where it is "default", by `preset`.
 PRESETS: dict[str | None, dict[str, Any]] = {
     None: {
-        "adapter": "separable", "heads": "attention", "base": "keep",
-        "lambda_agreement": 0.5, "lambda_areas": 1.0, "lambda_base": 1.5,
+        "adapter": "separable", "heads": "attention", "areas": "teacher", "base": "keep",
+        "lambda_agreement": 0.2, "lambda_areas": 0.4, "lambda_base": 2.0,
         "granularity": "batch", "magnitude_gradient": "straight_through", "search": "online",
     },
     "paper": {
-        "adapter": "conv", "heads": "paper", "base": "replace",
+        "adapter": "conv", "heads": "paper", "areas": "mutual", "base": "replace",
         "lambda_agreement": 10.0, "lambda_areas": 10.0, "lambda_base": 0.0,
         "granularity": "batch", "magnitude_gradient": "straight_through", "search": None,
     },

@@ -172,7 +172,8 @@ class SoKD(nn.Module):
             CIFAR-100 [A], which diverge on features of unit variance with SGD at lr 0.05: the
             preset "paper" has 10 and 10.
         normalise: "elements" [A] or "area", see `sokd.ops.masked_mse`.
-        areas, overlap, k, kernel: of the DAM. heat_channels: of `DAM` alone, None: 100.
+        areas, overlap, k, kernel: of the DAM; areas "teacher" [S] or, with preset="paper", "mutual"
+            [P], where it is left at "default". heat_channels: of `DAM` alone, None: 100.
             attention_temperature: `temperature` of `AttentionDAM` alone, None: 1.
         policies, estimator, magnitude_gradient: of `Policy`.
         granularity: of `Policy`; "default": "sample" with search="online", else "batch".
@@ -205,7 +206,7 @@ class SoKD(nn.Module):
         lambda_agreement: float | Default = "default", lambda_areas: float | Default = "default",
         lambda_base: float | Default = "default", normalise: str = "elements",
         heat_channels: int | None = None, attention_temperature: float | None = None,
-        areas: str = "mutual", overlap: str = "sum", k: int = 8, kernel: int = 3,
+        areas: str = "default", overlap: str = "sum", k: int = 8, kernel: int = 3,
         policies: Sequence[Sequence[int | str]] | None = None,
         estimator: str = "gumbel", magnitude_gradient: str = "default",
         granularity: str = "default", search: str | None = "default",
@@ -214,8 +215,9 @@ class SoKD(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         given = {
-            "adapter": adapter, "heads": heads, "base": base, "lambda_agreement": lambda_agreement,
-            "lambda_areas": lambda_areas, "lambda_base": lambda_base, "granularity": granularity,
+            "adapter": adapter, "heads": heads, "areas": areas, "base": base,
+            "lambda_agreement": lambda_agreement, "lambda_areas": lambda_areas,
+            "lambda_base": lambda_base, "granularity": granularity,
             "magnitude_gradient": magnitude_gradient, "search": search,
         }  # fmt: skip
         chosen = settled(preset, given)
@@ -251,7 +253,7 @@ class SoKD(nn.Module):
                 for of_student, of_teacher, from_size, to_size in rows
             )
         if dam == "default":
-            options = {"areas": areas, "overlap": overlap, "k": k, "kernel": kernel}
+            options = {"areas": chosen["areas"], "overlap": overlap, "k": k, "kernel": kernel}
             own = {"heat_channels": heat_channels, "temperature": attention_temperature}
             make = dam_maker(chosen["heads"], options, own)
             dam = one_or_list(map(make, self.teacher_channels))
