@@ -2,7 +2,7 @@
 
 One student run on the cluttered scenes for each kind of heads and learning rate. The figures are
 taken on the training scenes, whose masks the loss has, and on the test scenes, with the clean
-teacher and everything in eval mode:
+teacher and everything in eval mode, for the mask of `areas="teacher"`, "student" and "mutual":
 
     share    of the mask's weight inside the animal's box, mean over the scenes
     covered  share of the box's cells that have any weight
@@ -35,6 +35,7 @@ HEADS = {
     "bounded": {**TRAINED, "heads": "bounded", "search": None},
     "paper": {**TRAINED, "heads": "paper", "search": None},
 }
+AREAS = {"attention": "teacher", "bounded": "mutual", "paper": "mutual"}  # of the loss
 SHOWN = 6  # scenes of the picture
 
 
@@ -46,12 +47,11 @@ def inside(boxes: Tensor, cells: int, side: int) -> Tensor:
     return (rows[:, :, None] & columns[:, None]).float()
 
 
-def figures(distiller: sokd.Distiller, images: Tensor, boxes: Tensor) -> dict[str, float]:
+def figures(coverage: Tensor, boxes: Tensor, side: int) -> dict[str, float]:
     """Share of the weight in the boxes, share of the boxes' cells that have any, and chance."""
-    coverage = sokd.inspect.areas(distiller, images)[0]["mutual"].coverage
     none = coverage.amax((1, 2), keepdim=True) == 0
     weight = coverage.masked_fill(none, 1)  # as in the loss: all of a scene without an area
-    box = inside(boxes, coverage.shape[-1], images.shape[-1])
+    box = inside(boxes, coverage.shape[-1], side)
     within = (weight * box).sum((1, 2))
     return {
         "share": float((within / weight.sum((1, 2))).mean()),
@@ -80,14 +80,13 @@ def draw(runs: dict[str, sokd.Distiller], data: DataSet, lr: float, path: Path) 
     """Test scenes with the areas of both sides at the end of each run."""
     images, labels = (part[:SHOWN] for part in data.test)
     found = {
-        f"{heads} heads:": sokd.inspect.areas(distiller, images)[0]["mutual"]
+        f"{heads} heads:": sokd.inspect.areas(distiller, images)[0][AREAS[heads]]
         for heads, distiller in runs.items()
     }
     titles = [data.class_names[label] for label in labels]
     ink = 1 - (images * data.std + data.mean).clamp(0, 1)
     caption = (
-        "Cluttered scenes with one whole animal each: the areas that teacher and student share, "
-        f"last epoch, lr {lr:g}"
+        f"Cluttered scenes with one whole animal each: the areas of the loss, last epoch, lr {lr:g}"
     )
     shares = sokd.inspect.shares(found)
     areas_on_images(ink, found, shares, path, titles=titles, caption=caption)
@@ -114,12 +113,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for heads, lr in itertools.product(options.heads, options.lr):
             runs[heads] = trained(heads, lr, task)
             for part, where in (("train", boxes[0]), ("test", boxes[2])):
-                found = figures(runs[heads], getattr(data, part)[0], where)
-                if file.tell() == 0:
-                    out.writerow(("heads", "lr", "scenes", *found))
-                out.writerow((heads, lr, part, *(f"{value:.3f}" for value in found.values())))
+                images = getattr(data, part)[0]
+                for areas, found in sokd.inspect.areas(runs[heads], images)[0].items():
+                    row = figures(found.coverage, where, images.shape[-1])
+                    if file.tell() == 0:
+                        out.writerow(("heads", "lr", "scenes", "areas", *row))
+                    shown = (f"{value:.3f}" for value in row.values())
+                    out.writerow((heads, lr, part, areas, *shown))
+                    print(heads, lr, part, areas, row, flush=True)
                 file.flush()
-                print(heads, lr, part, found, flush=True)
     draw(runs, data, options.lr[-1], options.save / "areas.png")
 
 

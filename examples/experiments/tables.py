@@ -71,7 +71,10 @@ def policy(path: Path = DOCS / "results" / "policy.csv") -> str:
 
 def areas(path: Path = DOCS / "results" / "areas.csv") -> str:
     """Where the areas of each kind of heads lie after a run on the scenes."""
-    header = ("heads", "lr", "scenes", "weight in the box", "cells of the box covered", "box / map")
+    header = (
+        "heads", "lr", "scenes", "areas", "weight in the box", "cells of the box covered",
+        "box / map",
+    )  # fmt: skip
     lines = [tuple(row.values()) for row in read_rows(path)]
     return markdown(header, lines)
 

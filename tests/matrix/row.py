@@ -102,8 +102,8 @@ def network(width: int) -> nn.Sequential:
 
 IMAGES, LABELS = pattern((8, 3, 32, 32), torch.float32), torch.arange(8)
 PARTS: dict[str, Any] = {
-    "adapter": "conv", "heads": "bounded", "base": "replace", "lambda_agreement": 10.0,
-    "lambda_areas": 10.0, "search": None,
+    "adapter": "conv", "heads": "bounded", "areas": "mutual", "base": "replace",
+    "lambda_agreement": 10.0, "lambda_areas": 10.0, "search": None,
 }  # fmt: skip
 
 

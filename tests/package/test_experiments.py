@@ -14,7 +14,8 @@ import torch
 from scipy.stats import ttest_rel
 from support.demo_cases import in_process, small_task, synthetic
 
-from examples.experiments import compare, methods, tables, tune
+import sokd
+from examples.experiments import areas, compare, methods, policy, tables, tune
 from examples.experiments import data as sources
 from sokd.demo.train import METHODS, Run, Solver, Task, build, train
 from sokd.kd.options import settled
@@ -310,3 +311,22 @@ def test_the_table_of_a_set_has_a_line_for_each_arm_that_ran() -> None:
         "1.0",
     )
     assert text[3] == f"| {' | '.join(cells)} |"
+
+
+# --- where the areas lie, and where the search takes the policy
+def test_the_share_of_a_mask_in_a_box() -> None:
+    boxes = torch.tensor([[0, 0, 4, 4], [0, 4, 3, 8]])  # y0 x0 y1 x1, of images of 8 pixels
+    coverage = torch.zeros(2, 4, 4)
+    coverage[0, 0, 0], coverage[0, 1, 1], coverage[0, 3, 3] = 1, 3, 4
+    found = areas.figures(coverage, boxes, 8)
+    # 2 x 2 cells each; the second scene has no area, so all of it counts
+    assert found == {"share": (0.5 + 0.25) / 2, "covered": (0.5 + 1) / 2, "chance": 0.25}
+
+
+def test_the_chances_and_the_consistency_of_an_untrained_policy() -> None:
+    kd = sokd.SoKD(3, 4)
+    chances = policy.fires(kd.policy)
+    assert chances["acts"] == pytest.approx(0.75)  # two gates of 0.5
+    assert chances["channel_shuffle"] == pytest.approx(8 / 36 / 2)  # in 8 of the 36 pairs
+    found = policy.figures(kd, torch.randn(64, 3, 6, 6), torch.randn(64, 4, 6, 6))
+    assert found["learned"] == pytest.approx(1, abs=0.1) and 0 < found["energy"] < 1

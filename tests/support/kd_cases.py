@@ -8,8 +8,8 @@ from sokd.kd.dam import Attention
 
 # A SoKD in which every part has parameters.
 TRAINED = {
-    "adapter": "conv", "heads": "bounded", "base": "replace", "lambda_agreement": 10.0,
-    "lambda_areas": 10.0, "search": None,
+    "adapter": "conv", "heads": "bounded", "areas": "mutual", "base": "replace",
+    "lambda_agreement": 10.0, "lambda_areas": 10.0, "search": None,
 }  # fmt: skip
 
 
