@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sokd.kd.features import not_negative
+from sokd.kd.features import not_negative, positive
 from sokd.kd.policy.plan import strength_gradient
 from sokd.kd.policy.policy import Draw, Policy, WideModule, acting
 from sokd.ops import Plan, refine_dots
@@ -98,6 +98,15 @@ class OnlineSearch(WideModule):
     @lr.setter
     def lr(self, value: float) -> None:
         self._lr = not_negative("OnlineSearch", "lr", value)
+
+    @property
+    def every(self) -> int:
+        """The policy moves in the first of as many calls of `step`."""
+        return self._every
+
+    @every.setter
+    def every(self, value: int) -> None:
+        self._every = positive("OnlineSearch", "every", value)
 
     @torch.no_grad()
     def step(self, policy: Policy, draw: Draw, layers: Sequence[Layer]) -> None:
