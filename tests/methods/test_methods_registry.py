@@ -234,7 +234,7 @@ ERRORS = [
     (lambda: build("wkd", teacher_head=nn.Linear(5, 7), **SHAPES), ValueError,
      "wkd: head must have the weight [K, 6], got [7, 5]"),
     (without("wkd", target=None), ValueError,
-     "wkd: target must be given (it tells the target from the others), got None"),
+     "wkd: target must be given (it is treated apart), got None"),
     (lambda: methods.class_distances(torch.ones(3, 4)), ValueError,
      "class_distances: features must be [K >= 2, N >= 2, D], got [3, 4]"),
     (lambda: methods.class_distances(torch.ones(3, 4, 5).int()), TypeError,

@@ -150,8 +150,7 @@ def check_entries(kind: str, entries: list[dict[str, Any]], keys: set[str]) -> N
 
 
 def tidy(truth: Truth, say: Any) -> None:
-    """Fill `truth.boxes`, cut at the images' borders; says which annotations are not used as they
-    are."""
+    """Fill `truth.boxes`, cut at the images' borders; report annotations that are changed."""
     sizes = {image["id"]: (image["width"], image["height"]) for image in truth.images}
     crowds, empty, cut = [], [], []
     for each in truth.content["annotations"]:

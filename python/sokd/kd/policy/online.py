@@ -113,9 +113,9 @@ class OnlineSearch(WideModule):
         """Move the policy along the gradient of L_aug on the first `SAMPLES` of a batch.
 
         A call between two steps is a no-op: on the CPU nothing is computed; elsewhere, where the
-        host does not know the number of calls, and in compiled code, the result is discarded. Under
-        torch.distributed one all-reduce averages the gradients. A gradient that is not
-        finite, as that of an empty batch is, changes nothing: decided on the device.
+        number of calls is on the device, and in compiled code, the result is discarded. Under
+        torch.distributed one all-reduce averages the gradients. A gradient that is not finite, as
+        that of an empty batch is, changes nothing: decided on the device.
         """
         chi = [policy.alpha, policy.beta, policy.magnitude]
         if not self.active or not all(parameter.requires_grad for parameter in chi):
