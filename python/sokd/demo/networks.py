@@ -27,7 +27,8 @@ class _Block(nn.Module):
         super().__init__()
         stride = 1 if inputs == outputs else 2
         self.body = nn.Sequential(*_conv(inputs, outputs, 3, stride), *_conv(outputs, outputs)[:-1])
-        self.shortcut = nn.Sequential(*(_conv(inputs, outputs, 1, stride)[:-1] if stride > 1 else []))
+        shortcut = [] if stride == 1 else _conv(inputs, outputs, 1, stride)[:-1]
+        self.shortcut = nn.Sequential(*shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.body(x) + self.shortcut(x))
