@@ -294,7 +294,7 @@ def test_frozen_parameters_are_meant_so():
 
 
 DETACHED = (
-    "sokd: student_features have no gradient, so an optimiser trains kd alone and not the student; "
+    "sokd: student_features have no gradient, so an optimiser trains kd and not the student; "
     "pass them as the student returned them, without .detach() or torch.no_grad(), and check that "
     "the student's parameters require grad"
 )

@@ -93,8 +93,8 @@ def test_what_a_method_declares_is_enough(name, mask):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_mask_is_heard_or_not(name):
-    """Features meet the mask, logits do not."""
+def test_the_mask_applies_to_features(name):
+    """Features are masked, logits are not."""
     plain, masked = (made(name).eval()(step(mask)).item() for mask in (False, True))
     assert (plain == masked) == (METHODS[name].needs & {"logits", "features"} == {"logits"})
 

@@ -115,7 +115,7 @@ class Run:
         return DistributedDataParallel(learner, device_ids=place, **{name: False})
 
     def accumulating(self, model: nn.Module, last: bool) -> Any:
-        """Gradients are averaged over the ranks in the last part of a step alone."""
+        """Gradients are averaged over the ranks in the last part of a step only."""
         return nullcontext() if last or self.ranks == 1 else model.no_sync()
 
     def autocast(self) -> torch.autocast:

@@ -172,8 +172,8 @@ class SoKD(nn.Module):
             CIFAR-100 [A], which diverge on features of unit variance with SGD at lr 0.05: the
             preset "paper" has 10 and 10.
         normalise: "elements" [A] or "area", see `sokd.ops.masked_mse`.
-        areas, overlap, k, kernel: of the DAM. heat_channels: of `DAM` alone, None: 100.
-            attention_temperature: `temperature` of `AttentionDAM` alone, None: 1.
+        areas, overlap, k, kernel: of the DAM. heat_channels: of `DAM` only, None: 100.
+            attention_temperature: `temperature` of `AttentionDAM` only, None: 1.
         policies, estimator, magnitude_gradient: of `Policy`.
         granularity: of `Policy`; "default": "sample" with search="online", else "batch".
         search: "online": the policy moves in each loss (docs/method.md 2.6), see `freeze_policy`;
@@ -372,7 +372,7 @@ class SoKD(nn.Module):
         Args:
             student_features, teacher_features: as `sokd.loss` takes them.
             draw: see `match`.
-            differentiable: whether the policy gets a gradient (from "areas" alone: in the agreement
+            differentiable: whether the policy gets a gradient (from "areas" only: in the agreement
                 the teacher's features are constants). Such a call records no statistics.
         """
         matches = self.match(

@@ -117,7 +117,7 @@ class Images:
 
 
 def checked_boxes(op: str, boxes: Any, images: Images, batch: int) -> list[Tensor]:
-    """One [n, 4] for each image; their values are read on the CPU alone.
+    """One [n, 4] for each image; their values are read on the CPU only.
 
     Raises:
         TypeError: boxes that are not a list of tensors.
