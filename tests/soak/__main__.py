@@ -30,7 +30,7 @@ PAGE = ROOT / "docs" / "reliability.md"
 RECORD = ROOT / "docs" / "results" / "reliability.json"
 ABOUT = """# Reliability
 
-What `make soak` ran and found, beside `make test`. The command writes this page; it takes minutes,
+The parts of `make soak` and their findings. The command writes this page; it takes minutes,
 and a run of hours is
 
 ```bash
