@@ -40,7 +40,7 @@ FLUSHED = 256 << 20  # more than any device's cache
 # cycles, about a millisecond; so many for each that Python takes to launch a call
 AHEAD = 2_000_000
 GOAL, GOAL_FROM = 0.85, 32_000_000  # share of the copy bandwidth; bytes of a map
-OURS = ("share_of_copy", "goal", "device", "copy_gb_per_s", "driver", "nvrtc")
+ADDED = ("share_of_copy", "goal", "device", "copy_gb_per_s", "driver", "nvrtc")
 
 
 def cuda_clock(device: torch.device) -> Any:
@@ -166,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
         show(rows, "share_of_copy", "goal")
         name = torch.cuda.get_device_name(device) if on_cuda else device.type
         slug = re.sub(r"\W+", "-", name).strip("-").lower()
-        print(write(f"gpu-{slug}", rows, options, (*COLUMNS, *OURS)))
+        print(write(f"gpu-{slug}", rows, options, (*COLUMNS, *ADDED)))
     return int(any(row["side"] == "sokd" and "failed" in row.get("ratio", "") for row in rows))
 
 

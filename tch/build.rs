@@ -1,4 +1,4 @@
-//! Tells the linker where torch's libraries are now, and the code which release they are of.
+//! Passes the folder of torch's libraries to the linker, and their release to the code.
 //!
 //! torch-sys keeps the folder of its compilation, and pip removes its build environment after a
 //! build: the next build in the same tree would link against a folder that no longer exists.

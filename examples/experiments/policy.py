@@ -75,10 +75,10 @@ def figures(kd: sokd.SoKD, student: Tensor, teacher: Tensor) -> dict[str, float]
         return float((refined - match.student).square().mean() / 2)
 
     drawn = [[policy(teacher) for _ in range(DRAWS)] for policy in (learned, uniform)]
-    ours, base = (sum(map(consistency, maps)) / DRAWS for maps in drawn)
+    own, base = (sum(map(consistency, maps)) / DRAWS for maps in drawn)
     energy = sum(float(refined.square().sum()) for refined in drawn[0]) / DRAWS
     return {
-        "learned": ours / base,
+        "learned": own / base,
         "clean": consistency(teacher) / base,
         "energy": energy / float(teacher.square().sum()),
         **fires(learned),

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--val", type=int, default=100, help="images")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    parts = fashion_mnist(args.source, False)  # articles of the test part are in val alone
+    parts = fashion_mnist(args.source, False)  # articles of the test part are in val only
     for part, count, articles in zip(("train", "val"), (args.train, args.val), parts, strict=True):
         write(args.out, f"{part}2017", count, articles, args.seed)
 

@@ -86,7 +86,7 @@ def refuse(args: Any) -> None:
     for name in args.method:
         if needs := sokd.methods.METHODS[name].needs - {"features", "boxes"}:
             what = ", ".join(sorted(needs))
-            raise SystemExit(f"--method must compare features alone, got {name!r} (reads {what})")
+            raise SystemExit(f"--method must compare features only, got {name!r} (reads {what})")
 
 
 def distil(args: Any, run: Run) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """A proof that the recipes run, on real data and a small machine; no ranking of the methods.
 
-    python examples/recipes/proof.py --out out/proof     # cut off, it goes on where it was
+    python examples/recipes/proof.py --out out/proof     # interrupted, it resumes
 
 Fashion-MNIST through cifar100.py, a subset: a teacher (resnet20), then a narrower student
 (resnet8w8) alone and by each method, plain and with SoKD, on every seed. Each run is a line of
@@ -70,7 +70,7 @@ def table(out: Path, figures: dict[str, str]) -> str:
 def once(
     recipe: Any, out: Path, name: str, seed: int, options: list[str], more: Sequence[str] = ()
 ) -> None:
-    """Run a recipe unless its row is there; a run that was cut off goes on.
+    """Run a recipe unless its row is there; an interrupted run resumes.
 
     `more`: figures of the log's last row, in addition to those of the result.
     """

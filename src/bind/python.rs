@@ -277,7 +277,9 @@ fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     crate::parallel::remember_process();
     macro_rules! add {
-        ($($function:path),*) => { $(module.add_function(wrap_pyfunction!($function, module)?)?;)* };
+        ($($function:path),*) => {
+            $(module.add_function(wrap_pyfunction!($function, module)?)?;)*
+        };
     }
     add!(refine_forward, refine_backward, refine_dots, areas_forward, masked_mse_forward, draw);
     add!(check_refine, check_refine_dots, check_areas, check_masked_mse, cuda::masked_mse_scale);

@@ -1,6 +1,6 @@
 //! Compiled kernels on disk, so that a later process does not compile them again.
 //!
-//! One file for each image: a line that says what it is, then the image. Files appear whole
+//! One file for each image: a line with key, length and digest, then the image. Files appear whole
 //! (written to a temporary file, then renamed), so several processes may write. A file that is
 //! cut off, altered or of another key counts as absent and is written anew; a folder that cannot be
 //! read or written only costs the time of compiling.

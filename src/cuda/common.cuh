@@ -409,7 +409,7 @@ SOKD_DEVICE double sum_of(const double* values, long long count, double (&room)[
     return block_total(warp_sum(sum), room);
 }
 
-// Eight sums of a warp by nine exchanges: halves of the lanes go on with halves of the numbers.
+// Eight sums of a warp by nine exchanges: each half of the lanes keeps half of the numbers.
 // Every lane gets that of number (lane / 4).
 template <class A>
 SOKD_DEVICE A warp_sums(A (&values)[8]) {

@@ -217,7 +217,7 @@ impl Driver {
             return Ok(());
         }
         let (mut name, mut text) = (std::ptr::null(), std::ptr::null());
-        // SAFETY: places for two pointers, which stay null where the driver does not know the code.
+        // SAFETY: places for two pointers, which stay null for a code without a name.
         unsafe {
             (self.api.error_name)(code, &mut name);
             (self.api.error_string)(code, &mut text);

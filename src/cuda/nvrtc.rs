@@ -48,7 +48,7 @@ pub(crate) struct Nvrtc {
 pub(crate) enum Target {
     /// Machine code for this architecture, which runs on it and on later ones of its generation.
     Cubin(u32),
-    /// PTX for this architecture, for a generation that this NVRTC does not know yet.
+    /// PTX for this architecture, for a generation that is newer than this NVRTC.
     Ptx(u32),
 }
 

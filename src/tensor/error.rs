@@ -36,7 +36,7 @@ pub(crate) enum CudaFailure {
     /// Something was opened that is too old, or something else.
     #[error("the {library} lacks {symbol}")]
     NoSymbol { library: &'static str, symbol: &'static str },
-    #[error("the CUDA driver and NVRTC are not open; sokd.show_config() says why")]
+    #[error("the CUDA driver and NVRTC are not open; sokd.show_config() prints the reason")]
     NotOpen,
     #[error("device cuda:{ordinal} must be one of the {count} that the CUDA driver has")]
     NoDevice { ordinal: usize, count: usize },

@@ -84,8 +84,8 @@ pub(crate) fn wild(seed: u64, count: usize) -> Vec<f64> {
 
 const CANARY: u8 = 0xa5;
 
-/// Memory between two pages that may not be touched: a kernel that reads or writes beyond either end
-/// stops the test with a fault.
+/// Memory between two pages that may not be touched: a kernel that reads or writes beyond either
+/// end stops the test with a fault.
 struct Store {
     map: *mut u8,
     page: usize,

@@ -68,7 +68,7 @@ def test_nothing_waits(device: torch.device) -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         with pytest.raises(RuntimeError, match="synchroniz"):
-            torch.ones(1, device=device).item()  # the mode sees something
+            torch.ones(1, device=device).item()  # the mode is on
         run(), step()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -76,8 +76,9 @@ def program(header: str, source: str, result: str) -> str:
     for name, (arguments, out) in functions(source).items():
         types = ", ".join(map(in_c, arguments))
         returned = in_c(out) if out else result
+        takes = f"Takes<{types}>::of<{returned}>"
         lines += [
-            f"static_assert(Takes<{types}>::of<{returned}>(static_cast<decltype(&{name})>(nullptr)));",
+            f"static_assert({takes}(static_cast<decltype(&{name})>(nullptr)));",
             # the version of the function that the header gives by default
             f'static_assert(TEXT({re.sub(r"_v[0-9]+$", "", name)}) == "{name}");',
         ]

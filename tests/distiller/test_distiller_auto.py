@@ -163,7 +163,7 @@ def test_auto_reads_maps_in_their_order():
 
 
 def test_auto_says_nothing_of_maps_overwritten_in_place():
-    """Nobody named the layer: what is distilled is the map as it goes on."""
+    """No layer was named: the map is distilled as the next layer changed it."""
 
     class Overwriting(Net):
         def features(self, x):

@@ -238,7 +238,7 @@ def test_the_search_moves_one_policy(ranks):
     assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
     start = chi(distiller())
     assert all(not torch.equal(*pair) for pair in zip(one, start, strict=True))
-    # rank 1's own seed is not heard
+    # rank 1's own seed is replaced
     for found, expected in zip(one, one_process()["chi"], strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
 

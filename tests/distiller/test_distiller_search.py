@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from support.distiller_cases import SMALL, batch, make, models, objective
+from support.distiller_cases import SMALL, Net, batch, make, models, objective
+from support.raises import raises
+from torch import Tensor
 from torch.func import functional_call
 
 import sokd
@@ -118,3 +120,31 @@ def test_with_the_base_kept_an_online_search_follows_the_adapter_made_for_it():
     distiller = make(method="at", sokd={**SMALL, "base": "keep", "search": "online"})
     distiller(*batch())
     assert int(distiller.kd.search.steps) == 1 and "uniform" not in repr(distiller)
+
+
+class Normalising(Net):
+    """Normalises its input in place, and keeps the mean of the pixels that it saw."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = [*getattr(self, "seen", []), x.mean().item()]
+        return super().forward(x.sub_(0.5).div_(0.25))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_search_of_a_student_that_normalises_in_place(order):
+    distiller = make(models=(Net(6), Normalising(3)), sokd={"search": None, **SMALL})
+    search = sokd.PolicySearch(distiller.kd, distiller.student, order=order)
+    x, y = torch.ones(4, 3, 16, 16), batch()[1]
+    distiller.student.seen = []
+    search.step(distiller.step, (x, y))
+    assert distiller.student.seen == [1.0] * (4 if order == 2 else 1)
+    assert torch.equal(x, torch.ones(4, 3, 16, 16)), "the batch changed"
+
+
+def test_a_search_of_another_model():
+    distiller = make(sokd={"search": None, **SMALL})
+    rule = "Distiller: model must be the Distiller's student, as in PolicySearch(distiller.kd, "
+    for model, got in ((distiller.teacher, "its teacher"), (Net(3), "another Net")):
+        search = sokd.PolicySearch(distiller.kd, model)
+        with raises(ValueError, f"{rule}distiller.student), got {got}"):
+            search.step(distiller.step, batch())

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from support.distiller_cases import Buffered, Net, batch, make, objective
+from support.distiller_cases import CLASSES, Buffered, Net, batch, make, objective
 from torch import Tensor, nn
 
+import sokd
 from sokd.distiller.copies import untouched
 
 
@@ -137,3 +138,51 @@ class TestTorchScript:
             make(models=pair, layers="inner.stage1")
         distiller = make(models=pair, layers={"inner.stage1": "outer"})
         assert objective(distiller).isfinite()
+
+
+def fill(net: Buffered, x: Tensor) -> None:
+    net.memory = torch.zeros(3) if net.memory is None else net.memory + 1
+
+
+def drop(net: Buffered, x: Tensor) -> None:
+    del net.memory
+    net.register_buffer("memory", torch.full((2,), 5.0))
+
+
+def multiply(net: Buffered, x: Tensor) -> None:
+    assert net.memory.layout == torch.sparse_coo
+    net.memory = net.memory * 2
+
+
+@pytest.mark.parametrize(("use", "buffer"), [
+    (fill, None), (drop, torch.zeros(4)), (multiply, torch.eye(3).to_sparse()),
+], ids=["none yet", "registered again", "sparse"])  # fmt: skip
+def test_buffers_that_come_and_go(use, buffer):
+    pair = [Buffered(width, buffer, use) for width in (6, 3)]
+    distiller = make(models=pair, layers="net.stage1")
+    assert all(net.memory is buffer for net in pair)
+    objective(distiller).backward()
+
+
+def test_a_table_that_the_first_pass_registers():
+    """Rotary tables, anchors: as after a first pass without a Distiller."""
+
+    class Tabled(Net):
+        def forward(self, x):
+            if not hasattr(self, "table"):
+                self.register_buffer("table", torch.arange(5.0), persistent=False)
+            return super().forward(x) + self.table
+
+    distiller = make(models=(Tabled(6), Tabled(3)))
+    expected = distiller.student(batch()[0])
+    torch.testing.assert_close(distiller(*batch())[0], expected)
+
+
+def test_lazy_layers_where_no_dry_run_is_needed():
+    def lazy():
+        return nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(CLASSES))
+
+    torch.manual_seed(0)
+    distiller = sokd.Distiller(lazy(), lazy(), method="kd", sokd=False)
+    assert objective(distiller).isfinite()
+    assert not any(p.requires_grad for p in distiller.teacher.parameters())

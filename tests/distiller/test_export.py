@@ -5,9 +5,11 @@ import io
 import pickle
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.prune as nn_prune
 from support.distiller_cases import Net, batch, make, objective
 from torch import Tensor, nn
 
@@ -164,3 +166,46 @@ def test_the_student_itself_keeps_its_hooks_in_a_pickle():
     """They are of sokd, which is why `export` is what is saved."""
     student = make(models=(net(6), net(3)), layers={"0": "0"}).student
     assert b"sokd.distiller.taps" in pickle.dumps(student)
+
+
+def saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def prune(student: Net) -> None:
+    nn_prune.l1_unstructured(student.stage1[0], "weight", 0.5)
+
+
+def keep(student: Net) -> None:
+    student.stem.register_forward_hook(Keeper())
+
+
+class Keeper:
+    """A hook that keeps what it saw last."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.kept = output
+
+
+@pytest.mark.parametrize("change", [prune, keep], ids=["pruned", "kept in inference mode"])
+def test_exports_of_changed_students(change):
+    student = Net(3)
+    change(student)
+    distiller = make(models=(Net(6), student))
+    objective(distiller).backward()
+    with torch.inference_mode():
+        distiller.eval()(*batch())
+    exported, x = distiller.export(), batch()[0]
+    expected = student.eval()(x)
+    assert torch.equal(exported(x), expected) and torch.equal(saved(exported)(x), expected)
+
+
+def test_an_export_can_be_exported():
+    distiller = make()
+    objective(distiller).backward()
+    exported, x = distiller.export(), batch()[0]
+    program = torch.export.export(exported, (x,))
+    torch.testing.assert_close(program.module()(x), exported(x))

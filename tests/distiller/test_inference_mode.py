@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
-from support.distiller_cases import SMALL, batch, extra, gradients, make, models, objective
+import torch.nn.functional as F
+from support.distiller_cases import SMALL, Net, batch, extra, gradients, make, models, objective
+from support.raises import raises
 from torch import Tensor, nn
 
 import sokd
@@ -154,3 +156,77 @@ def test_sokd_made_in_inference_mode():
     student = torch.randn(4, 6, 4, 4, requires_grad=True)
     sokd.loss(student, features()[0], kd).backward()
     assert student.grad.any() and all(p.grad is not None for p in kd.parameters())
+
+
+def test_a_teacher_that_was_made_in_inference_mode():
+    found = []
+    for inference in (False, True):
+        torch.manual_seed(0)
+        with torch.inference_mode(inference):
+            teacher = Net(6)
+        torch.manual_seed(1)
+        distiller = make(models=(teacher, Net(3)), method={"fitnet": None, "kd": None})
+        losses = distiller(*batch())[1]
+        sum(losses.values()).backward()
+        found.append((losses, gradients(distiller)))
+    for own, other in zip(*found, strict=True):
+        assert own.keys() == other.keys() and all(torch.equal(own[k], other[k]) for k in own)
+
+
+def test_a_student_that_was_made_in_inference_mode():
+    with torch.inference_mode():
+        student = Net(3)
+    count = len(list(student.parameters()))
+    rule = "be made outside torch.inference_mode(), where no parameter can be trained"
+    with raises(ValueError, f"Distiller: student must {rule}, got {count} such parameters"):
+        make(models=(Net(6), student))
+
+
+@pytest.mark.parametrize("make_method", [
+    lambda: methods.mgd(6), lambda: methods.reviewkd([6], [6]), lambda: methods.crd(6, 6, 9),
+    lambda: sokd.Adapter(4, 6), lambda: sokd.kd.DAM(6), lambda: sokd.Policy(),
+], ids=["mgd", "reviewkd", "crd", "adapter", "dam", "policy"])  # fmt: skip
+def test_parts_that_were_made_in_inference_mode(make_method):
+    with torch.inference_mode():
+        method = make_method()
+    assert not any(each.is_inference() for each in (*method.parameters(), *method.buffers()))
+
+
+def test_a_search_with_features_of_inference_mode():
+    found = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        torch.manual_seed(0)
+        sokd.manual_seed(0)
+        student, kd = nn.Conv2d(3, 4, 3), sokd.SoKD(4, 6, **SMALL)
+        with torch.inference_mode(mode is torch.inference_mode):
+            search = sokd.PolicySearch(kd, student)
+
+        def step(model, x, mode=mode):
+            features = model(x)
+            with mode():
+                teacher = torch.ones(4, 6, 14, 14) + 0
+            return features.square().mean(), features, teacher
+
+        for _ in range(2):
+            search.step(step, batch()[0])
+        wrapped = sokd.wrap(F.mse_loss, kd)
+        with mode():
+            teacher = torch.ones(4, 6, 14, 14) + 0
+        wrapped(student(batch()[0]), teacher).backward()
+        found.append([p.clone() for p in kd.policy.parameters()] + [student.weight.grad])
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("options", [{}, {"policy": None}, {"policy": None, "dam": None}], ids=str)
+def test_a_wrapped_loss_with_features_of_inference_mode(options):
+    """The base is kept: the loss gets the teacher's own map, which autograd must save."""
+    f_s, found = torch.randn(2, 4, 5, 5, requires_grad=True), []
+    for mode in (torch.no_grad, torch.inference_mode):
+        torch.manual_seed(0)
+        sokd.manual_seed(0)
+        kd = sokd.SoKD(4, 6, **options)
+        with mode():
+            f_t = torch.ones(2, 6, 5, 5) + 0
+        loss = sokd.wrap(F.mse_loss, kd)(f_s, f_t)
+        found.append([loss.detach(), *torch.autograd.grad(loss, [f_s, *kd.parameters()])])
+    assert all(map(torch.equal, *found))

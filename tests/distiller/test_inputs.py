@@ -1,6 +1,8 @@
 """The teacher changes nothing that the student sees, nor the batch of the caller."""
 
 from collections import namedtuple
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -161,3 +163,69 @@ def test_copies(x):
         first = first[0]
     first.zero_()
     assert was_changed()
+
+
+# ------------------------------------------------------------------------------- inputs of any form
+
+
+@dataclass
+class Padded:
+    """DETR's pair of tensors and mask."""
+
+    tensors: Tensor
+    mask: Tensor | None = None
+
+
+class Changing(nn.Module):
+    """Reads the first tensor by `read`; a teacher changes it by `change` first."""
+
+    def __init__(self, width: int, read: Any, change: Any = None) -> None:
+        super().__init__()
+        self.net, self.read, self.change, self.seen = Net(width), read, change, []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        x = args[0] if args else kwargs
+        self.seen.append(self.read(x).mean().item())
+        if self.change is not None:
+            self.change(x)
+        return self.net(self.read(x))
+
+
+def images() -> Tensor:
+    return ones(4, 3, 16, 16)
+
+
+INPUTS = {
+    "an object": (lambda: Padded(images()), lambda x: x.tensors, lambda x: x.tensors.mul_(2)),
+    "an object's attribute": (
+        lambda: Padded(images()), lambda x: x.tensors,
+        lambda x: setattr(x, "tensors", 2 * x.tensors),
+    ),
+    "a list in a dict": (
+        lambda: {"images": [images()]}, lambda x: x["images"][0], lambda x: x["images"][0].mul_(2)
+    ),
+    "an entry of a list": (
+        lambda: [ones(3, 16, 16)] * 4, torch.stack,
+        lambda x: x.__setitem__(0, 2 * x[0]),
+    ),
+    "a list that is emptied": (
+        lambda: [ones(3, 16, 16)] * 4, lambda x: torch.stack(x) if x else images(),
+        lambda x: x.clear(),
+    ),
+    "a view": (images, lambda x: x, lambda x: x[:, 1].mul_(2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "read", "change"), INPUTS.values(), ids=INPUTS)
+@pytest.mark.parametrize("example", [True, False])
+def test_inputs_of_any_form_stay_as_they_are(form, read, change, example):
+    teacher, student = Changing(6, read, change), Changing(3, read)
+    options = {"layers": "net.stage1", "example": form() if example else None}
+    distiller = make(models=(teacher, student), **options)
+    for _ in range(2):
+        x = form()
+        distiller(x, batch()[1])
+        assert read(x).unique().tolist() == [1.0]
+        distiller.features(x)
+        assert read(x).unique().tolist() == [1.0]
+    assert set(student.seen) == {1.0} == set(teacher.seen)

@@ -4,7 +4,8 @@ import re
 
 import pytest
 import torch
-from support.distiller_cases import CLASSES, SMALL, Shaped, batch, objective
+from support.distiller_cases import CLASSES, SMALL, Shaped, batch, make, objective
+from support.raises import raises
 from torch import Tensor, nn
 
 from sokd.distiller import Distiller
@@ -272,3 +273,53 @@ def test_frames_as_samples():
 
     x = torch.randn(2, 3, 3, 16, 16)
     assert objective(made(Video(16), Video(12), x), x, torch.tensor([0, 1])).isfinite()
+
+
+# -------------------------------------------------------------------------------------------- grids
+
+
+def test_a_grid_that_is_turned():
+    """(W, H) where (H, W) is meant fits the number of tokens all the same."""
+    x = torch.randn(2, 3, 32, 72)
+    options = {"models": (Tokens(16), Tokens(12)), "layers": "blocks", "example": x}
+    rule = "be (H, W) as the images are, 32 x 72"
+    with raises(ValueError, f"Distiller: student_grid must {rule}, got (9, 4)"):
+        make(**options, student_grid=(9, 4), teacher_grid=(9, 4))
+    with raises(ValueError, f"Distiller: teacher_grid must {rule}, got (9, 4)"):
+        make(**options, student_grid=(4, 9), teacher_grid=(9, 4))
+    named = make(**options, student_grid=(4, 9), teacher_grid=(4, 9))
+    assert named.features(x)[0][0].shape == (2, 12, 4, 9)
+    one_row = make(**options, student_grid=(1, 36), teacher_grid=(1, 36))
+    assert one_row.features(x)[0][0].shape == (2, 12, 1, 36), "another aspect is no turned one"
+
+
+def test_more_registers_than_usual_are_named():
+    x, pair = torch.randn(2, 3, 40, 40), (Tokens(16, prefix=8), Tokens(12, prefix=8))
+    options = {"models": pair, "layers": "blocks", "example": x}
+    with pytest.raises(ValueError, match=r"must hold 0, 1, 2, 4 or 5 prefix tokens .*, got 33 tok"):
+        make(**options)
+    named = make(**options, student_tokens=8, teacher_tokens=8)
+    tokens = named.student.blocks(named.student.patch(x).flatten(2).mT)
+    torch.testing.assert_close(named.features(x)[0][0], tokens.mT.unflatten(2, (5, 5)))
+
+
+def test_a_signal_is_no_image():
+    """[B, C, T] of an audio network is not B samples of C tokens."""
+
+    class Signal(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.blocks, self.head = nn.Conv1d(1, channels, 4, 4), nn.Linear(channels, CLASSES)
+
+        def forward(self, x):
+            return self.head(self.blocks(x).mean(2))
+
+    x, pair = torch.randn(2, 1, 64), (Signal(16), Signal(9))
+    options = {"models": pair, "layers": "blocks", "example": x}
+    with pytest.raises(ValueError, match=r"have a grid, .* \(student_grid=\(H, W\), e.g. \(1, N\)"):
+        make(**options)
+    named = make(
+        **options, student_order="BCN", teacher_order="BCN", student_grid=(1, 16),
+        teacher_grid=(1, 16),
+    )  # fmt: skip
+    assert named.features(x)[0][0].shape == (2, 9, 1, 16)

@@ -92,3 +92,32 @@ def test_a_student_without_parameters():
             return x.mean((2, 3)).tile(1, 2)[:, :5]
 
     assert said(make(models=(Net(3), Fixed()), method="kd", sokd=False)) == []
+
+
+@pytest.mark.parametrize("where", ["averaged", "copied"])
+def test_a_teacher_that_is_a_moving_average_of_the_student(where):
+    torch.manual_seed(0)
+    student = Net(3)
+    if where == "averaged":
+        average = torch.optim.swa_utils.AveragedModel(
+            student, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
+        )
+        layers = {"stage1": "module.stage1"}
+    else:
+        average, layers = copy.deepcopy(student), "stage1"
+    distiller = make(models=(average, student), layers=layers, method={"fitnet": 1.0, "kd": 1.0})
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
+    before = [each.detach().clone() for each in average.state_dict().values()]
+    for _ in range(3):
+        optimizer.zero_grad()
+        objective(distiller).backward()
+        optimizer.step()
+        if where == "averaged":
+            average.update_parameters(student)
+        else:
+            with torch.no_grad():
+                for own, other in zip(average.parameters(), student.parameters(), strict=True):
+                    own.lerp_(other, 0.5)
+    assert not all(map(torch.equal, before, average.state_dict().values()))
+    assert not any(p.requires_grad or p.grad is not None for p in average.parameters())
+    assert all(p.grad is not None for p in student.parameters())

@@ -1,15 +1,18 @@
 """The task receives the model's output unchanged; logits are selected, and errors name them."""
 
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.distiller_cases import Answering, Net, batch, make, models, objective
+from support.distiller_cases import CLASSES, Answering, Net, batch, make, models, objective
 from support.raises import raises, warns
 from torch import Tensor, nn
 
 import sokd
+from sokd import methods
 
 
 class Detector(nn.Module):
@@ -192,3 +195,155 @@ def test_both_heads_learn_with_a_task_of_both():
     torch.testing.assert_close(losses["loss_task"], F.cross_entropy(two, batch()[1]))
     (losses["loss_kd"] + F.cross_entropy(one, batch()[1])).backward()
     assert student.head.weight.grad.any() and student.second.weight.grad.any()
+
+
+# --------------------------------------------------------------------------- outputs in other forms
+
+
+Heads = namedtuple("Heads", "logits boxes")
+
+
+@dataclass
+class Plain:
+    logits: Tensor
+    boxes: Tensor
+
+
+@dataclass(slots=True)
+class Slotted:
+    logits: Tensor
+    boxes: Tensor
+
+
+class ModelOutput(OrderedDict[str, Tensor]):
+    """As of Hugging Face: a dict whose entries are attributes too."""
+
+    def __init__(self, logits: Tensor, boxes: Tensor) -> None:
+        super().__init__(logits=logits, boxes=boxes)
+
+    def __getattr__(self, name: str) -> Tensor:
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(name) from error
+
+
+class Boxes(Net):
+    """A classifier and a regression head."""
+
+    def __init__(self, width: int, form: Any) -> None:
+        super().__init__(width)
+        self.boxes, self.form = nn.Linear(4 * width, 4), form
+
+    def forward(self, x: Tensor) -> Any:
+        pooled = self.features(x).mean((2, 3))
+        return self.form(self.head(pooled), self.boxes(pooled))
+
+
+FORMS = [Heads, Plain, Slotted, ModelOutput]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_an_output_with_names(form):
+    """The task gets all of it, a method of logits those, and both heads learn."""
+    student, (x, y) = Boxes(3, form), batch()
+
+    def task(output, y):
+        return F.cross_entropy(output.logits, y) + output.boxes.square().mean()
+
+    distiller = make(models=(Boxes(6, form), student), method="kd", sokd=False, task=task)
+    output, losses = distiller(x, y)
+    assert type(output) is form and distiller.logits_of(output) is output.logits
+    torch.testing.assert_close(losses["loss_task"], task(student(x), y))
+    kd = 0.9 * methods.kd(student(x).logits, distiller.teacher(x).logits)
+    torch.testing.assert_close(losses["loss_kd"], kd)
+    losses["loss_task"].backward()
+    assert student.head.weight.grad.any() and student.boxes.weight.grad.any()
+
+
+class Backbone(Net):
+    """A list of maps, as timm's features_only gives."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        first = self.stage1(self.stem(x))
+        return [first, self.stage2(first)]
+
+
+@pytest.mark.parametrize("layers", [["stage1", "stage2"], "auto"], ids=str)
+def test_backbones_that_return_features(layers):
+    distiller = make(models=(Backbone(6), Backbone(3)), layers=layers, task=None, sokd=False)
+    output, losses = distiller(batch()[0])
+    assert [tuple(each.shape) for each in output] == [(4, 6, 8, 8), (4, 12, 4, 4)]
+    if layers != "auto":
+        pairs = zip(distiller.adapters, output, strict=True)
+        adapted = [adapter(maps, maps.shape[2:]) for adapter, maps in pairs]
+        expected = 100 * methods.fitnet(adapted, distiller.teacher(batch()[0]))
+        torch.testing.assert_close(losses["loss_fitnet"], expected)
+    assert distiller.logits_of(output) is output or distiller.logits_of(output) is output[0]
+
+
+def test_a_detector_that_decodes_in_eval_mode():
+    """YOLO: the maps in train mode, (decoded, maps) in eval mode; each as it is."""
+
+    class Yolo(Backbone):
+        def forward(self, x):
+            maps = super().forward(x)
+            return maps if self.training else (maps[0].flatten(1), maps)
+
+    seen = []
+
+    def task(output, y):
+        seen.append(type(output))
+        maps = output[1] if isinstance(output, tuple) else output
+        return sum(each.square().mean() for each in maps)
+
+    distiller = make(models=(Yolo(6), Yolo(3)), task=task)
+    x, y = batch()
+    output, losses = distiller(x, y)
+    assert isinstance(output, list)
+    distiller.eval()
+    decoded, losses = distiller(x, y)
+    torch.testing.assert_close(losses["loss_task"], task(distiller.student(x), y))
+    assert isinstance(decoded, tuple) and seen == [list, tuple, tuple]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_auxiliary_classifiers_of_googlenet():
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    student = torchvision.models.googlenet(num_classes=CLASSES, aux_logits=True, init_weights=False)
+    x, y = torch.randn(2, 3, 64, 64), torch.tensor([0, 1])
+    teacher = Answering(nn.Sequential(nn.Flatten(), nn.Linear(3 * 64**2, 900), nn.Linear(900, 5)),
+                        lambda logits: logits)  # fmt: skip
+
+    def all_three(output, y):
+        return sum(F.cross_entropy(each, y) for each in output)
+
+    options = {"models": (teacher, student), "method": "kd", "sokd": False}
+    with pytest.warns(UserWarning, match="do not train 'aux_logits2', 'aux_logits1'"):
+        make(**options)(x, y)
+    output, losses = make(**options, task=all_three)(x, y)
+    torch.testing.assert_close(losses["loss_task"], all_three(output, y))
+    losses["loss_task"].backward()
+    assert student.aux1.fc2.weight.grad.any() and student.aux2.fc2.weight.grad.any()
+
+
+def test_dense_outputs_of_one_width_are_reported():
+    """A segmentation model's auxiliary head."""
+
+    class Dense(Net):
+        def __init__(self, width):
+            super().__init__(width)
+            self.out, self.aux = nn.Conv2d(4 * width, 3, 1), nn.Conv2d(4 * width, 3, 1)
+
+        def forward(self, x):
+            maps = self.features(x)
+            return {"out": self.out(maps), "aux": self.aux(maps)}
+
+    distiller = make(models=(Dense(6), Dense(3)))
+    y = torch.randint(0, 3, (4, 4, 4))
+    with pytest.warns(
+        UserWarning, match="'out' is taken as the logits, and losses of the logits do not"
+    ):
+        output, losses = distiller(batch()[0], y)
+    torch.testing.assert_close(losses["loss_ce"], F.cross_entropy(output["out"], y))

@@ -15,7 +15,7 @@ BOXES = [torch.tensor([[2.0, 3.0, 9.0, 12.0]]), torch.tensor([[0.0, 0.0, 8.0, 12
 
 
 class Levels(nn.Module):
-    """Two levels, strides 2 and 8, of which each cell sees its own pixels alone."""
+    """Two levels, strides 2 and 8, of which each cell depends on its own pixels only."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -180,8 +180,8 @@ def test_adam_is_that_of_torch() -> None:
     assert int(search.steps) == 6
 
 
-def test_it_finds_the_shift_that_the_student_sees() -> None:
-    """The student sees the teacher's map one cell further left; other operations only harm."""
+def test_it_finds_the_shift_of_the_student() -> None:
+    """The student's map is the teacher's, one cell further left; other operations only harm."""
     policies = [("translate_x", "translate_y"), ("channel_shuffle", "channel_drop")]
     kd = online(4, 4, adapter=None, dam=None, policies=policies)
     kernel = torch.ones(4, 1, 3, 3) / 3

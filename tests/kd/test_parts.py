@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from support.cases import compiles
 from support.kd_cases import features, pair, rewound
+from support.raises import raises
 from torch import nn
 
 import sokd
@@ -163,12 +164,83 @@ def test_the_defaults_are_the_preset_none():
             {"base": "keep", "lambda_base": -1.0},
             "lambda_base must be a finite number, 0 or more, got -1.0",
         ),
+        *(
+            (
+                {"dam": dam, **option},
+                f"{name} must be left out with dam=, which it does not change, got {value!r}",
+            )
+            for dam in (None, DAM(4))
+            for option in (
+                {"heads": "bounded"},
+                {"heat_channels": 5},
+                {"attention_temperature": 2.0},
+                {"areas": "student"},
+                {"overlap": "union"},
+                {"k": 4},
+                {"kernel": 5},
+            )
+            for name, value in option.items()
+        ),
+        *(
+            (
+                {"policy": policy, "search": None, **option},
+                f"{name} must be left out with policy=, which it does not change, got {value!r}",
+            )
+            for policy in (None, sokd.Policy())
+            for option in (
+                {"policies": [("rotate", "cutout")]},
+                {"estimator": "relax"},
+                {"magnitude_gradient": "pathwise"},
+                {"granularity": "batch"},
+                {"generator": torch.Generator()},
+            )
+            for name, value in option.items()
+        ),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, text):
     with pytest.raises(ValueError) as caught:
         sokd.SoKD(3, 4, **options)
     assert str(caught.value) == f"SoKD: {text}"
+
+
+NUMBERS = {
+    "lr of the search": (
+        lambda value: setattr(sokd.SoKD(4, 6).search, "lr", value),
+        "OnlineSearch: lr must be a finite number, 0 or more",
+    ),
+    "temperature of a policy": (
+        lambda value: sokd.Policy(temperature=value),
+        "Policy: temperature must be positive and finite",
+    ),
+    "temperature of the attention": (
+        lambda value: sokd.SoKD(4, 6, attention_temperature=value),
+        "AttentionDAM: temperature must be positive and finite",
+    ),
+    "weight of a term": (
+        lambda value: sokd.SoKD(4, 6, lambda_areas=value),
+        "SoKD: lambda_areas must be a finite number, 0 or more",
+    ),
+}
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, True, "4"], ids=str)
+def test_how_often_the_policy_moves(value):
+    rule = "be positive" if type(value) is int else "be a whole number"
+    with raises(ValueError, f"OnlineSearch: every must {rule}, got {value!r}"):
+        sokd.SoKD(4, 6).search.every = value
+
+
+def test_a_preset_holds_options_of_parts_that_are_given():
+    kd = sokd.SoKD(3, 4, preset="paper", policy=None, dam=None)
+    assert kd.policy is None and kd.dam is None and kd.base == "replace"
+
+
+@pytest.mark.parametrize(("give", "rule"), NUMBERS.values(), ids=NUMBERS)
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), True, "1", [1.0]], ids=str)
+def test_numbers_of_sokd(give, rule, value):
+    with raises(ValueError, f"{rule}, got {value!r}"):
+        give(value)
 
 
 # --------------------------------------------------------------------------------------------- base

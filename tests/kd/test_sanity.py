@@ -278,7 +278,7 @@ def test_a_loss_that_does_not_depend_on_a_part_is_meant_so():
 
 def test_parameters_of_several_layers_are_one_part():
     student, _ = small()
-    kd = trained([3, 3], [4, 4], heat_channels=3, k=1, policy=None, dam=None)
+    kd = trained([3, 3], [4, 4], policy=None, dam=None)
     optimiser = torch.optim.SGD(student.parameters(), lr=1e-6)
     with warns(UNHELD.format("kd.adapter")):
         for _ in range(15):
@@ -294,7 +294,7 @@ def test_frozen_parameters_are_meant_so():
 
 
 DETACHED = (
-    "sokd: student_features have no gradient, so an optimiser trains kd alone and not the student; "
+    "sokd: student_features have no gradient, so an optimiser trains kd and not the student; "
     "pass them as the student returned them, without .detach() or torch.no_grad(), and check that "
     "the student's parameters require grad"
 )
@@ -324,7 +324,7 @@ def test_features_that_a_hook_detached(way):
 
 def test_one_of_two_layers_that_is_detached():
     student, _ = small()
-    kd = trained([3, 3], [4, 4], heat_channels=3, k=1, policy=None, dam=None)
+    kd = trained([3, 3], [4, 4], policy=None, dam=None)
     maps, teacher = student(torch.randn(2, 1, 6, 6)), torch.randn(2, 4, 6, 6)
     loss([maps, maps.detach()], [teacher, teacher], kd).backward()
     with pytest.warns(UserWarning, match="student_features have no gradient"):

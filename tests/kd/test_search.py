@@ -298,3 +298,17 @@ def test_one_draw_for_a_step_and_another_for_the_next() -> None:
     assert len(draws) == 4 and all(torch.equal(draw, draws[0]) for draw in draws)
     search.step(step, batch_of())
     assert len(draws) == 8 and not torch.equal(draws[4], draws[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_search_by_relax_in_the_dtype_of_kd(dtype):
+    student, kd = nn.Conv2d(3, 4, 3).to(dtype), SoKD(4, 6, search=None).to(dtype)
+    search = PolicySearch(kd, student, estimator="relax")
+    before = kd.policy.alpha.detach().clone()
+
+    def step(model, x):
+        features = model(x)
+        return features.square().mean(), features, torch.ones(4, 6, 14, 14, dtype=dtype)
+
+    search.step(step, torch.randn(4, 3, 16, 16, dtype=dtype))
+    assert kd.policy.alpha.isfinite().all() and not torch.equal(kd.policy.alpha, before)

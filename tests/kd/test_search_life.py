@@ -78,7 +78,7 @@ def test_sets_the_policy_up() -> None:
     assert kd.policy.estimator == "relax", "kd's own"
     assert PolicySearch(kd, Student(), estimator="gumbel")._control is None
     assert kd.policy.estimator == "gumbel"
-    assert made()[1].policy.estimator == "gumbel", "unless kd says otherwise"
+    assert made()[1].policy.estimator == "gumbel", "that of kd.policy"
     adam = made()[2].state_dict()["adam"]["param_groups"][0]
     assert (adam["betas"], adam["weight_decay"]) == ((0.5, 0.999), 0)
 
@@ -140,7 +140,7 @@ def test_a_batch_that_is_not_finite_is_left_out(estimator: str, factor: float) -
     search.step(step, batch_of())
     before = kept(search)
     search.step(bad, batch_of())
-    assert same(before, kept(search)) and search.counter.item() == 2, "only the stream goes on"
+    assert same(before, kept(search)) and search.counter.item() == 2, "only the stream advances"
     search.step(step, batch_of(1))
     assert not same(before, kept(search))
     assert all(parameter.isfinite().all() for parameter in search.policy.parameters())

@@ -8,6 +8,7 @@ import torch
 from support.cases import compiles
 from support.raises import raises
 from test_search import Student, batch_of, made, same, step
+from torch import nn
 
 from sokd.kd.policy import Policy
 from sokd.kd.search import PolicySearch
@@ -166,3 +167,17 @@ def test_a_state_of_another_policy_is_refused_before_its_first_step() -> None:
     with pytest.raises(ValueError, match=text):
         search.load_state_dict(state)
     assert same(before, search.state_dict())
+
+
+@pytest.mark.parametrize("form", [lambda x: x, lambda x: {"x": x}, lambda x: [x]])
+def test_a_step_that_changes_its_batch(form):
+    student, kd = nn.Conv2d(3, 4, 3), SoKD(4, 6, search=None)
+    search = PolicySearch(kd, student)
+
+    def step(model, given):
+        x = given["x"] if isinstance(given, dict) else given[0] if len(given) == 1 else given
+        features = model(x.sub_(0.5))
+        return features.square().mean(), features, torch.ones(4, 6, 14, 14)
+
+    with pytest.raises(ValueError, match=r"leave the batch as it is, .* \(x.clone\(\)\)"):
+        search.step(step, form(torch.ones(4, 3, 16, 16)))

@@ -316,4 +316,4 @@ def test_places_that_are_swapped():
     with pytest.raises(ValueError, match="got 'teacher_maps', which is 'teacher_maps'"):
         wrap(loss_of, kd, student="teacher_maps", teacher=0)
     assert wrap(loss_of, kd, student=1, teacher=0) is not None
-    assert wrap(lambda student_teacher, y: y, kd) is not None, "a name of both says nothing"
+    assert wrap(lambda student_teacher, y: y, kd) is not None, "a name of both sides is no mistake"

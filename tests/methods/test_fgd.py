@@ -441,3 +441,17 @@ def test_two_ranks_have_the_gradients_of_the_whole_batch(tmp_path):
             assert any("methods.fgd" in n and g.any() for n, g in expected.items())
             for name, gradient in expected.items():
                 torch.testing.assert_close(own[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_boxes_that_are_shares_of_the_sides():
+    shares = [torch.tensor([[0.2, 0.2, 0.8, 0.9]]), torch.zeros(0, 4)] * 2
+    distiller = make(method="fgd", sokd=False)
+    x, y = batch()
+    rule = "be in pixels of the network's input, 16 x 16 (height x width)"
+    got = "none above 1, as shares of the sides are"
+    with raises(ValueError, f"fgd: boxes must {rule}, got {got}"):
+        distiller(x, y, boxes=shares)
+    pixels = [16 * each for each in shares]
+    assert torch.isfinite(distiller(x, y, boxes=pixels)[1]["loss_fgd"])
+    corner = [torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.zeros(0, 4)] * 2
+    distiller(x, y, boxes=corner)  # a pixel is a box

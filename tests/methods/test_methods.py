@@ -212,7 +212,7 @@ def test_features_against_loops(name, sizes, mask):
     if weight is not None and student.shape[2:] == (
         12,
         12,
-    ):  # the loops know how to shrink a mask only
+    ):  # the loops can only shrink a mask
         student = student[:, :, :6, :6]
     expected = getattr(naive, name)(*arrays(student, teacher, weight))
     close(getattr(methods, name)(student, teacher, weight), expected)
@@ -223,7 +223,7 @@ def test_a_mask_grows_with_the_map():
     student, teacher = maps("sp", student=(3, 4, 12, 12))
     for name in ("sp", "rkd", "at"):
         function, weight = getattr(methods, name), torch.full((3, 6, 6), 4.0, dtype=F64)
-        # none of the three sees a common factor
+        # a common factor cancels in all three
         torch.testing.assert_close(function(student, teacher, weight), function(student, teacher))
 
 

@@ -93,8 +93,8 @@ def test_what_a_method_declares_is_enough(name, mask):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_mask_is_heard_or_not(name):
-    """Features meet the mask, logits do not."""
+def test_the_mask_applies_to_features(name):
+    """Features are masked, logits are not."""
     plain, masked = (made(name).eval()(step(mask)).item() for mask in (False, True))
     assert (plain == masked) == (METHODS[name].needs & {"logits", "features"} == {"logits"})
 
@@ -234,7 +234,7 @@ ERRORS = [
     (lambda: build("wkd", teacher_head=nn.Linear(5, 7), **SHAPES), ValueError,
      "wkd: head must have the weight [K, 6], got [7, 5]"),
     (without("wkd", target=None), ValueError,
-     "wkd: target must be given (it tells the target from the others), got None"),
+     "wkd: target must be given (it is treated apart), got None"),
     (lambda: methods.class_distances(torch.ones(3, 4)), ValueError,
      "class_distances: features must be [K >= 2, N >= 2, D], got [3, 4]"),
     (lambda: methods.class_distances(torch.ones(3, 4, 5).int()), TypeError,

@@ -265,7 +265,7 @@ def test_second_derivatives_by_functorch():
 
 
 def test_a_view_with_its_sign_set():
-    """`x.conj().imag` is -x in memory; PyTorch resolves it before a kernel sees it."""
+    """`x.conj().imag` is -x in memory; PyTorch resolves it before a kernel reads it."""
     own = torch.randn(SHAPE)
     negated = torch._neg_view(own)
     assert torch.equal(ops.refine(negated), -own)

@@ -405,12 +405,12 @@ def test_levels_that_do_not_fit_are_refused(monkeypatch):
 
 def test_options_that_are_none(run, monkeypatch):
     said = refused(run, "out", "--method", "dkd")
-    assert said == "--method must compare features alone, got 'dkd' (reads logits, target)"
+    assert said == "--method must compare features only, got 'dkd' (reads logits, target)"
     assert "--download: coco.py fetches nothing" in refused(run, "out", "--download")
     assert "--compile: torchvision's detectors" in refused(run, "out", "--compile")
     assert "no detector 'yolo'" in refused(run, "out", "--student", "yolo")
     said = refused(run, "out", "--student", "maskrcnn_resnet50_fpn")
-    assert said == "--student must be trained by boxes alone, got maskrcnn_resnet50_fpn"
+    assert said == "--student must be trained by boxes only, got maskrcnn_resnet50_fpn"
     assert "torchvision has no weights of a detector 'small8'" in refused(
         detection.pretrained, nn.Module(), "small8"
     )

@@ -30,7 +30,7 @@ PAGE = ROOT / "docs" / "reliability.md"
 RECORD = ROOT / "docs" / "results" / "reliability.json"
 ABOUT = """# Reliability
 
-What `make soak` ran and found, beside `make test`. The command writes this page; it takes minutes,
+The parts of `make soak` and their findings. The command writes this page; it takes minutes,
 and a run of hours is
 
 ```bash
@@ -57,10 +57,10 @@ What each part does:
 - **property tests**: every operator against its loops in float64, on random shapes, dtypes,
   strides (0, negative and overlapping too), offsets and special values. Every tensor lies between
   pages that fault, and no byte around an output may change.
-- **memcheck, address and thread sanitizer**: the Rust tests under valgrind, which knows no
+- **memcheck, address and thread sanitizer**: the Rust tests under valgrind, which does not support
   AVX-512, and compiled with the sanitizers. Valgrind's helgrind and DRD report every lock of
   Rust's standard library, so the thread sanitizer looks for data races; `tests/soak/thread.supp`
-  names what it cannot see.
+  lists what it cannot detect.
 - **bits**: one operator's result while the number of OpenMP threads changes from call to call,
   beside PyTorch's own use of them.
 - **faults**: SIGINT in a step; a home and caches that cannot be written, and on a read-only disk;

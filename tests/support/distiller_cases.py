@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sokd.distiller import Distiller
-from support.kd_cases import TRAINED
+from support.kd_cases import TRAINED, but_for
 
 CLASSES = 5
 SMALL = {**TRAINED, "heat_channels": 3, "k": 2}
@@ -109,7 +109,7 @@ def make(**options: Any) -> Distiller:
     if plug is False:
         options.setdefault("adapter", "conv")
     elif plug is True or (isinstance(plug, dict) and "preset" not in plug):
-        parts = SMALL if plug is True else {**TRAINED, **plug}
+        parts = SMALL if plug is True else but_for(plug)
         given = () if plug is True else plug
         named = "adapter" in options and "adapter" not in given
         options["sokd"] = {n: v for n, v in parts.items() if not (named and n == "adapter")}

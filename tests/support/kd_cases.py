@@ -1,5 +1,8 @@
 """A small SoKD, features for it, and its draws from the start: fixtures for tests of the loss."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,16 +16,23 @@ TRAINED = {
 }  # fmt: skip
 
 
+def but_for(options: Mapping[str, Any], parts: Mapping[str, Any] = TRAINED) -> dict[str, Any]:
+    """The parts but for the options; without options of a DAM where a DAM or None is given."""
+    of_dam = ("heads", "heat_channels", "k") if "dam" in options else ()
+    return {**{name: part for name, part in parts.items() if name not in of_dam}, **options}
+
+
 def trained(*channels, **options) -> SoKD:
     """A SoKD of these parts but for the options."""
-    return SoKD(*channels, **{**TRAINED, **options})
+    return SoKD(*channels, **but_for(options))
 
 
 def make(*channels, seed: int = 0, **options) -> SoKD:
     torch.manual_seed(seed)
     channels = channels or (3, 4)
     heat_channels = None if options.get("heads") == "attention" else 5
-    return trained(*channels, **{"heat_channels": heat_channels, "k": 2, **options})
+    parts = {**TRAINED, "heat_channels": heat_channels, "k": 2}
+    return SoKD(*channels, **but_for(options, parts))
 
 
 def features(*shape: int, seed: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -82,7 +82,7 @@ def coco(root: str, size: int | None, seed: int, keep_empty: bool, say: Any) -> 
         train = train._replace(images=[i for i in train.images if train.boxes[i["id"]]])
     elif bare:
         names = some(image["file_name"] for image in bare)
-        say(f"{train.path.name}: {len(bare)} images have no box, background alone: {names}")
+        say(f"{train.path.name}: {len(bare)} images have no box, only background: {names}")
     if not train.images:
         raise SystemExit(f"--data: {train.path} has no image to train on")
     plain = v2.ToDtype(torch.float32, scale=True)
@@ -150,8 +150,7 @@ def check_entries(kind: str, entries: list[dict[str, Any]], keys: set[str]) -> N
 
 
 def tidy(truth: Truth, say: Any) -> None:
-    """Fill `truth.boxes`, cut at the images' borders; says which annotations are not used as they
-    are."""
+    """Fill `truth.boxes`, cut at the images' borders; report annotations that are changed."""
     sizes = {image["id"]: (image["width"], image["height"]) for image in truth.images}
     crowds, empty, cut = [], [], []
     for each in truth.content["annotations"]:
@@ -282,7 +281,7 @@ def check_student(network: nn.Module, name: str) -> None:
     """Refuse a detector whose own losses need more than boxes."""
     heads = getattr(network, "roi_heads", None)
     if heads is not None and (heads.has_mask() or heads.has_keypoint()):
-        raise SystemExit(f"--student must be trained by boxes alone, got {name}")
+        raise SystemExit(f"--student must be trained by boxes only, got {name}")
 
 
 def pretrained(network: nn.Module, name: str) -> None:

@@ -132,7 +132,7 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
         help="average the student's weights, e.g. 0.9999")  # fmt: skip
     add("--workers", type=NATURAL, help="of the loader, for each rank")
     add("--out", default="out/recipe", help="folder for the checkpoint, the logs and the student")
-    add("--resume", default="no", help="auto: go on where OUT's checkpoint is; no; or a file")
+    add("--resume", default="no", help="auto (OUT's checkpoint, if any), no, or a file")
     add("--max-steps", type=POSITIVE, help="end the run after so many steps")
     add("--eval-only", action="store_true")
     add("--tensorboard", action="store_true", help="write OUT/tensorboard too")

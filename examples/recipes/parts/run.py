@@ -115,7 +115,7 @@ class Run:
         return DistributedDataParallel(learner, device_ids=place, **{name: False})
 
     def accumulating(self, model: nn.Module, last: bool) -> Any:
-        """Gradients are averaged over the ranks in the last part of a step alone."""
+        """Gradients are averaged over the ranks in the last part of a step only."""
         return nullcontext() if last or self.ranks == 1 else model.no_sync()
 
     def autocast(self) -> torch.autocast:
@@ -179,7 +179,7 @@ class Run:
                     self._read_losses()
                     self.save()
                     where = f"step {self.step} of epoch {self.epoch + 1}"
-                    self.say(f"stopped by SIGTERM after {where}; --resume auto goes on there")
+                    self.say(f"stopped by SIGTERM after {where}; --resume auto resumes there")
                     raise SystemExit(STOPPED)
 
     def _moved(self, x: Any, y: Any, index: Tensor) -> tuple[Any, Any, Tensor]:
@@ -300,7 +300,7 @@ class Run:
             return
         if self.args.resume == "no":
             raise SystemExit(
-                f"--out: {path} is there from an earlier run; --resume auto goes on with it, "
+                f"--out: {path} is there from an earlier run; --resume auto resumes it, "
                 "another --out starts anew"
             )
         self._load(path)
@@ -327,10 +327,10 @@ class Run:
         if not self.main:  # those of all ranks are rank 0's now
             self.sums = dict.fromkeys(self.sums, 0.0)
         self.clock.seconds.update(saved["seconds"])
-        # The optimiser's steps were taken before the checkpoint; PyTorch sees the schedule's alone.
+        # PyTorch misses the optimiser's steps, which were taken before the checkpoint.
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
         _set_rng(saved["rng"][self.rank if self.rank < len(saved["rng"]) else 0])
-        self.say(f"goes on from {path}: epoch {self.epoch + 1} after step {self.step}")
+        self.say(f"resumes from {path}: epoch {self.epoch + 1} after step {self.step}")
 
     def save(self) -> None:
         """Write OUT/checkpoint.pt by rank 0. Where that fails, the last good one stays."""

@@ -69,8 +69,7 @@ def table(rows: Sequence[Mapping[str, str]]) -> list[tuple[str, ...]]:
 
 def spread(values: Sequence[float]) -> str:
     """Mean and sample standard deviation of accuracies, in %."""
-    deviation = f" ± {100 * stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{100 * fmean(values):.2f}{deviation}"
+    return f"{100 * fmean(values):.2f}" + (f" ± {100 * stdev(values):.2f}" if values[1:] else "")
 
 
 def draw(runs: Sequence[Run], task: Task, folder: Path) -> None:

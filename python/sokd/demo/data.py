@@ -1,7 +1,7 @@
 """The images: read safely from the package animal-mnist, without duplicates, split once for all.
 
-Duplicates are dropped before the split: no test image is also a training image. Every choice of a
-weight, a learning rate or a best epoch is made on the validation part; the test part is for tables.
+Duplicates are dropped before the split: no test image is a training image too. Weights, learning
+rates and best epochs are chosen on the validation part; the test part is for tables.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Training: the teacher once, then the student runs, in processes of one thread each.
 
-Runs with one seed start from the same student weights and use the same batches. The numbers do not
-depend on how many run at a time.
+Runs with one seed start from the same weights and use the same batches, however many run at once.
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ from sokd.demo.networks import Net, Recorded, accuracy, build_student, build_tea
 POLICY_LR = 2e-2
 SEARCH_EVERY = 4  # training steps; one second-order search step costs about four of them
 
-# Arguments of `sokd.Distiller`. The weights were chosen on the validation part, from five trials of
-# each method (docs/results.md).
+# Arguments of `sokd.Distiller`, the weights chosen on the validation part (docs/results.md).
 WEIGHTS = {"lambda_base": 2.0, "lambda_areas": 0.4, "lambda_agreement": 0.2}
 METHODS: dict[str, Mapping[str, Any]] = {
     "student": {"method": None, "sokd": False},

@@ -101,6 +101,7 @@ class Distiller(nn.Module):
             have, the output of a stage and with a gradient, no map of logits (`task=None` where the
             models return features). Maps [B, C, H, W], tokens [B, N, C] and vectors [B, C] (as 1x1
             maps) are matched by adapters. If a layer runs several times, its first output is used.
+            Not read where nothing uses features (method="kd" with sokd=False).
         method: a name of `sokd.methods`, a dict of name -> weight (None: the method's own), a
             callable (f_s, f_t) -> scalar for maps of one shape, or None. A method's own options are
             further keywords.
@@ -325,8 +326,8 @@ class Distiller(nn.Module):
         return self
 
     def _auto(self, student: nn.Module, teacher: nn.Module, example: Any) -> list[Pair]:
-        asked = self.task is not None or self._needs.logits
-        logits = partial(find_logits, where=self.logits, guess=False) if asked else lambda _: None
+        used = self.task is not None or self._needs.logits
+        logits = partial(find_logits, where=self.logits, guess=False) if used else lambda _: None
         orders = {side: given[2] for side, given in self._given.items()}
         return auto_layers(
             student, teacher, lambda model: call(model, copied(example)), example,

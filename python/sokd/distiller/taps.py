@@ -33,7 +33,7 @@ WHY_SCRIPTED = (
     "traced, or name a layer outside it"
 )
 WHY_FLAT = (
-    "the model is a torch.fx graph, which calls the innermost modules alone: name one of those"
+    "the model is a torch.fx graph, which calls the innermost modules only: name one of those"
 )
 WHY_SKIPPED = (
     "the model skipped it in this pass (LayerDrop, a branch): name a layer that always runs"

@@ -219,13 +219,13 @@ def areas(subject: nn.Module, *inputs: Any) -> list[LayerAreas]:
     training = [(part, part.training) for part in kd.modules()]
     kd.eval()
     try:
-        found = []
-        for index in range(len(kd.student_channels)):
-            dam = part_of(kd.dam, index)
-            adapt = reads_adapted(dam)
-            matches = kd.match(students, teachers, adapt=adapt, refine=False, attend=False)
-            found.append(_layer_areas(dam, matches[index]))
-        return found
+        dams = [part_of(kd.dam, index) for index in range(len(kd.student_channels))]
+        matches = {
+            adapt: kd.match(students, teachers, adapt=adapt, refine=False, attend=False)
+            for adapt in set(map(reads_adapted, dams))
+        }
+        pairs = ((dam, matches[reads_adapted(dam)][at]) for at, dam in enumerate(dams))
+        return [_layer_areas(dam, match) for dam, match in pairs]
     finally:
         for part, mode in training:
             part.training = mode

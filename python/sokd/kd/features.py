@@ -173,7 +173,7 @@ def total(terms: Sequence[Tensor]) -> Tensor:
 
 
 def of_one_dtype(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the wider of their dtypes, which differ under autocast alone."""
+    """Both in the wider of their dtypes, which differ under autocast only."""
     if student.dtype == teacher.dtype:
         return student, teacher
     dtype = torch.promote_types(student.dtype, teacher.dtype)

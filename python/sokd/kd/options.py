@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from torch import nn
 
-from sokd.kd.adapter import KINDS
+from sokd.kd.adapter import KINDS, Adapter
 from sokd.kd.attention import AttentionDAM
 from sokd.kd.dam import DAM
 from sokd.kd.features import one_of, per_layer
@@ -20,8 +19,8 @@ from sokd.kd.virtual import unwrapped
 from sokd.ops.torch_internals import has_forward
 
 __all__ = [
-    "PRESETS", "channel_lists", "dam_maker", "one_or_list", "part_or_none", "policy_or_none",
-    "search_or_none", "settled",
+    "PRESETS", "adapters_of", "channel_lists", "check_left_out", "dams_of", "part_or_none",
+    "policy_or_none", "search_or_none", "settled",
 ]  # fmt: skip
 
 # What an option is where it is "default", by `preset`.
@@ -57,6 +56,10 @@ def settled(preset: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     }
     one_of("SoKD", "heads", chosen["heads"], _HEADS)
     one_of("SoKD", "base", chosen["base"], _BASES)
+    weight = given.get("lambda_base", "default")
+    if chosen["base"] == "replace" and weight != "default":
+        rule = "be left out with base='replace', which has no such term"
+        raise ValueError(f"SoKD: lambda_base must {rule}, got {weight!r}")
     if chosen["search"] is not None:
         one_of("SoKD", "search", chosen["search"], ("online",))
         if given.get("granularity", "default") == "default":
@@ -66,25 +69,56 @@ def settled(preset: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     return chosen
 
 
-def dam_maker(
-    heads: str, options: Mapping[str, Any], own: Mapping[str, Any]
-) -> Callable[[int], nn.Module]:
-    """Makes the DAM of a layer from its channels.
+def check_left_out(part: str, given: Mapping[str, Any], of: type) -> None:
+    """Refuse options that make a part which is given instead, as None or a module.
 
     Args:
-        options: of every DAM.
-        own: `heat_channels` of trained heads, `temperature` of attention; None: not given. The
-            other kind's is refused.
+        given: the options; those that are the defaults of `of` count as left out.
+
+    Raises:
+        ValueError: `SoKD: {option} must be left out ..., got {value}`.
     """
-    other = "heat_channels" if heads == "attention" else "temperature"
+    parameters = inspect.signature(of).parameters
+    for name, value in given.items():
+        if value is not parameters[name].default and value != parameters[name].default:
+            rule = f"be left out with {part}=, which it does not change"
+            raise ValueError(f"SoKD: {name} must {rule}, got {value!r}")
+
+
+def adapters_of(
+    kind: str, student_channels: Sequence[int], teacher_channels: Sequence[int],
+    student_size: Any, teacher_size: Any,
+) -> nn.Module:  # fmt: skip
+    """One `Adapter` for each layer."""
+    sizes = {"student_size": student_size, "teacher_size": teacher_size}
+    columns = (per_layer(name, size, len(student_channels)) for name, size in sizes.items())
+    rows = zip(student_channels, teacher_channels, *columns, strict=True)
+    return _one_or_list(
+        Adapter(*channels, student_size=of_student, teacher_size=of_teacher, kind=kind)
+        for *channels, of_student, of_teacher in rows
+    )
+
+
+def dams_of(
+    heads: str, channels: Sequence[int], options: Mapping[str, Any], own: Mapping[str, Any]
+) -> nn.Module:
+    """The DAM of each layer.
+
+    Args:
+        channels: the teacher's in each layer.
+        options: of every DAM.
+        own: `heat_channels` of trained heads, `attention_temperature` of attention; None: not
+            given. The other kind's is refused.
+    """
+    names, of_attention = ("attention_temperature", "heat_channels"), heads == "attention"
+    name, other = names if of_attention else names[::-1]
     if own[other] is not None:
-        name = other if heads == "attention" else "attention_temperature"
         rule = f"be left out with heads={heads!r}, which has no such option"
-        raise ValueError(f"SoKD: {name} must {rule}, got {own[other]!r}")
-    given = {name: value for name, value in own.items() if value is not None}
-    if heads == "attention":
-        return lambda channels: AttentionDAM(**options, **given)
-    return functools.partial(DAM, heads=heads, **options, **given)
+        raise ValueError(f"SoKD: {other} must {rule}, got {own[other]!r}")
+    given = {} if own[name] is None else {name.removeprefix("attention_"): own[name]}
+    if of_attention:
+        return _one_or_list(AttentionDAM(**options, **given) for _ in channels)
+    return _one_or_list(DAM(count, heads=heads, **options, **given) for count in channels)
 
 
 def channel_lists(
@@ -106,7 +140,7 @@ def _channel_list(name: str, channels: int | Sequence[int]) -> list[int]:
     return [int(count) for count in given]
 
 
-def one_or_list(parts: Iterable[nn.Module]) -> nn.Module:
+def _one_or_list(parts: Iterable[nn.Module]) -> nn.Module:
     modules = list(parts)
     return modules[0] if len(modules) == 1 else nn.ModuleList(modules)
 

@@ -36,7 +36,7 @@ UNHELD = (
 )
 PASS_KD = "pass it kd's parameters too, e.g. SGD([*student.parameters(), *kd.parameters()], lr=...)"
 DETACHED = (
-    "sokd: student_features have no gradient, so an optimiser trains kd alone and not the student; "
+    "sokd: student_features have no gradient, so an optimiser trains kd and not the student; "
     "pass them as the student returned them, without .detach() or torch.no_grad(), and check that "
     "the student's parameters require grad"
 )

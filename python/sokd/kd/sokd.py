@@ -29,13 +29,13 @@ from sokd.kd.features import (
     not_negative,
     of_one_dtype,
     one_of,
-    per_layer,
     total,
 )  # fmt: skip
 from sokd.kd.options import (
+    adapters_of,
     channel_lists,
-    dam_maker,
-    one_or_list,
+    check_left_out,
+    dams_of,
     part_or_none,
     policy_or_none,
     search_or_none,
@@ -173,16 +173,16 @@ class SoKD(nn.Module):
             preset "paper" has 10 and 10.
         normalise: "elements" [A] or "area", see `sokd.ops.masked_mse`.
         areas, overlap, k, kernel: of the DAM; areas "teacher" [S] or, with preset="paper", "mutual"
-            [P], where it is left at "default". heat_channels: of `DAM` alone, None: 100.
-            attention_temperature: `temperature` of `AttentionDAM` alone, None: 1.
+            [P], where it is left at "default". heat_channels: of `DAM` only, None: 100.
+            attention_temperature: `temperature` of `AttentionDAM` only, None: 1.
         policies, estimator, magnitude_gradient: of `Policy`.
         granularity: of `Policy`; "default": "sample" with search="online", else "batch".
         search: "online": the policy moves in each loss (docs/method.md 2.6), see `freeze_policy`;
             None: it stays as it is, unless a `PolicySearch` trains it.
-        policy, dam: "default", None, or a module in its place. A DAM is called as `dam(student,
-            refined, scale=lambda_agreement)` and returns an `Attention`; it gets the student's own
-            map where it has an attribute `adapts = False`, else the adapted one. A policy is a
-            `sokd.Policy`.
+        policy, dam: "default", None, or a module in its place, and then the options above that
+            make the part are refused. A DAM is called as `dam(student, refined,
+            scale=lambda_agreement)` and returns an `Attention`; it gets the student's own map where
+            it has an attribute `adapts = False`, else the adapted one. A policy is a `sokd.Policy`.
         generator: source of the seed of the policy's draws; None: see `sokd.manual_seed`.
 
     A state_dict that was made with another adapter or other heads is refused by name, with the
@@ -231,37 +231,30 @@ class SoKD(nn.Module):
             layouts("teacher", count, teacher_tokens, teacher_grid), strict=True,
         ))  # fmt: skip
         self.base: str = chosen["base"]
-        if self.base == "replace" and lambda_base != "default":
-            raise ValueError(
-                "SoKD: lambda_base must be left out with base='replace', which has no such term, "
-                f"got {lambda_base!r}"
-            )
         self.lambda_agreement = not_negative("SoKD", "lambda_agreement", chosen["lambda_agreement"])
         self.lambda_areas = not_negative("SoKD", "lambda_areas", chosen["lambda_areas"])
         self.lambda_base = not_negative("SoKD", "lambda_base", chosen["lambda_base"])
         self.normalise = normalise
         if isinstance(kind := chosen["adapter"], str):
-            rows = zip(
-                self.student_channels, self.teacher_channels,
-                per_layer("student_size", student_size, count),
-                per_layer("teacher_size", teacher_size, count), strict=True,
-            )  # fmt: skip
-            adapter = one_or_list(
-                Adapter(
-                    of_student, of_teacher, student_size=from_size, teacher_size=to_size, kind=kind
-                )
-                for of_student, of_teacher, from_size, to_size in rows
-            )
+            sizes = student_size, teacher_size
+            adapter = adapters_of(kind, self.student_channels, self.teacher_channels, *sizes)
+        of_dam = {"areas": areas, "overlap": overlap, "k": k, "kernel": kernel}
+        of_heads = {"heat_channels": heat_channels, "attention_temperature": attention_temperature}
         if dam == "default":
-            options = {"areas": chosen["areas"], "overlap": overlap, "k": k, "kernel": kernel}
-            own = {"heat_channels": heat_channels, "temperature": attention_temperature}
-            make = dam_maker(chosen["heads"], options, own)
-            dam = one_or_list(map(make, self.teacher_channels))
+            dam = dams_of(
+                chosen["heads"],
+                self.teacher_channels,
+                of_dam | {"areas": chosen["areas"]},
+                of_heads,
+            )
+        else:
+            check_left_out("dam", {"heads": heads, **of_heads, **of_dam}, SoKD)
+        of_policy = dict[str, Any](policies=policies, estimator=estimator, generator=generator)
+        learned = {name: given[name] for name in ("magnitude_gradient", "granularity")}
         if policy == "default":
-            policy = Policy(
-                policies=policies, estimator=estimator, generator=generator,
-                magnitude_gradient=chosen["magnitude_gradient"], granularity=chosen["granularity"],
-            )  # fmt: skip
+            policy = Policy(**of_policy, **{name: chosen[name] for name in learned})
+        else:
+            check_left_out("policy", of_policy | learned, SoKD)
         self.adapter = part_or_none("adapter", adapter, count)
         self.policy = policy_or_none(policy)
         self.dam = part_or_none("dam", dam, count)
@@ -386,7 +379,7 @@ class SoKD(nn.Module):
         Args:
             student_features, teacher_features: as `sokd.loss` takes them.
             draw: see `match`.
-            differentiable: whether the policy gets a gradient (from "areas" alone: in the agreement
+            differentiable: whether the policy gets a gradient (from "areas" only: in the agreement
                 the teacher's features are constants). Such a call records no statistics.
         """
         matches = self.match(

@@ -16,7 +16,18 @@ from torch import Tensor
 
 from sokd.kd.adapter import resize
 from sokd.methods.checks import check_cells, layer_pairs
-from sokd.methods.common import Maps, Method, Step, Weights, resized, squares, total, unit, wide
+from sokd.methods.common import (
+    Maps,
+    Method,
+    Step,
+    Weights,
+    resized,
+    shared_size,
+    squares,
+    total,
+    unit,
+    wide,
+)
 
 __all__ = ["AT", "at"]
 
@@ -44,9 +55,9 @@ def at(student: Maps, teacher: Maps, weight: Weights = None) -> Tensor:
 
 
 def _transfer(student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
-    height, width = (min(sides) for sides in zip(student.shape[2:], teacher.shape[2:], strict=True))
-    check_cells("at", (student, teacher), height * width)
-    student, teacher = (resize(wide(features), (height, width)) for features in (student, teacher))
+    size = shared_size(student, teacher)
+    check_cells("at", (student, teacher), size[0] * size[1])
+    student, teacher = (resize(wide(features), size) for features in (student, teacher))
     energies = [squares(student, 1), squares(teacher, 1)]
     if weight is not None:
         at_size = resized(weight, student)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sokd.kd.dam import masked, resized, root
-from sokd.kd.features import total
+from sokd.kd.features import Size, total
 from sokd.methods.regions import Images
 from sokd.ops.runtime import apply, savable
 from sokd.reference import accumulator
@@ -89,6 +89,11 @@ def wide(tensor: Tensor) -> Tensor:
 def unmixed(tensor: Tensor) -> torch.autocast:
     """A context without autocast on the tensor's device: sums and products stay float32."""
     return torch.autocast(tensor.device.type, enabled=False)
+
+
+def shared_size(student: Tensor, teacher: Tensor) -> Size:
+    """The smaller height and the smaller width of two maps, at which they are compared."""
+    return min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3])
 
 
 def unit(vectors: Tensor, dim: int) -> Tensor:

@@ -18,7 +18,18 @@ from torch import Tensor
 
 from sokd.kd.adapter import resize
 from sokd.methods.checks import layer_pairs
-from sokd.methods.common import Maps, Method, Step, Weights, masked, total, unit, unmixed, wide
+from sokd.methods.common import (
+    Maps,
+    Method,
+    Step,
+    Weights,
+    masked,
+    shared_size,
+    total,
+    unit,
+    unmixed,
+    wide,
+)
 
 __all__ = ["NST", "nst"]
 
@@ -46,10 +57,10 @@ def nst(student: Maps, teacher: Maps, weight: Weights = None) -> Tensor:
 
 
 def _discrepancy(student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
-    height, width = (min(sides) for sides in zip(student.shape[2:], teacher.shape[2:], strict=True))
+    size = shared_size(student, teacher)
     with unmixed(student):
         own, other = (
-            unit(masked(resize(wide(features), (height, width)), weight).flatten(2), 2)
+            unit(masked(resize(wide(features), size), weight).flatten(2), 2)
             for features in (student, teacher)
         )
         return _kernels(own, other) / max(own.shape[0], 1)

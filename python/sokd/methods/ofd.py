@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sokd.kd.adapter import resize
 from sokd.methods.checks import layer_pairs, number
-from sokd.methods.common import Method, Shapes, Step, resized, total, wide
+from sokd.methods.common import Method, Shapes, Step, resized, shared_size, total, wide
 from sokd.methods.fitnet import hint
 
 __all__ = ["OFD", "OFDLoss", "ofd", "ofd_margin"]
@@ -108,16 +108,14 @@ class OFDLoss(nn.Module):
         self._check(student, teacher)
         if not student.shape[0]:
             return wide(student).sum() * 0
-        height, width = (
-            min(sides) for sides in zip(student.shape[2:], teacher.shape[2:], strict=True)
-        )
-        own = wide(self.connector(resize(student, (height, width))))
-        target = resize(wide(teacher), (height, width))
+        size = shared_size(student, teacher)
+        own = wide(self.connector(resize(student, size)))
+        target = resize(wide(teacher), size)
         target = torch.maximum(target, self._margin(target)[:, None, None])
         # where a distance does not count, the target is the student's own value
         target = torch.where((own > target) | (target > 0), target, own.detach())
         weight = None if weight is None else resized(weight, own)
-        return hint(own, target, weight, scale=own.shape[1] * height * width)
+        return hint(own, target, weight, scale=own.shape[1] * size[0] * size[1])
 
     def _margin(self, teacher: Tensor) -> Tensor:
         if self.margin is not None:

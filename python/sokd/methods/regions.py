@@ -23,7 +23,6 @@ __all__ = ["Images", "checked_boxes"]
 
 Size = tuple[int, int]  # (height, width)
 
-_NONE = torch.empty(0, dtype=torch.float64)
 _SLACK = 1.0  # pixels by which a box may leave its image: a resize rounds
 
 
@@ -118,7 +117,7 @@ class Images:
 
 
 def checked_boxes(op: str, boxes: Any, images: Images, batch: int) -> list[Tensor]:
-    """One [n, 4] for each image; their values are read on the CPU alone.
+    """One [n, 4] for each image; their values are read on the CPU only.
 
     Raises:
         TypeError: boxes that are not a list of tensors.
@@ -145,10 +144,10 @@ def checked_boxes(op: str, boxes: Any, images: Images, batch: int) -> list[Tenso
 
 def _check_pixels(op: str, boxes: Sequence[Tensor], padded: Size) -> None:
     """Raise for boxes that all lie in one pixel: shares of the sides, as DETR's and YOLO's are."""
-    read = [each for each in boxes if each.device.type == "cpu" and is_eager(each)]
-    values = torch.cat([each.detach().flatten().to(torch.float64) for each in read] or [_NONE])
-    shares = len(read) == len(boxes) and bool((values.frac() != 0).any())
-    if min(padded) > 2 and shares and values.amax() <= 1 and values.amin() >= 0:
+    read = min(padded) > 2 and all(each.device.type == "cpu" for each in boxes) and is_eager(*boxes)
+    # of boxes in pixels those of the first image are read
+    within = read and all(((each >= 0) & (each <= 1)).all() for each in boxes)
+    if within and any((each.double().frac() != 0).any() for each in boxes):
         rule = f"be in pixels of the network's input, {padded[0]} x {padded[1]} (height x width)"
         raise ValueError(f"{op}: boxes must {rule}, got none above 1, as shares of the sides are")
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sokd.kd.adapter import resize
 from sokd.methods.checks import layer_pairs, number
-from sokd.methods.common import Method, Shapes, Step, resized, total, wide
+from sokd.methods.common import Method, Shapes, Step, resized, shared_size, total, wide
 
 __all__ = ["VID", "VIDLoss", "vid"]
 
@@ -75,11 +75,9 @@ class VIDLoss(nn.Module):
         """
         ((student, teacher, weight),) = layer_pairs("vid", student, teacher, weight)
         self._check(student, teacher)
-        height, width = (
-            min(sides) for sides in zip(student.shape[2:], teacher.shape[2:], strict=True)
-        )
-        mean = wide(self.regressor(resize(student, (height, width))))
-        target = resize(wide(teacher), (height, width))
+        size = shared_size(student, teacher)
+        mean = wide(self.regressor(resize(student, size)))
+        target = resize(wide(teacher), size)
         variance = (F.softplus(wide(self.scale)) + _EPS)[:, None, None]
         doubt = (mean - target).square() / variance + variance.log()
         if weight is not None:

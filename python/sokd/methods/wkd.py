@@ -327,7 +327,7 @@ class WKD(Method):
         self.register_buffer("distances", torch.as_tensor(distances), persistent=False)
 
     def forward(self, step: Step) -> Tensor:
-        target = given(self.name, "target", step.target, "it tells the target from the others")
+        target = given(self.name, "target", step.target, "it is treated apart")
         return wkd(
             *self.logits(step), target, self.distances, step.adapted, step.teacher, step.weight,
             **self.options,

@@ -138,7 +138,7 @@ def second_derivative(
     `incoming` are the gradients that arrive at the gradients of those inputs that are `wanted`.
     """
     present = [index for index, tensor in enumerate(inputs) if tensor is not None]
-    asked = [index for index in present if wanted[index]]
+    needed = [index for index in present if wanted[index]]
 
     def fill(leaves: Sequence[Tensor]) -> list[Tensor | None]:
         full: list[Tensor | None] = [None] * len(inputs)
@@ -148,10 +148,10 @@ def second_derivative(
 
     def first(upstream: Tensor, *leaves: Tensor) -> tuple[Tensor | None, ...]:
         gradients = fill(torch.func.vjp(lambda *leaves: value(*fill(leaves)), *leaves)[1](upstream))
-        return tuple(gradients[index] for index in asked)
+        return tuple(gradients[index] for index in needed)
 
     pull = torch.func.vjp(first, upstream, *(inputs[index] for index in present))[1]
-    d_upstream, *d_leaves = pull(tuple(incoming[index] for index in asked))
+    d_upstream, *d_leaves = pull(tuple(incoming[index] for index in needed))
     return [d_upstream, *fill(d_leaves)]
 
 

@@ -82,7 +82,8 @@ mod naive {
             count in 0..70usize, lay in any_lay(), seed in any::<i64>(), counter in any::<i64>(),
             held in any::<bool>(),
         ) {
-            let lay = if matches!(lay, Lay::Expanded | Lay::ExpandedInside) { Lay::Sliced } else { lay };
+            let shared = matches!(lay, Lay::Expanded | Lay::ExpandedInside);
+            let lay = if shared { Lay::Sliced } else { lay };
             let uniforms = Owned::empty(&[count], DType::F32, lay);
             let noise_seed = Owned::empty(&[1], DType::I64, Lay::Contiguous);
             let words = [seed, counter].map(|value| {

@@ -260,7 +260,7 @@ SOKD_DEVICE void add_squares(Acc<T> (&sums)[2], Acc<T> (&values)[4], const Refin
     }
 }
 
-// The four channels from `first` at one position, without noise; 0 for dropped ones and in the hole.
+// The four channels from `first` at one position, without noise; 0 if dropped or in the hole.
 template <class T>
 SOKD_DEVICE void sample_four(Acc<T> (&values)[4], const RefineDots& args, const Tile& tile,
     const SamplePlan& plan, int first, unsigned position, bool moves, const Corners<Acc<T>>& at) {

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sokd.kd.features import not_negative
+from sokd.kd.features import not_negative, positive
 from sokd.kd.policy.plan import strength_gradient
 from sokd.kd.policy.policy import Draw, Policy, WideModule, acting
 from sokd.ops import Plan, refine_dots
@@ -99,14 +99,23 @@ class OnlineSearch(WideModule):
     def lr(self, value: float) -> None:
         self._lr = not_negative("OnlineSearch", "lr", value)
 
+    @property
+    def every(self) -> int:
+        """The policy moves in the first of as many calls of `step`."""
+        return self._every
+
+    @every.setter
+    def every(self, value: int) -> None:
+        self._every = positive("OnlineSearch", "every", value)
+
     @torch.no_grad()
     def step(self, policy: Policy, draw: Draw, layers: Sequence[Layer]) -> None:
         """Move the policy along the gradient of L_aug on the first `SAMPLES` of a batch.
 
         A call between two steps is a no-op: on the CPU nothing is computed; elsewhere, where the
-        host does not know the number of calls, and in compiled code, the result is discarded. Under
-        torch.distributed one all-reduce averages the gradients. A gradient that is not
-        finite, as that of an empty batch is, changes nothing: decided on the device.
+        number of calls is on the device, and in compiled code, the result is discarded. Under
+        torch.distributed one all-reduce averages the gradients. A gradient that is not finite, as
+        that of an empty batch is, changes nothing: decided on the device.
         """
         chi = [policy.alpha, policy.beta, policy.magnitude]
         if not self.active or not all(parameter.requires_grad for parameter in chi):

@@ -215,8 +215,7 @@ def strength_gradient(
     nothing = torch.zeros_like(d_straight).unsqueeze(-1)
     geometric = nothing.expand(*nothing.shape[:-1], _CUTOUT)
     if d_theta is not None:
-        geometric = theta_gradient(value, d_theta, height, width) * (span[:_CUTOUT] / 100)
-    noise = OPERATIONS[_NOISE]
-    d_noise = nothing if d_sigma is None else (d_sigma * (noise.high - noise.low)).unsqueeze(-1)
+        geometric = theta_gradient(value, d_theta, height, width) * span[:_CUTOUT] / 100
+    d_noise = nothing if d_sigma is None else (d_sigma * span[_NOISE] / 100).unsqueeze(-1)
     d_straight = d_straight.unsqueeze(-1)
     return torch.cat([geometric, d_straight, d_noise, nothing, d_straight], dim=-1)

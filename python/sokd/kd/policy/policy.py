@@ -153,11 +153,11 @@ class Policy(WideModule):
         temperature: of the relaxed choices.
         generator: source of the seed (see `manual_seed`).
 
-    Parameters, trained by `sokd.PolicySearch` alone: `alpha` [K] logits of the choice (initially
-    0), `beta` [K, 2] probability that an operation of the pair fires (initially 0.5; the search
-    keeps it in [0.01, 0.99], where its logit is finite: settled here), `magnitude` [K, 2]
-    (initially 0.5, kept in [0, 1]). They stay float32 (or float64) when the module is cast to half
-    precision.
+    Parameters, trained by a search only (`search="online"` of `SoKD`, or `sokd.PolicySearch`):
+    `alpha` [K] logits of the choice (initially 0), `beta` [K, 2] probability that an operation of
+    the pair fires (initially 0.5; the search keeps it in [0.01, 0.99], where its logit is finite:
+    settled here), `magnitude` [K, 2] (initially 0.5, kept in [0, 1]). They stay float32 (or
+    float64) when the module is cast to half precision.
     Buffers: `seed` and `counter`, int64 [1]; `operations` [K, 2] int64, the sub-policies. Loading
     the state of a policy with other sub-policies raises RuntimeError. The other options are not
     part of the state: the parameters have the same meaning under all of them, so a policy learned
