@@ -14,9 +14,9 @@ from parts import published
 from parts.data import loaders, of_32x32
 from parts.networks import build, layers, layers_of
 from parts.options import read_options
-from parts.run import Alone, Run, load_weights, objective
+from parts.run import Alone, Run, averaged, load_weights, objective
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.amp import GradScaler
 
 import sokd
 
@@ -50,6 +50,25 @@ def main(argv: Sequence[str] | None = None, writer: Any = None) -> dict[str, Any
         return distil(args, run)
 
 
+def step(
+    args: Any, run: Run, model: nn.Module, batches: list[Any], rise: float, scaler: GradScaler,
+    optimizer: torch.optim.Optimizer,
+) -> None:  # fmt: skip
+    """One step of the optimiser: the gradients of all parts of a batch, then the update."""
+    for part, (x, y, index) in enumerate(batches, 1):
+        with run.accumulating(model, last=part == len(batches)):
+            with run.clock("loss"), run.autocast():
+                _, losses = model(x, y, index=index)
+                loss = objective(losses, args.ce_weight, rise) / len(batches)
+            with run.clock("backward"):
+                scaler.scale(loss).backward()
+        run.log(losses)
+    with run.clock("backward"):
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+
 def distil(args: Any, run: Run) -> dict[str, Any]:
     data = run.in_turn(
         lambda: of_32x32(args.dataset, args.data, args.download, args.train_samples, args.seed)
@@ -68,18 +87,15 @@ def distil(args: Any, run: Run) -> dict[str, Any]:
         model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay
     )
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, args.milestones, 0.1)
-    scaler = torch.amp.GradScaler(run.device.type, enabled=args.amp == "fp16")
-    parts = {"model": learner, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    ema = search = None
-    if args.ema:
-        ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
-        parts["ema"] = ema
+    scaler = GradScaler(run.device.type, enabled=args.amp == "fp16")
+    ema, search = averaged(args.ema, student), None
     if args.sokd and args.search_epochs:
         search = sokd.PolicySearch(learner.kd, student, epochs=args.search_epochs)
-        parts["search"] = search
     if not args.compile:
         run.clock.watch(student, *(() if alone else (learner.teacher,)))
-    run.track(**parts)
+    run.track(
+        model=learner, optimizer=optimizer, schedule=schedule, scaler=scaler, ema=ema, search=search
+    )
 
     for epoch in run.epochs():
         rise = min(1.0, (epoch + 1) / args.warmup_epochs) if args.warmup_epochs else 1.0
@@ -88,18 +104,7 @@ def distil(args: Any, run: Run) -> dict[str, Any]:
             if search is not None and run.step % args.search_every == 0:
                 with run.clock("search"), run.autocast():
                     search.step(learner.step, batches[0][:2])
-            for part, (x, y, index) in enumerate(batches, 1):
-                with run.accumulating(model, last=part == len(batches)):
-                    with run.clock("loss"), run.autocast():
-                        _, losses = model(x, y, index=index)
-                        loss = objective(losses, args.ce_weight, rise) / len(batches)
-                    with run.clock("backward"):
-                        scaler.scale(loss).backward()
-                run.log(losses)
-            with run.clock("backward"):
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()
+            step(args, run, model, batches, rise, scaler, optimizer)
             if ema is not None:
                 ema.update_parameters(student)
         figures = run.evaluate(student, test)
@@ -110,12 +115,10 @@ def distil(args: Any, run: Run) -> dict[str, Any]:
         if search is not None:
             search.end_epoch()
 
-    name = "teacher" if args.teacher_only else "student"
-    result = run.finish(**{name: student, "ema": None if ema is None else ema.module})
-    if args.row is not None:
-        row = published.parse_row(args.row)
-        figures = published.CIFAR100_PAIRS, published.CIFAR100, published.CIFAR100_SOURCE
-        run.say(f"accepted: {published.accepted(row, *figures)}")
+    result = run.finish(student, ema)
+    published.compare(
+        run, args.row, published.CIFAR100_PAIRS, published.CIFAR100, published.CIFAR100_SOURCE
+    )
     return result
 
 

@@ -18,9 +18,9 @@ from parts import detection, published
 from parts.data import loaders
 from parts.detection import BackboneAlone, Once
 from parts.options import NATURAL, POSITIVE, read_options
-from parts.run import Run, load_weights, objective
+from parts.run import Run, averaged, load_weights, objective
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.amp import GradScaler
 
 import sokd
 
@@ -33,6 +33,17 @@ OWN: dict[str, dict[str, Any]] = {
     "--backbone-weights": {"help": "of the student: a classifier's checkpoint, or none"},
     "--keep-empty": {"action": "store_true", "help": "train on images without boxes too"},
 }
+
+
+def student_of(args: Any, classes: int) -> nn.Module:
+    """The student, with the weights that the options name."""
+    student = detection.build(args.student, classes, args.min_size, args.max_size)
+    detection.check_student(student, args.student)
+    if args.student_weights is not None:
+        load_weights(student, args.student_weights, "--student-weights")
+    elif args.backbone_weights != "none" and not args.student.startswith("small"):
+        detection.with_trained_backbone(student, args.student, args.backbone_weights)
+    return student
 
 
 def with_teacher(args: Any, student: nn.Module, classes: int) -> sokd.Distiller:
@@ -89,18 +100,32 @@ def refuse(args: Any) -> None:
             raise SystemExit(f"--method must compare features only, got {name!r} (reads {what})")
 
 
+def step(
+    args: Any, run: Run, model: nn.Module, batches: list[Any], rise: float, scaler: GradScaler,
+    optimizer: torch.optim.Optimizer,
+) -> None:  # fmt: skip
+    """One step of the optimiser: the gradients of all parts of a batch, then the update."""
+    for part, (x, y, where) in enumerate(batches, 1):
+        with run.accumulating(model, last=part == len(batches)):
+            with run.clock("loss"), run.autocast():
+                own, losses = model(x, y, **where)
+                loss = objective(losses, args.ce_weight, rise, own) / len(batches)
+            with run.clock("backward"):
+                scaler.scale(loss).backward()
+        run.log(losses)
+    with run.clock("backward"):
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+
 def distil(args: Any, run: Run) -> dict[str, Any]:
     data = detection.coco(args.data, args.train_samples, args.seed, args.keep_empty, run.say)
     train, test = loaders(
         data, args, run.rank, run.ranks, run.device, test_batch=8, collate=detection.as_lists
     )
-    student = detection.build(args.student, data.classes, args.min_size, args.max_size)
-    detection.check_student(student, args.student)
+    student = student_of(args, data.classes)
     transform = student.transform
-    if args.student_weights is not None:
-        load_weights(student, args.student_weights, "--student-weights")
-    elif args.backbone_weights != "none" and not args.student.startswith("small"):
-        detection.with_trained_backbone(student, args.student, args.backbone_weights)
     evaluate = partial(detection.average_precision, run, test=test, truth=data.truth)
     if args.eval_only:
         return run.report(evaluate(student.to(run.device)))
@@ -111,20 +136,16 @@ def distil(args: Any, run: Run) -> dict[str, Any]:
     model = run.parallel(learner)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, args.lr, args.momentum, weight_decay=args.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, partial(learning_rate, args, train.batch_sampler.steps)
-    )
-    scaler = torch.amp.GradScaler(run.device.type, enabled=args.amp == "fp16")
-    parts = {"model": learner, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    ema = search = None
-    if args.ema:
-        ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
-        parts["ema"] = ema
+    factor = partial(learning_rate, args, train.batch_sampler.steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    scaler = GradScaler(run.device.type, enabled=args.amp == "fp16")
+    ema, search = averaged(args.ema, student), None
     if args.sokd and args.search_epochs:
         search = sokd.PolicySearch(learner.kd, student, epochs=args.search_epochs)
-        parts["search"] = search
     run.clock.watch(student, *(() if alone else (learner.teacher,)))
-    run.track(**parts)
+    run.track(
+        model=learner, optimizer=optimizer, schedule=schedule, scaler=scaler, ema=ema, search=search
+    )
 
     for epoch in run.epochs():
         rise = min(1.0, (epoch + 1) / args.warmup_epochs) if args.warmup_epochs else 1.0
@@ -133,20 +154,9 @@ def distil(args: Any, run: Run) -> dict[str, Any]:
             batches = [prepare(transform, x, y) for x, y, _ in batches]
             if search is not None and run.step % args.search_every == 0:
                 with run.clock("search"), run.autocast():
-                    x, y, where = batches[0]
-                    search.step(partial(learner.step, image_sizes=where["image_sizes"]), (x, y))
-            for part, (x, y, where) in enumerate(batches, 1):
-                with run.accumulating(model, last=part == len(batches)):
-                    with run.clock("loss"), run.autocast():
-                        own, losses = model(x, y, **where)
-                        loss = objective(losses, args.ce_weight, rise, own) / len(batches)
-                    with run.clock("backward"):
-                        scaler.scale(loss).backward()
-                run.log(losses)
-            with run.clock("backward"):
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()
+                    sizes = batches[0][2]["image_sizes"]
+                    search.step(partial(learner.step, image_sizes=sizes), batches[0][:2])
+            step(args, run, model, batches, rise, scaler, optimizer)
             if ema is not None:
                 ema.update_parameters(student)
             schedule.step()
@@ -157,12 +167,8 @@ def distil(args: Any, run: Run) -> dict[str, Any]:
         if search is not None:
             search.end_epoch()
 
-    name = "teacher" if args.teacher_only else "student"
-    result = run.finish(**{name: student, "ema": None if ema is None else ema.module})
-    if args.row is not None:
-        row = published.parse_row(args.row)
-        figures = published.COCO_PAIRS, published.COCO, published.COCO_SOURCE
-        run.say(f"accepted: {published.accepted(row, *figures)}")
+    result = run.finish(student, ema)
+    published.compare(run, args.row, published.COCO_PAIRS, published.COCO, published.COCO_SOURCE)
     return result
 
 

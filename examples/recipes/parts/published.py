@@ -76,6 +76,14 @@ def parse_row(text: str) -> Row:
     return Row(parts[0], parts[1], methods, "sokd" in parts[2].split("+"))
 
 
+def compare(
+    run: Any, text: str | None, pairs: tuple[str, ...], table: dict[str, str], source: str
+) -> None:
+    """Print the accepted figure of --row, if it is given."""
+    if text is not None:
+        run.say(f"accepted: {accepted(parse_row(text), pairs, table, source)}")
+
+
 def accepted(row: Row, pairs: tuple[str, ...], table: dict[str, str], source: str) -> str:
     """The accepted figure of a row as text, or a remark that none is published."""
     base = "+".join(row.methods)

@@ -8,7 +8,7 @@ with Run(args) as run:
             ...
             run.log(losses)
         run.end_epoch(run.evaluate(student, test))
-    run.finish(student)
+    run.finish(student, ema)
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -288,8 +289,8 @@ class Run:
     # ---------------------------------------------------------------------------------- checkpoints
 
     def track(self, **parts: Any) -> None:
-        """Register the contents of checkpoints; continue from one according to --resume."""
-        self.parts = parts
+        """Register the contents of checkpoints, but None; continue from one by --resume."""
+        self.parts = {name: part for name, part in parts.items() if part is not None}
         torch.manual_seed(self.args.seed + self.rank)  # from here on ranks draw differently
         path = self.out / "checkpoint.pt"
         if self.args.resume not in ("no", "auto"):
@@ -358,8 +359,13 @@ class Run:
     def _options(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self.args).items() if name not in FREE}
 
-    def finish(self, **networks: nn.Module | None) -> dict[str, Any]:
-        """Write OUT/result.json and, for each network, OUT/NAME.pt: {"model": state_dict, ...}."""
+    def finish(self, student: nn.Module, ema: AveragedModel | None = None) -> dict[str, Any]:
+        """Write OUT/result.json, OUT/student.pt and OUT/ema.pt: {"model": state_dict, ...}.
+
+        With --teacher-only OUT/teacher.pt instead of student.pt.
+        """
+        networks = {"teacher" if self.args.teacher_only else "student": student}
+        networks |= {} if ema is None else {"ema": ema.module}
         name = self.figure
         last = self.rows[-1] if self.rows else {"epoch": 0, name: math.nan}
         best = max(self.rows, key=lambda row: row[name], default=last)
@@ -370,10 +376,8 @@ class Run:
         if self.main:
             try:
                 for file, network in networks.items():
-                    if network is not None:
-                        weights = {k: v.cpu() for k, v in network.state_dict().items()}
-                        state = {"model": weights, "epoch": self.epoch}
-                        replace(self.out / f"{file}.pt", state)
+                    weights = {k: v.cpu() for k, v in network.state_dict().items()}
+                    replace(self.out / f"{file}.pt", {"model": weights, "epoch": self.epoch})
                 replace(self.out / "result.json", json.dumps(result, indent=1).encode())
             except (OSError, RuntimeError) as error:
                 raise SystemExit(f"the result was not written: {error}; {self._last()}") from None
@@ -418,6 +422,13 @@ class Alone(nn.Module):
     def forward(self, x: Tensor, y: Tensor, *, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         logits = self.student(x)
         return logits, {"loss_ce": F.cross_entropy(logits, y)}
+
+
+def averaged(decay: float | None, student: nn.Module) -> AveragedModel | None:
+    """The moving average of weights and buffers for --ema, by its decay; None without it."""
+    if not decay:
+        return None
+    return AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
 def objective(
