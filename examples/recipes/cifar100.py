@@ -13,7 +13,7 @@ import torch
 from parts import published
 from parts.data import loaders, of_32x32
 from parts.networks import build, layers, layers_of
-from parts.options import read_options
+from parts.options import read_options, refuse_detection, refusing
 from parts.run import Alone, Run, averaged, load_weights, objective
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -21,6 +21,7 @@ from torch.amp import GradScaler
 import sokd
 
 
+@refusing()
 def with_teacher(args: Any, student: nn.Module, classes: int, labels: Tensor) -> sokd.Distiller:
     """The student, its teacher and the methods that --method names."""
     if args.teacher_weights is None:
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None, writer: Any = None) -> dict[str, Any
         teacher="resnet32x4", student="resnet8x4", epochs=240, milestones=[150, 180, 210],
         batch_size=64, weight_decay=5e-4,
     )  # fmt: skip
+    refuse_detection(args)
     with Run(args, writer) as run:
         return distil(args, run)
 
@@ -90,7 +92,8 @@ def distil(args: Any, run: Run) -> dict[str, Any]:
     scaler = GradScaler(run.device.type, enabled=args.amp == "fp16")
     ema, search = averaged(args.ema, student), None
     if args.sokd and args.search_epochs:
-        search = sokd.PolicySearch(learner.kd, student, epochs=args.search_epochs)
+        with refusing():
+            search = sokd.PolicySearch(learner.kd, student, epochs=args.search_epochs)
     if not args.compile:
         run.clock.watch(student, *(() if alone else (learner.teacher,)))
     run.track(

@@ -1,7 +1,7 @@
 """COCO distillation: Faster R-CNN with FPN, on the levels P2 to P6 of its pyramid.
 
     torchrun --nproc-per-node 8 coco.py --amp bf16 --data /data/coco --out out/fgd \
-        --row fasterrcnn_resnet50_fpn_v2:fasterrcnn_resnet50_fpn:fgd+sokd --schedule 2x
+        --row fasterrcnn_resnet50_fpn_v2:fasterrcnn_resnet50_fpn:fgd+sokd
     python coco.py --row ... --teacher-weights v2.pth --backbone-weights resnet50.pth  # no network
 
 --data holds train2017/, val2017/ and annotations/. The batch size is that of all ranks together.
@@ -17,7 +17,7 @@ import torch
 from parts import detection, published
 from parts.data import loaders
 from parts.detection import BackboneAlone, Once
-from parts.options import NATURAL, POSITIVE, read_options
+from parts.options import NATURAL, POSITIVE, read_options, refusing
 from parts.run import Run, averaged, load_weights, objective
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -26,7 +26,7 @@ import sokd
 
 SCHEDULES = {"1x": (12, [8, 11]), "2x": (24, [16, 22])}  # epochs, and after which lr is / 10
 OWN: dict[str, dict[str, Any]] = {
-    "--schedule": {"choices": tuple(SCHEDULES), "default": "1x", "help": "epochs and milestones"},
+    "--schedule": {"choices": tuple(SCHEDULES), "help": "default: 1x, and 2x for a row"},
     "--lr-warmup-steps": {"type": NATURAL, "default": 500, "help": "rise of the learning rate"},
     "--min-size": {"type": POSITIVE, "nargs": "+", "default": [800], "help": "of the shorter side"},
     "--max-size": {"type": POSITIVE, "default": 1333, "help": "longer side, at most"},
@@ -46,6 +46,7 @@ def student_of(args: Any, classes: int) -> nn.Module:
     return student
 
 
+@refusing()
 def with_teacher(args: Any, student: nn.Module, classes: int) -> sokd.Distiller:
     """The student, the teacher's backbone and the methods that --method names."""
     teacher = detection.build(args.teacher, classes, args.min_size, args.max_size)
@@ -55,8 +56,8 @@ def with_teacher(args: Any, student: nn.Module, classes: int) -> sokd.Distiller:
         load_weights(teacher, args.teacher_weights, "--teacher-weights")
     names = args.student, args.teacher
     pairs = args.layers or detection.levels(student, teacher, names)
-    given = {"adapter", "preset"} & {*args.method_option, *args.sokd_option}
-    own = {} if given else {"adapter": "linear"}  # FPN's maps have negative values
+    given = {*args.method_option, *args.sokd_option}
+    own = {} if "adapter" in given else {"adapter": "linear"}  # FPN's maps have negative values
     return sokd.Distiller(
         student=student, teacher=BackboneAlone(teacher), layers=pairs, method=args.method,
         task="model", sokd=args.sokd and args.sokd_option, check_finite=False,
@@ -79,6 +80,8 @@ def main(argv: Sequence[str] | None = None, writer: Any = None) -> dict[str, Any
         teacher="fasterrcnn_resnet50_fpn_v2", student="fasterrcnn_resnet50_fpn", batch_size=16,
         lr=0.02, weight_decay=1e-4,
     )  # fmt: skip
+    if args.schedule is None:
+        args.schedule = "1x" if args.row is None else "2x"
     epochs, milestones = SCHEDULES[args.schedule]
     args.epochs = epochs if args.epochs is None else args.epochs
     args.milestones = milestones if args.milestones is None else args.milestones
@@ -141,7 +144,8 @@ def distil(args: Any, run: Run) -> dict[str, Any]:
     scaler = GradScaler(run.device.type, enabled=args.amp == "fp16")
     ema, search = averaged(args.ema, student), None
     if args.sokd and args.search_epochs:
-        search = sokd.PolicySearch(learner.kd, student, epochs=args.search_epochs)
+        with refusing():
+            search = sokd.PolicySearch(learner.kd, student, epochs=args.search_epochs)
     run.clock.watch(student, *(() if alone else (learner.teacher,)))
     run.track(
         model=learner, optimizer=optimizer, schedule=schedule, scaler=scaler, ema=ema, search=search

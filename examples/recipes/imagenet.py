@@ -16,7 +16,7 @@ import torch
 from parts import published
 from parts.data import imagenet, loaders
 from parts.networks import layers
-from parts.options import POSITIVE, read_options
+from parts.options import POSITIVE, read_options, refuse_detection, refusing
 from parts.run import Alone, Run, averaged, load_weights, objective
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -35,7 +35,12 @@ def build(name: str, classes: int) -> nn.Module:
 
 def pretrained(name: str, classes: int) -> nn.Module:
     """torchvision's network of that name, trained on ImageNet."""
-    weights = models.get_model_weights(name).IMAGENET1K_V1
+    try:
+        weights = models.get_model_weights(name).IMAGENET1K_V1
+    except (ValueError, AttributeError):
+        raise SystemExit(
+            f"--teacher-weights is needed: torchvision has no ImageNet weights of {name!r}"
+        ) from None
     instead = f"fetch {weights.url} elsewhere and name the file by --teacher-weights"
     if classes != 1000:
         raise SystemExit(f"torchvision's {name} has 1000 classes, --data has {classes}: {instead}")
@@ -45,6 +50,7 @@ def pretrained(name: str, classes: int) -> nn.Module:
         raise SystemExit(f"torchvision's {name} was not downloaded ({error}); {instead}") from None
 
 
+@refusing()
 def with_teacher(args: Any, student: nn.Module, classes: int, labels: Tensor) -> sokd.Distiller:
     """The student, its teacher and the methods that --method names."""
     if args.teacher_weights is None:
@@ -70,6 +76,7 @@ def main(argv: Sequence[str] | None = None, writer: Any = None) -> dict[str, Any
         teacher="resnet34", student="resnet18", epochs=100, milestones=[30, 60, 90],
         batch_size=256, weight_decay=1e-4,
     )  # fmt: skip
+    refuse_detection(args)
     with Run(args, writer) as run:
         return distil(args, run)
 
@@ -112,7 +119,8 @@ def distil(args: Any, run: Run) -> dict[str, Any]:
     scaler = GradScaler(run.device.type, enabled=args.amp == "fp16")
     ema, search = averaged(args.ema, student), None
     if args.sokd and args.search_epochs:
-        search = sokd.PolicySearch(learner.kd, student, epochs=args.search_epochs)
+        with refusing():
+            search = sokd.PolicySearch(learner.kd, student, epochs=args.search_epochs)
     if not args.compile:
         run.clock.watch(student, *(() if alone else (learner.teacher,)))
     run.track(

@@ -10,6 +10,7 @@ OUT/runs.csv.
 import argparse
 import csv
 import json
+import shutil
 import statistics
 import time
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch-size", default="32")
+    parser.add_argument("--docs", type=Path, help="folder whose results.md gets the table")
     args = parser.parse_args(argv)
     common = [
         *("--dataset", "fashion-mnist", "--data", args.data, "--resume", "auto"),
@@ -48,7 +50,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 more = ["--method", method, "--sokd" if sokd else "--no-sokd", "--seed", str(seed)]
                 more += ["--method-option", "negatives=1024"] if method == "crd" else []
                 once(cifar100, args.out / f"{name}-{seed}", name, seed, [*common, *student, *more])
-    print(table(args.out, {"last_top1": "last epoch, test %", "best_top1": "best epoch"}))
+    shown = table(args.out, {"last_top1": "last epoch, test %", "best_top1": "best epoch"})
+    print(shown)
+    if args.docs is not None:
+        publish(f"{shown}\n", args.out, args.docs, "classification")
 
 
 def table(out: Path, figures: dict[str, str]) -> str:
@@ -65,6 +70,18 @@ def table(out: Path, figures: dict[str, str]) -> str:
         cells = (spread([row[key] for row in own]) for key in columns)
         shown.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(shown)
+
+
+def publish(shown: str, out: Path, docs: Path, name: str) -> None:
+    """The table between its markers in DOCS/results.md, and the runs in DOCS/results/NAME.csv."""
+    page = docs / "results.md"
+    before, opening, rest = page.read_text().partition(f"<!-- {name}:")
+    head, _, rest = rest.partition("\n")
+    _, closing, after = rest.partition(f"<!-- /{name} -->")
+    if not closing:
+        raise SystemExit(f"--docs: {page} has no markers <!-- {name}: --> and <!-- /{name} -->")
+    page.write_text(f"{before}{opening}{head}\n{shown}{closing}{after}")
+    shutil.copy(out / "runs.csv", docs / "results" / f"{name}.csv")
 
 
 def once(

@@ -19,14 +19,14 @@ import articles
 import coco
 import torch
 from parts import detection
-from parts.options import FREE
-from proof import once, table
+from parts.run import FREE
+from proof import once, publish, table
 from torchvision.utils import draw_bounding_boxes
 
 from sokd import inspect
 
 # At these weights each term is of the size of the detector's own losses.
-METHODS = ("none", "fitnet=0.3", "fgd", "mgd")
+METHODS = ("none", "fitnet=0.3", "fgd", "mgd=2e-5")
 SOKD = ["--sokd-option", "lambda_areas=0.3", "lambda_agreement=0.15"]
 DRAWN = "fitnet+sokd"  # the run whose areas are drawn
 
@@ -61,27 +61,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             for sokd in (False, True)[: 1 if method == "none" else 2]:
                 name = f"{method.split('=')[0]}{'+sokd' if sokd else ''}"
                 more = ["--method", method, "--sokd" if sokd else "--no-sokd", "--seed", str(seed)]
+                more += ["--method-option", "ratio=0.65"] if "mgd" in method else []
                 once(coco, args.out / f"{name}-{seed}", name, seed, [*common, *more], ["AP50"])
     shown = table(args.out, {"last_AP": "AP", "last_AP50": "AP50", "best_AP": "best epoch's AP"})
     print(shown)
     if (args.out / f"{DRAWN}-0").exists():
         draw(args.out / f"{DRAWN}-0", data, args.out / "areas.png")
     if args.docs is not None:
-        publish(shown, args.out, args.docs)
-
-
-def publish(shown: str, out: Path, docs: Path) -> None:
-    """The table between its markers in DOCS/results.md, and its runs and picture beside."""
-    page = docs / "results.md"
-    before, opening, rest = page.read_text().partition("<!-- articles:")
-    head, _, rest = rest.partition("\n")
-    _, closing, after = rest.partition("<!-- /articles -->")
-    if not closing:
-        raise SystemExit(f"--docs: {page} has no markers <!-- articles: --> and <!-- /articles -->")
-    picture = "![boxes and areas](results/detection.png)\n"
-    page.write_text(f"{before}{opening}{head}\n{shown}\n\n{picture}{closing}{after}")
-    shutil.copy(out / "runs.csv", docs / "results" / "detection.csv")
-    shutil.copy(out / "areas.png", docs / "results" / "detection.png")
+        picture = "![boxes and areas](results/detection.png)"
+        publish(f"{shown}\n\n{picture}\n", args.out, args.docs, "detection")
+        shutil.copy(args.out / "areas.png", args.docs / "results" / "detection.png")
 
 
 def schedule(epochs: int) -> list[str]:

@@ -13,7 +13,14 @@ import torch
 from parts import published
 from parts.networks import NETWORKS, build
 from support.cases import compiles
-from support.recipes import DISTIL, checkpoint, differences, options, write_idx
+from support.recipes import (
+    DISTIL,
+    checkpoint,
+    differences,
+    load_without_sokd,
+    options,
+    write_idx,
+)
 from torch import nn
 
 import sokd
@@ -88,6 +95,8 @@ def test_logs_result_and_a_student_without_sokd(run, tmp_path, capsys):
     assert {("loss_kd", 1), ("top1", 2)} <= set(writer)
     for name in ("student", "ema"):
         build("resnet8w8", 10).load_state_dict(torch.load(out / f"{name}.pt")["model"])
+    imports = "from parts.networks import build"
+    load_without_sokd(out / "student.pt", imports, "build('resnet8w8', 10)")
     figures = run("out", "--eval-only")
     assert figures["top1"] == result["last_top1"] and 0 <= figures["top5"] <= 100
 
@@ -323,6 +332,22 @@ def test_options_that_are_none(run, tmp_path, monkeypatch):
     assert "--sync-bn needs GPUs" in refused(run, "out", "--sync-bn")
 
 
+@pytest.mark.parametrize("more, said", [
+    ("--sokd-option lamda_areas=1", "Distiller: sokd must hold options of SoKD (nearest: lambda_"),
+    ("--sokd-option heads=hot", "SoKD: heads must be 'attention' or "),
+    ("--sokd-option policy=None search=None", "PolicySearch: "),
+    ("--method-option beta=1", "Distiller: options must be arguments of Distiller or options of "),
+    ("--method kd=-1", "Distiller: "),
+    ("--layers layer9=layer2", "Distiller: "),
+    ("--method fgd", "--method must need no boxes, got 'fgd'; coco.py has them"),
+    ("--method ofd", "--method ofd needs --layers that end before a ReLU, such as BatchNorms"),
+])  # fmt: skip
+def test_options_that_sokd_refuses(run, more, said):
+    """In one line, without a traceback."""
+    text = refused(run, "out", *more.split())
+    assert text.startswith(said) and "\n" not in text
+
+
 @pytest.mark.parametrize("given, rule", [
     ("--epochs 0", "must be 1 or more, got 0"), ("--batch-size 0", "must be 1 or more, got 0"),
     ("--seed -1", "must be 0 or more, got -1"), ("--lr nan", "must be 0.0 or more, got nan"),
@@ -352,21 +377,34 @@ def test_a_row_of_the_table(data, tmp_path, capsys):
     assert expected.items() <= saved.items() and saved["method"] == {"kd": None}
 
 
+@pytest.mark.parametrize("methods, of_method, of_sokd", [
+    ("fitnet", {"adapter": "regressor"}, {}), ("kd", {}, {}),
+    ("fitnet+sokd", {}, {"preset": "paper"}),
+])  # fmt: skip
+def test_the_parts_of_a_row(tmp_path, monkeypatch, methods, of_method, of_sokd):
+    args = {}
+    monkeypatch.setattr(cifar100, "distil", lambda given, run: args.update(vars(given)))
+    cifar100.main(["--row", f"resnet56:resnet20:{methods}", "--out", str(tmp_path / "out")])
+    assert args["method_option"] == of_method and args["sokd_option"] == of_sokd
+
+
 def test_every_cell_of_the_tables_has_a_figure():
     rows = [f"{pair}:{m}" for pair in published.CIFAR100_PAIRS for m in published.CIFAR100]
     table = published.CIFAR100_PAIRS, published.CIFAR100, "source"
     for text in rows:
         row = published.parse_row(text)
-        assert "published" not in published.accepted(row, *table)
+        assert "none in" not in published.accepted(row, *table)
         assert {row.teacher, row.student} <= NETWORKS.keys()
     row = published.parse_row("resnet32x4:resnet8x4:fitnet+sokd")
     said = published.accepted(row, *table)
-    assert said.startswith("fitnet 73.50, none published for fitnet+sokd, student alone 72.50")
+    assert said.startswith("fitnet 73.50, none in the table for fitnet+sokd, student alone 72.50")
     row = published.parse_row("resnet34:resnet18:reviewkd+sokd")
     imagenet = published.IMAGENET_PAIRS, published.IMAGENET, "source"
     assert published.accepted(row, *imagenet).startswith("reviewkd+sokd 72.53, reviewkd 71.61")
-    row = published.parse_row("WRN-40-2:wrn-16-2:crd")
-    assert published.accepted(row, *table).startswith("crd 75.48, student alone 73.26")
+    for method, figure in (("crd", "75.48"), ("nst", "73.68")):
+        row = published.parse_row(f"WRN-40-2:wrn-16-2:{method}")
+        said = published.accepted(row, *table)
+        assert said.startswith(f"{method} {figure}, student alone 73.26")
     row = published.parse_row("vgg19:vgg8:kd")
     assert published.accepted(row, *table) == "no accepted figure for vgg19 -> vgg8"
 

@@ -18,11 +18,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from parts import detection, published
 from support.detection import changed, options, write_set
-from support.recipes import RECIPES, checkpoint, differences
+from support.recipes import RECIPES, checkpoint, differences, load_without_sokd
 from torch import nn
 from torchvision import models
 
 import sokd
+from sokd.kd.adapter import kind_of_state
 from sokd.methods.regions import Images
 
 pytest.importorskip("pycocotools")
@@ -84,8 +85,8 @@ def test_logs_result_and_a_student_without_sokd(run, tmp_path, capsys):
     assert all(float(rows[0][name]) > 0 for name in seconds)
     assert result["last_epoch"] == 2 and result["last_AP"] == float(rows[1]["AP"])
     assert "last epoch (2) AP " in capsys.readouterr().out
-    student = detection.build("small4", 4, [64], 96)
-    student.load_state_dict(torch.load(tmp_path / "out" / "student.pt")["model"])
+    imports, network = "from parts import detection", "detection.build('small4', 4, [64], 96)"
+    load_without_sokd(tmp_path / "out" / "student.pt", imports, network)
     assert run("out", "--eval-only")["AP"] == result["last_AP"]
 
 
@@ -270,13 +271,27 @@ def test_a_row_of_the_table(tmp_path, monkeypatch):
     pair = "fasterrcnn_resnet50_fpn_v2:fasterrcnn_resnet50_fpn"
     row = published.parse_row(f"{pair}:mgd+sokd")
     said = published.accepted(row, published.COCO_PAIRS, published.COCO, "source")
-    assert said == "mgd 42.1, none published for mgd+sokd, student alone 38.4 (source)"
+    assert said == "mgd 42.1, none in the table for mgd+sokd, student alone 38.4 (source)"
     args: dict[str, Any] = {}
     monkeypatch.setattr(coco, "distil", lambda given, run: args.update(vars(given)))
-    coco.main(["--row", f"{pair}:mgd", "--schedule", "2x", "--out", str(tmp_path / "out")])
+    coco.main(["--row", f"{pair}:mgd", "--out", str(tmp_path / "out")])
     expected = {"epochs": 24, "milestones": [16, 22], "lr": 0.02, "batch_size": 16, "sokd": False,
-                "method": {"mgd": 2e-5}, "method_option": {"over": "cells"}}  # fmt: skip
+                "method": {"mgd": 5e-7},
+                "method_option": {"over": "cells", "ratio": 0.45}}  # fmt: skip
     assert expected.items() <= args.items()
+
+
+@pytest.mark.parametrize("methods", ["fgd", "fgd+sokd"])
+def test_a_row_has_the_linear_adapter(run, tmp_path, methods):
+    """An FPN's maps have negative values, which no adapter that ends in a ReLU matches."""
+    run("out", "--row", f"small8:small4:{methods}", "--max-steps", "1")
+    saved = checkpoint(tmp_path / "out")
+    assert saved["options"]["schedule"] == "2x"
+    adapters = {key for key in saved["parts"]["model"] if ".match.weight" in key}
+    kinds = {
+        kind_of_state(saved["parts"]["model"], key[: -len("match.weight")]) for key in adapters
+    }
+    assert kinds == {"linear"}
 
 
 # ---------------------------------------------------------------------------------------- bad input

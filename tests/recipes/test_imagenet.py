@@ -4,7 +4,7 @@ import imagenet
 import pytest
 import torch
 from PIL import Image
-from support.recipes import checkpoint
+from support.recipes import checkpoint, load_without_sokd
 from torch import nn
 from torchvision import models
 
@@ -60,8 +60,8 @@ def test_the_row_of_the_paper(folder, teacher, tmp_path, capsys):
     assert saved["step"] == 2 and saved["parts"]["model"].keys() >= {"student.fc.weight"}
     expected = {"search_epochs": 5, "lr": 0.001, "weight_decay": 1e-4, "milestones": [30, 60, 90]}
     assert expected.items() <= saved["options"].items()
-    student = models.resnet18(num_classes=3)
-    student.load_state_dict(torch.load(tmp_path / "out" / "student.pt")["model"])
+    network = "models.resnet18(num_classes=3)"
+    load_without_sokd(tmp_path / "out" / "student.pt", "from torchvision import models", network)
     result = imagenet.main([*given, "--resume", "auto"])
     figures = imagenet.main([*given, "--eval-only"])
     assert figures["top1"] == result["last_top1"] and figures["top5"] == 100
@@ -97,6 +97,9 @@ def test_teachers_of_torchvision(monkeypatch):
         "torchvision's resnet34 was not downloaded (no route to host); fetch http"
     )
     assert said.endswith("resnet34-b627a593.pth elsewhere and name the file by --teacher-weights")
+    for name in ("resnet35", "fasterrcnn_resnet50_fpn"):
+        with pytest.raises(SystemExit, match=f"needed: torchvision has no ImageNet .* of '{name}'"):
+            imagenet.pretrained(name, 1000)
     with pytest.raises(SystemExit, match="resnet34 has 1000 classes, --data has 3: fetch"):
         imagenet.pretrained("resnet34", 3)
     monkeypatch.setattr(models, "get_model", lambda name, weights: nn.Identity())

@@ -64,6 +64,9 @@ def test_layers_of_the_tables():
     fitnet = networks.layers(["fitnet", "kd"], of("resnet8x4"), of("resnet32x4"))
     assert fitnet == [("layer2", "layer2")]
     assert len(networks.layers(["at"], of("MobileNetV2"), of("vgg13"))) == 4
+    assert networks.layers(["nst"], of("WRN-40-1"), of("wrn_40_2"))[0] == ("block1", "block1")
+    sp = networks.layers(["sp"], of("wrn_40_1"), of("wrn_40_2"))
+    assert sp == [("block3", "block3")]
     crd = networks.layers(["crd"], of("ShuffleV2"), of("wrn_40_2"))
     assert crd == [("relu", "relu")]
     assert networks.layers(["kd"], of("resnet20"), of("ResNet50")) == [("layer3", "layer4")]

@@ -74,7 +74,7 @@ def test_rows_a_picture_and_a_second_call(tmp_path, monkeypatch, capsys):
     docs = tmp_path / "docs"
     (docs / "results").mkdir(parents=True)
     page = docs / "results.md"
-    page.write_text("before\n<!-- articles: x -->\nold\n<!-- /articles -->\nafter\n")
+    page.write_text("before\n<!-- detection: x -->\nold\n<!-- /detection -->\nafter\n")
     given = ["--out", str(tmp_path / "out"), "--source", str(write_idx(tmp_path / "idx"))]
     given += ["--train", "8", "--val", "3", "--epochs", "1", "--teacher-epochs", "1"]
     given += ["--seeds", "1", "--docs", str(docs)]
@@ -85,8 +85,8 @@ def test_rows_a_picture_and_a_second_call(tmp_path, monkeypatch, capsys):
     assert all(0 <= float(row["last_AP"]) <= float(row["last_AP50"]) for row in rows)
     assert (docs / "results" / "detection.png").stat().st_size > 1000
     text = page.read_text()
-    assert text.startswith("before\n<!-- articles: x -->\n| run | AP |") and "old" not in text
-    assert text.endswith("<!-- /articles -->\nafter\n") and "| fitnet+sokd |" in text
+    assert text.startswith("before\n<!-- detection: x -->\n| run | AP |") and "old" not in text
+    assert text.endswith("<!-- /detection -->\nafter\n") and "| fitnet+sokd |" in text
     monkeypatch.setattr(coco, "main", None)
     proof_coco.main(given)
     assert page.read_text() == text and capsys.readouterr().out.count("| fitnet |") == 2

@@ -1,6 +1,7 @@
 """Tiny data and runs for the tests of examples/recipes."""
 
 import gzip
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,18 @@ DISTIL = [
 
 def checkpoint(out: Path) -> dict[str, Any]:
     return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def load_without_sokd(path: Path, imports: str, network: str) -> None:
+    """Load a student's file into `network`, in a process where importing sokd raises."""
+    code = f"""import sys
+sys.modules["sokd"] = None
+import torch
+{imports}
+{network}.load_state_dict(torch.load(sys.argv[1], weights_only=True)["model"])"""
+    command = [sys.executable, "-c", code, str(path)]
+    done = subprocess.run(command, cwd=RECIPES, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def differences(one: Any, other: Any, name: str = "") -> list[str]:

@@ -44,10 +44,12 @@ def layers_of(name: str) -> Layers:
 
 def layers(methods: Iterable[str], student: Layers, teacher: Layers) -> list[tuple[str, str]]:
     """The pairs (student's layer, teacher's layer) that the tables distil: FitNet the second stage,
-    AT and ReviewKD all stages, the other methods and SoKD alone the last map."""
+    AT, NST, VID and ReviewKD all stages, SP the last, the other methods and SoKD alone the last
+    map."""
     stages = list(zip(reversed(student[0]), reversed(teacher[0]), strict=False))[::-1]
     pairs = [*stages, (student[1], teacher[1])]
-    wanted = {"fitnet": [stages[1]], "at": stages, "reviewkd": stages}
+    wanted = dict.fromkeys(("at", "nst", "vid", "reviewkd"), stages)
+    wanted |= {"fitnet": [stages[1]], "sp": stages[-1:]}
     logits_only = {"kd", "dkd", "lskd", "dist"}
     readers = set(methods) - logits_only or {"sokd"}
     chosen = [pair for method in readers for pair in wanted.get(method, pairs[-1:])]

@@ -3,15 +3,13 @@
 import argparse
 import ast
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import sokd
 from parts.published import parse_row
 from sokd.kd.options import settled
-
-# What may differ between a run and its continuation; every other option makes another run.
-FREE = {"out", "data", "download", "resume", "workers", "max_steps", "eval_only", "tensorboard"}
 
 
 def read_options(
@@ -50,17 +48,39 @@ def read_options(
     args.method = {m: weights.get(m) if w is None else w for m, w in args.method.items()}
     args.method_option = published.pop("method_option", {}) | dict(args.method_option)
     args.sokd_option = dict(args.sokd_option)
-    if args.row is not None:
+    adapter = published.pop("adapter", None)
+    if args.row is not None and args.sokd:
         args.sokd_option.setdefault("preset", "paper")
+    elif args.row is not None and adapter is not None:
+        args.method_option.setdefault("adapter", adapter)
     if args.eval_only and args.student_weights is None:
         name = "teacher" if args.teacher_only else "student"
         args.student_weights = f"{args.out}/{name}.pt"
     for name, value in ({"ce_weight": 1.0, "warmup_epochs": 0} | published).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if settled(args.sokd_option.get("preset"), args.sokd_option)["search"] is not None:
-        args.search_epochs = 0  # the loss searches
+    with refusing():
+        if settled(args.sokd_option.get("preset"), args.sokd_option)["search"] is not None:
+            args.search_epochs = 0  # the loss searches
     return args
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """End the run with the sentence of an error of sokd about an option."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+
+
+def refuse_detection(args: argparse.Namespace) -> None:
+    """Refuse the methods that a classification recipe has no boxes or layers for."""
+    for name in args.method:
+        if "boxes" in sokd.methods.METHODS[name].needs:
+            raise SystemExit(f"--method must need no boxes, got {name!r}; coco.py has them")
+    if "ofd" in args.method and args.layers is None:
+        raise SystemExit("--method ofd needs --layers that end before a ReLU, such as BatchNorms")
 
 
 def _take_row(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

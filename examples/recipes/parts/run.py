@@ -40,8 +40,8 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from parts.options import FREE
-
+# What may differ between a run and its continuation; every other option makes another run.
+FREE = {"out", "data", "download", "resume", "workers", "max_steps", "eval_only", "tensorboard"}
 COUNTER = "num_batches_tracked"  # of a BatchNorm
 STOPPED = 143  # exit code: 128 + SIGTERM, which torchrun and Slurm take for an interruption
 
