@@ -27,7 +27,7 @@ from sokd import inspect
 
 # At these weights each term is of the size of the detector's own losses.
 METHODS = ("none", "fitnet=0.3", "fgd", "mgd=2e-5")
-SOKD = ["--sokd-option", "lambda_areas=0.3", "lambda_agreement=0.15"]
+SOKD = ["--sokd-option", "areas=mutual", "lambda_areas=0.3", "lambda_agreement=0.15"]
 DRAWN = "fitnet+sokd"  # the run whose areas are drawn
 
 
