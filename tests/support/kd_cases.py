@@ -18,7 +18,7 @@ TRAINED = {
 
 def but_for(options: Mapping[str, Any], parts: Mapping[str, Any] = TRAINED) -> dict[str, Any]:
     """The parts but for the options; without options of a DAM where a DAM or None is given."""
-    of_dam = ("heads", "heat_channels", "k") if "dam" in options else ()
+    of_dam = ("heads", "areas", "heat_channels", "k") if "dam" in options else ()
     return {**{name: part for name, part in parts.items() if name not in of_dam}, **options}
 
 
