@@ -30,12 +30,12 @@ PAGE = ROOT / "docs" / "reliability.md"
 RECORD = ROOT / "docs" / "results" / "reliability.json"
 ABOUT = """# Reliability
 
-What `make soak` ran and found, beside `make test`. The command writes this page; it takes minutes,
+The parts of `make soak` and their findings. The command writes this page; it takes minutes,
 and a run of hours is
 
 ```bash
-{hours}    # a hundred times as much
-{only}   # the parts with this text in their names; the others stay
+make soak SOAK="--scale 100"    # a hundred times as much
+make soak SOAK="--only memcheck"   # the parts with this text in their names; the others stay
 ```
 
 The counts of all runs add up here, of random cases that differ from run to run, until a run finds
@@ -57,10 +57,10 @@ What each part does:
 - **property tests**: every operator against its loops in float64, on random shapes, dtypes,
   strides (0, negative and overlapping too), offsets and special values. Every tensor lies between
   pages that fault, and no byte around an output may change.
-- **memcheck, address and thread sanitizer**: the Rust tests under valgrind, which knows no
+- **memcheck, address and thread sanitizer**: the Rust tests under valgrind, which does not support
   AVX-512, and compiled with the sanitizers. Valgrind's helgrind and DRD report every lock of
   Rust's standard library, so the thread sanitizer looks for data races; `tests/soak/thread.supp`
-  names what it cannot see.
+  lists what it cannot detect.
 - **bits**: one operator's result while the number of OpenMP threads changes from call to call,
   beside PyTorch's own use of them.
 - **faults**: SIGINT in a step; a home and caches that cannot be written, and on a read-only disk;
@@ -123,16 +123,13 @@ def shown(value: Any) -> str:
 
 def page(record: dict[str, Any]) -> str:
     """The page of a record of parts."""
-    about = ABOUT.format(
-        hours='make soak SOAK="--scale 100"', only='make soak SOAK="--only memcheck"'
-    )
     lines = ["| part | ran | found | seconds | at commit |", "|---|---|---|---|---|"]
     for name, part in record["parts"].items():
         ran, wrong = shown(part["report"]), "; ".join(part["found"]) or "nothing"
         cells = [name, ran, wrong, part["seconds"], part["commit"]]
         lines.append(f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |")
     versions = f"torch {record['torch']}, Python {record['python']}, SIMD {record['simd']}"
-    return about + "\n".join(lines) + f"\n\nsokd {record['sokd']}, {versions}.\n" + PARTS
+    return ABOUT + "\n".join(lines) + f"\n\nsokd {record['sokd']}, {versions}.\n" + PARTS
 
 
 def main() -> int:
