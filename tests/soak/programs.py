@@ -192,7 +192,8 @@ class Program:
             assert same, name  # crd: NaN stands for a normaliser that no batch has set
 
     def copy(self) -> bool:
-        if self.student.keeps or hasattr(self.student.fc, "weight_g"):
+        normed = any(hasattr(net.fc, "weight_g") for net in (self.student, self.teacher))
+        if self.student.keeps or normed:
             return False  # PyTorch copies no tensor with a graph
         self.distiller = copy.deepcopy(self.distiller)
         self.student, self.teacher = self.distiller.student, self.distiller.teacher
