@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.distiller_cases import Answering, Net, batch, make, objective
+from support.distiller_cases import Answering, Net, batch, make, models, objective
 from torch import Tensor, nn
 
 from sokd.kd.batches import changed, copied
@@ -141,6 +141,24 @@ def test_inputs_that_hold_tensors_in_an_object_pass_through():
     pair = Masked(Net(6), lambda z: z), Masked(Net(3), lambda z: z)
     x = Holder(batch()[0])
     assert objective(make(models=pair, layers="net.stage1", example=x), x, batch()[1]).isfinite()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layers", ["net.stage1", "auto"])
+def test_a_nested_tensor_passes_through(layers):
+    """It has no shape to be read."""
+
+    class Padding(Answering):
+        def forward(self, x):
+            return super().forward(torch.nested.to_padded_tensor(x, 0.0) if x.is_nested else x)
+
+    x, y = batch()
+    losses = []
+    for given in (x, torch.nested.nested_tensor(list(x))):
+        pair = tuple(Padding(net, lambda z: z) for net in models())
+        distiller = make(models=pair, layers=layers, example=given)
+        losses.append(distiller(given, y)[1])
+    torch.testing.assert_close(*losses)
 
 
 Pair = namedtuple("Pair", "image mask")

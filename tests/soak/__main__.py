@@ -34,8 +34,8 @@ The parts of `make soak` and their findings. The command writes this page; it ta
 and a run of hours is
 
 ```bash
-{hours}    # a hundred times as much
-{only}   # the parts with this text in their names; the others stay
+make soak SOAK="--scale 100"    # a hundred times as much
+make soak SOAK="--only memcheck"   # the parts with this text in their names; the others stay
 ```
 
 The counts of all runs add up here, of random cases that differ from run to run, until a run finds
@@ -123,16 +123,13 @@ def shown(value: Any) -> str:
 
 def page(record: dict[str, Any]) -> str:
     """The page of a record of parts."""
-    about = ABOUT.format(
-        hours='make soak SOAK="--scale 100"', only='make soak SOAK="--only memcheck"'
-    )
     lines = ["| part | ran | found | seconds | at commit |", "|---|---|---|---|---|"]
     for name, part in record["parts"].items():
         ran, wrong = shown(part["report"]), "; ".join(part["found"]) or "nothing"
         cells = [name, ran, wrong, part["seconds"], part["commit"]]
         lines.append(f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |")
     versions = f"torch {record['torch']}, Python {record['python']}, SIMD {record['simd']}"
-    return about + "\n".join(lines) + f"\n\nsokd {record['sokd']}, {versions}.\n" + PARTS
+    return ABOUT + "\n".join(lines) + f"\n\nsokd {record['sokd']}, {versions}.\n" + PARTS
 
 
 def main() -> int:

@@ -106,4 +106,4 @@ def run(name: str, steps: int) -> dict[str, Any]:
 def leaks(report: dict[str, Any]) -> bool:
     """10 bytes a step or more, and a megabyte in all: an allocator's own growth is less."""
     by_step = report["bytes a step"]
-    return isinstance(by_step, float) and by_step >= 10 and by_step * report["steps"] >= 2**20
+    return isinstance(by_step, float) and by_step >= 10 and by_step * report["steps"] >= 10**6

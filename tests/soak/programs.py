@@ -23,7 +23,6 @@ from sokd.methods import METHODS
 
 # `loss: student_features must ...`, `sokd: ...`, `Distiller: ...`
 OWN_ERROR = re.compile(r"^[A-Za-z_][\w.]*: \S")
-ERRORS = (TypeError, ValueError, RuntimeError, NotImplementedError, FloatingPointError)
 CLASSES = 5
 FORMS: list[Callable[[Tensor], Any]] = [
     lambda logits: logits,
@@ -41,6 +40,13 @@ PLUGS: list[Any] = [
 ADAPTERS = ("default", "default", "linear", "separable", "regressor", "conv")
 
 
+class Tokens(nn.Module):
+    """Maps [B, C, H, W] as tokens [B, N, C]."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return maps.flatten(2).mT
+
+
 class Net(nn.Module):
     """Two stages and a classifier; sizes, strides, normalisations, forms of output by chance."""
 
@@ -51,6 +57,8 @@ class Net(nn.Module):
             nn.Conv2d(3, width, 3, stride=rng.choice([1, 2]), padding=1), norm(width), nn.ReLU()
         )
         self.stage2 = nn.Sequential(nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.ReLU())
+        if rng.random() < 0.2:
+            self.stage2.append(Tokens())
         self.fc = nn.Linear(2 * width, CLASSES)
         if rng.random() < 0.2:
             self.fc = rng.choice([nn.utils.weight_norm, parametrizations.weight_norm])(self.fc)
@@ -63,7 +71,7 @@ class Net(nn.Module):
         maps = self.stage2(self.stage1(x))
         if self.keeps:
             self.kept = maps
-        return FORMS[self.form](self.fc(maps.mean((2, 3))))
+        return FORMS[self.form](self.fc(maps.mean(1 if maps.dim() == 3 else (2, 3))))
 
 
 class Program:
@@ -139,6 +147,8 @@ class Program:
             assert frozen_student, "a student that is trained has no graph"
             return
         total.backward()
+        learning = (p for p in self.student.parameters() if p.requires_grad)
+        assert all(p.grad is not None for p in learning), "a part of the student has no gradient"
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         before = [p.detach().clone() for p in trained]
         self.optimizer.step()
@@ -181,12 +191,14 @@ class Program:
             same = torch.equal(value.nan_to_num(7.0), state[name].nan_to_num(7.0))
             assert same, name  # crd: NaN stands for a normaliser that no batch has set
 
-    def copy(self) -> None:
-        if self.student.keeps or hasattr(self.student.fc, "weight_g"):
-            return  # PyTorch copies no tensor with a graph
+    def copy(self) -> bool:
+        normed = any(hasattr(net.fc, "weight_g") for net in (self.student, self.teacher))
+        if self.student.keeps or normed:
+            return False  # PyTorch copies no tensor with a graph
         self.distiller = copy.deepcopy(self.distiller)
         self.student, self.teacher = self.distiller.student, self.distiller.teacher
         self.anew()
+        return True
 
     def cast(self) -> None:
         self.dtype = self.rng.choice([torch.float32, torch.float64, torch.bfloat16])
@@ -197,42 +209,45 @@ class Program:
         part = self.rng.choice([self.student.stage1, self.student.fc, self.student])
         part.requires_grad_(self.rng.random() < 0.5)
 
-    def end_search(self) -> None:
+    def end_search(self) -> bool:
         """The policy stays as it is from then on."""
         kd = self.distiller.kd
         if kd is None or kd.policy is None:
-            return
+            return False
         kd.freeze_policy()
         policy = self.policy_state()
         self.train()
         assert self.same_policy(policy), "a frozen policy changed"
+        return True
 
-    def replace(self) -> None:
+    def replace(self) -> bool:
         """A part of SoKD, a layer of the student's, a new kd of the user's own."""
         kd, way = self.distiller.kd, self.rng.random()
         if way < 0.2:
             self.student.stage2 = copy.deepcopy(self.student.stage2)
-            return
+            return True
         if kd is None:
-            return
+            return False
         if way < 0.8:
             setattr(kd, self.rng.choice(["policy", "dam"]), None)
         else:
             kd.policy = sokd.Policy(granularity=self.rng.choice(["batch", "sample"]))
         self.anew()
+        return True
 
-    def look(self) -> None:
+    def look(self) -> bool:
         self.distiller.eval()
         kd = self.distiller.kd
-        if kd is not None:
-            assert all(torch.isfinite(value) for value in kd.diagnostics().values())
-            if kd.policy is not None:
-                assert sokd.inspect.table(kd)
+        if kd is None:
+            return False
+        assert all(torch.isfinite(value) for value in kd.diagnostics().values())
+        assert kd.policy is None or sokd.inspect.table(kd)
+        return True
 
-    def search_step(self) -> None:
+    def search_step(self) -> bool:
         kd = self.distiller.kd
         if kd is None or kd.policy is None:
-            return
+            return False
         if self.search is None:
             options = {
                 "order": self.rng.choice([1, 2]),
@@ -245,6 +260,7 @@ class Program:
         self.search.step(self.distiller.step, (x, y))
         for name, value in self.student.state_dict().items():
             assert torch.equal(value, before[name]), f"the search changed the student's {name}"
+        return True
 
     def export(self) -> None:
         model = self.distiller.export()
@@ -259,9 +275,10 @@ class Program:
             assert b"sokd" not in buffer.getvalue(), "an export depends on sokd"
 
     def compile(self) -> None:
-        if self.compiles and "crd" not in self.methods:
-            self.compiles = False
-            self.called = torch.compile(self.distiller, backend="aot_eager")
+        self.compiles = False
+        torch.compiler.reset()  # after eight programs the compiler would leave the code as it is
+        self.called = torch.compile(self.distiller, backend="aot_eager")
+        self.train()
 
     def bare_loss(self) -> None:
         """`sokd.loss` alone, also on empty and one-cell maps."""
@@ -285,18 +302,20 @@ class Program:
         assert torch.isfinite(total) and f_s.grad is not None and f_s.grad.any()
 
     def run(self, length: int) -> Counter[str]:
-        actions: dict[Callable[[], None], int] = {
+        actions: dict[Callable[[], bool | None], int] = {
             self.train: 8, self.evaluate: 2, self.save_and_load: 1, self.copy: 1, self.cast: 1,
             self.freeze: 1, self.replace: 1, self.look: 1, self.search_step: 2, self.export: 1,
-            self.compile: 1, self.bare_loss: 1, self.wrapped: 1, self.make: 1, self.end_search: 1,
+            self.bare_loss: 1, self.wrapped: 1, self.make: 1, self.end_search: 1, self.compile: 0,
         }  # fmt: skip
         for _ in range(length):
+            actions[self.compile] = 20 * self.compiles
             (action,) = self.rng.choices(list(actions), list(actions.values()))
             self.log.append(action.__name__)
             try:
-                action()
-                self.calls[action.__name__] += 1
-            except ERRORS as error:
+                self.calls[action.__name__] += action() is not False  # False: nothing to be done
+            except AssertionError:
+                raise
+            except Exception as error:
                 if not OWN_ERROR.match(str(error)):
                     raise
                 self.log.append(f"  refused: {error}")
@@ -323,13 +342,10 @@ def _run_one(seed: int, length: int, done: Counter[str]) -> list[str]:
     try:
         program = Program(seed, compiles=seed % 200 == 0)
         done.update(program.run(length))
-    except ERRORS as error:
-        if program is None and OWN_ERROR.match(str(error)):
-            done["refused"] += 1
-            return []
-        return [_failure(seed, program, error)]
-    except AssertionError as error:
-        return [_failure(seed, program, error)]
+    except Exception as error:
+        if program is not None or not OWN_ERROR.match(str(error)):
+            return [_failure(seed, program, error)]
+        done["refused"] += 1
     return []
 
 

@@ -45,8 +45,9 @@ class Given:
 
 
 def _tensors(x: Any) -> list[Tensor]:
+    """The tensors in x whose shape is known: a nested one has none."""
     values = x.values() if isinstance(x, Mapping) else x if isinstance(x, (list, tuple)) else [x]
-    return [each for each in values if isinstance(each, Tensor)]
+    return [each for each in values if isinstance(each, Tensor) and not each.is_nested]
 
 
 def _images(x: Any) -> list[Tensor]:
@@ -59,7 +60,7 @@ def batch_size(x: Any) -> int | None:
     if isinstance(x, Mapping):
         x = next((value for value in x.values() if isinstance(value, Tensor)), None)
     if isinstance(x, Tensor):
-        return x.shape[0] if x.dim() else None
+        return x.size(0) if x.dim() else None
     return len(x) if isinstance(x, (list, tuple)) else None
 
 
