@@ -16,7 +16,7 @@ README = ROOT / "README.md"
 BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 EXPERIMENTS = ROOT / "docs" / "results.md"
 METHOD = ROOT / "docs" / "method.md"
-FILES = ("refine", "masked_mse", "areas", "loss", "methods", "distiller")
+FILES = ("refine", "masked_mse", "areas", "loss", "methods", "distiller", "readers", "recipes")
 Row = dict[str, str]
 
 
@@ -74,7 +74,6 @@ def report(cases: list[list[Row]]) -> str:
     """The bench tables: the cases with a target, and the others folded away."""
     named = [rows for rows in cases if any(_is_target(row) for row in rows)]
     rest = [rows for rows in cases if rows not in named]
-    where = cases[0][0]
     where = cases[0][0]
     measured = f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}"
     title = f"<summary>{len(rest)} further cases (none may be slower than eager)</summary>"
