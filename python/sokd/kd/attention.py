@@ -97,9 +97,9 @@ class AttentionDAM(nn.Module):
         dam.find(f_s, f_t, "teacher").coverage                # [B, H, W]
         """
         with torch.no_grad():
-            sides = (_at_size_of(teacher, student), teacher)
-            attention = (attention_map(side, self.temperature) for side in sides)
-            return self._find(*attention, areas or self.areas)
+            of_student = attention_map(_at_size_of(teacher, student), self.temperature)
+            of_teacher = attention_map(teacher, self.temperature)
+            return self._find(of_student, of_teacher, areas or self.areas)
 
     def extra_repr(self) -> str:
         names = ("temperature", "areas", "overlap", "k", "kernel")
