@@ -35,7 +35,6 @@ HEADS = {
     "bounded": {**TRAINED, "heads": "bounded", "search": None},
     "paper": {**TRAINED, "heads": "paper", "search": None},
 }
-AREAS = {"attention": "teacher", "bounded": "mutual", "paper": "mutual"}  # of the loss
 SHOWN = 6  # scenes of the picture
 
 
@@ -77,10 +76,10 @@ def trained(heads: str, lr: float, task: Task, seed: int = 0) -> sokd.Distiller:
 
 
 def draw(runs: dict[str, sokd.Distiller], data: DataSet, lr: float, path: Path) -> None:
-    """Test scenes with the areas of both sides at the end of each run."""
+    """Test scenes with the areas of the loss at the end of each run."""
     images, labels = (part[:SHOWN] for part in data.test)
     found = {
-        f"{heads} heads:": sokd.inspect.areas(distiller, images)[0][AREAS[heads]]
+        f"{heads} heads:": sokd.inspect.areas(distiller, images)[0][distiller.kd.dam.areas]
         for heads, distiller in runs.items()
     }
     titles = [data.class_names[label] for label in labels]
