@@ -245,6 +245,15 @@ def test_between_two_steps_nothing_is_computed(monkeypatch: pytest.MonkeyPatch) 
         sokd.loss(student, teacher, kd)
 
 
+def test_another_device_is_not_asked_for_the_number_of_calls() -> None:
+    kd = trained(5, every=3)
+    state, elsewhere = kd.state_dict(), make(search="online")
+    elsewhere.load_state_dict(state)
+    elsewhere.search.every = 3
+    due = copy.deepcopy(elsewhere.search).to("meta")._due  # a meta tensor has no value to read
+    assert [due() for _ in range(4)] == [False, True, False, False]
+
+
 def test_it_does_not_step_inside_transforms() -> None:
     kd = online(4, 4, adapter=None, dam=None)
     student, teacher = pair((2, 4, 6, 6))

@@ -111,6 +111,11 @@ def _has_memory(subject: object) -> bool:
     return not isinstance(subject, Tensor) or type(subject) is torch.nn.Parameter
 
 
+def is_captured(tensor: Tensor) -> bool:
+    """Whether a CUDA graph records what is done on the tensor's device, to repeat it later."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def transformed() -> bool:
     """Whether a functorch transform runs eagerly; its tensors must not be stored."""
     return not torch.compiler.is_compiling() and torch_internals.is_transforming()

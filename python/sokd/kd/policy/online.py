@@ -25,7 +25,7 @@ from sokd.kd.policy.policy import Draw, Policy, WideModule, acting
 from sokd.ops import Plan, refine_dots
 from sokd.ops.distributed import averaged
 from sokd.ops.refine import plan_gradients
-from sokd.ops.runtime import is_eager, warn_user
+from sokd.ops.runtime import is_captured, is_eager, warn_user
 from sokd.reference import accumulator
 
 __all__ = ["Layer", "OnlineSearch"]
@@ -83,7 +83,8 @@ class OnlineSearch(WideModule):
         self.register_buffer("moments", alpha.new_zeros(2, 5 * len(alpha)).detach())
         for name in ("calls", "steps", "frozen"):
             self.register_buffer(name, torch.zeros(1, dtype=torch.int64, device=alpha.device))
-        self.active = True  # the value of `frozen`, which lies on the device
+        # of `frozen` and `calls`, whose values lie on the device
+        self.active, self._counted = True, 0
 
     def freeze(self) -> None:
         """Make `step` a no-op from now on; saved with the state."""
@@ -112,8 +113,8 @@ class OnlineSearch(WideModule):
     def step(self, policy: Policy, draw: Draw, layers: Sequence[Layer]) -> None:
         """Move the policy along the gradient of L_aug on the first `SAMPLES` of a batch.
 
-        A call between two steps is a no-op: on the CPU nothing is computed; elsewhere, where the
-        number of calls is on the device, and in compiled code, the result is discarded. Under
+        A call between two steps computes nothing; in compiled code and in a CUDA graph, where the
+        number of calls is known on the device only, its result is discarded. Under
         torch.distributed one all-reduce averages the gradients. A gradient that is not finite, as
         that of an empty batch is, changes nothing: decided on the device.
         """
@@ -123,10 +124,8 @@ class OnlineSearch(WideModule):
         if self.moments.shape[1] != sum(parameter.numel() for parameter in chi):
             own, got = self.moments.shape[1] // 5, len(policy.policies)
             raise ValueError(_ANOTHER_POLICY.format(own=own, got=got))
-        due = self.calls % self.every == 0
-        self.calls.add_(1)
-        # only where reading a value neither waits for a device nor breaks a graph
-        if self.calls.device.type == "cpu" and is_eager(self.calls) and not due.item():
+        due = self._due()
+        if due is False:
             return
         with torch.autocast(self.steps.device.type, enabled=False):
             gradients = [gradient(policy, draw, layer, index) for index, layer in enumerate(layers)]
@@ -136,7 +135,20 @@ class OnlineSearch(WideModule):
             parameter.add_(part.view_as(parameter))
         policy.project()
 
-    def _adam(self, found: Tensor, due: Tensor) -> Tensor:
+    def _due(self) -> Tensor | bool:
+        """Count a call, and whether it moves the policy: decided on the host where it can be.
+
+        Reading `calls` on another device would wait for it; `_counted` is its copy on the host.
+        """
+        due = self.calls % self.every == 0
+        self.calls.add_(1)
+        if not is_eager(self.calls) or is_captured(self.calls):
+            return due
+        self._counted += 1
+        on_cpu = self.calls.device.type == "cpu"
+        return bool(due) if on_cpu else (self._counted - 1) % self.every == 0
+
+    def _adam(self, found: Tensor, due: Tensor | bool) -> Tensor:
         """The change of chi [5K], and the new moments; zeros unless all of `found` is finite."""
         squares = found.square()
         finite = squares.isfinite().all() & due
@@ -159,6 +171,7 @@ class OnlineSearch(WideModule):
         else:
             super()._load_from_state_dict(state_dict, prefix, *rest)
         self.active = self.frozen.is_meta or not self.frozen.item()
+        self._counted = 0 if self.calls.is_meta else int(self.calls)
 
     def extra_repr(self) -> str:
         return f"lr={self.lr:g}, every={self.every}, {SAMPLES} samples a step" + (
