@@ -82,11 +82,11 @@ def parts(scale: float, record: dict[str, Any]) -> dict[str, Callable[[], Any]]:
 
     done = counted(record, PROGRAMS).get("programs", 0)
     work: dict[str, Callable[[], Any]] = {
-        PROGRAMS: lambda: programs.run(times(300), first_seed=done),
-        **{f"{MEMORY}: {each}": lambda each=each: leaks.run(each, times(2000))
+        PROGRAMS: lambda: programs.run(times(150), first_seed=done),
+        **{f"{MEMORY}: {each}": lambda each=each: leaks.run(each, times(1000))
            for each in leaks.STEPS},
         "property tests against naive loops": lambda: native.property_tests(times(30_000)),
-        "bits under changing threads": lambda: native.thread_bits(times(2000)),
+        "bits under changing threads": lambda: native.thread_bits(times(500)),
         "faults: SIGINT in a step": lambda: faults.interrupted(times(3)),
         "faults: unwritable home and cache": faults.unwritable_home,
         "faults: forked DataLoader workers": lambda: faults.forked(times(2)),

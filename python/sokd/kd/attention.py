@@ -27,7 +27,7 @@ from sokd.kd.dam import Attention, Heads, checked_options, weight_of
 from sokd.kd.features import above_zero
 from sokd.ops import Areas
 from sokd.ops import areas as find_areas
-from sokd.ops.runtime import is_eager
+from sokd.ops.runtime import is_captured, is_eager
 from sokd.reference import accumulator
 
 __all__ = ["AttentionDAM", "attention_map", "disagreement"]
@@ -189,15 +189,14 @@ def _window_sums(attention: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _powers(cells: int, reach: int, like: Tensor) -> Tensor:
     """d^0, d^1, d^2 of the distances d from each cell, 0 beyond the reach: [cells, 3 * cells]."""
-    if like.device.type == "cpu" and is_eager(like):
-        return _cached_powers(cells, reach, like.dtype)
-    return _new_powers(cells, reach, like.dtype, like.device)
+    make = _cached_powers if is_eager(like) and not is_captured(like) else _new_powers
+    return make(cells, reach, like.dtype, like.device)
 
 
 @functools.lru_cache(maxsize=64)
-def _cached_powers(cells: int, reach: int, dtype: torch.dtype) -> Tensor:
+def _cached_powers(cells: int, reach: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return _new_powers(cells, reach, dtype, torch.device("cpu"))
+        return _new_powers(cells, reach, dtype, device)
 
 
 def _new_powers(cells: int, reach: int, dtype: torch.dtype, device: torch.device) -> Tensor:
