@@ -5,12 +5,14 @@ import io
 import pickle
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.utils.prune as nn_prune
 from support.distiller_cases import Net, batch, make, objective
+from support.raises import raises
 from torch import Tensor, nn
 
 from sokd.distiller import Distiller
@@ -198,6 +200,20 @@ def test_exports_of_changed_students(change):
     exported, x = distiller.export(), batch()[0]
     expected = student.eval()(x)
     assert torch.equal(exported(x), expected) and torch.equal(saved(exported)(x), expected)
+
+
+def test_a_student_that_cannot_be_copied():
+    distiller = make()
+    distiller.student.lock = threading.Lock()
+    text = (
+        "Distiller: student must hold only what copy.deepcopy copies, for export(), got one that "
+        "does not (cannot pickle '_thread.lock' object); remove that part, or save "
+        "distiller.student.state_dict()"
+    )
+    with raises(TypeError, text):
+        distiller.export()
+    del distiller.student.lock
+    assert torch.equal(distiller.export()(batch()[0]), distiller.eval()(batch()[0]))
 
 
 def test_an_export_can_be_exported():
