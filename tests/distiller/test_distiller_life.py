@@ -248,7 +248,7 @@ def test_autocast(dtype, method):
 
 @pytest.mark.parametrize("layers", [["stage1", "stage2"], "auto"], ids=str)
 def test_a_dry_run_under_autocast_takes_no_gradient_from_the_step(layers):
-    """torch before 2.10 keeps the weights' casts of a pass without gradients."""
+    """Autocast of older releases of torch keeps the casts of a pass without gradients."""
     distiller = make(layers=layers, example=None)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = objective(distiller)

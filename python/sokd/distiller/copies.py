@@ -66,7 +66,7 @@ def untouched(*models: nn.Module) -> Iterator[None]:
             put_buffers(part, buffers)
         for buffer, before in fixed:
             buffer.data.copy_(before)
-        # autocast of torch before 2.10 would give these passes' casts, without a graph, to the next
+        # autocast of older releases gives the casts of these passes, without a graph, to the next
         torch.clear_autocast_cache()
 
 
