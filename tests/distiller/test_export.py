@@ -5,12 +5,15 @@ import io
 import pickle
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.utils.prune as nn_prune
 from support.distiller_cases import Net, batch, make, objective
+from support.raises import raises
 from torch import Tensor, nn
 
 from sokd.distiller import Distiller
@@ -200,9 +203,40 @@ def test_exports_of_changed_students(change):
     assert torch.equal(exported(x), expected) and torch.equal(saved(exported)(x), expected)
 
 
+def test_a_student_that_cannot_be_copied():
+    distiller = make()
+    distiller.student.lock = threading.Lock()
+    text = (
+        "Distiller: student must hold only what copy.deepcopy copies, for export(), got one that "
+        "does not (cannot pickle '_thread.lock' object); remove that part, or save "
+        "distiller.student.state_dict()"
+    )
+    with raises(TypeError, text):
+        distiller.export()
+    del distiller.student.lock
+    assert torch.equal(distiller.export()(batch()[0]), distiller.eval()(batch()[0]))
+
+
 def test_an_export_can_be_exported():
     distiller = make()
     objective(distiller).backward()
     exported, x = distiller.export(), batch()[0]
     program = torch.export.export(exported, (x,))
     torch.testing.assert_close(program.module()(x), exported(x))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("way", ["distributed checkpoint", "safetensors"])
+def test_states_in_other_formats(way, tmp_path):
+    made, loaded = (trained(Net, steps) for steps in (2, 0))
+    wanted, state = made.state_dict(), loaded.state_dict()
+    if way == "safetensors":
+        files = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+        files.save_model(made, str(tmp_path / "made"))
+        files.load_model(loaded, str(tmp_path / "made"))
+    else:
+        dcp.save(made.state_dict(), checkpoint_id=tmp_path, no_dist=True)
+        dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+        loaded.load_state_dict(state)
+    assert all(torch.equal(wanted[name], value) for name, value in loaded.state_dict().items())
+    assert objective(loaded) == objective(made)

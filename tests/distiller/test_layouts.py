@@ -182,6 +182,100 @@ def test_tokens_of_what_is_not_an_image():
     assert objective(named, x, torch.tensor([0, 1])).isfinite()
 
 
+class Frames(nn.Module):
+    """Frames as samples, then a layer `blocks` on the frames of a clip."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.patch, self.blocks = nn.Conv2d(3, channels, 8, 8), nn.Linear(channels, channels)
+        self.head = nn.Linear(channels, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = self.patch(x.flatten(0, 1)).mean((2, 3)).unflatten(0, x.shape[:2])
+        return self.head(self.blocks(frames).mean(1))
+
+
+class Volume(nn.Module):
+    """Patches of a volume."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.patch, self.blocks = nn.Conv3d(1, channels, 4, 4), nn.Linear(channels, channels)
+        self.head = nn.Linear(channels, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.patch(x).flatten(2).mT).mean(1))
+
+
+class Pair(nn.Module):
+    """Words next to an image, each with tokens of its own."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.embed, self.words = nn.Embedding(9, channels), nn.Linear(channels, channels)
+        self.image = Tokens(channels)
+
+    def forward(self, pixels: Tensor, ids: Tensor) -> Tensor:
+        return self.image(pixels) + self.words(self.embed(ids)).mean((1, 2))[:, None]
+
+
+def pixels_and_ids(words: int) -> dict[str, Tensor]:
+    return {"pixels": torch.randn(2, 3, 32, 32), "ids": torch.randint(0, 9, (2, words))}
+
+
+@pytest.mark.parametrize(("net", "x", "layer", "grid"), [
+    (Frames, torch.randn(2, 16, 3, 32, 32), "blocks", (1, 16)),
+    (Volume, torch.randn(2, 1, 16, 16, 16), "blocks", (4, 16)),
+    (Pair, pixels_and_ids(9), "words", (1, 9)),
+], ids=["frames", "volume", "words and pixels"])  # fmt: skip
+def test_a_square_of_what_is_no_picture(net, x, layer, grid):
+    """Neither 16 frames nor 64 patches of a volume are a square picture, though x has images."""
+    rule = "have a grid, because x is not a batch of images (student_grid=(H, W), e.g. (1, N))"
+    count = grid[0] * grid[1]
+    text = f"the student's layer {layer!r} must {rule}, got [2, {count}, 12]"
+    refused(text, net(16), net(12), x, layers=layer)
+    named = made(net(16), net(12), x, layers=layer, student_grid=grid, teacher_grid=grid)
+    assert named.features(x)[0][0].shape == (2, 12, *grid)
+    assert objective(named, x, torch.tensor([0, 1])).isfinite()
+
+
+def test_auto_takes_no_words_for_a_picture():
+    x = pixels_and_ids(9)
+    assert made(Pair(16), Pair(12), x, layers="auto").pairs[-1] == ("image.blocks", "image.blocks")
+    with pytest.raises(ValueError, match="no layer of the student with a gradient returns a map"):
+        made(Volume(16), Volume(12), torch.randn(2, 1, 16, 16, 16), layers="auto")
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_padded_tokens_in_a_nested_tensor():
+    """In eval mode PyTorch's encoder packs what `src_key_padding_mask` leaves."""
+
+    class Encoded(Tokens):
+        def __init__(self, channels: int, nested: bool = True) -> None:
+            super().__init__(channels)
+            layer = nn.TransformerEncoderLayer(channels, 2, 8, batch_first=True)
+            self.blocks = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested)
+
+        def forward(self, pixels: Tensor, mask: Tensor) -> Tensor:
+            tokens = self.patch(pixels).flatten(2).mT
+            return self.head(self.blocks(tokens, src_key_padding_mask=mask).mean(1))
+
+    mask = torch.zeros(2, 16, dtype=torch.bool)
+    mask[0, 8:] = True
+    x = {"pixels": torch.randn(2, 3, 32, 32), "mask": mask}
+    options = {"layers": "blocks.layers.0", "example": x}
+    rule = "be a tensor of one size (nn.TransformerEncoder: enable_nested_tensor=False)"
+    with raises(
+        TypeError,
+        f"Distiller: the student's layer 'blocks.layers.0' must {rule}, got a nested tensor",
+    ):
+        make(models=(Encoded(16), Encoded(12)), **options)
+    named = make(models=(Encoded(16, False), Encoded(12, False)), **options)
+    assert objective(named, x, torch.tensor([0, 1])).isfinite()
+    whole = make(models=(Encoded(16), Encoded(12)), layers="auto", example=x)
+    assert whole.pairs[-1] == ("blocks", "blocks")
+
+
 def test_an_input_that_is_not_known_leaves_the_guess():
     class Holder:
         def __init__(self, tensors):

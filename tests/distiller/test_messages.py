@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from support.distiller_cases import SMALL, Net, batch, make, objective
+from support.distiller_cases import SMALL, Answering, Net, batch, make, models, objective
 from support.raises import raises, warns
 from torch import nn
 
@@ -95,10 +95,25 @@ def test_a_layer_that_is_skipped_in_a_pass():
     student.drop = True
     text = (
         "Distiller: the student's layer 'stage2' must run in every forward pass, got no call; the "
-        "model skipped it in this pass (LayerDrop, a branch): name a layer that always runs"
+        "model skipped it in this pass (LayerDrop, a branch) or called a method of it, such as "
+        "forward_features, which runs no hooks: name a layer that always runs"
     )
     with raises(RuntimeError, text):
         objective(distiller)
+
+
+@pytest.mark.parametrize("kind", ["ModuleList", "ModuleDict"])
+def test_a_list_of_layers_is_not_called(kind):
+    pair = models()
+    for net in pair:
+        parts = [nn.Identity()]
+        net.extra = nn.ModuleDict({"0": parts[0]}) if kind == "ModuleDict" else nn.ModuleList(parts)
+    text = (
+        "Distiller: the student's layer 'extra' must run in every forward pass, got no call; it is "
+        f"a {kind}, which is never called: name one of its entries"
+    )
+    with raises(RuntimeError, text):
+        make(models=pair, layers="extra")
 
 
 @pytest.mark.parametrize("way", ["features", "search"])
@@ -117,6 +132,54 @@ def test_a_layer_that_is_compiled_later():
     distiller.student.stage1 = torch.compile(distiller.student.stage1, backend="eager")
     with pytest.raises(RuntimeError, match="'stage1' must be the module that it was"):
         objective(distiller)
+
+
+# -------------------------------------------------------------------------------------------- calls
+class Two(Net):
+    def forward(self, left, right):
+        return super().forward(left + right)
+
+
+def test_an_input_that_forward_does_not_take():
+    x, y = batch()
+    rule = "be an input of the {}'s forward({}), several as a dict of keywords"
+    one, two = rule.format("student", "x"), rule.format("student", "left, right")
+    with raises(TypeError, f"Distiller: x must {one}, got dict of 'image', 'label'"):
+        make(example={"image": x, "label": y})
+    with raises(TypeError, f"Distiller: x must {one}, got dict of 'image'"):
+        make()({"image": x}, y)
+    pair = Two(6), Two(3)
+    with raises(TypeError, f"Distiller: x must {two}, got tuple of Tensor, Tensor"):
+        make(models=pair, example=(x, x))
+    of_teacher = rule.format("teacher", "left, right")
+    with raises(TypeError, f"Distiller: x must {of_teacher}, got Tensor"):
+        make(models=(Two(6), Net(3)))
+    named = make(models=pair, example={"left": x, "right": x})
+    doubled = make(models=models())
+    doubled.student.load_state_dict(named.student.state_dict())
+    found, wanted = named({"left": x, "right": x}, y), doubled(x + x, y)
+    torch.testing.assert_close(found[1]["loss_ce"], wanted[1]["loss_ce"])
+
+
+def test_a_student_that_takes_no_target():
+    """DETR: the targets are a list of dicts, and the criterion is apart from the model."""
+    pair = tuple(Answering(net, lambda z: {"pred_logits": z, "pred_boxes": z}) for net in models())
+    distiller = make(models=pair, layers="net.stage1")
+    targets = [{"labels": torch.zeros(1)}] * 4
+    rule = "be a loss (output, y) where the student's forward(x) takes no target"
+    got = "list of dict, dict, dict"
+    with raises(TypeError, f"Distiller: task must {rule}, got 'auto' with a {got}"):
+        distiller(batch()[0], targets)
+    assert distiller.eval()(batch()[0], targets)[1] == {}
+
+
+def test_an_error_inside_a_model_stays():
+    def fails(z):
+        raise TypeError("of the user's own")
+
+    pair = tuple(Answering(net, fails) for net in models())
+    with raises(TypeError, "of the user's own"):
+        make(models=pair, layers="net.stage1")
 
 
 # ------------------------------------------------------------------------------------------- labels

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.distiller_cases import Net, batch, make
+from support.raises import raises
 from torch import nn
 
 import sokd
@@ -134,6 +135,16 @@ def test_an_ignored_label_and_one_that_is_no_class():
         text = f"target must be class indices 0 .. 4 (-100 is ignored), got {wrong}"
         with pytest.raises(ValueError, match=re.escape(f"Distiller: {text}")):
             distiller(x, given)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_batch_without_any_label(training):
+    distiller, (x, y) = make(method={"fitnet": 1.0, "kd": 1.0}).train(training), batch()
+    rule = "hold a label (None for a batch without any)"
+    with raises(ValueError, f"Distiller: target must {rule}, got -100 in every place"):
+        distiller(x, torch.full_like(y, -100))
+    losses = make(method={"fitnet": 1.0, "kd": 1.0})(x, None)[1]
+    assert "loss_ce" not in losses and {"loss_fitnet", "loss_kd"} <= losses.keys()
 
 
 def test_other_labels_are_ignored_by_a_task():

@@ -1,5 +1,6 @@
 """sokd.loss: values, gradients, options, ablations, shapes and layers."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -108,6 +109,19 @@ def test_the_teachers_features_may_come_from_inference_mode(options):
     assert torch.equal(*values)
     first, second = (torch.autograd.grad(value, student)[0] for value in values)
     assert torch.equal(first, second)
+
+
+def test_the_teachers_features_may_be_a_file_in_half_precision(tmp_path):
+    """Cached features, as rows of a memory map behind a header, under autocast."""
+    f_s, f_t = pair()
+    shape = (len(f_t) + 3, *f_t.shape[1:])
+    file = np.memmap(tmp_path / "features", np.float16, "w+", offset=6, shape=shape)
+    file[2:-1] = f_t.half().numpy()
+    kd = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss(f_s, torch.from_numpy(file)[2:-1], kd)
+        wanted = loss(f_s, f_t.half(), rewound(kd))
+    assert found == wanted and found.isfinite()
 
 
 def test_without_adapter_the_student_is_as_it_is():

@@ -68,6 +68,7 @@ class _Seen:
 
     batch: int | None
     order: Any
+    given: Given
     maps: list[_Map] = field(default_factory=list)
     calls: dict[str, int] = field(default_factory=dict)
     tokens: set[int] = field(default_factory=set)
@@ -112,7 +113,7 @@ class _Seen:
             self.maps[begun.maps :] = [each for each in inside if each.size != begun.size]
 
     def _size(self, output: Any) -> Grid | None:
-        if not isinstance(output, Tensor) or not output.is_floating_point():
+        if not isinstance(output, Tensor) or not output.is_floating_point() or output.is_nested:
             return None
         if output.shape[:1] != (self.batch,) or 0 in output.shape:
             return None
@@ -122,6 +123,8 @@ class _Seen:
         if output.dim() != 3:
             return None
         self.tokens.add(output.shape[1])
+        if not self.given.has_grid(output):
+            return None
         try:
             return tuple(tokens_to_map(output).shape[2:])  # type: ignore[return-value]
         except ValueError:
@@ -176,14 +179,14 @@ def auto_layers(
         logits: finds the logits in a model's output; a map of logits is not a layer.
         orders: the order of dimensions of the "student"'s and the "teacher"'s maps.
     """
-    layers = {}
+    layers, given = {}, Given.of(x)
     for side, model in {"student": student, "teacher": teacher}.items():
         trained = side == "student" and any(p.requires_grad for p in model.parameters())
-        seen = _Seen(batch_size(x), (orders or {}).get(side))
+        seen = _Seen(batch_size(x), (orders or {}).get(side), given)
         with _listening(model, seen), torch.set_grad_enabled(trained):
             output = logits(run(model))
         classes = output.shape[1] if output is not None and output.dim() == 4 else None
-        layers[side] = seen.found(Given.of(x).image, classes, trained)
+        layers[side] = seen.found(given.image, classes, trained)
         if not layers[side]:
             which = f"of the {side} with a gradient" if trained else f"of the {side}"
             rule = f"be named, because no layer {which} returns a map or a square of tokens"

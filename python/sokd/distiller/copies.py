@@ -66,6 +66,8 @@ def untouched(*models: nn.Module) -> Iterator[None]:
             put_buffers(part, buffers)
         for buffer, before in fixed:
             buffer.data.copy_(before)
+        # autocast of older releases gives the casts of these passes, without a graph, to the next
+        torch.clear_autocast_cache()
 
 
 def bare_copy(model: M, hooks: type) -> M:

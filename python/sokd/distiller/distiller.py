@@ -203,7 +203,8 @@ class Distiller(nn.Module):
         sizes = image_sizes, input_size
         if torch.compiler.is_compiling():
             return self._forward(x, target, extra, sizes)
-        with guards.explained(self, x):
+        targets = self._targets_of(target) if self.training else ()
+        with guards.explained(self, x, targets):
             return self._forward(x, target, extra, sizes)
 
     def _forward(self, x: Any, target: Any, extra: dict[str, Any], sizes: tuple[Any, Any]) -> Any:
@@ -291,7 +292,10 @@ class Distiller(nn.Module):
 
         It can be saved, scripted and loaded without sokd, after any number of steps.
         """
-        return as_eval(bare_copy(cast(nn.Module, unwrapped(self.student)), Tap))
+        try:
+            return as_eval(bare_copy(cast(nn.Module, unwrapped(self.student)), Tap))
+        except TypeError as error:  # a lock, a file: "cannot pickle ..."
+            raise TypeError(guards.NO_COPY.format(error=error)) from error
 
     # --------------------------------------------------------------------------------------- set-up
 
@@ -391,7 +395,7 @@ class Distiller(nn.Module):
 
     def _study(self, model: nn.Module, x: Any, target: Any) -> Pass:
         given = None if torch.compiler.is_compiling() else Given.of(x)
-        targets = (target,) if self._is_models(target) else ()
+        targets = self._targets_of(target)
         output, taken = self._taps["student"].run(model, lambda: call(model, x, *targets))
         return Pass(output, self._logits(output), self._as_maps("student", taken, given))
 
@@ -400,6 +404,10 @@ class Distiller(nn.Module):
         return target is not None and (
             self.task == "model" or (self.task == "auto" and is_for_model(target))
         )
+
+    def _targets_of(self, target: Any) -> tuple[Any, ...]:
+        """The student's arguments behind x."""
+        return (target,) if self._is_models(target) else ()
 
     def _as_maps(self, side: str, taken: list[Tensor], given: Given | None) -> list[Tensor]:
         layers = zip(taken, self._layouts[side], self._taps[side].labels, strict=True)

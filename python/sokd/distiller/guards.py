@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ANOTHER_TEACHER",
+    "NO_COPY",
     "WRITES_INPUT",
     "check_devices",
     "check_eager",
@@ -65,6 +67,10 @@ ANOTHER_TEACHER = (
     "Distiller: the teacher is the one that it was made with; make another Distiller, or load the "
     "weights into it (distiller.teacher.load_state_dict)"
 )
+NO_COPY = (
+    "Distiller: student must hold only what copy.deepcopy copies, for export(), got one that does "
+    "not ({error}); remove that part, or save distiller.student.state_dict()"
+)
 WRITES_INPUT = (
     "Distiller: the teacher changed its input in place in this pass, but not in the first one, so "
     "the student would get the changed input; clone it in the teacher (x = x.clone())"
@@ -81,6 +87,14 @@ EMPTY = "Distiller: x must hold at least one sample, got none"
 INPUTS = (
     "Distiller: x must be an input of both models, a tensor, a dict of keywords or a list of "
     "images (the x of a loader's batch (x, y)), got {got}"
+)
+OTHER_INPUTS = (
+    "Distiller: x must be an input of the {side}'s forward({names}), several as a dict of "
+    "keywords, got {got}"
+)
+NO_TARGET = (
+    "Distiller: task must be a loss (output, y) where the student's forward({names}) takes no "
+    "target, got {task!r} with a {got}"
 )
 ONE_SAMPLE = (
     "Distiller: x must hold more than one sample where a BatchNorm in train mode has one value per "
@@ -219,8 +233,11 @@ def check_teacher(distiller: Distiller, parts: Iterable[nn.Module]) -> None:
 
 
 @contextmanager
-def explained(distiller: Distiller, x: Any) -> Iterator[None]:
-    """Raise an error from inside the models as one about the argument that caused it."""
+def explained(distiller: Distiller, x: Any, targets: Sequence[Any] = ()) -> Iterator[None]:
+    """Raise an error from inside the models as one about the argument that caused it.
+
+    `targets`: the further arguments of the student.
+    """
     if batch_size(x) == 0:
         raise ValueError(EMPTY)
     try:
@@ -230,14 +247,42 @@ def explained(distiller: Distiller, x: Any) -> Iterator[None]:
             raise ValueError(ONE_SAMPLE) from error
         raise
     except (TypeError, AttributeError) as error:
-        if is_input(x):
-            raise
-        raise TypeError(INPUTS.format(got=kinds(x))) from error
+        if not is_input(x):
+            raise TypeError(INPUTS.format(got=kinds(x))) from error
+        misfit = _no_such_call(distiller, x, targets)
+        if misfit is not None:
+            raise misfit from error
+        raise
     except RuntimeError as error:
         misfit = _misfit(distiller, x, str(error))
         if misfit is not None:
             raise misfit from error
         raise
+
+
+def _no_such_call(distiller: Distiller, x: Any, targets: Sequence[Any]) -> Exception | None:
+    """The error about a call that the signature of a model's forward does not allow."""
+    models = {"student": distiller.student, "teacher": distiller.teacher}
+    for side, model in models.items():
+        try:
+            signature = inspect.signature(unwrapped(model).forward)
+        except (TypeError, ValueError):
+            continue
+        names = ", ".join(signature.parameters)
+        if not _accepts(signature, x):
+            return TypeError(OTHER_INPUTS.format(side=side, names=names, got=kinds(x)))
+        if side == "student" and not _accepts(signature, x, *targets):
+            got = kinds(targets[0])
+            return TypeError(NO_TARGET.format(names=names, task=distiller.task, got=got))
+    return None
+
+
+def _accepts(signature: inspect.Signature, x: Any, *target: Any) -> bool:
+    try:
+        signature.bind(**x) if isinstance(x, Mapping) else signature.bind(x, *target)
+    except TypeError:
+        return False
+    return True
 
 
 def _misfit(distiller: Distiller, x: Any, error: str) -> Exception | None:

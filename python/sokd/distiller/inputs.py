@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 __all__ = ["Given", "Grid", "batch_size", "input_size", "is_input", "kinds"]
@@ -20,6 +21,8 @@ class Given:
     batches: frozenset[int] | None = None  # the possible batch sizes of a layer
     image: Grid | None = None  # height and width of the images
     sequence: bool = False  # whether the inputs are tensors but not images
+    clips: frozenset[int] = frozenset()  # the batch sizes of videos and volumes
+    words: frozenset[int] = frozenset()  # the lengths of sequences next to images
 
     @classmethod
     def of(cls, x: Any) -> Given:
@@ -37,11 +40,22 @@ class Given:
             batches = {each.shape[0] for each in tensors if each.dim()}
             batches |= {sum(each.shape[0] for each in images)} if images else set()
             batches |= {each.shape[0] * each.shape[1] for each in images if each.dim() == 5}
+        clips = frozenset(each.shape[0] for each in images if each.dim() == 5)
         if not images:
             return cls(frozenset(batches), sequence=True)
         sides = zip(*(each.shape[-2:] for each in images), strict=True)
         height, width = (max(side) for side in sides)  # a list of images is padded
-        return cls(frozenset(batches), (height, width))
+        words = frozenset(
+            each.shape[1]
+            for each in tensors
+            if each.dim() == 2 and each.dtype in (torch.int32, torch.int64)
+        )
+        return cls(frozenset(batches), (height, width), clips=clips, words=words)
+
+    def has_grid(self, tokens: Tensor) -> bool:
+        """Whether tokens [B, N, C] may be cells of the images, as far as the inputs are known."""
+        batch, count = tokens.shape[:2]
+        return not (self.sequence or batch in self.clips or count in self.words)
 
 
 def _tensors(x: Any) -> list[Tensor]:
@@ -80,8 +94,10 @@ def is_input(x: Any) -> bool:
 
 
 def kinds(x: Any) -> str:
-    """The type of x, with those in a list or tuple, for an error."""
+    """The type of x, with the types in a list or tuple and the keys of a dict, for an error."""
     kind = type(x).__name__
+    if isinstance(x, Mapping):
+        return f"{kind} of {', '.join(map(repr, x))}"
     if not isinstance(x, (list, tuple)):
         return kind
     return f"{kind} of {', '.join(type(each).__name__ for each in x[:3])}"

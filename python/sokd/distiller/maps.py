@@ -25,6 +25,9 @@ def as_map(
     side, name = which
     if not features.is_floating_point():
         raise TypeError(f"Distiller: {name} must be floating point, got {features.dtype}")
+    if features.is_nested:
+        rule = "be a tensor of one size (nn.TransformerEncoder: enable_nested_tensor=False)"
+        raise TypeError(f"Distiller: {name} must {rule}, got a nested tensor")
     rank, shape = features.dim(), list(features.shape)
     if rank not in (2, 3, 4) or 0 in shape[1:]:
         rule = "be a map [B, C, H, W], tokens [B, N, C] or a vector [B, C]"
@@ -40,6 +43,9 @@ def as_map(
     if rank == 4:
         _check_order(features, layout, which, given)
         return features
+    if layout.grid is None and not given.has_grid(features):
+        rule = f"have a grid, because x is not a batch of images ({side}_grid=(H, W), e.g. (1, N))"
+        raise ValueError(f"Distiller: {name} must {rule}, got {shape}")
     maps = tokens_to_map(
         features, tokens=layout.tokens, grid=layout.grid, op="Distiller", name=name
     )
@@ -68,11 +74,8 @@ def _check_grid(
     if layout.grid is not None:
         _check_swap(layout.grid, side, given)
         return
-    if not (given.image or given.sequence):
-        return
     if given.image is None:
-        rule = f"have a grid, because x is not a batch of images ({side}_grid=(H, W), e.g. (1, N))"
-        raise ValueError(f"Distiller: {name} must {rule}, got {shape}")
+        return
     if max(given.image) * cells >= min(given.image) * (cells + 1):
         rule = f"be tokens of images of {_sides(given.image)} (pass {side}_grid=(H, W), and "
         rule += f"{side}_tokens for the others)"

@@ -239,6 +239,7 @@ OTHER_LOSSES = (
 )
 
 
+_IGNORED = -100  # of `F.cross_entropy`, which is 0 / 0 without another label
 _ROUNDING = 0.02  # of a row of probabilities that was once in half precision
 
 
@@ -255,10 +256,17 @@ def _cross_entropy(logits: Tensor, target: Any, look: bool) -> Tensor:
     _check_target(logits, target, rule)
     if look and target.is_floating_point():
         _check_probabilities(target)
+    if target.device.type == "cpu" and is_eager(target) and _is_unlabelled(target):
+        rule = "hold a label (None for a batch without any)"
+        raise ValueError(f"Distiller: target must {rule}, got {_IGNORED} in every place")
     try:
         return F.cross_entropy(logits, target)
     except IndexError as error:  # raised on the CPU only, where the target can be read
         raise ValueError(f"Distiller: {wrong_class(target, classes[1])}") from error
+
+
+def _is_unlabelled(target: Tensor) -> bool:
+    return not target.is_floating_point() and bool((target == _IGNORED).all())
 
 
 def _check_target(logits: Tensor, target: Any, rule: str) -> None:

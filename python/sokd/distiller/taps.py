@@ -17,7 +17,7 @@ from sokd.distiller.outputs import entries
 from sokd.kd.virtual import unwrapped
 from sokd.methods.registry import nearest
 from sokd.ops.runtime import warn_user
-from sokd.ops.torch_internals import forward_hooks, is_compiled, version
+from sokd.ops.torch_internals import forward_hooks, has_forward, is_compiled, version
 
 __all__ = ["Layers", "Pair", "Tap", "Taps", "layer_pairs"]
 
@@ -35,8 +35,10 @@ WHY_SCRIPTED = (
 WHY_FLAT = (
     "the model is a torch.fx graph, which calls the innermost modules only: name one of those"
 )
+WHY_LIST = "it is a {kind}, which is never called: name one of its entries"
 WHY_SKIPPED = (
-    "the model skipped it in this pass (LayerDrop, a branch): name a layer that always runs"
+    "the model skipped it in this pass (LayerDrop, a branch) or called a method of it, such as "
+    "forward_features, which runs no hooks: name a layer that always runs"
 )
 REPLACED = (
     "Distiller: {which} must be the module that it was when the Distiller was made, got another "
@@ -210,6 +212,9 @@ def _why_never_ran(model: nn.Module, name: str) -> str:
         return WHY_SCRIPTED
     if any(isinstance(part, torch.fx.GraphModule) for part in inner.modules()):
         return WHY_FLAT
+    layer = inner.get_submodule(name)
+    if not has_forward(layer):
+        return WHY_LIST.format(kind=type(layer).__name__)
     compiled = any(is_compiled(part) for part in (model, *inner.modules()))
     return WHY_COMPILED if compiled else WHY_SKIPPED
 
