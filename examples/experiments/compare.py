@@ -6,6 +6,9 @@ from a hand-picked range. The table's seeds come in blocks of ten: a row stops w
 interval of its difference, paired by seed, reaches no further than the set's margin to either side,
 or at 40 seeds. Each run is a line of runs.csv as soon as it is done and is not repeated: an
 interrupted comparison resumes where it stopped.
+
+A processor with other instructions trains another teacher. A pair has one teacher, so on another
+machine a row goes on with pairs of its own.
 """
 
 import argparse
@@ -48,8 +51,8 @@ TRIAL_SEEDS = ("100", "101")
 BLOCK, MOST = 10, 40  # seeds
 NOTES = ("weight", "heat_variance", "covered_share", "entropy")  # of a run, at the last epoch
 COLUMNS = (
-    "dataset", "part", "arm", "share", "seed", "last_validation", "last_test", "best_test",
-    "best_epoch", "cpu_seconds", *NOTES,
+    "dataset", "part", "arm", "share", "seed", "teacher", "last_validation", "last_test",
+    "best_test", "best_epoch", "cpu_seconds", *NOTES,
 )  # fmt: skip
 Row = dict[str, str]
 
@@ -62,6 +65,7 @@ class Key(NamedTuple):
     arm: str
     share: str
     seed: str
+    teacher: str  # its accuracy on the validation and the test part, which tells two apart
 
 
 def key_of(row: Row) -> Key:
@@ -105,10 +109,12 @@ def chosen(rows: Iterable[Row], dataset: str, arm: str) -> str:
     return min(found, key=lambda share: (-found[share], float(share)), default="")
 
 
-def by_seed(rows: Iterable[Row], dataset: str, arm: str, column: str) -> dict[str, float]:
-    """An arm's figures in the table's runs."""
-    return {row["seed"]: float(row[column]) for row in rows_of(rows, dataset, "table", arm)
-            if row[column]}  # fmt: skip
+def by_pair(
+    rows: Iterable[Row], dataset: str, arm: str, column: str
+) -> dict[tuple[str, str], float]:
+    """An arm's figures in the table's runs, by seed and teacher."""
+    return {(row["seed"], row["teacher"]): float(row[column])
+            for row in rows_of(rows, dataset, "table", arm) if row[column]}  # fmt: skip
 
 
 class Difference(NamedTuple):
@@ -121,9 +127,9 @@ class Difference(NamedTuple):
 
 
 def difference(rows: Sequence[Row], dataset: str, arm: str) -> Difference:
-    """An arm minus the arm it is compared with, over the seeds that both have."""
-    one, other = (by_seed(rows, dataset, name, "last_test") for name in (arm, ARMS[arm].against))
-    values = [100 * (one[seed] - other[seed]) for seed in one if seed in other]
+    """An arm minus the arm it is compared with, over the pairs that both have."""
+    one, other = (by_pair(rows, dataset, name, "last_test") for name in (arm, ARMS[arm].against))
+    values = [100 * (one[pair] - other[pair]) for pair in one if pair in other]
     if len(values) < 2:
         return Difference(math.nan, math.inf, 1.0, len(values))
     freedom, error = len(values) - 1, max(stdev(values), 1e-9) / math.sqrt(len(values))
@@ -135,9 +141,10 @@ class Comparison:
     """The runs of one data set, and the file they go to."""
 
     def __init__(
-        self, name: str, task: Task, path: Path, *, arms: Sequence[str], workers: int
+        self, name: str, task: Task, path: Path, *, teacher: str, arms: Sequence[str], workers: int
     ) -> None:
         self.name, self.task, self.path, self.workers = name, task, path, workers
+        self.teacher = teacher
         self.arms = [*dict.fromkeys(
             each for arm in arms for each in (ARMS[arm].against, arm) if each
         )]  # fmt: skip
@@ -146,19 +153,23 @@ class Comparison:
     def tune(self) -> None:
         """The trials of every arm's weight."""
         arms = [arm for arm in self.arms if ARMS[arm].method]
-        self._run(Key(self.name, "trial", arm, share, seed)
+        self._run(self._key("trial", arm, share, seed)
                   for arm in arms for share in SHARES for seed in TRIAL_SEEDS)  # fmt: skip
 
     def fill(self, margin: float) -> None:
         """The table's runs: ten seeds of every arm, then ten more of those that need them."""
         share = {arm: chosen(read_rows(self.path), self.name, arm) for arm in self.arms}
         for start in range(0, MOST, BLOCK):
-            rows = read_rows(self.path)
-            open_ = {arm for arm in self.arms if self._needs_more(rows, arm, margin, start)}
-            arms = open_ | {ARMS[arm].against for arm in open_} - {""}
-            self._run(Key(self.name, "table", arm, share[arm], str(seed))
-                      for arm in self.arms if arm in arms
-                      for seed in range(start, start + BLOCK))  # fmt: skip
+            rows, seeds = read_rows(self.path), [*map(str, range(start, start + BLOCK))]
+            arms = [arm for arm in self.arms if self._needs_more(rows, arm, margin, start)]
+            self._run(self._key("table", arm, share[arm], seed) for arm in arms for seed in seeds)
+            own = {(row["arm"], row["seed"]) for row in read_rows(self.path)
+                   if (row["dataset"], row["part"]) == (self.name, "table")
+                   and row["teacher"] == self.teacher}  # fmt: skip
+            pairs = {(ARMS[arm].against, seed) for arm in arms for seed in seeds
+                     if ARMS[arm].against and (arm, seed) in own}  # fmt: skip
+            self._run([self._key("table", arm, share[arm], seed)
+                       for arm, seed in sorted(pairs - own)], own=True)  # fmt: skip
 
     def _needs_more(self, rows: list[Row], arm: str, margin: float, done: int) -> bool:
         """Judged on the first `done` seeds, so that a resumed comparison decides alike."""
@@ -167,9 +178,14 @@ class Comparison:
         rows = [row for row in rows if row["part"] == "trial" or int(row["seed"]) < done]
         return difference(rows, self.name, arm).half_width > margin
 
-    def _run(self, keys: Iterable[Key]) -> None:
-        """The runs that are missing, all of one part."""
+    def _key(self, part: str, arm: str, share: str, seed: str) -> Key:
+        return Key(self.name, part, arm, share, seed, self.teacher)
+
+    def _run(self, keys: Iterable[Key], *, own: bool = False) -> None:
+        """The runs that are missing, all of one part; not `own`: with any teacher."""
         done = {key_of(row) for row in read_rows(self.path)}
+        if not own:
+            done = {key._replace(teacher=self.teacher) for key in done}
         left = [key for key in keys if key not in done]
         if not left:
             return
@@ -196,16 +212,15 @@ def _figures(run: Run) -> Row:
     return figures | {name: f"{run.notes[name]:.4g}" for name in NOTES if name in run.notes}
 
 
-def _teacher(data: DataSet, solver: Solver, folder: Path) -> Net:
-    """The teacher from the folder, or a new one and its line in runs.csv."""
-    path = folder / f"teacher-{data.name}.pt"
-    new = not path.exists()
-    teacher = train_teacher(data, "base", solver, path)
-    if new:
-        scores = {f"last_{name}": f"{accuracy(teacher, getattr(data, name)):.5f}"
-                  for name in ("validation", "test")}  # fmt: skip
-        append(folder / "runs.csv", Key(data.name, "table", "teacher", "", "0")._asdict() | scores)
-    return teacher
+def _teacher(data: DataSet, solver: Solver, folder: Path) -> tuple[Net, str]:
+    """The teacher from the folder, or a new one and its line in runs.csv; and its name in a key."""
+    teacher = train_teacher(data, "base", solver, folder / f"teacher-{data.name}.pt")
+    scores = {f"last_{name}": f"{accuracy(teacher, getattr(data, name)):.5f}"
+              for name in ("validation", "test")}  # fmt: skip
+    key = Key(data.name, "table", "teacher", "", "0", "/".join(scores.values()))
+    if key not in map(key_of, read_rows(folder / "runs.csv")):
+        append(folder / "runs.csv", key._asdict() | scores)
+    return teacher, key.teacher
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -234,11 +249,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except MissingData as error:
             print(f"compare: {error}", file=sys.stderr)
             return 2
-        teacher = _teacher(data, setting.teacher, options.save)
+        teacher, of = _teacher(data, setting.teacher, options.save)
         task = Task(data, teacher, predict(teacher, data.train[0]), "small", setting.student)
         comparison = Comparison(
-            name, task, options.save / "runs.csv", arms=options.arm, workers=options.workers
-        )
+            name, task, options.save / "runs.csv", teacher=of, arms=options.arm,
+            workers=options.workers,
+        )  # fmt: skip
         comparison.tune()
         comparison.fill(setting.margin)
     print(f"written: {options.save / 'runs.csv'}")

@@ -12,7 +12,7 @@ from examples.experiments.compare import (
     SETTINGS,
     Row,
     accuracies,
-    by_seed,
+    by_pair,
     chosen,
     difference,
     read_rows,
@@ -111,7 +111,7 @@ def compared(rows: Sequence[Row], dataset: str, adjusted: Mapping[tuple[str, str
     lines: list[tuple[str, ...]] = []
     for arm, label in {"teacher": "teacher", **{k: v.label for k, v in ARMS.items()}}.items():
         last, best, seconds = (
-            list(by_seed(rows, dataset, arm, column).values())
+            list(by_pair(rows, dataset, arm, column).values())
             for column in ("last_test", "best_test", "cpu_seconds")
         )
         if not last:

@@ -170,10 +170,12 @@ def finished(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def compared(task: Task, path: Path, patch: pytest.MonkeyPatch, margin: float = 1e3) -> None:
+def compared(
+    task: Task, path: Path, patch: pytest.MonkeyPatch, margin: float = 1e3, teacher: str = "a"
+) -> None:
     patch.setattr(compare, "BLOCK", 2)
     patch.setattr(compare, "MOST", 4)
-    comparison = compare.Comparison("made-up", task, path, arms=NAMES, workers=1)
+    comparison = compare.Comparison("made-up", task, path, teacher=teacher, arms=NAMES, workers=1)
     comparison.tune()
     comparison.fill(margin)
 
@@ -200,6 +202,24 @@ def test_an_undecided_row_gets_more_seeds(
     for name in ("student", *NAMES):
         table = compare.rows_of(rows, "made-up", "table", name)
         assert [row["seed"] for row in table] == ["0", "1", "2", "3"]
+
+
+def test_on_another_machine_new_runs_get_pairs_of_their_own(
+    task: Task, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "train_all", in_process)
+    path = tmp_path / "runs.csv"
+    lost = [f"made-up,table,{NAMES[0]},{{}},{seed},a," for seed in (0, 1)]
+    whole = finished.read_text().splitlines(keepends=True)
+    share = compare.chosen(compare.read_rows(finished), "made-up", NAMES[0])
+    path.write_text("".join(
+        line for line in whole if not any(line.startswith(each.format(share)) for each in lost)
+    ))  # fmt: skip
+    compared(task, path, monkeypatch, teacher="b")
+    new = [row for row in compare.read_rows(path) if row["teacher"] == "b"]
+    assert {row["arm"] for row in new} == {NAMES[0], "student"} and len(new) == 4
+    rows = compare.read_rows(path)
+    assert [compare.difference(rows, "made-up", name).seeds for name in NAMES] == [2, 2]
 
 
 def test_trials_do_not_use_the_test_part(finished: Path) -> None:
