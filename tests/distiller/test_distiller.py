@@ -373,3 +373,15 @@ def test_two_students_share_one_teacher():
     objective(second).backward()
     assert gradients(second) and not gradients(first)
     assert torch.equal(objective(first), alone)
+
+
+@pytest.mark.parametrize("layers", [["stage1", "stage2"], "auto"], ids=str)
+def test_a_dry_run_under_autocast_takes_no_gradient_from_the_step(layers):
+    """Autocast of older releases of torch keeps the casts of a pass without gradients."""
+    distiller = make(layers=layers, example=None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = objective(distiller)
+        distiller.features(batch()[0])
+        loss = loss + objective(distiller)
+    loss.backward()
+    assert gradients(distiller).keys() == dict(distiller.named_parameters()).keys()

@@ -246,18 +246,6 @@ def test_autocast(dtype, method):
         )
 
 
-@pytest.mark.parametrize("layers", [["stage1", "stage2"], "auto"], ids=str)
-def test_a_dry_run_under_autocast_takes_no_gradient_from_the_step(layers):
-    """Autocast of older releases of torch keeps the casts of a pass without gradients."""
-    distiller = make(layers=layers, example=None)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = objective(distiller)
-        distiller.features(batch()[0])
-        loss = loss + objective(distiller)
-    loss.backward()
-    assert gradients(distiller).keys() == dict(distiller.named_parameters()).keys()
-
-
 def test_grad_scaler():
     distiller = make(method={"fitnet": 1.0})
     optimiser, scaler = momentum(distiller), torch.amp.GradScaler("cpu", init_scale=1024.0)
