@@ -19,7 +19,7 @@ def train(student: nn.Module, teacher: nn.Module, batches: list[tuple[Tensor, Te
         _, terms = distiller(images, labels)
         loss = torch.stack(list(terms.values())).sum()
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # by torch
         optimizer.step()
         total += loss.item()
     return total
