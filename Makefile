@@ -119,7 +119,7 @@ lint: build  ## run cargo fmt, clippy and ruff; warnings are errors
 	$(BIN)/ruff format --check $(PY_PATHS)
 
 types: build  ## run mypy --strict, and stubtest on the compiled module
-	$(BIN)/mypy python/sokd benches
+	$(BIN)/mypy python/sokd benches tests/package/user_script.py
 	$(BIN)/stubtest sokd._core --mypy-config-file pyproject.toml
 
 clean:  ## remove all build outputs (.venv too)

@@ -10,6 +10,7 @@ from benches.report import write_pages
 
 NAMES = (
     "refine", "masked_mse", "areas", "loss", "methods", "distiller", "warmup", "readers", "recipes",
+    "import",
 )  # fmt: skip
 
 

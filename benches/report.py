@@ -16,7 +16,9 @@ README = ROOT / "README.md"
 BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 EXPERIMENTS = ROOT / "docs" / "results.md"
 METHOD = ROOT / "docs" / "method.md"
-FILES = ("refine", "masked_mse", "areas", "loss", "methods", "distiller", "readers", "recipes")
+FILES = (
+    "refine", "masked_mse", "areas", "loss", "methods", "distiller", "readers", "recipes", "import",
+)  # fmt: skip
 Row = dict[str, str]
 
 

@@ -68,7 +68,7 @@ class Plans(NamedTuple):
         if isinstance(plans, Plans):
             return plans
         if isinstance(plans, Plan):
-            return cls(*plans[:6])
+            return cls(**{name: getattr(plans, name) for name in (*_PARTS, "seed")})
         if not isinstance(plans, Mapping):
             raise TypeError(
                 f"refine_dots: plans must be a Plan or a mapping, got {type(plans).__name__}"
@@ -80,7 +80,8 @@ class Plans(NamedTuple):
 
     def parts(self) -> dict[str, Tensor]:
         """The stacked parts that are present, by name."""
-        return {name: part for name, part in zip(_PARTS, self[:5], strict=True) if part is not None}
+        # by name: the compilers of torch 2.5 and 2.6 trace no slice of a named tuple, no `_replace`
+        return {name: part for name in _PARTS if (part := getattr(self, name)) is not None}
 
 
 # ---------------------------------------------------------------- random numbers

@@ -22,7 +22,7 @@ from sokd.kd.sokd import SoKD, loss
 from sokd.ops.torch_internals import RELEASE
 
 exports = pytest.mark.skipif(
-    RELEASE < (2, 6), reason="torch.export before torch 2.6 loses the names of a policy's tables"
+    RELEASE < (2, 8), reason="torch.export before torch 2.8 loses the names of a policy's tables"
 )
 
 

@@ -114,7 +114,7 @@ class AttentionDAM(nn.Module):
         mean = heat.mean((2, 3), keepdim=True)
         heat = heat.masked_fill(heat <= mean * (1 + _MARGIN), 0)
         # `areas` takes the means of both sides' sizes and offsets
-        other = None if other is None else other._replace(heat=heat)
+        other = None if other is None else Heads(heat, other.size, other.offset)
         k = min(self.k, heat.shape[2] * heat.shape[3])
         return find_areas(heat, size, offset, k=k, kernel=self.kernel, teacher=other)
 

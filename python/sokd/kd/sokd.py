@@ -335,7 +335,8 @@ class SoKD(nn.Module):
             seen = adapted if reads_adapted(dam) else student
             attention = _attend(dam, seen, refined, self.lambda_agreement)
             if attention is not None and cells is not None:
-                attention = attention._replace(weight=attention.weight * cells[:, 0])
+                agreement, weight, *rest = attention
+                attention = Attention(agreement, weight * cells[:, 0], *rest)
             matches.append(Match(adapted if adapt else student, refined, attention, clean))
         if self.search is not None and policy is not None and draw is not None and layers:
             self.search.step(unwrapped(policy), draw, layers)

@@ -196,7 +196,7 @@ def gradient(policy: Policy, draw: Draw, layer: Layer, index: int = 0) -> Tensor
     # a smaller batch has the first rows of a draw, so the first samples have their own plans
     draw = Draw(draw.uniforms[:SAMPLES], draw.seed)
     choices = policy.choices(draw)
-    fired = choices.fired  # [G, 2]
+    fired = choices.fired()  # [G, 2]
     plans = policy.alternatives(choices, draw, teacher.shape, layer=index)
     products, squares = refine_dots(teacher, student, plans, by_sample=True)
     losses = squares / 2 - products  # [K + 2, B]: N * L_v, but for |Phi|^2 / 2, the same in all

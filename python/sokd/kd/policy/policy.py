@@ -100,8 +100,7 @@ class Choices(NamedTuple):
     chosen: Tensor  # [G] int64
     gates: Tensor  # [G, K, 2] bool: the gates of each sub-policy, chosen or not
 
-    @property
-    def fired(self) -> Tensor:
+    def fired(self) -> Tensor:  # no property: the compiler of torch 2.5 traces none of a tuple
         """The gates of the chosen sub-policies, [G, 2]."""
         rows = torch.arange(len(self.chosen), device=self.chosen.device)
         return self.gates[rows, self.chosen]
@@ -301,7 +300,7 @@ class Policy(WideModule):
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
             choices = self.choices(draw)
             channels, seed = self._channel_uniforms(draw, shape, layer)
-            value = acting(self.strengths()[choices.chosen], choices.fired)
+            value = acting(self.strengths()[choices.chosen], choices.fired())
             made = arguments(value, self.present, draw.uniforms[:, -2:], channels, *shape[2:])
             carried = self._straight(choices) if differentiable else None
             if self.magnitude_gradient == "straight_through":
@@ -311,7 +310,7 @@ class Policy(WideModule):
     def _straight(self, choices: Choices) -> Tensor:
         """The sum of the fired magnitudes that get the straight-through gradient, [G]."""
         carried = self.magnitude * self._carrying[self.operations]
-        straight = (carried[choices.chosen] * choices.fired).sum(-1)
+        straight = (carried[choices.chosen] * choices.fired()).sum(-1)
         return straight.to(accumulator(straight.dtype))
 
     def _channel_uniforms(
@@ -346,7 +345,7 @@ class Policy(WideModule):
         with torch.no_grad():
             every = self.strengths()
             own = every[choices.chosen]
-            flipped = choices.fired ^ torch.eye(2, dtype=torch.bool, device=own.device)[:, None]
+            flipped = choices.fired() ^ torch.eye(2, dtype=torch.bool, device=own.device)[:, None]
             value = torch.cat(
                 [acting(every.unsqueeze(1), choices.gates.transpose(0, 1)), acting(own, flipped)]
             )  # [K + 2, G, 9]
@@ -383,7 +382,7 @@ class Policy(WideModule):
         gates = (sample.z_gates[rows, sample.chosen] / self.temperature).sigmoid()
         made = Choices(sample.chosen, sample.gates)
         flips = self.alternatives(made, draw, features.shape, layer=layer)
-        return with_choices(refined, features, choice, gates, made.chosen, made.fired, flips)
+        return with_choices(refined, features, choice, gates, made.chosen, made.fired(), flips)
 
     # ----------------------------------------------------------------------------------- the search
 
