@@ -145,12 +145,13 @@ impl<'a> Planes<'a> {
     #[inline(always)]
     pub(crate) fn normals<S: Simd>(&self, simd: S, quad: u32, out: &mut [[f32; LANES]]) {
         let fours = out.as_chunks_mut::<4>().0;
-        #[cfg(target_arch = "x86_64")]
         match simd.level() {
+            #[cfg(target_arch = "x86_64")]
             Level::Avx512(simd) => {
                 // SAFETY: the token proves the features.
                 return unsafe { avx512::normals_avx512(simd, self, quad, fours) };
             }
+            #[cfg(target_arch = "x86_64")]
             Level::Avx2(simd) => {
                 // SAFETY: as above.
                 return unsafe { avx2::normals_avx2(simd, self, quad, fours) };
