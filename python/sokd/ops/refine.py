@@ -280,7 +280,7 @@ def _plain_gradients(features: Tensor, upstream: Tensor, plan: Plan) -> tuple[_P
 def _check_dots(features: Any, upstream: Any, plans: Any, *, by_sample: bool = False) -> None:
     plan = Plans.of(plans)
     number, seed_tensor = split_seed("refine_dots", plan.seed, features)
-    raw = (*plan[:5], seed_tensor, number)
+    raw = (plan.theta, plan.hole, plan.sigma, plan.perm, plan.keep, seed_tensor, number)
     if is_eager(features, upstream, *raw):
         check_kind("refine_dots", "features", features, upstream=upstream, **plan.parts())
         _core.check_refine_dots(features, upstream, raw)
@@ -315,7 +315,7 @@ def refine_dots(
     plan = Plans.of(plans)
     parts = plan.parts()
     number, seed_tensor = split_seed("refine_dots", plan.seed, features)
-    raw = (*plan[:5], seed_tensor, number)
+    raw = (plan.theta, plan.hole, plan.sigma, plan.perm, plan.keep, seed_tensor, number)
     check_kind("refine_dots", "features", features, upstream=upstream, **parts)
     if isinstance(features, np.ndarray):
         shape = (2, _count(parts), len(features)) if by_sample else _count(parts)
