@@ -210,6 +210,9 @@ not trace sokd. On torch 2.5 everything works but for these:
 - `torch.compile(dynamic=True)` may break the graph before 2.8 where two calls share a number.
 - Before 2.8 the backward of `masked_mse` allocates one more map.
 - The compiler of torch 2.5 runs on CPython 3.10 to 3.12.
+- Code that torch 2.9 has compiled does not notice when a number of a module is changed, in any
+  `nn.Module`: after a new `kd.search.lr` or `kd.lambda_areas` call `torch._dynamo.reset()`, or set
+  `torch._dynamo.config.use_recursive_dict_tags_for_guards = False` beforehand.
 
 Where torch lacks a private name that sokd reads, a fallback gives the same numbers
 (`python/sokd/ops/torch_internals.py`).
