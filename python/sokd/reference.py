@@ -81,7 +81,8 @@ class Plans(NamedTuple):
     def parts(self) -> dict[str, Tensor]:
         """The stacked parts that are present, by name."""
         # by name: the compilers of torch 2.5 and 2.6 trace no slice of a named tuple, no `_replace`
-        return {name: part for name in _PARTS if (part := getattr(self, name)) is not None}
+        parts = {name: getattr(self, name) for name in _PARTS}
+        return {name: part for name, part in parts.items() if part is not None}
 
 
 # ---------------------------------------------------------------- random numbers
