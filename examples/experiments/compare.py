@@ -163,13 +163,13 @@ class Comparison:
             rows, seeds = read_rows(self.path), [*map(str, range(start, start + BLOCK))]
             arms = [arm for arm in self.arms if self._needs_more(rows, arm, margin, start)]
             self._run(self._key("table", arm, share[arm], seed) for arm in arms for seed in seeds)
-            own = {(row["arm"], row["seed"]) for row in read_rows(self.path)
-                   if (row["dataset"], row["part"]) == (self.name, "table")
-                   and row["teacher"] == self.teacher}  # fmt: skip
-            pairs = {(ARMS[arm].against, seed) for arm in arms for seed in seeds
-                     if ARMS[arm].against and (arm, seed) in own}  # fmt: skip
+            rows = read_rows(self.path)
+            pairs = {(ARMS[arm].against, row["seed"])
+                     for arm in arms if ARMS[arm].against
+                     for row in rows_of(rows, self.name, "table", arm)
+                     if row["seed"] in seeds and row["teacher"] == self.teacher}  # fmt: skip
             self._run([self._key("table", arm, share[arm], seed)
-                       for arm, seed in sorted(pairs - own)], own=True)  # fmt: skip
+                       for arm, seed in sorted(pairs)], own=True)  # fmt: skip
 
     def _needs_more(self, rows: list[Row], arm: str, margin: float, done: int) -> bool:
         """Judged on the first `done` seeds, so that a resumed comparison decides alike."""

@@ -7,13 +7,12 @@ from typing_extensions import assert_type
 import sokd
 
 
-def train(student: nn.Module, teacher: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> float:
+def train(student: nn.Module, teacher: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
     distiller = sokd.Distiller(student, teacher, layers="layer4", method="fitnet", sokd=True)
     assert_type(distiller.student, nn.Module)
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
     assert distiller.kd is not None
     search = sokd.PolicySearch(distiller.kd, distiller.student, epochs=1)
-    total = 0.0
     for images, labels in batches:
         search.step(distiller.step, (images, labels))
         _, terms = distiller(images, labels)
@@ -21,8 +20,6 @@ def train(student: nn.Module, teacher: nn.Module, batches: list[tuple[Tensor, Te
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # by torch
         optimizer.step()
-        total += loss.item()
-    return total
 
 
 def losses(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:

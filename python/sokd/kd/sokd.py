@@ -335,7 +335,7 @@ class SoKD(nn.Module):
             seen = adapted if reads_adapted(dam) else student
             attention = _attend(dam, seen, refined, self.lambda_agreement)
             if attention is not None and cells is not None:
-                agreement, weight, *rest = attention
+                agreement, weight, *rest = attention  # no `_replace`: see `Plans.parts`
                 attention = Attention(agreement, weight * cells[:, 0], *rest)
             matches.append(Match(adapted if adapt else student, refined, attention, clean))
         if self.search is not None and policy is not None and draw is not None and layers:

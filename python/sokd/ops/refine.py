@@ -251,8 +251,7 @@ def plan_gradients(
     Without autograd, so that they can be computed where a graph must not be recorded or would
     break. None for a part that the plan has not.
     """
-    number, seed_tensor = split_seed("refine", plan.seed, features)
-    raw = (plan.theta, plan.hole, plan.sigma, plan.perm, plan.keep, seed_tensor, number)
+    raw = _raw("refine", plan, features)
     wanted = [False, plan.theta is not None, plan.sigma is not None, False]
     if has_kernel(features):
         found = _backward(upstream, features, *raw, None, wanted)
@@ -260,6 +259,12 @@ def plan_gradients(
     else:
         d_theta, d_sigma = _plain_gradients(features, upstream, plan)
     return d_theta if wanted[1] else None, d_sigma if wanted[2] else None
+
+
+def _raw(op: str, plan: Plan | Plans, features: Any) -> tuple[Any, ...]:
+    """A plan as the kernels take it; the compilers of torch 2.5 and 2.6 trace no slice of it."""
+    number, seed_tensor = split_seed(op, plan.seed, features)
+    return (plan.theta, plan.hole, plan.sigma, plan.perm, plan.keep, seed_tensor, number)
 
 
 def _plain_gradients(features: Tensor, upstream: Tensor, plan: Plan) -> tuple[_Part, _Part]:
@@ -279,8 +284,7 @@ def _plain_gradients(features: Tensor, upstream: Tensor, plan: Plan) -> tuple[_P
 
 def _check_dots(features: Any, upstream: Any, plans: Any, *, by_sample: bool = False) -> None:
     plan = Plans.of(plans)
-    number, seed_tensor = split_seed("refine_dots", plan.seed, features)
-    raw = (plan.theta, plan.hole, plan.sigma, plan.perm, plan.keep, seed_tensor, number)
+    raw = _raw("refine_dots", plan, features)
     if is_eager(features, upstream, *raw):
         check_kind("refine_dots", "features", features, upstream=upstream, **plan.parts())
         _core.check_refine_dots(features, upstream, raw)
@@ -314,8 +318,7 @@ def refine_dots(
     """
     plan = Plans.of(plans)
     parts = plan.parts()
-    number, seed_tensor = split_seed("refine_dots", plan.seed, features)
-    raw = (plan.theta, plan.hole, plan.sigma, plan.perm, plan.keep, seed_tensor, number)
+    raw = _raw("refine_dots", plan, features)
     check_kind("refine_dots", "features", features, upstream=upstream, **parts)
     if isinstance(features, np.ndarray):
         shape = (2, _count(parts), len(features)) if by_sample else _count(parts)
