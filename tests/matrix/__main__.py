@@ -202,7 +202,7 @@ the wheel into a fresh environment, deleted it afterwards, and ran:
 ## What needs a newer torch
 
 An older torch is refused at import: 2.4 has no `torch.library.register_vmap`, and its compiler does
-not trace sokd. On torch 2.5 everything works but for these:
+not trace sokd. From torch 2.5 on everything works but for these:
 
 - `torch.export` of `SoKD` needs 2.8: before, it loses the names of a policy's tables.
 - The compiler of torch 2.5 does not trace `wrap(other.method, kd)`; functions and modules compile.
