@@ -217,6 +217,9 @@ not trace sokd. From torch 2.5 on everything works but for these:
 Where torch lacks a private name that sokd reads, a fallback gives the same numbers
 (`python/sokd/ops/torch_internals.py`).
 
+The wheel for aarch64 (`make wheel PLATFORM=aarch64`) is checked as the one for x86-64 is, and the
+Rust tests pass on it under qemu (`make cargo-test PLATFORM=aarch64`); its Python part has not run.
+
 Free-threaded CPython (3.14t) takes no wheel of the stable ABI. There is no other wheel, and sokd is
 not tested there.
 
