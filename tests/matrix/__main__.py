@@ -220,8 +220,9 @@ Where torch lacks a private name that sokd reads, a fallback gives the same numb
 The wheel for aarch64 (`make wheel PLATFORM=aarch64`) is checked as the one for x86-64 is, and the
 Rust tests pass on it under qemu (`make cargo-test PLATFORM=aarch64`); its Python part has not run.
 
-Free-threaded CPython (3.14t) takes no wheel of the stable ABI. There is no other wheel, and sokd is
-not tested there.
+Free-threaded CPython (3.14t) takes no wheel of the stable ABI. One of its own builds, but has never
+run: `maturin build --release --zig --target x86_64-unknown-linux-gnu -i python3.14t`. Importing it
+turns the GIL on.
 
 Two defects of inductor in torch 2.5 concern sokd's users; `backend="aot_eager"` has neither:
 
