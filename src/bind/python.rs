@@ -273,7 +273,7 @@ fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
 }
 
 /// The extension module.
-#[pymodule]
+#[pymodule(gil_used = true)] // free-threaded CPython has never run it
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     crate::parallel::remember_process();
     macro_rules! add {
