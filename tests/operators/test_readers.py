@@ -19,6 +19,7 @@ from torch import Tensor
 import sokd
 from sokd import _core, ops, reference
 from sokd.ops import config
+from sokd.ops.installation import release_of
 from sokd.reference import Plan
 
 SHAPE = (2, 5, 6, 7)
@@ -136,18 +137,29 @@ def capsule_of(function):
 ])  # fmt: skip
 def test_another_view_is_refused(reader, why, choose):
     expected = f"{FALLBACK} (sokd_tch does not load: use_tch_reader: reader {why})"
-    assert choose(SimpleNamespace(reader=reader)) == expected
+    assert choose(SimpleNamespace(reader=reader, BUILT_FOR="2.13.0")) == expected
 
 
-def test_a_sokd_tch_that_does_not_load_is_left_aside(tmp_path):
+def test_a_build_for_a_torch_that_is_not_proven_is_left_aside(choose):
+    built = SimpleNamespace(reader=capsule_of(read_version_2), BUILT_FOR="2.12.1")
+    why = "sokd_tch is proven on torch 2.13, 2.14, 2.15, and built for 2.12.1"
+    assert choose(built) == f"{FALLBACK} ({why})"
+
+
+@pytest.mark.parametrize("code, why", [
+    ("raise ImportError('libtorch.so: undefined\\nsymbol')", "libtorch.so: undefined symbol"),
+    ("import not_there", "No module named 'not_there'"),
+    ("raise ValueError", "ValueError"),
+])  # fmt: skip
+def test_a_sokd_tch_that_does_not_load_is_left_aside(tmp_path, code, why):
     """A build for another libtorch or another Python raises ImportError."""
-    (tmp_path / "sokd_tch.py").write_text("raise ImportError('libtorch.so: undefined symbol')")
+    (tmp_path / "sokd_tch.py").write_text(code)
     code = "import sokd, torch; sokd.ops.refine(torch.ones(1, 2, 3, 3)); sokd.show_config()"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    if ".".join(torch.__version__.split(".")[:2]) in config.PROVEN:
-        assert "(sokd_tch does not load: libtorch.so: undefined symbol)" in done.stdout
+    if release_of(torch.__version__) in config.PROVEN:
+        assert f"(sokd_tch does not load: {why})" in done.stdout
 
 
 def test_show_config(capsys):

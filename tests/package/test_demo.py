@@ -174,6 +174,24 @@ def test_an_unknown_name_is_refused(option: str, capsys: pytest.CaptureFixture[s
     assert f"argument {option}: invalid choice: 'huge'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--seeds", "--epochs", "--teacher-epochs", "--workers"])
+def test_a_number_below_one_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        demo.main([option, "0"])
+    assert f"argument {option}: must be 1 or more, got 0" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        demo.main(["--save", str(tmp_path / "file" / "demo")])
+    last = capsys.readouterr().err.splitlines()[-1]
+    start = "python -m sokd.demo: error: argument --save: [Errno 20] Not a directory"
+    assert last.startswith(start)
+
+
 # --- methods
 ROWS = torch.arange(16, 32)
 

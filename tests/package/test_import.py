@@ -12,6 +12,7 @@ import pytest
 import sokd
 
 PACKAGE = Path(sokd.__file__).parent
+REPAIR = "pip install --force-reinstall --no-deps sokd-*.whl, or `make build` in a clone"
 
 SLOW = (
     "torch._dynamo", "torch._inductor", "torch.distributed.tensor",
@@ -47,6 +48,18 @@ def test_an_old_torch_is_refused() -> None:
     assert the_last_line(done) == "ImportError: sokd: torch must be 2.5 or newer, got 2.4.1+cu121"
 
 
+def test_a_version_without_numbers_is_refused_and_a_pre_release_is_read() -> None:
+    done = run("import torch; torch.__version__ = 'unknown'; import sokd")
+    assert the_last_line(done) == "ImportError: sokd: torch must be 2.5 or newer, got unknown"
+    run("import torch; torch.__version__ = '2.13rc1'; import sokd").check_returncode()
+
+
+def test_missing_torch_is_refused() -> None:
+    done = run("import sys; sys.modules['torch'] = None; import sokd")
+    assert the_last_line(done).startswith("ImportError: sokd: PyTorch must be installed (")
+    assert the_last_line(done).endswith("): pip install torch")
+
+
 def test_missing_numpy_is_refused() -> None:
     done = run("import sys, torch; sys.modules['numpy'] = None; import sokd")
     assert the_last_line(done).startswith("ImportError: sokd: NumPy must be installed (")
@@ -64,12 +77,15 @@ def test_two_versions_over_each_other_are_refused(copy: Path) -> None:
     file.write_text(file.read_text().replace(f'"{sokd.__version__}"', '"0.0.9"'))
     assert the_last_line(run("import sokd", path=copy.parent)) == (
         f"ImportError: sokd: two versions are installed over each other, 0.0.9 and "
-        f"{sokd.__version__} (the compiled module): pip install --force-reinstall sokd"
+        f"{sokd.__version__} (the compiled module): {REPAIR}"
     )
 
 
-@pytest.mark.parametrize("damage", ["missing", "of another machine", "not a library"])
-def test_a_compiled_module_that_does_not_load_is_refused(copy: Path, damage: str) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    ["missing", "of another machine", "not a library", 10, 100, 1000, 100_000, -20_000],
+)  # a number: cut off there
+def test_a_compiled_module_that_does_not_load_is_refused(copy: Path, damage: str | int) -> None:
     (library,) = copy.glob("_core*.so")
     content = bytearray(library.read_bytes())
     library.unlink()
@@ -77,11 +93,13 @@ def test_a_compiled_module_that_does_not_load_is_refused(copy: Path, damage: str
         # ELF's e_machine
         content[18:20] = b"\xb7\x00" if content[18:20] != b"\xb7\x00" else b"\x3e\x00"
         library.write_bytes(content)
+    elif isinstance(damage, int):
+        library.write_bytes(content[:damage])
     elif damage == "not a library":
         library.write_text("version https://git-lfs.github.com/spec/v1")
     line = the_last_line(run("import sokd", path=copy.parent))
     assert line.startswith("ImportError: sokd: the compiled module does not load (")
-    assert line.endswith(f"): install the wheel for {sysconfig.get_platform()}")
+    assert line.endswith(f"): install the wheel for {sysconfig.get_platform()}: {REPAIR}")
 
 
 def test_no_file_is_written_beside_the_package() -> None:

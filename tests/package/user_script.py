@@ -1,5 +1,8 @@
 """A user's script, for type checkers: `make types` runs mypy --strict on it."""
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 from typing_extensions import assert_type
@@ -30,6 +33,11 @@ def losses(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     assert_type(sokd.methods.dkd(student.mean((2, 3)), teacher.mean((2, 3)), labels), Tensor)
     wrapped: Tensor = sokd.wrap(nn.functional.mse_loss, kd)(student, teacher)
     return wrapped
+
+
+def of_arrays(features: "np.ndarray[Any, Any]", theta: "np.ndarray[Any, Any]") -> None:
+    assert_type(sokd.ops.refine(features, theta), "np.ndarray[Any, Any]")
+    assert_type(sokd.ops.masked_mse(features, features), "np.ndarray[Any, Any]")
 
 
 sokd.manual_seed(0)

@@ -25,7 +25,6 @@ HEADER = ("method", "last epoch, test %", "best epoch, test %", "runs", "seconds
 def demo(data: DataSet, options: argparse.Namespace) -> list[Run]:
     """Train, print, write, draw; returns the runs."""
     folder, name = options.save, f"teacher-{data.name}-{options.teacher}-{options.teacher_epochs}"
-    folder.mkdir(parents=True, exist_ok=True)
     print(data.name, [len(part[1]) for part in data[1:4]], "images to train, validate and test")
     solver = Solver(options.teacher_epochs, lr=0.4)
     teacher = train_teacher(data, options.teacher, solver, folder / f"{name}.pt")
@@ -98,20 +97,31 @@ def draw_areas(distiller: sokd.Distiller, data: DataSet, path: Path, caption: st
     sokd.inspect.draw_areas(paper, found, path, titles=titles, caption=caption)
 
 
+def at_least_one(text: str) -> int:
+    """The number of an option, 1 or more."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
+    return int(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; 2, and one line on stderr, if a package is missing."""
     parser = argparse.ArgumentParser("python -m sokd.demo", description=__doc__)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     add = parser.add_argument
     add("--method", choices=METHODS, nargs="+", default=[*METHODS], help="what to compare")
-    add("--seeds", type=int, default=3, help="runs of each method, with seeds 0, 1, ...")
-    add("--epochs", type=int, default=10, help="of every student run")
+    add("--seeds", type=at_least_one, default=3, help="runs of each method, with seeds 0, 1, ...")
+    add("--epochs", type=at_least_one, default=10, help="of every student run")
     add("--teacher", choices=TEACHERS, default="base", help="size of the teacher")
-    add("--teacher-epochs", type=int, default=8, help="of the teacher")
+    add("--teacher-epochs", type=at_least_one, default=8, help="of the teacher")
     add("--student", choices=STUDENTS, default="small", help="size of the students")
-    add("--workers", type=int, default=CORES, help="student runs at a time, a thread each")
+    add("--workers", type=at_least_one, default=CORES, help="student runs at a time, a thread each")
     add("--save", type=Path, default=Path("out/demo"), help="folder for all that is written")
     options = parser.parse_args(arguments)
+    try:
+        options.save.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --save: {error}")
     try:
         if importlib.util.find_spec("matplotlib") is None:
             raise MissingData("package matplotlib must be installed: pip install matplotlib")

@@ -111,10 +111,12 @@ def train_teacher(data: DataSet, size: str, solver: Solver, path: Path) -> Net:
         return F.cross_entropy(teacher(images[rows])[0], labels[rows])
 
     if not path.exists():
+        print("the teacher is trained once", flush=True)
         for epoch in fit(teacher.parameters(), loss_of, len(labels), solver, order):
             score = accuracy(teacher, data.validation)
             print(f"teacher, epoch {epoch + 1}: validation {score:.2%}", flush=True)
-        torch.save(teacher.state_dict(), path)
+        torch.save(teacher.state_dict(), unfinished := path.with_suffix(".part"))
+        unfinished.replace(path)
     teacher.load_state_dict(torch.load(path, weights_only=True))
     return teacher.requires_grad_(False).eval()
 

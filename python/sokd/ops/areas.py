@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sokd import _core, reference
-from sokd.ops.checks import check_kind
+from sokd.ops.checks import Array, check_kind
 from sokd.ops.runtime import checked_by, has_kernel, is_eager, is_meta, register, resources
 from sokd.reference import Areas, accumulator
 
@@ -65,8 +65,8 @@ def _check(
 
 @checked_by(_check)
 def areas(
-    heat: Tensor, size: Tensor, offset: Tensor, *, k: int = 8, kernel: int = 3,
-    teacher: _Maps | None = None,
+    heat: Array, size: Array, offset: Array, *, k: int = 8, kernel: int = 3,
+    teacher: tuple[Array, Array, Array] | None = None,
 ) -> Areas:  # fmt: skip
     """Find the k areas of highest heat in each sample, and the cells they cover.
 

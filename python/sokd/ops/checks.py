@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+# A tensor or a NumPy array: an operator returns what it was given.
+Array = TypeVar("Array", Tensor, "np.ndarray[Any, Any]")
 
 
 def split_seed(op: str, seed: int | Tensor, features: Any) -> tuple[int, Tensor | None]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from sokd import _core
+from sokd.ops.installation import release_of, whole
 
 # torch releases on which sokd_tch is proven. Elsewhere the layout of a tensor in libtorch can
 # differ and reading one can abort the process, so the release is checked before the import.
-PROVEN = ("2.13", "2.14", "2.15")
+PROVEN = ((2, 13), (2, 14), (2, 15))
 
 _why_not_tch: str | None = None
 
@@ -26,15 +26,20 @@ def choose_reader() -> None:
     except ValueError:  # torch before 2.10
         _core.select_reader("portable")
     _why_not_tch = None
-    if ".".join(torch.__version__.split(".")[:2]) not in PROVEN:
-        _why_not_tch = f"sokd_tch is proven on torch {', '.join(PROVEN)}"
+    proven = "sokd_tch is proven on torch " + ", ".join(f"{a}.{b}" for a, b in PROVEN)
+    if release_of(torch.__version__) not in PROVEN:
+        _why_not_tch = proven
         return
     try:
-        _core.use_tch_reader(import_module("sokd_tch").reader)
-    except ModuleNotFoundError:
-        _why_not_tch = "sokd_tch is not installed"
+        module = whole("sokd_tch")
+        if release_of(module.BUILT_FOR) in PROVEN:
+            _core.use_tch_reader(module.reader)
+        else:
+            _why_not_tch = f"{proven}, and built for {module.BUILT_FOR}"
     except Exception as error:  # built for another Python or torch, or broken
-        _why_not_tch = f"sokd_tch does not load: {error}"
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "sokd_tch"
+        why = " ".join(str(error).split()) or type(error).__name__
+        _why_not_tch = "sokd_tch is not installed" if missing else f"sokd_tch does not load: {why}"
 
 
 @cache

@@ -8,7 +8,7 @@ norm      = B*C*H*W ("elements") or C * sum(weight) ("area"); norm 0: loss 0, gr
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sokd import _core, reference
 from sokd.ops import torch_internals
-from sokd.ops.checks import check_kind, refuse_gradients
+from sokd.ops.checks import Array, check_kind, refuse_gradients
 from sokd.ops.runtime import (
     apply,
     checked_by,
@@ -195,8 +195,8 @@ def _is_last_walk() -> bool:
 
 
 def masked_mse(
-    student: Tensor, teacher: Tensor, weight: Tensor | None = None, *, normalise: str = "elements"
-) -> Tensor:
+    student: Array, teacher: Array, weight: Array | None = None, *, normalise: str = "elements"
+) -> Array:
     """The mean of weight * (student - teacher)^2, as a scalar.
 
     Args:
@@ -228,16 +228,16 @@ def _check(student: Any, teacher: Any, weight: Any, *, normalise: Any, **_: Any)
 
 @checked_by(_check)
 def scaled_mse(
-    student: Tensor, teacher: Tensor, weight: Tensor | None, *, normalise: str, scale: float,
+    student: Array, teacher: Array, weight: Array | None, *, normalise: str, scale: float,
     mutual: bool = False,
-) -> Tensor:  # fmt: skip
+) -> Array:  # fmt: skip
     """`masked_mse` times `scale`; with `mutual` the teacher gets a gradient too.
 
     With the factor in the operator the upstream gradient stays 1, which saves a pass over the map.
     """
     check_kind("masked_mse", "student", student, teacher=teacher, weight=weight)
     if isinstance(student, np.ndarray):
-        return _masked_mse_numpy(student, teacher, weight, normalise, scale)
+        return cast(Array, _masked_mse_numpy(student, teacher, weight, normalise, scale))
     refuse_gradients("masked_mse", weight=weight, teacher=None if mutual else teacher)
     served, half = has_kernel(student), student.dtype == torch.float16
     unread = half and normalise not in _NORMALISE  # float16 passes "elements" to the kernel

@@ -9,7 +9,7 @@ d_sigma = sum keep * u * eps;  d_straight = sum u.  The backward draws eps again
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sokd import _core, reference
 from sokd.ops import torch_internals
-from sokd.ops.checks import check_kind, refuse_gradients, split_seed
+from sokd.ops.checks import Array, check_kind, refuse_gradients, split_seed
 from sokd.ops.runtime import (
     apply,
     checked_by,
@@ -190,10 +190,10 @@ def _check_kinds(features: Any, *parts: Any) -> None:
 
 @checked_by(_check)
 def refine(
-    features: Tensor, theta: Tensor | None = None, *, hole: Tensor | None = None,
-    sigma: Tensor | None = None, perm: Tensor | None = None, keep: Tensor | None = None,
-    seed: int | Tensor = 0, straight: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    features: Array, theta: Array | None = None, *, hole: Array | None = None,
+    sigma: Array | None = None, perm: Array | None = None, keep: Array | None = None,
+    seed: int | Tensor = 0, straight: Array | None = None,
+) -> Array:  # fmt: skip
     """Refine features by a plan: permute channels, resample, cut a hole, add noise, drop channels.
 
     Args:
@@ -223,7 +223,7 @@ def refine(
         refined: Any = np.empty(features.shape, features.dtype)
         plan = (theta, hole, sigma, perm, keep, None, number)
         _core.refine_forward(refined, features, plan, resources(features))
-        return refined
+        return cast(Array, refined)
     parts = {"hole": hole, "sigma": sigma, "perm": perm, "keep": keep, "straight": straight}
     served = has_kernel(features)
     if not served or is_meta(features, theta, *parts.values()) or not _fits(straight, features):
@@ -292,9 +292,9 @@ def _check_dots(features: Any, upstream: Any, plans: Any, *, by_sample: bool = F
 
 @checked_by(_check_dots)
 def refine_dots(
-    features: Tensor, upstream: Tensor, plans: Plans | Plan | Mapping[str, Any], *,
+    features: Array, upstream: Array, plans: Plans | Plan | Mapping[str, Any], *,
     by_sample: bool = False,
-) -> Tensor:  # fmt: skip
+) -> Array:  # fmt: skip
     """<upstream, refine(features; plan_v)> for V plans, in one pass over memory.
 
         plans = {"sigma": torch.tensor([[0.0], [0.1], [0.5]])}            # V = 3
@@ -324,7 +324,7 @@ def refine_dots(
         shape = (2, _count(parts), len(features)) if by_sample else _count(parts)
         dots: Any = np.empty(shape, accumulator(features.dtype))
         _core.refine_dots(dots, features, upstream, raw, resources(features))
-        return dots
+        return cast(Array, dots)
     refuse_gradients("refine_dots", features=features, upstream=upstream, **parts)
     served = has_kernel(features)
     if not served or is_meta(features, upstream, *plan):

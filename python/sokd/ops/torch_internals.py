@@ -22,7 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-RELEASE = tuple(int(part) for part in torch.__version__.split(".")[:2])
+from sokd.ops.installation import release_of
+
+RELEASE = release_of(torch.__version__)
 TRACES_GUARDS = RELEASE >= (2, 8)
 
 
