@@ -102,6 +102,21 @@ def test_a_compiled_module_that_does_not_load_is_refused(copy: Path, damage: str
     assert line.endswith(f"): install the wheel for {sysconfig.get_platform()}: {REPAIR}")
 
 
+def test_a_second_import_in_one_process_is_refused() -> None:
+    """As after an interrupted import, or by a tool that drops modules to load them anew."""
+    done = run("""
+import sys, sokd
+kept = sys.modules.copy()
+for name in [name for name in kept if name.split(".")[0] == "sokd"]:
+    del sys.modules[name]
+import sokd
+""")
+    assert the_last_line(done) == (
+        "ImportError: sokd: imported a second time in one process, where its operators stay "
+        "registered: restart Python"
+    )
+
+
 def test_no_file_is_written_beside_the_package() -> None:
     """A read-only site-packages is enough: `import sokd`, a call and its backward write no file."""
     code = """

@@ -20,7 +20,11 @@ from sokd.ops.config import why_no_cuda
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-LIBRARY = torch.library.Library("sokd", "DEF")  # type: ignore[no-untyped-call]
+try:
+    LIBRARY = torch.library.Library("sokd", "DEF")  # type: ignore[no-untyped-call]
+except RuntimeError as error:
+    why = "its operators stay registered: restart Python"
+    raise ImportError(f"sokd: imported a second time in one process, where {why}") from error
 
 # Devices with kernels in `_core`, and their dispatch keys. A further device is added here: the
 # registered functions allocate the outputs on the inputs' device, by which `_core` dispatches.
