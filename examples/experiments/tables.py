@@ -16,7 +16,6 @@ from examples.experiments.compare import (
     chosen,
     difference,
     read_rows,
-    rows_of,
 )
 from examples.experiments.methods import ARMS
 from sokd.demo.__main__ import HEADER, spread, table
@@ -28,7 +27,7 @@ DEMO_LABELS = {
     "fitnet-dam": "FitNet + DAM", "sokd": "SoKD",
 }  # fmt: skip
 COMPARED = ("row", "last epoch", "best epoch", "against", "difference, 95 %", "seeds", "p (Holm)",
-            "", "CPU s")  # fmt: skip
+            "", "CPU s", "time / against")  # fmt: skip
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -85,7 +84,7 @@ def results(path: Path = DOCS / "results" / "runs.csv") -> dict[str, str]:
     adjusted = holm({
         (dataset, arm): difference(rows, dataset, arm).p
         for dataset in SETTINGS for arm in ARMS
-        if ARMS[arm].against and rows_of(rows, dataset, "table", arm)
+        if ARMS[arm].against and difference(rows, dataset, arm).seeds > 1
     })  # fmt: skip
     return {name: compared(rows, name, adjusted) for name in SETTINGS} | {"trials": trials(rows)}
 
@@ -110,20 +109,25 @@ def compared(rows: Sequence[Row], dataset: str, adjusted: Mapping[tuple[str, str
     """One line for each arm; test accuracy in %, mean ± standard deviation over the seeds."""
     lines: list[tuple[str, ...]] = []
     for arm, label in {"teacher": "teacher", **{k: v.label for k, v in ARMS.items()}}.items():
-        last, best, seconds = (
-            list(by_pair(rows, dataset, arm, column).values())
+        last, best, spent = (
+            by_pair(rows, dataset, arm, column)
             for column in ("last_test", "best_test", "cpu_seconds")
         )
         if not last:
             continue
-        cells = ["", "", str(len(last)), "", ""]
+        cells, times = ["", "", str(len(last)), "", ""], ""
         if (dataset, arm) in adjusted:
             found, p = difference(rows, dataset, arm), adjusted[dataset, arm]
             word = verdict(found.mean, found.half_width, p, SETTINGS[dataset].margin)
             text = f"{found.mean:+.2f} ± {found.half_width:.2f}"
             cells = [ARMS[ARMS[arm].against].label, text, str(found.seeds), f"{p:.2g}", word]
-        more = [spread(best), *cells, f"{fmean(seconds):.1f}"] if seconds else [""] * 7
-        lines.append((label, spread(last), *more))
+            other = by_pair(rows, dataset, ARMS[arm].against, "cpu_seconds")
+            pairs = spent.keys() & other.keys()  # of one machine
+            times = f"{sum(spent[p] for p in pairs) / sum(other[p] for p in pairs):.2f}"
+        more = [""] * 8  # of a teacher
+        if spent:
+            more = [spread([*best.values()]), *cells, f"{fmean(spent.values()):.1f}", times]
+        lines.append((label, spread([*last.values()]), *more))
     return markdown(COMPARED, lines)
 
 

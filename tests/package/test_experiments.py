@@ -329,8 +329,16 @@ def test_the_table_of_a_set_has_a_line_for_each_arm_that_ran() -> None:
         "0.01",
         "better",
         "1.0",
+        "1.00",
     )
     assert text[3] == f"| {' | '.join(cells)} |"
+
+
+def test_a_row_without_pairs_has_no_difference(tmp_path: Path) -> None:
+    rows = [table_row("kd", seed, 0.5) for seed in range(3)] + [table_row("student", 9, 0.5)]
+    assert tables.compared(rows, "scenes", {}).splitlines()[-1].split("|")[4:10] == [
+        " ", " ", " 3 ", " ", " ", " 1.0 ",
+    ]  # fmt: skip
 
 
 # --- where the areas lie, and where the search takes the policy
