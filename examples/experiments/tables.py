@@ -81,11 +81,9 @@ def areas(path: Path = DOCS / "results" / "areas.csv") -> str:
 def results(path: Path = DOCS / "results" / "runs.csv") -> dict[str, str]:
     """The tables of the comparison, by the names of their markers in the page."""
     rows = read_rows(path)
-    adjusted = holm({
-        (dataset, arm): difference(rows, dataset, arm).p
-        for dataset in SETTINGS for arm in ARMS
-        if ARMS[arm].against and difference(rows, dataset, arm).seeds > 1
-    })  # fmt: skip
+    found = {(dataset, arm): difference(rows, dataset, arm)
+             for dataset in SETTINGS for arm in ARMS if ARMS[arm].against}  # fmt: skip
+    adjusted = holm({key: each.p for key, each in found.items() if each.seeds > 1})
     return {name: compared(rows, name, adjusted) for name in SETTINGS} | {"trials": trials(rows)}
 
 
@@ -123,7 +121,8 @@ def compared(rows: Sequence[Row], dataset: str, adjusted: Mapping[tuple[str, str
             cells = [ARMS[ARMS[arm].against].label, text, str(found.seeds), f"{p:.2g}", word]
             other = by_pair(rows, dataset, ARMS[arm].against, "cpu_seconds")
             pairs = spent.keys() & other.keys()  # of one machine
-            times = f"{sum(spent[p] for p in pairs) / sum(other[p] for p in pairs):.2f}"
+            own, others = (sum(of[pair] for pair in pairs) for of in (spent, other))
+            times = f"{own / others:.2f}"
         more = [""] * 8  # of a teacher, which has no runs
         if spent:
             more = [spread([*best.values()]), *cells, f"{fmean(spent.values()):.1f}", times]

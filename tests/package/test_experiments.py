@@ -335,7 +335,7 @@ def test_the_table_of_a_set_has_a_line_for_each_arm_that_ran() -> None:
     assert text[3] == f"| {' | '.join(cells)} |"
 
 
-def test_a_row_without_pairs_has_no_difference(tmp_path: Path) -> None:
+def test_a_row_without_pairs_has_no_difference() -> None:
     rows = [table_row("kd", seed, 0.5) for seed in range(3)] + [table_row("student", 9, 0.5)]
     assert tables.compared(rows, "scenes", {}).splitlines()[-1].split("|")[2:11] == [
         " 3 ", " 50.00 ± 0.00 ", " 50.00 ± 0.00 ", " ", " ", " ", " ", " ", " 1.0 ",
