@@ -61,15 +61,16 @@ def test_the_kernels_are_used(device: torch.device) -> None:
 
 
 @prototypes
-def test_nothing_waits(device: torch.device) -> None:
-    """Neither an operator nor the loss synchronises, forward and backward."""
-    run, step = everything_on(DEVICE, SHAPE), loss_steps(device)
-    run(), step()  # what is done once
+@pytest.mark.parametrize("search", [None, "online"])
+def test_nothing_waits(search: str | None, device: torch.device) -> None:
+    """Neither an operator nor the loss synchronises, forward and backward; nor does the search."""
+    run, step = everything_on(DEVICE, SHAPE), loss_steps(device, search=search)
+    run(), step(), step()  # what is done once
     torch.cuda.set_sync_debug_mode("error")
     try:
         with pytest.raises(RuntimeError, match="synchroniz"):
             torch.ones(1, device=device).item()  # the mode is on
-        run(), step()
+        run(), step(), step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -172,9 +173,13 @@ def test_a_graph_of_all_operators(device: torch.device) -> None:
 
 
 @prototypes
-def test_a_graph_of_the_loss_draws_anew_at_each_replay(device: torch.device) -> None:
+@pytest.mark.parametrize("search", [None, "online"])
+def test_a_graph_of_the_loss_draws_anew_at_each_replay(
+    search: str | None, device: torch.device
+) -> None:
+    """The policy moves in each second replay, as in each second call."""
     sokd.warmup(device)
-    step, own = loss_steps(device), loss_steps(device)
+    step, own = (loss_steps(device, search=search) for _ in range(2))
     graph, results = captured(step)  # the run before it made one draw, the capture none
     step_at = [own() for _ in range(4)]
     for expected in step_at[1:]:

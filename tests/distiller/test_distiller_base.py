@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -169,3 +171,46 @@ def test_a_checkpoint_of_another_adapter_is_refused():
     with pytest.raises(RuntimeError, match="made with adapter='conv'"):
         make(sokd=False, adapter="linear").load_state_dict(state)
     make(sokd=False, adapter="conv").load_state_dict(state)
+
+
+@pytest.mark.parametrize(("base", "other"), [("keep", "replace"), ("replace", "keep")])
+def test_a_checkpoint_of_the_other_base_is_refused(base, other):
+    state = make(method="at", sokd=options("attention", base)).state_dict()
+    loaded = make(method="at", sokd=options("attention", other))
+    before = {name: value.clone() for name, value in loaded.state_dict().items()}
+    want = (
+        f"Distiller: the state fits base={base!r} or other methods, not this object; to load it "
+        f"make the Distiller with its methods and sokd={{'base': {base!r}}}"
+    )
+    with pytest.raises(RuntimeError, match=re.escape(want)):
+        loaded.load_state_dict(state)
+    assert all(torch.equal(before[name], value) for name, value in loaded.state_dict().items())
+    make(method="at", sokd=options("attention", base)).load_state_dict(state)
+
+
+def test_trained_heads_adapt_under_either_base():
+    state = make(method="at", sokd=options("bounded", "keep")).state_dict()
+    make(method="at", sokd=options("bounded", "replace")).load_state_dict(state)
+
+
+@pytest.mark.parametrize(("one", "other"), [("attention", "bounded"), ("bounded", "attention")])
+def test_a_checkpoint_of_other_heads_is_refused_by_their_name(one, other):
+    state = make(method="at", sokd=options(one, "replace")).state_dict()
+    with pytest.raises(RuntimeError, match=f"SoKD: the state fits .*heads='{one}'"):
+        make(method="at", sokd=options(other, "replace")).load_state_dict(state)
+
+
+def test_a_checkpoint_of_an_adapter_without_parameters_is_loaded():
+    class Repeated(torch.nn.Module):
+        def forward(self, features: torch.Tensor) -> torch.Tensor:
+            return features.repeat(1, 2, 1, 1)
+
+    given = {"adapter": torch.nn.ModuleList([Repeated(), Repeated()]), "base": "keep"}
+    state = make(method="at", sokd=given).state_dict()
+    make(method="at", sokd=given).load_state_dict(state)
+
+
+def test_a_checkpoint_without_a_search_is_refused_by_name():
+    state = make(sokd={"search": "online"}).state_dict()
+    with pytest.raises(RuntimeError, match="SoKD: the state fits search='online'"):
+        make(sokd={"search": None}).load_state_dict(state)

@@ -91,9 +91,10 @@ def test_a_nan_makes_its_own_sample_nan():
 def test_agreement_of_equal_and_of_disjoint_attention():
     one, other = torch.zeros(2, 3, 3), torch.zeros(2, 3, 3)
     one[:, 0, 0] = other[:, 2, 1] = 1
-    assert disagreement(one, one) == 0 and disagreement(one, other) == 1
     half = (one + other) / 2
-    assert disagreement(one, half).item() == pytest.approx(1 - math.sqrt(0.5))
+    equal, disjoint, partly = (torch.cat((one, teacher)) for teacher in (one, other, half))
+    assert disagreement(equal) == 0 and disagreement(disjoint) == 1
+    assert disagreement(partly).item() == pytest.approx(1 - math.sqrt(0.5))
 
 
 @pytest.mark.parametrize("sizes", [((6, 6), (6, 6)), ((8, 8), (4, 4)), ((4, 4), (8, 8))], ids=str)

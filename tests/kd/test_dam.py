@@ -89,6 +89,17 @@ def test_the_teacher_gets_no_gradient(dam):
     assert student.grad.abs().sum() > 0
 
 
+def test_the_teachers_half_has_no_input_gradient(dam):
+    """Both sides in one batch would compute one that nothing reads."""
+    student, teacher = a_pair(2, 3, 4, 4)
+    read = []
+    dam.first.register_forward_pre_hook(
+        lambda _, inputs: read.append((len(inputs[0]), inputs[0].requires_grad))
+    )
+    dam(student, teacher.requires_grad_())
+    assert sorted(read) == [(2, False), (2, True)]
+
+
 def test_equal_features_agree_exactly(dam):
     _, teacher = a_pair(2, 3, 4, 4)
     assert dam(teacher, teacher).agreement == 0

@@ -255,6 +255,7 @@ def test_another_device_is_not_asked_for_the_number_of_calls() -> None:
 
 
 def test_it_does_not_step_inside_transforms() -> None:
+    """With a draw of before there is no step; without one there is no loss."""
     kd = online(4, 4, adapter=None, dam=None)
     student, teacher = pair((2, 4, 6, 6))
     draw = kd.policy.draw(2)
@@ -262,7 +263,48 @@ def test_it_does_not_step_inside_transforms() -> None:
     def value(features: Tensor) -> Tensor:
         return kd.terms(features, teacher, draw=draw)["total"]
 
+    def undrawn() -> None:
+        with pytest.raises(RuntimeError, match="must be called outside torch"):
+            torch.func.grad(lambda features: kd(features, teacher))(student.detach())
+
     assert not moved(kd, lambda: torch.func.grad(value)(student.detach()))
+    assert not moved(kd, undrawn)
+
+
+def test_a_captured_call_is_counted_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a CUDA graph, which repeats one call, every call computes a step and a buffer decides."""
+    (student, teacher), eager, captured = pair(), online(every=3), online(every=3)
+    captured.load_state_dict(eager.state_dict())
+    with monkeypatch.context() as patch:
+        patch.setattr("sokd.kd.policy.online.is_captured", lambda _: True)
+        for _ in range(5):
+            sokd.loss(student, teacher, captured)
+        assert captured.search._counted == 0
+    for _ in range(5):
+        sokd.loss(student, teacher, eager)
+    assert eager.search._counted == 5 and int(eager.search.steps) == 2
+    for name, value in eager.state_dict().items():
+        assert torch.equal(captured.state_dict()[name], value), name
+
+
+def test_loss_scaling_does_not_reach_it() -> None:
+    (student, teacher), plain, scaled = pair(), online(), online()
+    scaled.load_state_dict(plain.state_dict())
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for kd, scale in ((plain, lambda loss: loss), (scaled, scaler.scale)):
+        optimizer = torch.optim.SGD(kd.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            scale(sokd.loss(student, teacher, kd)).backward()
+            if kd is scaled:
+                scaler.unscale_(optimizer)
+            optimizer.step()
+            if kd is scaled:
+                scaler.update()
+    assert int(plain.search.steps) == int(scaled.search.steps) == 3
+    for one, two in zip([*chi(plain), plain.search.moments], [*chi(scaled), scaled.search.moments],
+                        strict=True):  # fmt: skip
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
 
 
 def test_a_checkpointed_loss_steps_with_a_draw_of_its_own_alone() -> None:
@@ -544,6 +586,16 @@ def alike() -> sokd.SoKD:
 
 def halves(seed: int) -> tuple[Tensor, Tensor]:
     return features(4, 4, 6, 6, seed=seed).requires_grad_(), features(4, 4, 6, 6, seed=seed + 9)
+
+
+def test_the_gradients_of_all_layers_are_reduced_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    kd, reduced = online([3, 3], [4, 4]), []
+    monkeypatch.setattr(
+        "sokd.kd.policy.online.averaged", lambda found: reduced.append(found.shape) or found
+    )
+    student, teacher = pair()
+    assert moved(kd, lambda: sokd.loss([student] * 2, [teacher] * 2, kd))
+    assert reduced == [(5 * len(kd.policy.policies),)]
 
 
 @distributed

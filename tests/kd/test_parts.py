@@ -20,15 +20,16 @@ from sokd.kd.options import PRESETS
 
 # heads, and the smallest of their kind
 HEADS = {
-    "attention": {"heads": "attention"},
-    "bounded": {"heads": "bounded", "heat_channels": 5},
-    "paper": {"heads": "paper", "heat_channels": 5},
+    "attention": {"heads": "attention", "k": 2},
+    "bounded": {"heads": "bounded", "heat_channels": 5, "k": 2},
+    "paper": {"heads": "paper", "heat_channels": 5, "k": 2},
+    "none": {"dam": None},
 }
 
 
 def make(*channels: int, heads: str = "attention", **options) -> sokd.SoKD:
     torch.manual_seed(0)
-    return sokd.SoKD(*(channels or (3, 4)), **{**HEADS[heads], "k": 2, **options})
+    return sokd.SoKD(*(channels or (3, 4)), **{**HEADS[heads], **options})
 
 
 # ----------------------------------------------------------------------------------------- adapters
@@ -343,34 +344,112 @@ def test_a_state_of_the_same_parts_is_loaded(kind, heads, layers):
         assert torch.equal(other.state_dict()[name], value)
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize(
-    ("made", "loaded", "text"),
-    [
-        ({"adapter": "conv"}, {"adapter": "linear"}, "adapter='conv'"),
-        ({"adapter": "separable"}, {"adapter": "conv"}, "adapter='separable'"),
-        ({"adapter": "regressor"}, {"adapter": "separable"}, "adapter='regressor'"),
-        ({"adapter": "linear"}, {"adapter": "regressor"}, "adapter='linear'"),
-        ({"heads": "attention"}, {"heads": "paper"}, "heads='attention'"),
-        ({"heads": "paper"}, {"heads": "attention"}, "heads='bounded' or 'paper'"),
-        (
-            {"adapter": "conv", "heads": "bounded"}, {"adapter": "linear", "heads": "attention"},
-            "adapter='conv' and heads='bounded' or 'paper'",
-        ),
-    ],
-)  # fmt: skip
-def test_a_state_of_other_parts_is_refused_by_name(made, loaded, text, layers):
+KINDS_REFUSED = [
+    ({"adapter": "conv"}, {"adapter": "linear"}, "adapter='conv'"),
+    ({"adapter": "separable"}, {"adapter": "conv"}, "adapter='separable'"),
+    ({"adapter": "regressor"}, {"adapter": "separable"}, "adapter='regressor'"),
+    ({"adapter": "linear"}, {"adapter": "regressor"}, "adapter='linear'"),
+    ({"heads": "attention"}, {"heads": "paper"}, "heads='attention'"),
+    ({"heads": "paper"}, {"heads": "attention"}, "heads='paper'"),
+    ({"heads": "paper"}, {"heads": "bounded"}, "heads='paper'"),
+    ({"heads": "bounded"}, {"heads": "paper"}, "heads='bounded'"),
+    ({"heads": "bounded"}, {"heads": "none"}, "heads='bounded'"),
+    (
+        {"adapter": "conv", "heads": "bounded"}, {"adapter": "linear", "heads": "attention"},
+        "adapter='conv' and heads='bounded'",
+    ),
+]  # fmt: skip
+PARTS_REFUSED = [
+    ({"adapter": None}, {}, "adapter=None"),
+    ({}, {"adapter": None}, "adapter='linear'"),
+    ({"policy": None}, {}, "policy=None"),
+    ({"search": None}, {"policy": None}, "policy='default'"),
+    ({}, {"search": None}, "search='online'"),
+    ({}, {"policy": None}, "policy='default' and search='online'"),
+]
+
+
+def refused(text: str) -> str:
+    load = text.replace(" and ", ", ")
+    return re.escape(
+        f"SoKD: the state fits {text}, not this object; to load it make kd with SoKD(..., {load})"
+    )
+
+
+def two(made, loaded, layers=1) -> tuple[dict, sokd.SoKD]:
+    """The state of one, and another."""
     common = {"adapter": "linear", "heads": "attention"}
-    kd = make([3] * layers, [4] * layers, **{**common, **loaded})
+    one, other = (make([3] * layers, [4] * layers, **common | each) for each in (made, loaded))
+    return one.state_dict(), other
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize(("made", "loaded", "text"), KINDS_REFUSED + PARTS_REFUSED)
+def test_a_state_of_other_parts_is_refused_by_name(made, loaded, text, layers):
+    state, kd = two(made, loaded, layers)
     before = copy.deepcopy(kd.state_dict())
-    state = make([3] * layers, [4] * layers, **{**common, **made}).state_dict()
-    load = text.replace(" and ", ", ").replace(" or 'paper'", "")
-    want = f"SoKD: the state was made with {text}; to load it make kd with SoKD(..., {load})"
-    for module, prefix in ((kd, ""), (nn.ModuleDict({"kd": kd}), "kd.")):
-        with pytest.raises(RuntimeError, match=re.escape(want)):
-            module.load_state_dict({f"{prefix}{name}": value for name, value in state.items()})
+    with pytest.raises(RuntimeError, match=refused(text)):
+        kd.load_state_dict(state)
     for name, value in before.items():
         assert torch.equal(kd.state_dict()[name], value)
+
+
+@pytest.mark.parametrize(("made", "loaded", "text"), KINDS_REFUSED)
+def test_inside_another_module_other_kinds_are_refused(made, loaded, text):
+    state, kd = two(made, loaded)
+    with pytest.raises(RuntimeError, match=refused(text)):
+        nn.ModuleDict({"kd": kd}).load_state_dict({f"kd.{name}": v for name, v in state.items()})
+
+
+@pytest.mark.filterwarnings("ignore:SoKD. the state has no policy search")
+@pytest.mark.parametrize(("made", "loaded", "text"), PARTS_REFUSED)
+def test_absent_parts_are_no_matter_if_not_strict(made, loaded, text):
+    state, kd = two(made, loaded)
+    found = kd.load_state_dict(state, strict=False)
+    assert found.missing_keys or found.unexpected_keys or "search" in text
+
+
+@pytest.mark.parametrize("heads", ["bounded", "paper"])
+@pytest.mark.parametrize("own", ["bounded", "paper"])
+def test_heads_whose_state_names_no_kind_are_loaded_into_either(own, heads):
+    state, kd = copy.deepcopy(make(heads=heads).state_dict()), make(heads=own)
+    del state["dam.heads_index"]
+    nn.init.zeros_(kd.dam.heat.bias)
+    kd.load_state_dict(state)
+    assert torch.equal(kd.dam.heat.bias, state["dam.heat.bias"])
+    assert kd.dam.heads == own and kd.dam.heads_index.item() == ["bounded", "paper"].index(own)
+    with pytest.raises(RuntimeError, match=refused("heads='bounded' or 'paper'").replace(
+        "heads='bounded'\\ or\\ 'paper'\\)", "heads='bounded'\\)"
+    )):  # fmt: skip
+        make().load_state_dict(state)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_heads_on_the_meta_device_get_a_state(assign):
+    state = DAM(3, heads="paper").state_dict()
+    with torch.device("meta"):
+        dam = DAM(3, heads="paper")
+    if not assign:
+        dam.to_empty(device="cpu")
+    dam.load_state_dict(state, assign=assign)
+    assert dam.to("cpu").heads_index.item() == 1
+
+
+def test_heads_keep_their_kind_without_a_state():
+    with torch.device("meta"):
+        dam = DAM(3, heads="paper")
+    assert dam.heads_index.is_meta
+    assert dam.to_empty(device="cpu").heads_index.item() == 1
+
+
+def test_heads_alone_refuse_the_state_of_others():
+    with pytest.raises(RuntimeError) as caught:
+        DAM(3, heads="bounded").load_state_dict(DAM(3, heads="paper").state_dict())
+    want = (
+        "DAM: the state was made with heads='paper', this module with heads='bounded'; make it "
+        "with heads='paper'"
+    )
+    assert str(caught.value) == want
 
 
 def test_an_adapter_alone_refuses_another_kind():

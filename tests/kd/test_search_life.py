@@ -79,8 +79,8 @@ def test_sets_the_policy_up() -> None:
     assert PolicySearch(kd, Student(), estimator="gumbel")._control is None
     assert kd.policy.estimator == "gumbel"
     assert made()[1].policy.estimator == "gumbel", "that of kd.policy"
-    adam = made()[2].state_dict()["adam"]["param_groups"][0]
-    assert (adam["betas"], adam["weight_decay"]) == ((0.5, 0.999), 0)
+    adam = PolicySearch(kd, Student()).state_dict()["adam"]["param_groups"][0]
+    assert (adam["lr"], adam["betas"], adam["weight_decay"]) == (5e-3, (0.5, 0.999), 0)
 
 
 def test_chi_stays_in_its_bounds() -> None:

@@ -73,7 +73,11 @@ class Needs:
         self.base = self.keeps and not recipes
         self.logits = any("logits" in recipe.kind.needs for recipe in recipes)
         self.maps = plug is not False or not plain
-        self.adapted = self.own or any(recipe.kind.adapts for recipe in recipes)
+        adapts = any(recipe.kind.adapts for recipe in recipes)
+        self.adapted = self.own or adapts
+        # whether `base` alone decides that maps are adapted
+        fixed = plug is False or isinstance(plug, SoKD) or plain or adapts
+        self.by_base = not (fixed or _dam_adapts(plug if isinstance(plug, Mapping) else {}))
 
 
 def _base_of(plug: Plug) -> str | None:

@@ -43,7 +43,7 @@ from sokd.kd import sanity
 from sokd.kd.batches import apart, changed, copied
 from sokd.kd.dam import Attention
 from sokd.kd.features import kept, layouts, total
-from sokd.kd.sokd import Match, SoKD
+from sokd.kd.sokd import Match, SoKD, check_state
 from sokd.kd.virtual import replayed, unwrapped
 from sokd.methods.common import Method, Step, constant
 from sokd.ops.runtime import is_eager
@@ -533,10 +533,20 @@ class Distiller(nn.Module):
             raise RuntimeError(NOT_READY)
         yield from super().named_modules(memo, prefix, remove_duplicate)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As `nn.Module.load_state_dict`; if strict, refuse the state of other parts by name."""
+        if strict and self.kd is not None:
+            if self._needs.by_base:
+                guards.check_base(self.kd, state_dict)
+            check_state(self.kd, state_dict, "kd.")
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         if not self.ready:
             raise RuntimeError(NOT_READY)
-        super()._load_from_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
         """As `nn.Module._apply` (`.to()` and its like), the teacher included."""

@@ -15,8 +15,10 @@ from torch.nn.parameter import is_lazy
 from sokd.distiller.copies import as_eval
 from sokd.distiller.inputs import batch_size, is_input, kinds
 from sokd.distiller.outputs import untrained_entries
+from sokd.kd.adapter import Adapter
 from sokd.kd.features import mixed_dtypes_allowed
 from sokd.kd.sanity import Watch
+from sokd.kd.sokd import SoKD, part_of
 from sokd.kd.virtual import unwrapped
 from sokd.ops.distributed import agreed, is_sharded, place
 from sokd.ops.torch_internals import is_replica
@@ -28,6 +30,7 @@ __all__ = [
     "ANOTHER_TEACHER",
     "NO_COPY",
     "WRITES_INPUT",
+    "check_base",
     "check_devices",
     "check_eager",
     "check_finite",
@@ -82,6 +85,10 @@ NO_GRADIENT = (
 SCRIPTED = (
     "Distiller: {side} must be an eager module where layers are used, because TorchScript runs "
     "no hooks (method='kd' with sokd=False uses no layers), got {kind}"
+)
+OTHER_BASE = (
+    "Distiller: the state fits base={base!r} or other methods, not this object; to load it make "
+    "the Distiller with its methods and sokd={{'base': {base!r}}}"
 )
 EMPTY = "Distiller: x must hold at least one sample, got none"
 INPUTS = (
@@ -167,6 +174,16 @@ def check_start(distiller: Distiller) -> None:
     if policy is not None:  # the same draws on every rank, whatever each rank's seed was
         for tensor in (*policy.parameters(), policy.seed, policy.counter):
             agreed(tensor.data)
+
+
+def check_base(kd: SoKD, state: Mapping[str, Any]) -> None:
+    """Refuse a Distiller's state of the other `base` where that decides about kd's adapter."""
+    parts = {key.split(".")[1] for key in state if key.startswith("kd.")}
+    adapter = part_of(kd.adapter, 0)
+    if not parts or "dam" in parts or not (adapter is None or isinstance(adapter, Adapter)):
+        return
+    if (adapter is not None) != ("adapter" in parts):
+        raise RuntimeError(OTHER_BASE.format(base="keep" if "adapter" in parts else "replace"))
 
 
 def check_searched(distiller: Distiller, model: Any) -> None:

@@ -16,6 +16,7 @@ Source: docs/method.md section 7 [S: settled here].
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -24,13 +25,15 @@ from torch import Tensor, nn
 
 from sokd.kd.adapter import resize
 from sokd.kd.dam import Attention, Heads, checked_options, weight_of
-from sokd.kd.features import above_zero
+from sokd.kd.features import above_zero, both_sides_at_once
 from sokd.ops import Areas
 from sokd.ops import areas as find_areas
 from sokd.ops.runtime import is_captured, is_eager
 from sokd.reference import accumulator
 
 __all__ = ["AttentionDAM", "attention_map", "disagreement"]
+
+Side = tuple[Tensor, Tensor]  # attention [B, H, W] and heat [B, 1, H, W]
 
 # How far a peak exceeds the mean of its map, as a share of it: rounding makes no peak.
 _MARGIN = 2.0**-10
@@ -76,20 +79,21 @@ class AttentionDAM(nn.Module):
         energies = _energy(_at_size_of(teacher, student)), _energy(teacher.detach())
         both = _attention(torch.cat(energies), self.temperature)
         count = student.shape[0]
-        of_student, of_teacher = both[:count], both[count:].detach()
-        agreement = disagreement(of_student, of_teacher, scale)
+        agreement = disagreement(both, scale)
         with torch.no_grad():
-            found = self._find(of_student, of_teacher, self.areas)
+            heat = _heat(both)
+            sides = [(both[rows], heat[rows]) for rows in (slice(count), slice(count, None))]
+            found = self._find(sides, self.areas)
             weight = weight_of(found.coverage, self.overlap)
             none = found.scores[:, 0] <= 0  # the best one is missing
             weight = weight.masked_fill(none.view(-1, 1, 1), 1)
-            heat = _heat(of_student)
-        return Attention(agreement, weight, found.coverage, found.boxes, heat)
+        return Attention(agreement, weight, found.coverage, found.boxes, heat[:count])
 
     def maps(self, features: Tensor) -> Heads:
         """Heat, size and offset of features [B, C, H, W], as `sokd.ops.areas` takes them."""
         with torch.no_grad():
-            return _heads(attention_map(features, self.temperature))
+            attention = attention_map(features, self.temperature)
+            return _heads(attention, _heat(attention))
 
     def find(self, student: Tensor, teacher: Tensor, areas: str | None = None) -> Areas:
         """The areas of student and teacher, as `forward` takes them; `areas` None: the module's.
@@ -97,18 +101,21 @@ class AttentionDAM(nn.Module):
         dam.find(f_s, f_t, "teacher").coverage                # [B, H, W]
         """
         with torch.no_grad():
-            of_student = attention_map(_at_size_of(teacher, student), self.temperature)
-            of_teacher = attention_map(teacher, self.temperature)
-            return self._find(of_student, of_teacher, areas or self.areas)
+            maps = [
+                attention_map(features, self.temperature)
+                for features in (_at_size_of(teacher, student), teacher)
+            ]
+            return self._find([(each, _heat(each)) for each in maps], areas or self.areas)
 
     def extra_repr(self) -> str:
         names = ("temperature", "areas", "overlap", "k", "kernel")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
-    def _find(self, student: Tensor, teacher: Tensor, areas: str) -> Areas:
-        """The areas of the attention [B, H, W] of one side, or of both."""
-        heat, size, offset = _heads(student if areas == "student" else teacher)
-        other = _heads(student) if areas == "mutual" else None
+    def _find(self, sides: Sequence[Side], areas: str) -> Areas:
+        """The areas of student or teacher, or of both."""
+        student, teacher = sides
+        heat, size, offset = _heads(*(student if areas == "student" else teacher))
+        other = _heads(*student) if areas == "mutual" else None
         if other is not None:
             heat = (heat * other.heat).sqrt()
         mean = heat.mean((2, 3), keepdim=True)
@@ -141,17 +148,16 @@ def _attention(energy: Tensor, temperature: float) -> Tensor:
     return (scores if temperature == 1 else scores / temperature).softmax(1).view_as(energy)
 
 
-def disagreement(student: Tensor, teacher: Tensor, scale: float = 1.0) -> Tensor:
-    """Mean over samples of 1 - cos(A_s, A_t), maps [B, H, W]: in [0, 1], 0 for an empty batch.
+def disagreement(maps: Tensor, scale: float = 1.0) -> Tensor:
+    """Mean over samples of 1 - cos(A_s, A_t): in [0, 1], 0 for an empty batch.
 
-    As half the squared distance of the unit vectors, which is exactly 0 for equal maps.
+    maps [2B, H, W]: the student's, then the teacher's, which are constants. As half the squared
+    distance of the unit vectors, which is exactly 0 for equal maps.
     """
-    one, other = (
-        side / torch.linalg.vector_norm(side, dim=(1, 2), keepdim=True)
-        for side in (student, teacher)
-    )
-    factor = 0.5 * scale / max(student.shape[0], 1)
-    return F.mse_loss(one, other, reduction="sum") * factor
+    count = maps.shape[0] // 2
+    unit = maps / torch.linalg.vector_norm(maps, dim=(1, 2), keepdim=True)
+    factor = 0.5 * scale / max(count, 1)
+    return F.mse_loss(unit[:count], unit[count:].detach(), reduction="sum") * factor
 
 
 def _at_size_of(teacher: Tensor, student: Tensor) -> Tensor:
@@ -163,28 +169,32 @@ def _heat(attention: Tensor) -> Tensor:
     return (attention / attention.amax((1, 2), keepdim=True)).unsqueeze(1)
 
 
-def _heads(attention: Tensor) -> Heads:
-    """A [B, H, W] -> heat [B, 1, H, W], size less one and offset [B, 2, H, W], in cells."""
-    weight, first, second = _window_sums(attention)
-    weight = weight.clamp_min(torch.finfo(weight.dtype).tiny)
-    mean = first / weight
-    span = (12 * (second / weight - mean.square()).clamp_min(0) + 1).sqrt()
-    width = span[:, :1].clamp(max=span.shape[3]), span[:, 1:].clamp(max=span.shape[2])
+def _heads(attention: Tensor, heat: Tensor) -> Heads:
+    """A [B, H, W] and its heat -> heat, size less one and offset [B, 2, H, W], in cells."""
+    weight, moments = _window_sums(attention)
+    moments = moments / weight.clamp_min(torch.finfo(weight.dtype).tiny)
+    mean, square = moments[:, :2], moments[:, 2:]
+    span = (12 * (square - mean.square()).clamp_min(0) + 1).sqrt()
+    height, width = attention.shape[1:]
+    if both_sides_at_once(height, width):
+        span = span.clamp(max=width)
+    else:
+        span = torch.cat((span[:, :1].clamp(max=width), span[:, 1:].clamp(max=height)), dim=1)
     # `areas` fills from the cell of one corner to that of the other, inclusively
-    return Heads(_heat(attention), torch.cat(width, dim=1) - 1, mean + 0.5)
+    return Heads(heat, span - 1, mean + 0.5)
 
 
-def _window_sums(attention: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The sums of A, A d and A d^2 over the window of each cell: [B, 1 or 2 (x, y), H, W]."""
+def _window_sums(attention: Tensor) -> tuple[Tensor, Tensor]:
+    """Over the window of each cell the sum of A [B, 1, H, W], and those of A dx, A dy, A dx^2 and
+    A dy^2 [B, 4, H, W]."""
     batch, height, width = attention.shape
     reach = max(1, min(height, width) // 4)
     with torch.autocast(attention.device.type, enabled=False):
         sums = attention @ _powers(width, reach, attention)
         sums = sums.transpose(1, 2) @ _powers(height, reach, attention)
     sums = sums.view(batch, 3, width, 3, height).transpose(2, 4)  # [B, of x, H, of y, W]
-    first = torch.stack((sums[:, 1, :, 0], sums[:, 0, :, 1]), dim=1)
-    second = torch.stack((sums[:, 2, :, 0], sums[:, 0, :, 2]), dim=1)
-    return sums[:, :1, :, 0], first, second
+    of_each = (sums[:, 1, :, 0], sums[:, 0, :, 1], sums[:, 2, :, 0], sums[:, 0, :, 2])
+    return sums[:, :1, :, 0], torch.stack(of_each, dim=1)
 
 
 def _powers(cells: int, reach: int, like: Tensor) -> Tensor:

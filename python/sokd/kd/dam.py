@@ -13,14 +13,15 @@ without parameters are `sokd.kd.attention`.
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple, cast
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sokd.kd.adapter import resize
-from sokd.kd.features import one_of, positive
+from sokd.kd.features import both_sides_at_once, one_of, positive
 from sokd.kd.virtual import unwrapped
 from sokd.ops import Areas
 from sokd.ops import areas as find_areas
@@ -28,7 +29,7 @@ from sokd.ops.masked_mse import scaled_mse
 from sokd.reference import accumulator
 
 __all__ = [
-    "DAM", "Attention", "Heads", "checked_options", "masked", "reads_adapted",
+    "DAM", "Attention", "Heads", "checked_options", "heads_of_state", "masked", "reads_adapted",
     "resized", "root", "weight_of",
 ]  # fmt: skip
 
@@ -62,6 +63,9 @@ class DAM(nn.Module):
         attention = dam(torch.randn(8, 256, 7, 7), torch.randn(8, 256, 7, 7))
         attention.weight                                  # omega [8, 7, 7]
 
+    Only the agreement trains the heads, and on the scenes of docs/results.md they lose the areas;
+    `dam.requires_grad_(False)` keeps the initial heads, which do not.
+
     Args:
         channels: C of both feature maps.
         heat_channels: A, the number of heat maps [A: 100].
@@ -72,9 +76,13 @@ class DAM(nn.Module):
         overlap: the weight of a cell under n areas: "sum" [P] n, "square" [A] n * n, "union" 1.
         k: areas for each sample, 1 .. A*H*W.
         kernel: side of the neighbourhood in which a peak is the largest; odd.
+
+    Buffer `heads_index` [1] int64 says which heads the parameters belong to: a state of the other
+    heads raises RuntimeError. A state without it, of sokd 0.1, is loaded.
     """
 
     adapts: ClassVar[bool] = True  # whether it compares adapted maps, of one shape
+    heads_index: Tensor
 
     @torch.inference_mode(False)
     def __init__(
@@ -93,6 +101,7 @@ class DAM(nn.Module):
         self.heat = nn.Conv2d(channels, heat_channels, 1)
         self.size = nn.Conv2d(channels, 2, 1)
         self.offset = nn.Conv2d(channels, 2, 1)
+        self.register_buffer("heads_index", torch.tensor([_HEADS.index(heads)]))
 
     def forward(self, student: Tensor, teacher: Tensor, *, scale: float = 1.0) -> Attention:
         """Agreement and areas of student and teacher, [B, C, H, W] each.
@@ -126,6 +135,26 @@ class DAM(nn.Module):
     def extra_repr(self) -> str:
         names = ("heads", "areas", "overlap", "k", "kernel")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DAM:
+        """As `nn.Module._apply`; `heads_index` has its value also after `to_empty`."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.heads_index.fill_(_HEADS.index(self.heads))
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """As `nn.Module._load_from_state_dict`, but refuse the state of the other heads by name."""
+        heads = heads_of_state(state_dict, prefix)
+        if heads and self.heads not in heads:
+            raise RuntimeError(
+                f"DAM: the state was made with heads={heads[0]!r}, this module with "
+                f"heads={self.heads!r}; make it with heads={heads[0]!r}"
+            )
+        name = f"{prefix}heads_index"
+        if heads and (name not in state_dict or state_dict[name].is_meta):
+            device = state_dict[f"{prefix}first.weight"].device
+            state_dict[name] = torch.tensor([_HEADS.index(self.heads)], device=device)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _last(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the heads' last convolutions as one, with a block-diagonal weight.
@@ -163,6 +192,17 @@ class DAM(nn.Module):
         of = teacher if areas == "teacher" else student
         other = teacher if areas == "mutual" else None
         return find_areas(*of, k=self.k, kernel=self.kernel, teacher=other)
+
+
+def heads_of_state(state: Mapping[str, Any], prefix: str = "") -> tuple[str, ...]:
+    """The heads of the `DAM` whose parameters a state_dict holds under `prefix`; (): none.
+
+    heads_of_state(kd.state_dict(), "dam.")
+    """
+    if f"{prefix}first.weight" not in state:
+        return ()
+    index = state.get(f"{prefix}heads_index")
+    return _HEADS if index is None or index.is_meta else (_HEADS[int(index)],)
 
 
 def checked_options(
@@ -223,8 +263,7 @@ def _mean_square(student: Tensor, teacher: Tensor, scale: float) -> Tensor:
 def _in_cells(share: Tensor) -> Tensor:
     """Shares [N, 2, H, W] of the map's width and height in cells."""
     height, width = share.shape[-2:]
-    # saves a kernel; a compiler fuses them anyway, and comparing its symbolic sizes adds guards
-    if not torch.compiler.is_compiling() and height == width:
+    if both_sides_at_once(height, width):
         return share * width
     across, down = share.chunk(2, dim=1)
     return torch.cat((across * width, down * height), dim=1)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "Features", "Layout", "Size", "checked_maps", "described", "kept", "layouts",
-    "mixed_dtypes_allowed", "not_negative", "of_one_dtype", "one_of", "per_layer", "positive",
-    "tensors_of", "tokens_to_map", "total",
+    "Features", "Layout", "Size", "both_sides_at_once", "checked_maps", "described", "kept",
+    "layouts", "mixed_dtypes_allowed", "not_negative", "of_one_dtype", "one_of", "per_layer",
+    "positive", "tensors_of", "tokens_to_map", "total",
 ]  # fmt: skip
 
 Features = Tensor | Sequence[Tensor]
@@ -165,6 +165,14 @@ def checked_maps(
         teacher = _as_map(f"teacher_features{which}", teacher.detach(), layouts[index][1])
         maps.append((student, teacher))
     return maps
+
+
+def both_sides_at_once(height: int, width: int) -> bool:
+    """Whether a computation of both sides at once may save kernels.
+
+    Not in compiled code: a compiler fuses kernels, and comparing its symbolic sizes adds guards.
+    """
+    return not torch.compiler.is_compiling() and height == width > 0
 
 
 def total(terms: Sequence[Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sokd.kd import sanity
 from sokd.kd.adapter import Adapter, apply_adapter, kind_of_state
 from sokd.kd.attention import AttentionDAM
-from sokd.kd.dam import DAM, Attention, reads_adapted
+from sokd.kd.dam import DAM, Attention, heads_of_state, reads_adapted
 from sokd.kd.features import (
     Features,
     Size,
@@ -48,7 +48,7 @@ from sokd.ops.masked_mse import scaled_mse
 from sokd.ops.runtime import savable, transformed
 from sokd.ops.torch_internals import share_buffers
 
-__all__ = ["Match", "SoKD", "Terms", "loss", "part_of"]
+__all__ = ["Match", "SoKD", "Terms", "check_state", "loss", "part_of"]
 
 T = TypeVar("T")
 PerLayer: TypeAlias = T | list[T] | None
@@ -185,8 +185,9 @@ class SoKD(nn.Module):
             it has an attribute `adapts = False`, else the adapted one. A policy is a `sokd.Policy`.
         generator: source of the seed of the policy's draws; None: see `sokd.manual_seed`.
 
-    A state_dict that was made with another adapter or other heads is refused by name, with the
-    options that load it (RuntimeError).
+    `load_state_dict` refuses the state of other parts (adapter, heads, policy; an online search
+    where this object has none) with the options that load it. With strict=False, and inside another
+    module that is loaded, only another adapter or other heads are refused.
 
     Raises:
         TypeError, ValueError: `SoKD: {argument} must {rule}, got {value}`; options that exclude
@@ -391,12 +392,13 @@ class SoKD(nn.Module):
             self.record(matches, areas)
             sanity.look(self, student_features, teacher_features)
         agreement = [match.attention.agreement for match in matches if match.attention is not None]
-        nothing = torch.zeros_like(areas[0])
-        terms = {"agreement": total(agreement or [nothing]), "areas": total(areas)}
+        base = self.bases(matches) if self.base == "keep" else []
+        found = {"agreement": agreement, "areas": areas, "base": base}
+        terms = {
+            name: total(of) if of else torch.zeros_like(areas[0]) for name, of in found.items()
+        }
         terms["total"] = terms["agreement"] + terms["areas"]
-        terms["base"] = nothing
-        if self.base == "keep":
-            terms["base"] = total(self.bases(matches))
+        if base:
             terms["total"] = terms["total"] + terms["base"]
         return terms
 
@@ -517,20 +519,17 @@ class SoKD(nn.Module):
         for policy in hidden:
             yield f"{prefix}.policy" if prefix else "policy", _BuffersOf(policy)
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As `nn.Module.load_state_dict`; if strict, refuse the state of other parts by name."""
+        if strict:
+            check_state(self, state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        """As `nn.Module._load_from_state_dict`, but refuse the state of other parts by name."""
-        own = _names_of(part_of(self.adapter, 0), part_of(self.dam, 0))
-        other = {
-            name: value
-            for name, value in _names_in(state_dict, prefix).items()
-            if name in own and own[name] not in value
-        }
-        if rest[1] and other:  # strict
-            made = " and ".join(f"{name}={' or '.join(map(repr, v))}" for name, v in other.items())
-            load = ", ".join(f"{name}={value[0]!r}" for name, value in other.items())
-            raise RuntimeError(
-                f"SoKD: the state was made with {made}; to load it make kd with SoKD(..., {load})"
-            )
+        """As `nn.Module._load_from_state_dict`, but refuse another adapter or heads by name."""
+        check_state(self, state_dict, prefix, parts=("adapter", "heads"))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
@@ -588,22 +587,57 @@ def _variance_and_share(attention: Attention | None, nothing: Tensor) -> list[Te
 # ---------------------------------------------------------------------------- the parts in a state
 
 
-def _names_of(adapter: nn.Module | None, dam: nn.Module | None) -> dict[str, str]:
+def check_state(
+    kd: SoKD, state: Mapping[str, Any], prefix: str = "", *, parts: Sequence[str] | None = None
+) -> None:
+    """Refuse a state_dict that does not fit kd's parts; `parts`: only these, where both have one.
+
+    Raises:
+        RuntimeError: names the options that load it.
+    """
+    own = _names_of(kd)
+    other = {
+        name: values
+        for name, values in _names_in(state, prefix).items()
+        if name in own and own[name] not in values
+        and (parts is None or (name in parts and own[name] is not None and None not in values))
+    }  # fmt: skip
+    if other:
+        fits = " and ".join(f"{name}={' or '.join(map(repr, v))}" for name, v in other.items())
+        load = ", ".join(f"{name}={values[0]!r}" for name, values in other.items())
+        raise RuntimeError(
+            f"SoKD: the state fits {fits}, not this object; to load it make kd with "
+            f"SoKD(..., {load})"
+        )
+
+
+def _names_of(kd: SoKD) -> dict[str, str | None]:
     """The options that name the parts of a SoKD; the user's own modules have no name."""
-    adapter, dam = unwrapped(adapter), unwrapped(dam)
-    names = {"adapter": adapter.kind} if isinstance(adapter, Adapter) else {}
-    if isinstance(dam, (DAM, AttentionDAM)):
+    adapter, dam = (unwrapped(part_of(part, 0)) for part in (kd.adapter, kd.dam))
+    names: dict[str, str | None] = {
+        "policy": None if kd.policy is None else "default",
+        "search": None if kd.search is None else "online",
+    }
+    if adapter is None or isinstance(adapter, Adapter):
+        names["adapter"] = None if adapter is None else adapter.kind
+    if dam is None or isinstance(dam, (DAM, AttentionDAM)):  # None and attention have no state
         names["heads"] = dam.heads if isinstance(dam, DAM) else "attention"
     return names
 
 
-def _names_in(state: Mapping[str, Any], prefix: str) -> dict[str, tuple[str, ...]]:
+def _names_in(state: Mapping[str, Any], prefix: str) -> dict[str, tuple[str | None, ...]]:
     """The same options of the SoKD whose state_dict this is, as far as its keys show them."""
+    parts = {key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)}
+    if not parts:
+        return {}
+    names: dict[str, tuple[str | None, ...]] = {}
     kinds = [kind_of_state(state, f"{prefix}adapter.{layer}") for layer in ("", "0.")]
-    kind = next(filter(None, kinds), None)
-    names: dict[str, tuple[str, ...]] = {} if kind is None else {"adapter": (kind,)}
-    if any(f"{prefix}dam.{layer}first.weight" in state for layer in ("", "0.")):
-        names["heads"] = ("bounded", "paper")  # whose parameters are the same
-    elif kind is not None and not any(key.startswith(f"{prefix}dam.") for key in state):
-        names["heads"] = ("attention",)
+    if any(kinds) or "adapter" not in parts:
+        names["adapter"] = (next(filter(None, kinds), None),)
+    heads = [heads_of_state(state, f"{prefix}dam.{layer}") for layer in ("", "0.")]
+    if any(heads) or "dam" not in parts:
+        names["heads"] = next(filter(None, heads), ("attention",))
+    names["policy"] = ("default" if "policy" in parts else None,)
+    if {"policy", "search"} <= parts:  # without one it starts afresh
+        names["search"] = ("online",)
     return names

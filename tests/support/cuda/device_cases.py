@@ -199,9 +199,17 @@ def everything_on(
     return run
 
 
-def loss_steps(device: torch.device, dtype: DType = torch.float32) -> Callable[..., list[Tensor]]:
-    """The loss and its gradients at each call: of the next draw, or of that at `counter`."""
-    kd = kd_cases.make(lambda_agreement=1.0, lambda_areas=1.0).to(device, dtype).eval()
+def loss_steps(
+    device: torch.device, dtype: DType = torch.float32, search: str | None = None
+) -> Callable[..., list[Tensor]]:
+    """The loss and its gradients at each call: of the next draw, or of that at `counter`.
+
+    With search="online" every second call moves the policy.
+    """
+    kd = kd_cases.make(lambda_agreement=1.0, lambda_areas=1.0, search=search).to(device, dtype)
+    kd.train(search is not None)
+    if search is not None:
+        kd.search.every = 2
     with torch.no_grad():
         kd.policy.magnitude.fill_(0.9)  # at its initial 0.5 nothing is sheared, shifted or rotated
     student, teacher = (side.detach().to(device) for side in kd_cases.pair(dtype=dtype))

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sokd.kd.features import both_sides_at_once
+
 __all__ = ["OPERATIONS", "PAIRS", "Operation"]
 
 
@@ -48,28 +50,31 @@ _GEOMETRIC, _CUTOUT, _NOISE, _SHUFFLE, _DROP = frozenset(range(5)), 5, 6, 7, 8
 
 
 class Ranges(NamedTuple):
-    """The operations' ranges as integers: `.half()` casts a module's float buffers, not these."""
+    """The ranges of the pairs' operations as integers: `.half()` casts a module's float buffers."""
 
-    low: Tensor  # [9] int64, hundredths
-    span: Tensor  # [9] int64, hundredths
-    carrying: Tensor  # [9] int64, 0 or 1: which get the straight-through gradient
+    low_of_pairs: Tensor  # [K, 2, 9] int64, hundredths; 0 for other operations than the pair's
+    span_of_pairs: Tensor  # [K, 2, 9] int64, hundredths; likewise
+    carrying: Tensor  # [K, 2] int64, 0 or 1: which get the straight-through gradient
+    spans: Tensor  # [9] int64, hundredths: of each operation
 
 
-def ranges(*, pathwise: bool) -> Ranges:
-    """`OPERATIONS` as tensors of whole hundredths; the shuffle's strength is 1 where it fires.
+def ranges(operations: Tensor, *, pathwise: bool) -> Ranges:
+    """`OPERATIONS` of the pairs [K, 2] in whole hundredths; the shuffle is 1 where it fires.
 
     So a magnitude of 0.5 is exactly v = 0 where low = -high. Straight-through: all operations carry
     it but the shuffle, which has no magnitude. Pathwise: only cutout and channel_drop, whose effect
     is a step function of the magnitude.
     """
     low = torch.tensor([round(100 * op.low) for op in OPERATIONS])
-    span = torch.tensor([round(100 * op.high) for op in OPERATIONS]) - low
+    spans = torch.tensor([round(100 * op.high) for op in OPERATIONS]) - low
     low[_SHUFFLE] = 100
     carrying = [
         op in (_CUTOUT, _DROP) if pathwise else op != _SHUFFLE for op in range(len(OPERATIONS))
     ]
+    place = (operations.unsqueeze(-1) == torch.arange(len(OPERATIONS))).long()
     # bool has no mean, as averaged buffers need
-    return Ranges(low, span, torch.tensor(carrying).long())
+    carried = torch.tensor(carrying).long()[operations]
+    return Ranges(low * place, spans * place, carried, spans)
 
 
 def pair_of(entry: Sequence[int | str]) -> tuple[int, int]:
@@ -87,24 +92,26 @@ def pair_of(entry: Sequence[int | str]) -> tuple[int, int]:
     return min(indices), max(indices)
 
 
-def strengths(operations: Tensor, magnitude: Tensor, ranges: Ranges) -> Tensor:
-    """The strength of each operation of the pairs [K, 2] at its magnitude, [K, 2, 9]: 0 elsewhere.
+def strengths(magnitude: Tensor, ranges: Ranges) -> Tensor:
+    """The strength of each operation of the pairs at its magnitude, [K, 2, 9]: 0 elsewhere.
 
     Multiplied by the gates and summed over the pair, [..., 9], it is what `arguments` takes.
     """
-    index = torch.arange(len(OPERATIONS), device=operations.device)
-    value = (ranges.low + magnitude.unsqueeze(-1) * ranges.span) / 100
-    return torch.where(operations.unsqueeze(-1) == index, value, 0)
+    return (ranges.low_of_pairs + magnitude.unsqueeze(-1) * ranges.span_of_pairs) / 100
 
 
 def _factors(value: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Factors of theta: shears [..., 2, 2, 1]; translation with rotation [..., 1, 2, 3]."""
-    a, b, x, y, degrees = value[..., :5].unbind(-1)
-    turn = degrees * (math.pi / 180)
+    a, b = value[..., 0], value[..., 1]
+    x, y = (2 * value[..., 2:4]).unbind(-1)
+    turn = value[..., 4] * (math.pi / 180)
     cos, sin = turn.cos(), turn.sin()
-    down, across = sin * (height / max(width, 1)), sin * (-width / max(height, 1))
+    down, across = (
+        (sin, -sin) if both_sides_at_once(height, width)
+        else (sin * (height / max(width, 1)), sin * (-width / max(height, 1)))
+    )  # fmt: skip
     shears = torch.stack((1 + a * b, a, b, torch.ones_like(a)), dim=-1)
-    rest = torch.stack((cos, down, 2 * x, across, cos, 2 * y), dim=-1)
+    rest = torch.stack((cos, down, x, across, cos, y), dim=-1)
     batch = a.shape
     return shears.view(*batch, 2, 2, 1), rest.view(*batch, 1, 2, 3)
 
@@ -143,15 +150,20 @@ def hole(value: Tensor, centre: Tensor, height: int, width: int) -> Tensor:
 
     Zeros where cutout does not act. centre [..., 2]: uniforms for y and x.
     """
-    share = value[..., _CUTOUT].detach()
-    spans = []
-    for side, at in zip((height, width), centre.unbind(-1), strict=True):
-        length = (share * side).round().clamp(min=1)
-        start = (at * side).floor() - (length / 2).floor()
-        spans.append((start.clamp(0, side), (start + length).clamp(0, side)))
-    (y0, y1), (x0, x1) = spans
-    corners = torch.stack([y0, x0, y1, x1], dim=-1)
-    return (corners * (share > 0).unsqueeze(-1)).long()
+    share = value[..., _CUTOUT, None].detach()
+    if both_sides_at_once(height, width):
+        corners = torch.cat(_ends(share, centre, height), dim=-1)
+    else:
+        of_y, of_x = _ends(share, centre[..., :1], height), _ends(share, centre[..., 1:], width)
+        corners = torch.cat([of_y[0], of_x[0], of_y[1], of_x[1]], dim=-1)
+    return (corners * (share > 0)).long()
+
+
+def _ends(share: Tensor, at: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """The first cell, and the one after the last, of that share of a side around a uniform."""
+    length = (share * side).round().clamp(min=1)
+    start = (at * side).floor() - (length / 2).floor()
+    return start.clamp(0, side), (start + length).clamp(0, side)
 
 
 def shuffled(value: Tensor, uniforms: Tensor) -> Tensor:

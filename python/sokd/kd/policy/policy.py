@@ -102,8 +102,8 @@ class Choices(NamedTuple):
 
     def fired(self) -> Tensor:  # no property: the compiler of torch 2.5 traces none of a tuple
         """The gates of the chosen sub-policies, [G, 2]."""
-        rows = torch.arange(len(self.chosen), device=self.chosen.device)
-        return self.gates[rows, self.chosen]
+        index = self.chosen[:, None, None].expand(-1, 1, 2)
+        return self.gates.gather(1, index).squeeze(1)
 
 
 class Draw(NamedTuple):
@@ -167,9 +167,10 @@ class Policy(WideModule):
     seed: Tensor
     counter: Tensor
     operations: Tensor
-    _low: Tensor
-    _span: Tensor
+    _low_of_pairs: Tensor
+    _span_of_pairs: Tensor
     _carrying: Tensor
+    _spans: Tensor
 
     @torch.inference_mode(False)
     def __init__(
@@ -209,7 +210,9 @@ class Policy(WideModule):
 
     def _tabulate(self) -> None:
         """Create the constants of the operations on the parameters' device."""
-        for name, table in ranges(pathwise=self.magnitude_gradient == "pathwise")._asdict().items():
+        pathwise = self.magnitude_gradient == "pathwise"
+        tables = ranges(torch.tensor(self.policies), pathwise=pathwise)
+        for name, table in tables._asdict().items():
             self.register_buffer(f"_{name}", table.to(self.alpha.device), persistent=False)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
@@ -309,8 +312,7 @@ class Policy(WideModule):
 
     def _straight(self, choices: Choices) -> Tensor:
         """The sum of the fired magnitudes that get the straight-through gradient, [G]."""
-        carried = self.magnitude * self._carrying[self.operations]
-        straight = (carried[choices.chosen] * choices.fired()).sum(-1)
+        straight = ((self.magnitude * self._carrying)[choices.chosen] * choices.fired()).sum(-1)
         return straight.to(accumulator(straight.dtype))
 
     def _channel_uniforms(
@@ -326,12 +328,13 @@ class Policy(WideModule):
     @property
     def spans(self) -> Tensor:
         """The highest strength of each operation minus its lowest, [9], in hundredths."""
-        return self._span
+        return self._spans
 
     def strengths(self) -> Tensor:
         """Of the operations of all sub-policies, [K, 2, 9], see `sokd.kd.policy.plan.strengths`."""
         magnitude = self.magnitude.to(accumulator(self.magnitude.dtype))
-        return strengths(self.operations, magnitude, Ranges(self._low, self._span, self._carrying))
+        tables = Ranges(self._low_of_pairs, self._span_of_pairs, self._carrying, self._spans)
+        return strengths(magnitude, tables)
 
     def alternatives(
         self, choices: Choices, draw: Draw, shape: Sequence[int], *, layer: int = 0
