@@ -4,6 +4,10 @@ One student run on the cluttered scenes for each kind of heads and learning rate
 taken on the training scenes, whose masks the loss has, and on the test scenes, with the clean
 teacher and everything in eval mode, for the mask of `areas="teacher"`, "student" and "mutual":
 
+The picture has the first two kinds. Two are trials against the collapse of trained heads: in
+"bounded-fixed" they are not trained, in "bounded-stopped" the teacher's side of the agreement is a
+constant.
+
     share    of the mask's weight inside the animal's box, mean over the scenes
     covered  share of the box's cells that have any weight
     chance   share of the map that the box is
@@ -14,6 +18,7 @@ import csv
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,10 +35,13 @@ TRAINED = {
     "adapter": "conv", "areas": "mutual", "base": "replace",
     "lambda_agreement": 1.0, "lambda_areas": 1.0,
 }  # fmt: skip
+BOUNDED = {**TRAINED, "heads": "bounded", "search": None}
 HEADS = {
     "attention": WEIGHTS,
-    "bounded": {**TRAINED, "heads": "bounded", "search": None},
-    "paper": {**TRAINED, "heads": "paper", "search": None},
+    "bounded": BOUNDED,
+    "bounded-fixed": BOUNDED,
+    "bounded-stopped": BOUNDED,
+    "paper": {**BOUNDED, "heads": "paper"},
 }
 SHOWN = 6  # scenes of the picture
 
@@ -59,10 +67,21 @@ def figures(coverage: Tensor, boxes: Tensor, side: int) -> dict[str, float]:
     }
 
 
+class Stopped(sokd.DAM):
+    """The teacher's side of the agreement is a constant, as in SimSiam."""
+
+    def _agreement(self, student: Any, teacher: Any, scale: float) -> Tensor:
+        return super()._agreement(student, tuple(map(torch.detach, teacher)), scale)
+
+
 def trained(heads: str, lr: float, task: Task, seed: int = 0) -> sokd.Distiller:
     """The Distiller after a student run with these heads."""
     run = Run(heads, {"method": None, "sokd": HEADS[heads]}, seed)
     distiller, (images, labels) = build(run, task), task.data.train
+    if heads == "bounded-fixed":
+        distiller.kd.dam.requires_grad_(False)
+    if heads == "bounded-stopped":
+        distiller.kd.dam.__class__ = Stopped
 
     def loss_of(rows: Tensor) -> Tensor:
         distiller.teacher.rows = rows
@@ -80,7 +99,7 @@ def draw(runs: dict[str, sokd.Distiller], data: DataSet, lr: float, path: Path) 
     images, labels = (part[:SHOWN] for part in data.test)
     found = {
         f"{heads} heads:": sokd.inspect.areas(distiller, images)[0][distiller.kd.dam.areas]
-        for heads, distiller in runs.items()
+        for heads, distiller in [*runs.items()][:2]
     }
     titles = [data.class_names[label] for label in labels]
     ink = 1 - (images * data.std + data.mean).clamp(0, 1)

@@ -27,7 +27,7 @@ from scipy.stats import t as student_t  # type: ignore[import-untyped]
 from examples.experiments import methods
 from examples.experiments.data import FASHION, SOURCES, fashion_mnist
 from examples.experiments.methods import ARMS
-from sokd.demo.__main__ import CORES
+from sokd.demo.__main__ import CORES, at_least_one
 from sokd.demo.data import DataSet, MissingData
 from sokd.demo.networks import Net, accuracy, predict
 from sokd.demo.train import Run, Solver, Task, train_all, train_teacher
@@ -129,7 +129,11 @@ class Difference(NamedTuple):
 def difference(rows: Sequence[Row], dataset: str, arm: str) -> Difference:
     """An arm minus the arm it is compared with, over the pairs that both have."""
     one, other = (by_pair(rows, dataset, name, "last_test") for name in (arm, ARMS[arm].against))
-    values = [100 * (one[pair] - other[pair]) for pair in one if pair in other]
+    return paired([100 * (one[pair] - other[pair]) for pair in one if pair in other])
+
+
+def paired(values: Sequence[float]) -> Difference:
+    """The mean of the pairs' differences, its interval and its p-value."""
     if len(values) < 2:
         return Difference(math.nan, math.inf, 1.0, len(values))
     freedom, error = len(values) - 1, max(stdev(values), 1e-9) / math.sqrt(len(values))
@@ -145,9 +149,7 @@ class Comparison:
     ) -> None:
         self.name, self.task, self.path, self.workers = name, task, path, workers
         self.teacher = teacher
-        self.arms = [*dict.fromkeys(
-            each for arm in arms for each in (ARMS[arm].against, arm) if each
-        )]  # fmt: skip
+        self.arms = [*dict.fromkeys(each for arm in arms for each in _chain(arm))]
         self._unit = cache(lambda method: methods.balance(method, task))
 
     def tune(self) -> None:
@@ -203,6 +205,11 @@ class Comparison:
         return Run(key.arm, options, int(key.seed), search=arm.search)
 
 
+def _chain(arm: str) -> list[str]:
+    """The arm behind that which it is compared with, behind that of the latter, and so on."""
+    return [*_chain(ARMS[arm].against), arm] if arm else []
+
+
 def _figures(run: Run) -> Row:
     figures = {"last_validation": f"{run.validation[-1]:.5f}"}
     figures |= {"best_epoch": str(run.best_epoch + 1), "cpu_seconds": f"{run.seconds:.1f}"}
@@ -230,7 +237,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dataset", nargs="+", choices=SOURCES, default=[*SOURCES])
     add("--arm", nargs="+", choices=ARMS, default=[*ARMS], help="with those they are compared with")
     add("--data", type=Path, default=FASHION, help="folder of Fashion-MNIST's idx files")
-    add("--workers", type=int, default=CORES, help="runs at a time, one thread each")
+    add("--workers", type=at_least_one, default=CORES, help="runs at a time, one thread each")
     add("--save", type=Path, default=Path("out/compare"), help="folder of runs.csv")
     return parser
 

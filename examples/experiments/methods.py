@@ -13,6 +13,13 @@ ADAPTERS = {
     "conv": "three convolutions",
 }  # fmt: skip
 DEFAULT = "separable"  # the adapter of `sokd.SoKD()`
+# The defaults of `sokd.SoKD()` but for the adapter, each replaced by what it was chosen over.
+OTHERWISE: dict[str, tuple[str, dict[str, Any]]] = {
+    "replace": ("base replaced", {"base": "replace"}),
+    "uniform": ("no search", {"search": None, "granularity": "sample"}),
+    "batch": ("one draw a batch", {"granularity": "batch"}),
+    "bounded": ("trained heads", {"heads": "bounded"}),
+}
 BASES = {"at": "AT", "crd": "CRD", "reviewkd": "ReviewKD", "kd": "KD"}
 NEGATIVES = 256  # of crd: the paper's 16,384 are more than the training images
 # SoKD's own weights are parts of FitNet's: one number, the share, scales every term of a row.
@@ -43,6 +50,8 @@ def _arms() -> dict[str, Arm]:
     paper: dict[str, Any] = {"preset": "paper"}
     arms["fitnet+paper"] = Arm("+ SoKD, preset paper", "fitnet", "fitnet-conv", paper, "conv", True)
     arms["fitnet+sokd"] = Arm("+ SoKD", "fitnet", base, {})
+    for name, (label, plug) in OTHERWISE.items():
+        arms[f"fitnet+{name}"] = Arm(f"+ SoKD, {label}", "fitnet", "fitnet+sokd", plug)
     for name, label in BASES.items():
         arms[name] = Arm(label, name, "student")
         arms[f"{name}+paper"] = Arm(

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import sokd
 from sokd.demo.data import animal_mnist
@@ -49,6 +49,7 @@ class Setting(NamedTuple):
     lr: float
     every: int
     seed: int
+    search: str = "online"  # or "bilevel": `sokd.PolicySearch`, the halves of a batch as its levels
 
 
 def fires(policy: sokd.Policy) -> dict[str, float]:
@@ -87,16 +88,26 @@ def figures(kd: sokd.SoKD, student: Tensor, teacher: Tensor) -> dict[str, float]
 
 def trial(setting: Setting, task: Task) -> dict[str, float]:
     """Train one student with the setting; its figures at the end."""
-    options = {**PARTS[setting.parts], "search": "online", "granularity": setting.granularity}
+    own = "online" if setting.search == "online" else None
+    options = {**PARTS[setting.parts], "search": own, "granularity": setting.granularity}
     run = Run(setting.parts, {"method": None, "sokd": options}, setting.seed)
-    distiller, steps = build(run, task), itertools.count(1)
+    distiller, steps = build(run, task), itertools.count()
     kd, (images, labels) = distiller.kd, task.data.train
-    assert kd is not None and kd.search is not None
-    kd.search.lr, kd.search.every = setting.lr, setting.every
+    assert kd is not None
+    bilevel = None
+    if kd.search is None:
+        bilevel = sokd.PolicySearch(kd, distiller.student, lr=setting.lr)
+    else:
+        kd.search.lr, kd.search.every = setting.lr, setting.every
+
+    def evaluate(model: nn.Module, rows: Tensor) -> Any:
+        distiller.teacher.rows = rows
+        return distiller.step(model, (images[rows], labels[rows]))
 
     def loss_of(rows: Tensor) -> Tensor:
+        if next(steps) % setting.every == 0 and bilevel is not None:
+            bilevel.step(evaluate, *rows.chunk(2))
         distiller.teacher.rows = rows
-        next(steps)
         return torch.stack([*distiller(images[rows], labels[rows])[1].values()]).sum()
 
     started, order = time.process_time(), torch.Generator().manual_seed(setting.seed)
@@ -107,8 +118,7 @@ def trial(setting: Setting, task: Task) -> dict[str, float]:
     held_out = task.data.validation[0]
     student, teacher = (predict(net, held_out)[1] for net in (distiller.student, task.teacher))
     print(sokd.inspect.table(kd, top=2), flush=True)
-    count = next(steps) - 1
-    return {"steps": count, "seconds": seconds, **figures(kd, student, teacher)}
+    return {"steps": next(steps), "seconds": seconds, **figures(kd, student, teacher)}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -118,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--parts", choices=PARTS, nargs="+", default=["defaults"])
     add("--granularity", choices=("sample", "batch"), nargs="+", default=["sample"])
     add("--samples", type=int, nargs="+", default=[online.SAMPLES], help="of a batch, a step reads")
+    add("--search", choices=("online", "bilevel"), nargs="+", default=["online"])
     add("--lr", type=float, nargs="+", default=[0.02], help="of the search")
     add("--every", type=int, nargs="+", default=[online.EVERY], help="losses from step to step")
     add("--seed", type=int, nargs="+", default=[0])
@@ -142,6 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.lr,
         options.every,
         options.seed,
+        options.search,
     )
     with (options.save / "policy.csv").open("a", newline="") as file:
         out = csv.writer(file, lineterminator="\n")

@@ -10,14 +10,16 @@ from typing import TypeVar
 
 from examples.experiments.compare import (
     SETTINGS,
+    Difference,
     Row,
     accuracies,
     by_pair,
     chosen,
     difference,
+    paired,
     read_rows,
 )
-from examples.experiments.methods import ARMS
+from examples.experiments.methods import ADAPTERS, ARMS
 from sokd.demo.__main__ import HEADER, spread, table
 
 T = TypeVar("T")
@@ -26,6 +28,7 @@ DEMO_LABELS = {
     "student": "student alone", "kd": "KD", "fitnet": "FitNet", "fitnet-dafa": "FitNet + DAFA",
     "fitnet-dam": "FitNet + DAM", "sokd": "SoKD",
 }  # fmt: skip
+ADAPTED = [f"fitnet-{kind}" for kind in ADAPTERS]
 COMPARED = ("row", "runs", "last epoch", "best epoch", "against", "difference, 95 %", "pairs",
             "p (Holm)", "", "CPU s", "time / against")  # fmt: skip
 
@@ -56,12 +59,13 @@ def tried(path: Path = DOCS / "demo" / "tune.csv") -> str:
 def policy(path: Path = DOCS / "results" / "policy.csv") -> str:
     """Where the online search took the policy: L_aug relative to that of the uniform policy."""
     header = (
-        "parts", "lr", "every", "samples", "learned", "clean teacher", r"\|F'\|^2 / \|F\|^2",
-        "an operation acts", "channel_shuffle", "CPU s",
+        "parts", "search", "draws", "lr", "every", "samples", "learned",
+        "clean teacher", r"\|F'\|^2 / \|F\|^2", "an operation acts", "channel_shuffle", "CPU s",
     )  # fmt: skip
     columns = ("learned", "clean", "energy", "acts", "channel_shuffle")
     lines = [
-        (row["parts"], row["lr"], row["every"], row["samples"],
+        (row["parts"], row["search"], f"a {row['granularity']}", row["lr"], row["every"],
+         "" if row["search"] == "bilevel" else row["samples"],
          *(f"{float(row[name]):.2f}" for name in columns), f"{float(row['seconds']):.0f}")
         for row in read_rows(path)
     ]  # fmt: skip
@@ -84,7 +88,10 @@ def results(path: Path = DOCS / "results" / "runs.csv") -> dict[str, str]:
     found = {(dataset, arm): difference(rows, dataset, arm)
              for dataset in SETTINGS for arm in ARMS if ARMS[arm].against}  # fmt: skip
     adjusted = holm({key: each.p for key, each in found.items() if each.seeds > 1})
-    return {name: compared(rows, name, adjusted) for name in SETTINGS} | {"trials": trials(rows)}
+    return {
+        **{name: compared(rows, name, adjusted) for name in SETTINGS},
+        "adapters": adapters(rows), "trials": trials(rows),
+    }  # fmt: skip
 
 
 def holm(values: dict[T, float]) -> dict[T, float]:
@@ -128,6 +135,31 @@ def compared(rows: Sequence[Row], dataset: str, adjusted: Mapping[tuple[str, str
             more = [spread([*best.values()]), *cells, f"{fmean(spent.values()):.1f}", times]
         lines.append((label, str(len(last)), spread([*last.values()]), *more))
     return markdown(COMPARED, lines)
+
+
+def adapters(rows: Sequence[Row]) -> str:
+    """What FitNet loses by each adapter to the best one of a set, over the pairs that all have."""
+    header, margins = ["adapter"], list[float]()
+    losses: dict[str, list[Difference]] = {arm: [] for arm in ADAPTED}
+    for dataset in SETTINGS:
+        found = {arm: by_pair(rows, dataset, arm, "last_test") for arm in ADAPTED}
+        pairs = sorted(set.intersection(*(set(of) for of in found.values())))
+        if not pairs:
+            continue
+        values = {arm: [100 * of[pair] for pair in pairs] for arm, of in found.items()}
+        best = max(ADAPTED, key=lambda arm: fmean(values[arm]))
+        header.append(f"{dataset}, {len(pairs)} pairs")
+        margins.append(SETTINGS[dataset].margin)
+        for arm, own in values.items():
+            losses[arm].append(paired([b - a for a, b in zip(own, values[best], strict=True)]))
+    lines = [
+        (ADAPTERS[arm.removeprefix("fitnet-")],
+         *(f"{each.mean:.2f} ± {each.half_width:.2f}" if each.mean else "0" for each in of_sets),
+         f"{max(each.mean for each in of_sets):.2f}",
+         f"{max(each.mean / margin for each, margin in zip(of_sets, margins, strict=True)):.1f}")
+        for arm, of_sets in losses.items() if of_sets
+    ]  # fmt: skip
+    return markdown((*header, "worst", "worst, in margins"), lines)
 
 
 def trials(rows: Sequence[Row]) -> str:

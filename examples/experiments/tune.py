@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from sokd.demo.__main__ import CORES
+from sokd.demo.__main__ import CORES, at_least_one
 from sokd.demo.data import animal_mnist
 from sokd.demo.networks import predict
 from sokd.demo.train import METHODS, WEIGHTS, Run, Solver, Task, train_all, train_teacher
@@ -96,7 +96,7 @@ def write(done: Sequence[Trial], path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m examples.experiments.tune", description=__doc__)
     parser.add_argument("--method", choices=TRIALS, nargs="+", default=[*TRIALS])
-    parser.add_argument("--workers", type=int, default=CORES, help="runs at a time")
+    parser.add_argument("--workers", type=at_least_one, default=CORES, help="runs at a time")
     parser.add_argument("--save", type=Path, default=Path("out/tune"), help="folder of tune.csv")
     options = parser.parse_args(arguments)
     options.save.mkdir(parents=True, exist_ok=True)

@@ -58,6 +58,12 @@ def test_methods(monkeypatch: MonkeyPatch) -> None:
 
 def test_loss() -> None:
     bench_loss._check_loss()
+    threads = torch.get_num_threads()
+    sides = bench_loss.demo_case().sides
+    assert [*sides] == ["sokd", *bench_loss.WITHOUT, bench_loss.FITNET]
+    for side in sides.values():
+        side()
+    assert torch.get_num_threads() == threads
 
 
 def test_a_wrong_answer_is_not_measured(monkeypatch: MonkeyPatch) -> None:

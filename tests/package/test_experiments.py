@@ -6,6 +6,7 @@ import importlib.util
 import math
 import shutil
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
@@ -261,6 +262,16 @@ def test_an_interrupted_comparison_goes_on(
     assert path.read_text() == before
 
 
+def test_an_arm_comes_with_the_chain_of_those_it_is_compared_with(
+    task: Task, tmp_path: Path
+) -> None:
+    comparison = compare.Comparison(
+        "made-up", task, tmp_path, teacher="a", arms=["fitnet+batch", "kd"], workers=1
+    )
+    chains = ["fitnet-separable", "fitnet+sokd", "fitnet+batch", "student", "kd"]
+    assert comparison.arms == chains
+
+
 @pytest.mark.parametrize("name", ["animal-mnist", "scenes", "fashion-mnist"])
 def test_a_missing_data_set_is_one_line(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -271,6 +282,15 @@ def test_a_missing_data_set_is_one_line(
     printed = capsys.readouterr().err
     assert printed.startswith("compare: data: ") and printed.count("\n") == 1
     assert " install " in printed
+
+
+@pytest.mark.parametrize("script", [compare, tune], ids=["compare", "tune"])
+def test_fewer_than_one_worker_is_refused(
+    script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        script.main(["--workers", "0"])
+    assert "argument --workers: must be 1 or more, got 0" in capsys.readouterr().err
 
 
 # --- tables
@@ -333,6 +353,20 @@ def test_the_table_of_a_set_has_a_line_for_each_arm_that_ran() -> None:
         "1.00",
     )
     assert text[3] == f"| {' | '.join(cells)} |"
+
+
+def test_the_adapters_are_compared_over_the_pairs_that_all_have() -> None:
+    scores = {"linear": 0.1, "regressor": 0.2, "separable": 0.4, "conv": 0.35}
+    rows = [table_row(f"fitnet-{kind}", seed, score + 0.01 * seed)
+            for kind, score in scores.items() for seed in range(3)]  # fmt: skip
+    rows.append(table_row("fitnet-linear", 3, 0.9))
+    assert tables.adapters(rows).splitlines()[2:] == [
+        "| 1x1 | 30.00 ± 0.00 | 30.00 | 30.0 |",
+        "| 1x1 + BN + ReLU | 20.00 ± 0.00 | 20.00 | 20.0 |",
+        "| separable | 0 | 0.00 | 0.0 |",
+        "| three convolutions | 5.00 ± 0.00 | 5.00 | 5.0 |",
+    ]
+    assert tables.adapters(rows).startswith("| adapter | scenes, 3 pairs | worst |")
 
 
 def test_a_row_without_pairs_has_no_difference() -> None:
