@@ -29,7 +29,7 @@ def read_rows(folder: Path = RESULTS) -> list[list[Row]]:
         with (folder / f"{name}.csv").open(newline="") as file:
             for row in csv.DictReader(file):
                 case = (row["work"], row["shape"], row["dtype"], row["layout"])
-                found.setdefault(case, []).append(row)
+                found.setdefault(case, []).append({**row, "bench": name})
     return list(found.values())
 
 
@@ -76,12 +76,20 @@ def report(cases: list[list[Row]]) -> str:
     """The bench tables: the cases with a target, and the others folded away."""
     named = [rows for rows in cases if any(_is_target(row) for row in rows)]
     rest = [rows for rows in cases if rows not in named]
-    where = cases[0][0]
-    measured = f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}"
     title = f"<summary>{len(rest)} further cases (none may be slower than eager)</summary>"
     more = f"<details>{title}\n\n{table(rest)}\n\n</details>"
-    commit = f"commit {where['commit']}"
-    return f"{table(named)}\n\nMeasured on: {measured}, {commit}.\n\n{more}"
+    return f"{table(named)}\n\n{_machines(cases)}\n\n{more}"
+
+
+def _machines(cases: Iterable[list[Row]]) -> str:
+    """Where each bench was measured, one line for each machine and commit."""
+    benches: dict[str, dict[str, None]] = {}
+    for row in (rows[0] for rows in cases):
+        where = f"{row['cpu']}, {row['threads']} threads, torch {row['torch']}"
+        benches.setdefault(f"{where}, commit {row['commit']}", {})[row["bench"]] = None
+    return "\n".join(
+        f"- {', '.join(names)}: measured on {where}" for where, names in benches.items()
+    )
 
 
 def _is_target(row: Row) -> bool:
