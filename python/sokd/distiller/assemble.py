@@ -75,9 +75,10 @@ class Needs:
         self.maps = plug is not False or not plain
         adapts = any(recipe.kind.adapts for recipe in recipes)
         self.adapted = self.own or adapts
-        # whether `base` alone decides that maps are adapted
-        fixed = plug is False or isinstance(plug, SoKD) or plain or adapts
-        self.by_base = not (fixed or _dam_adapts(plug if isinstance(plug, Mapping) else {}))
+        # whether `base` alone decides that there is an adapter
+        options = plug if isinstance(plug, Mapping) else {}
+        fixed = _dam_adapts(options) or not isinstance(options.get("adapter", "default"), str)
+        self.by_base = not (plug is False or isinstance(plug, SoKD) or plain or adapts or fixed)
 
 
 def _base_of(plug: Plug) -> str | None:

@@ -15,10 +15,9 @@ from torch.nn.parameter import is_lazy
 from sokd.distiller.copies import as_eval
 from sokd.distiller.inputs import batch_size, is_input, kinds
 from sokd.distiller.outputs import untrained_entries
-from sokd.kd.adapter import Adapter
 from sokd.kd.features import mixed_dtypes_allowed
 from sokd.kd.sanity import Watch
-from sokd.kd.sokd import SoKD, part_of
+from sokd.kd.sokd import SoKD, parts_in
 from sokd.kd.virtual import unwrapped
 from sokd.ops.distributed import agreed, is_sharded, place
 from sokd.ops.torch_internals import is_replica
@@ -177,13 +176,11 @@ def check_start(distiller: Distiller) -> None:
 
 
 def check_base(kd: SoKD, state: Mapping[str, Any]) -> None:
-    """Refuse a Distiller's state of the other `base` where that decides about kd's adapter."""
-    parts = {key.split(".")[1] for key in state if key.startswith("kd.")}
-    adapter = part_of(kd.adapter, 0)
-    if not parts or "dam" in parts or not (adapter is None or isinstance(adapter, Adapter)):
-        return
-    if (adapter is not None) != ("adapter" in parts):
-        raise RuntimeError(OTHER_BASE.format(base="keep" if "adapter" in parts else "replace"))
+    """Refuse a Distiller's state of the other `base`, which decides whether kd has an adapter."""
+    parts = parts_in(state, "kd.")
+    has, had = kd.adapter is not None, "adapter" in parts
+    if parts and "dam" not in parts and has != had:
+        raise RuntimeError(OTHER_BASE.format(base="keep" if had else "replace"))
 
 
 def check_searched(distiller: Distiller, model: Any) -> None:

@@ -48,7 +48,7 @@ from sokd.ops.masked_mse import scaled_mse
 from sokd.ops.runtime import savable, transformed
 from sokd.ops.torch_internals import share_buffers
 
-__all__ = ["Match", "SoKD", "Terms", "check_state", "loss", "part_of"]
+__all__ = ["Match", "SoKD", "Terms", "check_state", "loss", "part_of", "parts_in"]
 
 T = TypeVar("T")
 PerLayer: TypeAlias = T | list[T] | None
@@ -529,7 +529,7 @@ class SoKD(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         """As `nn.Module._load_from_state_dict`, but refuse another adapter or heads by name."""
-        check_state(self, state_dict, prefix, parts=("adapter", "heads"))
+        check_state(self, state_dict, prefix, strict=False)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
@@ -588,9 +588,9 @@ def _variance_and_share(attention: Attention | None, nothing: Tensor) -> list[Te
 
 
 def check_state(
-    kd: SoKD, state: Mapping[str, Any], prefix: str = "", *, parts: Sequence[str] | None = None
+    kd: SoKD, state: Mapping[str, Any], prefix: str = "", *, strict: bool = True
 ) -> None:
-    """Refuse a state_dict that does not fit kd's parts; `parts`: only these, where both have one.
+    """Refuse a state_dict that does not fit kd's parts; not strict: a part that only one side has.
 
     Raises:
         RuntimeError: names the options that load it.
@@ -600,7 +600,7 @@ def check_state(
         name: values
         for name, values in _names_in(state, prefix).items()
         if name in own and own[name] not in values
-        and (parts is None or (name in parts and own[name] is not None and None not in values))
+        and (strict or None not in (own[name], *values))
     }  # fmt: skip
     if other:
         fits = " and ".join(f"{name}={' or '.join(map(repr, v))}" for name, v in other.items())
@@ -614,20 +614,25 @@ def check_state(
 def _names_of(kd: SoKD) -> dict[str, str | None]:
     """The options that name the parts of a SoKD; the user's own modules have no name."""
     adapter, dam = (unwrapped(part_of(part, 0)) for part in (kd.adapter, kd.dam))
-    names: dict[str, str | None] = {
-        "policy": None if kd.policy is None else "default",
-        "search": None if kd.search is None else "online",
-    }
-    if adapter is None or isinstance(adapter, Adapter):
-        names["adapter"] = None if adapter is None else adapter.kind
-    if dam is None or isinstance(dam, (DAM, AttentionDAM)):  # None and attention have no state
-        names["heads"] = dam.heads if isinstance(dam, DAM) else "attention"
+    names: dict[str, str | None] = dict.fromkeys(("adapter", "policy", "search"))
+    if kd.policy is not None:
+        names["policy"] = "default"
+    if kd.search is not None:
+        names["search"] = "online"
+    if isinstance(adapter, Adapter):
+        names["adapter"] = adapter.kind
+    elif adapter is not None:
+        del names["adapter"]
+    if isinstance(dam, DAM):
+        names["heads"] = dam.heads
+    elif dam is None or isinstance(dam, AttentionDAM):  # neither has a state
+        names["heads"] = "attention"
     return names
 
 
 def _names_in(state: Mapping[str, Any], prefix: str) -> dict[str, tuple[str | None, ...]]:
     """The same options of the SoKD whose state_dict this is, as far as its keys show them."""
-    parts = {key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)}
+    parts = parts_in(state, prefix)
     if not parts:
         return {}
     names: dict[str, tuple[str | None, ...]] = {}
@@ -641,3 +646,8 @@ def _names_in(state: Mapping[str, Any], prefix: str) -> dict[str, tuple[str | No
     if {"policy", "search"} <= parts:  # without one it starts afresh
         names["search"] = ("online",)
     return names
+
+
+def parts_in(state: Mapping[str, Any], prefix: str) -> set[str]:
+    """The parts of a SoKD that have keys in a state_dict."""
+    return {key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)}

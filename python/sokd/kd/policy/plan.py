@@ -92,14 +92,6 @@ def pair_of(entry: Sequence[int | str]) -> tuple[int, int]:
     return min(indices), max(indices)
 
 
-def strengths(magnitude: Tensor, ranges: Ranges) -> Tensor:
-    """The strength of each operation of the pairs at its magnitude, [K, 2, 9]: 0 elsewhere.
-
-    Multiplied by the gates and summed over the pair, [..., 9], it is what `arguments` takes.
-    """
-    return (ranges.low_of_pairs + magnitude.unsqueeze(-1) * ranges.span_of_pairs) / 100
-
-
 def _factors(value: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Factors of theta: shears [..., 2, 2, 1]; translation with rotation [..., 1, 2, 3]."""
     a, b = value[..., 0], value[..., 1]

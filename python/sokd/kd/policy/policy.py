@@ -24,11 +24,9 @@ from sokd.kd.policy.plan import (
     OPERATIONS,
     PAIRS,
     Present,
-    Ranges,
     arguments,
     pair_of,
     ranges,
-    strengths,
 )
 from sokd.ops import Plan, Plans, refine, torch_internals
 from sokd.ops import draw as draw_uniforms
@@ -331,10 +329,12 @@ class Policy(WideModule):
         return self._spans
 
     def strengths(self) -> Tensor:
-        """Of the operations of all sub-policies, [K, 2, 9], see `sokd.kd.policy.plan.strengths`."""
-        magnitude = self.magnitude.to(accumulator(self.magnitude.dtype))
-        tables = Ranges(self._low_of_pairs, self._span_of_pairs, self._carrying, self._spans)
-        return strengths(magnitude, tables)
+        """Of each operation of the sub-policies at its magnitude, [K, 2, 9]: 0 elsewhere.
+
+        Multiplied by the gates and summed over the pair, [..., 9], it is what `arguments` takes.
+        """
+        magnitude = self.magnitude.to(accumulator(self.magnitude.dtype)).unsqueeze(-1)
+        return (self._low_of_pairs + magnitude * self._span_of_pairs) / 100
 
     def alternatives(
         self, choices: Choices, draw: Draw, shape: Sequence[int], *, layer: int = 0
