@@ -378,7 +378,8 @@ def test_a_row_of_the_table(data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("methods, of_method, of_sokd", [
-    ("fitnet", {"adapter": "regressor"}, {}), ("kd", {}, {}),
+    ("fitnet", {"adapter": "regressor"}, {}), ("kd", {}, {}), ("lskd", {}, {}),
+    ("dist", {"temperature": 4.0}, {}),
     ("fitnet+sokd", {}, {"preset": "paper"}),
 ])  # fmt: skip
 def test_the_parts_of_a_row(tmp_path, monkeypatch, methods, of_method, of_sokd):
@@ -386,6 +387,7 @@ def test_the_parts_of_a_row(tmp_path, monkeypatch, methods, of_method, of_sokd):
     monkeypatch.setattr(cifar100, "distil", lambda given, run: args.update(vars(given)))
     cifar100.main(["--row", f"resnet56:resnet20:{methods}", "--out", str(tmp_path / "out")])
     assert args["method_option"] == of_method and args["sokd_option"] == of_sokd
+    assert args["ce_weight"] == (0.1 if methods in ("kd", "lskd") else 1.0)
 
 
 def test_every_cell_of_the_tables_has_a_figure():

@@ -115,8 +115,10 @@ def cifar100_settings(teacher: str, student: str, methods: list[str]) -> dict[st
     found["search_epochs"] = 50 if (teacher, student) == ("resnet32x4", "resnet8x4") else 20
     if student.startswith("vgg"):
         found["search_epochs"] = 10
-    if methods == ["kd"]:
+    if methods in (["kd"], ["lskd"]):
         found["ce_weight"] = 0.1
+    if methods == ["dist"]:
+        found["method_option"] = {"temperature": 4.0}
     if "dkd" in methods or "reviewkd" in methods:
         found["warmup_epochs"] = 20
     if "dkd" in methods:

@@ -112,7 +112,8 @@ class Distiller(nn.Module):
             features. `method=None` is `sokd.loss`: with base="keep" `loss_base` too. A dict:
             options of `SoKD`; a `SoKD`: that one. `distiller.kd`, None for False.
         adapter: "conv", "separable", "regressor" or "linear" (see `Adapter`), for SoKD and every
-            method that reads adapted maps (fitnet, mgd, a callable); "default": that of `SoKD`.
+            method that reads adapted maps (fitnet, mgd, fgd, wkd, a callable); "default": that of
+            `SoKD`.
         task: the task's loss: "auto", losses that the student returns, else cross entropy with y;
             "model", the student is called as `student(x, y)` and returns its losses (also the
             default for y that is a list of dicts); a callable (output, y) -> scalar, as

@@ -62,8 +62,8 @@ class Adapter(nn.Module):
             convolution + BN + ReLU of the published FitNet tables; "linear" [S], that convolution
             with a bias and nothing else.
 
-    All kinds but "linear" end in a ReLU, as most backbones' maps do. "linear" is the one for maps
-    with negative values: those of an FPN, tokens of a transformer, a map before its activation.
+    All kinds but "linear" end in a ReLU, as most backbones' maps do. Only "linear" returns negative
+    values, which an FPN, tokens of a transformer and a map before its activation have.
 
     The state_dict of another kind is refused (RuntimeError).
     """

@@ -54,10 +54,11 @@ def catkd(
         teacher: [B, K, H, W], constant, or an equally long list.
         weight: omega [B, H, W] at the teacher's size: both sides are multiplied by its square root
             before pooling.
-        resolution: r; the paper uses 2 on CIFAR-100 and 4 on ImageNet.
-        normalise: whether each pooled map is divided by its norm. The authors' weights are 40 with
-            normalisation (ResNet50 -> MobileNetV2) and 15 without (ResNet32x4 -> ResNet8x4). With
-            it, maps of one cell and resolution=1 are refused: only the sign would be left.
+        resolution: r; the authors' configurations have 2 or, for ShuffleNets on CIFAR-100, 4.
+        normalise: whether each pooled map is divided by its norm; the authors do so for some pairs.
+            Their weights go from 0.5 to 600: 40 with normalisation (ResNet50 -> MobileNetV2), 15
+            without (ResNet32x4 -> ResNet8x4). With it, maps of one cell and resolution=1 are
+            refused: only the sign would be left.
 
     Returns:
         [] float32 (float64 for float64), the sum over the pairs; 0 for an empty batch.

@@ -60,8 +60,8 @@ class CRDLoss(nn.Module):
         negatives: K for each sample, drawn independently, as in the formula; the paper uses 16384.
         temperature, momentum: tau and the momentum of the banks; the paper uses 0.07 and 0.5 (and a
             weight of 0.8).
-        labels: [N] int64, the classes of the training samples, for negatives of other classes (the
-            authors' "exact" mode); None: any other samples.
+        labels: [N] int64, the classes of the training samples, for negatives of other classes only,
+            as in the authors' code and the published figures; None: any other samples.
         generator: source of the seed of banks and negatives; None: see `sokd.manual_seed`.
 
     Parameters: the two embeddings. Buffers: the banks, the logarithms of Z (NaN until the first

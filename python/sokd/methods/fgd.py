@@ -14,7 +14,8 @@ Source: Yang, Li, Jiang, Gong, Yuan, Zhao, Yuan, "Focal and Global Knowledge Dis
 Detectors" (CVPR 2022, arXiv 2111.11837, section 3). R: the GcBlock of Cao, Xu, Lin, Wei, Hu,
 "GCNet" (arXiv 1904.11492). Settled here: omega, 1 without a mask; padding has no part in any sum
 (the authors stretch an image's boxes over its padding); a box covers the cells it touches (the
-authors add one column and one row).
+authors add one column and one row). The authors adapt by a 1x1 convolution, and not at all where
+the channels are equal; a `Distiller` always adapts, so pass it adapter="linear".
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class FGDLoss(nn.Module):
             defaults are the authors' for detectors with anchors (their RetinaNet files: attention
             5e-4). Two-stage detectors (Faster R-CNN): 5e-5, 2.5e-5, 5e-5, 5e-7; without anchors
             (FCOS, RepPoints): 1.6e-3, 8e-4, 8e-4, 8e-6.
-        temperature: T; the paper: 0.5.
+        temperature: T; the paper: 0.5 (their FCOS file: 0.8).
 
     Parameters: a global context block for each side, both trained; the teacher is not.
     """

@@ -90,8 +90,8 @@ class ReviewKDLoss(nn.Module):
             (the authors').
 
     The authors' weights are 0.6 to 8 on CIFAR-100 (5 for most pairs) and 1 on ImageNet, increased
-    linearly over the first 20 epochs. They also use the pooled features as a further stage of 1 x 1
-    cells.
+    linearly over the first 20 epochs. Their maps are those before the stages' last ReLU, and the
+    pooled features are a further stage of 1 x 1 cells.
     """
 
     @torch.inference_mode(False)
