@@ -303,7 +303,7 @@ class Judging(nn.Module):
         if not self.training:
             return [{"scores": row} for row in logits]
         y = torch.stack([target["label"] for target in targets])
-        return {"loss_classifier": F.cross_entropy(logits, y), "box": logits.square().mean()}
+        return {"loss_classifier": F.cross_entropy(logits, y), "loss_box": logits.square().mean()}
 
 
 def test_losses_inside_the_student():
@@ -316,6 +316,72 @@ def test_losses_inside_the_student():
     distiller.eval()
     assert len(distiller(x)) == 4
     assert distiller(x, [{"label": label} for label in y])[1] == {}
+
+
+@pytest.mark.parametrize(("form", "names"), [
+    (lambda a, b: {"loss": a + b, "loss_ce": a, "loss_reg": b}, ["loss_task"]),
+    (lambda a, b: {"loss": (a + b).reshape(1), "logits": torch.zeros(4, 5)}, ["loss_task"]),
+    (lambda a, b: {"loss_ce": a, "box_loss": b, "accuracy": b.detach() + 1},
+     ["loss_ce", "loss_box_loss"]),
+    (lambda a, b: {"ce": a, "box": b}, ["loss_ce", "loss_box"]),
+], ids=["total", "one element", "metric", "no name"])  # fmt: skip
+def test_which_scalars_of_the_student_are_losses(form, names):
+    teacher, student = models()
+    answer = Answering(student, lambda z: form(z.exp().mean(), z.square().mean()))
+    options = {"layers": {"net.stage1": "stage1"}, "method": "fitnet", "sokd": False}
+    distiller = make(models=(teacher, answer), **options)
+    _, losses = distiller(batch()[0])
+    z = student(batch()[0]).detach()
+    assert list(losses) == [*names, "loss_fitnet"]
+    own = sum(losses[name] for name in names)
+    torch.testing.assert_close(own, z.exp().mean() + z.square().mean())
+
+
+def test_a_scalar_that_may_be_a_loss_is_refused():
+    teacher, student = models()
+    answer = Answering(student, lambda z: {"loss_ce": z.exp().mean(), "confidence": z.amax()})
+    distiller = make(models=(teacher, answer), layers={"net.stage1": "stage1"})
+    rule = "have 'loss' in the names of its losses, and its other scalars detached"
+    with raises(ValueError, f"Distiller: the student's output must {rule}, got 'confidence'"):
+        distiller(batch()[0])
+
+
+class TwoHeads(Net):
+    """Returns the logits of two classifiers of one shape."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.other = copy.deepcopy(self.head)
+
+    def forward(self, x):
+        z = super().forward(x)
+        return {"logits": z, "aux": z + 0 * self.other.weight.sum()}
+
+
+@pytest.mark.parametrize("method", ["catkd", "wkd"])
+def test_two_classifiers_of_one_shape_are_named(method):
+    torch.manual_seed(0)
+    teacher, student = TwoHeads(6), TwoHeads(3)
+    side, channels = ("student", 12) if method == "catkd" else ("teacher", 24)
+    given = {"models": (teacher, student), "sokd": False, "logits": "logits", "layers": "stage2"}
+    given |= {"task": lambda output, y: F.cross_entropy(output, y)}
+    rule = f"be given, because several layers of the {side} go from {channels} channels to 5"
+    with raises(ValueError, f"Distiller: {side}_head must {rule} classes, got 'head', 'other'"):
+        make(**given, method=method)
+    heads = {"student_head": student.head} if method == "catkd" else {}
+    distiller = make(**given, method=method, **heads, teacher_head=teacher.head)
+    distiller(*batch())[1][f"loss_{method}"].backward()
+    assert student.stage1[0].weight.grad.any()
+
+
+def test_the_distances_follow_a_state_that_the_teacher_loads():
+    other, student = models()
+    nn.init.normal_(other.head.weight)
+    options = {"method": "wkd", "sokd": False, "layers": "stage2"}
+    distiller, wanted = make(**options), make(models=(other, student), **options)
+    distiller.teacher.load_state_dict(other.state_dict())
+    distiller(*batch())
+    torch.testing.assert_close(distiller.methods["wkd"].distances, wanted.methods["wkd"].distances)
 
 
 class Keyworded(nn.Module):

@@ -228,6 +228,44 @@ def test_a_layer_that_runs_twice_is_pointed_out():
         make(models=(teacher, student), layers={"stem.2": "stem.2"})
 
 
+def test_a_layer_that_runs_twice_in_training_only_is_pointed_out():
+    class Twice(Net):
+        def forward(self, x):
+            return super().forward(x) + (super().forward(x.flip(3)) if self.training else 0)
+
+    teacher, _ = models()
+    distiller = make(models=(teacher, Twice(3)), layers=["stage1"])
+    what = "runs several times in a forward pass; its first output is used"
+    with warns(f"sokd: the student's layer 'stage1' {what}"):
+        distiller(*batch())
+    distiller(*batch())
+
+
+def test_an_entry_that_is_overwritten_is_pointed_out():
+    class Both(nn.Module):
+        def forward(self, x):
+            return x * 2, x.mean()
+
+    class Overwriting(Net):
+        def __init__(self, width):
+            super().__init__(width)
+            self.both = Both()
+
+        def forward(self, x):
+            features = self.both(self.features(x))[0]
+            logits = self.head(features.mean((2, 3)))
+            features.mul_(0)
+            return logits
+
+    teacher, student = Overwriting(6), models()[1]
+    text = (
+        "sokd: the teacher's layer 'both:0' is overwritten in place by the layer after it, and "
+        "the overwritten map is distilled; name that layer instead"
+    )
+    with warns(text):
+        make(models=(teacher, student), layers={"stage2": "both:0"})
+
+
 def test_a_layer_that_is_overwritten_is_pointed_out():
     teacher, _ = models()
     text = (

@@ -86,6 +86,15 @@ def test_the_search_sees_no_padding():
     assert search.step(lambda m, b: distiller.step(m, b, image_sizes=SIZES), x).isfinite()
 
 
+def test_the_images_of_a_dict_are_counted():
+    x = torch.randn(3, 3, 16, 24)
+    distiller = Distiller(
+        Levels(4), Levels(6), layers=["p1", "p3"], method="fitnet", task=None, sokd=False, example=x
+    )
+    of_dict = distiller({"x": x}, image_sizes=SIZES)[1]["loss_fitnet"]
+    torch.testing.assert_close(of_dict, distiller(x, image_sizes=SIZES)[1]["loss_fitnet"])
+
+
 RULE = "be (height, width) of the images in x, at most (16, 24)"
 
 

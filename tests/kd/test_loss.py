@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.kd_cases import FixedMask, features, make, pair, rewound, trained
+from support.raises import raises
 from torch import Tensor, nn
 
 from sokd import reference
@@ -204,6 +205,22 @@ def test_tokens_are_the_map_they_hold():
     student, teacher = pair((2, 18, 3), (2, 13, 4))
     maps = tokens_to_map(student, tokens=2), tokens_to_map(teacher, grid=(2, 6))
     torch.testing.assert_close(loss(student, teacher, rewound(kd)), loss(*maps, rewound(kd)))
+
+
+@pytest.mark.parametrize(("student", "teacher", "said"), [
+    ((2, 3, 10, 20), (2, 200, 4),
+     "teacher_features must come with teacher_grid=(H, W) where the other side's map is no square, "
+     "got 10 x 20 and 14 x 14"),
+    ((2, 144, 3), (2, 4, 9, 16),
+     "student_features must come with student_grid=(H, W) where the other side's map is no square, "
+     "got 12 x 12 and 9 x 16"),
+    ((2, 3, 20, 10), (2, 4, 10, 20),
+     "teacher_features must have the student's height and width, not turned, "
+     "got 20 x 10 and 10 x 20"),
+], ids=["teacher's tokens", "student's tokens", "turned"])  # fmt: skip
+def test_maps_of_two_aspects(student, teacher, said):
+    with raises(ValueError, f"loss: {said}"):
+        loss(*pair(student, teacher), make())
 
 
 def test_several_layers_add_up_with_one_draw_and_noise_of_their_own():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Any
 
@@ -131,32 +131,40 @@ def _dam_adapts(options: Mapping[str, Any]) -> bool:
 
 
 def find_heads(
-    recipe: Recipe, models: Sequence[nn.Module], shapes: Sequence[Sequence[Shape]]
-) -> dict[str, nn.Module]:
+    recipe: Recipe, models: Sequence[nn.Module], shapes: Sequence[Sequence[Shape]],
+    classes: Callable[[int], int | None],
+) -> dict[str, nn.Module]:  # fmt: skip
     """The models' classifiers for a method that needs them, unless its options give them.
 
-    A classifier is the last linear layer or 1x1 convolution with the channels of the last map.
+    A classifier is a linear layer or 1x1 convolution with the channels of the last map; of several
+    the one that has `classes(0)` outputs in the student, `classes(1)` in the teacher, or, where
+    they are not known (None), the last.
+
+    Raises:
+        ValueError: several layers have these outputs.
     """
     if not isinstance(recipe.source, str):
         return {}
     found: dict[str, nn.Module] = {}
-    for side, model, of_side in zip(("student", "teacher"), models, shapes, strict=True):
+    for at, (side, model, of_side) in enumerate(
+        zip(("student", "teacher"), models, shapes, strict=True)
+    ):
         option = f"{side}_head"
-        if option in options_of(recipe.source) and option not in recipe.options and of_side:
-            head = _last_head(model, of_side[-1][0])
-            found |= {} if head is None else {option: head}
+        if option not in options_of(recipe.source) or option in recipe.options or not of_side:
+            continue
+        channels = of_side[-1][0]
+        heads = {n: part for n, part in model.named_modules() if _is_head(part, channels)}
+        if len(heads) > 1 and (count := classes(at)) is not None:
+            heads = {name: head for name, head in heads.items() if len(head.weight) == count}
+            if len(heads) > 1:
+                rule = f"be given, because several layers of the {side} go from {channels} channels"
+                got = ", ".join(map(repr, heads))
+                raise ValueError(f"Distiller: {option} must {rule} to {count} classes, got {got}")
+        found |= {option: [*heads.values()][-1]} if heads else {}
     return found
 
 
-def _last_head(model: nn.Module, channels: int) -> nn.Module | None:
-    parts = list(model.modules())
-    for part in reversed(parts):
-        if isinstance(part, nn.Linear) and part.in_features == channels:
-            return part
-        if (
-            isinstance(part, nn.Conv2d)
-            and part.in_channels == channels
-            and part.kernel_size == (1, 1)
-        ):
-            return part
-    return None
+def _is_head(part: nn.Module, channels: int) -> bool:
+    if isinstance(part, nn.Conv2d):
+        return part.kernel_size == (1, 1) and part.in_channels == channels
+    return isinstance(part, nn.Linear) and part.in_features == channels

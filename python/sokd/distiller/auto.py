@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sokd.distiller.inputs import Given, Grid, batch_size
-from sokd.distiller.maps import same_aspect
 from sokd.distiller.taps import Pair
-from sokd.kd.features import tokens_to_map
+from sokd.kd.features import same_aspect, tokens_to_map
 from sokd.kd.virtual import unwrapped
 
 __all__ = ["auto_layers"]

@@ -47,6 +47,7 @@ from sokd.kd.sokd import Match, SoKD, check_state
 from sokd.kd.virtual import replayed, unwrapped
 from sokd.methods.common import Method, Step, constant
 from sokd.ops.runtime import is_eager
+from sokd.ops.torch_internals import is_compiled
 
 __all__ = ["Distiller"]
 
@@ -114,7 +115,8 @@ class Distiller(nn.Module):
         adapter: "conv", "separable", "regressor" or "linear" (see `Adapter`), for SoKD and every
             method that reads adapted maps (fitnet, mgd, fgd, wkd, a callable); "default": that of
             `SoKD`.
-        task: the task's loss: "auto", losses that the student returns, else cross entropy with y;
+        task: the task's loss: "auto", those that the student returns (its "loss", or the scalars of
+            a dict, where some have "loss" in their names only these), else cross entropy with y;
             "model", the student is called as `student(x, y)` and returns its losses (also the
             default for y that is a list of dicts); a callable (output, y) -> scalar, as
             `loss_task`; None. A callable is called with the student's output, or with the part of
@@ -175,7 +177,7 @@ class Distiller(nn.Module):
         if self._layers != "auto":
             self._tap(layer_pairs(layers) if self._needs.maps else [])
         if not self._needs.maps:
-            self._build([], [])
+            self._build([], [], [])
         elif example is not None:
             self.setup(example)
 
@@ -196,8 +198,8 @@ class Distiller(nn.Module):
                 bank (crd).
             boxes: one [n, 4] for each image, for methods that read them (fgd): x1 y1 x2 y2 in
                 pixels of x; [0, 4] for an image without boxes.
-            image_sizes: (height, width) of each image in a padded batch x [B, C, H, W]: no cell of
-                padding is distilled.
+            image_sizes: (height, width) of each image in a padded batch x [B, C, H, W]: the layers'
+                maps are distilled without their padding (not logits [B, K, H, W]).
             input_size: (height, width) of the padded input where x is not such a batch.
         """
         extra = {"index": index, "boxes": boxes}
@@ -245,7 +247,7 @@ class Distiller(nn.Module):
         losses = task_losses(
             self.task, output, logits, target, where=self.logits, look=self._read_target
         )
-        if "loss_ce" in losses and target.is_floating_point():
+        if "loss_ce" in losses and isinstance(target, Tensor) and target.is_floating_point():
             self._read_target = False
         return losses
 
@@ -316,18 +318,20 @@ class Distiller(nn.Module):
             if self._layers == "auto":
                 self._tap(self._auto(student, teacher, example))
             named = self._layers != "auto"  # only layers that the user named give warnings
-            maps = []
+            maps, outputs = [], []
             for side, model in (("student", student), ("teacher", teacher)):
                 x = copied(example)
                 written = changed(x)
-                taken = self._taps[side].run(model, partial(call, model, x), warn=named)[1]
+                output, taken = self._taps[side].run(model, partial(call, model, x), warn=named)
+                outputs.append(output)
                 maps.append(self._as_maps(side, taken, Given.of(example)))
                 self._copies = written()
         for of_student, of_teacher, names in zip(*maps, self._labels, strict=True):
             check_pair(of_student, of_teacher, names)
         if named:
             sanity.Watch.of(self).order(*maps)
-        self._build(*([tuple(features.shape[1:]) for features in side] for side in maps))
+        shapes = [[tuple(features.shape[1:]) for features in side] for side in maps]
+        self._build(shapes[0], shapes[1], outputs)
         return self
 
     def _auto(self, student: nn.Module, teacher: nn.Module, example: Any) -> list[Pair]:
@@ -354,15 +358,19 @@ class Distiller(nn.Module):
         }
 
     @torch.inference_mode(False)
-    def _build(self, students: list[Any], teachers: list[Any]) -> None:
+    def _build(self, students: list[Any], teachers: list[Any], outputs: list[Any]) -> None:
         """Make SoKD, adapters and methods, on the student's device and in its dtype."""
         self.kd = make_kd(self._plug, students, teachers, self._needs)
         if self.kd is None and self._needs.adapted:
             self.adapters = make_adapters(students, teachers, self._adapter)
+        models, shapes = (unwrapped(self.student), self.teacher), (students, teachers)
+
+        def classes(side: int) -> int | None:
+            logits = self._logits(outputs[side])
+            return None if logits is None else logits.shape[1]
+
         for recipe in self._recipes:
-            heads = find_heads(
-                recipe, (unwrapped(self.student), self.teacher), (students, teachers)
-            )
+            heads = find_heads(recipe, models, shapes, classes)
             self.methods[recipe.name] = recipe.make(students, teachers, **heads)
         place = next((p for p in self.student.parameters() if p.is_floating_point()), None)
         for module in (self.kd, self.adapters, self.methods):
@@ -384,7 +392,9 @@ class Distiller(nn.Module):
         written = None if compiling else changed(given)
         with torch.no_grad():
             output, taken = self._taps["teacher"].run(
-                self.teacher, lambda: call(self.teacher, given)
+                self.teacher,
+                lambda: call(self.teacher, given),
+                warn=self._warns("teacher", self.teacher),
             )
             logits = self._logits(output)
             maps = self._as_maps("teacher", taken, None if compiling else Given.of(x))
@@ -397,8 +407,17 @@ class Distiller(nn.Module):
     def _study(self, model: nn.Module, x: Any, target: Any) -> Pass:
         given = None if torch.compiler.is_compiling() else Given.of(x)
         targets = self._targets_of(target)
-        output, taken = self._taps["student"].run(model, lambda: call(model, x, *targets))
+        output, taken = self._taps["student"].run(
+            model, lambda: call(model, x, *targets), warn=self._warns("student", model)
+        )
         return Pass(output, self._logits(output), self._as_maps("student", taken, given))
+
+    def _warns(self, side: str, model: nn.Module) -> bool:
+        """Whether this is a model's first pass in training, where its layers may act otherwise."""
+        if torch.compiler.is_compiling() or not self.training or self._layers == "auto":
+            return False
+        first = sanity.Watch.of(self).first(f"{side} ran")
+        return first and not any(map(is_compiled, (model, *unwrapped(model).modules())))
 
     def _is_models(self, target: Any) -> bool:
         """Whether the student is called with the target."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sokd.distiller.inputs import input_size
+from sokd.distiller.inputs import batch_size, input_size
 from sokd.kd.features import kept
 from sokd.methods.regions import Images
 
@@ -26,7 +26,7 @@ def images_of(x: Any, sizes: Any, padded: Any) -> Images | None:
         rule = "be one padded batch [B, C, H, W] where image_sizes are given without input_size"
         got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"Distiller: x must {rule}, got {got}")
-    return Images.checked("Distiller", sizes, padded, len(x))
+    return Images.checked("Distiller", sizes, padded, batch_size(x) or 0)
 
 
 def inside(maps: list[Tensor], images: Images | None) -> tuple[list[Tensor], list[Tensor | None]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from sokd.distiller.inputs import Given, Grid
-from sokd.kd.features import Layout, tokens_to_map
+from sokd.kd.features import Layout, same_aspect, tokens_to_map
 
-__all__ = ["as_map", "check_pair", "same_aspect"]
+__all__ = ["as_map", "check_pair"]
 
 
 def as_map(
@@ -121,9 +121,3 @@ def check_pair(student: Tensor, teacher: Tensor, names: tuple[str, str]) -> None
 
 def _size(features: Tensor) -> Grid:
     return features.shape[2], features.shape[3]
-
-
-def same_aspect(one: Grid, other: Grid) -> bool:
-    """Whether one size times a factor is the other, within a cell of either."""
-    (h, w), (high, wide) = one, other
-    return abs(high * w / wide - h) <= 1 or abs(h * wide / w - high) <= 1

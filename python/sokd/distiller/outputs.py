@@ -49,14 +49,27 @@ def is_for_model(target: Any) -> bool:
 
 
 def own_losses(output: Any) -> dict[str, Tensor]:
-    """The losses that a model computed itself: a dict of scalars, or the entry "loss" of an output.
+    """The losses that a model computed itself: the entry "loss" of an output, or a dict of scalars.
 
-    The names are `loss_<key>`, or the key if it begins with "loss"; "loss" becomes `loss_task`.
+    "loss", the total, becomes `loss_task`, and others beside it are no terms. Without it the terms
+    of a dict are the entries with "loss" in their names, or all if none has; they are named
+    `loss_<key>`, or as the key if it begins with "loss".
+
+    Raises:
+        ValueError: beside entries with "loss" in their names another one has a gradient.
     """
-    if _only_losses(output):
-        return {_loss_name(str(key)): value for key, value in output.items()}
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    return {"loss_task": loss} if isinstance(loss, Tensor) and loss.dim() == 0 else {}
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return {"loss_task": loss.reshape(())}
+    if not _only_losses(output):
+        return {}
+    named = {str(key): value for key, value in output.items()}
+    losses = {key: value for key, value in named.items() if "loss" in key.lower()} or named
+    for key, value in named.items():
+        if key not in losses and value.requires_grad:
+            rule = "have 'loss' in the names of its losses, and its other scalars detached"
+            raise ValueError(f"Distiller: the student's output must {rule}, got {key!r}")
+    return {key if key.startswith("loss") else f"loss_{key}": each for key, each in losses.items()}
 
 
 def _only_losses(output: Any) -> bool:
@@ -65,10 +78,6 @@ def _only_losses(output: Any) -> bool:
         and len(output) > 0
         and all(isinstance(value, Tensor) and value.dim() == 0 for value in output.values())
     )
-
-
-def _loss_name(key: str) -> str:
-    return "loss_task" if key == "loss" else key if key.startswith("loss") else f"loss_{key}"
 
 
 def entries(output: Any) -> dict[str, Any]:

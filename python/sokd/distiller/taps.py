@@ -59,7 +59,8 @@ class Tap:
         self.armed = False
         self.value: Any = None
         self.again = False  # whether the layer ran more than once
-        self.version: int | None = None  # of the output; recorded if it is an int beforehand
+        self.watches = False  # whether the versions are recorded
+        self.versions: dict[int, int | None] = {}  # of the output's tensors, by id
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self.armed:
@@ -68,8 +69,11 @@ class Tap:
             self.again = True
             return
         self.value = output
-        if self.version is not None and isinstance(output, Tensor):
-            self.version = version(output)
+        if self.watches and not torch.compiler.is_compiling():
+            tensors = [output] if isinstance(output, Tensor) else entries(output).values()
+            self.versions = {
+                id(each): version(each) for each in tensors if isinstance(each, Tensor)
+            }
 
     def take(self) -> Any:
         """Return the stored output, and disarm and empty the tap."""
@@ -97,6 +101,7 @@ class Taps:
         self.side, self.layers = side, list(layers)
         self.labels = [f"the {side}'s layer {layer!r}" for layer in layers]  # for messages
         self.taps: dict[str, Tap] = {}
+        self._warned: set[str] = set()  # labels
         modules = dict(unwrapped(model).named_modules())
         for layer in layers:
             name = _split(layer)[0]
@@ -135,7 +140,7 @@ class Taps:
             TypeError: a layer whose output is not a tensor.
         """
         for tap in self.taps.values():
-            tap.value, tap.armed, tap.again, tap.version = None, True, False, 0 if warn else None
+            tap.value, tap.armed, tap.again, tap.watches, tap.versions = None, True, False, warn, {}
         try:
             output = call()
         finally:
@@ -153,10 +158,10 @@ class Taps:
     def _warn(self, chosen: Sequence[Tensor]) -> None:
         for layer, label, tensor in zip(self.layers, self.labels, chosen, strict=True):
             tap = self.taps[_split(layer)[0]]
-            if tap.again:
-                warn_user(RAN_AGAIN.format(which=label))
-            elif ":" not in layer and tap.version not in (None, version(tensor)):
-                warn_user(OVERWRITTEN.format(which=label))
+            overwritten = tap.versions.get(id(tensor)) not in (None, version(tensor))
+            if (tap.again or overwritten) and label not in self._warned:
+                self._warned.add(label)
+                warn_user((RAN_AGAIN if tap.again else OVERWRITTEN).format(which=label))
 
     def _chosen(self, layer: str, label: str, taken: Mapping[str, Any]) -> Tensor:
         name, key = _split(layer)

@@ -18,7 +18,7 @@ from torch import Tensor
 __all__ = [
     "Features", "Layout", "Size", "both_sides_at_once", "checked_maps", "described", "kept",
     "layouts", "mixed_dtypes_allowed", "not_negative", "of_one_dtype", "one_of", "per_layer",
-    "positive", "tensors_of", "tokens_to_map", "total",
+    "positive", "same_aspect", "tensors_of", "tokens_to_map", "total",
 ]  # fmt: skip
 
 Features = Tensor | Sequence[Tensor]
@@ -160,11 +160,20 @@ def checked_maps(
         _check_features(f"student_features{which}", student, channels[index][0])
         _check_features(f"teacher_features{which}", teacher, channels[index][1])
         _check_match(f"teacher_features{which}", student, teacher)
+        ranks = student.dim(), teacher.dim()
         student = _as_map(f"student_features{which}", student, layouts[index][0])
         _check_parameter(f"student_features{which}", student, parameters[index])
         teacher = _as_map(f"teacher_features{which}", teacher.detach(), layouts[index][1])
+        if not torch.compiler.is_compiling():
+            _check_aspects(which, (student, teacher), ranks, layouts[index])
         maps.append((student, teacher))
     return maps
+
+
+def same_aspect(one: Size, other: Size) -> bool:
+    """Whether one size times a factor is the other, within a cell of either."""
+    (h, w), (high, wide) = one, other
+    return abs(high * w / wide - h) <= 1 or abs(h * wide / w - high) <= 1
 
 
 def both_sides_at_once(height: int, width: int) -> bool:
@@ -265,6 +274,26 @@ def _check_match(name: str, student: Tensor, teacher: Tensor) -> None:
     if teacher.dtype != student.dtype and not mixed_dtypes_allowed(student):
         rule = f"have the student's dtype {student.dtype}"
         raise TypeError(f"loss: {name} must {rule}, got {teacher.dtype}")
+
+
+def _check_aspects(
+    which: str, maps: tuple[Tensor, Tensor], ranks: tuple[int, int], of: tuple[Layout, Layout]
+) -> None:
+    """Raise for tokens guessed to be a square beside a map of another aspect, and for a turned map.
+
+    Args:
+        ranks, of: of the features behind the maps, and their layouts.
+    """
+    (h, w), (high, wide) = sizes = [(side.shape[2], side.shape[3]) for side in maps]
+    found = f"{h} x {w} and {high} x {wide}"
+    if ranks == (4, 4) and h != w and h * high == w * wide:
+        rule = "have the student's height and width, not turned"
+        raise ValueError(f"loss: teacher_features{which} must {rule}, got {found}")
+    for at, side in enumerate(("student", "teacher")):
+        guessed = ranks[at] == 3 and of[at].grid is None and ranks[1 - at] == 4
+        if guessed and not same_aspect(*sizes):
+            rule = f"come with {side}_grid=(H, W) where the other side's map is no square"
+            raise ValueError(f"loss: {side}_features{which} must {rule}, got {found}")
 
 
 def _check_parameter(name: str, student: Tensor, parameter: Tensor | None) -> None:
