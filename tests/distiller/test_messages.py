@@ -66,6 +66,14 @@ def test_a_layer_that_was_replaced_later(change, steps):
             objective(distiller)
 
 
+def test_a_weight_for_another_name():
+    distiller = make(method={"fitnet": 2.0})
+    distiller.weights["fitness"] = 3.0
+    rule = "name methods of this Distiller (fitnet)"
+    with raises(ValueError, f"Distiller: weights must {rule}, got 'fitness'"):
+        objective(distiller)
+
+
 def is_tapped(module: nn.Module) -> bool:
     return any(type(hook).__name__ == "Tap" for hook in module._forward_hooks.values())
 

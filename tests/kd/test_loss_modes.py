@@ -79,6 +79,22 @@ def test_a_compiled_training_step_draws_anew_each_time():
 
 
 @compiles
+def test_a_schedule_of_the_weights_is_compiled_once_more():
+    torch._dynamo.reset()
+    if torch._dynamo.config.specialize_float:
+        pytest.skip("this PyTorch compiles each float anew")
+    kd, features, graphs = make(base="keep"), pair(), []
+    compiled = torch.compile(
+        loss, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward
+    )
+    for step in range(1, 6):
+        kd.lambda_agreement, kd.lambda_areas, kd.lambda_base = 0.1 * step, 0.3 * step, 0.7 * step
+        got, expected = (value_and_gradients(call, kd, *features)[0] for call in (compiled, loss))
+        torch.testing.assert_close(got, expected)
+    assert len(graphs) == 2
+
+
+@compiles
 def test_a_compiled_kd_is_taken_by_the_loss():
     torch._dynamo.reset()
     kd = make(dam=None).eval()

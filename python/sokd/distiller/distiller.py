@@ -501,6 +501,10 @@ class Distiller(nn.Module):
         for side, model in (("student", self.student), ("teacher", self.teacher)):
             self._taps[side].check_in_place(model)
         guards.check_teacher(self, self._teacher_parts)
+        unknown = [name for name in self.weights if name not in self.methods]
+        if unknown:
+            rule = f"name methods of this Distiller ({', '.join(self.methods) or 'none'})"
+            raise ValueError(f"Distiller: weights must {rule}, got {unknown[0]!r}")
 
     def _look(self, losses: Losses, student: Pass, teacher: Pass) -> None:
         if not is_eager(*losses.values()):

@@ -168,9 +168,9 @@ class SoKD(nn.Module):
             loss of the refined one; "replace" [P]: the masked loss takes its place. For
             `sokd.loss` the base method is the mean square of adapted student and teacher.
         lambda_agreement, lambda_areas, lambda_base: the terms' weights, to be tuned; they may be
-            set at any time (a compiled loss is compiled again). The prototype uses 1000 and 1000 on
-            CIFAR-100 [A], which diverge on features of unit variance with SGD at lr 0.05: the
-            preset "paper" has 10 and 10.
+            set at any time (a compiled loss is compiled once more). The prototype uses 1000 and
+            1000 on CIFAR-100 [A], which diverge on features of unit variance with SGD at lr 0.05:
+            the preset "paper" has 10 and 10.
         normalise: "elements" [A] or "area", see `sokd.ops.masked_mse`.
         areas, overlap, k, kernel: of the DAM; areas "teacher" [S] or, with preset="paper", "mutual"
             [P], where it is left at "default". heat_channels: of `DAM` only, None: 100.
@@ -353,7 +353,9 @@ class SoKD(nn.Module):
 
             kd.freeze_policy()                     # for example after some epochs
 
-        The state_dict keeps the end of an online search. A `PolicySearch` refuses a frozen policy.
+        The state_dict keeps the end of an online search; with search=None call it again after a
+        resume. A `PolicySearch` refuses a frozen policy.
+        `kd.requires_grad_(False)` ends no search, which needs no optimiser.
         """
         if self.search is not None:
             self.search.freeze()
@@ -433,15 +435,18 @@ class SoKD(nn.Module):
         sum(kd.bases(kd.match(f_s, f_t)))                     # the "base" of kd.terms
         """
         pairs = [of_one_dtype(match.student, match.clean) for match in matches]
-        options: dict[str, Any] = {"normalise": "elements", "scale": self.lambda_base}
-        return [scaled_mse(*pair, None, **options) for pair in pairs]
+        inner, outer = _parted(self.lambda_base)
+        options: dict[str, Any] = {"normalise": "elements", "scale": inner}
+        return [_times(scaled_mse(*pair, None, **options), outer) for pair in pairs]
 
     def _distance(self, match: Match, scale: float, mutual: bool) -> Tensor:
         weight = None if match.attention is None else match.attention.weight
-        return scaled_mse(
+        inner, outer = _parted(scale)
+        found = scaled_mse(
             match.student, match.refined, weight,
-            normalise=self.normalise, scale=scale, mutual=mutual,
+            normalise=self.normalise, scale=inner, mutual=mutual,
         )  # fmt: skip
+        return _times(found, outer)
 
     # ---------------------------------------------------------------------------------- the figures
 
@@ -568,10 +573,26 @@ def _attend(
     Raises:
         TypeError: the module returns something else than an `Attention`.
     """
-    found = None if dam is None else dam(student, refined, scale=scale)
-    if found is None or isinstance(found, Attention):
+    inner, outer = _parted(scale)
+    found = None if dam is None else dam(student, refined, scale=inner)
+    if found is None or (outer is None and isinstance(found, Attention)):
         return found
+    if isinstance(found, Attention):
+        agreement, *rest = found  # no `_replace`: see `Plans.parts`
+        return Attention(_times(agreement, outer), *rest)
     raise TypeError(f"loss: kd.dam must return an Attention, got {type(found).__name__}")
+
+
+def _parted(scale: float) -> tuple[float, float | None]:
+    """A loss's weight as the factor for its kernel, and that of the kernel's result; None: none.
+
+    A compiler makes a number in front of a tensor an input, but compiles a kernel anew for each.
+    """
+    return (1.0, scale) if torch.compiler.is_compiling() else (scale, None)
+
+
+def _times(loss: Tensor, factor: float | None) -> Tensor:
+    return loss if factor is None else loss * factor
 
 
 def _variance_and_share(attention: Attention | None, nothing: Tensor) -> list[Tensor]:
