@@ -235,6 +235,7 @@ def test_a_layer_that_runs_twice_in_training_only_is_pointed_out():
 
     teacher, _ = models()
     distiller = make(models=(teacher, Twice(3)), layers=["stage1"])
+    distiller.features(batch()[0])
     what = "runs several times in a forward pass; its first output is used"
     with warns(f"sokd: the student's layer 'stage1' {what}"):
         distiller(*batch())

@@ -209,10 +209,10 @@ def test_tokens_are_the_map_they_hold():
 
 @pytest.mark.parametrize(("student", "teacher", "said"), [
     ((2, 3, 10, 20), (2, 200, 4),
-     "teacher_features must come with teacher_grid=(H, W) where the other side's map is no square, "
+     "teacher_features must have the aspect of the other side's map (see teacher_grid= of SoKD), "
      "got 10 x 20 and 14 x 14"),
     ((2, 144, 3), (2, 4, 9, 16),
-     "student_features must come with student_grid=(H, W) where the other side's map is no square, "
+     "student_features must have the aspect of the other side's map (see student_grid= of SoKD), "
      "got 12 x 12 and 9 x 16"),
     ((2, 3, 20, 10), (2, 4, 10, 20),
      "teacher_features must have the student's height and width, not turned, "

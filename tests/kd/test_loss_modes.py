@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 
 from benches.bench_loss import peak_bytes
+from sokd.kd.dam import Attention
 from sokd.kd.sokd import SoKD, loss
 from sokd.ops.torch_internals import RELEASE
 
@@ -92,6 +93,25 @@ def test_a_schedule_of_the_weights_is_compiled_once_more():
         got, expected = (value_and_gradients(call, kd, *features)[0] for call in (compiled, loss))
         torch.testing.assert_close(got, expected)
     assert len(graphs) == 2
+
+
+class Clamped(nn.Module):
+    """A DAM whose agreement is not proportional to `scale`."""
+
+    def forward(self, student: Tensor, teacher: Tensor, *, scale: float) -> Attention:
+        agreement = (scale * (student - teacher).square().mean()).clamp(max=0.5)
+        weight = torch.ones_like(student[:, 0])
+        return Attention(agreement, weight, weight, weight, student.detach()[:0])
+
+
+@compiles
+def test_a_compiled_loss_gives_another_dam_its_scale():
+    torch._dynamo.reset()
+    kd, features = make(dam=Clamped(), lambda_agreement=100.0), pair()
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    for call in (loss, compiled):
+        kd.policy.counter.fill_(3)
+        assert call(*features, kd, return_terms=True)["agreement"].item() == 0.5
 
 
 @compiles

@@ -137,8 +137,8 @@ def find_heads(
     """The models' classifiers for a method that needs them, unless its options give them.
 
     A classifier is a linear layer or 1x1 convolution with the channels of the last map; of several
-    the one that has `classes(0)` outputs in the student, `classes(1)` in the teacher, or, where
-    they are not known (None), the last.
+    the one with as many outputs as there are classes, `classes(0)` in the student and `classes(1)`
+    in the teacher. Where these are not known (None), or no layer has them, it is the last.
 
     Raises:
         ValueError: several layers have these outputs.
@@ -154,13 +154,14 @@ def find_heads(
             continue
         channels = of_side[-1][0]
         heads = {n: part for n, part in model.named_modules() if _is_head(part, channels)}
-        if len(heads) > 1 and (count := classes(at)) is not None:
-            heads = {name: head for name, head in heads.items() if len(head.weight) == count}
-            if len(heads) > 1:
-                rule = f"be given, because several layers of the {side} go from {channels} channels"
-                got = ", ".join(map(repr, heads))
-                raise ValueError(f"Distiller: {option} must {rule} to {count} classes, got {got}")
-        found |= {option: [*heads.values()][-1]} if heads else {}
+        count = classes(at) if len(heads) > 1 else None
+        fitting = {name: head for name, head in heads.items() if len(head.weight) == count}
+        if len({id(head.weight) for head in fitting.values()}) > 1:
+            rule = f"be given, because several layers of the {side} go from {channels} channels"
+            got = ", ".join(map(repr, fitting))
+            raise ValueError(f"Distiller: {option} must {rule} to {count} classes, got {got}")
+        if heads:
+            found[option] = [*(fitting or heads).values()][-1]
     return found
 
 

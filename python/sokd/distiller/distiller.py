@@ -115,8 +115,8 @@ class Distiller(nn.Module):
         adapter: "conv", "separable", "regressor" or "linear" (see `Adapter`), for SoKD and every
             method that reads adapted maps (fitnet, mgd, fgd, wkd, a callable); "default": that of
             `SoKD`.
-        task: the task's loss: "auto", those that the student returns (its "loss", or the scalars of
-            a dict, where some have "loss" in their names only these), else cross entropy with y;
+        task: the task's loss: "auto", those that the student returns ("loss", or a dict of scalars,
+            of which those with "loss" in their names count), else cross entropy with y;
             "model", the student is called as `student(x, y)` and returns its losses (also the
             default for y that is a list of dicts); a callable (output, y) -> scalar, as
             `loss_task`; None. A callable is called with the student's output, or with the part of
@@ -366,8 +366,11 @@ class Distiller(nn.Module):
         models, shapes = (unwrapped(self.student), self.teacher), (students, teachers)
 
         def classes(side: int) -> int | None:
-            logits = self._logits(outputs[side])
-            return None if logits is None else logits.shape[1]
+            try:  # an output in eval mode, which may have another form
+                logits = self._logits(outputs[side])
+            except (TypeError, ValueError):
+                return None
+            return None if logits is None or logits.dim() < 2 else logits.shape[1]
 
         for recipe in self._recipes:
             heads = find_heads(recipe, models, shapes, classes)
@@ -392,9 +395,7 @@ class Distiller(nn.Module):
         written = None if compiling else changed(given)
         with torch.no_grad():
             output, taken = self._taps["teacher"].run(
-                self.teacher,
-                lambda: call(self.teacher, given),
-                warn=self._warns("teacher", self.teacher),
+                self.teacher, lambda: call(self.teacher, given)
             )
             logits = self._logits(output)
             maps = self._as_maps("teacher", taken, None if compiling else Given.of(x))
@@ -408,16 +409,16 @@ class Distiller(nn.Module):
         given = None if torch.compiler.is_compiling() else Given.of(x)
         targets = self._targets_of(target)
         output, taken = self._taps["student"].run(
-            model, lambda: call(model, x, *targets), warn=self._warns("student", model)
+            model, lambda: call(model, x, *targets), warn=self._warns(model)
         )
         return Pass(output, self._logits(output), self._as_maps("student", taken, given))
 
-    def _warns(self, side: str, model: nn.Module) -> bool:
-        """Whether this is a model's first pass in training, where its layers may act otherwise."""
-        if torch.compiler.is_compiling() or not self.training or self._layers == "auto":
+    def _warns(self, student: nn.Module) -> bool:
+        """Whether this is its first pass in train mode, where the layers may act otherwise."""
+        if torch.compiler.is_compiling() or not student.training or self._layers == "auto":
             return False
-        first = sanity.Watch.of(self).first(f"{side} ran")
-        return first and not any(map(is_compiled, (model, *unwrapped(model).modules())))
+        first = sanity.Watch.of(self).first("student trains")
+        return first and not any(map(is_compiled, (student, *unwrapped(student).modules())))
 
     def _is_models(self, target: Any) -> bool:
         """Whether the student is called with the target."""
@@ -501,9 +502,10 @@ class Distiller(nn.Module):
         for side, model in (("student", self.student), ("teacher", self.teacher)):
             self._taps[side].check_in_place(model)
         guards.check_teacher(self, self._teacher_parts)
-        unknown = [name for name in self.weights if name not in self.methods]
+        known = [recipe.name for recipe in self._recipes]
+        unknown = [name for name in self.weights if name not in known]
         if unknown:
-            rule = f"name methods of this Distiller ({', '.join(self.methods) or 'none'})"
+            rule = f"name methods of this Distiller ({', '.join(known) or 'none'})"
             raise ValueError(f"Distiller: weights must {rule}, got {unknown[0]!r}")
 
     def _look(self, losses: Losses, student: Pass, teacher: Pass) -> None:

@@ -51,25 +51,37 @@ def is_for_model(target: Any) -> bool:
 def own_losses(output: Any) -> dict[str, Tensor]:
     """The losses that a model computed itself: the entry "loss" of an output, or a dict of scalars.
 
-    "loss", the total, becomes `loss_task`, and others beside it are no terms. Without it the terms
-    of a dict are the entries with "loss" in their names, or all if none has; they are named
-    `loss_<key>`, or as the key if it begins with "loss".
+    Of a dict of scalars the terms are the entries with "loss" in their names, or all if none has;
+    those without a gradient beside others with one are figures to log. The names are `loss_<key>`,
+    or the key if it begins with "loss"; "loss" becomes `loss_task`.
 
     Raises:
-        ValueError: beside entries with "loss" in their names another one has a gradient.
+        ValueError: it is not clear which scalars are terms.
     """
+    if _only_losses(output):
+        return {_loss_name(key): value for key, value in _terms(output).items()}
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if isinstance(loss, Tensor) and loss.numel() == 1:
         return {"loss_task": loss.reshape(())}
-    if not _only_losses(output):
-        return {}
-    named = {str(key): value for key, value in output.items()}
-    losses = {key: value for key, value in named.items() if "loss" in key.lower()} or named
-    for key, value in named.items():
-        if key not in losses and value.requires_grad:
-            rule = "have 'loss' in the names of its losses, and its other scalars detached"
-            raise ValueError(f"Distiller: the student's output must {rule}, got {key!r}")
-    return {key if key.startswith("loss") else f"loss_{key}": each for key, each in losses.items()}
+    return {}
+
+
+def _terms(output: Mapping[Any, Tensor]) -> dict[str, Tensor]:
+    """The losses among the scalars of a dict."""
+    scalars = {str(key): value for key, value in output.items()}
+    losses = {key: value for key, value in scalars.items() if "loss" in key.lower()} or scalars
+    trained = [key for key, value in scalars.items() if value.requires_grad]
+    if not trained:
+        return {"loss": losses["loss"]} if "loss" in losses else losses
+    unnamed = [key for key in trained if key not in losses]
+    if unnamed:
+        rule = "have 'loss' in the names of its losses, and its other scalars detached"
+        raise ValueError(f"Distiller: the student's output must {rule}, got {unnamed[0]!r}")
+    if "loss" in trained and len(trained) > 1:
+        rule = "have 'loss' or the parts of it, and the others detached"
+        got = ", ".join(map(repr, trained))
+        raise ValueError(f"Distiller: the student's output must {rule}, got {got}")
+    return {key: losses[key] for key in trained}
 
 
 def _only_losses(output: Any) -> bool:
@@ -78,6 +90,10 @@ def _only_losses(output: Any) -> bool:
         and len(output) > 0
         and all(isinstance(value, Tensor) and value.dim() == 0 for value in output.values())
     )
+
+
+def _loss_name(key: str) -> str:
+    return "loss_task" if key == "loss" else key if key.startswith("loss") else f"loss_{key}"
 
 
 def entries(output: Any) -> dict[str, Any]:

@@ -286,13 +286,13 @@ def _check_aspects(
     """
     (h, w), (high, wide) = sizes = [(side.shape[2], side.shape[3]) for side in maps]
     found = f"{h} x {w} and {high} x {wide}"
-    if ranks == (4, 4) and h != w and h * high == w * wide:
+    if ranks == (4, 4) and h != w and (h, w) == (wide, high):
         rule = "have the student's height and width, not turned"
         raise ValueError(f"loss: teacher_features{which} must {rule}, got {found}")
     for at, side in enumerate(("student", "teacher")):
         guessed = ranks[at] == 3 and of[at].grid is None and ranks[1 - at] == 4
         if guessed and not same_aspect(*sizes):
-            rule = f"come with {side}_grid=(H, W) where the other side's map is no square"
+            rule = f"have the aspect of the other side's map (see {side}_grid= of SoKD)"
             raise ValueError(f"loss: {side}_features{which} must {rule}, got {found}")
 
 

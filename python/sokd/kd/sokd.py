@@ -168,9 +168,9 @@ class SoKD(nn.Module):
             loss of the refined one; "replace" [P]: the masked loss takes its place. For
             `sokd.loss` the base method is the mean square of adapted student and teacher.
         lambda_agreement, lambda_areas, lambda_base: the terms' weights, to be tuned; they may be
-            set at any time (a compiled loss is compiled once more). The prototype uses 1000 and
-            1000 on CIFAR-100 [A], which diverge on features of unit variance with SGD at lr 0.05:
-            the preset "paper" has 10 and 10.
+            set at any time, to a float (a compiled loss is compiled once more). The prototype uses
+            1000 and 1000 on CIFAR-100 [A], which diverge on features of unit variance with SGD at
+            lr 0.05: the preset "paper" has 10 and 10.
         normalise: "elements" [A] or "area", see `sokd.ops.masked_mse`.
         areas, overlap, k, kernel: of the DAM; areas "teacher" [S] or, with preset="paper", "mutual"
             [P], where it is left at "default". heat_channels: of `DAM` only, None: 100.
@@ -573,20 +573,21 @@ def _attend(
     Raises:
         TypeError: the module returns something else than an `Attention`.
     """
-    inner, outer = _parted(scale)
+    own = type(unwrapped(dam)) in (DAM, AttentionDAM)
+    inner, outer = _parted(scale) if own else (scale, None)
     found = None if dam is None else dam(student, refined, scale=inner)
-    if found is None or (outer is None and isinstance(found, Attention)):
-        return found
-    if isinstance(found, Attention):
+    if isinstance(found, Attention) and outer is not None:
         agreement, *rest = found  # no `_replace`: see `Plans.parts`
         return Attention(_times(agreement, outer), *rest)
+    if found is None or isinstance(found, Attention):
+        return found
     raise TypeError(f"loss: kd.dam must return an Attention, got {type(found).__name__}")
 
 
 def _parted(scale: float) -> tuple[float, float | None]:
     """A loss's weight as the factor for its kernel, and that of the kernel's result; None: none.
 
-    A compiler makes a number in front of a tensor an input, but compiles a kernel anew for each.
+    A compiler makes a float in front of a tensor an input, but compiles a kernel anew for each.
     """
     return (1.0, scale) if torch.compiler.is_compiling() else (scale, None)
 

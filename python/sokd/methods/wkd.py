@@ -38,7 +38,6 @@ from sokd.methods.common import (
     unmixed,
     wide,
 )
-from sokd.ops.torch_internals import version
 
 __all__ = ["WKD", "class_distances", "wkd", "wkd_features", "wkd_logits"]
 
@@ -291,7 +290,8 @@ class WKD(Method):
 
     Options:
         distances: [K, K] between the classes (`class_distances`); None: 1 - the cosine of the
-            classes' rows in `teacher_head`, as an option of the authors' code.
+            classes' rows in `teacher_head`, as an option of the authors' code. They are computed
+            once: the teacher's state is to be loaded before.
         teacher_head: the teacher's classifier (see `sokd.methods.class_maps`).
         transport, features, means, temperature, sharpness, regularisation, iterations, grid,
             ignore_index: see `wkd`.
@@ -320,31 +320,17 @@ class WKD(Method):
             "temperature": temperature, "sharpness": sharpness, "regularisation": regularisation,
             "iterations": iterations, "grid": grid, "ignore_index": ignore_index,
         }  # fmt: skip
-        # in a tuple, which hides the module: the teacher owns and saves it
-        self._head: tuple[Head, ...] = ()
-        self._seen: int | None = None  # version of its weight that the distances are of
         if distances is None:
             if teacher_head is None:
                 rule = "be given, [K, K] (sokd.methods.class_distances), or teacher_head"
                 raise TypeError(f"wkd: distances must {rule}, got None")
-            self._head = (teacher_head,)
-            weight = head_weight("wkd", teacher_head, teacher_shapes[-1][0])
-            distances, self._seen = _cosines(weight), version(weight)
+            distances = _cosines(head_weight("wkd", teacher_head, teacher_shapes[-1][0]))
         # not persistent: they come with the options
         self.register_buffer("distances", torch.as_tensor(distances), persistent=False)
 
     def forward(self, step: Step) -> Tensor:
         target = given(self.name, "target", step.target, "it is treated apart")
-        self._follow(step.teacher[-1].shape[1])
         return wkd(
             *self.logits(step), target, self.distances, step.adapted, step.teacher, step.weight,
             **self.options,
         )  # fmt: skip
-
-    def _follow(self, channels: int) -> None:
-        """Compute the distances anew if a state was loaded into the teacher's classifier."""
-        for head in () if torch.compiler.is_compiling() else self._head:
-            weight = head_weight("wkd", head, channels)
-            if self._seen != (now := version(weight)):
-                self.distances.copy_(_cosines(weight))
-                self._seen = now
