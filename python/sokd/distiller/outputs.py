@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sokd.kd.features import described
-from sokd.kd.sanity import leaves
+from sokd.kd.sanity import is_made_of, leaves
 from sokd.methods.checks import wrong_class
 from sokd.methods.common import Step
 from sokd.ops.runtime import is_eager
@@ -52,8 +52,9 @@ def own_losses(output: Any) -> dict[str, Tensor]:
     """The losses that a model computed itself: the entry "loss" of an output, or a dict of scalars.
 
     Of a dict of scalars the terms are the entries with "loss" in their names, or all if none has;
-    those without a gradient beside others with one are figures to log. The names are `loss_<key>`,
-    or the key if it begins with "loss"; "loss" becomes `loss_task`.
+    those without a gradient beside others with one are figures to log, and so are the parts that
+    "loss" is computed from. The names are `loss_<key>`, or the key if it begins with "loss"; "loss"
+    becomes `loss_task`.
 
     Raises:
         ValueError: it is not clear which scalars are terms.
@@ -77,11 +78,14 @@ def _terms(output: Mapping[Any, Tensor]) -> dict[str, Tensor]:
     if unnamed:
         rule = "have 'loss' in the names of its losses, and its other scalars detached"
         raise ValueError(f"Distiller: the student's output must {rule}, got {unnamed[0]!r}")
-    if "loss" in trained and len(trained) > 1:
-        rule = "have 'loss' or the parts of it, and the others detached"
+    if "loss" not in trained or len(trained) == 1:
+        return {key: losses[key] for key in trained}
+    parts = [losses[key] for key in trained if key != "loss"]
+    if not torch.compiler.is_compiling() and not is_made_of(losses["loss"], parts):
+        rule = "have a 'loss' that is computed from its other losses, or another name for it"
         got = ", ".join(map(repr, trained))
         raise ValueError(f"Distiller: the student's output must {rule}, got {got}")
-    return {key: losses[key] for key in trained}
+    return {"loss": losses["loss"]}
 
 
 def _only_losses(output: Any) -> bool:

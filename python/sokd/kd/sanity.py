@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sokd.kd.features import Features
     from sokd.kd.sokd import SoKD
 
-__all__ = ["Watch", "leaves", "look", "look_at_mask"]
+__all__ = ["Watch", "is_made_of", "leaves", "look", "look_at_mask"]
 
 PATIENCE = 10  # consecutive steps before a warning
 
@@ -270,6 +270,16 @@ def leaves(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             yield leaf
+
+
+def is_made_of(total: Tensor, parts: Iterable[Tensor]) -> bool:
+    """Whether all parts are in the graph behind the total."""
+    missing = {part.grad_fn for part in parts}
+    for node in _nodes([total]):
+        missing.discard(node)
+        if not missing:
+            break
+    return not missing
 
 
 def _nodes(outputs: Iterable[Tensor]) -> Iterator[Any]:
