@@ -573,21 +573,24 @@ def _attend(
     Raises:
         TypeError: the module returns something else than an `Attention`.
     """
-    own = type(unwrapped(dam)) in (DAM, AttentionDAM)
-    inner, outer = _parted(scale) if own else (scale, None)
-    found = None if dam is None else dam(student, refined, scale=inner)
-    if isinstance(found, Attention) and outer is not None:
-        agreement, *rest = found  # no `_replace`: see `Plans.parts`
-        return Attention(_times(agreement, outer), *rest)
-    if found is None or isinstance(found, Attention):
+    if dam is None:
+        return None
+    linear = type(unwrapped(dam)) in (DAM, AttentionDAM)  # another DAM may use `scale` otherwise
+    inner, outer = _parted(scale) if linear else (scale, None)
+    found = dam(student, refined, scale=inner)
+    if found is not None and not isinstance(found, Attention):
+        raise TypeError(f"loss: kd.dam must return an Attention, got {type(found).__name__}")
+    if found is None or outer is None:
         return found
-    raise TypeError(f"loss: kd.dam must return an Attention, got {type(found).__name__}")
+    agreement, *rest = found  # no `_replace`: see `Plans.parts`
+    return Attention(_times(agreement, outer), *rest)
 
 
 def _parted(scale: float) -> tuple[float, float | None]:
-    """A loss's weight as the factor for its kernel, and that of the kernel's result; None: none.
+    """The weight of a loss as an argument of its operator and a factor of the operator's result.
 
-    A compiler makes a float in front of a tensor an input, but compiles a kernel anew for each.
+    Under torch.compile an operator's argument is a constant, which recompiles for each value, and a
+    factor of a tensor becomes an input of the graph. None: no factor.
     """
     return (1.0, scale) if torch.compiler.is_compiling() else (scale, None)
 
