@@ -215,9 +215,9 @@ def test_tokens_are_the_map_they_hold():
      "student_features must have the aspect of the other side's map (see student_grid= of SoKD), "
      "got 12 x 12 and 9 x 16"),
     ((2, 3, 20, 10), (2, 4, 10, 20),
-     "teacher_features must have the student's height and width, not turned, "
+     "teacher_features must have the student's height and width, not transposed, "
      "got 20 x 10 and 10 x 20"),
-], ids=["teacher's tokens", "student's tokens", "turned"])  # fmt: skip
+], ids=["teacher's tokens", "student's tokens", "transposed"])  # fmt: skip
 def test_maps_of_two_aspects(student, teacher, said):
     with raises(ValueError, f"loss: {said}"):
         loss(*pair(student, teacher), make())

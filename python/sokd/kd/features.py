@@ -279,7 +279,7 @@ def _check_match(name: str, student: Tensor, teacher: Tensor) -> None:
 def _check_aspects(
     which: str, maps: tuple[Tensor, Tensor], ranks: tuple[int, int], of: tuple[Layout, Layout]
 ) -> None:
-    """Raise for tokens guessed to be a square beside a map of another aspect, and for a turned map.
+    """Raise for tokens guessed to be a square beside a map of another aspect, and a transposed map.
 
     Args:
         ranks, of: of the features behind the maps, and their layouts.
@@ -287,7 +287,7 @@ def _check_aspects(
     (h, w), (high, wide) = sizes = [(side.shape[2], side.shape[3]) for side in maps]
     found = f"{h} x {w} and {high} x {wide}"
     if ranks == (4, 4) and h != w and (h, w) == (wide, high):
-        rule = "have the student's height and width, not turned"
+        rule = "have the student's height and width, not transposed"
         raise ValueError(f"loss: teacher_features{which} must {rule}, got {found}")
     for at, side in enumerate(("student", "teacher")):
         guessed = ranks[at] == 3 and of[at].grid is None and ranks[1 - at] == 4
