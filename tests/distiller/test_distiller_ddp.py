@@ -78,6 +78,7 @@ def _work(rank: int) -> dict[str, Any]:
         seeds.append((int(policy.seed), int(policy.counter)))
         draws.append(policy.draw_at(policy.seed, policy.counter, len(x)).uniforms)
     found |= {"seeds": seeds, "draws": torch.cat(draws), "chi": searched(subject, x, y)}
+    found |= {"online": _online(rank, x, y)}
     found |= {"inside": _wrapped_inside(), "logits only": _logits_only(x, y)}
     found |= {
         "options": [_parallel(x, y, **options) for options in OPTIONS],
@@ -100,6 +101,19 @@ def _parallel(x: Tensor, y: Tensor, **options: Any) -> dict[str, Tensor]:
         objective(wrapped, x, y).backward()
     average.update_parameters(wrapped)
     return gradients(subject)
+
+
+def _online(rank: int, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Three losses with a search in them, of which the first rank alone has a former state."""
+    own = {**SMALL, "search": "online", "policies": QUIET}
+    subject = make(models=models(norm=False), sokd=own)
+    subject.kd.search.calls.fill_(0 if rank else 3)
+    subject.kd.policy.alpha.data.fill_(0.0 if rank else 1.0)
+    wrapped = DistributedDataParallel(subject, broadcast_buffers=False)
+    for _ in range(3):
+        objective(wrapped, x, y).backward()
+    named = [*subject.kd.policy.named_parameters(), *subject.kd.search.named_buffers()]
+    return {name: each.detach().clone() for name, each in named}
 
 
 def _sharded(x: Tensor, y: Tensor) -> dict[str, Any]:
@@ -241,6 +255,14 @@ def test_the_search_moves_one_policy(ranks):
     # rank 1's own seed is replaced
     for found, expected in zip(one, one_process()["chi"], strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_the_search_in_the_loss_moves_one_policy(ranks):
+    one, other = (found["online"] for found in ranks)
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+    assert int(one["calls"]) == 6 and int(one["steps"]) == 1
+    assert 0 < (one["alpha"] - 1).abs().max() < 0.1
 
 
 def test_a_student_wrapped_inside(ranks):

@@ -210,6 +210,7 @@ def test_it_steps_with_each_loss_that_is_trained() -> None:
     assert not moved(kd, lambda: kd.terms(student, teacher, draw=draw, differentiable=True))
     assert not moved(kd, lambda: kd.terms(student, teacher, differentiable=True))
     assert not moved(kd, lambda: kd.consistency(student, teacher))
+    assert not moved(kd, lambda: kd.consistency(student, teacher, differentiable=False))
     assert not moved(kd, lambda: kd.match(student, teacher, refine=False))
     assert not moved(kd, lambda: kd.match(student, teacher, adapt=False))
     with torch.no_grad():
@@ -218,6 +219,8 @@ def test_it_steps_with_each_loss_that_is_trained() -> None:
         assert not moved(kd, lambda: sokd.loss(student, teacher, kd))
     assert not moved(kd.eval(), lambda: sokd.loss(student, teacher, kd))
     assert moved(kd.train(), lambda: sokd.loss(student, teacher, kd))
+    kd.requires_grad_(False)
+    assert moved(kd, lambda: sokd.loss(student, teacher, kd))
     kd.policy.requires_grad_(False)
     assert not moved(kd, lambda: sokd.loss(student, teacher, kd))
 
@@ -605,6 +608,34 @@ def test_wrapped_ranks_keep_one_policy(wrapper: str, tmp_path: Path) -> None:
     for name, value in states[0].items():
         assert torch.equal(value, states[1][name]), name
     assert int(states[0]["search.steps"]) == 2 and states[0]["policy.alpha"].any()
+
+
+def one_loaded(rank: int) -> dict[str, Tensor]:
+    """Two losses after the first rank alone has loaded a state: then those of policy and search."""
+    states = {}
+    for frozen in (False, True):
+        former, kd = online(4, 4, seed=0), online(4, 4, seed=0)
+        sokd.loss(*halves(0), former)
+        if frozen:
+            former.freeze_policy()
+        if rank == 0:
+            kd.load_state_dict(former.state_dict())
+        wrapped = nn.parallel.DistributedDataParallel(kd)
+        for seed in range(2):
+            student, teacher = (part[2 * rank : 2 * rank + 2] for part in halves(seed))
+            sokd.loss(student, teacher, wrapped).backward()
+        state = {**kd.policy.state_dict(prefix="policy."), **kd.search.state_dict(prefix="search.")}
+        states |= {f"{name}, {frozen}": value.detach() for name, value in state.items()}
+    return states
+
+
+@distributed
+def test_a_state_that_one_rank_has_loaded_is_that_of_all(tmp_path: Path) -> None:
+    states = of_ranks(one_loaded, tmp_path)
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+    assert int(states[0]["search.steps, False"]) == 3
+    assert int(states[0]["search.steps, True"]) == 1 and states[0]["policy.alpha, True"].any()
 
 
 @distributed

@@ -175,7 +175,8 @@ class SoKD(nn.Module):
         areas, overlap, k, kernel: of the DAM; areas "teacher" [S] or, with preset="paper", "mutual"
             [P], where it is left at "default". heat_channels: of `DAM` only, None: 100.
             attention_temperature: `temperature` of `AttentionDAM` only, None: 1.
-        policies, estimator, magnitude_gradient: of `Policy`.
+        policies, estimator, magnitude_gradient: of `Policy`. The last two are of `PolicySearch` and
+            `differentiable=True`; an online search has a gradient of its own.
         granularity: of `Policy`; "default": "sample" with search="online", else "batch".
         search: "online": the policy moves in each loss (docs/method.md 2.6), see `freeze_policy`;
             None: it stays as it is, unless a `PolicySearch` trains it.
@@ -282,7 +283,7 @@ class SoKD(nn.Module):
         `sokd.loss`, `sokd.wrap`, `sokd.Distiller`, `sokd.PolicySearch` and `sokd.inspect` call this
         method. It records no statistics and gives no warnings. A kd with search="online" moves its
         policy here: in train mode, with grad mode on, without `draw`, `differentiable`,
-        `adapt=False` or `refine=False`.
+        `adapt=False`, `attend=False` or `refine=False`.
 
         Args:
             student_features, teacher_features: as `sokd.loss` takes them.
@@ -309,8 +310,10 @@ class SoKD(nn.Module):
         ]
         maps = checked_maps(student_features, teacher_features, channels, self._layouts, first)
         policy = self.policy if refine else None
-        searches = adapt and self._searches(draw, differentiable)
+        searches = adapt and attend and self._searches(draw, differentiable)
         layers = []
+        if searches and policy is not None and self.search is not None:
+            self.search.agree(unwrapped(policy))
         if policy is not None and draw is None:
             draw = policy.draw(maps[0][1].shape[0])
         matches = []

@@ -23,7 +23,7 @@ from sokd.kd.features import not_negative, positive
 from sokd.kd.policy.plan import strength_gradient
 from sokd.kd.policy.policy import Draw, Policy, WideModule, acting
 from sokd.ops import Plan, refine_dots
-from sokd.ops.distributed import averaged
+from sokd.ops.distributed import agreed, averaged, is_sharded, place
 from sokd.ops.refine import plan_gradients
 from sokd.ops.runtime import is_captured, is_eager, warn_user
 from sokd.reference import accumulator
@@ -84,6 +84,7 @@ class OnlineSearch(WideModule):
             self.register_buffer(name, torch.zeros(1, dtype=torch.int64, device=alpha.device))
         # of `frozen` and `calls`, whose values lie on the device
         self.active, self._counted = True, 0
+        self._agreed = False  # whether the ranks have one state
 
     def freeze(self) -> None:
         """Make `step` a no-op from now on; saved with the state."""
@@ -107,6 +108,23 @@ class OnlineSearch(WideModule):
     @every.setter
     def every(self, value: int) -> None:
         self._every = positive("OnlineSearch", "every", value)
+
+    @torch.no_grad()
+    def agree(self, policy: Policy) -> None:
+        """Under torch.distributed, in the first call: the first rank's policy and search for all.
+
+        A state that one rank alone had loaded would part the policies, and an end of the search
+        that one rank alone knew of would leave the others waiting. Compiled code is left out.
+        """
+        if not is_eager(self.calls) or is_captured(self.calls):
+            return
+        if self._agreed or place()[1] == 1:
+            return
+        if not is_sharded(policy.parameters()):
+            for tensor in (*policy.parameters(), *self.buffers()):
+                agreed(tensor.data)
+        self._read()
+        self._agreed = True
 
     @torch.no_grad()
     def step(self, policy: Policy, draw: Draw, layers: Sequence[Layer]) -> None:
@@ -169,8 +187,16 @@ class OnlineSearch(WideModule):
                 buffer.zero_()
         else:
             super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._read()
+
+    def _read(self) -> None:
+        """The values of the buffers for the host."""
         self.active = self.frozen.is_meta or not self.frozen.item()
         self._counted = 0 if self.calls.is_meta else int(self.calls)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._agreed = False  # a copy may lie on one rank alone
 
     def extra_repr(self) -> str:
         return f"lr={self.lr:g}, every={self.every}, {SAMPLES} samples a step" + (
