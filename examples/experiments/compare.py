@@ -164,14 +164,20 @@ class Comparison:
         for start in range(0, MOST, BLOCK):
             rows, seeds = read_rows(self.path), [*map(str, range(start, start + BLOCK))]
             arms = [arm for arm in self.arms if self._needs_more(rows, arm, margin, start)]
-            self._run(self._key("table", arm, share[arm], seed) for arm in arms for seed in seeds)
-            rows = read_rows(self.path)
-            pairs = {(ARMS[arm].against, row["seed"])
-                     for arm in arms if ARMS[arm].against
-                     for row in rows_of(rows, self.name, "table", arm)
-                     if row["seed"] in seeds and row["teacher"] == self.teacher}  # fmt: skip
-            self._run([self._key("table", arm, share[arm], seed)
-                       for arm, seed in sorted(pairs)], own=True)  # fmt: skip
+            self._run(self._key("table", arm, share[arm], seed)
+                      for arm in arms if not ARMS[arm].against for seed in seeds)  # fmt: skip
+            lacking = [(arm, seed) for arm in arms for seed in self._unpaired(rows, arm, seeds)]
+            self._run([self._key("table", each, share[each], seed)
+                       for arm, seed in lacking for each in (ARMS[arm].against, arm)],
+                      own=True)  # fmt: skip
+
+    def _unpaired(self, rows: list[Row], arm: str, seeds: Sequence[str]) -> list[str]:
+        """The seeds without a pair of the arm and that behind it, by any teacher."""
+        if not ARMS[arm].against:
+            return []
+        found = (by_pair(rows, self.name, each, "last_test") for each in (arm, ARMS[arm].against))
+        paired = {seed for seed, _ in set.intersection(*map(set, found))}
+        return [seed for seed in seeds if seed not in paired]
 
     def _needs_more(self, rows: list[Row], arm: str, margin: float, done: int) -> bool:
         """Judged on the first `done` seeds, so that a resumed comparison decides alike."""
@@ -188,7 +194,7 @@ class Comparison:
         done = {key_of(row) for row in read_rows(self.path)}
         if not own:
             done = {key._replace(teacher=self.teacher) for key in done}
-        left = [key for key in keys if key not in done]
+        left = [key for key in dict.fromkeys(keys) if key not in done]
         if not left:
             return
         runs = train_all(

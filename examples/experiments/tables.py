@@ -138,11 +138,14 @@ def compared(rows: Sequence[Row], dataset: str, adjusted: Mapping[tuple[str, str
 
 
 def adapters(rows: Sequence[Row]) -> str:
-    """What FitNet loses by each adapter to the best one of a set, over the pairs that all have."""
+    """What FitNet loses by each adapter to the best one of a set, over the pairs that all have.
+
+    On the validation parts, because the default adapter is chosen by this table.
+    """
     header, margins = ["adapter"], list[float]()
     losses: dict[str, list[Difference]] = {arm: [] for arm in ADAPTED}
     for dataset in SETTINGS:
-        found = {arm: by_pair(rows, dataset, arm, "last_test") for arm in ADAPTED}
+        found = {arm: by_pair(rows, dataset, arm, "last_validation") for arm in ADAPTED}
         pairs = sorted(set.intersection(*(set(of) for of in found.values())))
         if not pairs:
             continue

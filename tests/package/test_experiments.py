@@ -223,6 +223,20 @@ def test_on_another_machine_new_runs_get_pairs_of_their_own(
     assert [compare.difference(rows, "made-up", name).seeds for name in NAMES] == [2, 2]
 
 
+def test_half_a_pair_of_another_machine_is_no_pair(
+    task: Task, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "train_all", in_process)
+    path = tmp_path / "runs.csv"
+    whole = finished.read_text().splitlines(keepends=True)
+    path.write_text("".join(each for each in whole if "table,student,,1," not in each))
+    compared(task, path, monkeypatch, teacher="b")
+    rows = compare.read_rows(path)
+    new = {(row["arm"], row["seed"]) for row in rows if row["teacher"] == "b"}
+    assert new == {(arm, "1") for arm in ("student", *NAMES)}
+    assert [compare.difference(rows, "made-up", name).seeds for name in NAMES] == [2, 2]
+
+
 def test_trials_do_not_use_the_test_part(finished: Path) -> None:
     for row in compare.read_rows(finished):
         assert bool(row["last_test"]) == bool(row["best_test"]) == (row["part"] == "table")
@@ -360,6 +374,7 @@ def test_the_adapters_are_compared_over_the_pairs_that_all_have() -> None:
     rows = [table_row(f"fitnet-{kind}", seed, score + 0.01 * seed)
             for kind, score in scores.items() for seed in range(3)]  # fmt: skip
     rows.append(table_row("fitnet-linear", 3, 0.9))
+    rows = [row | {"last_validation": row["last_test"], "last_test": "0.5"} for row in rows]
     assert tables.adapters(rows).splitlines()[2:] == [
         "| 1x1 | 30.00 ± 0.00 | 30.00 | 30.0 |",
         "| 1x1 + BN + ReLU | 20.00 ± 0.00 | 20.00 | 20.0 |",
