@@ -18,9 +18,9 @@ GLUE = "ops/runtime.py"
 
 IN_ORDER = [
     "kd/sokd.py", "kd/virtual.py", "ops/torch_internals.py", "kd/features.py",
-    "kd/policy/policy.py", "ops/draw.py", "ops/checks.py", "kd/adapter.py", "reference.py",
-    "kd/policy/plan.py", "ops/refine.py", "kd/dam.py", "kd/attention.py", "ops/areas.py",
-    "kd/policy/online.py", "ops/distributed.py", "ops/masked_mse.py", "kd/sanity.py",
+    "kd/policy/online.py", "ops/distributed.py", "kd/policy/policy.py", "ops/draw.py",
+    "ops/checks.py", "kd/adapter.py", "reference.py", "kd/policy/plan.py", "ops/refine.py",
+    "kd/dam.py", "kd/attention.py", "ops/areas.py", "ops/masked_mse.py", "kd/sanity.py",
 ]  # fmt: skip
 
 
