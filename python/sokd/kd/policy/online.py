@@ -109,7 +109,6 @@ class OnlineSearch(WideModule):
     def every(self, value: int) -> None:
         self._every = positive("OnlineSearch", "every", value)
 
-    @torch.no_grad()
     def agree(self, policy: Policy) -> None:
         """Under torch.distributed, in the first call: the first rank's policy and search for all.
 
